@@ -1,0 +1,1 @@
+"""Robot corpora in, token store out."""

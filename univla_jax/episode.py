@@ -1,0 +1,69 @@
+"""The contracts between robots, data and policies.
+
+Axes: T steps, H/W image height and width, A action dimensions, P proprioceptive state dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One robot episode as it lies in a corpus, before any tokenisation.
+
+    Attributes:
+      instruction: natural-language task, UTF-8, not empty.
+      frames: per view (for example ``"image"``, ``"wrist_image"``) uint8 [T, H, W, 3], RGB.
+      actions: float32 [T, A], physical units of the corpus; ``actions[t]`` follows ``frames[t]``.
+      control_hz: control rate in steps per second.
+      corpus: name of the row in ``data/corpora.py``.
+      episode_id: unique inside the corpus, used in error messages and manifests.
+      state: float32 [T, P] proprioception, or None where the corpus has none.
+    """
+
+    instruction: str
+    frames: Mapping[str, np.ndarray]
+    actions: np.ndarray
+    control_hz: float
+    corpus: str
+    episode_id: str
+    state: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Number of steps T."""
+        return len(self.actions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What a policy sees at one moment.
+
+    Attributes:
+      instruction: the task in words.
+      frames: per view uint8 [H, W, 3], RGB, at the size the camera delivers.
+      state: float32 [P] or None.
+    """
+
+    instruction: str
+    frames: Mapping[str, np.ndarray]
+    state: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionChunk:
+    """The next actions of one robot.
+
+    Attributes:
+      actions: float32 [chunk, A] in physical units (unnormalised).
+      valid: False when the generated tokens did not decode to a whole chunk; ``actions`` then
+        holds the "no motion" fallback and must be counted, never taken for a prediction.
+      reason: why it is not valid, empty when it is.
+    """
+
+    actions: np.ndarray
+    valid: bool = True
+    reason: str = ""

@@ -1,0 +1,1 @@
+"""Scores: closed-loop rollouts, offline errors and reports."""

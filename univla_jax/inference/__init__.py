@@ -1,0 +1,1 @@
+"""Acting and imagining with a trained checkpoint."""

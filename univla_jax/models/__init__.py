@@ -1,0 +1,1 @@
+"""The decoder and its parts; nothing here knows of robots."""

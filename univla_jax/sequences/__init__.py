@@ -1,0 +1,1 @@
+"""Token sequences: layouts, labels, packing and the Grain pipeline."""

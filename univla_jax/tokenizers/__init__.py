@@ -1,0 +1,1 @@
+"""From files and pixels to discrete codes: text, image and action tokenizers, one vocabulary."""

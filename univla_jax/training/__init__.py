@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, sharding, step, loop, checkpoints."""
