@@ -1,0 +1,104 @@
+"""Commands tell the person what to mend in one line and end with status 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+CONFIG = """
+import ml_collections
+from univla_jax.errors import UserError
+
+def get_config(name="small"):
+    if name == "buggy":
+        return [].width
+    if name != "small":
+        raise UserError(f"no recipe {name!r}; known: small")
+    return ml_collections.ConfigDict({"steps": 3, "model": {"width": 4}, "fast": True})
+"""
+COMMAND = """
+from univla_jax import commands
+from univla_jax.errors import UserError
+
+CONFIG = commands.config_flag(DEFAULT)
+
+def main(argv):
+    del argv
+    if CONFIG.value.steps == 9:
+        raise UserError("nine steps\\nare too many")
+    if CONFIG.value.steps == 8:
+        raise ValueError("a bug")
+    print(CONFIG.value.steps, CONFIG.value.model.width, CONFIG.value.fast)
+
+if __name__ == "__main__":
+    commands.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("commands")
+    (path / "config.py").write_text(textwrap.dedent(CONFIG))
+    (path / "required.py").write_text(COMMAND.replace("DEFAULT", "None"))
+    (path / "defaulted.py").write_text(COMMAND.replace("DEFAULT", "'config.py:small'"))
+    return path
+
+
+def run(folder, script, *arguments):
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "output"),
+    [
+        ("required.py", ["--config=config.py"], "3 4 True"),
+        ("required.py", ["--config", "config.py:small", "--noconfig.fast"], "3 4 False"),
+        ("defaulted.py", ["--config.model.width=7", "--config.steps=2"], "2 7 True"),
+    ],
+)
+def test_runs_with_overrides(folder, script, arguments, output):
+    result = run(folder, script, *arguments)
+    assert (result.returncode, result.stdout.strip()) == (0, output), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "missing; give --config=FILE.py"),
+        (["--config=nowhere.py"], "no file 'nowhere.py'"),
+        (["--config=config.py:big"], "no recipe 'big'; known: small"),
+        (["--config=config.py", "--config.model.widht=4"], "did you mean 'width'?"),
+        (["--config=config.py", "--config.zzz=4"], "config has: fast, model, steps"),
+        (["--config=config.py", "--config.steps.x=4"], "config.steps is a value"),
+        (["--config=config.py", "--config.steps=many"], "'many'"),
+        (["--config=config.py", "--cofnig=4"], "Did you mean: config"),
+        (["--config=config.py", "extra"], "unexpected argument 'extra'"),
+        (["--config=config.py", "--config.steps=9"], "nine steps are too many"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(folder, arguments, message):
+    result = run(folder, "required.py", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--config.steps=8"], ["--config=config.py:buggy"]])
+def test_a_bug_keeps_its_traceback(folder, arguments):
+    result = run(folder, "defaulted.py", *arguments)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr

@@ -1,0 +1,166 @@
+"""What every command shares: flags, the config file, and errors a person can read.
+
+A command module ends in three lines::
+
+    CONFIG = commands.config_flag()
+
+    if __name__ == "__main__":
+        commands.run(main)
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from univla_jax.errors import UserError
+
+_CONFIG = "config"
+_defaults: dict[str, str] = {}
+
+
+def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
+    """Defines ``--config=FILE.py[:NAME]`` with ``--config.a.b=value`` overrides.
+
+    Args:
+      default: the file (and name) used when the command line has no ``--config``; None makes the
+        flag required.
+
+    Returns:
+      the flag holder; its ``.value`` is a locked ``ml_collections.ConfigDict`` inside ``main``.
+    """
+    holder = config_flags.DEFINE_config_file(
+        _CONFIG, None, "Config file, and after a colon the recipe in it: FILE.py[:NAME]"
+    )
+    if default is None:
+        flags.register_validator(
+            _CONFIG,
+            lambda value: value is not None,
+            message="missing; give --config=FILE.py[:NAME]",
+        )
+    else:
+        _defaults[_CONFIG] = default
+    return holder
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Parses the flags, runs ``main(argv)`` and leaves the process.
+
+    A ``UserError``, a flag that does not parse, a missing config file and an override of a key
+    that the config lacks each become one line on standard error and exit status 2. Any other
+    exception is a bug and keeps its traceback.
+
+    Args:
+      main: gets the command line without its flags; its result becomes the exit status.
+    """
+    if _CONFIG in _defaults and _config_argument(sys.argv) is None:
+        sys.argv[1:1] = [f"--{_CONFIG}={_defaults[_CONFIG]}"]
+    app.run(_guarded(main), flags_parser=_guarded(_parse))
+
+
+def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+    """Wraps ``function`` so that a UserError ends the process with one line and status 2."""
+
+    def call(argv: list[str]) -> Any:
+        try:
+            return function(argv)
+        except UserError as error:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
+
+    return call
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses all flags; raises UserError for whatever the person can mend."""
+    argument = _config_argument(argv)
+    if argument is not None:
+        _check_file(argument.split(":", 1)[0])
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        message = _flag_message(error)
+        if "Traceback" in message:  # a bug in the config file, worth its traceback
+            raise
+        raise UserError(message) from error
+    except (AttributeError, KeyError, TypeError):
+        if argument is not None:
+            _check_overrides(argument, argv)
+        raise
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    if argument is not None:
+        _check_loaded(flags.FLAGS[_CONFIG].value)
+    return rest
+
+
+def _config_argument(argv: list[str]) -> str | None:
+    """The value of ``--config`` on the command line, None where it is absent."""
+    for i, argument in enumerate(argv):
+        match = re.match(rf"--?{_CONFIG}(=(.*))?$", argument, re.DOTALL)
+        if match and match[1]:
+            return match[2]
+        if match and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def _check_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--{_CONFIG}: no file {path!r} in {os.getcwd()!r}; give the path of a config file"
+        )
+
+
+def _check_loaded(config: Any) -> None:
+    """Raises the read error which config_flags keeps back until the config is first used."""
+    try:
+        getattr(config, "lock", None)
+    except OSError as error:
+        raise UserError(f"--{_CONFIG}: {error.__cause__ or error}") from error
+
+
+def _check_overrides(argument: str, argv: list[str]) -> None:
+    """Raises UserError for the first ``--config.a.b`` whose key the config lacks."""
+    config = flags.FLAGS[_CONFIG].parser.parse(argument)
+    _check_loaded(config)
+    for item in argv:
+        match = re.match(rf"--?(?:no)?{_CONFIG}\.([^=]+)", item)
+        if match:
+            _check_key(config, match[1])
+
+
+def _check_key(config: Any, path: str) -> None:
+    node, where = config, _CONFIG
+    for key in path.split("."):
+        key = key.split("[", 1)[0]
+        if not isinstance(node, Mapping) and not hasattr(node, "keys"):
+            raise UserError(f"--{_CONFIG}.{path}: {where} is a value, it has no key {key!r}")
+        if key not in node:
+            raise UserError(f"--{_CONFIG}.{path}: unknown key {key!r}; {_hint(key, node, where)}")
+        node, where = node[key], f"{where}.{key}"
+
+
+def _hint(key: str, node: Any, where: str) -> str:
+    names = sorted(map(str, node.keys()))
+    near = difflib.get_close_matches(key, names, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"{where} has: {', '.join(names)}"
+
+
+def _flag_message(error: BaseException) -> str:
+    """The message of a flag error, or of the UserError which the config file itself raised."""
+    inner: BaseException | None = error
+    found = None
+    while inner is not None:
+        found = inner if isinstance(inner, UserError) else found
+        inner = inner.__cause__ or inner.__context__
+    return str(found or error)
