@@ -1,0 +1,278 @@
+"""A small deterministic tabletop: a gripper, coloured blocks and zones, told what to do in words.
+
+Kinematic and exact: the same seed and actions give the same episode to the last bit. Lengths are
+table units (the table is [0, 1]²), angles radians, one step is 0.2 s (5 Hz).
+
+Actions are float32 [7]: dx, dy, dz (table units, at most ``MAX_STEP`` each), droll, dpitch, dyaw
+(radians, at most ``MAX_TURN``), gripper (> 0 closes, otherwise opens).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+
+from univla_jax.environments import tabletop_render
+from univla_jax.environments.tabletop_tasks import BLOCK_RGB, ZONE_RGB, Task, sample_task
+
+CONTROL_HZ = 5.0
+MAX_STEP = 0.1
+MAX_TURN = 0.3
+MAX_HEIGHT = 0.35
+BLOCK_HALF = 0.06
+BLOCK_TOP = 0.08
+ZONE_RADIUS = 0.11
+GRASP_REACH = 0.055
+PUSH_REACH = 0.09
+LOW = 0.07  # the gripper moves blocks aside below this height
+BLOCK_COUNT = 3
+ZONE_COUNT = 2
+
+
+@dataclasses.dataclass
+class Block:
+    """A coloured cube; ``height`` is how far it is lifted off the table."""
+
+    colour: str
+    position: np.ndarray
+    yaw: float = 0.0
+    height: float = 0.0
+    half_size: float = BLOCK_HALF
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """Colour for drawing."""
+        return BLOCK_RGB[self.colour]
+
+
+@dataclasses.dataclass(frozen=True)
+class Zone:
+    """A coloured disc painted on the table."""
+
+    colour: str
+    position: np.ndarray
+    radius: float = ZONE_RADIUS
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """Colour for drawing."""
+        return ZONE_RGB[self.colour]
+
+
+@dataclasses.dataclass
+class Gripper:
+    """Pose of the gripper; ``rotation`` is roll, pitch, yaw in radians."""
+
+    position: np.ndarray
+    height: float
+    rotation: np.ndarray
+    is_open: bool = True
+
+    @property
+    def yaw(self) -> float:
+        """Rotation about the vertical axis, radians."""
+        return float(self.rotation[2])
+
+
+@dataclasses.dataclass
+class Scene:
+    """Everything there is: what success predicates and the scripted expert look at."""
+
+    blocks: list[Block]
+    zones: list[Zone]
+    gripper: Gripper
+    held: int | None = None
+    touched: list[int] = dataclasses.field(default_factory=list)
+
+    def block(self, colour: str) -> Block:
+        """The block of that colour."""
+        return next(b for b in self.blocks if b.colour == colour)
+
+    def zone(self, colour: str) -> Zone:
+        """The zone of that colour."""
+        return next(z for z in self.zones if z.colour == colour)
+
+
+class TabletopEnv(gymnasium.Env):
+    """The tabletop behind the gymnasium interface.
+
+    Observations: ``image`` uint8 [64, 64, 3] (fixed camera), ``wrist_image`` uint8 [32, 32, 3]
+    (carried by the gripper), ``state`` float32 [8] (x, y, z, roll, pitch, yaw, opening, holding).
+    ``info``: ``instruction`` str, ``family`` str, ``success`` bool. The episode terminates on
+    success and is truncated after ``max_steps``.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+    image_size = 64
+    wrist_size = 32
+
+    def __init__(self, *, max_steps: int = 40, render_mode: str | None = None):
+        """Makes an environment; nothing is placed before ``reset``.
+
+        Args:
+          max_steps: steps after which an episode is truncated.
+          render_mode: ``"rgb_array"`` or None.
+        """
+        self.max_steps = max_steps
+        self.render_mode = render_mode
+        box = gymnasium.spaces.Box
+        self.observation_space = gymnasium.spaces.Dict(
+            image=box(0, 255, (self.image_size, self.image_size, 3), np.uint8),
+            wrist_image=box(0, 255, (self.wrist_size, self.wrist_size, 3), np.uint8),
+            state=box(-np.inf, np.inf, (8,), np.float32),
+        )
+        limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3 + [1.0], np.float32)
+        self.action_space = box(-limit, limit, dtype=np.float32)
+        self.scene: Scene
+        self.task: Task
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Places blocks, zones and gripper, and draws a task.
+
+        Args:
+          seed: fixes the whole episode.
+          options: ``family`` restricts the task family.
+
+        Returns:
+          (observation, info).
+        """
+        super().reset(seed=seed)
+        rng = self.np_random
+        self.scene = _place(rng)
+        colours = [b.colour for b in self.scene.blocks], [z.colour for z in self.scene.zones]
+        self.task = sample_task(rng, self.scene, *colours, family=(options or {}).get("family"))
+        self._steps = 0
+        return self._observe(), self._info()
+
+    def step(self, action: np.ndarray):
+        """Moves by one action, clipped to the action space.
+
+        Args:
+          action: float [7].
+
+        Raises:
+          ValueError: the action has another shape or is not finite.
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"action must be 7 finite numbers, got {action}")
+        advance(self.scene, np.clip(action, self.action_space.low, self.action_space.high))
+        self._steps += 1
+        info = self._info()
+        truncated = self._steps >= self.max_steps
+        return self._observe(), float(info["success"]), info["success"], truncated, info
+
+    def render(self, size: int = 256) -> np.ndarray:
+        """The fixed camera at any size, uint8 [size, size, 3]."""
+        return tabletop_render.render_fixed(self.scene, size)
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        gripper = self.scene.gripper
+        state = [*gripper.position, gripper.height, *gripper.rotation]
+        state += [float(gripper.is_open), float(self.scene.held is not None)]
+        return {
+            "image": tabletop_render.render_fixed(self.scene, self.image_size),
+            "wrist_image": tabletop_render.render_wrist(self.scene, self.wrist_size),
+            "state": np.array(state, np.float32),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "instruction": self.task.instruction,
+            "family": self.task.family,
+            "success": self.task.succeeded(self.scene),
+        }
+
+
+def _place(rng: np.random.Generator) -> Scene:
+    """Blocks and zones at least one gripper apart, the gripper anywhere above."""
+    block_colours = rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)
+    zone_colours = rng.choice(list(ZONE_RGB), ZONE_COUNT, replace=False)
+    spots: list[np.ndarray] = []
+    while len(spots) < BLOCK_COUNT + ZONE_COUNT:
+        spots = []
+        for _ in range(BLOCK_COUNT + ZONE_COUNT):
+            for _ in range(50):
+                spot = rng.uniform(0.14, 0.86, 2)
+                if all(np.linalg.norm(spot - other) > 0.26 for other in spots):
+                    spots.append(spot)
+                    break
+    blocks = [Block(str(c), p) for c, p in zip(block_colours, spots)]
+    zones = [Zone(str(c), p) for c, p in zip(zone_colours, spots[BLOCK_COUNT:])]
+    gripper = Gripper(rng.uniform(0.2, 0.8, 2), float(rng.uniform(0.2, 0.3)), np.zeros(3))
+    return Scene(blocks, zones, gripper)
+
+
+def advance(scene: Scene, action: np.ndarray) -> None:
+    """Moves the scene by one step, in place.
+
+    Args:
+      scene: changed.
+      action: float64 [7] inside the action space.
+    """
+    gripper = scene.gripper
+    _open_or_close(scene, close=action[6] > 0)
+    before = gripper.position.copy()
+    gripper.position = np.clip(gripper.position + action[:2], 0.0, 1.0)
+    gripper.height = _new_height(scene, gripper.height + action[2])
+    gripper.rotation = gripper.rotation + action[3:6]
+    if scene.held is not None:
+        held = scene.blocks[scene.held]
+        held.position = np.clip(held.position + gripper.position - before, 0.0, 1.0)
+        held.height = max(gripper.height - 0.03, 0.0)
+        held.yaw += float(action[5])
+    _push_aside(scene)
+
+
+def _open_or_close(scene: Scene, close: bool) -> None:
+    gripper = scene.gripper
+    if close and gripper.is_open and gripper.height < LOW:
+        distances = [np.linalg.norm(b.position - gripper.position) for b in scene.blocks]
+        nearest = int(np.argmin(distances))
+        if distances[nearest] < GRASP_REACH:
+            scene.held = nearest
+            _touch(scene, nearest)
+    if not close and scene.held is not None:
+        scene.blocks[scene.held].height = 0.0
+        scene.held = None
+    gripper.is_open = not close
+
+
+def _new_height(scene: Scene, wanted: float) -> float:
+    """A closed empty gripper comes to rest on a block; an open one straddles it."""
+    floor = 0.03
+    gripper = scene.gripper
+    for index, block in enumerate(scene.blocks):
+        if index == scene.held:
+            continue
+        above = np.abs(block.position - gripper.position).max() < block.half_size + 0.02
+        if above and not gripper.is_open and gripper.height >= BLOCK_TOP:
+            floor = max(floor, BLOCK_TOP)
+            if wanted <= BLOCK_TOP + 0.005:
+                _touch(scene, index)
+    return float(np.clip(wanted, floor, MAX_HEIGHT))
+
+
+def _push_aside(scene: Scene) -> None:
+    """A low gripper pushes blocks out of its way; an open one leaves those between its fingers."""
+    gripper = scene.gripper
+    if gripper.height >= LOW:
+        return
+    for index, block in enumerate(scene.blocks):
+        offset = block.position - gripper.position
+        distance = float(np.linalg.norm(offset))
+        inside = gripper.is_open and distance < GRASP_REACH
+        if index == scene.held or inside or distance >= PUSH_REACH:
+            continue
+        away = offset / distance if distance > 1e-9 else np.array([1.0, 0.0])
+        block.position = np.clip(gripper.position + PUSH_REACH * away, 0.05, 0.95)
+        _touch(scene, index)
+
+
+def _touch(scene: Scene, index: int) -> None:
+    if index not in scene.touched:
+        scene.touched.append(index)
