@@ -1,0 +1,137 @@
+"""Action statistics: golden group 8, properties, mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+
+from univla_jax.data import actions
+from univla_jax.errors import UserError
+
+CASES = ["single", "multi", "small", "wide", "f32", "onedim", "const"]
+
+
+@pytest.fixture(scope="module")
+def normalize(golden_dir):
+    return dict(np.load(golden_dir / "normalize.npz"))
+
+
+def reference_statistics(arrays, prefix):
+    rows = {name: tuple(map(float, arrays[f"{prefix}|{name}"])) for name in ("mean", "std")}
+    return actions.ActionStatistics(
+        **rows,
+        q01=tuple(map(float, arrays[f"{prefix}|q01"])),
+        q99=tuple(map(float, arrays[f"{prefix}|q99"])),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_running_statistics_match_the_reference(normalize, case):
+    running = actions.RunningStatistics()
+    count = sum(name.startswith(f"{case}|batch") for name in normalize)
+    moments, quantiles = (1e-5, 1e-6) if case == "f32" else (1e-10, 1e-9)
+    for k in range(count):
+        running.update(normalize[f"{case}|batch{k}"])
+        got = running.statistics()
+        for name in ("mean", "std", "q01", "q99"):
+            tolerance = moments if name in ("mean", "std") else quantiles
+            want = normalize[f"{case}|after{k}|{name}"]
+            np.testing.assert_allclose(getattr(got, name), want, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_normalising_matches_the_reference(normalize, case):
+    count = sum(name.startswith(f"{case}|batch") for name in normalize)
+    statistics = reference_statistics(normalize, f"{case}|after{count - 1}")
+    raw = normalize[f"{case}|norm_in"]
+    clipped = statistics.normalise(raw)
+    assert clipped.dtype == np.float32
+    np.testing.assert_allclose(clipped, normalize[f"{case}|norm_clipped"], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(
+        statistics.normalise(raw, clip=False), normalize[f"{case}|norm_unclipped"], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        statistics.unnormalise(normalize[f"{case}|norm_clipped"]),
+        normalize[f"{case}|unnorm_of_clipped"],
+        atol=1e-6,
+    )
+
+
+def test_libero_unnormalisation_matches_the_reference(normalize):
+    statistics = reference_statistics(normalize, "config_libero")
+    got = statistics.unnormalise(normalize["libero_wrapper|in"])
+    np.testing.assert_allclose(got, normalize["libero_wrapper|unnormalised"], atol=1e-6)
+
+
+def test_statistics_survive_json():
+    statistics = actions.ActionStatistics((0.0, 1.0), (1.0, 2.0), (-1.0, 0.5), (1.0, 0.5), 7)
+    again = actions.ActionStatistics.from_dict(json.loads(json.dumps(statistics.to_dict())))
+    assert again == statistics
+
+
+BATCHES = hnp.arrays(
+    np.float64,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=30),
+    elements={"min_value": -100, "max_value": 100},
+)
+
+
+@hypothesis.given(BATCHES, hypothesis.strategies.integers(1, 7))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_streaming_ignores_the_cut_into_batches(rows, size):
+    streamed = actions.stream_statistics(
+        lambda: (rows[i : i + size] for i in range(0, len(rows), size))
+    )
+    whole = actions.RunningStatistics()
+    whole.update(rows)
+    whole = whole.statistics()
+    np.testing.assert_allclose(streamed.mean, rows.mean(0), atol=1e-9)
+    np.testing.assert_allclose(streamed.std, rows.std(0), atol=1e-5)
+    assert (streamed.q01, streamed.q99) == (whole.q01, whole.q99)
+
+
+@hypothesis.given(BATCHES)
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_normalising_is_bounded_and_undone_between_the_quantiles(rows):
+    running = actions.RunningStatistics()
+    running.update(rows)
+    statistics = running.statistics()
+    normalised = statistics.normalise(rows)
+    assert np.abs(normalised).max() <= 1
+    low, high = np.asarray(statistics.q01), np.asarray(statistics.q99)
+    np.testing.assert_allclose(
+        statistics.unnormalise(normalised), np.clip(rows, low, high), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q99": (1.0,)}, "different lengths"),
+        ({"std": (float("nan"), 1.0)}, "not finite"),
+        ({"q01": (3.0, 0.0)}, "exceeds"),
+    ],
+)
+def test_broken_statistics_are_refused(change, message):
+    rows = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "q01": (-1.0, -1.0), "q99": (1.0, 1.0)}
+    with pytest.raises(UserError, match=message):
+        actions.ActionStatistics(**{**rows, **change})
+
+
+def test_wrong_batches_are_refused():
+    running = actions.RunningStatistics()
+    running.update(np.zeros((1, 3)))
+    with pytest.raises(UserError, match="at least 2"):
+        running.statistics()
+    with pytest.raises(UserError, match=r"expected \[N, 3\]"):
+        running.update(np.zeros((1, 2)))
+    with pytest.raises(UserError, match="not finite"):
+        running.update(np.full((1, 3), np.nan))
+    with pytest.raises(UserError, match="beyond"):
+        actions.RunningStatistics((np.zeros(1), np.ones(1))).update(np.full((2, 1), 2.0))
+    with pytest.raises(UserError, match="2 dimensions"):
+        actions.ActionStatistics((0, 0), (1, 1), (0, 0), (1, 1)).normalise(np.zeros((4, 3)))

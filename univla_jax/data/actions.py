@@ -1,0 +1,241 @@
+"""Action statistics and normalisation.
+
+Axes: N rows, A action dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from univla_jax import config
+from univla_jax.errors import UserError
+
+_BINS = 5000
+_EDGE_PADDING = 1e-10
+_DIVISION_GUARD = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionStatistics:
+    """Per-dimension statistics of a corpus' raw actions, in its physical units.
+
+    Attributes:
+      mean: A values.
+      std: A values, population standard deviation.
+      q01: A values, 1 % quantile; ``normalise`` maps it to -1.
+      q99: A values, 99 % quantile; ``normalise`` maps it to 1.
+      count: steps seen, 0 where it is not known.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks that the four rows fit together."""
+        rows = {name: getattr(self, name) for name in ("mean", "std", "q01", "q99")}
+        lengths = {name: len(row) for name, row in rows.items()}
+        if len(set(lengths.values())) != 1 or not len(self.mean):
+            raise UserError(f"action statistics: rows of different lengths {lengths}")
+        if not all(np.isfinite(row).all() for row in rows.values()):
+            raise UserError("action statistics: a value is not finite; recompute them")
+        if np.any(np.asarray(self.q01) > self.q99):
+            raise UserError(f"action statistics: q01 {self.q01} exceeds q99 {self.q99}")
+
+    @property
+    def action_dim(self) -> int:
+        """Number of action dimensions A."""
+        return len(self.mean)
+
+    def normalise(self, actions: np.ndarray, *, clip: bool = True) -> np.ndarray:
+        """Maps raw actions [..., A] to float32 in [-1, 1]: 2 (a - q01) / (q99 - q01 + 1e-8) - 1.
+
+        Computed in float64 (tools/pickle_gen/pickle_generation_libero.py:84-88).
+
+        Args:
+          actions: [..., A] in physical units.
+          clip: False leaves values beyond the quantiles outside [-1, 1].
+
+        Raises:
+          UserError: another number of dimensions.
+        """
+        low, span, raw = self._prepare(actions)
+        scaled = 2 * (raw - low) / (span + _DIVISION_GUARD) - 1
+        return (np.clip(scaled, -1, 1) if clip else scaled).astype(np.float32)
+
+    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
+        """Maps normalised actions [..., A] to float32 raw units: 0.5 (a + 1) (q99 - q01) + q01.
+
+        Raises:
+          UserError: another number of dimensions.
+        """
+        low, span, normalised = self._prepare(actions)
+        return (0.5 * (normalised + 1) * span + low).astype(np.float32)
+
+    def _prepare(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        array = np.asarray(actions, np.float64)
+        if array.ndim == 0 or array.shape[-1] != self.action_dim:
+            raise UserError(
+                f"actions of shape {array.shape} do not fit statistics of {self.action_dim} "
+                "dimensions; use the statistics of the same corpus"
+            )
+        low = np.asarray(self.q01)
+        return low, np.asarray(self.q99) - low, array
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers for JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ActionStatistics:
+        """The inverse of ``to_dict``.
+
+        Raises:
+          UserError: a missing or unknown key, or rows that do not fit together.
+        """
+        return config.build(cls, values, where="action statistics")
+
+
+class RunningStatistics:
+    """Mean, standard deviation and quantiles over batches, with a histogram of 5,000 bins.
+
+    Reproduces ``RunningStats`` of train/dataset/normalize_pi0.py (in float64 throughout). There,
+    a batch that widens the range moves old counts to the bins of their left edges, and the padding
+    of the first range drops the counts of the lowest bin, so the quantiles depend on the order.
+    Given ``limits``, the range never changes and the result is what one single update with all
+    the data gives; ``stream_statistics`` uses that.
+    """
+
+    def __init__(self, limits: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Starts empty.
+
+        Args:
+          limits: least and greatest value [A] of all batches to come, where known.
+        """
+        self._limits = limits
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """Rows seen so far."""
+        return self._count
+
+    def update(self, batch: np.ndarray) -> None:
+        """Adds rows.
+
+        Args:
+          batch: [N, A], or [N] for one dimension; cast to float64.
+
+        Raises:
+          UserError: another number of dimensions, a value that is not finite, or one beyond the
+            given limits.
+        """
+        rows = self._checked(batch)
+        if not len(rows):
+            return
+        low, high = rows.min(0), rows.max(0)
+        if self._count == 0:
+            self._start(*(self._limits or (low, high)))
+        elif self._limits is None and (np.any(low < self._low) or np.any(high > self._high)):
+            self._widen(np.minimum(low, self._low), np.maximum(high, self._high))
+        self._accumulate(rows)
+
+    def statistics(self) -> ActionStatistics:
+        """Statistics of everything seen.
+
+        A quantile is the left edge of the first bin whose cumulative count reaches its share.
+
+        Raises:
+          UserError: fewer than two rows were seen.
+        """
+        if self._count < 2:
+            raise UserError(f"statistics need at least 2 steps, got {self._count}")
+        variance = np.maximum(0, self._squares - self._mean**2)
+        return ActionStatistics(
+            mean=_floats(self._mean),
+            std=_floats(np.sqrt(variance)),
+            q01=_floats(self._quantile(0.01)),
+            q99=_floats(self._quantile(0.99)),
+            count=self._count,
+        )
+
+    def _checked(self, batch: np.ndarray) -> np.ndarray:
+        rows = np.asarray(batch, np.float64)
+        rows = rows[:, None] if rows.ndim == 1 else rows
+        if rows.ndim != 2 or (self._count and rows.shape[1] != len(self._mean)):
+            expected = len(self._mean) if self._count else "any"
+            raise UserError(f"batch of shape {rows.shape}, expected [N, {expected}]")
+        if not np.isfinite(rows).all():
+            raise UserError("batch holds a value that is not finite; drop the broken episode")
+        if self._limits and (np.any(rows < self._limits[0]) or np.any(rows > self._limits[1])):
+            raise UserError("batch holds a value beyond the given limits")
+        return rows
+
+    def _start(self, low: np.ndarray, high: np.ndarray) -> None:
+        self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        self._mean, self._squares = np.zeros_like(self._low), np.zeros_like(self._low)
+        self._edges = [
+            np.linspace(a - _EDGE_PADDING, b + _EDGE_PADDING, _BINS + 1)
+            for a, b in zip(self._low, self._high)
+        ]
+        self._counts = [np.zeros(_BINS) for _ in self._edges]
+
+    def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Moves every histogram to the new range, as the reference does (:84-93)."""
+        self._low, self._high = low, high
+        for i, (a, b) in enumerate(zip(low, high)):
+            edges = np.linspace(a, b, _BINS + 1)
+            old = self._edges[i][:-1]
+            self._counts[i] = np.histogram(old, bins=edges, weights=self._counts[i])[0]
+            self._edges[i] = edges
+
+    def _accumulate(self, rows: np.ndarray) -> None:
+        self._count += len(rows)
+        share = len(rows) / self._count
+        self._mean = self._mean + (rows.mean(0) - self._mean) * share
+        self._squares = self._squares + ((rows**2).mean(0) - self._squares) * share
+        for i, edges in enumerate(self._edges):
+            self._counts[i] += np.histogram(rows[:, i], bins=edges)[0]
+
+    def _quantile(self, share: float) -> np.ndarray:
+        target = share * self._count
+        pairs = zip(self._edges, self._counts)
+        return np.array([edges[np.searchsorted(np.cumsum(n), target)] for edges, n in pairs])
+
+
+def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStatistics:
+    """Statistics of a stream too large for memory, in two passes: the range, then the histogram.
+
+    The result does not depend on how the steps are cut into batches.
+
+    Args:
+      batches: called twice; each time yields the same batches [N, A].
+
+    Raises:
+      UserError: no steps, batches that do not fit together, or values that are not finite.
+    """
+    low = high = None
+    for batch in batches():
+        if len(batch):
+            least, most = np.min(batch, 0), np.max(batch, 0)
+            low = least if low is None else np.minimum(low, least)
+            high = most if high is None else np.maximum(high, most)
+    if low is None:
+        raise UserError("statistics need at least 2 steps, got 0")
+    running = RunningStatistics(limits=(np.float64(low), np.float64(high)))
+    for batch in batches():
+        running.update(batch)
+    return running.statistics()
+
+
+def _floats(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
