@@ -1,0 +1,169 @@
+"""Names and layouts of the vision tokenizer's weights: the reference's and ours.
+
+The reference's state dict (``Emu3VisionVQModel``, 495 entries at full size, golden group 14) maps
+one to one onto the flax variables of ``tokenizers/vision_vq.py``. ``_RULES`` is the whole spelling
+table and ``_PERMUTATIONS`` the whole layout table; everything else follows from the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from univla_jax.errors import UserError
+from univla_jax.tokenizers.vision_config import VisionConfig
+from univla_jax.tokenizers.vision_vq import VisionVQ
+
+# Our path -> the reference's, applied in order to the "/"-joined path without its collection.
+_RULES = (
+    (r"\b(down|up)_(\d+)_(block|attn)_(\d+)\b", r"\1.\2.\3.\4"),
+    (r"\b(down|up)_(\d+)_(downsample|upsample)\b", r"\1.\2.\3"),
+    (r"\bmid_(block|attn)_(\d)\b", r"mid.\1_\2"),
+    (r"\b(time_res_stack_\d+)/(conv\d)/", r"\1/\2/conv/"),
+    (r"\b(quant_conv|post_quant_conv)/", r"\1/conv/"),
+    (r"\btime_conv_(\d+)/", r"time_conv.\1/conv/conv/"),
+    (r"\btime_res_stack_(\d+)\b", r"time_res_stack.\1"),
+    (r"/(kernel|scale)$", "/weight"),
+    (r"/embedding$", "/embedding/weight"),
+    (r"/(mean|var)$", r"/running_\1"),
+    (r"/count$", "/num_batches_tracked"),
+    (r"/", "."),
+)
+
+# Reference axes in our order, by rank of a kernel: OIHW -> HWIO and OITHW -> THWIO.
+_PERMUTATIONS = {4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
+
+# Keys of the hub's config.json that say nothing about the shape.
+_HOUSEKEEPING = ("architectures", "auto_map", "model_type", "torch_dtype", "transformers_version")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one reference tensor lies in our tree.
+
+    Attributes:
+      path: keys from the root of the flax variables, collection first.
+      shape: shape in the reference.
+      dtype: numpy name of the dtype in the reference.
+      permutation: axes of the reference tensor in our order, None where the layouts agree.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    permutation: tuple[int, ...] | None
+
+
+def reference_key(path: tuple[str, ...]) -> str:
+    """The reference's name of the variable at ``path`` (collection first)."""
+    key = "/".join(path[1:])
+    for pattern, spelling in _RULES:
+        key = re.sub(pattern, spelling, key)
+    return key
+
+
+def abstract_variables(config: VisionConfig) -> Any:
+    """Shapes and dtypes of all variables, nothing allocated."""
+    side = config.factor
+    pixels = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+    return jax.eval_shape(VisionVQ(config).init, jax.random.key(0), pixels)
+
+
+def key_table(config: VisionConfig) -> dict[str, Entry]:
+    """All reference keys of a tokenizer of this shape."""
+    flat = flax.traverse_util.flatten_dict(abstract_variables(config))
+    return {reference_key(path): _entry(path, leaf) for path, leaf in flat.items()}
+
+
+def _entry(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> Entry:
+    permutation = _PERMUTATIONS.get(len(leaf.shape))
+    shape = tuple(leaf.shape)
+    if permutation:
+        shape = tuple(leaf.shape[permutation.index(axis)] for axis in range(len(shape)))
+    dtype = "int64" if path[-1] == "count" else leaf.dtype.name
+    return Entry(path, shape, dtype, permutation)
+
+
+def from_reference(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict[str, Any]:
+    """Reference state dict -> flax variables as numpy arrays.
+
+    Raises:
+      UserError: a key is missing, unexpected, or of another shape or kind; all are listed.
+    """
+    table = key_table(config)
+    _check(table, {key: (tuple(v.shape), v.dtype.name) for key, v in state.items()})
+    return flax.traverse_util.unflatten_dict(
+        {entry.path: _into(entry, np.asarray(state[key])) for key, entry in table.items()}
+    )
+
+
+def to_reference(variables: Mapping[str, Any], config: VisionConfig) -> dict[str, np.ndarray]:
+    """Flax variables -> reference state dict; the exact inverse of ``from_reference``.
+
+    Raises:
+      UserError: the tree is not that of ``config``; all differences are listed.
+    """
+    table = key_table(config)
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    by_path = {entry.path: (key, entry) for key, entry in table.items()}
+    state = {}
+    for path, value in flat.items():
+        key, entry = by_path.get(path, ("/".join(path), None))
+        state[key] = np.asarray(value) if entry is None else _out_of(entry, np.asarray(value))
+    _check(table, {key: (v.shape, v.dtype.name) for key, v in state.items()})
+    return state
+
+
+def config_from_reference(values: Mapping[str, Any]) -> VisionConfig:
+    """The hub's ``config.json`` of a vision tokenizer -> ``VisionConfig``.
+
+    Raises:
+      UserError: a key that is neither a field nor known housekeeping.
+    """
+    return VisionConfig.from_dict({k: v for k, v in values.items() if k not in _HOUSEKEEPING})
+
+
+def _into(entry: Entry, value: np.ndarray) -> np.ndarray:
+    if entry.dtype == "int64":
+        return _counter(entry, value)
+    return value if entry.permutation is None else value.transpose(entry.permutation)
+
+
+def _counter(entry: Entry, value: np.ndarray) -> np.ndarray:
+    if not 0 <= value < 2**31:
+        raise UserError(f"{'/'.join(entry.path)}: counter {value} does not fit into int32")
+    return value.astype(np.int32)
+
+
+def _out_of(entry: Entry, value: np.ndarray) -> np.ndarray:
+    if entry.dtype == "int64":
+        return value.astype(np.int64)
+    if entry.permutation is None or value.ndim != len(entry.permutation):
+        return value
+    return np.ascontiguousarray(value.transpose(np.argsort(entry.permutation)))
+
+
+def _check(table: Mapping[str, Entry], found: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raises UserError listing every difference between the table and what was found."""
+    problems = [f"missing {key} {list(table[key].shape)}" for key in table if key not in found]
+    problems += [f"unexpected {key} {list(found[key][0])}" for key in found if key not in table]
+    for key, (shape, dtype) in found.items():
+        if key not in table:
+            continue
+        wanted = table[key]
+        if shape != wanted.shape:
+            problems.append(f"{key} has shape {list(shape)}, expected {list(wanted.shape)}")
+        elif (dtype == "int64") != (wanted.dtype == "int64"):
+            problems.append(f"{key} has dtype {dtype}, expected {wanted.dtype}")
+    if problems:
+        raise UserError(
+            "these weights are not a vision tokenizer of the given config "
+            f"({len(problems)} differences): " + "; ".join(problems)
+        )

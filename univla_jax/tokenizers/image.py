@@ -1,0 +1,203 @@
+"""From camera frames to the pixels the vision tokenizer sees, and back, bit for bit with Pillow.
+
+The reference resizes frames with ``PIL.Image.resize`` (bicubic) to the recipe's size, then its
+image processor (``image_processing_emu3visionvq.py``) rounds both sides to multiples of the
+tokenizer's factor and maps 0..255 to -1..1. Another filter moves pixels by several grey levels and
+with them the codes, so the whole path is one ``ImageSpec``, saved beside every checkpoint.
+
+Axes: N frames, H/W input rows and columns, h/w output rows and columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from univla_jax import config as strict
+from univla_jax.errors import UserError
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+# The reference's arithmetic per grey level: / 255 in float64, then (x - 0.5) / 0.5 in float32.
+_LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 8, min_pixels: int = 512**2, max_pixels: int = 1024**2
+) -> tuple[int, int]:
+    """The size nearest to (height, width) that the tokenizer accepts.
+
+    Both sides become multiples of ``factor`` (rounded half to even), then the area is brought
+    into [min_pixels, max_pixels] with the aspect kept as well as possible. Reproduces the
+    reference's function of the same name, messages included.
+
+    Returns:
+      (height, width) in pixels.
+
+    Raises:
+      UserError: a side is below ``factor``, or one side is over five times the other.
+    """
+    if min(height, width) < factor:
+        raise UserError(f"height:{height} or width:{width} must be larger than factor:{factor}")
+    aspect = max(height, width) / min(height, width)
+    if aspect > 5:
+        raise UserError(f"absolute aspect ratio must be smaller than 5, got {aspect}")
+    rounded = (round(height / factor) * factor, round(width / factor) * factor)
+    if rounded[0] * rounded[1] > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return (
+            math.floor(height / shrink / factor) * factor,
+            math.floor(width / shrink / factor) * factor,
+        )
+    if rounded[0] * rounded[1] < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return (
+            math.ceil(height * grow / factor) * factor,
+            math.ceil(width * grow / factor) * factor,
+        )
+    return rounded
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """How the frames of one camera become tokenizer input.
+
+    Attributes:
+      size: (height, width) frames are first resized to; None keeps the camera's size.
+      filter: Pillow filter of every resize; the reference uses "bicubic".
+      min_pixels: area below which ``smart_resize`` enlarges. The reference's policies use 80 * 80.
+      max_pixels: area above which ``smart_resize`` shrinks.
+      jpeg_quality_train: quality of a JPEG round trip before the resize, for training data only;
+        the reference's stored frames went through 75, its evaluation frames through none.
+      factor: pixels per code along each side, as of the tokenizer.
+    """
+
+    size: tuple[int, int] | None = None
+    filter: str = "bicubic"
+    min_pixels: int = 80 * 80
+    max_pixels: int = 1024 * 1024
+    jpeg_quality_train: int | None = None
+    factor: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown filter, a bad quality, and a size that would be resized again."""
+        if self.filter not in FILTERS:
+            raise UserError(f"image filter {self.filter!r} is not one of {', '.join(FILTERS)}")
+        if self.jpeg_quality_train is not None and not 1 <= self.jpeg_quality_train <= 95:
+            raise UserError(f"jpeg_quality_train {self.jpeg_quality_train} is not in 1..95")
+        if self.size is None:
+            return
+        object.__setattr__(self, "size", tuple(self.size))
+        accepted = self._smart(*self.size)
+        if accepted != self.size:
+            raise UserError(
+                f"image size {self.size} would be resized again to {accepted}; use multiples of "
+                f"{self.factor} and an area within min_pixels {self.min_pixels} .. max_pixels "
+                f"{self.max_pixels}"
+            )
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) in pixels that a frame of (height, width) is resized to."""
+        return self._smart(height, width) if self.size is None else self.size
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of codes that a frame of (height, width) becomes."""
+        h, w = self.output_size(height, width)
+        return h // self.factor, w // self.factor
+
+    def resize(self, frames: np.ndarray, *, training: bool = False) -> np.ndarray:
+        """Resizes frames as the reference does.
+
+        Args:
+          frames: uint8 [N, H, W, 3], RGB.
+          training: whether to make the JPEG round trip of ``jpeg_quality_train`` first.
+
+        Returns:
+          uint8 [N, h, w, 3].
+
+        Raises:
+          UserError: not uint8 [N, H, W, 3].
+        """
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise UserError(
+                f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [N, H, W, 3]"
+            )
+        height, width = self.output_size(*frames.shape[1:3])
+        jpeg = self.jpeg_quality_train if training else None
+        if jpeg is None and (height, width) == frames.shape[1:3]:
+            return frames
+        out = np.empty((len(frames), height, width, 3), np.uint8)
+        for i, frame in enumerate(frames):
+            image = Image.fromarray(frame if jpeg is None else jpeg_round_trip(frame, jpeg))
+            out[i] = image.resize((width, height), FILTERS[self.filter])
+        return out
+
+    def preprocess(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """Any images to tokenizer input: RGB, resized, in [-1, 1].
+
+        Args:
+          images: one uint8 image [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (alpha is dropped), or
+            a sequence of such of one size.
+
+        Returns:
+          float32 [N, h, w, 3].
+        """
+        single = isinstance(images, np.ndarray) and images.ndim < 4
+        return to_pixels(
+            self.resize(np.stack([to_rgb(i) for i in ([images] if single else images)]))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self) | {"size": None if self.size is None else list(self.size)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
+        """Inverse of ``to_dict``."""
+        return strict.build(cls, values, where="image spec")
+
+    def _smart(self, height: int, width: int) -> tuple[int, int]:
+        return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """uint8 grey [H, W] or [H, W, 1], RGB or RGBA [H, W, 3 or 4] -> RGB uint8 [H, W, 3]."""
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    return np.asarray(Image.fromarray(image).convert("RGB"))
+
+
+def jpeg_round_trip(frame: np.ndarray, quality: int) -> np.ndarray:
+    """uint8 [H, W, 3] through Pillow's JPEG encoder and back, same shape."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def to_pixels(frames: np.ndarray) -> np.ndarray:
+    """uint8 levels of any shape -> float32 in [-1, 1], the same bits on every platform."""
+    return _LEVELS[frames]
+
+
+def to_levels(pixels: np.ndarray, *, truncate: bool = False) -> np.ndarray:
+    """float32 pixels of any shape, about [-1, 1] -> uint8 levels.
+
+    Args:
+      pixels: decoder output; values outside are clipped.
+      truncate: cut the fraction as the reference's ``postprocess`` does, which darkens a quarter
+        of all levels by one in a round trip; the default rounds to the nearest level.
+    """
+    levels = ((np.asarray(pixels, np.float32) + 1) / 2) * np.float32(255)
+    return np.clip(levels if truncate else np.rint(levels), 0, 255).astype(np.uint8)

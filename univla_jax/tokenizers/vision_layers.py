@@ -1,0 +1,224 @@
+"""Layers of the video VQ, as pure flax.linen modules, channels last.
+
+Axes: B videos, T frames, N = B * T frames taken one by one, H/W rows and columns, C channels,
+E = ``embed_dim`` channels of the quantised latent, h/w its rows and columns. Every layer is the
+one of Emu3's ``modeling_emu3visionvq.py`` (Emu3 paper, section 2.2) under the same name, so that
+``interop/vision_keys.py`` stays a list of spelling rules.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+SPATIAL_EPS = 1e-6
+TEMPORAL_EPS = 1e-5
+
+conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def conv(features: int, size: int, name: str) -> nn.Conv:
+    """A stride-1 convolution over [N, H, W, C] that keeps H and W."""
+    pad = ((size // 2, size // 2),) * 2
+    return nn.Conv(features, (size, size), padding=pad, kernel_init=conv_init, name=name)
+
+
+def repeat_grid(x_NHWC: jax.Array, factor: int) -> jax.Array:
+    """Repeats every grid cell ``factor`` times along H and W: "nearest" interpolation."""
+    return jnp.repeat(jnp.repeat(x_NHWC, factor, axis=1), factor, axis=2)
+
+
+class GroupNorm(nn.Module):
+    """Normalises groups of neighbouring channels over [H, W], two passes, float32.
+
+    Attributes:
+      groups: number of channel groups; divides C.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        """Returns an array of the same shape."""
+        channels = x_NHWC.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        mean_NC = self._group_mean(x_NHWC.mean((1, 2)))
+        centred = x_NHWC - mean_NC[:, None, None]
+        variance_NC = self._group_mean(jnp.square(centred).mean((1, 2)))
+        gain_NC = jax.lax.rsqrt(variance_NC + SPATIAL_EPS) * scale
+        return centred * gain_NC[:, None, None] + bias
+
+    def _group_mean(self, x_NC: jax.Array) -> jax.Array:
+        grouped = x_NC.reshape(x_NC.shape[0], self.groups, -1).mean(-1)
+        return jnp.repeat(grouped, x_NC.shape[1] // self.groups, axis=1)
+
+
+class SpatialNorm(nn.Module):
+    """Group norm whose scale and shift are read off the quantised latent (MoVQ).
+
+    ``norm(x) * conv_y(zq) + conv_b(zq)`` with ``zq`` resized to ``x``. Both convolutions are 1x1,
+    so they run on the small grid and their results are resized: the same numbers, fewer of them.
+    ``conv_y`` starts at one, so a fresh decoder is a plain network that learns to condition.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x_NHWC: jax.Array, zq_NhwE: jax.Array) -> jax.Array:
+        """Returns an array of the shape of ``x_NHWC``; H and W are multiples of h and w."""
+        channels = x_NHWC.shape[-1]
+        ones = nn.initializers.ones
+        factor = x_NHWC.shape[1] // zq_NhwE.shape[1]
+        y_NhwC = nn.Conv(channels, (1, 1), kernel_init=conv_init, bias_init=ones, name="conv_y")(
+            zq_NhwE
+        )
+        b_NhwC = conv(channels, 1, "conv_b")(zq_NhwE)
+        normed = GroupNorm(self.groups, name="norm_layer")(x_NHWC)
+        return normed * repeat_grid(y_NhwC, factor) + repeat_grid(b_NhwC, factor)
+
+
+def norm(name: str, groups: int, x_NHWC: jax.Array, zq_NhwE: jax.Array | None) -> jax.Array:
+    """Group norm in the encoder (no ``zq``), spatially conditioned norm in the decoder."""
+    if zq_NhwE is None:
+        return GroupNorm(groups, name=name)(x_NHWC)
+    return SpatialNorm(groups, name=name)(x_NHWC, zq_NhwE)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut, 1x1 where the width changes."""
+
+    features: int
+    groups: int
+
+    @nn.compact
+    def __call__(self, x_NHWC: jax.Array, zq_NhwE: jax.Array | None = None) -> jax.Array:
+        """Returns [N, H, W, features]."""
+        h_NHWC = nn.silu(norm("norm1", self.groups, x_NHWC, zq_NhwE))
+        h_NHWC = conv(self.features, 3, "conv1")(h_NHWC)
+        h_NHWC = nn.silu(norm("norm2", self.groups, h_NHWC, zq_NhwE))
+        h_NHWC = conv(self.features, 3, "conv2")(h_NHWC)
+        if x_NHWC.shape[-1] != self.features:
+            x_NHWC = conv(self.features, 1, "nin_shortcut")(x_NHWC)
+        return x_NHWC + h_NHWC
+
+
+class AttentionBlock(nn.Module):
+    """One head of full attention among the H * W cells of each frame, with a shortcut."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x_NHWC: jax.Array, zq_NhwE: jax.Array | None = None) -> jax.Array:
+        """Returns an array of the same shape."""
+        frames, height, width, channels = x_NHWC.shape
+        normed = norm("norm", self.groups, x_NHWC, zq_NhwE)
+        q_NSC, k_NSC, v_NSC = (
+            conv(channels, 1, name)(normed).reshape(frames, height * width, channels)
+            for name in ("q", "k", "v")
+        )
+        scores = jnp.einsum("nsc,ntc->nst", q_NSC, k_NSC) / channels**0.5
+        mixed = jnp.einsum("nst,ntc->nsc", jax.nn.softmax(scores, axis=-1), v_NSC)
+        return x_NHWC + conv(channels, 1, "proj_out")(mixed.reshape(x_NHWC.shape))
+
+
+class Downsample(nn.Module):
+    """Halves H and W: one zero row below and column right, then a 3x3 convolution of stride 2."""
+
+    @nn.compact
+    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        """Returns [N, H / 2, W / 2, C]."""
+        halve = nn.Conv(
+            x_NHWC.shape[-1],
+            (3, 3),
+            strides=(2, 2),
+            padding=((0, 1), (0, 1)),
+            kernel_init=conv_init,
+            name="conv",
+        )
+        return halve(x_NHWC)
+
+
+class Upsample(nn.Module):
+    """Doubles H and W by repetition, then a 3x3 convolution."""
+
+    @nn.compact
+    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        """Returns [N, 2 H, 2 W, C]."""
+        return conv(x_NHWC.shape[-1], 3, "conv")(repeat_grid(x_NHWC, 2))
+
+
+class CausalConv(nn.Module):
+    """Convolution over [T, H, W] that sees no later frame: two zero frames go in front.
+
+    Always two, whatever the kernel and stride (golden facts, 2). The taps in time are laid side by
+    side in the channels of one 2-D convolution: equal to the 3-D one, and many times faster on
+    CPUs at the few channels the latent has.
+
+    Attributes:
+      features: output channels.
+      size: kernel in (time, height, width).
+      stride: step in time; T becomes ``(T + 2 - size[0]) // stride + 1``.
+    """
+
+    features: int
+    size: tuple[int, int, int] = (3, 3, 3)
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
+        """Returns [B, T', H, W, features]."""
+        taps, height, width = self.size
+        channels = x_BTHWC.shape[-1]
+        kernel = self.param("kernel", conv_init, (*self.size, channels, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        unfolded = self._unfold(x_BTHWC)
+        out_NHWC = jax.lax.conv_general_dilated(
+            unfolded.reshape(-1, *unfolded.shape[2:]),
+            kernel.transpose(1, 2, 0, 3, 4).reshape(height, width, taps * channels, self.features),
+            window_strides=(1, 1),
+            padding=((height // 2, height // 2), (width // 2, width // 2)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return out_NHWC.reshape(*unfolded.shape[:4], self.features) + bias
+
+    def _unfold(self, x_BTHWC: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> [B, T', H, W, taps * C], tap by tap."""
+        taps = self.size[0]
+        padded = jnp.pad(x_BTHWC, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
+        last = padded.shape[1] - taps
+        views = [padded[:, i : i + last + 1 : self.stride] for i in range(taps)]
+        return jnp.concatenate(views, axis=-1)
+
+
+class StoredNorm(nn.Module):
+    """Batch norm with stored statistics, in evaluation and in training.
+
+    Collection ``batch_stats`` holds ``mean``, ``var`` and the reference's ``count`` of batches
+    seen; a fresh network has 0, 1 and 0, and learns only scale and bias.
+    """
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
+        """Returns an array of the same shape."""
+        shape = (x_BTHWC.shape[-1],)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape).value
+        var = self.variable("batch_stats", "var", jnp.ones, shape).value
+        self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        return (x_BTHWC - mean) * (jax.lax.rsqrt(var + TEMPORAL_EPS) * scale) + bias
+
+
+class TemporalResBlock(nn.Module):
+    """Two normalised causal 3x3x3 convolutions beside a shortcut; the width stays."""
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
+        """Returns an array of the same shape."""
+        channels = x_BTHWC.shape[-1]
+        h_BTHWC = nn.silu(StoredNorm(name="norm1")(x_BTHWC))
+        h_BTHWC = CausalConv(channels, name="conv1")(h_BTHWC)
+        h_BTHWC = nn.silu(StoredNorm(name="norm2")(h_BTHWC))
+        return x_BTHWC + CausalConv(channels, name="conv2")(h_BTHWC)

@@ -1,0 +1,213 @@
+"""The Emu3 video VQ: pixels to codes and back, as pure flax.linen modules.
+
+A convolutional encoder halves each frame ``len(ch_mult) - 1`` times, causal convolutions merge
+``temporal_downsample_factor`` frames into one latent frame, the nearest row of a codebook is its
+code, and a decoder conditioned on the quantised latent (MoVQ) goes back. An image is the video of
+one picture repeated: its spatial encoder runs once, and its decoder renders frame 0 only.
+Source: Emu3 ``modeling_emu3visionvq.py`` and the Emu3 paper, section 2.2.
+
+Axes: B videos, T frames, N = B * T, H/W pixel rows and columns, h/w/t the same of the latent,
+C channels, E = ``embed_dim``, K = ``codebook_size``, P positions.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from univla_jax.tokenizers import vision_layers as layers
+from univla_jax.tokenizers.vision_config import VisionConfig
+
+_DISTANCES_AT_ONCE = 2**26
+
+
+class Encoder(nn.Module):
+    """Frames to unquantised latents."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array, repeat: int = 1) -> jax.Array:
+        """Encodes videos.
+
+        Args:
+          x_BTHWC: float32 pixels in [-1, 1].
+          repeat: how often each frame is repeated in time after the spatial layers; equals
+            repeating the pixels, without computing them again.
+
+        Returns:
+          [B, T * repeat / temporal_downsample_factor, h, w, z_channels].
+        """
+        batch, time = x_BTHWC.shape[:2]
+        h_NHWC = self._spatial(x_BTHWC.reshape(batch * time, *x_BTHWC.shape[2:]))
+        h_BTHWC = h_NHWC.reshape(batch, time, *h_NHWC.shape[1:])
+        return self._temporal(jnp.repeat(h_BTHWC, repeat, axis=1))
+
+    def _spatial(self, h_NHWC: jax.Array) -> jax.Array:
+        cfg = self.config
+        h_NHWC = layers.conv(cfg.ch, 3, "conv_in")(h_NHWC)
+        for level, mult in enumerate(cfg.ch_mult):
+            for i in range(cfg.num_res_blocks):
+                name = f"down_{level}_block_{i}"
+                h_NHWC = layers.ResBlock(cfg.ch * mult, cfg.num_groups, name=name)(h_NHWC)
+                if level in cfg.attn_resolutions:
+                    name = f"down_{level}_attn_{i}"
+                    h_NHWC = layers.AttentionBlock(cfg.num_groups, name=name)(h_NHWC)
+            if level < len(cfg.ch_mult) - 1:
+                h_NHWC = layers.Downsample(name=f"down_{level}_downsample")(h_NHWC)
+        h_NHWC = middle(cfg, h_NHWC)
+        h_NHWC = nn.silu(layers.GroupNorm(cfg.num_groups, name="norm_out")(h_NHWC))
+        return layers.conv(cfg.z_channels, 3, "conv_out")(h_NHWC)
+
+    def _temporal(self, h_BTHWC: jax.Array) -> jax.Array:
+        channels = h_BTHWC.shape[-1]
+        for i in range(self.config.temporal_blocks):
+            halve = layers.CausalConv(channels, (4, 3, 3), stride=2, name=f"time_conv_{i}")
+            h_BTHWC = nn.silu(halve(h_BTHWC))
+        for i in range(self.config.num_res_blocks):
+            h_BTHWC = layers.TemporalResBlock(name=f"time_res_stack_{i}")(h_BTHWC)
+        return h_BTHWC
+
+
+class Decoder(nn.Module):
+    """Quantised latents to frames."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, z_BTHWC: jax.Array, zq_BTHWC: jax.Array, first_only: bool) -> jax.Array:
+        """Decodes videos.
+
+        Args:
+          z_BTHWC: [B, t, h, w, z_channels], quantised latents after ``post_quant_conv``.
+          zq_BTHWC: [B, t, h, w, E], the quantised latents, which condition the norms.
+          first_only: render only frame 0; t must be 1. No layer sees a later frame, so the frames
+            are never made.
+
+        Returns:
+          float32 [B, t * temporal_downsample_factor (or 1), H, W, out_channels], about [-1, 1].
+        """
+        both = self._temporal(jnp.concatenate([z_BTHWC, zq_BTHWC]), first_only)
+        frames = both.reshape(2, -1, *both.shape[2:])
+        out_NHWC = self._spatial(frames[0], frames[1])
+        return out_NHWC.reshape(z_BTHWC.shape[0], -1, *out_NHWC.shape[1:])
+
+    def _temporal(self, x_BTHWC: jax.Array, first_only: bool) -> jax.Array:
+        channels = x_BTHWC.shape[-1]
+        for i in range(self.config.num_res_blocks):
+            x_BTHWC = layers.TemporalResBlock(name=f"time_res_stack_{i}")(x_BTHWC)
+        for i in range(self.config.temporal_blocks):
+            x_BTHWC = x_BTHWC if first_only else jnp.repeat(x_BTHWC, 2, axis=1)
+            x_BTHWC = nn.silu(layers.CausalConv(channels, name=f"time_conv_{i}")(x_BTHWC))
+        return x_BTHWC
+
+    def _spatial(self, h_NHWC: jax.Array, zq_NhwE: jax.Array) -> jax.Array:
+        cfg = self.config
+        h_NHWC = layers.conv(cfg.ch * cfg.ch_mult[-1], 3, "conv_in")(h_NHWC)
+        h_NHWC = middle(cfg, h_NHWC, zq_NhwE)
+        for level in reversed(range(len(cfg.ch_mult))):
+            width = cfg.ch * cfg.ch_mult[level]
+            for i in range(cfg.num_res_blocks + 1):
+                name = f"up_{level}_block_{i}"
+                h_NHWC = layers.ResBlock(width, cfg.num_groups, name=name)(h_NHWC, zq_NhwE)
+                if level in cfg.attn_resolutions:
+                    name = f"up_{level}_attn_{i}"
+                    h_NHWC = layers.AttentionBlock(cfg.num_groups, name=name)(h_NHWC, zq_NhwE)
+            if level > 0:
+                h_NHWC = layers.Upsample(name=f"up_{level}_upsample")(h_NHWC)
+        h_NHWC = layers.SpatialNorm(cfg.num_groups, name="norm_out")(h_NHWC, zq_NhwE)
+        return layers.conv(cfg.out_channels, 3, "conv_out")(nn.silu(h_NHWC))
+
+
+def middle(cfg: VisionConfig, h_NHWC: jax.Array, zq_NhwE: jax.Array | None = None) -> jax.Array:
+    """The block, attention, block at the smallest resolution, inside the calling module."""
+    width = h_NHWC.shape[-1]
+    h_NHWC = layers.ResBlock(width, cfg.num_groups, name="mid_block_1")(h_NHWC, zq_NhwE)
+    h_NHWC = layers.AttentionBlock(cfg.num_groups, name="mid_attn_1")(h_NHWC, zq_NhwE)
+    return layers.ResBlock(width, cfg.num_groups, name="mid_block_2")(h_NHWC, zq_NhwE)
+
+
+def nearest_codes(x_PE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
+    """Index of the nearest codebook row (first of equals), int32 [P].
+
+    Distances are summed as in the reference, ``x^2 + c^2 - 2 x c``, in blocks of rows that keep
+    the [rows, K] table below 256 MiB.
+    """
+    squares_K = jnp.sum(codebook_KE**2, axis=1)
+
+    def nearest(row_E: jax.Array) -> jax.Array:
+        distance_K = jnp.sum(row_E**2) + squares_K - 2 * (codebook_KE @ row_E)
+        return jnp.argmin(distance_K).astype(jnp.int32)
+
+    rows = max(1, _DISTANCES_AT_ONCE // len(codebook_KE))
+    if len(x_PE) <= rows:
+        return jax.vmap(nearest)(x_PE)
+    return jax.lax.map(nearest, x_PE, batch_size=rows)
+
+
+class VectorQuantizer(nn.Module):
+    """The codebook, float32 [K, E]."""
+
+    config: VisionConfig
+
+    def setup(self) -> None:
+        """Makes the one parameter ``embedding``, uniform in +-1 / K as in the reference."""
+        size, width = self.config.codebook_size, self.config.embed_dim
+
+        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.uniform(key, shape, minval=-1 / size, maxval=1 / size)
+
+        self.embedding = self.param("embedding", uniform, (size, width))
+
+    def __call__(self, x_BTHWE: jax.Array) -> jax.Array:
+        """Latents [..., E] to codes int32 [...]."""
+        codes = nearest_codes(x_BTHWE.reshape(-1, x_BTHWE.shape[-1]), self.embedding)
+        return codes.reshape(x_BTHWE.shape[:-1])
+
+    def lookup(self, codes: jax.Array) -> jax.Array:
+        """Codes int [...] to codebook rows float32 [..., E]."""
+        return jnp.take(self.embedding, codes, axis=0)
+
+
+class VisionVQ(nn.Module):
+    """The whole tokenizer; images are [B, H, W, C], videos [B, T, H, W, C]."""
+
+    config: VisionConfig
+
+    def setup(self) -> None:
+        """Makes encoder, decoder, codebook and the two convolutions around it."""
+        cfg = self.config
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.quantize = VectorQuantizer(cfg)
+        self.quant_conv = layers.CausalConv(cfg.embed_dim, (3, 1, 1))
+        self.post_quant_conv = layers.CausalConv(cfg.z_channels, (3, 1, 1))
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Reconstruction of float32 pixels through their codes; the shape stays."""
+        return self.decode(self.encode(pixels))
+
+    def latents(self, pixels: jax.Array) -> jax.Array:
+        """What is quantised: float32 [B, t, h, w, E]; t = 1 for images."""
+        if pixels.ndim == 4:
+            hidden = self.encoder(pixels[:, None], self.config.temporal_downsample_factor)
+        else:
+            hidden = self.encoder(pixels)
+        return self.quant_conv(hidden)
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """Codes int32: [B, h, w] of images, [B, t, h, w] of videos of t * factor frames."""
+        codes = self.quantize(self.latents(pixels))
+        return codes[:, 0] if pixels.ndim == 4 else codes
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Pixels float32: codes [B, h, w] to images, [B, t, h, w] to videos."""
+        rows = self.quantize.lookup(codes)
+        if codes.ndim == 3:
+            return self.decode_rows(rows[:, None], first_only=True)[:, 0]
+        return self.decode_rows(rows, first_only=False)
+
+    def decode_rows(self, rows_BTHWE: jax.Array, *, first_only: bool) -> jax.Array:
+        """Codebook rows [B, t, h, w, E] to pixels; see ``Decoder``."""
+        return self.decoder(self.post_quant_conv(rows_BTHWE), rows_BTHWE, first_only)
