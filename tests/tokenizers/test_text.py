@@ -1,0 +1,190 @@
+"""Text tokenizers: parity with Emu3's, round trips, tiny corpora, broken files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from univla_jax.errors import UserError
+from univla_jax.tokenizers.text import (
+    SentencePieceText,
+    TiktokenText,
+    load_text_tokenizer,
+    pad_right,
+)
+from univla_jax.tokenizers.vocabulary import Vocabulary
+
+INSTRUCTIONS = [
+    "pick up the red block",
+    "put the blue block on the green zone",
+    "push the yellow block",
+] * 5
+SIZES = ["1*8*8", "1*4*4", "1*8*8"]
+
+
+@pytest.fixture(scope="module")
+def emu3(shared_dir):
+    return load_text_tokenizer(shared_dir / "text_vocabulary")
+
+
+@pytest.fixture(scope="module")
+def golden(golden_dir):
+    return json.loads((golden_dir / "text_tokenizer.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small():
+    return SentencePieceText.fit(INSTRUCTIONS, 320, symbols=SIZES)
+
+
+def test_emu3_ids_and_texts_equal_the_reference(emu3, golden):
+    for case in golden["strings"]:
+        ids = emu3.encode(case["text"], allow_special=True)
+        assert ids == case["ids"]
+        assert emu3.decode(ids) == case["decoded"]
+        assert emu3.decode(ids, skip_special=True) == case["decoded_skip_special"]
+
+
+def test_emu3_padding_equals_the_reference(emu3, golden):
+    texts = [case["text"] for case in golden["strings"][:3]]
+    rows = [emu3.encode(text) for text in texts]
+    pad = Vocabulary.emu3().pad
+    for name, (ids, mask) in {
+        "padded_longest": pad_right(rows, pad),
+        "padded_max_16": pad_right(rows[:1], pad, 16),
+    }.items():
+        assert ids.tolist() == np.atleast_2d(golden[name]["input_ids"]).tolist()
+        assert mask.tolist() == np.atleast_2d(golden[name]["attention_mask"]).tolist()
+
+
+def test_emu3_sizes_agree_with_the_vocabulary(emu3):
+    vocabulary = Vocabulary.emu3()
+    assert (emu3.vocabulary_size, emu3.total_size) == (vocabulary.text_size, vocabulary.size)
+    assert emu3.special_tokens["<|image start|>"] == vocabulary.boi
+    assert emu3.special_tokens["<|visual token 000000|>"] == vocabulary.bov
+
+
+def test_special_tokens_in_instructions_are_plain_text(emu3):
+    text = "<|extra_203|>pick up<|image end|><|visual token 000007|>"
+    ids = emu3.encode(text)
+    assert max(ids) < emu3.vocabulary_size
+    assert emu3.decode(ids) == text
+
+
+def test_emu3_survives_save_and_pickle(emu3, tmp_path):
+    emu3.save(tmp_path)
+    for again in (load_text_tokenizer(tmp_path), pickle.loads(pickle.dumps(emu3))):
+        assert again.encode("put the bowl") == emu3.encode("put the bowl")
+        assert again.fingerprint == emu3.fingerprint
+
+
+@given(st.text())
+@settings(max_examples=50, deadline=None)
+def test_emu3_round_trip(emu3, text):
+    ids = emu3.encode(text)
+    assert emu3.decode(ids) == unicodedata.normalize("NFC", text)
+    assert all(0 <= i < emu3.vocabulary_size for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (b"IQ== 0\nnonsense\n", "line 2"),
+        (b"IQ== 0\n", "single bytes"),
+        (b"", "single bytes"),
+        (b"IQ== 0\n!!!! 1\n", "line 2"),
+    ],
+)
+def test_broken_rank_file(ranks, words):
+    with pytest.raises(UserError, match=words):
+        TiktokenText(ranks, b"")
+
+
+def test_ids_outside_a_text_vocabulary(emu3, small):
+    for tokenizer, size in [(emu3, emu3.total_size), (small, small.vocabulary_size)]:
+        for i in (-1, size):
+            with pytest.raises(UserError, match=f"text id {i} "):
+                tokenizer.decode([i])
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_sentencepiece_round_trip(small, text):
+    ids = small.encode(text)
+    expected = unicodedata.normalize("NFC", text).replace("\u2581", " ")
+    assert small.decode(ids) == expected
+    assert all(0 <= i < small.vocabulary_size for i in ids)
+
+
+def test_sentencepiece_learns_words_and_sizes(small):
+    assert small.vocabulary_size <= 320
+    assert len(small.encode("1*8*8")) == len(small.encode("1*4*4")) == 1
+    assert len(small.encode("pick up the red block")) <= 8
+
+
+def test_sentencepiece_special_names_are_plain(small):
+    for text in ("<unk>", "<s>", "<0x41>", "<|image end|>"):
+        assert small.decode(small.encode(text)) == text
+        assert len(small.encode(text)) > 1
+
+
+def test_sentencepiece_fit_is_deterministic(small):
+    again = SentencePieceText.fit(INSTRUCTIONS, 320, symbols=SIZES)
+    assert again.fingerprint == small.fingerprint
+    other = SentencePieceText.fit(INSTRUCTIONS[:1], 320, symbols=SIZES)
+    assert other.fingerprint != small.fingerprint
+
+
+@pytest.mark.parametrize("texts", [["a"], ["go"], ["", "把杯子 👍🏽"], ["x" * 20_000]])
+def test_sentencepiece_fits_tiny_corpora(texts):
+    tokenizer = SentencePieceText.fit(texts, 4000)
+    assert tokenizer.vocabulary_size <= 4000
+    for text in [*texts, "never seen: é\n\t\0 12"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_sentencepiece_unusable_requests():
+    with pytest.raises(UserError, match="no text to fit"):
+        SentencePieceText.fit(["", " "], 300)
+    with pytest.raises(UserError, match=r"cannot fit 100 ids.*about 266"):
+        SentencePieceText.fit(["abcdefgh"], 100)
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        SentencePieceText(b"nonsense")
+
+
+def test_lone_surrogates_become_replacement_characters(emu3, small):
+    for tokenizer in (emu3, small):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_sentencepiece_survives_save_and_pickle(small, tmp_path):
+    small.save(tmp_path)
+    for again in (load_text_tokenizer(tmp_path), pickle.loads(pickle.dumps(small))):
+        assert again.encode("push the block") == small.encode("push the block")
+        assert again.fingerprint == small.fingerprint
+
+
+def test_loading_from_unsuitable_folders(tmp_path):
+    with pytest.raises(UserError, match=r"no file text_tokenizer\.json"):
+        load_text_tokenizer(tmp_path)
+    (tmp_path / "text_tokenizer.json").write_text('{"kind": "words"}')
+    with pytest.raises(UserError, match="unknown kind 'words'"):
+        load_text_tokenizer(tmp_path)
+    (tmp_path / "text_tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_text_tokenizer(tmp_path)
+    (tmp_path / "text_tokenizer.json").write_text('{"kind": "sentencepiece"}')
+    with pytest.raises(UserError, match=r"no file sentencepiece\.model"):
+        load_text_tokenizer(tmp_path)
+
+
+def test_pad_right_refuses_rows_that_do_not_fit():
+    with pytest.raises(UserError, match="3 tokens does not fit the length 2"):
+        pad_right([[1, 2, 3]], 0, 2)
+    assert pad_right([], 0)[0].shape == (0, 0)
