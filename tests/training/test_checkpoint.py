@@ -1,0 +1,178 @@
+"""Checkpoints: whole or absent, restored exactly, kept by policy."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.training import toy
+from univla_jax.errors import UserError
+from univla_jax.training import checkpoint_folder
+from univla_jax.training.checkpoint import Checkpointer
+from univla_jax.training.checkpoint_policy import CheckpointConfig
+from univla_jax.training.state import TrainState
+
+
+def _write_assets(folder: pathlib.Path) -> None:
+    (folder / "words.txt").write_text("pick")
+
+
+def _save(workdir: pathlib.Path, steps: list[int], **config) -> TrainState:
+    """Saves states at ``steps``; the weights of a state are its step. Returns the last."""
+    state = toy.create()
+    with Checkpointer(workdir, CheckpointConfig(**config), write_assets=_write_assets) as saver:
+        batches = toy.Batches()
+        for step in steps:
+            batches.position = step
+            state = TrainState(jnp.int32(step), {"w": jnp.full((4,), float(step))}, state.opt_state)
+            saver.save(step, state, batches)
+    return state
+
+
+def _restore(workdir: pathlib.Path, batches: toy.Batches | None = None) -> TrainState | None:
+    with Checkpointer(workdir, CheckpointConfig()) as saver:
+        return saver.restore(toy.template(toy.create()), batches)
+
+
+def test_roundtrip_of_state_position_and_assets(tmp_path):
+    saved = _save(tmp_path, [1, 2])
+    batches = toy.Batches()
+    restored = _restore(tmp_path, batches)
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    assert isinstance(restored, TrainState)
+    assert batches.position == 2
+    newest = checkpoint_folder.find_checkpoint(tmp_path)
+    assert newest.name == "2"
+    assert (checkpoint_folder.assets_folder(newest) / "words.txt").read_text() == "pick"
+    assert sorted(p.name for p in newest.iterdir() if p.is_dir()) == ["assets", "iterator", "state"]
+
+
+def test_empty_workdir_restores_nothing(tmp_path):
+    assert _restore(tmp_path) is None
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint_folder.find_checkpoint(tmp_path)
+
+
+def test_due_and_saving_twice(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig(every=3)) as saver:
+        assert [s for s in range(8) if saver.due(s)] == [3, 6]
+        assert saver.save(3, toy.create(), None)
+        assert not saver.save(3, toy.create(), None)
+        saver.wait()
+        assert saver.latest_step() == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"keep_last": 2}, [5, 6]),
+        ({"keep_last": 1, "keep_every": 3}, [3, 6]),
+    ],
+)
+def test_keep_policies(tmp_path, config, kept):
+    _save(tmp_path, [1, 2, 3, 4, 5, 6], **config)
+    assert list(checkpoint_folder.step_folders(tmp_path / "checkpoints")) == kept
+
+
+def test_keep_best(tmp_path):
+    config = CheckpointConfig(keep_last=1, keep_best=1, best_metric="eval/loss")
+    with Checkpointer(tmp_path, config) as saver:
+        for step, loss in enumerate([3.0, 1.0, 2.0, 2.5]):
+            saver.save(step, toy.create(), None, metrics={"eval/loss": loss})
+    assert list(checkpoint_folder.step_folders(tmp_path / "checkpoints")) == [1, 3]
+
+
+def test_donated_buffers_do_not_reach_an_asynchronous_save(tmp_path):
+    """The save must hold its own copy: the next step writes into the same memory."""
+    big = {"w": jnp.ones((512, 512))}
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=9)) as saver:
+        for step in range(4):
+            state = TrainState(jnp.int32(step), jax.tree.map(partial(jnp.add, step), big), ())
+            saver.save(step, state)
+            overwrite(state)
+    for step in range(4):
+        params = checkpoint_folder.load_params(
+            tmp_path / "checkpoints" / str(step), toy.template(big)
+        )
+        np.testing.assert_array_equal(params["w"], 1.0 + step)
+
+
+def test_unfinished_and_incomplete_folders_are_skipped(tmp_path, caplog):
+    _save(tmp_path, [1, 2])
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints / "2", checkpoints / "3.orbax-checkpoint-tmp-17")
+    shutil.copytree(checkpoints / "2", checkpoints / "4")
+    (checkpoints / "4" / "_CHECKPOINT_METADATA").unlink()
+    assert checkpoint_folder.find_checkpoint(tmp_path).name == "2"
+    assert int(_restore(tmp_path).step) == 2
+    assert (checkpoints / "4.incomplete").is_dir()
+    assert not list(checkpoints.glob("*tmp*"))
+    assert "never finished" in caplog.text and "incomplete" in caplog.text
+
+
+def test_damaged_arrays_fall_back_to_the_previous(tmp_path, caplog):
+    _save(tmp_path, [1, 2])
+    folder = tmp_path / "checkpoints" / "2" / "state"
+    for file in folder.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    batches = toy.Batches()
+    assert int(_restore(tmp_path, batches).step) == 1
+    assert batches.position == 1
+    assert "damaged" in caplog.text
+    _save(tmp_path, [2])
+    assert int(_restore(tmp_path).step) == 2
+
+
+def test_all_damaged_is_an_error_and_touches_nothing(tmp_path):
+    _save(tmp_path, [1])
+    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("d/*"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        _restore(tmp_path)
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_another_model_names_the_parameter(tmp_path):
+    saved = _save(tmp_path, [1])
+    wider = TrainState(saved.step, {"w": jnp.zeros((5,))}, saved.opt_state)
+    with (
+        Checkpointer(tmp_path, CheckpointConfig()) as saver,
+        pytest.raises(UserError, match=r"params/w is \(4,\) there, \(5,\) here"),
+    ):
+        saver.restore(toy.template(wider))
+    with pytest.raises(UserError, match="params/v is absent there"):
+        checkpoint_folder.load_params(tmp_path, toy.template({"v": jnp.zeros(4)}))
+
+
+def test_another_number_of_processes(tmp_path):
+    _save(tmp_path, [1])
+    position = tmp_path / "checkpoints" / "1" / "iterator" / "process_0_of_1.bin"
+    position.rename(position.with_name("process_0_of_4.bin"))
+    with pytest.raises(UserError, match="process_0_of_4"):
+        _restore(tmp_path, toy.Batches())
+
+
+def test_params_alone_in_another_dtype(tmp_path):
+    _save(tmp_path, [7])
+    wanted = {"w": jax.ShapeDtypeStruct((4,), jnp.bfloat16)}
+    params = checkpoint_folder.load_params(tmp_path, wanted)
+    assert params["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(params["w"].astype(np.float32), 7.0)
+
+
+def test_unwritable_folder_is_a_user_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(UserError, match="cannot write checkpoints"):
+        Checkpointer(tmp_path, CheckpointConfig())
+
+
+def test_bad_policy_is_refused():
+    with pytest.raises(UserError, match=r"checkpoint\.every: 0"):
+        CheckpointConfig(every=0)

@@ -1,0 +1,47 @@
+"""metrics.jsonl, TensorBoard files and what a resumed run finds."""
+
+from __future__ import annotations
+
+import math
+
+from univla_jax.training import metrics
+from univla_jax.training.metrics import MetricsLogger
+
+
+def _log(workdir, start, end, **options):
+    with MetricsLogger(workdir, start_step=start, total_steps=6, progress=False, **options) as log:
+        for step in range(start, end):
+            log.step(step, {"loss": 1.0 / (step + 1), "tokens": 8.0})
+
+
+def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
+    _log(tmp_path / "whole", 0, 6)
+    _log(tmp_path / "cut", 0, 5)
+    file = tmp_path / "cut" / metrics.FILE
+    file.write_text(file.read_text() + '{"step": 5, "lo')
+    _log(tmp_path / "cut", 3, 6)
+    assert file.read_bytes() == (tmp_path / "whole" / metrics.FILE).read_bytes()
+
+
+def test_lines_come_every_n_steps_and_at_the_end(tmp_path):
+    _log(tmp_path, 0, 6, every=4)
+    assert [line["step"] for line in metrics.read_lines(tmp_path / metrics.FILE)] == [3, 5]
+
+
+def test_metrics_without_anything_to_average_are_left_out(tmp_path):
+    with MetricsLogger(tmp_path, start_step=0, total_steps=1, progress=False) as log:
+        log.write(0, {"eval/loss": 2.0, "eval/action_nll": math.nan})
+    assert metrics.read_lines(tmp_path / metrics.FILE) == [{"step": 0, "eval/loss": 2.0}]
+
+
+def test_tensorboard_holds_metrics_and_times(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLogger(tmp_path, start_step=0, total_steps=6, progress=False) as log:
+        with log.timed("data"):
+            pass
+        log.step(0, {"loss": 2.5, "tokens": 8.0})
+    board = EventAccumulator(str(tmp_path / metrics.TENSORBOARD)).Reload()
+    tags = set(board.Tags()["tensors"])
+    assert {"loss", "time/step_seconds", "time/tokens_per_second", "time/data_seconds"} <= tags
+    assert board.Tensors("loss")[0].tensor_proto.float_val[0] == 2.5

@@ -1,0 +1,168 @@
+"""Where metrics go: ``metrics.jsonl``, TensorBoard, and a progress bar with rate and ETA.
+
+``metrics.jsonl`` holds only what the run computes, never the clock, so that a run which was killed
+and resumed leaves the same bytes as one that was not. Times and rates go to TensorBoard and the
+bar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import tqdm
+from tensorboard.summary import Writer
+
+FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+TOKENS = "tokens"
+
+
+class MetricsLogger:
+    """Writes the metrics of one run; only the first process writes. A context manager."""
+
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        every: int = 1,
+        progress: bool = True,
+    ) -> None:
+        """Opens the files, and drops the lines of steps that will be done again.
+
+        Args:
+          workdir: folder of the run.
+          start_step: the step that training (re)starts at; older lines stay.
+          total_steps: where training ends, for the ETA.
+          every: steps between two written lines.
+          progress: whether to draw the bar on standard error.
+        """
+        self._every, self._total = every, total_steps
+        self._primary = jax.process_index() == 0
+        self._clock = _Clock()
+        self._file = self._board = self._bar = None
+        if not self._primary:
+            return
+        path = pathlib.Path(workdir) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_lines_from(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = Writer(str(path.parent / TENSORBOARD))
+        self._bar = tqdm.tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not progress,
+            mininterval=1.0,
+        )
+
+    def __enter__(self) -> MetricsLogger:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the files."""
+        self.close()
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to ``time/<name>_seconds`` of the next line."""
+        start = time.perf_counter()
+        yield
+        self._clock.add(name, time.perf_counter() - start)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of one training step; writes them where a line is due.
+
+        Args:
+          step: the step's 0-based number.
+          values: metric by name; ``tokens``, where present, gives the token rate.
+        """
+        if not self._primary:
+            return
+        self._clock.count(values.get(TOKENS, 0.0))
+        self._bar.update()
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+        if (step + 1) % self._every == 0 or step + 1 == self._total:
+            self.write(step, values)
+            for name, value in self._clock.read().items():
+                self._board.add_scalar(f"time/{name}", value, step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line now. Metrics that are NaN had nothing to average and are left out."""
+        if not self._primary:
+            return
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
+        self._file.flush()
+        for name, value in known.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what is buffered and closes everything."""
+        for opened in (self._file, self._board, self._bar):
+            if opened is not None:
+                opened.close()
+        self._file = self._board = self._bar = None
+
+
+class _Clock:
+    """Times and counts since the last line."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._steps, self._tokens = time.perf_counter(), 0, 0.0
+        self._parts: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds to the time of a part."""
+        self._parts[name] = self._parts.get(name, 0.0) + seconds
+
+    def count(self, tokens: float) -> None:
+        """Counts one step of that many tokens."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """Means per step and rates since the last call."""
+        elapsed = time.perf_counter() - self._start
+        rates = {"step_seconds": elapsed / self._steps}
+        if self._tokens:
+            rates["tokens_per_second"] = self._tokens / elapsed
+        rates |= {f"{name}_seconds": s / self._steps for name, s in self._parts.items()}
+        self._reset()
+        return rates
+
+
+def drop_lines_from(path: pathlib.Path, step: int) -> None:
+    """Removes the lines of ``step`` and later, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if line["step"] < step]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.jsonl``, without a last one that was cut short."""
+    lines = []
+    for text in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
