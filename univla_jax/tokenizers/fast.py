@@ -1,0 +1,286 @@
+"""FAST: actions → cosine coefficients → integers → characters → byte-level BPE.
+
+Source: "FAST: Efficient Action Tokenization" (arXiv 2501.09747) and
+UniVLA pretrain/fast/processing_action_tokenizer.py. Axes: N chunks, T steps, A action dimensions.
+
+    chunk [T, A] ─ DCT-II over time, orthonormal ─ × scale, round ─→ coefficients int [T, A]
+      ─ flatten (all dimensions of frequency 0 first), − min_token ─→ characters ─ BPE ─→ ids
+
+An action in [-1, 1] has coefficients of at most ``ceil(scale · sqrt(T))``: what decodes to a larger
+one, or to a number of coefficients other than T·A, was no chunk, and ``decode`` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.fft
+import tokenizers
+
+from univla_jax.errors import UserError
+from univla_jax.tokenizers import fast_bpe
+from univla_jax.tokenizers.decoded import DecodedActions, checked_chunks, invalid
+from univla_jax.tokenizers.files import (
+    PathLike,
+    dump_json,
+    fingerprint,
+    parse_json,
+    read_files,
+    write_files,
+)
+
+CONFIG_FILE = "processor_config.json"
+_BPE_FILE = "tokenizer.json"
+_BPE_CONFIG_FILE = "tokenizer_config.json"
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+class FastTokenizer:
+    """One fitted FAST tokenizer; reads and writes the files of the reference.
+
+    Attributes:
+      scale: factor from orthonormal DCT coefficients to integers.
+      min_token: coefficient of the character 0.
+    """
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        """Reads the contents of the files.
+
+        Args:
+          files: ``processor_config.json``, ``tokenizer.json`` and, where there is one,
+            ``tokenizer_config.json``.
+
+        Raises:
+          UserError: a file is broken or lacks a key.
+        """
+        self._files = files
+        values = parse_json(files[CONFIG_FILE], where=CONFIG_FILE)
+        missing = {"scale", "min_token", "vocab_size"} - values.keys()
+        if missing:
+            raise UserError(f"{CONFIG_FILE}: lacks {sorted(missing)}; restore the file")
+        self.scale = float(values["scale"])
+        self.min_token = int(values["min_token"])
+        self._bpe = fast_bpe.parse(files[_BPE_FILE])
+        self._known_ids = self._bpe.get_vocab_size()
+        self._vocabulary_size = max(int(values["vocab_size"]), self._known_ids)
+        bpe_config = parse_json(files.get(_BPE_CONFIG_FILE, b"{}"), where=_BPE_CONFIG_FILE)
+        self._clean_up = bool(bpe_config.get("clean_up_tokenization_spaces", False))
+        self._lossless: dict[int, bool] = {}
+
+    @classmethod
+    def load(cls, folder: PathLike) -> FastTokenizer:
+        """Reads a folder written by ``save``, by the reference or by Hugging Face.
+
+        Raises:
+          UserError: a file is missing or broken.
+        """
+        needed = [CONFIG_FILE, _BPE_FILE]
+        return cls(
+            read_files(folder, needed, optional=[_BPE_CONFIG_FILE], what="FAST action tokenizer")
+        )
+
+    @classmethod
+    def fit(
+        cls,
+        chunks: np.ndarray,
+        scale: float,
+        vocabulary_size: int,
+        *,
+        reference_alphabet: bool = False,
+    ) -> FastTokenizer:
+        """Fits the BPE to normalised action chunks.
+
+        By default every chunk in [-1, 1] can be encoded, whatever was seen: the alphabet holds all
+        256 bytes, ``min_token`` is the least legal coefficient, merges may span all characters,
+        and ``vocabulary_size`` of the result counts the ids there really are.
+
+        Args:
+          chunks: float [N, T, A], normalised to [-1, 1]; sliding windows over the episodes.
+          scale: factor from coefficients to integers; larger is finer and longer.
+          vocabulary_size: upper limit of ids.
+          reference_alphabet: fits as pretrain/fast/processing_action_tokenizer.py:110-186 does,
+            where coefficients never seen may be lost (``encode`` then refuses them).
+
+        Raises:
+          UserError: chunks of another shape or not finite, or a vocabulary too small.
+        """
+        chunks = checked_chunks(chunks, 3)
+        if not chunks.size or not scale > 0:
+            raise UserError(f"FAST: chunks of shape {chunks.shape}, scale {scale}: nothing to fit")
+        coefficients = _coefficients(chunks, scale)
+        low, high = int(coefficients.min()), int(coefficients.max())
+        if not reference_alphabet:
+            bound = _legal_bound(scale, chunks.shape[1])
+            low, high = min(low, -bound), max(high, bound)
+        alphabet = fast_bpe.alphabet(high - low + 1, vocabulary_size, reference_alphabet)
+        texts = (_to_text(row - low) for row in coefficients)
+        bpe = fast_bpe.train(texts, vocabulary_size, alphabet, use_regex=reference_alphabet)
+        size = vocabulary_size if reference_alphabet else bpe.get_vocab_size()
+        return cls(_new_files(bpe, scale, low, size, chunks.shape[1:]))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of action codes."""
+        return self._vocabulary_size
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the files it is saved as."""
+        return fingerprint(self._files)
+
+    def max_tokens(self, horizon: int, action_dim: int) -> int:
+        """Upper bound of the ids of a legal chunk: one per UTF-8 byte of its characters."""
+        highest = max(_legal_bound(self.scale, horizon) - self.min_token, 0)
+        return horizon * action_dim * len(chr(highest).encode("utf-8", "surrogatepass"))
+
+    def encode(self, chunk: np.ndarray, *, strict: bool = True) -> list[int]:
+        """Ids of one normalised chunk [T, A]; see ``encode_batch``."""
+        return self.encode_batch(checked_chunks(chunk, 2)[None], strict=strict)[0]
+
+    def encode_batch(self, chunks: np.ndarray, *, strict: bool = True) -> list[list[int]]:
+        """Ids of normalised chunks, computed in float64.
+
+        Args:
+          chunks: float [N, T, A] in [-1, 1].
+          strict: False encodes as the reference does: values beyond [-1, 1] too, coefficients
+            below ``min_token`` raised to it, characters unknown to the BPE left out.
+
+        Raises:
+          UserError: chunks that are not finite; if strict, a chunk that would not decode to
+            itself.
+        """
+        chunks = checked_chunks(chunks, 3)
+        coefficients = _coefficients(chunks, self.scale)
+        if strict:
+            self._check_coefficients(coefficients, chunks.shape[1])
+        shifted = np.maximum(coefficients - self.min_token, 0)
+        encodings = self._bpe.encode_batch_fast([_to_text(row) for row in shifted])
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
+        """The chunk of ids, or a statement why they are none; never raises on ids.
+
+        Args:
+          ids: action codes.
+          horizon: steps T.
+          action_dim: dimensions A.
+        """
+        unknown = [int(i) for i in ids if not 0 <= i < self._known_ids]
+        if unknown:
+            reason = f"action code {unknown[0]} outside [0, {self._known_ids})"
+            return invalid(reason, horizon, action_dim)
+        coefficients = self._decode_coefficients(ids)
+        if len(coefficients) != horizon * action_dim:
+            reason = f"{len(coefficients)} coefficients instead of {horizon * action_dim}"
+            return invalid(reason, horizon, action_dim)
+        bound = _legal_bound(self.scale, horizon)
+        largest = coefficients[np.argmax(np.abs(coefficients))] if len(coefficients) else 0
+        if abs(largest) > bound:
+            reason = f"coefficient {largest} beyond ±{bound}"
+            return invalid(reason, horizon, action_dim)
+        return DecodedActions(self._to_actions(coefficients, horizon, action_dim))
+
+    def decode_lenient(self, ids: Sequence[int], horizon: int, action_dim: int) -> np.ndarray:
+        """What the reference makes of any ids; float64 [T, A], possibly far outside [-1, 1].
+
+        Too few coefficients are filled up with zeros, too many are cut, ids beyond the vocabulary
+        are left out, a negative id gives zeros (processing_action_tokenizer.py:64-107). For
+        comparisons; never hand the result to a robot.
+        """
+        try:
+            coefficients = self._decode_coefficients(ids, clean_up=self._clean_up)
+        except OverflowError:
+            return np.zeros((horizon, action_dim))
+        whole = np.zeros(horizon * action_dim, np.int64)
+        kept = coefficients[: len(whole)]
+        whole[: len(kept)] = kept
+        return self._to_actions(whole, horizon, action_dim)
+
+    def save(self, folder: PathLike) -> None:
+        """Writes the files into ``folder``, byte by byte as they were loaded or fitted."""
+        write_files(folder, self._files)
+
+    def _decode_coefficients(self, ids: Sequence[int], *, clean_up: bool = False) -> np.ndarray:
+        text = self._bpe.decode([int(i) for i in ids], skip_special_tokens=False)
+        for spaced, tight in _CLEAN_UP if clean_up else ():
+            text = text.replace(spaced, tight)
+        return np.array([ord(c) for c in text], np.int64) + self.min_token
+
+    def _to_actions(self, coefficients: np.ndarray, horizon: int, action_dim: int) -> np.ndarray:
+        scaled = coefficients.reshape(horizon, action_dim) / self.scale
+        return scipy.fft.idct(scaled, axis=0, norm="ortho")
+
+    def _check_coefficients(self, coefficients: np.ndarray, horizon: int) -> None:
+        """Raises UserError when a coefficient is illegal or would be lost."""
+        bound = _legal_bound(self.scale, horizon)
+        for value in np.unique(coefficients).tolist():
+            if abs(value) > bound:
+                raise UserError(
+                    f"action chunk has the coefficient {value} beyond ±{bound}: its actions leave "
+                    "[-1, 1]; normalise them with the corpus' statistics and clip"
+                )
+            if not self._keeps(value):
+                raise UserError(
+                    f"action coefficient {value} cannot be written in this FAST tokenizer "
+                    f"(least {self.min_token}, or missing in its alphabet); fit it again with the "
+                    "default alphabet and chunks of this length"
+                )
+
+    def _keeps(self, coefficient: int) -> bool:
+        """Whether a coefficient survives encoding and decoding."""
+        if coefficient not in self._lossless:
+            shifted = coefficient - self.min_token
+            self._lossless[coefficient] = 0 <= shifted < fast_bpe.MAX_CHARACTERS and (
+                self._bpe.decode(self._bpe.encode(chr(shifted)).ids) == chr(shifted)
+            )
+        return self._lossless[coefficient]
+
+
+def _coefficients(chunks: np.ndarray, scale: float) -> np.ndarray:
+    """Rounded scaled DCT-II over time; [N, T, A] float64 → int64 (halves go to even)."""
+    return np.around(scipy.fft.dct(chunks, axis=1, norm="ortho") * scale).astype(np.int64)
+
+
+def _legal_bound(scale: float, horizon: int) -> int:
+    """Largest |coefficient| of actions in [-1, 1]."""
+    return math.ceil(scale * math.sqrt(horizon))
+
+
+def _to_text(shifted: np.ndarray) -> str:
+    return "".join(map(chr, shifted.ravel().tolist()))
+
+
+def _new_files(
+    bpe: tokenizers.Tokenizer, scale: float, min_token: int, size: int, shape: tuple[int, ...]
+) -> dict[str, bytes]:
+    """The three files of a newly fitted tokenizer for chunks of ``shape`` [T, A]."""
+    values = {
+        "scale": scale,
+        "min_token": min_token,
+        "vocab_size": size,
+        "time_horizon": shape[0],
+        "action_dim": shape[1],
+        "processor_class": "UniversalActionProcessor",
+    }
+    bpe_values = {
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    return {
+        CONFIG_FILE: dump_json(values),
+        _BPE_FILE: bpe.to_str(pretty=True).encode(),
+        _BPE_CONFIG_FILE: dump_json(bpe_values),
+    }
