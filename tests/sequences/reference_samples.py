@@ -1,0 +1,232 @@
+"""Rebuilds the reference's dataset samples and prompts with the package's own functions.
+
+One record of ``dataset.json`` (golden group 9) or ``prompts.json`` (group 10a) in, ids and labels
+out. The record's arguments choose the layout and the labels, as a recipe's config does in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from univla_jax.sequences import layouts, prompts, windows
+from univla_jax.sequences.examples import Example
+from univla_jax.sequences.frames import frame_block, frame_head, picture_grammar, video_grammar
+from univla_jax.sequences.labels import LABELS, label_mask
+from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.tokens import Role, Tokens
+
+IGNORED = -100
+ARM_VIEWS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""Normalised actions [T, A] to action codes."""
+
+
+class Scene:
+    """The window of one recorded sample: codes, actions and words, cut as the reference cut it."""
+
+    def __init__(self, record: Mapping, arrays: Mapping[str, np.ndarray]) -> None:
+        """Finds the scene of ``record`` and the window its random start chose."""
+        self.args = record["args"]
+        self._arrays = arrays
+        self._record = record
+        self.spacing = record["action_frames_after"]
+        scene, shift = self._find()
+        self.name, self.text = scene["scene"], scene["text"]
+        self.reasoning = scene.get("reasoning")
+        steps = len(self._array(self.view_names()[0]))
+        if not self.args["random_frame_sampling"]:
+            steps = self.spacing * self.args["frames"]
+        self.interleaved = self.args["video_format"] == "interleave"
+        frames = self.args["frames"] if self.interleaved else 1
+        if self.interleaved or steps >= self.spacing:
+            self.length = windows.window_steps(steps, frames, self.spacing)
+        else:
+            self.length = steps  # an image-mode episode shorter than one chunk
+        self.start = shift + record["start_index"]
+
+    def _find(self) -> tuple[Mapping, int]:
+        """The scene, and the first step of the sliding window where those are used."""
+        index = self._record["index"]
+        if self.args["random_frame_sampling"]:
+            return self._record["scenes"][index], 0
+        size = self.spacing * self.args["frames"]
+        for scene in self._record["scenes"]:
+            count = scene["T"] - size + 1
+            if index < count:
+                return scene, index
+            index -= count
+        raise AssertionError("index beyond the sliding windows")
+
+    def _array(self, key: str) -> np.ndarray:
+        return np.asarray(self._arrays[f"{self.name}|{key}"])
+
+    def view_names(self) -> tuple[str, ...]:
+        """The cameras of the sample, in the order they are written."""
+        if self._record["dataset"] == "Emu3RealRobotDataset":
+            return ARM_VIEWS
+        both = self.args["use_gripper"] and f"{self.name}|gripper_image" in self._arrays
+        return ("image", "gripper_image") if both else ("image",)
+
+    def views(self) -> list[np.ndarray]:
+        """Per camera the codes [T, 5, 5] the sample shows."""
+        cut = slice(self.start, self.start + self.length)
+        codes = [self._array(name)[cut] for name in self.view_names()]
+        if self.interleaved:
+            return [c[:: self.spacing] for c in codes]
+        return [c[: self.args["frames"]] for c in codes]
+
+    def chunks(self, encode: Encode) -> list[np.ndarray]:
+        """Action codes of each chunk."""
+        actions = self._array("action")[self.start : self.start + self.length]
+        size = self.spacing if self.interleaved else self.length
+        return [encode(actions[i : i + size]) for i in range(0, self.length, size)]
+
+    def state(self, encode: Encode) -> np.ndarray | None:
+        """Codes of the state where the image-mode sample has one."""
+        if f"{self.name}|state" not in self._arrays or self._record["dataset"] != (
+            "Emu3RealRobotDataset"
+        ):
+            return None
+        return encode(self._array("state").reshape(1, -1))
+
+    def thought(self) -> str:
+        """The reasoning at the first step."""
+        entry = self.reasoning[self.start]
+        return entry["reasoning"] if isinstance(entry, dict) else entry
+
+
+def sample_tokens(lexicon: Lexicon, record: Mapping, arrays: Mapping, encode: Encode) -> Tokens:
+    """The token sequence of one record, before padding."""
+    scene, args = Scene(record, arrays), record["args"]
+
+    def ids(codes: np.ndarray) -> np.ndarray:
+        return lexicon.vocabulary.action_ids(codes)
+
+    text = "" if args["without_text"] and "World" in record["dataset"] else scene.text
+    views = scene.views()
+    acts = args["actions"] and record["dataset"] != "Emu3WorldModelDataset"
+    if scene.interleaved:
+        if not acts:
+            return layouts.world_model(lexicon, text, views)
+        chunks = [ids(c) for c in scene.chunks(encode)]
+        return layouts.policy_video(lexicon, text, views, chunks)
+    if args["VL"]:
+        order = next(r for name, *_, r in record["random_calls"] if name == "random")
+        layout = layouts.caption if order < 0.5 else layouts.question
+        return layout(lexicon, text, views)
+    if not acts or args["actions_format"] == "text":
+        return _head_of(layouts.policy_flow(lexicon, text, views))
+    if args["actions_format"] == "continuous":
+        return layouts.policy_flow(lexicon, text, views)
+    (chunk,) = scene.chunks(encode)
+    if record["dataset"] == "Emu3CoTDataset":
+        return layouts.chain_of_thought(lexicon, text, views, scene.thought(), ids(chunk))
+    state = scene.state(encode)
+    state = None if state is None else ids(state)
+    return layouts.policy_image(lexicon, text, views, ids(chunk), state)
+
+
+def _head_of(tokens: Tokens) -> Tokens:
+    """Without the final boa: the reference's text format appends no action at all."""
+    return Tokens(tokens.ids[:-1], tokens.roles[:-1])
+
+
+def labelled_roles(record: Mapping) -> frozenset[Role]:
+    """The label choice behind the reference's flags (facts 28, 32, 33)."""
+    args, dataset = record["args"], record["dataset"]
+    only_action = args["apply_loss_on_only_action"]
+    only_vision = args["apply_loss_on_only_vision"]
+    if dataset == "Emu3WorldModelDataset":
+        return LABELS["vision"] if only_vision else LABELS["both"]
+    if args["video_format"] == "interleave":
+        # Without actions the flag has no effect: every image block is labelled.
+        return LABELS["action"] if only_action and args["actions"] else LABELS["both"]
+    if only_action and args["actions"] and args["actions_format"] == "fast":
+        return LABELS["action"]
+    if dataset == "Emu3CoTDataset":
+        return LABELS["all"] - {Role.VISION}
+    return frozenset({Role.VISION, Role.ACTION}) if only_vision else LABELS["all"]
+
+
+def dataset_sample(
+    lexicon: Lexicon, record: Mapping, arrays: Mapping, encode: Encode
+) -> dict[str, np.ndarray]:
+    """``input_ids``, ``attention_mask`` and ``labels`` of one record, padded as the reference pads.
+
+    The reference returns a too long image-mode sample unpadded; such a record is compared so.
+
+    Raises:
+      UserError: an episode shorter than a chunk, or an interleaved sample that is too long.
+    """
+    tokens = sample_tokens(lexicon, record, arrays, encode)
+    mask = label_mask(tokens, labelled_roles(record))
+    row = Example.single(tokens.ids, mask.astype(np.float32))
+    length = record["max_position_embeddings"]
+    if len(tokens) <= length or record["args"]["video_format"] == "interleave":
+        row = row.pad_to(length, lexicon.vocabulary.pad)
+    return {
+        "input_ids": row.tokens,
+        "attention_mask": (row.segment_ids > 0).astype(np.int32),
+        "labels": np.where(row.loss_weight > 0, row.tokens, IGNORED),
+    }
+
+
+def prompt_rows(lexicon: Lexicon, record: Mapping, arrays: Mapping) -> list[np.ndarray]:
+    """The prompts of one ``prompts.json`` record, one row of ids per text."""
+    texts = record["text"] if isinstance(record["text"], list) else [record["text"]]
+    video = np.asarray(arrays[f"{record['name']}|video_tokens"])
+    video = video[None] if record["mode"].startswith("VLA2") else video
+    gripper = arrays.get(f"{record['name']}|gripper_tokens")
+    rows = []
+    for i, text in enumerate(texts):
+        rows.append(_prompt(lexicon, record, text, video[i], _others(record, gripper, i)))
+    return rows
+
+
+def _others(record: Mapping, gripper: np.ndarray | None, row: int) -> list[np.ndarray]:
+    if gripper is None:
+        return []
+    if record["gripper_kind"] == "pair":
+        return [gripper[0][row], gripper[1][row]]
+    return [gripper if record["mode"].startswith("VLA2") else gripper[row]]
+
+
+def _prompt(
+    lexicon: Lexicon, record: Mapping, text: str, video: np.ndarray, others: list[np.ndarray]
+) -> np.ndarray:
+    mode, kwargs = record["mode"], record["kwargs"]
+    shown, frames = kwargs.get("context_frames") or None, kwargs.get("frames")
+    if shown is not None:
+        shown = min(shown, len(video))
+    views, (height, width) = [video, *others], video.shape[1:]
+    if mode in ("VLA", "VLA2", "VLA_ALOHA"):
+        return prompts.policy_prompt(lexicon, text, views, shown=shown)
+    if mode in ("VLA_Video", "VLA2_Video", "VLA_VIDEO_ALOHA"):
+        return prompts.turn_prompt(lexicon, views, shown=shown)
+    if mode == "VLA_COT":
+        return prompts.reasoning_prompt(lexicon, text, views, shown=shown)
+    if mode == "G":
+        return prompts.draw_prompt(lexicon, text, height, width, frames)
+    if mode == "U":
+        return prompts.ask_prompt(lexicon, text, views)
+    if mode == "INTERLEAVE" and len(video) == frames == 1:
+        return prompts.imagine_prompt(lexicon, text, video)
+    block = frame_block(lexicon, video, shown=shown)
+    parts = [prompts.opening(lexicon, text), block]
+    if mode == "INTERLEAVE":
+        parts.append(frame_head(lexicon, height, width, frames))
+    return np.concatenate(parts)
+
+
+def grammar_rows(lexicon: Lexicon, kind: str, height: int, width: int, frames: int, length: int):
+    """Rows [count, lowest, highest] of the ids allowed at each place after ``img``."""
+    if kind == "video":
+        forced = video_grammar(lexicon, height, width, frames, length)
+    else:
+        forced = picture_grammar(lexicon, height, width, length)
+    vocabulary = lexicon.vocabulary
+    free = [vocabulary.visual_size, vocabulary.bov, vocabulary.eov]
+    return np.array([free if i < 0 else [1, i, i] for i in forced])
