@@ -79,3 +79,20 @@ def parse_json(content: bytes, *, where: str) -> dict[str, Any]:
 def dump_json(value: Mapping[str, Any]) -> bytes:
     """Indented JSON with sorted keys, the same bytes for the same value."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def hash_files(folder: PathLike, prefix: str = "") -> dict[str, str]:
+    """Relative path → sha256 (hex) of every file below ``folder``, read piece by piece.
+
+    Args:
+      folder: where to look, folders inside included.
+      prefix: put before each path.
+    """
+    hashes = {}
+    for path in sorted(epath.Path(folder).iterdir()):
+        if path.is_dir():
+            hashes.update(hash_files(path, f"{prefix}{path.name}/"))
+        else:
+            with path.open("rb") as file:
+                hashes[prefix + path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
