@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # brings JAX along
 
 _FILE = "assets.json"
 _FORMAT = 1
+_ORBAX_MARKER = "commit_success.txt"
 _PARTS = ("text", "vision", "action")
 _SETTINGS = ("vocabulary", "image_specs", "statistics", "layout", "model")
 
@@ -197,9 +198,10 @@ class Assets:
         folder = epath.Path(folder)
         record = _read_record(folder)
         _check_files(folder, record["files"])
-        vision = _stored_vision(folder, record["vision"])
-        if vision is not None and not lazy_vision:
-            vision = vision.load()
+        vision = None
+        if record["vision"] is not None:
+            vision = StoredVision(folder / "vision", **record["vision"])
+            vision = vision if lazy_vision else vision.load()
         has_action = "action" in record["parts"]
         assets = cls(
             vocabulary=Vocabulary.from_dict(record["vocabulary"]),
@@ -271,7 +273,8 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
 def _check_files(folder: epath.Path, recorded: Mapping[str, str]) -> None:
     """Raises UserError unless the folder holds exactly the recorded files, unchanged."""
     found = hash_files(folder)
-    found.pop(_FILE)
+    for own in (_FILE, _ORBAX_MARKER):
+        found.pop(own, None)
     verdicts = {
         "was removed; restore it from another checkpoint of the run": recorded.keys()
         - found.keys(),
@@ -283,12 +286,6 @@ def _check_files(folder: epath.Path, recorded: Mapping[str, str]) -> None:
     for verdict, names in verdicts.items():
         if names:
             raise UserError(f"checkpoint assets {folder}: {min(names)} {verdict}")
-
-
-def _stored_vision(
-    folder: epath.Path, description: Mapping[str, Any] | None
-) -> StoredVision | None:
-    return None if description is None else StoredVision(folder / "vision", **description)
 
 
 def _sha256_json(value: Any) -> str:
