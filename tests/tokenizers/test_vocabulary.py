@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univla_jax.errors import UserError
@@ -126,6 +126,7 @@ def test_inconsistent_layouts_are_refused():
 
 
 @given(st.lists(st.integers(0, 32_767)), st.lists(st.integers(0, 2_047)))
+@settings(deadline=None)
 def test_round_trip(visual, action):
     assert EMU3.visual_codes(EMU3.visual_ids(visual)).tolist() == visual
     assert EMU3.action_codes(EMU3.action_ids(action)).tolist() == action
@@ -134,6 +135,7 @@ def test_round_trip(visual, action):
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 500), st.integers(-2_000, 2_000))
+@settings(deadline=None)
 def test_every_id_has_one_meaning(text, visual, action, token):
     vocabulary = Vocabulary.from_scratch(text, visual, action)
     if 0 <= token < vocabulary.size:
