@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import tqdm
-from tensorboard.summary import Writer
+
+from univla_jax.training.event_file import EventFile
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -55,7 +56,7 @@ class MetricsLogger:
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_from(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = Writer(str(path.parent / TENSORBOARD))
+        self._board = EventFile(path.parent / TENSORBOARD)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -105,6 +106,7 @@ class MetricsLogger:
         self._file.flush()
         for name, value in known.items():
             self._board.add_scalar(name, value, step)
+        self._board.flush()
 
     def close(self) -> None:
         """Writes what is buffered and closes everything."""

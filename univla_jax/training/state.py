@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""What training carries from step to step, sharded from birth."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+
+from univla_jax.training import sharding
+
+Init = Callable[[jax.Array], Any]
 
 
 @jax.tree_util.register_dataclass
@@ -34,45 +39,46 @@ class TrainState:
         return cls(jnp.zeros([], jnp.int32), params, optimizer.init(params))
 
 
-def abstract_state(
-    init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Shapes and dtypes of a run's state, nothing allocated.
+def abstract_state(init: Init, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state; nothing is allocated.
 
     Args:
-      init: makes the parameters from a PRNG key.
-      optimizer: its state is sized with them.
+      init: makes the parameters from a PRNG key, boxed with logical names where they are split.
+      optimizer: its moments are split as the parameters are.
+      mesh: where the state will live.
 
     Returns:
-      a ``TrainState`` of ``jax.ShapeDtypeStruct``.
+      a ``TrainState`` of ``jax.ShapeDtypeStruct`` with ``.sharding``: what restoring needs.
     """
-    return jax.eval_shape(lambda key: TrainState.create(init(key), optimizer), jax.random.key(0))
+    boxed = jax.eval_shape(lambda key: TrainState.create(init(key), optimizer), jax.random.key(0))
+    return sharding.place(boxed, mesh)
 
 
 def init_state(
-    init: Callable[[jax.Array], Any],
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    shardings: Any,
+    init: Init, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
 ) -> TrainState:
-    """Makes the state on the devices that will hold it; no host ever holds a whole copy.
+    """Makes the state on the devices that hold it; no host ever has a whole copy.
 
     Args:
       init: makes the parameters from a PRNG key.
       optimizer: initialised from them.
       seed: of the parameters.
-      shardings: a ``TrainState`` of ``jax.sharding.Sharding``, as ``sharding.state_shardings``
-        returns it.
+      abstract: from ``abstract_state``.
     """
-    create = jax.jit(lambda key: TrainState.create(init(key), optimizer), out_shardings=shardings)
+    create = jax.jit(
+        lambda key: TrainState.create(sharding.unbox(init(key)), optimizer),
+        out_shardings=sharding.shardings(abstract),
+    )
     return create(jax.random.key(seed))
 
 
 def state_from_params(
-    params: Any, optimizer: optax.GradientTransformation, shardings: Any
+    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """The state at step 0 around parameters loaded from elsewhere; ``params`` is donated."""
+    """The state at step 0 around parameters that were loaded; ``params`` is donated."""
     create = jax.jit(
-        lambda p: TrainState.create(p, optimizer), out_shardings=shardings, donate_argnums=0
+        lambda p: TrainState.create(p, optimizer),
+        out_shardings=sharding.shardings(abstract),
+        donate_argnums=0,
     )
     return create(params)

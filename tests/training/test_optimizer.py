@@ -1,0 +1,93 @@
+"""The schedule, the decay mask, clipping and AdamW against the reference's numbers."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from univla_jax.errors import UserError
+from univla_jax.training import optimizer
+from univla_jax.training.optimizer import OptimizerConfig
+
+RECIPES = {
+    "libero": (8e-5, 5e-6, 50, 8000),
+    "pretrain": (8e-5, 5e-6, 50, 30000),
+    "aloha": (5e-5, 5e-6, 100, 8000),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_schedule_equals_the_reference(golden_dir, recipe):
+    golden = np.load(golden_dir / "recipe.npz")
+    steps, rates = golden[f"lr|{recipe}|step"], golden[f"lr|{recipe}|lr"]
+    schedule = optimizer.cosine_with_min_lr(*RECIPES[recipe])
+    np.testing.assert_allclose([schedule(int(s)) for s in steps], rates, rtol=1e-12, atol=0)
+    in_float32 = [float(schedule(jnp.int32(s))) for s in steps]
+    np.testing.assert_allclose(in_float32, rates, rtol=2e-6, atol=1e-12)
+
+
+def test_decay_mask_leaves_norms_and_biases_out():
+    params = {
+        "embed": {"embedding": 1},
+        "layers": {"norm": {"scale": 1}, "q": {"kernel": 1, "bias": 1}},
+    }
+    assert optimizer.decay_mask(params) == {
+        "embed": {"embedding": True},
+        "layers": {"norm": {"scale": False}, "q": {"kernel": True, "bias": False}},
+    }
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(10.0, 1.0), (2.5, 2.5 / (5.0 + 1e-6))])
+def test_clipping_is_torchs(limit, scale):
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped, _ = optimizer.clip_by_global_norm(limit).update(grads, optax.EmptyState())
+    np.testing.assert_allclose(clipped["a"], 3.0 * scale, rtol=1e-7)
+    np.testing.assert_allclose(clipped["b"], 4.0 * scale, rtol=1e-7)
+
+
+def _run(config, steps=20):
+    """Minimises |w - 1|^2 / 2; returns the weights and the optimizer's state."""
+    transform = optimizer.make_optimizer(config, total_steps=steps)
+    params = {"w": {"kernel": jnp.zeros(4)}}
+    state = transform.init(params)
+    for _ in range(steps):
+        grads = {"w": {"kernel": params["w"]["kernel"] - 1.0}}
+        updates, state = transform.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params["w"]["kernel"], state
+
+
+def test_adamw_equals_optax_where_both_can_do_it():
+    config = OptimizerConfig(learning_rate=0.1, min_learning_rate=0.01, warmup_steps=2)
+    ours, _ = _run(config)
+    transform = optax.chain(
+        optax.adamw(
+            optimizer.make_schedule(config, 20), b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1
+        )
+    )
+    params = jnp.zeros(4)
+    state = transform.init(params)
+    for _ in range(20):
+        updates, state = transform.update(params - 1.0, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(ours, params, rtol=1e-5)
+
+
+def test_bfloat16_moments_end_near_float32_ones():
+    config = {"learning_rate": 0.1, "min_learning_rate": 0.01, "warmup_steps": 2}
+    exact, _ = _run(OptimizerConfig(**config))
+    near, state = _run(OptimizerConfig(**config, moments_dtype="bfloat16"))
+    adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
+    assert adam.mu["w"]["kernel"].dtype == adam.nu["w"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(near, exact, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("moments_dtype", "float16"), ("min_learning_rate", 1.0), ("clip_norm", 0.0)],
+)
+def test_bad_settings_are_refused(field, value):
+    with pytest.raises(UserError, match=rf"optimizer\.{field}: "):
+        OptimizerConfig(**{field: value})

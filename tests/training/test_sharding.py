@@ -1,0 +1,109 @@
+"""The mesh, the rules table and what they resolve to."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from univla_jax.errors import UserError
+from univla_jax.training import batches, sharding
+from univla_jax.training.sharding import AXES, MeshConfig
+
+
+def _mesh(**sizes: int) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "sizes"),
+    [
+        ({}, 8, (1, 1, 8, 1, 1)),
+        ({"data": 2, "tensor": 2}, 8, (1, 2, 2, 2, 1)),
+        ({"data": -1, "fsdp": 2}, 8, (1, 4, 2, 1, 1)),
+        ({"replica": 2, "context": 4}, 256, (2, 1, 32, 1, 4)),
+        ({"fsdp": 1}, 1, (1, 1, 1, 1, 1)),
+    ],
+)
+def test_mesh_sizes(config, devices, sizes):
+    assert MeshConfig(**config).sizes(devices) == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"fsdp": 3}, "does not divide 8 device"),
+        ({"fsdp": 4}, "product of the sizes is 4"),
+        ({"data": -1}, "one at most -1"),
+        ({"data": 0}, "expected positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices(config, message):
+    with pytest.raises(UserError, match=message):
+        MeshConfig(**config).sizes(8)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "mesh", "spec"),
+    [
+        (("vocab", "embed"), (512, 64), {"fsdp": 4, "tensor": 2}, ("tensor", "fsdp")),
+        (("embed", "mlp"), (64, 96), {"fsdp": 2, "context": 2}, (("fsdp", "context"), None)),
+        (("layers", "norm"), (32, 64), {"fsdp": 8}, (None, None)),
+        # two kv heads over four tensor parts are copied
+        (("embed", "kv_heads", "head_dim"), (64, 2, 8), {"tensor": 4}, (None, None, None)),
+        # an axis already used by an earlier dimension is left out
+        (("heads", "mlp"), (4, 8), {"tensor": 2}, ("tensor", None)),
+        (("batch", "sequence"), (8, 16), {"data": 2, "fsdp": 2}, (("data", "fsdp"), None)),
+        ((None, "embed"), (3, 64), {"fsdp": 2}, (None, "fsdp")),
+    ],
+)
+def test_resolve(names, shape, mesh, spec):
+    assert sharding.resolve(names, shape, _mesh(**mesh)) == PartitionSpec(*spec)
+
+
+def test_unknown_logical_name():
+    with pytest.raises(ValueError, match="no sharding rule for logical axis 'moon'"):
+        sharding.resolve(("moon",), (8,), _mesh())
+
+
+def test_batches_that_do_not_divide():
+    mesh = _mesh(data=2, fsdp=2, context=4)
+    batches.check_batch(mesh, 8, accumulation=2, length=16)
+    with pytest.raises(UserError, match=r"batch size: 12 .* a multiple of 8"):
+        batches.check_batch(mesh, 12, accumulation=2)
+    with pytest.raises(UserError, match="sequence length: 18"):
+        batches.check_batch(mesh, 8, length=18)
+
+
+def test_multi_slice_devices_want_one_replica_per_slice():
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=i // 2, id=i) for i in range(4)]
+    with pytest.raises(UserError, match=r"mesh\.replica: 1; expected 2"):
+        sharding.make_mesh(MeshConfig(fsdp=4), devices)
+
+
+def test_global_batches_keep_position_and_values():
+    class Source:
+        position = 3
+
+        def __next__(self):
+            return {"x": np.arange(4.0, dtype=np.float32)}
+
+        def get_state(self):
+            return bytes([self.position])
+
+        def set_state(self, state):
+            self.position = state[0]
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    source = Source()
+    wrapped = batches.GlobalBatches(source, batches.batch_sharding(mesh))
+    batch = next(wrapped)
+    assert isinstance(batch["x"], jax.Array)
+    np.testing.assert_array_equal(batch["x"], jnp.arange(4.0))
+    assert wrapped.get_state() == b"\x03"
+    wrapped.set_state(b"\x07")
+    assert source.position == 7

@@ -1,0 +1,86 @@
+"""From what each process reads to global arrays over the mesh."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from univla_jax.errors import UserError
+from univla_jax.training.sharding import BATCH_AXES
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, *, sequence: bool = False) -> NamedSharding:
+    """Rows over replica, data and fsdp; with ``sequence`` the second dimension over context."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *(["context"] if sequence else [])))
+
+
+def check_batch(mesh: Mesh, rows: int, *, accumulation: int = 1, length: int | None = None) -> None:
+    """Refuses a global batch that the mesh and the accumulation cannot share out evenly.
+
+    Args:
+      mesh: of the run.
+      rows: global batch size.
+      accumulation: micro-batches per step.
+      length: tokens per row, where the sequence may be split.
+
+    Raises:
+      UserError: naming the sizes.
+    """
+    parts = batch_parts(mesh) * accumulation
+    if rows % parts:
+        raise UserError(
+            f"batch size: {rows} does not divide into {batch_parts(mesh)} part(s) of the mesh x "
+            f"{accumulation} micro-batch(es); make it a multiple of {parts}"
+        )
+    if length is not None and length % mesh.shape["context"]:
+        raise UserError(
+            f"sequence length: {length} does not divide over mesh.context {mesh.shape['context']}; "
+            "pad it to a multiple"
+        )
+
+
+class GlobalBatches:
+    """An iterator of this process's batches made an iterator of global arrays.
+
+    Position and state are those of the iterator inside.
+    """
+
+    def __init__(self, batches: Any, sharding: NamedSharding) -> None:
+        """Wraps ``batches``.
+
+        Args:
+          batches: iterator of pytrees of numpy arrays, this process's rows; has ``get_state`` and
+            ``set_state``.
+          sharding: of every array.
+        """
+        self._batches = batches
+        self._sharding = sharding
+
+    def __iter__(self) -> GlobalBatches:
+        """Returns itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch, on its way to the devices."""
+        return to_global(next(self._batches), self._sharding)
+
+    def get_state(self) -> bytes:
+        """The position before the next batch."""
+        return self._batches.get_state()
+
+    def set_state(self, state: bytes) -> None:
+        """Moves to a position that ``get_state`` returned."""
+        self._batches.set_state(state)
+
+
+def to_global(batch: Any, sharding: NamedSharding) -> Any:
+    """Makes global arrays of the rows that each process holds."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,206 @@
+"""Where arrays live: the mesh, one table of rules from logical names to mesh axes, and batches.
+
+Models name the dimensions of their parameters and activations (``nn.with_logical_partitioning``,
+``nn.with_logical_constraint``); only this table knows the mesh.
+
+Mesh axes, from the slowest links to the fastest:
+
+    replica   copies of everything, one per slice; gradients meet over the data-centre network
+    data      copies of the parameters inside a slice; the batch is split
+    fsdp      the batch is split and so are parameters and optimizer state (gathered when used)
+    tensor    heads, mlp and vocabulary are split
+    context   the sequence is split; parameters are split here as over fsdp
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from univla_jax.errors import UserError
+
+AXES = ("replica", "data", "fsdp", "tensor", "context")
+BATCH_AXES = ("replica", "data", "fsdp")
+
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # parameters
+    ("layers", ()),
+    ("vocab", ("tensor",)),
+    ("embed", ("fsdp", "context")),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("head_dim", ()),
+    ("mlp", ("tensor",)),
+    ("norm", ()),
+    # activations
+    ("batch", BATCH_AXES),
+    ("sequence", ("context",)),
+    ("act_embed", ()),
+    ("act_heads", ("tensor",)),
+    ("act_kv_heads", ("tensor",)),
+    ("act_mlp", ("tensor",)),
+    ("act_vocab", ("tensor",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; at most one is -1 and takes what the others leave.
+
+    Attributes:
+      replica: copies over slices; the number of slices on multi-slice TPUs.
+      data: copies inside a slice.
+      fsdp: parts of the parameters.
+      tensor: parts of heads, mlp and vocabulary.
+      context: parts of the sequence.
+    """
+
+    replica: int = 1
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """Devices along ``AXES``.
+
+        Raises:
+          UserError: the sizes do not multiply to ``devices``.
+        """
+        sizes = dataclasses.astuple(self)
+        free = [i for i, size in enumerate(sizes) if size == -1]
+        known = math.prod(size for size in sizes if size != -1)
+        if len(free) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise UserError(f"mesh: {self._words(sizes)}; expected positive sizes, one at most -1")
+        if devices % known or (not free and known != devices):
+            raise UserError(
+                f"mesh: {self._words(sizes)} does not divide {devices} device(s); the product of "
+                f"the sizes is {known}, set one of them to -1 to take the rest"
+            )
+        return tuple(devices // known if size == -1 else size for size in sizes)
+
+    @staticmethod
+    def _words(sizes: Sequence[int]) -> str:
+        return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over ``devices`` (all of them by default), laid out for their links.
+
+    Raises:
+      UserError: the mesh does not divide the devices, or the slices of a multi-slice TPU.
+    """
+    devices = jax.devices() if devices is None else devices
+    return Mesh(_arrange(config.sizes(len(devices)), devices), AXES)
+
+
+def _arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] != slices:
+        raise UserError(f"mesh.replica: {sizes[0]}; expected {slices}, the number of slices")
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *sizes[1:]),
+        (slices, 1, 1, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
+def resolve(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Any = RULES
+) -> PartitionSpec:
+    """The mesh axes of one array.
+
+    A mesh axis which does not divide its dimension, or is taken by an earlier one, is left out: the
+    array is whole along it (two kv heads over four tensor parts are copied).
+
+    Args:
+      names: logical name of each dimension, None for one that is never split.
+      shape: size of each dimension.
+      mesh: sizes of the axes.
+      rules: ``(logical name, mesh axes)`` pairs.
+
+    Raises:
+      ValueError: a name that the rules lack.
+    """
+    table = dict(rules)
+    unknown = [name for name in names if name is not None and name not in table]
+    if unknown:
+        raise ValueError(f"no sharding rule for logical axis {unknown[0]!r}; add it to RULES")
+    taken: set[str] = set()
+    spec = []
+    for name, size in zip(names, shape, strict=True):
+        axes = [] if name is None else _fitting(table[name], size, mesh, taken)
+        taken.update(axes)
+        spec.append(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None))
+    return PartitionSpec(*spec)
+
+
+def _fitting(axes: Sequence[str], size: int, mesh: Mesh, taken: set[str]) -> list[str]:
+    """The longest run of free ``axes`` whose parts divide ``size``."""
+    chosen: list[str] = []
+    parts = 1
+    for axis in axes:
+        if axis in taken or mesh.shape[axis] == 1 or size % (parts * mesh.shape[axis]):
+            continue
+        chosen.append(axis)
+        parts *= mesh.shape[axis]
+    return chosen
+
+
+def place(abstract: Any, mesh: Mesh, rules: Any = RULES) -> Any:
+    """Resolves a pytree of shapes, boxed with logical names or not, to shapes with shardings.
+
+    Args:
+      abstract: pytree of ``jax.ShapeDtypeStruct``, some in ``nn.Partitioned`` boxes; leaves
+        without a box are whole on every device.
+      mesh: where they will live.
+      rules: ``(logical name, mesh axes)`` pairs.
+
+    Returns:
+      the same pytree without boxes, each leaf a ``jax.ShapeDtypeStruct`` with ``.sharding``.
+    """
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        boxed = isinstance(x, nn.Partitioned)
+        value = x.value if boxed else x
+        spec = resolve(x.names, value.shape, mesh, rules) if boxed else PartitionSpec()
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def unbox(tree: Any) -> Any:
+    """The pytree without the boxes that carry logical names."""
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, nn.Partitioned) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+
+
+def shardings(placed: Any) -> Any:
+    """The shardings of what ``place`` returned, as a pytree."""
+    return jax.tree.map(lambda x: x.sharding, placed)
+
+
+def describe(placed: Any) -> list[str]:
+    """One line per array: path, shape and partition spec, as ``place`` resolved them."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(placed)
+    return [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(x.shape)} "
+        f"{x.sharding.spec}"
+        for path, x in flat
+    ]

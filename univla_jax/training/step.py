@@ -1,0 +1,183 @@
+"""One optimizer step and one evaluation step: jitted, with explicit shardings and donation.
+
+The loss of a batch is ``sum(w * nll) / sum(w)`` over all its labelled tokens, over all devices,
+hosts and micro-batches, so that neither the mesh nor the accumulation changes what is optimised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from univla_jax.errors import UserError
+from univla_jax.training import sharding
+from univla_jax.training.batches import batch_parts
+from univla_jax.training.optimizer import Schedule
+from univla_jax.training.state import TrainState
+
+Sums = Mapping[str, Any]
+LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, jax.Array, Sums]]
+"""``(params, batch, rng) -> (sum of w * nll, sum of w, sums)``, all float32 scalars.
+
+``sums`` maps a metric's name to ``(sum, count)``, logged as their quotient, or to one scalar,
+logged as its total. ``rng`` is None in evaluation: no dropout.
+"""
+
+NORMALISATIONS = ("global", "per_micro_batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A jitted function that runs with the mesh and the sharding rules set."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs it."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            return self.jitted(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """Lowers it for arguments given as arrays or ``jax.ShapeDtypeStruct``."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            return self.jitted.lower(*args)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    batch_sharding: NamedSharding,
+    *,
+    schedule: Schedule,
+    seed: int,
+    accumulation: int = 1,
+    normalisation: str = "global",
+) -> Step:
+    """Builds ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
+
+    Args:
+      loss_fn: see ``LossFn``.
+      optimizer: applied to the gradient of the loss.
+      abstract: the state's shapes and shardings, from ``abstract_state``.
+      batch_sharding: of every array of the batch; its rows are split into the micro-batches.
+      schedule: learning rate by step, for the metrics.
+      seed: of dropout; each step folds its number into it.
+      accumulation: micro-batches per step, run one after the other.
+      normalisation: ``"global"`` divides the summed loss of all micro-batches by their summed
+        weight; ``"per_micro_batch"`` averages the micro-batches' own means, as the reference does
+        (modeling_emu3.py:1586 under gradient accumulation).
+
+    Returns:
+      the step; its metrics are float32 scalars: ``loss``, ``grad_norm`` before clipping,
+      ``learning_rate`` and what ``loss_fn`` sums.
+
+    Raises:
+      UserError: an unknown normalisation.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise UserError(f"normalisation: {normalisation!r}; expected one of {NORMALISATIONS}")
+    mesh, placed = batch_sharding.mesh, sharding.shardings(abstract)
+    per_micro_batch = normalisation == "per_micro_batch"
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        micro = _split(batch, accumulation, batch_sharding)
+        grads, total, weight, sums = _accumulate(
+            _gradient(loss_fn, per_micro_batch), state.params, micro, rng, placed.params
+        )
+        denominator = accumulation if per_micro_batch else weight
+        grads = jax.tree.map(lambda g, p: (g / denominator).astype(p.dtype), grads, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": total / denominator,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.float32(schedule(state.step)),
+            **means(sums),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        step,
+        in_shardings=(placed, batch_sharding),
+        out_shardings=(placed, whole),
+        donate_argnums=0,
+    )
+    return Step(jitted, mesh)
+
+
+def make_eval_step(loss_fn: LossFn, abstract: TrainState, batch_sharding: NamedSharding) -> Step:
+    """Builds ``step(params, batch) -> (sum of w * nll, sum of w, sums)`` without dropout."""
+    mesh = batch_sharding.mesh
+    jitted = jax.jit(
+        lambda params, batch: loss_fn(params, batch, None),
+        in_shardings=(sharding.shardings(abstract.params), batch_sharding),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+    return Step(jitted, mesh)
+
+
+def means(sums: Sums) -> dict[str, Any]:
+    """Quotients of the ``(sum, count)`` pairs, totals as they are; NaN where the count is 0."""
+    return {k: v[0] / v[1] if isinstance(v, tuple) else v for k, v in sums.items()}
+
+
+def _gradient(loss_fn: LossFn, per_micro_batch: bool) -> Callable[..., Any]:
+    """``(params, micro_batch, rng) -> ((total, (weight, sums)), gradient of total)``."""
+
+    def objective(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        total, weight, sums = loss_fn(params, batch, rng)
+        return (total / weight if per_micro_batch else total), (weight, sums)
+
+    return jax.value_and_grad(objective, has_aux=True)
+
+
+def _accumulate(
+    gradient: Callable[..., Any], params: Any, micro: Any, rng: jax.Array, placed: Any
+) -> tuple[Any, jax.Array, jax.Array, Sums]:
+    """Sums gradient, loss, weight and metrics over the leading axis of ``micro``.
+
+    Sums are float32, and gradients stay split as the parameters are.
+    """
+
+    def one(index: jax.Array, batch: Any) -> Any:
+        (total, (weight, sums)), grads = gradient(params, batch, jax.random.fold_in(rng, index))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.lax.with_sharding_constraint(grads, placed), total, weight, sums
+
+    def body(carry: Any, indexed: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, one(*indexed)), None
+
+    indices = jnp.arange(jax.tree.leaves(micro)[0].shape[0])
+    if len(indices) == 1:
+        return one(indices[0], jax.tree.map(lambda x: x[0], micro))
+    shapes = jax.eval_shape(one, indices[0], jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zeros, (indices, micro))[0]
+
+
+def _split(batch: Any, parts: int, batch_sharding: NamedSharding) -> Any:
+    """Makes a leading axis of micro-batches without moving a row to another device.
+
+    Rows [B, ...] become [parts, B / parts, ...]; with D devices along the rows, micro-batch i takes
+    the i-th block of each device's own rows, whose order is kept.
+    """
+    devices = batch_parts(batch_sharding.mesh)
+    spec = PartitionSpec(None, *batch_sharding.spec)
+
+    def leaf(x: jax.Array) -> jax.Array:
+        blocks = x.reshape(devices, parts, x.shape[0] // (devices * parts), *x.shape[1:])
+        micro = blocks.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(micro, NamedSharding(batch_sharding.mesh, spec))
+
+    return jax.tree.map(leaf, batch)
