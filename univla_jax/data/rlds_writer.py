@@ -1,0 +1,249 @@
+"""Writes robot episodes as a TFDS dataset in RLDS form, without TensorFlow.
+
+Axes: T steps, H/W image height and width, A action dimensions, P state dimensions.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tqdm
+from array_record.python import array_record_module
+from PIL import Image
+
+from univla_jax.episode import Episode
+from univla_jax.errors import UserError
+
+FILE_FORMATS = ("array_record", "tfrecord")
+
+
+def write_rlds(
+    folder: str | os.PathLike[str],
+    name: str,
+    version: str,
+    splits: Mapping[str, Iterable[Episode]],
+    *,
+    description: str = "",
+    image_format: str = "png",
+    fixed_sizes: bool = True,
+    file_format: str = "array_record",
+    shard_bytes: int = 128 << 20,
+    progress: bool = True,
+) -> pathlib.Path:
+    """Writes a dataset that ``tfds.builder_from_directory`` opens.
+
+    ``steps`` holds ``observation`` (every view, ``state`` where the episodes have one),
+    ``action``, ``reward`` (1 at the last step), ``discount``, ``language_instruction``,
+    ``is_first``, ``is_last`` and ``is_terminal``; ``episode_metadata`` holds ``episode_id``. The
+    first episode sets views, sizes and dimensions. Everything is written to a hidden folder
+    that is renamed at the end; a complete dataset at the place is left as it is.
+
+    Args:
+      folder: parent; the dataset lies in ``folder/name/version``.
+      name: dataset name, lower-case letters, digits and underscores.
+      version: such as ``"1.0.0"``.
+      splits: split name -> episodes, read once and in order.
+      description: text of the metadata.
+      image_format: ``"png"`` (lossless) or ``"jpeg"``.
+      fixed_sizes: False declares the image sizes open, for cameras of several sizes.
+      file_format: ``"array_record"``, or ``"tfrecord"``, which needs TensorFlow installed.
+      shard_bytes: a shard is closed when it reaches this size.
+      progress: whether to show a progress bar per split.
+
+    Returns:
+      the version folder.
+
+    Raises:
+      UserError: a split without episodes, or an episode that does not fit the first one.
+    """
+    if file_format not in FILE_FORMATS:
+        raise UserError(f"file_format {file_format!r} is not one of {', '.join(FILE_FORMATS)}")
+    final = pathlib.Path(folder) / name / version
+    if (final / "dataset_info.json").is_file():
+        return final
+    partial = final.with_name(f".{version}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    form: _Form | None = None
+    infos = []
+    for split, episodes in splits.items():
+        shards = _Shards(partial, name, split, file_format, shard_bytes)
+        for episode in tqdm.tqdm(episodes, f"write {split}", unit="episode", disable=not progress):
+            form = form or _Form(episode, image_format, fixed_sizes)
+            shards.add(form.serialise(episode))
+        infos.append(shards.close())
+    _write_metadata(partial, version, form, infos, description)
+    os.replace(partial, final)
+    return final
+
+
+class _Form:
+    """The feature structure which the first episode sets, and its serialisation."""
+
+    def __init__(self, episode: Episode, image_format: str, fixed_sizes: bool) -> None:
+        self._sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
+        self._fixed, self._image_format = fixed_sizes, image_format
+        self._dims = (episode.actions.shape[1], _state_dim(episode))
+        self.features = _features(
+            {v: size if fixed_sizes else (None, None) for v, size in self._sizes.items()},
+            self._dims,
+            image_format,
+        )
+
+    def serialise(self, episode: Episode) -> bytes:
+        """One record; raises UserError when the episode does not fit."""
+        self._check(episode)
+        example = {
+            "steps": list(self._steps(episode)),
+            "episode_metadata": {"episode_id": episode.episode_id},
+        }
+        return self.features.serialize_example(example)
+
+    def _check(self, episode: Episode) -> None:
+        sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
+        same = sizes == self._sizes if self._fixed else set(sizes) == set(self._sizes)
+        dims = (episode.actions.shape[1], _state_dim(episode))
+        if not same or dims != self._dims:
+            raise UserError(
+                f"{episode.episode_id}: image sizes {sizes} and (action, state) dimensions {dims} "
+                f"differ from the first episode's {self._sizes} and {self._dims}"
+            )
+
+    def _steps(self, episode: Episode) -> Iterator[dict[str, Any]]:
+        last = len(episode) - 1
+        for t, action in enumerate(episode.actions):
+            observation: dict[str, Any] = {
+                view: self._encode(frames[t]) for view, frames in episode.frames.items()
+            }
+            if episode.state is not None:
+                observation["state"] = np.asarray(episode.state[t], np.float32)
+            yield {
+                "observation": observation,
+                "action": np.asarray(action, np.float32),
+                "reward": np.float32(t == last),
+                "discount": np.float32(1),
+                "language_instruction": episode.instruction,
+                "is_first": t == 0,
+                "is_last": t == last,
+                "is_terminal": t == last,
+            }
+
+    def _encode(self, frame: np.ndarray) -> io.BytesIO:
+        buffer = io.BytesIO()
+        options = {"compress_level": 1} if self._image_format == "png" else {"quality": 95}
+        Image.fromarray(frame).save(buffer, self._image_format, **options)
+        buffer.seek(0)
+        return buffer
+
+
+def _state_dim(episode: Episode) -> int | None:
+    return None if episode.state is None else episode.state.shape[1]
+
+
+def _features(
+    sizes: Mapping[str, tuple[int | None, int | None]],
+    dims: tuple[int, int | None],
+    image_format: str,
+) -> Any:
+    import tensorflow_datasets as tfds
+
+    kinds = tfds.features
+    observation = {
+        view: kinds.Image(shape=(*size, 3), encoding_format=image_format)
+        for view, size in sizes.items()
+    }
+    if dims[1] is not None:
+        observation["state"] = kinds.Tensor(shape=(dims[1],), dtype=np.float32)
+    step = {
+        "observation": observation,
+        "action": kinds.Tensor(shape=(dims[0],), dtype=np.float32),
+        "reward": kinds.Scalar(np.float32),
+        "discount": kinds.Scalar(np.float32),
+        "language_instruction": kinds.Text(),
+        **{flag: kinds.Scalar(np.bool_) for flag in ("is_first", "is_last", "is_terminal")},
+    }
+    metadata = {"episode_id": kinds.Text()}
+    return kinds.FeaturesDict({"steps": kinds.Dataset(step), "episode_metadata": metadata})
+
+
+class _Shards:
+    """Appends records to numbered files of one split and names them when their number is known."""
+
+    def __init__(self, folder: pathlib.Path, name: str, split: str, form: str, limit: int) -> None:
+        self._folder, self._split, self._format, self._limit = folder, split, form, limit
+        self._stem = f"{name}-{split}.{form}"
+        self._writer: Any = None
+        self._counts: list[int] = []
+        self._bytes, self._total = 0, 0
+
+    def add(self, record: bytes) -> None:
+        if self._writer is None:
+            path = str(self._folder / f"{self._stem}-{len(self._counts):05d}")
+            self._writer = _record_writer(path, self._format)
+            self._counts.append(0)
+            self._bytes = 0
+        self._writer.write(record)
+        self._counts[-1] += 1
+        self._bytes += len(record)
+        self._total += len(record)
+        if self._bytes >= self._limit:
+            self._finish_shard()
+
+    def close(self) -> Any:
+        """Renames the shards to their final names and returns the split's ``SplitInfo``."""
+        import tensorflow_datasets as tfds
+
+        if not self._counts:
+            raise UserError(f"split {self._split!r} has no episodes; drop the split or fill it")
+        self._finish_shard()
+        for i in range(len(self._counts)):
+            path = self._folder / f"{self._stem}-{i:05d}"
+            path.rename(f"{path}-of-{len(self._counts):05d}")
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=self._folder,
+            dataset_name=self._stem.split("-")[0],
+            split=self._split,
+            filetype_suffix=self._format,
+        )
+        return tfds.core.SplitInfo(
+            name=self._split,
+            shard_lengths=self._counts,
+            num_bytes=self._total,
+            filename_template=template,
+        )
+
+    def _finish_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _record_writer(path: str, file_format: str) -> Any:
+    if file_format == "array_record":
+        return array_record_module.ArrayRecordWriter(path, "group_size:1")
+    import tensorflow as tf
+
+    return tf.io.TFRecordWriter(path)
+
+
+def _write_metadata(
+    folder: pathlib.Path, version: str, form: _Form | None, infos: list[Any], description: str
+) -> None:
+    import tensorflow_datasets as tfds
+
+    if form is None:
+        raise UserError("a dataset needs at least one split")
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=form.features,
+        split_infos=infos,
+        version=version,
+        description=description,
+        check_data=False,
+    )

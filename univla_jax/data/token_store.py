@@ -1,0 +1,257 @@
+"""The token store: tokenised episodes of one corpus' split, ready for training.
+
+::
+
+    store/
+      header.json             what the store is made from and with; fixed when it is begun
+      shards/00000.array_record   the kept episodes of one block of the source
+      shards/00000.json           their number and checksum, and the broken episodes of the block
+      manifest.json           header, statistics and shards; its presence means complete
+
+Shard k holds the source episodes k * n ... (k + 1) * n - 1 without the broken ones, whoever writes
+it and whenever, so an interrupted store is continued shard by shard and comes out the same.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+from array_record.python import array_record_module
+
+from univla_jax import config
+from univla_jax.data import files, records, token_record
+from univla_jax.data.actions import ActionStatistics, stream_statistics
+from univla_jax.data.problems import Problem
+from univla_jax.data.token_manifest import (
+    HEADER,
+    MANIFEST,
+    Manifest,
+    ShardEntry,
+    StoreHeader,
+    check_header,
+    plain,
+    read_manifest,
+)
+from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.errors import UserError
+
+_SHARDS = "shards"
+_OPTIONS = "group_size:1,uncompressed"  # codes hardly compress; raw records read fastest
+
+
+class TokenStoreWriter:
+    """Writes a store shard by shard; may be killed at any moment and started again."""
+
+    def __init__(self, folder: str | os.PathLike[str], header: StoreHeader) -> None:
+        """Begins a store, or continues the one that lies in ``folder``.
+
+        Raises:
+          UserError: the folder holds a store with another header; names what differs.
+        """
+        self.folder, self.header = pathlib.Path(folder), header
+        path = self.folder / HEADER
+        if path.exists():
+            check_header(self.folder, header)
+        (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            files.write_json(path, plain(header))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest has been written."""
+        return (self.folder / MANIFEST).exists()
+
+    def has_shard(self, number: int) -> bool:
+        """Whether shard ``number`` is finished."""
+        return self._shard_path(number, "json").exists()
+
+    def source_range(self, number: int) -> range:
+        """Indices of the source episodes that belong to shard ``number``."""
+        start = number * self.header.episodes_per_shard
+        return range(
+            start, min(start + self.header.episodes_per_shard, self.header.source_episodes)
+        )
+
+    def shard(self, number: int) -> ShardWriter:
+        """A context manager that takes the shard's episodes; it appears whole at the end."""
+        return ShardWriter(self._shard_path(number, "array_record"), self.header)
+
+    def problems(self) -> tuple[Problem, ...]:
+        """The broken episodes of all finished shards, in order."""
+        return self._collect()[1]
+
+    def finish(self) -> Manifest:
+        """Computes the action statistics and writes the manifest.
+
+        Raises:
+          UserError: a shard is not finished, or one of them is damaged.
+        """
+        if self.complete:
+            return read_manifest(self.folder)
+        shards, problems = self._collect()
+        manifest = Manifest(
+            header=self.header,
+            episodes=sum(s.episodes for s in shards),
+            frames=sum(s.frames for s in shards),
+            statistics=_statistics(self.folder, shards),
+            problems=problems,
+            shards=shards,
+        )
+        files.write_json(self.folder / MANIFEST, plain(manifest))
+        return manifest
+
+    def _collect(self) -> tuple[tuple[ShardEntry, ...], tuple[Problem, ...]]:
+        shards, problems = [], []
+        for number in range(self.header.num_shards):
+            entry = files.read_json(self._shard_path(number, "json"))
+            shards.append(config.build(ShardEntry, entry["shard"], where="shard"))
+            problems += [config.build(Problem, p, where="problem") for p in entry["problems"]]
+        return tuple(shards), tuple(problems)
+
+    def _shard_path(self, number: int, ending: str) -> pathlib.Path:
+        return self.folder / _SHARDS / f"{number:05d}.{ending}"
+
+
+class ShardWriter:
+    """Takes the episodes of one shard between ``with`` and its end."""
+
+    def __init__(self, path: pathlib.Path, header: StoreHeader) -> None:
+        """Prepares to write ``path``."""
+        self._path, self._header = path, header
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._episodes, self._frames, self._problems = 0, 0, []
+
+    def __enter__(self) -> ShardWriter:
+        """Opens the file under its temporary name."""
+        self._partial.unlink(missing_ok=True)
+        self._writer = array_record_module.ArrayRecordWriter(str(self._partial), _OPTIONS)
+        return self
+
+    def add(self, episode: TokenizedEpisode) -> None:
+        """Appends an episode.
+
+        Raises:
+          UserError: views or code grids other than the header's, or a code beyond the codebook.
+        """
+        grids = {view: tuple(codes.shape[1:]) for view, codes in episode.codes.items()}
+        expected = {view: tuple(grid) for view, grid in self._header.grids.items()}
+        if grids != expected:
+            raise UserError(f"{episode.episode_id}: code grids {grids}, expected {expected}")
+        top = max(int(codes.max()) for codes in episode.codes.values())
+        if top >= self._header.codebook_size:
+            raise UserError(
+                f"{episode.episode_id}: code {top} is not below {self._header.codebook_size}"
+            )
+        self._writer.write(token_record.to_bytes(episode))
+        self._episodes += 1
+        self._frames += len(episode)
+
+    def skip(self, episode: str, reason: str) -> None:
+        """Notes a broken episode that is left out."""
+        self._problems.append(Problem(episode, reason))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Renames the shard to its final name, or drops it after an error."""
+        self._writer.close()
+        if kind is not None:
+            self._partial.unlink(missing_ok=True)
+            return
+        records.Records([records.Shard(str(self._partial), self._episodes)]).check()
+        entry = ShardEntry(
+            file=f"{_SHARDS}/{self._path.name}",
+            episodes=self._episodes,
+            frames=self._frames,
+            bytes=self._partial.stat().st_size,
+            sha256=files.sha256(self._partial),
+        )
+        os.replace(self._partial, self._path)
+        files.write_json(
+            self._path.with_suffix(".json"),
+            {"shard": plain(entry), "problems": [plain(p) for p in self._problems]},
+        )
+
+
+class TokenStore:
+    """Random access to the episodes of a complete store; a data source for Grain.
+
+    Attributes:
+      folder: where it lies.
+      manifest: its description.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Opens a store.
+
+        Raises:
+          UserError: no store there, an unfinished one, or a shard missing or of another size.
+        """
+        self.folder = pathlib.Path(folder)
+        self.manifest = read_manifest(self.folder)
+        for shard in self.manifest.shards:
+            _check_size(self.folder, shard)
+        self._records = _open_shards(self.folder, self.manifest.shards)
+
+    def __len__(self) -> int:
+        """Number of episodes."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> TokenizedEpisode:
+        """One episode; its arrays are read-only views into the record.
+
+        Raises:
+          UserError: a damaged record or shard.
+          IndexError: no such episode.
+        """
+        return token_record.from_bytes(self._records[index])
+
+    def __iter__(self) -> Iterator[TokenizedEpisode]:
+        """All episodes in order."""
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the manifest, which in turn holds the sha256 of every shard."""
+        return files.sha256(self.folder / MANIFEST)
+
+    @property
+    def statistics(self) -> dict[str, ActionStatistics]:
+        """Statistics of the raw actions by corpus; empty for a corpus without actions."""
+        found = self.manifest.statistics
+        return {} if found is None else {self.manifest.header.corpus: found}
+
+    def verify(self) -> None:
+        """Recomputes every checksum.
+
+        Raises:
+          UserError: a shard's bytes have changed since it was written.
+        """
+        for shard in self.manifest.shards:
+            if files.sha256(self.folder / shard.file) != shard.sha256:
+                raise UserError(
+                    f"shard {self.folder / shard.file} has changed since it was written (sha256); "
+                    "restore it, or delete the store and tokenise again"
+                )
+
+
+def _statistics(folder: pathlib.Path, shards: tuple[ShardEntry, ...]) -> ActionStatistics | None:
+    stored = _open_shards(folder, shards)
+    if not len(stored) or not token_record.from_bytes(stored[0]).actions.shape[1]:
+        return None
+    return stream_statistics(lambda: (token_record.from_bytes(r).actions for r in stored))
+
+
+def _open_shards(folder: pathlib.Path, shards: tuple[ShardEntry, ...]) -> records.Records:
+    return records.Records([records.Shard(str(folder / s.file), s.episodes) for s in shards])
+
+
+def _check_size(folder: pathlib.Path, shard: ShardEntry) -> None:
+    path = folder / shard.file
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard.bytes:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(
+            f"shard {path} {found}, the manifest says {shard.bytes} bytes; restore it, or delete "
+            "the store and tokenise again"
+        )
