@@ -19,6 +19,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from univla_jax.errors import UserError
 from univla_jax.sequences.data_config import DataConfig
@@ -132,6 +133,7 @@ def batch_dataset(
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=ahead)
     samples = sample_dataset(config, builder, splits, host, hosts).to_iter_dataset(options)
     if config.workers:
+        _let_grain_read_flags()
         samples = samples.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
     length, pad = config.sequence_length, assets.vocabulary.pad
     if config.packing:
@@ -155,6 +157,12 @@ def sample_dataset(
         parts.append(part.random_map(builder)[host::hosts].repeat())
     weights = config.proportions([len(split) for split in splits])
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
+def _let_grain_read_flags() -> None:
+    """Grain's workers read absl flags, which only ``absl.app.run`` parses, not a notebook."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 def _seed(seed: int, stream: int) -> int:

@@ -1,0 +1,92 @@
+"""A tiny world to write sequences in: letters as text, 12 visual codes, four-bin actions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from univla_jax.data.actions import ActionStatistics
+from univla_jax.sequences.data_config import DataConfig
+from univla_jax.tokenizers.bins import UniformBins
+from univla_jax.tokenizers.vocabulary import Vocabulary
+
+
+class Letters:
+    """Text tokenizer of single characters."""
+
+    fingerprint = "letters"
+    vocabulary_size = 128
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        return [ord(c) for c in text]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+    """What the sequences need of a checkpoint's assets."""
+
+    vocabulary: Vocabulary
+    text: Letters
+    action: UniformBins
+    statistics: Mapping[str, ActionStatistics]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEpisode:
+    """Stands for ``data.token_store.TokenizedEpisode``."""
+
+    instruction: str
+    codes: Mapping[str, np.ndarray]
+    actions: np.ndarray
+    corpus: str
+    episode_id: str
+
+
+class Store(list):
+    """Episodes in memory with a name for their content."""
+
+    def __init__(self, name: str, episodes: list[TokenEpisode]) -> None:
+        super().__init__(episodes)
+        self.fingerprint = name
+
+
+def assets(action_dim: int = 2) -> Assets:
+    row = (0.0,) * action_dim
+    statistics = ActionStatistics(row, row, q01=(-1.0,) * action_dim, q99=(1.0,) * action_dim)
+    bins = UniformBins(4)
+    vocabulary = Vocabulary.from_scratch(Letters.vocabulary_size, 12, bins.vocabulary_size)
+    return Assets(vocabulary, Letters(), bins, {"tabletop": statistics})
+
+
+def episode(number: int, steps: int, letter: str = "a", views: int = 2) -> TokenEpisode:
+    """Code ``step % 12`` everywhere in view 0, ``(step + 1) % 12`` in view 1; a 2x2 grid."""
+    codes = {
+        f"view{v}": np.broadcast_to(
+            ((np.arange(steps) + v) % 12).astype(np.uint16)[:, None, None], (steps, 2, 2)
+        )
+        for v in range(views)
+    }
+    actions = np.linspace(-1, 1, 2 * steps, dtype=np.float32).reshape(steps, 2)
+    return TokenEpisode(letter * (1 + number % 3), codes, actions, "tabletop", f"{letter}{number}")
+
+
+def store(count: int, letter: str = "a", steps: int = 9) -> Store:
+    return Store(letter, [episode(i, steps + i % 4, letter) for i in range(count)])
+
+
+def config(**changes) -> DataConfig:
+    values = {
+        "stores": ("a",),
+        "layout": "policy_video",
+        "sequence_length": 160,
+        "batch_size": 2,
+        "frames": 2,
+        "action_frames": 3,
+        "packing_bins": 4,
+        "read_threads": 0,
+        "prefetch_batches": 0,
+        "seed": 7,
+    }
+    return DataConfig(**{**values, **changes})

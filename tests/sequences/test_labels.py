@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from tests.sequences import small
+from tests.sequences.test_layouts import chunk, code
+from univla_jax.errors import UserError
+from univla_jax.sequences import layouts
+from univla_jax.sequences.examples import Batch, Example, empty_row
+from univla_jax.sequences.labels import LABELS, label_mask, labelled_example, loss_weight
+from univla_jax.sequences.lexicon import Lexicon
+
+
+@pytest.fixture
+def tokens():
+    given = small.assets()
+    lexicon = Lexicon(given.vocabulary, given.text)
+    ids = chunk(lexicon, 1)
+    return layouts.policy_image(lexicon, "go", [code(1, 2)], ids, state=ids)
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        # bos g o | boi 1 * 1 * 2 img | v v | eof eoi | state | boa a eoa
+        ("action", "000 0000000 00 00 0 111"),
+        ("vision", "000 0000000 vv 00 0 000"),
+        ("both", "000 1111111 vv 11 0 111"),
+        ("all", "011 1111111 vv 11 0 111"),
+        ("thought_and_action", "000 0000000 00 00 0 111"),
+        ("answer", "000 0000000 00 00 0 000"),
+    ],
+)
+def test_weights_by_role(tokens, choice, expected):
+    weight = loss_weight(tokens, LABELS[choice], vision_weight=0.5)
+    wanted = {"0": 0.0, "1": 1.0, "v": 0.5}
+    assert weight.dtype == np.float32
+    assert weight.tolist() == [wanted[c] for c in expected.replace(" ", "")]
+
+
+def test_first_token_is_labelled_but_never_learnt(tokens):
+    assert label_mask(tokens, LABELS["all"])[0]
+    assert loss_weight(tokens, LABELS["all"])[0] == 0
+
+
+def test_labels_and_weights_agree_for_a_zero_vision_weight(tokens):
+    assert label_mask(tokens, LABELS["vision"]).sum() == 2
+    assert not loss_weight(tokens, LABELS["vision"], vision_weight=0.0).any()
+
+
+def test_example_is_one_segment_and_pads_right(tokens):
+    row = labelled_example(tokens, LABELS["action"]).pad_to(20, pad=9)
+    used = len(tokens)
+    assert row.tokens[used:].tolist() == [9] * (20 - used)
+    assert row.segment_ids.tolist() == [1] * used + [0] * (20 - used)
+    assert row.positions.tolist() == [*range(used), *[0] * (20 - used)]
+    assert not row.loss_weight[used:].any()
+    with pytest.raises(UserError, match="does not fit sequence_length=5"):
+        row.pad_to(5, pad=9)
+
+
+def test_batch_knows_its_valid_rows(tokens):
+    row = labelled_example(tokens, LABELS["action"]).pad_to(20, pad=9)
+    batch = Batch.stack([row, empty_row(20, pad=9)])
+    assert batch.tokens.shape == (2, 20) and batch.valid.tolist() == [True, False]
+    assert batch.useful_share == pytest.approx(len(tokens) / 40)
+    assert isinstance(Example.single(tokens.ids, np.zeros(len(tokens), np.float32)), Example)
