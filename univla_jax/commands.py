@@ -1,8 +1,9 @@
 """What every command shares: flags, the config file, and errors a person can read.
 
-A command module ends in three lines::
+In a command module::
 
     CONFIG = commands.config_flag()
+    OUT = commands.string_flag("out", "folder for the result")
 
     if __name__ == "__main__":
         commands.run(main)
@@ -37,7 +38,10 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
       the flag holder; its ``.value`` is a locked ``ml_collections.ConfigDict`` inside ``main``.
     """
     holder = config_flags.DEFINE_config_file(
-        _CONFIG, None, "Config file, and after a colon the recipe in it: FILE.py[:NAME]"
+        _CONFIG,
+        None,
+        "Config file, and after a colon the recipe in it: FILE.py[:NAME]",
+        allow_override=True,
     )
     if default is None:
         flags.register_validator(
@@ -47,6 +51,25 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
         )
     else:
         _defaults[_CONFIG] = default
+    return holder
+
+
+def string_flag(
+    name: str, help_text: str, *, default: str | None = None, required: bool | None = None
+) -> flags.FlagHolder[Any]:
+    """Defines ``--name=TEXT``; several command modules may define the same one.
+
+    Args:
+      name: without dashes.
+      help_text: one line.
+      default: value where the command line has none.
+      required: whether it must be given; by default where there is no default.
+    """
+    must = default is None if required is None else required
+    holder = flags.DEFINE_string(name, default, help_text, allow_override=True)
+    if must:
+        message = f"missing; give --{name}=..., the {help_text}"
+        flags.register_validator(name, lambda value: value is not None, message=message)
     return holder
 
 

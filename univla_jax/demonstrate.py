@@ -14,8 +14,6 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from absl import flags
-
 from univla_jax import commands
 from univla_jax import config as strict
 from univla_jax.data import files
@@ -25,7 +23,7 @@ from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
 CONFIG = commands.config_flag()
-OUT = flags.DEFINE_string("out", None, "folder for the dataset", required=True)
+OUT = commands.string_flag("out", "folder for the dataset")
 
 
 @dataclasses.dataclass(frozen=True)

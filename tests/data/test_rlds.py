@@ -1,0 +1,123 @@
+"""The reader: ranges of episodes, other field names, and folders that are no good."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.data.episodes import CORPUS, assert_same, make_episode
+from univla_jax.data import rlds
+from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.errors import UserError
+
+EPISODES = [make_episode(i) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    splits = {"train": EPISODES[:4], "val": EPISODES[4:]}
+    return write_rlds(tmp_path_factory.mktemp("rlds"), "blocks", "1.0.0", splits, progress=False)
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "blocks" / "1.0.0")
+
+
+@pytest.mark.parametrize(
+    ("split", "options", "expected"),
+    [
+        ("train", {}, [0, 1, 2, 3]),
+        ("train", {"start": 1, "stride": 2}, [1, 3]),
+        ("train", {"stop": 2}, [0, 1]),
+        ("train[50%:]", {}, [2, 3]),
+        ("val", {}, [4]),
+    ],
+)
+def test_reads_a_range(original, split, options, expected):
+    read = list(rlds.read_episodes(original, CORPUS, split, **options))
+    assert [e.episode_id for e in read] == [f"blocks-{i}" for i in expected]
+    assert_same(read[0], EPISODES[expected[0]])
+
+
+def test_only_the_views_asked_for_are_read(original):
+    corpus = dataclasses.replace(CORPUS, views={"hand": "observation/wrist_image"}, state=None)
+    episode = rlds.RldsSource(original, corpus, "train")[1]
+    np.testing.assert_array_equal(episode.frames["hand"], EPISODES[1].frames["wrist_image"])
+    assert list(episode.frames) == ["hand"] and episode.state is None
+
+
+def test_an_action_function_sees_every_field(original):
+    corpus = dataclasses.replace(
+        CORPUS, actions=lambda steps: steps["action"][:, :2] + steps["observation/state"][:, :2]
+    )
+    episode = rlds.RldsSource(original, corpus, "train")[0]
+    np.testing.assert_allclose(
+        episode.actions, EPISODES[0].actions[:, :2] + EPISODES[0].state[:, :2], rtol=1e-6
+    )
+
+
+def test_tensorflow_is_not_imported(original):
+    program = (
+        "import sys; from tests.data.episodes import CORPUS; from univla_jax.data import rlds;"
+        f"print(len(list(rlds.read_episodes({str(original)!r}, CORPUS, 'train'))),"
+        "'tensorflow' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.stdout.split() == ["4", "False"], result.stderr
+
+
+def first_shard(folder):
+    return next(folder.glob("*train*"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+BREAKAGES = {
+    "no dataset folder": lambda folder: shutil.rmtree(folder.parent.parent),
+    "holds no TFDS dataset": lambda folder: shutil.rmtree(folder),
+    "lacks features.json": lambda folder: (folder / "features.json").unlink(),
+    "not a readable TFDS dataset": lambda folder: (folder / "dataset_info.json").write_text("{"),
+    "is missing": lambda folder: first_shard(folder).unlink(),
+    "0 readable records, expected 4": lambda folder: cut(first_shard(folder)),
+    "holds several datasets": lambda folder: shutil.copytree(folder, folder.parent / "2.0.0"),
+}
+
+
+@pytest.mark.parametrize("message", BREAKAGES)
+def test_a_broken_folder_is_named(copy, message):
+    BREAKAGES[message](copy)
+    with pytest.raises(UserError, match=message):
+        rlds.RldsSource(copy.parent.parent, CORPUS, "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "message"),
+    [
+        ({}, "test", "no split 'test'; it has train, val"),
+        ({}, "train[3:3]", "holds no episodes"),
+        ({"views": {"image": "observation/rgb"}}, "train", "no field 'observation/rgb'"),
+        ({"state": "observation/joints"}, "train", "no field 'observation/joints'"),
+        ({"instruction": "task"}, "train", "they have action, discount"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(original, changes, split, message):
+    with pytest.raises(UserError, match=message):
+        rlds.RldsSource(original, dataclasses.replace(CORPUS, **changes), split)
+
+
+def test_an_episode_that_cannot_be_decoded_is_named(original):
+    corpus = dataclasses.replace(CORPUS, actions=lambda steps: steps["world_vector"])
+    source = rlds.RldsSource(original, corpus, "train")
+    with pytest.raises(UserError, match="train/000002 cannot be decoded: no field 'world_vector'"):
+        source[2]

@@ -1,0 +1,138 @@
+"""From an RLDS folder to token stores: broken episodes, interruptions, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.data.episodes import CORPUS, MeanTokenizer, make_episode
+from tests.data.test_token_store import content
+from univla_jax import config as strict
+from univla_jax.data import corpora
+from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.data.token_store import TokenStore
+from univla_jax.data.tokenization import TokenizeConfig, tokenize
+from univla_jax.errors import UserError
+
+SPEC = {"min_pixels": 64}
+SETTINGS = {
+    "corpus": "blocks",
+    "image_specs": {"image": {"size": (16, 24), **SPEC}, "wrist_image": {"size": (16, 8), **SPEC}},
+    "splits": {"train": "train[:75%]", "val": "train[75%:]"},
+    "batch_frames": 4,
+    "episodes_per_shard": 2,
+    "max_bad_share": 0.5,
+}
+
+
+def broken_actions(index):
+    actions = make_episode(index).actions.copy()
+    actions[1] = np.nan
+    return make_episode(index, actions=actions)
+
+
+EPISODES = [make_episode(i) for i in range(12)]
+EPISODES[0] = broken_actions(0)
+EPISODES[3] = make_episode(3, instruction="")
+EPISODES[4] = make_episode(4, size=(8, 8))
+EPISODES[11] = make_episode(11, steps=2)
+BROKEN = (0, 3, 4, 11)
+
+
+@pytest.fixture(autouse=True)
+def row(monkeypatch):
+    monkeypatch.setitem(corpora.CORPORA, "blocks", CORPUS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_rlds(
+        tmp_path_factory.mktemp("rlds"),
+        "blocks",
+        "1.0.0",
+        {"train": EPISODES, "bad": [EPISODES[0], EPISODES[3]]},
+        fixed_sizes=False,
+        progress=False,
+    )
+
+
+def make_config(**changes):
+    return strict.build(TokenizeConfig, {**SETTINGS, **changes})
+
+
+def test_good_episodes_are_encoded_and_broken_ones_named(source, tmp_path):
+    tokenizer = MeanTokenizer()
+    manifests = tokenize(make_config(), source, tmp_path, tokenizer)
+    assert set(tokenizer.shapes) == {(4, 16, 24, 3), (4, 16, 8, 3)}
+    good = [i for i in range(12) if i not in BROKEN]
+    stores = {name: TokenStore(tmp_path / name) for name in ("train", "val")}
+    read = [*stores["train"], *stores["val"]]
+    assert [e.episode_id for e in read] == [f"blocks-{i}" for i in good]
+    for index, got in zip(good, read):
+        want = EPISODES[index]
+        codes = MeanTokenizer().encode_frames(want.frames["image"])
+        np.testing.assert_array_equal(got.codes["image"], codes)
+        assert got.codes["wrist_image"].shape == (len(want), 2, 1)
+        np.testing.assert_array_equal(got.actions, want.actions)
+        np.testing.assert_array_equal(got.state, want.state)
+        assert got.instruction == want.instruction
+    assert [p.episode for p in manifests["train"].problems] == ["blocks-0", "blocks-3", "blocks-4"]
+    assert "2 frames" in manifests["val"].problems[0].reason
+    header = manifests["val"].header
+    assert (header.source, header.split) == ("blocks:1.0.0", "train[75%:]")
+    assert header.image_specs["image"]["size"] == [16, 24]
+
+
+def test_an_interrupted_run_comes_out_the_same(source, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    tokenize(make_config(), source, whole, MeanTokenizer())
+    for calls in (0, 3, 9):
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(make_config(), source, stopped, MeanTokenizer(fail_after=calls))
+    tokenize(make_config(), source, stopped, MeanTokenizer())
+    assert content(stopped) == content(whole)
+    idle = MeanTokenizer(fail_after=0)
+    tokenize(make_config(), source, stopped, idle)
+    assert content(stopped) == content(whole)
+
+
+def test_too_many_broken_episodes_fail_and_lose_nothing(source, tmp_path):
+    with pytest.raises(UserError, match=r"3 of 9 episodes are broken .*blocks-0: action of step"):
+        tokenize(make_config(max_bad_share=0.1), source, tmp_path, MeanTokenizer())
+    tokenize(make_config(), source, tmp_path, MeanTokenizer())
+    assert len(TokenStore(tmp_path / "train")) == 6
+    with pytest.raises(UserError, match="all 2 episodes of 'bad' are broken"):
+        tokenize(make_config(splits={"bad": "bad"}), source, tmp_path, MeanTokenizer())
+
+
+def test_other_settings_need_another_folder(source, tmp_path):
+    tokenize(make_config(), source, tmp_path, MeanTokenizer())
+    with pytest.raises(UserError, match="min_frames 3 -> 4"):
+        tokenize(make_config(min_frames=4), source, tmp_path, MeanTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": "block"}, "did you mean 'blocks'"),
+        ({"image_specs": {"top": SPEC}}, "no such view; it has image, wrist_image"),
+        ({"image_specs": {"image": {"size": (16, 24), "sise": 3}}}, "did you mean 'size'"),
+        ({"image_specs": {"image": {"factor": 4, **SPEC}}}, "one code of 8 pixels"),
+        ({"image_specs": {}}, "must not be empty"),
+        ({"splits": {"train": "training"}}, "no split 'training'"),
+        ({"batch_frames": 0}, "expected at least 1"),
+        ({"max_bad_share": 2.0}, "expected 0...1"),
+    ],
+)
+def test_mistakes_in_the_config_are_named(source, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        tokenize(make_config(**changes), source, tmp_path, MeanTokenizer())
+
+
+def test_views_may_be_left_out(source, tmp_path):
+    config = make_config(image_specs={"image": SETTINGS["image_specs"]["image"]})
+    tokenize(config, source, tmp_path, MeanTokenizer())
+    assert list(TokenStore(tmp_path / "train")[0].codes) == ["image"]
+    assert dataclasses.asdict(config)["min_frames"] is None

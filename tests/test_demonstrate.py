@@ -1,0 +1,68 @@
+"""The command that writes demonstrations."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.data.episodes import assert_same
+from univla_jax import demonstrate
+from univla_jax.data.corpora import find_corpus
+from univla_jax.data.rlds import RldsSource
+from univla_jax.environments import tabletop_expert
+from univla_jax.errors import UserError
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({"train_episodes": 2, "val_episodes": 1, "first_seed": 40})
+"""
+
+
+def test_demonstrations_read_back_with_disjoint_seeds(tmp_path):
+    config = demonstrate.DemonstrationsConfig(train_episodes=2, val_episodes=1, first_seed=40)
+    demonstrate.write_demonstrations(config, tmp_path)
+    read = []
+    for split in ("train", "val"):
+        read += RldsSource(tmp_path, find_corpus("tabletop"), split)
+    assert len(read) == 3
+    for got, seed in zip(read, tabletop_expert.DEMONSTRATION_SEEDS[40:]):
+        assert_same(got, tabletop_expert.demonstrate(seed))
+    demonstrate.write_demonstrations(config, tmp_path)
+    other = demonstrate.DemonstrationsConfig(train_episodes=1, val_episodes=1)
+    with pytest.raises(UserError, match="holds other demonstrations"):
+        demonstrate.write_demonstrations(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train_episodes": 0}, {"val_episodes": 0}, {"first_seed": -1}]
+)
+def test_numbers_are_checked(changes):
+    values = {"train_episodes": 1, "val_episodes": 1, **changes}
+    with pytest.raises(UserError, match="must be at least"):
+        demonstrate.DemonstrationsConfig(**values)
+    with pytest.raises(UserError, match="kept for demonstrations"):
+        demonstrate.DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
+
+
+def test_the_command_runs_and_names_mistakes(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "univla_jax.demonstrate", "--config=config.py"]
+        environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    done = run("--out=data")
+    assert done.returncode == 0, done.stderr
+    assert "2 + 1 demonstrations in data/tabletop/1.0.0" in done.stdout
+    assert run().stderr.splitlines()[-1].endswith("give --out=..., the folder for the dataset")
+    wrong = run("--out=data", "--config.trian_episodes=2")
+    assert (wrong.returncode, "did you mean 'train_episodes'?" in wrong.stderr) == (2, True)
