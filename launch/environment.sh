@@ -1,0 +1,40 @@
+# Sourced by the other scripts: finds Python, makes the virtual environment, installs the project.
+#
+#   PYTHON=python3.12   the interpreter to use (default: the first of python3, 3.12, 3.11, 3.13 that fits)
+#   VENV=folder         the virtual environment (default: .venv in the repository)
+
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${VENV:-$REPOSITORY/.venv}"
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.13; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+        >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11, 3.12 or 3.13 with the venv module found; install one" \
+    "(Debian: apt-get install python3 python3-venv) or set PYTHON=/path/to/python" >&2
+  return 2
+}
+
+# install_project EXTRAS: installs the project with its extras unless that was done already.
+install_project() {
+  local extras="$1" python stamp wanted
+  stamp="$VENV/installed-$extras"
+  wanted="$(cksum <"$REPOSITORY/setup.py") $REPOSITORY"
+  if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+    return
+  fi
+  if [[ ! -x "$VENV/bin/python" ]]; then
+    python="$(find_python)" || return 2
+    echo "making $VENV with $("$python" --version)"
+    "$python" -m venv "$VENV"
+  fi
+  echo "installing univla_jax[$extras] (several minutes on a first run)"
+  "$VENV/bin/python" -m pip install --quiet --upgrade pip
+  "$VENV/bin/python" -m pip install --quiet --editable "$REPOSITORY[$extras]"
+  echo "$wanted" >"$stamp"
+}

@@ -1,0 +1,61 @@
+"""Installs univla_jax; extras hold what only some users need."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+?)"', (HERE / "univla_jax" / "__init__.py").read_text(encoding="utf-8")
+).group(1)
+
+RLDS = [
+    "tensorflow-cpu>=2.20; platform_machine == 'x86_64'",
+    "tensorflow>=2.20; platform_machine != 'x86_64'",
+]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
+PARITY = ["torch>=2.5", "transformers>=4.48"]
+
+setup(
+    name="univla_jax",
+    version=VERSION,
+    description="UniVLA in JAX: one decoder over text, image and action tokens",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["univla_jax", "univla_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.7",
+        "etils[epath]>=1.9",
+        "flax>=0.10.4",
+        "grain>=0.2.10",
+        "gymnasium>=1.0",
+        "imageio>=2.34",
+        "jax>=0.6",
+        "matplotlib>=3.8",
+        "ml-collections>=1.0",
+        "msgpack>=1.0.8",
+        "numpy>=1.26",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11.10",
+        "pillow>=10.3",
+        "safetensors>=0.4.5",
+        "scipy>=1.12",
+        "sentencepiece>=0.2.0",
+        "tensorboard>=2.17",
+        "tensorflow-datasets>=4.9.7",
+        "tiktoken>=0.8",
+        "tokenizers>=0.20",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "rlds": RLDS,
+        "test": TEST + RLDS,
+        "parity": PARITY,
+    },
+)
