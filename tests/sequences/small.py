@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-
 import numpy as np
 
 from univla_jax.data.actions import ActionStatistics
+from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.sequences.data_config import DataConfig
+from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.bins import UniformBins
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -23,31 +22,10 @@ class Letters:
         return [ord(c) for c in text]
 
 
-@dataclasses.dataclass(frozen=True)
-class Assets:
-    """What the sequences need of a checkpoint's assets."""
-
-    vocabulary: Vocabulary
-    text: Letters
-    action: UniformBins
-    statistics: Mapping[str, ActionStatistics]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenEpisode:
-    """Stands for ``data.token_store.TokenizedEpisode``."""
-
-    instruction: str
-    codes: Mapping[str, np.ndarray]
-    actions: np.ndarray
-    corpus: str
-    episode_id: str
-
-
 class Store(list):
     """Episodes in memory with a name for their content."""
 
-    def __init__(self, name: str, episodes: list[TokenEpisode]) -> None:
+    def __init__(self, name: str, episodes: list[TokenizedEpisode]) -> None:
         super().__init__(episodes)
         self.fingerprint = name
 
@@ -57,10 +35,10 @@ def assets(action_dim: int = 2) -> Assets:
     statistics = ActionStatistics(row, row, q01=(-1.0,) * action_dim, q99=(1.0,) * action_dim)
     bins = UniformBins(4)
     vocabulary = Vocabulary.from_scratch(Letters.vocabulary_size, 12, bins.vocabulary_size)
-    return Assets(vocabulary, Letters(), bins, {"tabletop": statistics})
+    return Assets(vocabulary, Letters(), None, bins, {}, {"tabletop": statistics})
 
 
-def episode(number: int, steps: int, letter: str = "a", views: int = 2) -> TokenEpisode:
+def episode(number: int, steps: int, letter: str = "a", views: int = 2) -> TokenizedEpisode:
     """Code ``step % 12`` everywhere in view 0, ``(step + 1) % 12`` in view 1; a 2x2 grid."""
     codes = {
         f"view{v}": np.broadcast_to(
@@ -69,7 +47,8 @@ def episode(number: int, steps: int, letter: str = "a", views: int = 2) -> Token
         for v in range(views)
     }
     actions = np.linspace(-1, 1, 2 * steps, dtype=np.float32).reshape(steps, 2)
-    return TokenEpisode(letter * (1 + number % 3), codes, actions, "tabletop", f"{letter}{number}")
+    instruction = letter * (1 + number % 3)
+    return TokenizedEpisode(instruction, codes, actions, 5.0, "tabletop", f"{letter}{number}")
 
 
 def store(count: int, letter: str = "a", steps: int = 9) -> Store:

@@ -31,6 +31,12 @@ def test_views_are_taken_in_the_configured_order():
     assert visual(build(small.episode(0, 6), views=("view1",))) == [1, 4]
 
 
+def test_all_views_come_in_the_order_of_the_corpus():
+    codes = small.episode(0, 6).codes
+    renamed = {"wrist_image": codes["view1"], "image": codes["view0"]}
+    assert visual(build(dataclasses.replace(small.episode(0, 6), codes=renamed))) == [0, 1, 3, 4]
+
+
 def test_actions_are_normalised_and_encoded_chunk_by_chunk():
     episode, given = small.episode(0, 6), small.assets()
     ids = build(episode)["tokens"]
@@ -68,6 +74,12 @@ def test_world_model_draws_one_of_the_named_cameras():
     rng = np.random.default_rng(0)
     firsts = {visual(builder(small.episode(0, 6), rng))[0] for _ in range(20)}
     assert firsts == {0, 1}
+    one = dataclasses.replace(
+        small.episode(0, 6), codes={"view1": small.episode(0, 6).codes["view1"]}
+    )
+    assert {visual(builder(one, rng))[0] for _ in range(20)} == {1}
+    with pytest.raises(UserError, match="none of the views"):
+        builder(dataclasses.replace(one, codes={"front": one.codes["view1"]}), rng)
 
 
 def test_world_model_needs_no_action_tokenizer():

@@ -27,8 +27,9 @@ class DataConfig:
       frames: moments per sample: chunks of the video policy, frames of the world model; 1 for the
         image policy.
       action_frames: steps of an action chunk.
-      views: cameras in the order they are written; empty takes all an episode has. The world model
-        shows one camera: the first when empty, else one of these by chance.
+      views: cameras in the order they are written; empty takes all, in the order of the corpus'
+        row. The world model shows one: the first when empty, else by chance one of those named
+        that the episode has.
       frame_spacing: steps between two frames of the world model; 0 takes each corpus' own.
       loss_on: key of ``labels.LABELS``; empty is "action" for policies, "vision" for world models.
       vision_weight: loss weight of a visual id; other labelled ids weigh 1.

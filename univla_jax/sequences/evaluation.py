@@ -9,8 +9,9 @@ import numpy as np
 from univla_jax.errors import UserError
 from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.examples import Batch, Example, empty_row
-from univla_jax.sequences.samples import SampleBuilder, SequenceAssets
-from univla_jax.sequences.sources import EpisodeSource, Split
+from univla_jax.sequences.samples import SampleBuilder
+from univla_jax.sequences.sources import EpisodeSource, Split, open_stores
+from univla_jax.tokenizers.assets import Assets
 
 
 class EvaluationBatches:
@@ -24,8 +25,8 @@ class EvaluationBatches:
     def __init__(
         self,
         config: DataConfig,
-        assets: SequenceAssets,
-        sources: Sequence[EpisodeSource],
+        assets: Assets,
+        sources: Sequence[EpisodeSource] | None = None,
         *,
         host: int = 0,
         hosts: int = 1,
@@ -35,13 +36,14 @@ class EvaluationBatches:
         Args:
           config: the data part of the recipe; without ``held_out_every`` whole stores are read.
           assets: tokenizers and statistics of the checkpoint.
-          sources: opened stores.
+          sources: one opened store per ``config.stores``; opened here when None.
           host: number of this host.
           hosts: number of hosts.
 
         Raises:
           UserError: no episode is held out, or a batch size the hosts cannot share.
         """
+        sources = open_stores(config, assets) if sources is None else sources
         self._splits = [Split(s, config.held_out_every, held_out=True) for s in sources]
         self._places = [(s, i) for s, split in enumerate(self._splits) for i in range(len(split))]
         if not self._places:

@@ -25,8 +25,15 @@ from univla_jax.errors import UserError
 from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.examples import Batch
 from univla_jax.sequences.packing import Row, pack, pad_rows
-from univla_jax.sequences.samples import SampleBuilder, SequenceAssets
-from univla_jax.sequences.sources import EpisodeSource, Split, check_sources, source_fingerprint
+from univla_jax.sequences.samples import SampleBuilder
+from univla_jax.sequences.sources import (
+    EpisodeSource,
+    Split,
+    check_sources,
+    open_stores,
+    source_fingerprint,
+)
+from univla_jax.tokenizers.assets import Assets
 
 _READS_AHEAD_PER_THREAD = 8
 _NOT_CONTENT = ("stores", "read_threads", "prefetch_batches")
@@ -35,8 +42,8 @@ _NOT_CONTENT = ("stores", "read_threads", "prefetch_batches")
 
 def training_batches(
     config: DataConfig,
-    assets: SequenceAssets,
-    sources: Sequence[EpisodeSource],
+    assets: Assets,
+    sources: Sequence[EpisodeSource] | None = None,
     *,
     host: int = 0,
     hosts: int = 1,
@@ -46,13 +53,15 @@ def training_batches(
     Args:
       config: the data part of the recipe.
       assets: tokenizers and statistics the sequences are made with.
-      sources: one opened store per ``config.stores``, in that order.
+      sources: one opened store per ``config.stores``, in that order; opened here when None.
       host: number of this host (``jax.process_index()``).
       hosts: number of hosts (``jax.process_count()``).
 
     Raises:
-      UserError: sources that do not fit the config, or a batch size the hosts cannot share.
+      UserError: stores that are missing or do not fit config and assets, or a batch size that the
+        hosts cannot share.
     """
+    sources = open_stores(config, assets) if sources is None else sources
     splits = [Split(source, config.held_out_every, held_out=False) for source in sources]
     if len(splits) != len(config.stores) or not splits:
         raise UserError(f"data.stores: {len(config.stores)} named, {len(splits)} opened")
@@ -120,7 +129,7 @@ def batch_dataset(
     config: DataConfig,
     builder: SampleBuilder,
     splits: Sequence[Split],
-    assets: SequenceAssets,
+    assets: Assets,
     host: int,
     hosts: int,
 ) -> grain.IterDataset[Row]:
@@ -172,7 +181,7 @@ def _seed(seed: int, stream: int) -> int:
 
 def _identity(
     config: DataConfig,
-    assets: SequenceAssets,
+    assets: Assets,
     sources: Sequence[EpisodeSource],
     host: int,
     hosts: int,
@@ -183,9 +192,8 @@ def _identity(
     return {
         **settings,
         "content of the stores": [source_fingerprint(source) for source in sources],
-        "vocabulary": assets.vocabulary.to_dict(),
-        "text tokenizer": getattr(assets.text, "fingerprint", ""),
-        "action tokenizer": getattr(assets.action, "fingerprint", ""),
+        "tokenizers": assets.tokenizer_fingerprints,
+        "action statistics": {k: v.to_dict() for k, v in assets.statistics.items()},
         "host": host,
         "hosts": hosts,
     }

@@ -5,51 +5,25 @@ Axes: T steps, A action dimensions, n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.data.corpora import find_corpus
+from univla_jax.data.corpora import CORPORA, find_corpus
+from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.sequences import layouts
 from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.labels import LABELS, loss_weight
 from univla_jax.sequences.lexicon import Lexicon
 from univla_jax.sequences.packing import Row
-from univla_jax.sequences.sources import TokenizedEpisode
 from univla_jax.sequences.tokens import Tokens
 from univla_jax.sequences.windows import draw_start, window_steps
-from univla_jax.tokenizers.action import ActionTokenizer
-from univla_jax.tokenizers.text import TextTokenizer
-from univla_jax.tokenizers.vocabulary import Vocabulary
-
-
-class SequenceAssets(Protocol):
-    """The part of a checkpoint's ``Assets`` that sequences are made with."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The ids of the model."""
-
-    @property
-    def text(self) -> TextTokenizer:
-        """Instructions to ids."""
-
-    @property
-    def action(self) -> ActionTokenizer | None:
-        """Action chunks to codes; a world model needs none."""
-
-    @property
-    def statistics(self) -> Mapping[str, ActionStatistics]:
-        """Action statistics per corpus."""
+from univla_jax.tokenizers.assets import Assets
 
 
 class SampleBuilder:
     """Draws a window of an episode and writes it in the config's layout; picklable."""
 
-    def __init__(self, config: DataConfig, assets: SequenceAssets) -> None:
+    def __init__(self, config: DataConfig, assets: Assets) -> None:
         """Takes what it needs of the assets.
 
         Args:
@@ -62,7 +36,7 @@ class SampleBuilder:
         self._labelled = LABELS[config.labelled]
         self._layout = getattr(self, f"_{config.layout}")
         acts = config.layout != "world_model"
-        self._action = assets.action if acts else None
+        self._action = assets.require("action") if acts else None
         self._statistics = dict(assets.statistics) if acts else {}
 
     def __call__(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Row:
@@ -116,10 +90,8 @@ class SampleBuilder:
     ) -> Tokens:
         spacing = self._spacing(episode)
         window = self._draw(episode, self._config.frames, spacing, rng)
-        views = self._views(episode)
-        choices = len(views) if self._config.views else 1
-        view = views[int(rng.integers(choices))] if choices > 1 else views[0]
-        return layouts.world_model(self._lexicon, instruction, [view[window][::spacing]])
+        frames = self._camera(episode, rng)[window][::spacing]
+        return layouts.world_model(self._lexicon, instruction, [frames])
 
     def _draw(
         self, episode: TokenizedEpisode, frames: int, spacing: int, rng: np.random.Generator
@@ -143,15 +115,20 @@ class SampleBuilder:
 
     def _views(self, episode: TokenizedEpisode) -> list[np.ndarray]:
         """Codes [T, h, w] of the configured cameras, of all when none are named."""
-        try:
-            views = [episode.codes[name] for name in self._config.views or episode.codes]
-        except KeyError as error:
-            raise UserError(
-                f"no view {error}, only {sorted(episode.codes)}; set data.views"
-            ) from error
-        if not views:
-            raise UserError("it holds no view")
-        return views
+        names = self._config.views or _all_views(episode)
+        missing = [name for name in names if name not in episode.codes]
+        if missing or not names:
+            raise UserError(f"no view {(*missing, 'at all')[0]!r}, only {sorted(episode.codes)}")
+        return [episode.codes[name] for name in names]
+
+    def _camera(self, episode: TokenizedEpisode, rng: np.random.Generator) -> np.ndarray:
+        """Codes [T, h, w] of the one camera a world-model sample shows."""
+        if not self._config.views:
+            return self._views(episode)[0]
+        present = [name for name in self._config.views if name in episode.codes]
+        if not present:
+            raise UserError(f"none of the views {self._config.views}, only {sorted(episode.codes)}")
+        return episode.codes[present[int(rng.integers(len(present)))]]
 
     def _spacing(self, episode: TokenizedEpisode) -> int:
         """Steps between two frames of the world model."""
@@ -164,3 +141,10 @@ class SampleBuilder:
                 f"data.sequence_length={self._config.sequence_length}; raise it, or take fewer "
                 "frames, views or a shorter instruction"
             )
+
+
+def _all_views(episode: TokenizedEpisode) -> list[str]:
+    """The cameras of an episode: in the order of its corpus' row, then any others."""
+    row = CORPORA.get(episode.corpus)
+    known = [name for name in (row.views if row else ()) if name in episode.codes]
+    return known + [name for name in episode.codes if name not in known]

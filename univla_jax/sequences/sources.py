@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
+from univla_jax.data.corpora import find_corpus
+from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
-
-
-class TokenizedEpisode(Protocol):
-    """One episode as a token store gives it (``data/token_store.py``)."""
-
-    instruction: str
-    codes: Mapping[str, np.ndarray]
-    actions: np.ndarray
-    corpus: str
-    episode_id: str
+from univla_jax.sequences.data_config import DataConfig
+from univla_jax.tokenizers.assets import Assets
+from univla_jax.tokenizers.image import ImageSpec
 
 
 class EpisodeSource(Protocol):
@@ -64,6 +58,43 @@ class Split:
         return self.source[index + index // (every - 1)]
 
 
+def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
+    """Opens ``config.stores`` and checks that their codes mean what ``assets`` say.
+
+    Raises:
+      UserError: no complete store there, one of another vision tokenizer or other image sizes, or
+        one that may hold episodes shorter than a sample's smallest window.
+    """
+    if not config.stores:
+        raise UserError("data.stores: none named; give the folders of one or more token stores")
+    return [_checked_store(folder, config, assets) for folder in config.stores]
+
+
+def _checked_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
+    store, where = TokenStore(folder), f"token store {folder}"
+    header = store.manifest.header
+    assets.require_same_tokenizers({"vision": header.vision_fingerprint}, source=where)
+    views = config.views or tuple(header.image_specs)
+    unknown = sorted(set(views) - set(header.image_specs))
+    if unknown and config.layout != "world_model":
+        raise UserError(f"{where}: no view {unknown[0]!r}, only {sorted(header.image_specs)}")
+    specs = {v: ImageSpec.from_dict(s) for v, s in header.image_specs.items() if v in views}
+    assets.require_same_image_specs(specs, source=where)
+    _check_shortest(header.min_frames, header.corpus, config, where)
+    return store
+
+
+def _check_shortest(min_frames: int, corpus: str, config: DataConfig, where: str) -> None:
+    needed = config.action_frames
+    if config.layout == "world_model":
+        needed = config.frame_spacing or find_corpus(corpus).frame_spacing
+    if min_frames < needed:
+        raise UserError(
+            f"{where}: may hold episodes of {min_frames} frames, a sample takes at least {needed}; "
+            f"tokenise with min_frames={needed}, or take smaller chunks"
+        )
+
+
 def source_fingerprint(source: EpisodeSource) -> str:
     """What identifies the content of a source: its own ``fingerprint``, else a hash of its ids."""
     own = getattr(source, "fingerprint", None)
@@ -76,7 +107,7 @@ def source_fingerprint(source: EpisodeSource) -> str:
     return digest.hexdigest()
 
 
-def check_sources(sources: list[Split], names: list[str], hosts: int) -> None:
+def check_sources(sources: Sequence[Split], names: Sequence[str], hosts: int) -> None:
     """Raises UserError for a source too small to give every host an episode."""
     for source, name in zip(sources, names):
         if len(source) < hosts:
