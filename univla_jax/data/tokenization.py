@@ -11,9 +11,8 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tqdm
 
 from univla_jax import config as strict
@@ -28,17 +27,8 @@ from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
 
-
-class FrameTokenizer(Protocol):
-    """What is needed of a ``VisionTokenizer``."""
-
-    codebook_size: int
-    factor: int
-    fingerprint: str
-
-    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] -> uint16 [N, h, w]."""
-        ...
+if TYPE_CHECKING:
+    from univla_jax.tokenizers.vision import FrameTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
