@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from univla_jax.errors import UserError
+from univla_jax.models import axes
 from univla_jax.training import batches, sharding
 from univla_jax.training.sharding import AXES, MeshConfig
 
@@ -57,7 +58,7 @@ def test_a_mesh_that_does_not_fit_the_devices(config, message):
         (("embed", "kv_heads", "head_dim"), (64, 2, 8), {"tensor": 4}, (None, None, None)),
         # an axis already used by an earlier dimension is left out
         (("heads", "mlp"), (4, 8), {"tensor": 2}, ("tensor", None)),
-        (("batch", "sequence"), (8, 16), {"data": 2, "fsdp": 2}, (("data", "fsdp"), None)),
+        (("batch", "length"), (8, 16), {"data": 2, "fsdp": 2}, (("data", "fsdp"), None)),
         ((None, "embed"), (3, 64), {"fsdp": 2}, (None, "fsdp")),
     ],
 )
@@ -65,9 +66,22 @@ def test_resolve(names, shape, mesh, spec):
     assert sharding.resolve(names, shape, _mesh(**mesh)) == PartitionSpec(*spec)
 
 
+def test_every_axis_of_the_models_has_a_rule():
+    assert set(dict(sharding.RULES)) == {*axes.PARAMETER_AXES, *axes.ACTIVATION_AXES}
+
+
 def test_unknown_logical_name():
     with pytest.raises(ValueError, match="no sharding rule for logical axis 'moon'"):
         sharding.resolve(("moon",), (8,), _mesh())
+
+
+def test_activations_lose_the_axes_that_do_not_divide_them():
+    rules = sharding.activation_rules(
+        _mesh(tensor=4), {axes.ACTIVATION_HEADS: 8, axes.ACTIVATION_KV_HEADS: 2}
+    )
+    assert dict(rules)[axes.ACTIVATION_HEADS] == ("tensor",)
+    assert dict(rules)[axes.ACTIVATION_KV_HEADS] == ()
+    assert dict(rules)[axes.BATCH] == sharding.BATCH_AXES
 
 
 def test_batches_that_do_not_divide():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,16 +54,21 @@ class GlobalBatches:
     Position and state are those of the iterator inside.
     """
 
-    def __init__(self, batches: Any, sharding: NamedSharding) -> None:
+    def __init__(
+        self,
+        batches: Any,
+        sharding: NamedSharding,
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
         """Wraps ``batches``.
 
         Args:
           batches: iterator of pytrees of numpy arrays, this process's rows; has ``get_state`` and
             ``set_state``.
           sharding: of every array.
+          check: called with each batch of this process; raises where it cannot be trained on.
         """
-        self._batches = batches
-        self._sharding = sharding
+        self._batches, self._sharding, self._check = batches, sharding, check
 
     def __iter__(self) -> GlobalBatches:
         """Returns itself."""
@@ -70,7 +76,10 @@ class GlobalBatches:
 
     def __next__(self) -> Any:
         """The next batch, on its way to the devices."""
-        return to_global(next(self._batches), self._sharding)
+        batch = next(self._batches)
+        if self._check is not None:
+            self._check(batch)
+        return to_global(batch, self._sharding)
 
     def get_state(self) -> bytes:
         """The position before the next batch."""
@@ -79,6 +88,10 @@ class GlobalBatches:
     def set_state(self, state: bytes) -> None:
         """Moves to a position that ``get_state`` returned."""
         self._batches.set_state(state)
+
+    def close(self) -> None:
+        """Stops the threads and processes of the iterator inside."""
+        self._batches.close()
 
 
 def to_global(batch: Any, sharding: NamedSharding) -> Any:

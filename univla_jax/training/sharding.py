@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,28 +26,32 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univla_jax.errors import UserError
+from univla_jax.models import axes
 
 AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("replica", "data", "fsdp")
 
-RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+
+RULES: Rules = (
     # parameters
-    ("layers", ()),
-    ("vocab", ("tensor",)),
-    ("embed", ("fsdp", "context")),
-    ("heads", ("tensor",)),
-    ("kv_heads", ("tensor",)),
-    ("head_dim", ()),
-    ("mlp", ("tensor",)),
-    ("norm", ()),
+    (axes.LAYERS, ()),
+    (axes.VOCAB, ("tensor",)),
+    (axes.EMBED, ("fsdp", "context")),
+    (axes.HEADS, ("tensor",)),
+    (axes.KV_HEADS, ("tensor",)),
+    (axes.HEAD_DIM, ()),
+    (axes.MLP, ("tensor",)),
+    (axes.NORM, ()),
     # activations
-    ("batch", BATCH_AXES),
-    ("sequence", ("context",)),
-    ("act_embed", ()),
-    ("act_heads", ("tensor",)),
-    ("act_kv_heads", ("tensor",)),
-    ("act_mlp", ("tensor",)),
-    ("act_vocab", ("tensor",)),
+    (axes.BATCH, BATCH_AXES),
+    (axes.LENGTH, ("context",)),
+    (axes.CACHE_LENGTH, ()),
+    (axes.ACTIVATION_EMBED, ()),
+    (axes.ACTIVATION_HEADS, ("tensor",)),
+    (axes.ACTIVATION_KV_HEADS, ("tensor",)),
+    (axes.ACTIVATION_MLP, ("tensor",)),
+    (axes.ACTIVATION_VOCAB, ("tensor",)),
 )
 
 
@@ -119,7 +123,7 @@ def _arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarra
 
 
 def resolve(
-    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Any = RULES
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES
 ) -> PartitionSpec:
     """The mesh axes of one array.
 
@@ -142,17 +146,17 @@ def resolve(
     taken: set[str] = set()
     spec = []
     for name, size in zip(names, shape, strict=True):
-        axes = [] if name is None else _fitting(table[name], size, mesh, taken)
-        taken.update(axes)
-        spec.append(tuple(axes) if len(axes) > 1 else (axes[0] if axes else None))
+        split = [] if name is None else _fitting(table[name], size, mesh, taken)
+        taken.update(split)
+        spec.append(tuple(split) if len(split) > 1 else (split[0] if split else None))
     return PartitionSpec(*spec)
 
 
-def _fitting(axes: Sequence[str], size: int, mesh: Mesh, taken: set[str]) -> list[str]:
-    """The longest run of free ``axes`` whose parts divide ``size``."""
+def _fitting(wanted: Sequence[str], size: int, mesh: Mesh, taken: set[str]) -> list[str]:
+    """The free ones of ``wanted`` whose parts together divide ``size``."""
     chosen: list[str] = []
     parts = 1
-    for axis in axes:
+    for axis in wanted:
         if axis in taken or mesh.shape[axis] == 1 or size % (parts * mesh.shape[axis]):
             continue
         chosen.append(axis)
@@ -160,7 +164,21 @@ def _fitting(axes: Sequence[str], size: int, mesh: Mesh, taken: set[str]) -> lis
     return chosen
 
 
-def place(abstract: Any, mesh: Mesh, rules: Any = RULES) -> Any:
+def activation_rules(mesh: Mesh, sizes: Mapping[str, int], rules: Rules = RULES) -> Rules:
+    """The rules without the mesh axes that do not divide a dimension of the activations.
+
+    Args:
+      mesh: of the run.
+      sizes: size of the dimensions whose size is known, by logical name.
+      rules: to start from.
+    """
+    return tuple(
+        (name, tuple(_fitting(wanted, sizes[name], mesh, set())) if name in sizes else wanted)
+        for name, wanted in rules
+    )
+
+
+def place(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Resolves a pytree of shapes, boxed with logical names or not, to shapes with shardings.
 
     Args:

@@ -35,19 +35,20 @@ NORMALISATIONS = ("global", "per_micro_batch")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A jitted function that runs with the mesh and the sharding rules set."""
+    """A jitted function that runs with a mesh and the rules of logical names in scope."""
 
     jitted: Any
     mesh: Mesh
+    rules: sharding.Rules
 
     def __call__(self, *args: Any) -> Any:
         """Runs it."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             return self.jitted(*args)
 
     def lower(self, *args: Any) -> Any:
         """Lowers it for arguments given as arrays or ``jax.ShapeDtypeStruct``."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             return self.jitted.lower(*args)
 
 
@@ -61,6 +62,7 @@ def make_train_step(
     seed: int,
     accumulation: int = 1,
     normalisation: str = "global",
+    rules: sharding.Rules = sharding.RULES,
 ) -> Step:
     """Builds ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -75,6 +77,7 @@ def make_train_step(
       normalisation: ``"global"`` divides the summed loss of all micro-batches by their summed
         weight; ``"per_micro_batch"`` averages the micro-batches' own means, as the reference does
         (modeling_emu3.py:1586 under gradient accumulation).
+      rules: for the activations the loss names, see ``sharding.activation_rules``.
 
     Returns:
       the step; its metrics are float32 scalars: ``loss``, ``grad_norm`` before clipping,
@@ -113,10 +116,16 @@ def make_train_step(
         out_shardings=(placed, whole),
         donate_argnums=0,
     )
-    return Step(jitted, mesh)
+    return Step(jitted, mesh, rules)
 
 
-def make_eval_step(loss_fn: LossFn, abstract: TrainState, batch_sharding: NamedSharding) -> Step:
+def make_eval_step(
+    loss_fn: LossFn,
+    abstract: TrainState,
+    batch_sharding: NamedSharding,
+    *,
+    rules: sharding.Rules = sharding.RULES,
+) -> Step:
     """Builds ``step(params, batch) -> (sum of w * nll, sum of w, sums)`` without dropout."""
     mesh = batch_sharding.mesh
     jitted = jax.jit(
@@ -124,7 +133,7 @@ def make_eval_step(loss_fn: LossFn, abstract: TrainState, batch_sharding: NamedS
         in_shardings=(sharding.shardings(abstract.params), batch_sharding),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
-    return Step(jitted, mesh)
+    return Step(jitted, mesh, rules)
 
 
 def means(sums: Sums) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Trains any stage of the decoder: world model or policy, from scratch or from an earlier stage.
+
+    python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=DIR \\
+        [--config.optimizer.learning_rate=1e-4 ...]
+
+The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/<step>/``.
+Started again, the command continues from the newest checkpoint; after the last step it says so and
+ends. Exit status: 0 done, 2 something to mend (one line on standard error), 83 stopped by SIGTERM
+with the current step saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from univla_jax import commands
+from univla_jax import config as configs
+from univla_jax.training.preemption import EXIT_STATUS, Preempted
+from univla_jax.training.run import train
+from univla_jax.training.train_config import TrainConfig
+
+_CONFIG = commands.config_flag()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains the config of the command line; returns the exit status."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    config = configs.build(TrainConfig, _CONFIG.value.to_dict())
+    try:
+        train(config, _WORKDIR.value)
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        return EXIT_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,160 @@
+"""One training run, from its config to its last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from univla_jax.errors import UserError
+from univla_jax.sequences.evaluation import EvaluationBatches
+from univla_jax.sequences.pipeline import training_batches
+from univla_jax.tokenizers.assets import Assets
+from univla_jax.training import checkpoint_folder, workdir
+from univla_jax.training.batches import GlobalBatches
+from univla_jax.training.checkpoint import Checkpointer
+from univla_jax.training.evaluation import HeldOutLoss
+from univla_jax.training.loop import DataIterator, fit
+from univla_jax.training.loss import check_labelled
+from univla_jax.training.metrics import MetricsLogger
+from univla_jax.training.preemption import SigtermWatch
+from univla_jax.training.run_assets import build_assets
+from univla_jax.training.run_model import RunModel
+from univla_jax.training.sharding import make_mesh
+from univla_jax.training.state import TrainState
+from univla_jax.training.train_config import FREE, TrainConfig
+
+
+def train(config: TrainConfig, folder: str | pathlib.Path, *, progress: bool = True) -> None:
+    """Trains a decoder in ``folder``, from its newest checkpoint if there is one.
+
+    Args:
+      config: the run.
+      folder: its workdir; ``univla_jax/train.py`` says what it gets.
+      progress: whether to draw a progress bar on standard error.
+
+    Raises:
+      UserError: something in the config, the data, the earlier stage or the workdir to mend, or a
+        loss that is not finite.
+      Preempted: SIGTERM arrived; the step is saved.
+    """
+    folder = pathlib.Path(folder)
+    workdir.check(folder, config, free=FREE)
+    if finished(config, folder):
+        _say(f"{folder} is trained to step {config.total_steps} already")
+        return
+    assets = build_assets(config)
+    run = RunModel.build(config, assets.vocabulary, make_mesh(config.mesh))
+    assets = dataclasses.replace(assets, model=dataclasses.asdict(run.model.config))
+    batches = _training_batches(run, assets)
+    evaluation = _evaluation(run, assets) if config.evaluation.every else None
+    workdir.claim(folder, config)
+    try:
+        _run(run, assets, batches, evaluation, folder, progress)
+    finally:
+        batches.close()
+
+
+def finished(config: TrainConfig, folder: pathlib.Path) -> bool:
+    """Whether ``folder`` holds the checkpoint of the last step."""
+    steps = checkpoint_folder.step_folders(folder / checkpoint_folder.CHECKPOINTS)
+    return any(
+        step >= config.total_steps and checkpoint_folder.is_complete(path)
+        for step, path in steps.items()
+    )
+
+
+def _run(
+    run: RunModel,
+    assets: Assets,
+    batches: GlobalBatches,
+    evaluation: HeldOutLoss | None,
+    folder: pathlib.Path,
+    progress: bool,
+) -> None:
+    config = run.config
+    with Checkpointer(folder, config.checkpoint, write_assets=assets.save) as checkpointer:
+        state = _state(run, assets, checkpointer, batches)
+        with (
+            MetricsLogger(
+                folder,
+                start_step=int(state.step),
+                total_steps=config.total_steps,
+                every=config.log_every,
+                progress=progress,
+            ) as logger,
+            SigtermWatch() as stop,
+        ):
+            fit(
+                state,
+                run.train_step(),
+                batches,
+                total_steps=config.total_steps,
+                checkpointer=checkpointer,
+                logger=logger,
+                stop=stop,
+                evaluation=evaluation,
+            )
+
+
+def _state(
+    run: RunModel, assets: Assets, checkpointer: Checkpointer, batches: DataIterator
+) -> TrainState:
+    """The newest checkpoint, else the earlier stage's parameters, else random ones."""
+    state = checkpointer.restore(run.abstract, batches)
+    if state is not None:
+        _check_assets(checkpointer, int(state.step), assets)
+        _say(f"continuing {checkpointer.folder.parent} from step {int(state.step)}")
+        return state
+    if run.config.init_from:
+        earlier = checkpoint_folder.find_checkpoint(run.config.init_from)
+        _say(f"starting from the parameters of {earlier}")
+        return run.new_state(checkpoint_folder.load_params(earlier, run.abstract.params))
+    return run.new_state()
+
+
+def _check_assets(checkpointer: Checkpointer, step: int, assets: Assets) -> None:
+    """Raises UserError when tokenizers or statistics are not those the run was begun with."""
+    folder = checkpoint_folder.assets_folder(checkpointer.folder / str(step))
+    if Assets.load(folder).fingerprint != assets.fingerprint:
+        raise UserError(
+            f"{folder} differs from the tokenizers, statistics and settings of this config: one of "
+            "them was changed since the run was begun; restore it, or start in a new --workdir"
+        )
+
+
+def _training_batches(run: RunModel, assets: Assets) -> GlobalBatches:
+    batches = training_batches(
+        run.config.data, assets, host=jax.process_index(), hosts=jax.process_count()
+    )
+    return GlobalBatches(batches, run.batch_sharding, _labels_fit(run.config.loss.max_labelled))
+
+
+def _labels_fit(most: int) -> Callable[[Any], None] | None:
+    return (lambda batch: check_labelled(batch.loss_weight, most)) if most else None
+
+
+def _evaluation(run: RunModel, assets: Assets) -> HeldOutLoss:
+    config = run.config
+    data = config.data
+    if config.evaluation.stores:
+        data = dataclasses.replace(
+            data, stores=config.evaluation.stores, weights=(), held_out_every=0
+        )
+    held_out = EvaluationBatches(data, assets, host=jax.process_index(), hosts=jax.process_count())
+    return HeldOutLoss(
+        run.eval_step(),
+        lambda: held_out,
+        run.batch_sharding,
+        every=config.evaluation.every,
+        limit=config.evaluation.batches,
+    )
+
+
+def _say(message: str) -> None:
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr)

@@ -1,0 +1,168 @@
+"""The assets of a run: tokenizers from folders or an earlier stage, statistics from stores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from univla_jax.data.actions import ActionStatistics, stream_statistics
+from univla_jax.data.corpora import CORPORA, find_corpus
+from univla_jax.data.token_manifest import StoreHeader
+from univla_jax.data.token_store import TokenStore
+from univla_jax.errors import UserError
+from univla_jax.sequences.data_config import DataConfig
+from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
+from univla_jax.tokenizers.assets import Assets
+from univla_jax.tokenizers.image import ImageSpec
+from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training.checkpoint_folder import assets_folder, find_checkpoint
+from univla_jax.training.train_config import TrainConfig
+
+_EMU3_ACTIONS = 2048
+_WHERE = "config.tokenizers"
+
+
+def build_assets(config: TrainConfig) -> Assets:
+    """Everything that gives this run's token ids their meaning.
+
+    Args:
+      config: names the tokenizers, or the earlier stage they come from, and the token stores,
+        whose image specs and action statistics become the run's. (That the stores' codes are of
+        this vision tokenizer is checked where the data is opened.)
+
+    Raises:
+      UserError: a tokenizer is missing or does not fit the vocabulary or the earlier stage.
+    """
+    stores = [TokenStore(folder) for folder in config.data.stores]
+    if not stores:
+        raise UserError("config.data.stores: none named; give the folder of a token store")
+    earlier = None
+    if config.init_from:
+        earlier = Assets.load(assets_folder(find_checkpoint(config.init_from)))
+    assets = _tokenizers(config, earlier)
+    if earlier is not None:
+        _check_earlier(assets, earlier, config.init_from)
+    return dataclasses.replace(
+        assets,
+        image_specs=image_specs(stores),
+        statistics=statistics(stores),
+        layout=layout_settings(config.data, stores),
+    )
+
+
+def layout_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str, Any]:
+    """What acting and imagining must repeat of the training layout, as JSON values.
+
+    Returns:
+      ``layout``, ``frames``, ``action_frames``, ``frame_spacing`` and ``sequence_length`` of the
+      data config; ``views``, the cameras in the order they are written; per corpus
+      ``control_hz``, ``frame_spacing`` in steps and the code grid [h, w] of each view.
+    """
+    kept = ("layout", "frames", "action_frames", "frame_spacing", "sequence_length")
+    header = stores[0].manifest.header
+    return {
+        **{name: getattr(data, name) for name in kept},
+        "views": list(data.views) or _all_views(header.corpus, header.grids),
+        "corpora": {
+            store.manifest.header.corpus: _corpus_settings(data, store.manifest.header)
+            for store in stores
+        },
+    }
+
+
+def _corpus_settings(data: DataConfig, header: StoreHeader) -> dict[str, Any]:
+    return {
+        "control_hz": header.control_hz,
+        "frame_spacing": data.frame_spacing or find_corpus(header.corpus).frame_spacing,
+        "grids": {view: list(grid) for view, grid in header.grids.items()},
+    }
+
+
+def _all_views(corpus: str, present: Iterable[str]) -> list[str]:
+    """The cameras of a store in the order of its corpus' row, then any others."""
+    row = CORPORA.get(corpus)
+    known = [view for view in (row.views if row else ()) if view in present]
+    return known + [view for view in present if view not in known]
+
+
+def image_specs(stores: Sequence[TokenStore]) -> dict[str, ImageSpec]:
+    """Image spec per view over all stores; opening the data finds two that disagree."""
+    specs: dict[str, ImageSpec] = {}
+    for store in stores:
+        specs = _specs(store) | specs
+    return specs
+
+
+def statistics(stores: Sequence[TokenStore]) -> dict[str, ActionStatistics]:
+    """Action statistics per corpus.
+
+    A corpus in one store keeps that store's; one in several (the four LIBERO suites) gets the
+    statistics of all its episodes together.
+    """
+    by_corpus: dict[str, list[TokenStore]] = {}
+    for store in stores:
+        for corpus in store.statistics:
+            by_corpus.setdefault(corpus, []).append(store)
+    return {corpus: _joint(corpus, group) for corpus, group in by_corpus.items()}
+
+
+def _joint(corpus: str, stores: Sequence[TokenStore]) -> ActionStatistics:
+    if len(stores) == 1:
+        return stores[0].statistics[corpus]
+    return stream_statistics(lambda: (e.actions for store in stores for e in store))
+
+
+def _specs(store: TokenStore) -> dict[str, ImageSpec]:
+    saved = store.manifest.header.image_specs
+    return {view: ImageSpec.from_dict(spec) for view, spec in saved.items()}
+
+
+def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
+    """Assets of the tokenizers alone."""
+    folders = config.tokenizers
+    text = load_text_tokenizer(folders.text) if folders.text else None
+    vision = VisionTokenizer.load(folders.vision) if folders.vision else None
+    action = load_action_tokenizer(folders.action) if folders.action else None
+    if earlier is not None:
+        text, vision = text or earlier.text, vision or earlier.vision
+        action = action or earlier.action
+    for name, part in (("text", text), ("vision", vision)):
+        if part is None:
+            raise UserError(f"{_WHERE}.{name} is empty; name the tokenizer's folder, or init_from")
+    if action is None and config.data.layout != "world_model":
+        raise UserError(
+            f"{_WHERE}.action is empty, but data.layout {config.data.layout!r} needs it"
+        )
+    if earlier is None:
+        vocabulary = _vocabulary(folders.vocabulary, text, vision, action)
+    elif earlier.action is None and action is not None:
+        vocabulary = dataclasses.replace(earlier.vocabulary, action_size=action.vocabulary_size)
+    else:
+        vocabulary = earlier.vocabulary
+    return Assets(vocabulary, text, vision, action, image_specs={}, statistics={})
+
+
+def _vocabulary(
+    kind: str, text: TextTokenizer, vision: VisionTokenizer, action: ActionTokenizer | None
+) -> Vocabulary:
+    if kind == "emu3":
+        return Vocabulary.emu3(_EMU3_ACTIONS if action is None else action.vocabulary_size)
+    if action is None:
+        raise UserError(
+            f"{_WHERE}.action is empty; a vocabulary from scratch is sized by all tokenizers, so "
+            "that every stage shares its ids: fit the action tokenizer first"
+        )
+    return Vocabulary.from_scratch(
+        text.vocabulary_size, vision.codebook_size, action.vocabulary_size
+    )
+
+
+def _check_earlier(assets: Assets, earlier: Assets, path: str) -> None:
+    """Raises UserError unless the earlier stage's parameters know these tokens."""
+    prints = earlier.tokenizer_fingerprints
+    if earlier.action is None:  # its vocabulary left the number of actions open
+        del prints["vocabulary"]
+    assets.require_same_tokenizers(prints, source=f"config.init_from {path}")

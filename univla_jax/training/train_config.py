@@ -1,0 +1,160 @@
+"""The config of ``python -m univla_jax.train``: any stage of the decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from univla_jax.errors import UserError
+from univla_jax.sequences.data_config import DataConfig
+from univla_jax.training.checkpoint_policy import CheckpointConfig
+from univla_jax.training.optimizer import OptimizerConfig
+from univla_jax.training.sharding import MeshConfig
+from univla_jax.training.step import NORMALISATIONS
+
+VOCABULARIES = ("from_scratch", "emu3")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder, by preset.
+
+    Attributes:
+      preset: a name of ``models/presets.py``.
+      overrides: fields of ``DecoderConfig`` to change; vocabulary size and pad id come from the
+        vocabulary.
+    """
+
+    preset: str
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizersConfig:
+    """Folders of the fitted tokenizers; those of ``init_from`` where empty.
+
+    Attributes:
+      vocabulary: ``"from_scratch"``, sized by the tokenizers, or ``"emu3"``, the 184,622 ids of the
+        published checkpoints.
+      text: folder of the text tokenizer.
+      vision: folder of the vision tokenizer which the token stores were made with.
+      action: folder of the action tokenizer.
+    """
+
+    vocabulary: str = "from_scratch"
+    text: str = ""
+    vision: str = ""
+    action: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown vocabulary with a UserError."""
+        if self.vocabulary not in VOCABULARIES:
+            raise UserError(
+                f"tokenizers.vocabulary: {self.vocabulary!r}; expected one of {VOCABULARIES}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How the cross-entropy is computed; what is labelled, and its weights, belong to the data.
+
+    Attributes:
+      normalisation: ``"global"`` divides by the weight of all labelled tokens of the step;
+        ``"per_micro_batch"`` averages the micro-batches' own means, as the reference.
+      max_labelled: the most labelled tokens of a row; the head then runs on that many positions
+        only, which saves most of its cost where few tokens are labelled (policies). 0 runs it on
+        every position.
+      chunks: parts in which the head runs; 0 chooses them by memory.
+    """
+
+    normalisation: str = "global"
+    max_labelled: int = 0
+    chunks: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot work, with a UserError naming them."""
+        if self.normalisation not in NORMALISATIONS:
+            raise UserError(
+                f"loss.normalisation: {self.normalisation!r}; expected one of {NORMALISATIONS}"
+            )
+        for name in ("max_labelled", "chunks"):
+            if getattr(self, name) < 0:
+                raise UserError(f"loss.{name}: {getattr(self, name)}; expected at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The loss on held-out episodes during training.
+
+    Attributes:
+      every: steps between two evaluations, and one at the end; 0 for none.
+      batches: batches per evaluation; 0 takes every held-out episode.
+      stores: token stores held out as a whole; empty takes the episodes that
+        ``data.held_out_every`` holds out of the training stores.
+    """
+
+    every: int = 0
+    batches: int = 0
+    stores: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run, built strictly from an ml_collections config.
+
+    Attributes:
+      total_steps: optimizer steps, also the length of the learning-rate schedule.
+      model: the decoder.
+      data: token stores, layout, batch.
+      tokenizers: what the token ids mean.
+      init_from: workdir or checkpoint folder of an earlier stage whose parameters this one starts
+        from; empty starts from random ones.
+      seed: of parameters and dropout; the data has its own.
+      optimizer: AdamW and its schedule.
+      loss: how the loss is computed and normalised.
+      accumulation: micro-batches per step; ``data.batch_size`` rows are split into them.
+      mesh: devices per axis.
+      checkpoint: when to save and what to keep.
+      evaluation: held-out loss.
+      log_every: steps between two lines of metrics.
+    """
+
+    total_steps: int
+    model: ModelConfig
+    data: DataConfig
+    tokenizers: TokenizersConfig = dataclasses.field(default_factory=TokenizersConfig)
+    init_from: str = ""
+    seed: int = 42
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    accumulation: int = 1
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot work, with a UserError naming them."""
+        for name in ("total_steps", "accumulation", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.{name}: {getattr(self, name)}; expected at least 1")
+        held_out = self.evaluation.stores or self.data.held_out_every
+        if self.evaluation.every and not held_out:
+            raise UserError(
+                "config.evaluation.every is set but nothing is held out; set "
+                "config.data.held_out_every or config.evaluation.stores"
+            )
+
+
+FREE = (
+    "total_steps",
+    "log_every",
+    "checkpoint",
+    "evaluation",
+    "mesh",
+    "data.read_threads",
+    "data.prefetch_batches",
+)
+"""Keys that may change when a run is resumed: none changes what a step computes but
+``total_steps``, which stretches the schedule of the steps to come."""
