@@ -10,6 +10,8 @@ UniVLA writes every frame in the video format; the image format is Emu3's for pi
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from univla_jax.errors import UserError
@@ -34,9 +36,7 @@ def frame_block(lexicon: Lexicon, codes: np.ndarray, *, shown: int | None = None
     Raises:
       UserError: codes of another rank, or outside the codebook.
     """
-    if codes.ndim != 3 or not codes.size:
-        raise UserError(f"visual codes of shape {codes.shape}, expected non-empty [T, h, w]")
-    vocabulary, (frames, height, width) = lexicon.vocabulary, codes.shape
+    vocabulary, (frames, height, width) = lexicon.vocabulary, _frame_shape(codes)
     head = frame_head(lexicon, height, width, frames)
     count = frames if shown is None else shown
     cells = height * width + 1
@@ -49,6 +49,30 @@ def frame_block(lexicon: Lexicon, codes: np.ndarray, *, shown: int | None = None
     return block
 
 
+def frame_blocks(lexicon: Lexicon, codes: np.ndarray) -> np.ndarray:
+    """Each frame in a block of its own, ``fmt`` of one frame at a time.
+
+    Args:
+      lexicon: vocabulary and text tokenizer.
+      codes: integer [T, h, w] visual codes.
+
+    Returns:
+      int32 [T, n]: row t is ``frame_block(lexicon, codes[t : t + 1])``.
+
+    Raises:
+      UserError: codes of another rank, or outside the codebook.
+    """
+    frames, height, width = _frame_shape(codes)
+    vocabulary = lexicon.vocabulary
+    head = frame_head(lexicon, height, width)
+    blocks = np.empty((frames, len(head) + height * width + 2), np.int32)
+    blocks[:, : len(head)] = head
+    blocks[:, len(head) : -2] = vocabulary.visual_ids(codes).reshape(frames, -1)
+    blocks[:, -2], blocks[:, -1] = vocabulary.eof, vocabulary.eoi
+    return blocks
+
+
+@functools.lru_cache(256)
 def frame_head(lexicon: Lexicon, height: int, width: int, frames: int | None = 1) -> np.ndarray:
     """The opening of a block: boi, "T*h*w" (or "h*w" with ``frames=None``), img; int32.
 
@@ -56,7 +80,9 @@ def frame_head(lexicon: Lexicon, height: int, width: int, frames: int | None = 1
     """
     size = f"{height}*{width}" if frames is None else f"{frames}*{height}*{width}"
     vocabulary = lexicon.vocabulary
-    return _join([vocabulary.boi], lexicon.words(size), [vocabulary.img])
+    head = _join([vocabulary.boi], lexicon.words(size), [vocabulary.img])
+    head.setflags(write=False)  # it is remembered
+    return head
 
 
 def next_frame(lexicon: Lexicon, height: int, width: int, frames: int = 1) -> np.ndarray:
@@ -138,6 +164,12 @@ def picture_grammar(
     cases = [place % (width + 1) == 0, *(place == cells + i for i in (1, 2, 3)), place > cells]
     ends = [vocabulary.eol, vocabulary.eof, vocabulary.eoi, vocabulary.eos, vocabulary.pad]
     return np.select(cases, ends, FREE).astype(np.int32)
+
+
+def _frame_shape(codes: np.ndarray) -> tuple[int, int, int]:
+    if codes.ndim != 3 or not codes.size:
+        raise UserError(f"visual codes of shape {codes.shape}, expected non-empty [T, h, w]")
+    return codes.shape
 
 
 def _join(*parts: np.ndarray | list[int]) -> np.ndarray:

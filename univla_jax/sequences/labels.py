@@ -14,7 +14,8 @@ a sequence never are. The loss divides by the sum of the weights (modeling_emu3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -38,13 +39,13 @@ LABELS: Mapping[str, frozenset[Role]] = {
 """
 
 
-def label_mask(tokens: Tokens, labelled: Collection[Role]) -> np.ndarray:
+def label_mask(tokens: Tokens, labelled: frozenset[Role]) -> np.ndarray:
     """bool [S]: the tokens of the labelled roles."""
     return _table(labelled, 1.0)[tokens.roles] > 0
 
 
 def loss_weight(
-    tokens: Tokens, labelled: Collection[Role], vision_weight: float = 1.0
+    tokens: Tokens, labelled: frozenset[Role], vision_weight: float = 1.0
 ) -> np.ndarray:
     """Weight of predicting each token from those before it.
 
@@ -62,13 +63,14 @@ def loss_weight(
 
 
 def labelled_example(
-    tokens: Tokens, labelled: Collection[Role], vision_weight: float = 1.0
+    tokens: Tokens, labelled: frozenset[Role], vision_weight: float = 1.0
 ) -> Example:
     """The training example of one sequence: a single segment, positions from 0."""
     return Example.single(tokens.ids, loss_weight(tokens, labelled, vision_weight))
 
 
-def _table(labelled: Collection[Role], vision_weight: float) -> np.ndarray:
+@functools.lru_cache(64)
+def _table(labelled: frozenset[Role], vision_weight: float) -> np.ndarray:
     """float32 weight per role."""
     table = np.zeros(len(Role), np.float32)
     table[list(labelled)] = 1.0

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.sequences.frames import frame_block, picture_block
+from univla_jax.sequences.frames import frame_block, frame_blocks, picture_block
 from univla_jax.sequences.lexicon import Lexicon
 from univla_jax.sequences.tokens import Role, Tokens, compose
 
@@ -60,8 +60,9 @@ def policy_video(
     if len(chunks) != moments or (state is not None and len(state) != moments):
         raise UserError(f"{len(chunks)} action chunks for {moments} moments of frames")
     pieces = [sentence(lexicon, instruction)]
+    blocks = [frame_blocks(lexicon, view) for view in views]
     for t in range(moments):
-        pieces += _frames(lexicon, [view[t : t + 1] for view in views])
+        pieces += [(Role.MARKUP, block[t]) for block in blocks]
         if state is not None:
             pieces.append((Role.STATE, _ids(state[t])))
         pieces.append(action_block(lexicon, chunks[t]))
@@ -120,8 +121,9 @@ def world_model(lexicon: Lexicon, instruction: str, views: Sequence[np.ndarray])
       views: usually one, integer [T, h, w] codes, frames about a second apart.
     """
     pieces = [sentence(lexicon, instruction)]
+    blocks = [frame_blocks(lexicon, view) for view in views]
     for t in range(_moments(views)):
-        pieces += _frames(lexicon, [view[t : t + 1] for view in views])
+        pieces += [(Role.MARKUP, block[t]) for block in blocks]
     return compose(lexicon.vocabulary, pieces)
 
 

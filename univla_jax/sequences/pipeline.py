@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,7 +82,9 @@ class BatchIterator:
           iterator: yields stacked rows.
           identity: JSON values of everything the place depends on.
         """
-        self._iterator = iterator
+        self._open = [iterator]
+        # Also runs at interpreter exit, before the modules that Grain needs for it are gone.
+        self._finalizer = weakref.finalize(self, _close_all, self._open)
         self._identity = json.loads(json.dumps(identity))
 
     def next(self) -> Batch:
@@ -121,8 +124,14 @@ class BatchIterator:
         self._iterator.set_state(place)
 
     def close(self) -> None:
-        """Stops worker processes and threads."""
-        self._iterator.close()
+        """Stops worker processes and threads; the iterator cannot be used afterwards."""
+        self._finalizer()
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator[Row]:
+        if not self._open:
+            raise UserError("this batch iterator was closed; make a new one")
+        return self._open[0]
 
 
 def batch_dataset(
@@ -162,10 +171,27 @@ def sample_dataset(
     """The endless weighted mixture of this host's samples, one per episode and epoch."""
     parts = []
     for number, split in enumerate(splits):
-        part = grain.MapDataset.source(split).seed(_seed(config.seed, number)).shuffle()
-        parts.append(part.random_map(builder)[host::hosts].repeat())
+        part = grain.MapDataset.range(len(split)).seed(_seed(config.seed, number)).shuffle()
+        draw = _DrawSample(split, builder)
+        parts.append(part.random_map(draw)[host::hosts].repeat())
     weights = config.proportions([len(split) for split in splits])
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
+def _close_all(iterators: list[grain.DatasetIterator[Row]]) -> None:
+    """Closes and forgets them."""
+    while iterators:
+        iterators.pop().close()
+
+
+class _DrawSample:
+    """Episode number to sample; an object so that it can be pickled."""
+
+    def __init__(self, split: Split, builder: SampleBuilder) -> None:
+        self._split, self._builder = split, builder
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Row:
+        return self._builder(self._split[index], rng)
 
 
 def _let_grain_read_flags() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from univla_jax.sequences.frames import frame_block, frame_head
+from univla_jax.sequences.frames import frame_block, frame_blocks, frame_head
 from univla_jax.sequences.layouts import chat, sentence
 from univla_jax.sequences.lexicon import Lexicon
 
@@ -60,9 +60,9 @@ def imagine_prompt(lexicon: Lexicon, instruction: str, context: np.ndarray) -> n
       instruction: the task in words; "" is the null prompt of classifier-free guidance.
       context: [T, h, w] codes of the frames before the one to imagine, oldest first.
     """
-    blocks = [frame_block(lexicon, frame[None]) for frame in context]
+    blocks = frame_blocks(lexicon, context)
     head = frame_head(lexicon, *context.shape[1:])
-    return _join(opening(lexicon, instruction), *blocks, head)
+    return _join(opening(lexicon, instruction), blocks.ravel(), head)
 
 
 def draw_prompt(

@@ -111,7 +111,8 @@ class SampleBuilder:
         actions = self._statistics[episode.corpus].normalise(episode.actions[window])
         chunks = actions.reshape(-1, self._config.action_frames, actions.shape[-1])
         encoded = self._action.encode_batch(chunks)
-        return [self._lexicon.vocabulary.action_ids(codes) for codes in encoded]
+        ids = self._lexicon.vocabulary.action_ids(np.concatenate(encoded))
+        return np.split(ids, np.cumsum([len(codes) for codes in encoded[:-1]]))
 
     def _views(self, episode: TokenizedEpisode) -> list[np.ndarray]:
         """Codes [T, h, w] of the configured cameras, of all when none are named."""
