@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from univla_jax.training.batches import to_global
@@ -51,5 +52,6 @@ class HeldOutLoss:
             sums = self._step(state.params, to_global(batch, self._sharding))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         loss, weight, sums = jax.device_get(total)
-        metrics = {"loss": loss / weight, **means(sums)}
+        with np.errstate(invalid="ignore"):  # nothing to average is NaN, and not logged
+            metrics = {"loss": loss / weight, **means(sums)}
         return {PREFIX + name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,122 @@
+"""The train command as a process: exit statuses, SIGTERM, kill -9, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.training import tiny_run
+from univla_jax.training import metrics
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """``command(workdir, *flags)`` starts the train command on a miniature world."""
+    folder = tmp_path_factory.mktemp("command")
+    world = tiny_run.make_world(folder / "world")
+    values = tiny_run.values(world, total_steps=12, evaluation__every=5, checkpoint__every=3)
+    (folder / "values.json").write_text(json.dumps(values))
+    config = folder / "config.py"
+    config.write_text(
+        "import json, pathlib\n"
+        "from ml_collections import config_dict\n"
+        "def get_config():\n"
+        f"    values = json.loads(pathlib.Path({str(folder / 'values.json')!r}).read_text())\n"
+        "    return config_dict.ConfigDict(values)\n"
+    )
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(workdir, *flags):
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "univla_jax.train"),
+                *(f"--config={config}", f"--workdir={workdir}", *flags),
+            ],
+            cwd=REPOSITORY,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def _finish(process):
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def _wait_for_lines(process, workdir, count):
+    while process.poll() is None:
+        file = workdir / metrics.FILE
+        if file.exists() and len(metrics.read_lines(file)) >= count:
+            return
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The metrics of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    status, errors = _finish(command(workdir))
+    assert status == 0, errors
+    return (workdir / metrics.FILE).read_bytes()
+
+
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(command, whole, tmp_path):
+    process = command(tmp_path)
+    _wait_for_lines(process, tmp_path, 4)
+    process.send_signal(signal.SIGTERM)
+    status, errors = _finish(process)
+    assert status == 83, errors
+    assert "stopped by SIGTERM; step" in errors
+    status, errors = _finish(command(tmp_path))
+    assert status == 0, errors
+    assert "continuing" in errors
+    assert (tmp_path / metrics.FILE).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optimizer.learning_rat=1", "unknown key 'learning_rat'"),
+        ("--config.data.batch_size=0", "data.batch_size: 0, expected at least 1"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line_and_status_2(command, tmp_path, flag, message):
+    status, errors = _finish(command(tmp_path / "run", flag))
+    assert status == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert message in line and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_kill_9_at_random_moments_leaves_no_trace(command, whole, tmp_path, seed):
+    """Two kills per run: anywhere, also while a checkpoint is being written."""
+    wait = random.Random(seed)
+    for _ in range(2):
+        process = command(tmp_path)
+        _wait_for_lines(process, tmp_path, wait.randint(1, 12))
+        time.sleep(wait.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+    status, errors = _finish(command(tmp_path))
+    assert status == 0, errors
+    assert (tmp_path / metrics.FILE).read_bytes() == whole

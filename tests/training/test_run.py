@@ -1,0 +1,206 @@
+"""Whole runs in miniature: exact resume, stages that follow one another, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training import tiny_run
+from univla_jax.errors import UserError
+from univla_jax.tokenizers.assets import Assets
+from univla_jax.training import checkpoint_folder, metrics, run
+from univla_jax.training.batches import GlobalBatches
+from univla_jax.training.run_model import RunModel
+from univla_jax.training.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+EVALUATED = {"evaluation__every": 3}
+
+
+def _train(config, folder):
+    run.train(config, folder, progress=False)
+
+
+def _params(folder: pathlib.Path, config):
+    checkpoint = checkpoint_folder.find_checkpoint(folder)
+    assets = Assets.load(checkpoint_folder.assets_folder(checkpoint))
+    model = RunModel.build(config, assets.vocabulary, make_mesh(MeshConfig()))
+    return checkpoint_folder.load_params(checkpoint, model.abstract.params)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The folder of an uninterrupted policy run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    _train(tiny_run.config(world, **EVALUATED), folder)
+    return folder
+
+
+def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
+    lines = metrics.read_lines(whole / metrics.FILE)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(6))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    assert steps[0]["action_loss"] == steps[0]["loss"] and "visual_loss" not in steps[0]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6]
+    assets = Assets.load(checkpoint_folder.assets_folder(whole / "checkpoints" / "6"))
+    assert assets.model["hidden_size"] == 32
+    assert assets.model["vocab_size"] == assets.vocabulary.size
+    assert assets.layout["views"] == ["image", "wrist_image"]
+    assert assets.layout["corpora"]["tabletop"] == {
+        "control_hz": 5.0,
+        "frame_spacing": 5,
+        "grids": {"image": [3, 3], "wrist_image": [2, 2]},
+    }
+    assert set(assets.statistics) == {"tabletop"}
+
+
+@pytest.mark.parametrize("crash", [1, 5])
+def test_a_crash_and_a_resume_are_bit_equal_to_an_uninterrupted_run(
+    world, whole, tmp_path, monkeypatch, crash
+):
+    config = tiny_run.config(world, **EVALUATED)
+    taken = []
+
+    def fail_at(self):
+        if len(taken) == crash:
+            raise KeyboardInterrupt
+        taken.append(0)
+        return following(self)
+
+    following = GlobalBatches.__next__
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GlobalBatches, "__next__", fail_at)
+        _train(config, tmp_path)
+    _train(config, tmp_path)
+    assert (tmp_path / metrics.FILE).read_bytes() == (whole / metrics.FILE).read_bytes()
+    left, right = _params(tmp_path, config), _params(whole, config)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_a_finished_run_says_so(world, whole, capsys):
+    before = (whole / metrics.FILE).read_bytes()
+    _train(tiny_run.config(world, **EVALUATED), whole)
+    assert "is trained to step 6 already" in capsys.readouterr().err
+    assert (whole / metrics.FILE).read_bytes() == before
+
+
+def test_another_config_is_refused(world, whole):
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate was 0\.01, is 0\.02"):
+        _train(tiny_run.config(world, **EVALUATED, optimizer__learning_rate=0.02), whole)
+
+
+def test_assets_changed_since_the_run_began_are_refused(world, whole, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    record = next((copy / "checkpoints" / "6" / "assets").glob("text/*.json"))
+    record.write_text(record.read_text() + " ")
+    with pytest.raises(UserError, match="was changed after the checkpoint was written"):
+        _train(tiny_run.config(world, **EVALUATED, total_steps=8), copy)
+
+
+@pytest.fixture(scope="module")
+def world_model(world, tmp_path_factory):
+    """Config and folder of a world-model run, the stage before a policy."""
+    config = tiny_run.config(
+        world,
+        total_steps=2,
+        data__layout="world_model",
+        data__frame_spacing=3,
+        data__vision_weight=1.0,
+        accumulation=2,
+    )
+    folder = tmp_path_factory.mktemp("runs") / "world_model"
+    _train(config, folder)
+    return config, folder
+
+
+def test_a_policy_starts_from_a_world_model(world, world_model, tmp_path):
+    earlier, folder = world_model
+    line = metrics.read_lines(folder / metrics.FILE)[0]
+    assert line["visual_loss"] == pytest.approx(line["loss"], rel=0.1)
+    config = tiny_run.config(
+        world,
+        total_steps=1,
+        init_from=str(folder),
+        tokenizers={},
+        optimizer__warmup_steps=1,
+    )
+    _train(config, tmp_path)
+    before, after = _params(folder, earlier), _params(tmp_path, config)
+    jax.tree.map(np.testing.assert_array_equal, before, after)  # the rate of step 0 is 0
+
+
+def test_an_earlier_stage_with_other_tokenizers_is_refused(world, world_model, tmp_path):
+    other = tmp_path / "action"
+    shutil.copytree(world / "action", other)
+    settings = json.loads((other / "processor_config.json").read_text())
+    (other / "processor_config.json").write_text(json.dumps({**settings, "scale": 7}))
+    config = tiny_run.config(world, init_from=str(world_model[1]), tokenizers__action=str(other))
+    with pytest.raises(UserError, match="was made with another action tokenizer"):
+        _train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_stage_of_another_size_is_refused(world, world_model, tmp_path):
+    config = tiny_run.config(
+        world, init_from=str(world_model[1]), model__overrides={"mlp_size": 128}
+    )
+    with pytest.raises(UserError, match="is of another model or optimizer: params/"):
+        _train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__batch_size": 3, "accumulation": 2}, "batch size: 3"),
+        ({"mesh": {"fsdp": 7}}, "mesh: .* does not divide"),
+        ({"data__stores": ()}, r"data\.stores: none named"),
+        ({"data__stores": ("/nowhere",)}, "/nowhere"),
+        ({"tokenizers__text": ""}, r"tokenizers\.text is empty"),
+        ({"tokenizers__action": ""}, r"tokenizers\.action is empty"),
+        ({"tokenizers__text": "/nowhere"}, "/nowhere"),
+        ({"init_from": "/nowhere"}, "no complete checkpoint in /nowhere"),
+        ({"model__preset": "huge"}, "model preset 'huge' is unknown"),
+        ({"model__overrides": {"vocab_size": 3}}, "comes from the vocabulary"),
+        ({"loss__max_labelled": 2}, "max_labelled=2, but row"),
+        ({"data__held_out_every": 0, "evaluation__every": 2}, "nothing is held out"),
+        ({"loss__normalisation": "local"}, r"loss\.normalisation: 'local'"),
+        ({"optimiser": {}}, r"config\.optimiser: unknown key; did you mean 'optimizer'"),
+    ],
+)
+def test_what_is_refused(world, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        _train(tiny_run.config(world, **changes), tmp_path / "run")
+
+
+def test_a_store_of_another_vision_tokenizer_is_refused(world, tmp_path):
+    tiny_run.make_store(tmp_path / "store", vision="another")
+    config = tiny_run.config(world, data__stores=(str(tmp_path / "store"),))
+    with pytest.raises(UserError, match="another vision tokenizer"):
+        _train(config, tmp_path / "run")
+
+
+def test_a_corpus_in_several_stores_gets_joint_statistics(world, tmp_path):
+    from univla_jax.data.token_store import TokenStore
+    from univla_jax.training import run_assets
+
+    tiny_run.make_store(tmp_path / "more", vision="any", episodes=3, seed=1)
+    stores = [TokenStore(world / "store"), TokenStore(tmp_path / "more")]
+    joint = run_assets.statistics(stores)["tabletop"]
+    assert joint.count == sum(store.statistics["tabletop"].count for store in stores)
+    assert run_assets.statistics(stores[:1]) == stores[0].statistics
+
+
+def test_the_config_of_a_workdir_can_be_read_back(world, whole):
+    from univla_jax.training import workdir
+    from univla_jax.training.train_config import TrainConfig
+
+    read = workdir.read_config(whole, TrainConfig)
+    assert read == dataclasses.replace(tiny_run.config(world, **EVALUATED))
