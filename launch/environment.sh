@@ -20,7 +20,7 @@ find_python() {
   return 2
 }
 
-# install_project EXTRAS: installs the project with its extras unless that was done already.
+# install_project EXTRAS: installs the project unless that was done already; "base" means no extras.
 install_project() {
   local extras="$1" python stamp wanted
   stamp="$VENV/installed-$extras"
@@ -33,8 +33,8 @@ install_project() {
     echo "making $VENV with $("$python" --version)"
     "$python" -m venv "$VENV"
   fi
-  echo "installing univla_jax[$extras] (several minutes on a first run)"
+  echo "installing univla_jax ($extras) (several minutes on a first run)"
   "$VENV/bin/python" -m pip install --quiet --upgrade pip
-  "$VENV/bin/python" -m pip install --quiet --editable "$REPOSITORY[$extras]"
+  "$VENV/bin/python" -m pip install --quiet --editable "$REPOSITORY$([[ $extras == base ]] || echo "[$extras]")"
   echo "$wanted" >"$stamp"
 }

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# From nothing to a robot policy that acts, on a CPU, in about a quarter of an hour after installation.
+#
+#   bash launch/quickstart.sh [WORKDIR]        (default: ./quickstart)
+#
+# Run again, it skips finished stages; interrupted anywhere, it resumes. Other sizes:
+#   CONFIG=configs/quickstart_long.py bash launch/quickstart.sh long
+set -euo pipefail
+
+if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+  sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install_project base
+
+mkdir -p "${1:-quickstart}"
+WORKDIR="$(cd "${1:-quickstart}" && pwd)"
+CONFIG="${CONFIG:-configs/quickstart.py}"
+cd "$REPOSITORY"
+# Two-megabyte pages for large buffers: training on CPU is a third faster with them.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+
+# stage NAME OUTPUT MODULE ARGUMENTS...: one command of the package, with the config of that name.
+stage() {
+  local name="$1" output="$2" module="$3"
+  shift 3
+  "$VENV/bin/python" launch/stage.py --record="$WORKDIR/stages.jsonl" --name="$name" \
+    --output="$WORKDIR/$output" -- "$VENV/bin/python" -m "univla_jax.$module" "$@"
+}
+
+demonstrations="$WORKDIR/demonstrations"
+tokenizers="$WORKDIR/tokenizers"
+
+stage demonstrations demonstrations demonstrate --config="$CONFIG:demonstrations" \
+  --out="$demonstrations"
+for kind in text action vision; do
+  stage "tokenizer_$kind" "tokenizers/$kind" fit_tokenizer --config="$CONFIG:$kind" \
+    --source="$demonstrations" --workdir="$tokenizers/$kind"
+done
+stage tokens tokens tokenize_dataset --config="$CONFIG:tokens" \
+  --source="$demonstrations" --vision="$tokenizers/vision" --out="$WORKDIR/tokens"
+stage world_model world_model train --config="$CONFIG:world_model" --workdir="$WORKDIR/world_model" \
+  --config.data.stores="('$WORKDIR/tokens/train',)" \
+  --config.evaluation.stores="('$WORKDIR/tokens/val',)" \
+  --config.tokenizers.text="$tokenizers/text" --config.tokenizers.vision="$tokenizers/vision" \
+  --config.tokenizers.action="$tokenizers/action"
+stage policy policy train --config="$CONFIG:policy" --workdir="$WORKDIR/policy" \
+  --config.data.stores="('$WORKDIR/tokens/train',)" \
+  --config.evaluation.stores="('$WORKDIR/tokens/val',)" \
+  --config.init_from="$WORKDIR/world_model"
+stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
+  --checkpoint="$WORKDIR/policy" --out="$WORKDIR/evaluation"
+stage imagination imagination imagine --config="$CONFIG:imagine" \
+  --checkpoint="$WORKDIR/world_model" --source="$demonstrations" --out="$WORKDIR/imagination"
+"$VENV/bin/python" -m univla_jax.summarize --workdir="$WORKDIR"
