@@ -1,0 +1,163 @@
+"""Films and strips of pictures, drawn with Pillow.
+
+Axes: T steps, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_PAPER, _INK = (255, 255, 255), (30, 30, 34)
+_GOOD, _BAD = (38, 140, 70), (190, 50, 44)
+_MARGIN = 8
+_COLOURS = 128
+
+
+@dataclasses.dataclass
+class Clip:
+    """One film with its caption.
+
+    Attributes:
+      caption: what it shows.
+      frames: uint8 [H, W, 3] each.
+      success: colours the border of the last frame; None leaves it.
+    """
+
+    caption: str
+    frames: list[np.ndarray] = dataclasses.field(default_factory=list)
+    success: bool | None = None
+
+
+def write_gif(
+    path: str | os.PathLike[str],
+    clips: Sequence[Clip],
+    *,
+    columns: int = 3,
+    fps: float = 8.0,
+    hold_seconds: float = 2.0,
+) -> None:
+    """Writes clips side by side as an animation that repeats.
+
+    Args:
+      path: the file.
+      clips: all of one frame size; a shorter one waits at its last frame.
+      columns: clips per row.
+      fps: steps per second.
+      hold_seconds: how long the last picture stays.
+    """
+    length = max(len(clip.frames) for clip in clips)
+    sheets = [_sheet(clips, step, columns) for step in range(length)]
+    palette = sheets[-1].quantize(_COLOURS, method=Image.Quantize.MEDIANCUT)
+    pictures = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
+    step = round(1000 / fps)
+    pictures[0].save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=[step] * (length - 1) + [round(1000 * hold_seconds)],
+        loop=0,
+        optimize=False,
+    )
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, so that no file is needed."""
+    return ImageFont.load_default(size)
+
+
+def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Repeats pixels: [..., H, W, 3] to [..., H * factor, W * factor, 3]."""
+    return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """Rows of pictures under one title.
+
+    Attributes:
+      title: for example the instruction.
+      rows: label of the row -> pictures uint8 [T, H, W, 3]; all rows have the same size.
+    """
+
+    title: str
+    rows: dict[str, np.ndarray]
+
+
+def write_strips(
+    path: str | os.PathLike[str], strips: Sequence[Strip], columns: Sequence[str]
+) -> None:
+    """Writes strips below each other as one PNG.
+
+    Args:
+      path: the file.
+      strips: all of the same picture size and labels.
+      columns: heading of each column.
+    """
+    labels = list(strips[0].rows)
+    pictures = strips[0].rows[labels[0]]
+    height, width = pictures.shape[1:3]
+    text = font(14)
+    left = _MARGIN + max(int(text.getlength(label)) for label in labels) + _MARGIN
+    block = 26 + len(labels) * (height + 4) + 10
+    size = (left + len(columns) * (width + 4) + _MARGIN, 28 + len(strips) * block)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, heading in enumerate(columns):
+        centre = left + i * (width + 4) + width / 2
+        draw.text((centre, 8), heading, _INK, font=text, anchor="mt")
+    for number, strip in enumerate(strips):
+        _draw_strip(sheet, draw, strip, (left, 28 + number * block))
+    sheet.save(path, format="PNG")
+
+
+def _draw_strip(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, strip: Strip, origin: tuple[int, int]
+) -> None:
+    left, top = origin
+    draw.text((left, top + 4), strip.title, _INK, font=font(15))
+    top += 26
+    for label, pictures in strip.rows.items():
+        height, width = pictures.shape[1:3]
+        draw.text((_MARGIN, top + height / 2), label, _INK, font=font(14), anchor="lm")
+        for i, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (left + i * (width + 4), top))
+        top += height + 4
+
+
+def _sheet(clips: Sequence[Clip], step: int, columns: int) -> Image.Image:
+    """All clips at one step."""
+    height, width = clips[0].frames[0].shape[:2]
+    columns = min(columns, len(clips))
+    rows = -(-len(clips) // columns)
+    caption = 40
+    tile = width + _MARGIN, height + caption + _MARGIN
+    sheet = Image.new("RGB", (columns * tile[0] + _MARGIN, rows * tile[1] + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, clip in enumerate(clips):
+        x = _MARGIN + number % columns * tile[0]
+        y = _MARGIN + number // columns * tile[1]
+        draw.multiline_text((x, y), _wrapped(clip.caption, width), _INK, font=font(14), spacing=2)
+        last = step >= len(clip.frames) - 1
+        frame = clip.frames[min(step, len(clip.frames) - 1)]
+        sheet.paste(Image.fromarray(frame), (x, y + caption))
+        if last and clip.success is not None:
+            corner = (x + width - 1, y + caption + height - 1)
+            draw.rectangle(((x, y + caption), corner), outline=_colour(clip.success), width=4)
+    return sheet
+
+
+def _colour(success: bool) -> tuple[int, int, int]:
+    return _GOOD if success else _BAD
+
+
+def _wrapped(text: str, width: int) -> str:
+    """At most two lines of about ``width`` pixels."""
+    letters = max(8, int(width / font(14).getlength("n")))
+    return "\n".join(textwrap.wrap(text, letters, max_lines=2, placeholder=" …"))

@@ -1,0 +1,48 @@
+"""A folder of results belongs to one config and one checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from univla_jax.data import files
+from univla_jax.errors import UserError
+
+
+def claim(out: str | os.PathLike[str], name: str, identity: Mapping[str, Any]) -> pathlib.Path:
+    """Makes ``out`` the folder of this job.
+
+    Args:
+      out: folder; made when it is absent.
+      name: file in it that holds the identity.
+      identity: JSON values that say what the results come from.
+
+    Returns:
+      the folder.
+
+    Raises:
+      UserError: it holds the results of something else; names what differs.
+    """
+    folder = pathlib.Path(out)
+    path = folder / name
+    if path.exists():
+        _check_same(path, files.read_json(path), identity)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, dict(identity))
+    return folder
+
+
+def _check_same(path: pathlib.Path, found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    changed = [
+        f"{key} was {found.get(key)!r}, is {mine.get(key)!r}"
+        for key in sorted(found.keys() | mine.keys())
+        if found.get(key) != mine.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds the results of something else ({'; '.join(changed)}); use "
+            "another --out, or delete it"
+        )

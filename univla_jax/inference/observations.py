@@ -1,0 +1,105 @@
+"""What cameras deliver, checked and turned into visual codes as the training data was.
+
+Axes: N observations, H/W pixels, h/w code grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from univla_jax.episode import Observation
+from univla_jax.errors import UserError
+from univla_jax.inference.trained import Layout
+from univla_jax.tokenizers.assets import Assets
+
+
+class ObservationEncoder:
+    """Checks observations and encodes their frames, one batch per view."""
+
+    def __init__(self, assets: Assets, layout: Layout, corpus: str) -> None:
+        """Takes the views, image specs and code grids of a checkpoint.
+
+        Args:
+          assets: with image specs and a vision tokenizer.
+          layout: says which views are written, in which order.
+          corpus: row whose cameras these are.
+
+        Raises:
+          UserError: no vision tokenizer, or no image spec of a view.
+        """
+        self._vision = assets.require("vision")
+        self._grids = {v: tuple(layout.corpora[corpus].grids[v]) for v in layout.views}
+        missing = sorted(set(layout.views) - set(assets.image_specs))
+        if missing:
+            raise UserError(f"the checkpoint's assets hold no image spec of view {missing[0]!r}")
+        self._specs = {view: assets.image_specs[view] for view in layout.views}
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The cameras an observation must have."""
+        return tuple(self._specs)
+
+    def check(self, observation: Observation, name: str) -> None:
+        """Checks one observation before anything is computed.
+
+        Args:
+          observation: what is looked at.
+          name: what it is called in messages.
+
+        Raises:
+          UserError: a view that is missing, or a frame of another dtype, shape or size; an
+            instruction that is no text.
+        """
+        if not isinstance(observation.instruction, str):
+            kind = type(observation.instruction).__name__
+            raise UserError(f"{name}: instruction is a {kind}, expected text")
+        for view in self._specs:
+            if view not in observation.frames:
+                has = ", ".join(sorted(observation.frames)) or "none"
+                raise UserError(
+                    f"{name}: view {view!r} is missing; it has {has}, the policy sees "
+                    f"{', '.join(self.views)}"
+                )
+            self._check_frame(np.asarray(observation.frames[view]), view, name)
+
+    def encode(
+        self, observations: Sequence[Observation], rows: int | None = None
+    ) -> list[list[np.ndarray]]:
+        """Codes of every view of every observation.
+
+        Args:
+          observations: checked ones.
+          rows: size of the encoded batches, at least the number of observations; missing rows
+            repeat the first, so that shapes stay the same from call to call.
+
+        Returns:
+          per observation, per view in order, uint16 [1, h, w].
+        """
+        by_view = [self._encode_view(view, observations, rows) for view in self._specs]
+        return [[codes[i : i + 1] for codes in by_view] for i in range(len(observations))]
+
+    def _encode_view(
+        self, view: str, observations: Sequence[Observation], rows: int | None
+    ) -> np.ndarray:
+        spec = self._specs[view]
+        frames = [spec.resize(np.asarray(o.frames[view])[None]) for o in observations]
+        frames += frames[:1] * max(0, (rows or 0) - len(frames))
+        return self._vision.encode_frames(np.concatenate(frames))
+
+    def _check_frame(self, frame: np.ndarray, view: str, name: str) -> None:
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            found = f"{frame.dtype} {list(frame.shape)}"
+            raise UserError(f"{name}: view {view!r} is {found}, expected uint8 [H, W, 3], RGB")
+        height, width = frame.shape[:2]
+        try:
+            grid = self._specs[view].grid_size(height, width)
+        except UserError as error:
+            raise UserError(f"{name}: view {view!r} cannot be resized: {error}") from error
+        if grid != self._grids[view]:
+            raise UserError(
+                f"{name}: view {view!r} has {height} x {width} pixels, which make a grid of "
+                f"{grid} codes; the policy was trained on {self._grids[view]}: send frames of the "
+                "size of the training data"
+            )
