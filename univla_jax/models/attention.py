@@ -1,0 +1,161 @@
+"""Causal grouped-query attention: the one entry point, its masks and the plain formula.
+
+Axes: B batch, S new tokens (queries), T keys, W cache window, N query heads, K key/value heads,
+G = N / K queries per key head, C head dim.
+
+Visibility: token i of a row sees token j of the same call when ``j <= i`` and both carry the same
+segment id, and sees every cached slot below the position at which the call starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from univla_jax.errors import UserError
+from univla_jax.models import remat
+from univla_jax.models.attention_blocked import blocked_attention, dropout_scale
+
+MASKED = -1e30  # score of an invisible key: finite, so that a fully masked row stays finite
+SHORT = 128  # below this many tokens one plain formula is as fast as blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedKeys:
+    """Keys and values of one layer that earlier calls left in the cache.
+
+    Attributes:
+      keys: [B, W, K, C], the first W slots of the layer's cache.
+      values: [B, W, K, C].
+      starts: int32 [B], position of each row's first new token; slots below it are visible.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    starts: jax.Array
+
+
+def attention_mask(length: int, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Which token sees which, for the new tokens of one call.
+
+    With two packed segments of two tokens and one of padding (``segment_ids = [1 1 2 2 0]``)::
+
+        1 . . . .
+        1 1 . . .
+        . . 1 . .
+        . . 1 1 .
+        . . . . 1
+
+    Args:
+      length: S.
+      segment_ids: int32 [B, S] or None for one segment.
+
+    Returns:
+      bool [B, S, S] (or [1, S, S] without segments), True where query row sees key column.
+    """
+    order = jnp.arange(length)
+    causal = (order[:, None] >= order[None, :])[None]
+    if segment_ids is None:
+        return causal
+    return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def cache_mask(starts: jax.Array, window: int) -> jax.Array:
+    """bool [B, W]: True for the slots that lie before each row's first new token.
+
+    ``starts = [3, 0]`` and a window of 4 give ``1 1 1 .`` and ``. . . .``.
+    """
+    return jnp.arange(window)[None] < starts[:, None]
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    cached: CachedKeys | None = None,
+    implementation: str = "auto",
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention of new tokens over themselves and, if given, over cached ones.
+
+    Scores and softmax are float32; probabilities are cast back before they meet the values
+    (reference ``modeling_emu3.py:440-460``). Key heads are never repeated in memory.
+
+    Args:
+      query: [B, S, N, C], rotated.
+      key: [B, S, K, C], rotated.
+      value: [B, S, K, C].
+      segment_ids: int32 [B, S] packed segments; not together with ``cached``.
+      cached: keys and values of earlier calls.
+      implementation: ``"plain"``, ``"blocked"`` or ``"auto"`` (blocked for long sequences).
+      dropout: rate on the probabilities; 0 outside training.
+      dropout_key: random key, needed when ``dropout`` is not 0.
+
+    Returns:
+      [B, S, N, C] in the type of ``query``.
+
+    Raises:
+      UserError: segments together with a cache.
+    """
+    if cached is not None:
+        if segment_ids is not None:
+            raise UserError("attention: segment_ids and a cache exclude each other; pack or decode")
+        return _cached_attention(query, key, value, cached)
+    if implementation == "auto":
+        implementation = "plain" if query.shape[1] < SHORT else "blocked"
+    run = {"plain": plain_attention, "blocked": blocked_attention}[implementation]
+    return run(query, key, value, segment_ids, dropout=dropout, dropout_key=dropout_key)
+
+
+def plain_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """The formula written out, with [B, K, G, S, S] scores; the yardstick of all others.
+
+    Shapes as in ``attention``.
+    """
+    scores = jnp.where(
+        attention_mask(query.shape[1], segment_ids)[:, None, None], _scores(query, key), MASKED
+    )
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    if dropout > 0.0:
+        probabilities *= dropout_scale(dropout_key, dropout, probabilities.shape)
+    out = jnp.einsum("bkgst,btkc->bskgc", probabilities.astype(value.dtype), value)
+    return checkpoint_name(out.reshape(query.shape), remat.ATTENTION_OUT)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 [B, K, G, S, T] scaled products."""
+    b, s, n, c = query.shape
+    grouped = query.reshape(b, s, key.shape[2], n // key.shape[2], c)
+    scores = jnp.einsum("bskgc,btkc->bkgst", grouped, key, preferred_element_type=jnp.float32)
+    return scores * c**-0.5
+
+
+def _cached_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, cached: CachedKeys
+) -> jax.Array:
+    """One softmax over the cached slots and the new tokens, without joining their keys."""
+    window = cached.keys.shape[1]
+    visible = cache_mask(cached.starts, window)[:, None, None, None]
+    old = jnp.where(visible, _scores(query, cached.keys), MASKED)
+    new = jnp.where(
+        attention_mask(query.shape[1])[:, None, None], _scores(query, key), MASKED
+    )
+    joined = jnp.concatenate([old, new], axis=-1)
+    probabilities = jax.nn.softmax(joined, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bkgst,btkc->bskgc", probabilities[..., :window], cached.values)
+    out += jnp.einsum("bkgst,btkc->bskgc", probabilities[..., window:], value)
+    return out.reshape(query.shape)

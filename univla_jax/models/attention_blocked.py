@@ -1,0 +1,183 @@
+"""Causal attention in query blocks with a hand-written backward pass, in plain XLA.
+
+Each block of queries meets only the keys up to its own end, so the upper triangle is never
+computed, and the backward pass rebuilds the probabilities from the saved normaliser instead of
+keeping [S, S] matrices. On CPU this is several times faster than the plain formula; on any platform
+it bounds memory where no fused kernel applies.
+
+Axes: B batch, S sequence, N query heads, K key/value heads, G = N / K, C head dim, Q rows of one
+block (G heads times ``block`` tokens), E keys up to the end of the block, I number of blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from univla_jax.models import remat
+
+SMALL_BLOCK = 64
+MOST_BLOCKS = 8
+_HIDDEN = -1e30
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def blocked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    block: int | None = None,
+) -> jax.Array:
+    """Causal attention inside segments, equal to ``plain_attention`` up to rounding.
+
+    Args:
+      query: [B, S, N, C].
+      key: [B, S, K, C].
+      value: [B, S, K, C].
+      segment_ids: int32 [B, S] or None.
+      dropout: rate on the probabilities.
+      dropout_key: random key, needed when ``dropout`` is not 0.
+      block: tokens per query block; by default 64, or an eighth of a long sequence.
+
+    Returns:
+      [B, S, N, C] in the type of ``query``.
+    """
+    length = query.shape[1]
+    block = block or block_size(length)
+    extra = -length % block
+    if extra:
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0)))  # noqa: E731
+        query, key, value = pad(query), pad(key), pad(value)
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, extra)), constant_values=-1)
+    out = _blocked(block, dropout, query, key, value, segment_ids, dropout_key)
+    return out[:, :length]
+
+
+def block_size(length: int) -> int:
+    """Tokens per block: at least ``SMALL_BLOCK`` and at most ``MOST_BLOCKS`` blocks."""
+    share = -(-length // MOST_BLOCKS)
+    return -(-share // SMALL_BLOCK) * SMALL_BLOCK
+
+
+def dropout_scale(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """float32 factors of inverted dropout: 0 with probability ``rate``, else 1 / (1 - rate).
+
+    Draws 16 random bits per element, a quarter of the cost of a float; the realised rate is
+    ``round(rate * 65536) / 65536``.
+    """
+    threshold = round(rate * 65536)
+    kept = jax.random.bits(key, shape, jnp.uint16) >= jnp.uint16(threshold)
+    return jnp.where(kept, 65536.0 / (65536 - threshold), 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(block, dropout, query, key, value, segment_ids, dropout_key):
+    return _forward(block, dropout, query, key, value, segment_ids, dropout_key)[0]
+
+
+def _forward(block, dropout, query, key, value, segment_ids, dropout_key):
+    groups = query.shape[2] // key.shape[2]
+    q, k, v = _to_blocks(query, key.shape[2], block), _heads_first(key), _heads_first(value)
+    outs, normalisers = [], []
+    for i in range(query.shape[1] // block):
+        end = (i + 1) * block
+        scores = _block_scores(q[:, :, i], k[:, :, :end], segment_ids, block, groups)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights *= _block_dropout(dropout, dropout_key, i, weights.shape)
+        outs.append(_dot("bkqe,bkec->bkqc", weights.astype(v.dtype), v[:, :, :end]) / total)
+        normalisers.append(top + jnp.log(total))
+    out = checkpoint_name(_from_blocks(jnp.stack(outs, 2), groups, query), remat.ATTENTION_OUT)
+    normaliser = checkpoint_name(jnp.stack(normalisers, 2), remat.ATTENTION_NORMALISER)
+    return out, (query, key, value, segment_ids, dropout_key, out, normaliser)
+
+
+def _backward(block, dropout, saved, d_out):
+    """Gradients of query, key and value; probabilities are rebuilt block by block."""
+    query, key, value, segment_ids, dropout_key, out, normaliser = saved
+    heads, groups, dtype = key.shape[2], query.shape[2] // key.shape[2], query.dtype
+    q, k, v = _to_blocks(query, heads, block), _heads_first(key), _heads_first(value)
+    d_o = _to_blocks(d_out, heads, block)
+    # The barrier keeps XLA from recomputing this row sum inside every element of the block.
+    row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    row = jax.lax.optimization_barrier(_to_blocks(row, heads, block))
+    scale = query.shape[3] ** -0.5
+    d_q, d_k, d_v = [], _Tail(block), _Tail(block)
+    for i in range(query.shape[1] // block):
+        end = (i + 1) * block
+        q_i, o_i, k_i, v_i = q[:, :, i], d_o[:, :, i], k[:, :, :end], v[:, :, :end]
+        scores = _block_scores(q_i, k_i, segment_ids, block, groups)
+        weights = jnp.exp(scores - normaliser[:, :, i])
+        kept = _block_dropout(dropout, dropout_key, i, weights.shape)
+        d_weights = _dot("bkqc,bkec->bkqe", o_i, v_i) * kept
+        d_scores = (weights * (d_weights - row[:, :, i]) * scale).astype(dtype)
+        d_q.append(_dot("bkqe,bkec->bkqc", d_scores, k_i))
+        d_k.add(_dot("bkqc,bkqe->bkce", q_i, d_scores))
+        d_v.add(_dot("bkqc,bkqe->bkce", o_i, (weights * kept).astype(dtype)))
+    d_query = _from_blocks(jnp.stack(d_q, 2), groups, query)
+    return d_query, d_k.total().astype(dtype), d_v.total().astype(dtype), None, None
+
+
+_blocked.defvjp(_forward, _backward)
+
+
+class _Tail:
+    """Sum of arrays [B, K, C, E] of growing E, kept per block of the last axis."""
+
+    def __init__(self, block: int):
+        self._block = block
+        self._parts: list[jax.Array] = []
+
+    def add(self, array: jax.Array) -> None:
+        cuts = array.shape[-1] // self._block
+        pieces = jnp.split(array, cuts, axis=-1)
+        self._parts = [a + b for a, b in zip(self._parts, pieces)] + pieces[len(self._parts) :]
+
+    def total(self) -> jax.Array:
+        """[B, S, K, C]."""
+        return jnp.concatenate(self._parts, axis=-1).transpose(0, 3, 1, 2)
+
+
+def _block_scores(q_BKQC, k_BKEC, segment_ids, block, groups):
+    """float32 [B, K, Q, E] scaled products, ``_HIDDEN`` added where a key is not visible."""
+    end = k_BKEC.shape[2]
+    rows = jnp.arange(end - block, end)
+    visible = (rows[:, None] >= jnp.arange(end)[None])[None]
+    if segment_ids is not None:
+        ids = segment_ids[:, :end]
+        visible &= ids[:, end - block :, None] == ids[:, None]
+    bias = jnp.where(visible, 0.0, _HIDDEN)[:, None]
+    bias = jnp.broadcast_to(bias, (bias.shape[0], groups, block, end))
+    bias = bias.reshape(bias.shape[0], 1, groups * block, end)
+    return _dot("bkqc,bkec->bkqe", q_BKQC, k_BKEC) * q_BKQC.shape[-1] ** -0.5 + bias
+
+
+def _block_dropout(rate, key, index, shape):
+    return 1.0 if rate == 0.0 else dropout_scale(jax.random.fold_in(key, index), rate, shape)
+
+
+def _heads_first(x_BSKC):
+    return x_BSKC.transpose(0, 2, 1, 3)
+
+
+def _to_blocks(x_BSNC, heads, block):
+    """[B, K, I, Q, C]: rows of a block are its G heads one after another."""
+    b, s, n, c = x_BSNC.shape
+    x = x_BSNC.reshape(b, s // block, block, heads, n // heads, c).transpose(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, heads, s // block, -1, c)
+
+
+def _from_blocks(x_BKIQC, groups, like):
+    """Undoes ``_to_blocks``; shape and type of ``like`` [B, S, N, C]."""
+    b, k, i, q, c = x_BKIQC.shape
+    x = x_BKIQC.reshape(b, k, i, groups, q // groups, c).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(like.shape).astype(like.dtype)

@@ -1,0 +1,206 @@
+"""Parts of a decoder layer: norm, projections, rotary positions, gated feed-forward.
+
+Axes: B batch, S sequence, D model, F mlp, N query heads, K key/value heads, C head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from univla_jax.models import axes, remat
+from univla_jax.models.attention import CachedKeys, attention
+from univla_jax.models.attention_blocked import dropout_scale
+from univla_jax.models.presets import DecoderConfig
+
+
+@flax.struct.dataclass
+class Rotation:
+    """Rotary factors of one call, float32 [B, S, C/2] each, shared by all layers."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def at(cls, positions_BS: jax.Array, head_dim: int, theta: float) -> Rotation:
+        """Factors at integer positions: angle = position times ``theta ** (-2 i / C)``.
+
+        The barrier stops XLA from computing sines again in every layer and head.
+        """
+        exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+        angles = positions_BS[..., None].astype(jnp.float32) * theta**-exponents
+        return cls(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+
+    def __call__(self, x_BSNC: jax.Array) -> jax.Array:
+        """Rotates the pairs (i, i + C/2) in float32 and casts back (reference ``rotate_half``)."""
+        cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+        low, high = jnp.split(x_BSNC.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+        return rotated.astype(x_BSNC.dtype)
+
+
+def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """Inverted dropout with the module's ``"dropout"`` stream; free when off."""
+    if not train or rate == 0.0:
+        return x
+    scale = dropout_scale(module.make_rng("dropout"), rate, x.shape)
+    return (x * scale).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear(contracted: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``jnp.tensordot(x, kernel, axes=contracted)`` with its own backward pass.
+
+    The derivative by the kernel is one product of x and d_y in that order. JAX's rule puts d_y
+    first, and XLA on CPU then fuses the elementwise work behind d_y into a transposing copy that
+    costs more than the product itself (a third of a training step at the quickstart size).
+    """
+    return jnp.tensordot(x, kernel, axes=contracted)
+
+
+def _linear_forward(contracted, x, kernel):
+    return jnp.tensordot(x, kernel, axes=contracted), (x, kernel)
+
+
+def _linear_backward(contracted, saved, d_y):
+    x, kernel = saved
+    leading, outputs = x.ndim - contracted, kernel.ndim - contracted
+    last = tuple(range(contracted, kernel.ndim))
+    d_x = jax.lax.dot_general(d_y, kernel, ((tuple(range(leading, d_y.ndim)), last), ((), ())))
+    both = tuple(range(leading))
+    return d_x, jax.lax.dot_general(x, d_y, ((both, both), ((), ())))
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast to the compute type, then times the weight (golden fact 11)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """[B, S, D] in, the same shape out in the compute type."""
+        config = self.config
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (axes.NORM,))
+        scale = self.param("scale", init, (x_BSD.shape[-1],), config.storage_dtype)
+        x = x_BSD.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.rms_eps)
+        return x.astype(config.compute_dtype) * scale.astype(config.compute_dtype)
+
+
+class Projection(nn.Module):
+    """A linear map over the last axes with named weight axes.
+
+    Attributes:
+      inputs: sizes of the contracted trailing axes, for example ``(D,)`` or ``(N, C)``.
+      outputs: sizes of the axes that replace them.
+      names: logical names of all weight axes, inputs then outputs.
+      use_bias: adds a bias of shape ``outputs``.
+    """
+
+    config: DecoderConfig
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    names: tuple[str, ...]
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., *inputs] in, [..., *outputs] out."""
+        config = self.config
+        normal = nn.initializers.normal(config.initializer_range)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(normal, self.names),
+            self.inputs + self.outputs,
+            config.storage_dtype,
+        )
+        y = linear(len(self.inputs), x, kernel.astype(config.compute_dtype))
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(
+                nn.initializers.zeros_init(), self.names[len(self.inputs) :]
+            )
+            bias = self.param("bias", zeros, self.outputs, config.storage_dtype)
+            y += bias.astype(y.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions (reference ``Emu3Attention``)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        rotation: Rotation,
+        segment_ids_BS: jax.Array | None,
+        cached: CachedKeys | None,
+        train: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Output [B, S, D] and the rotated keys and the values of the new tokens [B, S, K, C]."""
+        config = self.config
+        query = self._heads("query", config.num_heads, axes.HEADS)(x_BSD)
+        key = self._heads("key", config.num_kv_heads, axes.KV_HEADS)(x_BSD)
+        value = self._heads("value", config.num_kv_heads, axes.KV_HEADS)(x_BSD)
+        query = _constrain(rotation(query), axes.ACTIVATION_HEADS, None)
+        key = _constrain(rotation(key), axes.ACTIVATION_KV_HEADS, None)
+        value = _constrain(value, axes.ACTIVATION_KV_HEADS, None)
+        query = checkpoint_name(query, remat.QUERY)
+        key, value = checkpoint_name(key, remat.KEY), checkpoint_name(value, remat.VALUE)
+        rate = config.dropout if train else 0.0
+        out = attention(
+            query,
+            key,
+            value,
+            segment_ids=segment_ids_BS,
+            cached=cached,
+            implementation=config.attention,
+            dropout=rate,
+            dropout_key=self.make_rng("dropout") if rate else None,
+        )
+        out = _constrain(out, axes.ACTIVATION_HEADS, None)
+        names = (axes.HEADS, axes.HEAD_DIM, axes.EMBED)
+        heads = (config.num_heads, config.head_dim)
+        out = Projection(config, heads, (config.hidden_size,), names, name="out")(out)
+        return checkpoint_name(out, remat.OUTPUT), (key, value)
+
+    def _heads(self, name: str, count: int, axis: str) -> Projection:
+        config = self.config
+        names = (axes.EMBED, axis, axes.HEAD_DIM)
+        outputs = (count, config.head_dim)
+        return Projection(
+            config, (config.hidden_size,), outputs, names, config.qkv_bias, name=name
+        )
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (reference ``Emu3MLP``)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """[B, S, D] in and out."""
+        config = self.config
+        width, hidden = (config.hidden_size,), (config.mlp_size,)
+        wide, narrow = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED)
+        gate = Projection(config, width, hidden, wide, name="gate")(x_BSD)
+        up = Projection(config, width, hidden, wide, name="up")(x_BSD)
+        gate, up = checkpoint_name(gate, remat.GATE), checkpoint_name(up, remat.UP)
+        mixed = _constrain(nn.silu(gate) * up, axes.ACTIVATION_MLP)
+        down = Projection(config, hidden, width, narrow, name="down")(mixed)
+        return checkpoint_name(down, remat.DOWN)
+
+
+def _constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins [B, S, ...] to the mesh axes of (batch, length, *names); a no-op without rules."""
+    return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, *names))

@@ -1,0 +1,144 @@
+"""Decoder sizes: one frozen dataclass and the named presets from ``tiny`` to ``emu3_8b``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from univla_jax.errors import UserError
+from univla_jax.models import remat as remat_presets
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "blocked")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that shapes the decoder (FACTS §5; reference ``configuration_emu3.py``).
+
+    Attributes:
+      vocab_size: number of real token ids; rows beyond it exist only as padding.
+      hidden_size: D, width of the residual stream.
+      num_layers: number of decoder layers.
+      num_heads: N, query heads.
+      num_kv_heads: K, key and value heads; divides ``num_heads``.
+      head_dim: C, even (rotary pairs).
+      mlp_size: F, width of the gated feed-forward layer.
+      vocab_pad_multiple: embedding and head rows are padded up to a multiple of this.
+      rope_theta: base of the rotary frequencies.
+      rms_eps: epsilon of every RMSNorm.
+      dropout: in training, on embeddings, attention probabilities and both residual branches
+        (the reference's ``attention_dropout``); 0 costs nothing.
+      qkv_bias: biases on the query, key and value projections.
+      dtype: compute type of activations; norms, softmax, rotations and logits stay float32.
+      param_dtype: type the parameters are stored in.
+      remat: preset of ``models/remat.py``; what the backward pass keeps of each layer.
+      scan_unroll: layers per iteration of the scan; ``num_layers`` unrolls it (fast on CPU).
+      attention: implementation by name; ``"auto"`` chooses by platform and shape.
+      pad_id: embedding row that starts at zero and never gets a gradient, or None
+        (torch's ``padding_idx``; golden fact 10).
+      initializer_range: standard deviation of every matrix at initialisation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    vocab_pad_multiple: int = 256
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-5
+    dropout: float = 0.1
+    qkv_bias: bool = False
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "full"
+    scan_unroll: int = 1
+    attention: str = "auto"
+    pad_id: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
+                      "head_dim", "mlp_size", "vocab_pad_multiple", "scan_unroll"):
+            _require(getattr(self, field) > 0, self, field, "a positive number")
+        groups = self.num_heads % self.num_kv_heads == 0
+        _require(groups, self, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
+        _require(self.head_dim % 2 == 0, self, "head_dim", "an even number (rotary pairs)")
+        _require(0 <= self.dropout < 1, self, "dropout", "a rate in [0, 1)")
+        _require(self.dtype in DTYPES, self, "dtype", f"one of {DTYPES}")
+        _require(self.param_dtype in DTYPES, self, "param_dtype", f"one of {DTYPES}")
+        known = self.attention in ATTENTION_IMPLEMENTATIONS
+        _require(known, self, "attention", f"one of {ATTENTION_IMPLEMENTATIONS}")
+        inside = self.pad_id is None or 0 <= self.pad_id < self.vocab_size
+        _require(inside, self, "pad_id", f"an id below vocab_size={self.vocab_size}, or None")
+        remat_presets.check(self.remat)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head: ``vocab_size`` rounded up."""
+        return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """``dtype`` as a JAX type."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        """``param_dtype`` as a JAX type."""
+        return jnp.dtype(self.param_dtype)
+
+
+def _require(true: bool, config: DecoderConfig, field: str, expected: str) -> None:
+    if not true:
+        raise UserError(f"model.{field}: {getattr(config, field)!r} is not {expected}")
+
+
+PRESETS: dict[str, DecoderConfig] = {
+    # Unit tests: everything present, nothing large.
+    "tiny": DecoderConfig(
+        vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        mlp_size=64, vocab_pad_multiple=64, dropout=0.0, dtype="float32", remat="none",
+    ),
+    # The embedded tabletop on two CPU cores: about one million parameters.
+    "quickstart": DecoderConfig(
+        vocab_size=1536, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+        mlp_size=384, vocab_pad_multiple=64, dropout=0.0, dtype="float32", remat="none",
+        scan_unroll=4,
+    ),
+    # One accelerator: 27 M parameters in the layers.
+    "small": DecoderConfig(
+        vocab_size=184_622, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2,
+        head_dim=64, mlp_size=1792, pad_id=151_643,
+    ),
+    # One host of accelerators: 0.5 B parameters in the layers.
+    "base": DecoderConfig(
+        vocab_size=184_622, hidden_size=1536, num_layers=20, num_heads=12, num_kv_heads=4,
+        head_dim=128, mlp_size=4352, pad_id=151_643,
+    ),
+    # Emu3 and every released UniVLA checkpoint: 8,492,011,520 parameters.
+    "emu3_8b": DecoderConfig(
+        vocab_size=184_622, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
+        head_dim=128, mlp_size=14_336, pad_id=151_643,
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> DecoderConfig:
+    """The preset ``name`` with some fields changed.
+
+    Raises:
+      UserError: unknown preset or unknown field.
+    """
+    if name not in PRESETS:
+        raise UserError(f"model preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    known = {f.name for f in dataclasses.fields(DecoderConfig)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise UserError(f"model.{unknown[0]}: unknown key; known keys: {', '.join(sorted(known))}")
+    return dataclasses.replace(PRESETS[name], **changes)
