@@ -21,6 +21,7 @@ cd "$REPOSITORY"
 # Two-megabyte pages for large buffers: training on CPU is a third faster with them.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+[[ -t 2 ]] || export TQDM_MININTERVAL=15  # a log file needs no living progress bar
 
 # stage NAME OUTPUT MODULE ARGUMENTS...: one command of the package, with the config of that name.
 stage() {

@@ -42,8 +42,7 @@ def main() -> int:
         "peak_gigabytes": round(peak_gigabytes(), 3),
         "exit_status": status,
     }
-    with arguments.record.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append(arguments.record, line)
     print(f"[{arguments.name}] {line['seconds']} s, {line['peak_gigabytes']} GB", flush=True)
     return status
 
@@ -59,6 +58,14 @@ def is_done(record: pathlib.Path, name: str, command: list[str]) -> bool:
                 continue  # a line cut short by a crash
     mine = [a for a in attempts if a["stage"] == name]
     return bool(mine) and mine[-1]["command"] == command and mine[-1]["exit_status"] == 0
+
+
+def append(record: pathlib.Path, line: dict) -> None:
+    """Adds a line; one that a crash cut short before is ended first."""
+    before = record.read_text(encoding="utf-8") if record.exists() else ""
+    cut_short = bool(before) and not before.endswith("\n")
+    with record.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_short + json.dumps(line) + "\n")
 
 
 def run(command: list[str]) -> int:

@@ -1,0 +1,85 @@
+"""The house keeps its order: a room imports only rooms to its left."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "univla_jax"
+# Rooms from left to right; those of one rank may import each other.
+RANKS = {
+    "episode": 0,
+    "errors": 0,
+    "config": 0,
+    "environments": 1,
+    "tokenizers": 1,
+    "data": 1,
+    "sequences": 2,
+    "models": 3,
+    "interop": 4,
+    "training": 5,
+    "inference": 6,
+    "serving": 7,
+    "evaluation": 7,
+    "benchmarks": 8,
+}
+COMMAND_RANK = 9
+FOREIGN = {"torch", "transformers", "tensorflow", "lerobot"}
+
+
+def imported_modules(path: pathlib.Path, *, top_level: bool = False) -> set[str]:
+    """Names of the modules a file imports; only those outside functions if ``top_level``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def room(module: str) -> str | None:
+    """The room of a module of the package, None for other modules."""
+    parts = module.split(".")
+    inside = parts[0] == "univla_jax" and len(parts) > 1 and parts[1] != "__version__"
+    return parts[1] if inside else None
+
+
+def rank(name: str) -> int:
+    """How far to the right a room stands; commands stand at the end."""
+    return RANKS.get(name, COMMAND_RANK)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_left(path):
+    own = rank(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
+    for module in imported_modules(path):
+        target = room(module)
+        if target is not None and target != "commands":
+            assert rank(target) <= own, f"{path.name} imports {module}, a room to its right"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_packages_are_not_imported_at_the_top(path):
+    tops = {module.split(".")[0] for module in imported_modules(path, top_level=True)}
+    assert not tops & FOREIGN
+
+
+def test_models_know_nothing_of_robots():
+    for path in (PACKAGE / "models").rglob("*.py"):
+        rooms = {room(m) for m in imported_modules(path)} - {None}
+        assert rooms <= {"models", "errors", "config"}, path
+
+
+def test_commands_are_the_only_modules_at_the_root():
+    contracts = {"__init__", "episode", "errors", "config", "commands"}
+    for path in PACKAGE.glob("*.py"):
+        if path.stem not in contracts:
+            assert "def main(" in path.read_text(encoding="utf-8"), path
