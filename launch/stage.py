@@ -2,9 +2,9 @@
 
     python launch/stage.py --record=stages.jsonl --name=policy --output=DIR -- COMMAND ...
 
-Appends one JSON line per attempt: stage, command, seconds, peak_gigabytes (largest resident size of
-the stage's processes), exit_status. A stage whose last line says that the same command finished, and
-whose output is there, is not run again. The exit status is the command's.
+Appends one JSON line per attempt: stage, command, seconds, peak_gigabytes (largest resident size
+of the stage's processes), exit_status. A stage whose last line says that the same command finished,
+and whose output is there, is not run again. The exit status is the command's.
 """
 
 from __future__ import annotations
