@@ -14,12 +14,11 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision_config import VisionConfig
-from univla_jax.tokenizers.vision_vq import VisionVQ
+from univla_jax.tokenizers.vision_vq import abstract_variables
 
 # Our path -> the reference's, applied in order to the "/"-joined path without its collection.
 _RULES = (
@@ -67,13 +66,6 @@ def reference_key(path: tuple[str, ...]) -> str:
     for pattern, spelling in _RULES:
         key = re.sub(pattern, spelling, key)
     return key
-
-
-def abstract_variables(config: VisionConfig) -> Any:
-    """Shapes and dtypes of all variables, nothing allocated."""
-    side = config.factor
-    pixels = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
-    return jax.eval_shape(VisionVQ(config).init, jax.random.key(0), pixels)
 
 
 def key_table(config: VisionConfig) -> dict[str, Entry]:

@@ -12,9 +12,13 @@ C channels, E = ``embed_dim``, K = ``codebook_size``, P positions.
 
 from __future__ import annotations
 
+from typing import Any
+
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from univla_jax.tokenizers import vision_layers as layers
 from univla_jax.tokenizers.vision_config import VisionConfig
@@ -211,3 +215,33 @@ class VisionVQ(nn.Module):
     def decode_rows(self, rows_BTHWE: jax.Array, *, first_only: bool) -> jax.Array:
         """Codebook rows [B, t, h, w, E] to pixels; see ``Decoder``."""
         return self.decoder(self.post_quant_conv(rows_BTHWE), rows_BTHWE, first_only)
+
+
+def abstract_variables(config: VisionConfig) -> dict[str, Any]:
+    """Shapes and dtypes of all variables of ``VisionVQ``, nothing allocated."""
+    pixels = jax.ShapeDtypeStruct(
+        (1, config.factor, config.factor, config.in_channels), jnp.float32
+    )
+    return jax.eval_shape(VisionVQ(config).init, jax.random.key(0), pixels)
+
+
+def fresh_variables(config: VisionConfig, seed: int) -> dict[str, Any]:
+    """Weights to train from, as ``VisionVQ.init`` makes them but drawn by NumPy.
+
+    XLA compiles one generator per kernel, which takes longer on a CPU than training a small preset.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1] == "kernel":
+            scale = np.prod(leaf.shape[:-1]) ** -0.5
+            return (random.normal(size=leaf.shape) * scale).astype(np.float32)
+        if path[-1] == "embedding":
+            return random.uniform(-1 / leaf.shape[0], 1 / leaf.shape[0], leaf.shape).astype(
+                np.float32
+            )
+        ones = path[-1] in ("scale", "var") or path[-2:] == ("conv_y", "bias")
+        return np.full(leaf.shape, float(ones), leaf.dtype)
+
+    flat = flax.traverse_util.flatten_dict(abstract_variables(config))
+    return flax.traverse_util.unflatten_dict({k: draw(k, v) for k, v in flat.items()})

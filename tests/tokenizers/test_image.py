@@ -1,0 +1,105 @@
+"""The image path: reference numbers, and what a spec accepts and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from univla_jax.errors import UserError
+from univla_jax.tokenizers.image import (
+    ImageSpec,
+    smart_resize,
+    to_levels,
+    to_pixels,
+    to_rgb,
+)
+
+
+def test_smart_resize_matches_the_reference(golden_dir):
+    for case in json.loads((golden_dir / "smart_resize.json").read_text()):
+        arguments = [case[k] for k in ("height", "width", "factor", "min_pixels", "max_pixels")]
+        if isinstance(case["result"], dict):
+            with pytest.raises(ValueError) as error:
+                smart_resize(*arguments)
+            assert str(error.value) == case["result"]["ValueError"]
+        else:
+            assert list(smart_resize(*arguments)) == case["result"], case
+
+
+def test_preprocess_matches_the_reference_to_the_last_bit(golden_dir):
+    arrays = np.load(golden_dir / "image_processing.npz")
+    for case in json.loads((golden_dir / "image_processing.json").read_text()):
+        image = arrays[f"pre{case['i']}_image"]
+        if case["kwargs"].get("do_resize", True):
+            spec = ImageSpec(min_pixels=case["min_pixels"], max_pixels=case["max_pixels"])
+            pixels = spec.preprocess(image)
+        else:
+            pixels = to_pixels(to_rgb(image))[None]
+        expected = arrays[f"pre{case['i']}_pixel_values"].transpose(0, 2, 3, 1)
+        assert pixels.dtype == np.float32
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_truncating_levels_match_the_reference(golden_dir):
+    arrays = np.load(golden_dir / "image_processing.npz")
+    pixels = arrays["post_input"].transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(to_levels(pixels, truncate=True), arrays["post_output"])
+    back = to_levels(to_pixels(arrays["roundtrip_image"]), truncate=True)
+    np.testing.assert_array_equal(back, arrays["roundtrip_output"])
+
+
+def test_rounding_levels_lose_nothing():
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_levels(to_pixels(levels)), levels)
+    np.testing.assert_array_equal(to_levels(np.float32([-3, 3])), [0, 255])
+
+
+def test_resize_keeps_frames_that_fit_and_resizes_each_other_one():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 12, 20, 3), np.uint8)
+    same = ImageSpec(size=(12, 20), factor=4, min_pixels=16)
+    np.testing.assert_array_equal(same.resize(frames), frames)
+    smaller = ImageSpec(size=(8, 8), factor=4, min_pixels=16)
+    resized = smaller.resize(frames)
+    assert resized.shape == (3, 8, 8, 3)
+    np.testing.assert_array_equal(smaller.resize(frames[1:2]), resized[1:2])
+    assert smaller.grid_size(12, 20) == (2, 2)
+
+
+def test_jpeg_round_trip_is_for_training_only():
+    frames = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    spec = ImageSpec(factor=4, min_pixels=16, jpeg_quality_train=75)
+    np.testing.assert_array_equal(spec.resize(frames), frames)
+    assert (spec.resize(frames, training=True) != frames).any()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 4), np.uint8)],
+    ids=["float", "one frame", "alpha"],
+)
+def test_resize_refuses_other_arrays(frames):
+    with pytest.raises(UserError, match=r"expected uint8 \[N, H, W, 3\]"):
+        ImageSpec(factor=4, min_pixels=16).resize(frames)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"filter": "cubic"}, "'cubic' is not one of nearest"),
+        ({"jpeg_quality_train": 0}, r"0 is not in 1\.\.95"),
+        ({"size": (30, 32), "min_pixels": 64}, r"\(30, 32\) would be resized again to \(32, 32\)"),
+        ({"size": (32, 32)}, "would be resized again"),
+    ],
+)
+def test_spec_refuses(fields, message):
+    with pytest.raises(UserError, match=message):
+        ImageSpec(**fields)
+
+
+def test_spec_survives_json():
+    spec = ImageSpec(size=(32, 16), factor=4, min_pixels=64, jpeg_quality_train=75)
+    assert ImageSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    with pytest.raises(UserError, match="did you mean 'size'"):
+        ImageSpec.from_dict({"siz": [1, 2]})

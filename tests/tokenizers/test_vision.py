@@ -1,0 +1,112 @@
+"""The vision tokenizer: shapes, batches, files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from univla_jax.errors import UserError
+from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
+from univla_jax.tokenizers.vision_vq import fresh_variables
+
+CONFIG = VisionConfig(
+    codebook_size=16, ch=4, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_groups=2
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    variables = fresh_variables(CONFIG, seed=0)
+    variables["params"]["quantize"]["embedding"] *= 16
+    return VisionTokenizer(CONFIG, variables, max_batch=4)
+
+
+def frames(count, *, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 6, 3), np.uint8)
+
+
+def test_codes_do_not_depend_on_the_batch(tokenizer):
+    nine = frames(9)
+    codes = tokenizer.encode_frames(nine)
+    assert codes.shape == (9, 2, 3) and codes.dtype == np.uint16
+    assert len(np.unique(codes)) > 1
+    np.testing.assert_array_equal(tokenizer.encode_frames(nine[8:]), codes[8:])
+    pictures = tokenizer.decode_codes(codes)
+    assert pictures.shape == nine.shape and pictures.dtype == np.uint8
+    np.testing.assert_array_equal(tokenizer.decode_codes(codes[8:]), pictures[8:])
+
+
+def test_latents_are_what_is_quantised(tokenizer):
+    latents = tokenizer.latents(frames(2))
+    assert latents.shape == (2, 1, 2, 3, 4) and latents.dtype == np.float32
+    codebook = np.asarray(tokenizer.variables["params"]["quantize"]["embedding"])
+    distances = np.square(latents[:, 0, :, :, None] - codebook).sum(-1)
+    np.testing.assert_array_equal(distances.argmin(-1), tokenizer.encode_frames(frames(2)))
+
+
+def test_video_there_and_back(tokenizer):
+    video = frames(16).reshape(2, 8, 4, 6, 3)
+    codes = tokenizer.encode_video(video)
+    assert codes.shape == (2, 2, 2, 3) and codes.dtype == np.uint16
+    assert tokenizer.decode_video(codes).shape == video.shape
+
+
+def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = VisionTokenizer.load(tmp_path)
+    assert loaded.config == CONFIG
+    assert loaded.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(
+        loaded.encode_frames(frames(3)), tokenizer.encode_frames(frames(3))
+    )
+
+
+def test_fingerprint_tells_weights_apart(tokenizer):
+    variables = fresh_variables(CONFIG, seed=0)
+    assert VisionTokenizer(CONFIG, variables).fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "message"),
+    [
+        ("encode_frames", np.zeros((1, 4, 4, 3), np.float32), "expected uint8"),
+        ("encode_frames", np.zeros((4, 4, 3), np.uint8), "expected uint8"),
+        ("encode_frames", np.zeros((0, 4, 4, 3), np.uint8), "at least one"),
+        ("encode_frames", np.zeros((1, 4, 5, 3), np.uint8), "multiples of 2"),
+        ("encode_video", np.zeros((1, 6, 4, 4, 3), np.uint8), "a video of 6 frames"),
+        ("decode_codes", np.full((1, 2, 2), 16), "code 16 is outside"),
+        ("decode_codes", np.full((1, 2, 2), -1), "code -1 is outside"),
+        ("decode_codes", np.zeros((1, 2, 2)), "expected integers"),
+        ("decode_codes", np.zeros((2, 2), int), r"expected integers \[N, h, w\]"),
+    ],
+)
+def test_refuses(tokenizer, call, argument, message):
+    with pytest.raises(UserError, match=message):
+        getattr(tokenizer, call)(argument)
+
+
+def test_refuses_weights_of_another_config():
+    variables = fresh_variables(CONFIG, seed=0)
+    other = VisionConfig.from_dict(CONFIG.to_dict() | {"codebook_size": 32})
+    with pytest.raises(UserError, match=r"quantize/embedding is \(16, 4\), the config needs"):
+        VisionTokenizer(other, variables)
+    del variables["batch_stats"]["decoder"]
+    with pytest.raises(UserError, match=r"decoder.* is absent"):
+        VisionTokenizer(CONFIG, variables)
+
+
+def test_broken_files_are_named(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"no file config\.json"):
+        VisionTokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    weights = tmp_path / "params.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"params\.safetensors is broken"):
+        VisionTokenizer.load(tmp_path)
+    weights.write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({"codebok_size": 16}))
+    with pytest.raises(UserError, match="did you mean 'codebook_size'"):
+        VisionTokenizer.load(tmp_path)
