@@ -1,0 +1,98 @@
+"""Trains three steps on meshes of eight virtual CPU devices and prints what came out, as JSON.
+
+Run by ``test_mesh.py`` in a process of its own, because the number of devices is fixed when JAX
+starts: ``python -m tests.training.mesh_program NAME...`` with names of ``CASES``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["PJRT_NPROC"] = "64"  # threads: with few, devices that wait for each other starve
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from univla_jax.sequences.data_config import DataConfig
+from univla_jax.sequences.examples import Batch
+from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training.batches import to_global
+from univla_jax.training.optimizer import OptimizerConfig
+from univla_jax.training.run_model import RunModel
+from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
+
+ROWS, LENGTH, STEPS = 16, 32, 3
+VOCABULARY = Vocabulary.from_scratch(40, 30, 20)
+CASES: dict[str, tuple[dict[str, int], int]] = {
+    "one": ({"fsdp": 1}, 1),
+    "one accumulated": ({"fsdp": 1}, 2),
+    "one in sixteen": ({"fsdp": 1}, 16),
+    "data 8": ({"data": 8}, 1),
+    "data 8 accumulated": ({"data": 8}, 2),
+    "fsdp 8": ({"fsdp": 8}, 1),
+    "fsdp 8 accumulated": ({"fsdp": 8}, 2),
+    "data 2 fsdp 2 tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
+    "data 2 fsdp 2 tensor 2 accumulated": ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+    "fsdp 2 tensor 2 context 2": ({"fsdp": 2, "tensor": 2, "context": 2}, 1),
+    "fsdp 2 tensor 2 context 2 accumulated": ({"fsdp": 2, "tensor": 2, "context": 2}, 2),
+    "fsdp 2 tensor 4": ({"fsdp": 2, "tensor": 4}, 1),
+}
+
+
+def packed_batch(seed: int) -> Batch:
+    """Rows of packed random segments of unequal length, some tokens labelled, some padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCABULARY.size, (ROWS, LENGTH)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 4, (ROWS, LENGTH)), axis=1).astype(np.int32)
+    segments[:, LENGTH - 4 :] = 0
+    starts = np.diff(segments, axis=1, prepend=0) != 0
+    begun = np.maximum.accumulate(np.where(starts, np.arange(LENGTH), 0), axis=1)
+    labelled = (rng.random((ROWS, LENGTH)) < 0.4) & ~starts & (segments > 0)
+    weight = np.where(labelled, rng.choice([0.5, 1.0], (ROWS, LENGTH)), 0).astype(np.float32)
+    positions = np.where(segments > 0, np.arange(LENGTH) - begun, 0).astype(np.int32)
+    return Batch(tokens, weight, positions, segments)
+
+
+def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:
+    """Losses and gradient norms of the steps, first moments after the first, last parameters.
+
+    With accumulation without dropout, because which rows share a micro-batch, and so a mask,
+    depends on the mesh.
+    """
+    config = TrainConfig(
+        total_steps=STEPS,
+        model=ModelConfig("tiny", {"qkv_bias": True, "dropout": 0.0 if accumulation > 1 else 0.1}),
+        data=DataConfig(stores=(), layout="policy_video", sequence_length=LENGTH, batch_size=ROWS),
+        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=1),
+        loss=LossConfig(max_labelled=24),
+        mesh=MeshConfig(**{"fsdp": 1, **sizes}),
+        accumulation=accumulation,
+    )
+    count = int(np.prod(list(sizes.values())))
+    mesh = make_mesh(config.mesh, jax.devices()[:count])
+    model = RunModel.build(config, VOCABULARY, mesh)
+    state, step = model.new_state(), model.train_step()
+    result: dict[str, Any] = {"loss": [], "grad_norm": []}
+    for number in range(STEPS):
+        state, metrics = step(state, to_global(packed_batch(number), model.batch_sharding))
+        for name in ("loss", "grad_norm"):
+            result[name].append(float(metrics[name]))
+        if number == 0:
+            result["gradient"] = _flat(state.opt_state[1].mu)
+    result["params"] = _flat(state.params)
+    result["split"] = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+    return result
+
+
+def _flat(tree: Any) -> list[float]:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(tree))]).tolist()
+
+
+if __name__ == "__main__":
+    json.dump({name: run(*CASES[name]) for name in sys.argv[1:]}, sys.stdout)

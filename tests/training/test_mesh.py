@@ -1,0 +1,146 @@
+"""Meshes of eight virtual devices train as one device does; specs of full-size models."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh
+
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.presets import PRESETS
+from univla_jax.training import sharding
+from univla_jax.training.run_model import params_init
+from univla_jax.training.sharding import AXES, MeshConfig
+from univla_jax.training.state import TrainState
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
+QUICK = ("data 2 fsdp 2 tensor 2", "fsdp 2 tensor 2 context 2 accumulated")
+SLOW = (
+    "one in sixteen",
+    "data 8",
+    "data 8 accumulated",
+    "fsdp 8",
+    "fsdp 8 accumulated",
+    "data 2 fsdp 2 tensor 2 accumulated",
+    "fsdp 2 tensor 2 context 2",
+    "fsdp 2 tensor 4",
+)
+
+
+def _program(names):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.mesh_program", *names],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _assert_agree(results, name):
+    accumulated = "accumulated" in name or "sixteen" in name
+    one, many = results["one accumulated" if accumulated else "one"], results[name]
+    np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
+    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-4)
+    scale = np.abs(one["gradient"]).max()
+    np.testing.assert_allclose(many["gradient"], one["gradient"], atol=1e-4 * scale, rtol=1e-4)
+    np.testing.assert_allclose(many["params"], one["params"], atol=2e-5)
+    if "fsdp" in name or "tensor" in name:
+        assert many["split"] > 20
+
+
+def test_three_steps_on_a_mesh_equal_those_on_one_device():
+    results = _program(["one", "one accumulated", *QUICK])
+    for name in QUICK:
+        _assert_agree(results, name)
+
+
+@pytest.mark.slow
+def test_three_steps_on_every_mesh_equal_those_on_one_device():
+    results = _program(["one", "one accumulated", *SLOW])
+    for name in SLOW:
+        _assert_agree(results, name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (
+            {"fsdp": 8},
+            {
+                "embedding": (None, "fsdp"),
+                "query": (None, "fsdp", None, None),
+                "down": (None, None, "fsdp"),
+                "norm": (None,),
+            },
+        ),
+        (
+            {"data": 2, "fsdp": 8, "tensor": 4},
+            {
+                "embedding": ("tensor", "fsdp"),
+                "query": (None, "fsdp", "tensor", None),
+                "key": (None, "fsdp", "tensor", None),
+                "down": (None, "tensor", "fsdp"),
+            },
+        ),
+        (
+            {"fsdp": 16, "tensor": 4, "context": 4},
+            {
+                "embedding": ("tensor", ("fsdp", "context")),
+                "query": (None, ("fsdp", "context"), "tensor", None),
+            },
+        ),
+    ],
+)
+def test_specs_of_the_full_model(sizes, expected):
+    """Every large array of the 8.5 B model is split over all devices but the copies."""
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+    placed = _full_params(mesh)
+    parts = np.prod([mesh.shape[axis] for axis in ("fsdp", "tensor", "context")])
+    for name, leaf in placed.items():
+        shard = np.prod(leaf.sharding.shard_shape(leaf.shape))
+        norm = "norm" in name
+        assert shard == (leaf.size if norm else leaf.size / parts), (name, leaf.sharding.spec)
+    for name, spec in expected.items():
+        path = next(path for path in placed if name in path.split("/"))
+        assert tuple(placed[path].sharding.spec) == spec, path
+
+
+def _full_params(mesh):
+    boxed = jax.eval_shape(params_init(Decoder(PRESETS["emu3_8b"])), jax.random.key(0))
+    flat, _ = jax.tree_util.tree_flatten_with_path(sharding.place(boxed, mesh))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
+
+
+def test_moments_are_split_as_their_parameters():
+    mesh = AbstractMesh((1, 1, 8, 1, 1), AXES)
+    init = params_init(Decoder(PRESETS["tiny"]))
+    boxed = jax.eval_shape(lambda k: TrainState.create(init(k), optax.adam(1.0)), jax.random.key(0))
+    assert isinstance(jax.tree.leaves(boxed, is_leaf=_boxed)[1], nn.Partitioned)
+    state = sharding.place(boxed, mesh)
+    moments = state.opt_state[0].mu
+    specs = [jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (state.params, moments)]
+    assert specs[0] == specs[1]
+    lines = sharding.describe(state.params)
+    assert any("embedding (512, 32)" in line and "fsdp" in line for line in lines)
+
+
+def _boxed(x):
+    return isinstance(x, nn.Partitioned)
+
+
+def test_the_default_mesh_takes_all_devices():
+    assert sharding.make_mesh(MeshConfig()).size == len(jax.devices())
