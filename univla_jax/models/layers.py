@@ -69,7 +69,7 @@ def _linear_forward(contracted, x, kernel):
 
 def _linear_backward(contracted, saved, d_y):
     x, kernel = saved
-    leading, outputs = x.ndim - contracted, kernel.ndim - contracted
+    leading = x.ndim - contracted
     last = tuple(range(contracted, kernel.ndim))
     d_x = jax.lax.dot_general(d_y, kernel, ((tuple(range(leading, d_y.ndim)), last), ((), ())))
     both = tuple(range(leading))

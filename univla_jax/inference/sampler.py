@@ -1,0 +1,192 @@
+"""Prefill, extend and generate over one key/value cache, each a jitted function of static shapes.
+
+    state = sampler.prefill(tokens, lengths)        read prompts of unequal length
+    ids, state = sampler.generate(state, ...)       let rows continue until each stops
+    state = sampler.extend(state, tokens)           add tokens that are given, not chosen
+    ids, state = sampler.generate(state, ...)       and on, over the same cache
+
+Nothing is read twice: the last generated token of a row is not in the cache yet ("pending") and is
+read together with whatever comes next.
+
+Axes: B rows, S new tokens, N most generated tokens, R ids that may be chosen, D model, L layers,
+M cache slots, W window of slots that are read.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from univla_jax.errors import UserError
+from univla_jax.inference import decode_steps
+from univla_jax.inference.buckets import length_bucket
+from univla_jax.inference.choosing import GREEDY, Sampling
+from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
+from univla_jax.models.decoder import Decoder
+
+
+class Sampler:
+    """A decoder with its parameters, ready to read and continue batches of sequences."""
+
+    def __init__(self, model: Decoder, params: Any) -> None:
+        """Takes a decoder and its parameters (any sharding)."""
+        self.model = model
+        self.params = params
+
+    def prefill(
+        self, tokens: np.ndarray, lengths: np.ndarray | None = None, *, slots: int | None = None
+    ) -> DecodeState:
+        """Reads prompts into a new cache.
+
+        Args:
+          tokens: int32 [B, S], right-padded with any id.
+          lengths: int32 [B] real tokens per row, at least 1; all S by default.
+          slots: room per row to reserve now, so that later calls need not move the cache.
+
+        Raises:
+          UserError: ids outside the vocabulary, or lengths that do not fit.
+        """
+        tokens, lengths = self._check(tokens, lengths, at_least=1)
+        tokens = _pad_to_bucket(tokens)
+        slots = length_bucket(max(slots or 0, tokens.shape[1]))
+        rows = decode_steps.prefill(self.model, self.params, tokens, lengths, slots=slots)
+        return DecodeState(rows, bound=int(lengths.max()))
+
+    def extend(
+        self, state: DecodeState, tokens: np.ndarray, lengths: np.ndarray | None = None
+    ) -> DecodeState:
+        """Appends given tokens to every row, after its pending one.
+
+        Args:
+          state: consumed.
+          tokens: int32 [B, S], right-padded with any id.
+          lengths: int32 [B] real tokens per row, 0 leaves a row as it is; all S by default.
+
+        Raises:
+          UserError: ids outside the vocabulary, or another number of rows.
+        """
+        tokens, lengths = self._check(tokens, lengths, rows=state.rows.pending.shape[0])
+        bound = state.bound + int(lengths.max(initial=0))
+        padded = _pad_to_bucket(tokens, extra=int(state.has_pending))
+        start = state.bound - int(state.has_pending)
+        room = state.bound + padded.shape[1]
+        rows, window = _make_room(state.rows, read=start, write=room)
+        append = decode_steps.append_pending if state.has_pending else decode_steps.append
+        rows = append(self.model, self.params, rows, padded, lengths, window=window)
+        return DecodeState(rows, bound=bound)
+
+    def generate(
+        self,
+        state: DecodeState,
+        *,
+        max_new_tokens: int,
+        allowed: np.ndarray | None = None,
+        stop_id: int | None = None,
+        sampling: Sampling = GREEDY,
+        key: jax.Array | None = None,
+        active: np.ndarray | None = None,
+    ) -> tuple[Generated, DecodeState]:
+        """Lets every row choose tokens until it stops, in one jitted loop.
+
+        Args:
+          state: consumed.
+          max_new_tokens: N.
+          allowed: int [R] ids that may be chosen; only these rows of the head are multiplied,
+            which equals masking the full logits. None allows the whole vocabulary.
+          stop_id: a row ends after choosing it; it must be allowed. None lets every row choose N.
+          sampling: how to choose.
+          key: random key, or one per row [B]; needed unless greedy.
+          active: bool [B], rows that take part; the others stay as they are. All by default.
+
+        Returns:
+          what was chosen, and the state behind it.
+
+        Raises:
+          UserError: an id outside the vocabulary, a stop id that is not allowed, or no key.
+        """
+        if state.has_pending:
+            nothing = np.zeros((state.rows.pending.shape[0], 0), np.int32)
+            state = self.extend(state, nothing)
+        ids = self._allowed(allowed, stop_id)
+        batch = state.rows.pending.shape[0]
+        bound = state.bound + max_new_tokens
+        rows, window = _make_room(state.rows, read=bound, write=bound)
+        rows, tokens, lengths, stopped = decode_steps.generate(
+            self.model,
+            self.params,
+            rows,
+            ids,
+            np.int32(NOTHING if stop_id is None else stop_id),
+            _row_keys(key, batch, sampling),
+            np.ones(batch, bool) if active is None else np.asarray(active, bool),
+            count=max_new_tokens,
+            sampling=sampling,
+            window=window,
+        )
+        return Generated(tokens, lengths, stopped), DecodeState(rows, bound, has_pending=True)
+
+    def _check(
+        self, tokens: Any, lengths: Any, *, rows: int | None = None, at_least: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.asarray(tokens, np.int32)
+        width = tokens.shape[1]
+        if lengths is None:
+            lengths = np.full(tokens.shape[0], width)
+        lengths = np.asarray(lengths, np.int32)
+        if rows is not None and tokens.shape[0] != rows:
+            raise UserError(f"{tokens.shape[0]} rows of tokens for a state of {rows} rows")
+        fits = (lengths >= at_least) & (lengths <= width)
+        if lengths.shape != tokens.shape[:1] or not fits.all():
+            raise UserError(
+                f"lengths {lengths.tolist()}: expected {tokens.shape[0]} of {at_least} to {width}"
+            )
+        real = tokens[np.arange(width) < lengths[:, None]]
+        _check_ids(real, self.model.config.vocab_size)
+        return np.where(np.arange(width) < lengths[:, None], tokens, 0), lengths
+
+    def _allowed(self, allowed: np.ndarray | None, stop_id: int | None) -> np.ndarray | None:
+        size = self.model.config.vocab_size
+        _check_ids(np.array([] if stop_id is None else [stop_id]), size)
+        if allowed is None:
+            return None
+        ids = np.unique(np.asarray(allowed, np.int32))
+        _check_ids(ids, size)
+        if ids.size == 0 or (stop_id is not None and stop_id not in ids):
+            raise UserError(f"stop id {stop_id} is not among the {ids.size} allowed ids; add it")
+        return ids
+
+
+def _check_ids(ids: np.ndarray, size: int) -> None:
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.size:
+        raise UserError(f"token id {int(wrong[0])} is outside the vocabulary of {size} ids")
+
+
+def _row_keys(key: jax.Array | None, batch: int, sampling: Sampling) -> jax.Array | None:
+    """One key per row; row i of any batch gets the same one from the same key."""
+    if sampling.greedy:
+        return None
+    if key is None:
+        raise UserError("sampling with a temperature needs a random key")
+    if key.ndim:
+        return key
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
+
+
+def _pad_to_bucket(tokens: np.ndarray, extra: int = 0) -> np.ndarray:
+    """Widens [B, S] so that S plus ``extra`` columns is a bucket: a power of two, or from 32 on
+    one of ``length_bucket``."""
+    width = max(1, tokens.shape[1] + extra)
+    bucket = 1 << (width - 1).bit_length() if width <= 32 else length_bucket(width)
+    return np.pad(tokens, ((0, 0), (0, bucket - extra - tokens.shape[1])))
+
+
+def _make_room(rows: Rows, *, read: int, write: int) -> tuple[Rows, int]:
+    """A cache of at least ``write`` slots, and a window bucket of at least ``read``."""
+    if write > rows.cache.slots:
+        rows = rows.replace(cache=rows.cache.grow(length_bucket(write)))
+    return rows, min(length_bucket(read), rows.cache.slots)
