@@ -62,7 +62,6 @@ class MetricsLogger:
             initial=start_step,
             unit="step",
             disable=not progress,
-            mininterval=1.0,
         )
 
     def __enter__(self) -> MetricsLogger:
