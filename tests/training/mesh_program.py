@@ -1,7 +1,7 @@
 """Trains three steps on meshes of eight virtual CPU devices and prints what came out, as JSON.
 
 Run by ``test_mesh.py`` in a process of its own, because the number of devices is fixed when JAX
-starts: ``python -m tests.training.mesh_program NAME...`` with names of ``CASES``.
+starts: ``python -m tests.training.mesh_program NAME...`` with names of ``CASES``, or ``move``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -22,6 +23,8 @@ from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.examples import Batch
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.batches import to_global
+from univla_jax.training.checkpoint import Checkpointer
+from univla_jax.training.checkpoint_policy import CheckpointConfig
 from univla_jax.training.optimizer import OptimizerConfig
 from univla_jax.training.run_model import RunModel
 from univla_jax.training.sharding import MeshConfig, make_mesh
@@ -59,8 +62,8 @@ def packed_batch(seed: int) -> Batch:
     return Batch(tokens, weight, positions, segments)
 
 
-def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:
-    """Losses and gradient norms of the steps, first moments after the first, last parameters.
+def build(sizes: dict[str, int], accumulation: int) -> RunModel:
+    """The tiny decoder on a mesh of the first devices.
 
     With accumulation without dropout, because which rows share a micro-batch, and so a mask,
     depends on the mesh.
@@ -75,8 +78,12 @@ def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:
         accumulation=accumulation,
     )
     count = int(np.prod(list(sizes.values())))
-    mesh = make_mesh(config.mesh, jax.devices()[:count])
-    model = RunModel.build(config, VOCABULARY, mesh)
+    return RunModel.build(config, VOCABULARY, make_mesh(config.mesh, jax.devices()[:count]))
+
+
+def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:
+    """Losses and gradient norms of the steps, first moments after the first, last parameters."""
+    model = build(sizes, accumulation)
     state, step = model.new_state(), model.train_step()
     result: dict[str, Any] = {"loss": [], "grad_norm": []}
     for number in range(STEPS):
@@ -90,9 +97,26 @@ def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:
     return result
 
 
+def move() -> bool:
+    """Saves a state split over eight devices, restores it on other meshes; whether it is equal."""
+    saved = build({"fsdp": 8}, 1).new_state()
+    wanted, equal = _flat(saved), True
+    with tempfile.TemporaryDirectory() as folder:
+        with Checkpointer(folder, CheckpointConfig()) as checkpointer:
+            checkpointer.save(0, saved)
+        for sizes in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+            template = build(sizes, 1).abstract
+            with Checkpointer(folder, CheckpointConfig()) as checkpointer:
+                restored = checkpointer.restore(template)
+            placed = jax.tree.map(lambda x, t: x.sharding == t.sharding, restored, template)
+            equal &= all(jax.tree.leaves(placed)) and _flat(restored) == wanted
+    return equal
+
+
 def _flat(tree: Any) -> list[float]:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(tree))]).tolist()
 
 
 if __name__ == "__main__":
-    json.dump({name: run(*CASES[name]) for name in sys.argv[1:]}, sys.stdout)
+    results = {name: run(*CASES[name]) if name in CASES else move() for name in sys.argv[1:]}
+    json.dump(results, sys.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import resource
 import shutil
 from functools import partial
 
@@ -171,6 +172,23 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write checkpoints"):
         Checkpointer(tmp_path, CheckpointConfig())
+
+
+def test_a_full_disk_is_a_user_error_and_older_checkpoints_stay(tmp_path):
+    """A limit on the size of files makes writes fail as a full disk does."""
+    state = TrainState(jnp.int32(1), {"w": jax.random.normal(jax.random.key(0), (512, 512))}, ())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver = Checkpointer(tmp_path, CheckpointConfig())
+    saver.save(1, state)
+    saver.wait()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+        with pytest.raises(UserError, match="cannot write a checkpoint"):
+            saver.save(2, state)
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint_folder.find_checkpoint(tmp_path).name == "1"
 
 
 def test_bad_policy_is_refused():

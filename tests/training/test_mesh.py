@@ -63,9 +63,10 @@ def _assert_agree(results, name):
 
 
 def test_three_steps_on_a_mesh_equal_those_on_one_device():
-    results = _program(["one", "one accumulated", *QUICK])
+    results = _program(["one", "one accumulated", *QUICK, "move"])
     for name in QUICK:
         _assert_agree(results, name)
+    assert results["move"], "a checkpoint restored on another mesh differs"
 
 
 @pytest.mark.slow

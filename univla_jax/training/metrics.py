@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import tqdm
 
+from univla_jax.errors import UserError
 from univla_jax.training.event_file import EventFile
 
 FILE = "metrics.jsonl"
@@ -93,16 +94,19 @@ class MetricsLogger:
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
         if (step + 1) % self._every == 0 or step + 1 == self._total:
             self.write(step, values)
-            for name, value in self._clock.read().items():
-                self._board.add_scalar(f"time/{name}", value, step)
+            for name, value in (self._clock.read() | _memory()).items():
+                self._board.add_scalar(name, value, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line now. Metrics that are NaN had nothing to average and are left out."""
         if not self._primary:
             return
         known = {name: value for name, value in values.items() if not math.isnan(value)}
-        self._file.write(json.dumps({"step": step, **known}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **known}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._file.name}: {error}") from error
         for name, value in known.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
@@ -137,12 +141,19 @@ class _Clock:
     def read(self) -> dict[str, float]:
         """Means per step and rates since the last call."""
         elapsed = time.perf_counter() - self._start
-        rates = {"step_seconds": elapsed / self._steps}
+        rates = {"time/step_seconds": elapsed / self._steps}
         if self._tokens:
-            rates["tokens_per_second"] = self._tokens / elapsed
-        rates |= {f"{name}_seconds": s / self._steps for name, s in self._parts.items()}
+            rates["time/tokens_per_second"] = self._tokens / elapsed
+        rates |= {f"time/{name}_seconds": s / self._steps for name, s in self._parts.items()}
         self._reset()
         return rates
+
+
+def _memory() -> dict[str, float]:
+    """Memory of the first local device in GiB, where its platform tells (CPU does not)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
+    return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
 
 
 def drop_lines_from(path: pathlib.Path, step: int) -> None:

@@ -24,7 +24,7 @@ from univla_jax.training.metrics import MetricsLogger
 from univla_jax.training.preemption import SigtermWatch
 from univla_jax.training.run_assets import build_assets
 from univla_jax.training.run_model import RunModel
-from univla_jax.training.sharding import make_mesh
+from univla_jax.training.sharding import describe, make_mesh
 from univla_jax.training.state import TrainState
 from univla_jax.training.train_config import FREE, TrainConfig
 
@@ -53,6 +53,7 @@ def train(config: TrainConfig, folder: str | pathlib.Path, *, progress: bool = T
     batches = _training_batches(run, assets)
     evaluation = _evaluation(run, assets) if config.evaluation.every else None
     workdir.claim(folder, config)
+    _describe(run, folder)
     try:
         _run(run, assets, batches, evaluation, folder, progress)
     finally:
@@ -152,6 +153,20 @@ def _evaluation(run: RunModel, assets: Assets) -> HeldOutLoss:
         run.batch_sharding,
         every=config.evaluation.every,
         limit=config.evaluation.batches,
+    )
+
+
+def _describe(run: RunModel, folder: pathlib.Path) -> None:
+    """Says what will be trained; ``sharding.txt`` gets shape and split of every parameter."""
+    if jax.process_index() != 0:
+        return
+    (folder / "sharding.txt").write_text("\n".join(describe(run.abstract.params)) + "\n", "utf-8")
+    count = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
+    data = run.config.data
+    _say(
+        f"{count:,} parameters on {run.mesh.size} device(s){mesh and f' ({mesh})'}, "
+        f"{data.batch_size} x {data.sequence_length} tokens per step"
     )
 
 
