@@ -28,6 +28,7 @@ class HeldOutLoss:
         *,
         every: int,
         limit: int = 0,
+        check: Callable[[Any], None] | None = None,
     ) -> None:
         """Keeps what an evaluation needs.
 
@@ -37,9 +38,10 @@ class HeldOutLoss:
           sharding: of the batches.
           every: steps between two evaluations.
           limit: batches per evaluation; 0 takes all.
+          check: called with each batch of this process; raises where it cannot be used.
         """
         self._step, self._batches, self._sharding = step, batches, sharding
-        self._every, self._limit = every, limit
+        self._every, self._limit, self._check = every, limit, check
 
     def due(self, step: int) -> bool:
         """At multiples of ``every`` after the start."""
@@ -49,6 +51,8 @@ class HeldOutLoss:
         """Loss and metrics over all batches together, each under ``eval/``."""
         total = None
         for batch in itertools.islice(self._batches(), self._limit or None):
+            if self._check is not None:
+                self._check(batch)
             sums = self._step(state.params, to_global(batch, self._sharding))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         loss, weight, sums = jax.device_get(total)

@@ -132,10 +132,12 @@ def _training_batches(run: RunModel, assets: Assets) -> GlobalBatches:
     batches = training_batches(
         run.config.data, assets, host=jax.process_index(), hosts=jax.process_count()
     )
-    return GlobalBatches(batches, run.batch_sharding, _labels_fit(run.config.loss.max_labelled))
+    return GlobalBatches(batches, run.batch_sharding, _labels_fit(run))
 
 
-def _labels_fit(most: int) -> Callable[[Any], None] | None:
+def _labels_fit(run: RunModel) -> Callable[[Any], None] | None:
+    """A check that no row labels more than the loss gathers; None where it gathers all."""
+    most = run.config.loss.max_labelled
     return (lambda batch: check_labelled(batch.loss_weight, most)) if most else None
 
 
@@ -153,6 +155,7 @@ def _evaluation(run: RunModel, assets: Assets) -> HeldOutLoss:
         run.batch_sharding,
         every=config.evaluation.every,
         limit=config.evaluation.batches,
+        check=_labels_fit(run),
     )
 
 
