@@ -3,8 +3,8 @@
     python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=DIR \\
         [--config.optimizer.learning_rate=1e-4 ...]
 
-The workdir gets ``config.json``, ``sharding.txt`` (shape and split of every parameter),
-``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/<step>/``.
+The workdir gets ``config.json``, ``assets/`` (tokenizers, statistics), ``sharding.txt`` (shape and
+split of every parameter), ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/<step>/``.
 Started again, the command continues from the newest checkpoint; after the last step it says so and
 ends. Exit status: 0 done, 2 something to mend (one line on standard error), 83 stopped by SIGTERM
 with the current step saved.

@@ -96,6 +96,23 @@ def test_another_config_is_refused(world, whole):
         _train(tiny_run.config(world, **EVALUATED, optimizer__learning_rate=0.02), whole)
 
 
+def test_a_run_goes_on_without_the_folders_it_was_made_from(world, whole, tmp_path):
+    """Nor does it need its own copy of the assets: the newest checkpoint has them."""
+    own = tmp_path / "world"
+    shutil.copytree(world, own)
+    config = tiny_run.config(own, total_steps=2)
+    _train(config, tmp_path / "run")
+    for gone in ("text", "vision", "action"):
+        shutil.rmtree(own / gone)
+    shutil.rmtree(tmp_path / "run" / "assets" / "text")
+    _train(dataclasses.replace(config, total_steps=3), tmp_path / "run")
+    assert checkpoint_folder.find_checkpoint(tmp_path / "run").name == "3"
+    shutil.rmtree(own / "store")
+    tiny_run.make_store(own / "store", Assets.load(tmp_path / "run/assets").vision.fingerprint, 9)
+    with pytest.raises(UserError, match="a token store was changed since the run was begun"):
+        _train(dataclasses.replace(config, total_steps=4), tmp_path / "run")
+
+
 def test_assets_changed_since_the_run_began_are_refused(world, whole, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
@@ -202,5 +219,4 @@ def test_the_config_of_a_workdir_can_be_read_back(world, whole):
     from univla_jax.training import workdir
     from univla_jax.training.train_config import TrainConfig
 
-    read = workdir.read_config(whole, TrainConfig)
-    assert read == dataclasses.replace(tiny_run.config(world, **EVALUATED))
+    assert workdir.read_config(whole, TrainConfig) == tiny_run.config(world, **EVALUATED)

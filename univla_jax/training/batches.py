@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univla_jax.errors import UserError
@@ -97,3 +98,9 @@ class GlobalBatches:
 def to_global(batch: Any, sharding: NamedSharding) -> Any:
     """Makes global arrays of the rows that each process holds."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here; nothing to wait for in a single one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from univla_jax.errors import UserError
+from univla_jax.training.batches import barrier
 from univla_jax.training.checkpoint_files import FilesRestore, FilesSave
 from univla_jax.training.checkpoint_folder import (
     ASSETS,
@@ -73,7 +73,7 @@ class Checkpointer:
                 _set_aside_incomplete(self.folder)
         except OSError as error:
             raise UserError(f"cannot write checkpoints in {self.folder}: {error}") from error
-        _barrier("open_checkpoints")
+        barrier("open_checkpoints")
         self._manager = ocp.CheckpointManager(self.folder, options=manager_options(config))
 
     def __enter__(self) -> Checkpointer:
@@ -141,7 +141,7 @@ class Checkpointer:
           UserError: the checkpoint holds another model or optimizer, was written by another number
             of processes, or no checkpoint is readable.
         """
-        damaged = []
+        damaged, last_error = [], None
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self.folder / str(step)
             try:
@@ -152,14 +152,17 @@ class Checkpointer:
                 raise
             except (ValueError, OSError) as error:
                 logging.warning("checkpoint %s is damaged, skipped: %s", folder, error)
-                damaged.append(folder)
+                damaged, last_error = [*damaged, folder], error
                 continue
             if iterator is not None:
                 iterator.set_state(_read_position(restored[ITERATOR]))
             self._set_aside(damaged)
             return restored[STATE]
         if damaged:
-            raise UserError(f"none of the checkpoints in {self.folder} can be read; move them away")
+            raise UserError(
+                f"none of the checkpoints in {self.folder} can be read ({last_error}); restore "
+                "them, or move them away to start anew"
+            )
         return None
 
     def wait(self) -> None:
@@ -183,7 +186,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             for folder in damaged:
                 _rename(folder, "damaged")
-        _barrier("set_aside")
+        barrier("set_aside")
         self._manager.reload()
 
     @contextlib.contextmanager
@@ -244,8 +247,3 @@ def _rename(folder: pathlib.Path, suffix: str) -> None:
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

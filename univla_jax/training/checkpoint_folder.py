@@ -33,6 +33,11 @@ def step_folders(folder: pathlib.Path) -> dict[int, pathlib.Path]:
     return dict(sorted(found.items()))
 
 
+def newest_checkpoint(workdir: str | pathlib.Path) -> pathlib.Path | None:
+    """The newest complete checkpoint of a workdir, None where there is none."""
+    return _newest(pathlib.Path(workdir).absolute() / CHECKPOINTS)
+
+
 def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     """The checkpoint that ``path`` means.
 
@@ -46,14 +51,20 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path).absolute()
     if is_complete(path):
         return path
-    inside = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    for step, folder in reversed(step_folders(inside).items()):
+    newest = _newest(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
+    if newest is None:
+        raise UserError(
+            f"no complete checkpoint in {path}; give a workdir or a folder checkpoints/<step> of it"
+        )
+    return newest
+
+
+def _newest(checkpoints: pathlib.Path) -> pathlib.Path | None:
+    for folder in reversed(step_folders(checkpoints).values()):
         if is_complete(folder):
             return folder
-        logging.warning("checkpoint %d under %s is incomplete; skipped", step, inside)
-    raise UserError(
-        f"no complete checkpoint in {path}; give a workdir or a folder checkpoints/<step> of it"
-    )
+        logging.warning("checkpoint %s is incomplete; skipped", folder)
+    return None
 
 
 def assets_folder(checkpoint: str | pathlib.Path) -> pathlib.Path:

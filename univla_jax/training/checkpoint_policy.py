@@ -21,7 +21,8 @@ class CheckpointConfig:
       every: steps between checkpoints; the last step is always saved.
       keep_last: how many of the newest stay.
       keep_every: checkpoints at multiples of this stay for ever; None for none.
-      keep_best: how many of the best by ``best_metric`` stay.
+      keep_best: how many of the best by ``best_metric`` stay; those saved at a step that is also
+        evaluated take part.
       best_metric: name of an evaluation metric, lower is better unless ``best_highest``.
       best_highest: whether higher values of ``best_metric`` are better.
       asynchronous: write in the background while training goes on.

@@ -78,6 +78,7 @@ def fit(
       Preempted: ``stop`` asked for it; the step is saved.
     """
     pending: tuple[int, Metrics] | None = None
+    halt = False
     for step in range(int(state.step), total_steps + 1):
         last = step == total_steps
         halt = not last and stop is not None and stop(step)
@@ -121,7 +122,7 @@ def _settle(pending: tuple[int, Metrics] | None, logger: MetricsLogger) -> None:
     for name in _MUST_BE_FINITE:
         if not math.isfinite(values.get(name, 0.0)):
             raise UserError(
-                f"{name} is {values[name]} at step {step}; training stopped; the last checkpoint "
+                f"{name} is {values[name]} at step {step}; training stopped, the last checkpoint "
                 "is intact: lower the learning rate, or look at the data of this step"
             )
     logger.step(step, values)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from univla_jax.errors import UserError
 from univla_jax.sequences.evaluation import EvaluationBatches
 from univla_jax.sequences.pipeline import training_batches
 from univla_jax.tokenizers.assets import Assets
@@ -22,7 +21,7 @@ from univla_jax.training.loop import DataIterator, fit
 from univla_jax.training.loss import check_labelled
 from univla_jax.training.metrics import MetricsLogger
 from univla_jax.training.preemption import SigtermWatch
-from univla_jax.training.run_assets import build_assets
+from univla_jax.training.run_assets import build_assets, keep_assets
 from univla_jax.training.run_model import RunModel
 from univla_jax.training.sharding import describe, make_mesh
 from univla_jax.training.state import TrainState
@@ -47,12 +46,13 @@ def train(config: TrainConfig, folder: str | pathlib.Path, *, progress: bool = T
     if finished(config, folder):
         _say(f"{folder} is trained to step {config.total_steps} already")
         return
-    assets = build_assets(config)
+    assets = build_assets(config, folder)
     run = RunModel.build(config, assets.vocabulary, make_mesh(config.mesh))
     assets = dataclasses.replace(assets, model=dataclasses.asdict(run.model.config))
     batches = _training_batches(run, assets)
     evaluation = _evaluation(run, assets) if config.evaluation.every else None
     workdir.claim(folder, config)
+    assets = keep_assets(assets, folder)
     _describe(run, folder)
     try:
         _run(run, assets, batches, evaluation, folder, progress)
@@ -79,7 +79,7 @@ def _run(
 ) -> None:
     config = run.config
     with Checkpointer(folder, config.checkpoint, write_assets=assets.save) as checkpointer:
-        state = _state(run, assets, checkpointer, batches)
+        state = _state(run, checkpointer, batches)
         with (
             MetricsLogger(
                 folder,
@@ -102,13 +102,10 @@ def _run(
             )
 
 
-def _state(
-    run: RunModel, assets: Assets, checkpointer: Checkpointer, batches: DataIterator
-) -> TrainState:
+def _state(run: RunModel, checkpointer: Checkpointer, batches: DataIterator) -> TrainState:
     """The newest checkpoint, else the earlier stage's parameters, else random ones."""
     state = checkpointer.restore(run.abstract, batches)
     if state is not None:
-        _check_assets(checkpointer, int(state.step), assets)
         _say(f"continuing {checkpointer.folder.parent} from step {int(state.step)}")
         return state
     if run.config.init_from:
@@ -116,16 +113,6 @@ def _state(
         _say(f"starting from the parameters of {earlier}")
         return run.new_state(checkpoint_folder.load_params(earlier, run.abstract.params))
     return run.new_state()
-
-
-def _check_assets(checkpointer: Checkpointer, step: int, assets: Assets) -> None:
-    """Raises UserError when tokenizers or statistics are not those the run was begun with."""
-    folder = checkpoint_folder.assets_folder(checkpointer.folder / str(step))
-    if Assets.load(folder).fingerprint != assets.fingerprint:
-        raise UserError(
-            f"{folder} differs from the tokenizers, statistics and settings of this config: one of "
-            "them was changed since the run was begun; restore it, or start in a new --workdir"
-        )
 
 
 def _training_batches(run: RunModel, assets: Assets) -> GlobalBatches:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import jax
 
 from univla_jax.data.actions import ActionStatistics, stream_statistics
 from univla_jax.data.corpora import CORPORA, find_corpus
@@ -18,20 +22,32 @@ from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.checkpoint_folder import assets_folder, find_checkpoint
+from univla_jax.training.batches import barrier
+from univla_jax.training.checkpoint_folder import (
+    assets_folder,
+    find_checkpoint,
+    newest_checkpoint,
+)
 from univla_jax.training.train_config import TrainConfig
 
 _EMU3_ACTIONS = 2048
 _WHERE = "config.tokenizers"
 
 
-def build_assets(config: TrainConfig) -> Assets:
-    """Everything that gives this run's token ids their meaning.
+FOLDER = "assets"
+
+
+def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
+    """Everything that gives this run's token ids their meaning, but the model's settings.
+
+    A run that has a checkpoint goes on with the tokenizers in it, whatever became of the folders
+    they were taken from.
 
     Args:
       config: names the tokenizers, or the earlier stage they come from, and the token stores,
         whose image specs and action statistics become the run's. (That the stores' codes are of
         this vision tokenizer is checked where the data is opened.)
+      workdir: of the run.
 
     Raises:
       UserError: a tokenizer is missing or does not fit the vocabulary or the earlier stage.
@@ -39,18 +55,60 @@ def build_assets(config: TrainConfig) -> Assets:
     stores = [TokenStore(folder) for folder in config.data.stores]
     if not stores:
         raise UserError("config.data.stores: none named; give the folder of a token store")
-    earlier = None
-    if config.init_from:
-        earlier = Assets.load(assets_folder(find_checkpoint(config.init_from)))
-    assets = _tokenizers(config, earlier)
-    if earlier is not None:
-        _check_earlier(assets, earlier, config.init_from)
+    own = newest_checkpoint(workdir)
+    assets = _new_assets(config) if own is None else Assets.load(assets_folder(own))
     return dataclasses.replace(
         assets,
         image_specs=image_specs(stores),
         statistics=statistics(stores),
         layout=layout_settings(config.data, stores),
     )
+
+
+def keep_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
+    """Copies the assets to ``<workdir>/assets``, where every checkpoint takes them from.
+
+    Args:
+      assets: of this run, the model's settings among them.
+      workdir: its folder.
+
+    Returns:
+      the assets read back; the vision tokenizer's weights stay on disk until they are used.
+
+    Raises:
+      UserError: the run has a checkpoint with other assets.
+    """
+    own, folder = newest_checkpoint(workdir), workdir / FOLDER
+    if own is not None and Assets.load(assets_folder(own)).fingerprint != assets.fingerprint:
+        raise UserError(
+            f"{own} was saved with other action statistics, image specs, layout or model settings "
+            "than this config gives: a token store was changed since the run was begun; restore "
+            "it, or start in a new --workdir"
+        )
+    if jax.process_index() == 0 and not _holds(folder, assets):
+        shutil.rmtree(folder, ignore_errors=True)
+        assets.save(folder)
+    barrier("keep_assets")
+    return Assets.load(folder)
+
+
+def _holds(folder: pathlib.Path, assets: Assets) -> bool:
+    """Whether ``folder`` holds these assets, whole."""
+    try:
+        return folder.is_dir() and Assets.load(folder).fingerprint == assets.fingerprint
+    except UserError:
+        return False
+
+
+def _new_assets(config: TrainConfig) -> Assets:
+    """Assets of the tokenizers alone, for a run that begins."""
+    if not config.init_from:
+        return _tokenizers(config, None)
+    folder = assets_folder(find_checkpoint(config.init_from))
+    earlier = Assets.load(folder)
+    assets = _tokenizers(config, earlier)
+    _check_earlier(assets, earlier, folder)
+    return assets
 
 
 def layout_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str, Any]:
@@ -160,9 +218,9 @@ def _vocabulary(
     )
 
 
-def _check_earlier(assets: Assets, earlier: Assets, path: str) -> None:
+def _check_earlier(assets: Assets, earlier: Assets, folder: pathlib.Path) -> None:
     """Raises UserError unless the earlier stage's parameters know these tokens."""
     prints = earlier.tokenizer_fingerprints
     if earlier.action is None:  # its vocabulary left the number of actions open
         del prints["vocabulary"]
-    assets.require_same_tokenizers(prints, source=f"config.init_from {path}")
+    assets.require_same_tokenizers(prints, source=str(folder))
