@@ -127,8 +127,10 @@ class TrainedModel:
         assets = Assets.load(assets_folder(folder))
         layout = Layout.of(assets)
         model = Decoder(_inference_config(assets))
-        template = _shapes(model)
-        params = _random(model, seed) if untrained else load_params(folder, template)
+        if untrained:  # "rbg" compiles faster than the default generator
+            params = _random(model, jax.random.key(seed, impl="rbg"))
+        else:
+            params = load_params(folder, _shapes(model))
         return cls(folder, assets, layout, model, params)
 
     @functools.cached_property
@@ -169,5 +171,6 @@ def _shapes(model: Decoder) -> Any:
     return nn.unbox(jax.eval_shape(params_init(model), jax.random.key(0)))
 
 
-def _random(model: Decoder, seed: int) -> Any:
-    return jax.jit(lambda key: nn.unbox(params_init(model)(key)))(jax.random.key(seed))
+@functools.partial(jax.jit, static_argnames="model")
+def _random(model: Decoder, key: jax.Array) -> Any:
+    return nn.unbox(params_init(model)(key))

@@ -1,0 +1,244 @@
+"""The policy: from a checkpoint folder to action chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.inference import tiny_checkpoint
+from tests.inference.scripted import PatchVision, ScriptedSampler
+from tests.inference.uncached import next_logits
+from univla_jax.environments.tabletop import TabletopEnv
+from univla_jax.episode import Observation
+from univla_jax.errors import UserError
+from univla_jax.inference.policy import Policy, no_motion
+from univla_jax.inference.trained import TrainedModel, checkpoint_identity
+from univla_jax.tokenizers.image import ImageSpec
+
+
+@pytest.fixture(scope="module")
+def trained(policy_checkpoint):
+    loaded = TrainedModel.load(policy_checkpoint)
+    assets = dataclasses.replace(loaded.assets, vision=PatchVision())
+    return dataclasses.replace(loaded, assets=assets)
+
+
+def _observation(seed: int, instruction: str = "push the red block to the left") -> Observation:
+    env = TabletopEnv()
+    seen, _ = env.reset(seed=seed)
+    return Observation(instruction, {v: seen[v] for v in tiny_checkpoint.GRIDS})
+
+
+def _scripted(trained, answers):
+    policy = Policy(trained)
+    policy._sampler = ScriptedSampler(answers)
+    return policy
+
+
+def _ids(trained, chunk):
+    """The ids, with eoa, of a chunk in physical units."""
+    vocabulary = trained.assets.vocabulary
+    normalised = tiny_checkpoint.STATISTICS.normalise(chunk)
+    codes = trained.assets.action.encode(normalised)
+    return [*vocabulary.action_ids(codes).tolist(), vocabulary.eoa]
+
+
+def _chunk(seed: int) -> np.ndarray:
+    s = tiny_checkpoint.STATISTICS
+    return np.random.default_rng(seed).uniform(s.q01, s.q99, (tiny_checkpoint.CHUNK, 7))
+
+
+def _uncached(trained, prompt, allowed, count):
+    """Greedy decoding without a cache: the whole sequence anew for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(allowed[next_logits(trained, ids)[allowed].argmax()]))
+        if ids[-1] == trained.assets.vocabulary.eoa:
+            break
+    return ids[len(prompt) :]
+
+
+def test_generation_is_greedy_over_the_action_ids(trained):
+    policy = Policy(trained)
+    vocabulary = trained.assets.vocabulary
+    allowed = np.sort(policy._allowed)
+    assert allowed[-1] == vocabulary.eoa and len(allowed) == 300 + 1
+    session, observation = policy.start(), _observation(3)
+    policy._new_tokens = 9
+    policy.act([observation], [session])
+    turn, opening = session.history.turns[-1], [vocabulary.bos]
+    opening += trained.assets.text.encode(observation.instruction)
+    expected = _uncached(trained, [*opening, *turn], allowed, 9)
+    got = session.history.actions[-1].tolist()
+    assert got == expected if expected[-1] == vocabulary.eoa else got == [*expected, vocabulary.eoa]
+
+
+def test_a_batch_gives_what_each_robot_gets_alone(trained):
+    together, alone = Policy(trained, rows=4), Policy(trained)
+    together._new_tokens = alone._new_tokens = 9
+    words = ["push the red block to the left", "touch green", "put the blue block"]
+    sessions = [together.start() for _ in words]
+    single = [alone.start() for _ in words]
+    for step in range(2):
+        observations = [_observation(10 * step + i, w) for i, w in enumerate(words)]
+        chunks = together.act(observations, sessions)
+        for i, chunk in enumerate(chunks):
+            (one,) = alone.act([observations[i]], [single[i]])
+            np.testing.assert_array_equal(chunk.actions, one.actions)
+            assert (chunk.valid, chunk.reason) == (one.valid, one.reason)
+            for kept in ("turns", "actions"):
+                for a, b in zip(
+                    getattr(sessions[i].history, kept), getattr(single[i].history, kept)
+                ):
+                    np.testing.assert_array_equal(a, b)
+    assert all(len(s.history.turns) == 2 for s in sessions)
+
+
+def test_more_observations_than_rows_are_split(trained):
+    policy = _scripted(trained, [[_ids(trained, _chunk(i)) for i in (0, 1)]] * 2)
+    policy._rows = 2
+    observations = [_observation(i) for i in range(4)]
+    chunks = policy.act(observations, [policy.start() for _ in observations])
+    assert len(chunks) == 4 and [len(p) for p in policy._sampler.prompts] == [2, 2]
+    np.testing.assert_array_equal(chunks[0].actions, chunks[2].actions)
+
+
+def test_decoded_chunks_come_in_physical_units(trained):
+    chunks = [_chunk(1), _chunk(2)]
+    policy = _scripted(trained, [[_ids(trained, c) for c in chunks]])
+    got = policy.act([_observation(1), _observation(2)], [policy.start(), policy.start()])
+    for chunk, expected in zip(got, chunks):
+        assert chunk.valid and chunk.reason == "" and chunk.actions.dtype == np.float32
+        span = np.subtract(tiny_checkpoint.STATISTICS.q99, tiny_checkpoint.STATISTICS.q01)
+        assert np.abs((chunk.actions - expected) / span).max() < 0.15  # FAST's rounding at scale 4
+
+
+def test_undecodable_ids_stand_still_and_are_counted(trained):
+    vocabulary = trained.assets.vocabulary
+    closing = np.full((3, 7), 0.05) * [1, 1, 1, 1, 1, 1, 20]
+    good = _ids(trained, closing)
+    endless, short = good[:-1], [good[0], vocabulary.eoa]
+    policy = _scripted(trained, [[good], [endless], [short]])
+    session = policy.start()
+    chunks = [policy.act([_observation(i)], [session])[0] for i in range(3)]
+    assert [c.valid for c in chunks] == [True, False, False]
+    assert f"no end of action within {len(endless)} tokens" in chunks[1].reason
+    assert "coefficients instead of 21" in chunks[2].reason
+    for chunk in chunks[1:]:
+        assert chunk.actions.shape == (3, 7) and not chunk.actions[:, :6].any()
+        np.testing.assert_array_equal(chunk.actions[:, 6], chunks[0].actions[-1, 6])
+    assert (session.chunks, session.invalid) == (3, 2)
+    assert session.history.actions[0].tolist() == [*endless, vocabulary.eoa]
+
+
+def test_no_motion_before_any_action():
+    assert not no_motion(2, 7, None).any()
+    assert no_motion(2, 3, np.array([5.0, 5.0, -1.0])).tolist() == [[0, 0, -1]] * 2
+
+
+def test_history_window_and_another_instruction(trained):
+    answer = _ids(trained, _chunk(0))
+    policy = _scripted(trained, [[answer]] * 4)
+    session = policy.start()
+    for seed in range(3):
+        policy.act([_observation(seed)], [session])
+    policy.act([_observation(3, "touch green")], [session])
+    lengths = [len(prompts[0]) for prompts in policy._sampler.prompts]
+    turn = len(session.history.turns[0])
+    assert lengths[1] == lengths[0] + turn + len(answer) and lengths[2] == lengths[1]
+    assert lengths[3] < lengths[0] + turn and len(session.history.turns) == 1
+
+
+def test_an_image_policy_sees_one_moment(trained):
+    layout = dataclasses.replace(trained.layout, layout="policy_image", frames=1)
+    image = dataclasses.replace(trained, layout=layout)
+    policy = _scripted(image, [[_ids(trained, _chunk(0))]] * 2)
+    session = policy.start()
+    for seed in range(2):
+        policy.act([_observation(seed)], [session])
+    first, second = (p[0] for p in policy._sampler.prompts)
+    assert len(first) == len(second)
+
+
+def _changed(view, frame):
+    observation = _observation(0)
+    return dataclasses.replace(observation, frames={**observation.frames, view: frame})
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        (Observation("go", {"image": np.zeros((64, 64, 3), np.uint8)}), "'wrist_image' is missing"),
+        (_changed("image", np.zeros((64, 64, 3), np.float32)), "'image' is float32"),
+        (_changed("image", np.zeros((64, 64), np.uint8)), r"'image' is uint8 \[64, 64\]"),
+        (_changed("wrist_image", np.zeros((64, 64, 4), np.uint8)), "'wrist_image' is uint8"),
+        (Observation(b"go", _observation(0).frames), "instruction is a bytes"),
+        (Observation("push the red " * 200, _observation(0).frames), "tokens, the policy was"),
+    ],
+)
+def test_bad_observations_are_named_and_change_nothing(trained, observation, message):
+    policy = Policy(trained)
+    sessions = [policy.start(), policy.start()]
+    with pytest.raises(UserError, match=f"observation 1: .*{message}"):
+        policy.act([_observation(0), observation], sessions)
+    assert all(session.chunks == 0 and not session.history.turns for session in sessions)
+
+
+def test_frames_of_another_size_are_refused_where_the_spec_keeps_the_cameras(trained):
+    specs = {**trained.assets.image_specs, "image": ImageSpec(size=None, min_pixels=64)}
+    assets = dataclasses.replace(trained.assets, image_specs=specs)
+    policy = Policy(dataclasses.replace(trained, assets=assets))
+    with pytest.raises(UserError, match=r"'image' has 64 x 64 pixels.*\(8, 8\).*\(3, 3\)"):
+        policy.act([_observation(0)], [policy.start()])
+    with pytest.raises(UserError, match="'image' cannot be resized"):
+        policy.act([_changed("image", np.zeros((4, 64, 3), np.uint8))], [policy.start()])
+
+
+def test_sessions_belong_to_robots(trained):
+    policy = Policy(trained)
+    session = policy.start()
+    with pytest.raises(UserError, match="2 observations for 1 sessions"):
+        policy.act([_observation(0)] * 2, [session])
+    with pytest.raises(UserError, match="given twice"):
+        policy.act([_observation(0)] * 2, [session, session])
+    assert policy.act([], []) == []
+
+
+def test_corpus_and_layout_are_checked(trained, world_model_checkpoint):
+    with pytest.raises(UserError, match="'libero' is not among them"):
+        Policy(trained, corpus="libero")
+    corpora = {**trained.layout.corpora, "other": trained.layout.corpora["tabletop"]}
+    several = dataclasses.replace(
+        trained, layout=dataclasses.replace(trained.layout, corpora=corpora)
+    )
+    with pytest.raises(UserError, match="corpora other, tabletop; name one"):
+        Policy(several)
+    with pytest.raises(UserError, match="no action statistics of corpus 'other'"):
+        Policy(several, corpus="other")
+    with pytest.raises(UserError, match="'world_model'; acting needs"):
+        Policy.load(world_model_checkpoint)
+
+
+def test_changed_checkpoints_are_refused(policy_checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(policy_checkpoint, copy)
+    assert checkpoint_identity(copy) == checkpoint_identity(policy_checkpoint)
+    step = copy / "checkpoints" / "7"
+    (step / "assets" / "action" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"action/tokenizer.json was changed"):
+        Policy.load(copy)
+    shutil.rmtree(step / "assets")
+    with pytest.raises(UserError, match="no assets/ folder"):
+        Policy.load(copy)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        Policy.load(tmp_path / "nowhere")
+
+
+def test_an_untrained_policy_has_other_parameters(policy_checkpoint, trained):
+    seeds = [TrainedModel.load(policy_checkpoint, untrained=True, seed=s) for s in (0, 0, 1)]
+    heads = [np.asarray(t.params["head"]) for t in (*seeds, trained)]
+    np.testing.assert_array_equal(heads[0], heads[1])
+    assert not np.array_equal(heads[0], heads[2]) and not np.array_equal(heads[0], heads[3])
