@@ -28,12 +28,14 @@ class EpisodesConfig:
       split: split of the dataset in TFDS notation, such as ``"train[:95%]"``.
       min_frames: shortest episode used, in frames; None takes the corpus' own.
       max_bad_share: share of broken episodes, in 0...1, beyond which reading fails.
+      max_episodes: when the split has more, evenly spread ones are read; None reads all.
     """
 
     corpus: str
     split: str = "train"
     min_frames: int | None = None
     max_bad_share: float = 0.05
+    max_episodes: int | None = None
 
 
 class GoodEpisodes:
@@ -62,10 +64,12 @@ class GoodEpisodes:
         self._corpus = dataclasses.replace(row, views={view: row.views[view] for view in views})
         self.source = RldsSource(folder, self._corpus, config.split)
         self.problems: list[Problem] = []
+        most = config.max_episodes or len(self.source)
+        self._indices = range(0, len(self.source), -(-len(self.source) // most))
 
     def __len__(self) -> int:
-        """Number of episodes, broken ones included."""
-        return len(self.source)
+        """Number of episodes read, broken ones included."""
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[Episode]:
         """All good episodes in order.
@@ -74,8 +78,7 @@ class GoodEpisodes:
           UserError: after the last episode, when too many were broken; names the first.
         """
         self.problems = []
-        indices = tqdm.tqdm(range(len(self)), f"read {self._config.split}", unit="episode")
-        for index in indices:
+        for index in tqdm.tqdm(self._indices, f"read {self._config.split}", unit="episode"):
             episode = self._read(index)
             if episode is not None:
                 yield episode

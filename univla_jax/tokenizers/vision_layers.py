@@ -15,13 +15,21 @@ import jax.numpy as jnp
 SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5
 
+LAST_CONV = "conv2"
+"""The last convolution of every residual block: it starts at zero, so that a fresh block passes its
+input on and a fresh network trains at a high rate from the first step."""
+
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def _kernel_init(name: str | None) -> nn.initializers.Initializer:
+    return nn.initializers.zeros if name == LAST_CONV else conv_init
 
 
 def conv(features: int, size: int, name: str) -> nn.Conv:
     """A stride-1 convolution over [N, H, W, C] that keeps H and W."""
     pad = ((size // 2, size // 2),) * 2
-    return nn.Conv(features, (size, size), padding=pad, kernel_init=conv_init, name=name)
+    return nn.Conv(features, (size, size), padding=pad, kernel_init=_kernel_init(name), name=name)
 
 
 def repeat_grid(x_NHWC: jax.Array, factor: int) -> jax.Array:
@@ -98,7 +106,7 @@ class ResBlock(nn.Module):
         h_NHWC = nn.silu(norm("norm1", self.groups, x_NHWC, zq_NhwE))
         h_NHWC = conv(self.features, 3, "conv1")(h_NHWC)
         h_NHWC = nn.silu(norm("norm2", self.groups, h_NHWC, zq_NhwE))
-        h_NHWC = conv(self.features, 3, "conv2")(h_NHWC)
+        h_NHWC = conv(self.features, 3, LAST_CONV)(h_NHWC)
         if x_NHWC.shape[-1] != self.features:
             x_NHWC = conv(self.features, 1, "nin_shortcut")(x_NHWC)
         return x_NHWC + h_NHWC
@@ -171,7 +179,9 @@ class CausalConv(nn.Module):
         """Returns [B, T', H, W, features]."""
         taps, height, width = self.size
         channels = x_BTHWC.shape[-1]
-        kernel = self.param("kernel", conv_init, (*self.size, channels, self.features))
+        kernel = self.param(
+            "kernel", _kernel_init(self.name), (*self.size, channels, self.features)
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         unfolded = self._unfold(x_BTHWC)
         out_NHWC = jax.lax.conv_general_dilated(
@@ -221,4 +231,4 @@ class TemporalResBlock(nn.Module):
         h_BTHWC = nn.silu(StoredNorm(name="norm1")(x_BTHWC))
         h_BTHWC = CausalConv(channels, name="conv1")(h_BTHWC)
         h_BTHWC = nn.silu(StoredNorm(name="norm2")(h_BTHWC))
-        return x_BTHWC + CausalConv(channels, name="conv2")(h_BTHWC)
+        return x_BTHWC + CausalConv(channels, name=LAST_CONV)(h_BTHWC)

@@ -234,7 +234,7 @@ def fresh_variables(config: VisionConfig, seed: int) -> dict[str, Any]:
 
     def draw(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path[-1] == "kernel":
-            scale = np.prod(leaf.shape[:-1]) ** -0.5
+            scale = 0 if path[-2] == layers.LAST_CONV else np.prod(leaf.shape[:-1]) ** -0.5
             return (random.normal(size=leaf.shape) * scale).astype(np.float32)
         if path[-1] == "embedding":
             return random.uniform(-1 / leaf.shape[0], 1 / leaf.shape[0], leaf.shape).astype(

@@ -1,0 +1,81 @@
+"""Fits a tokenizer to an RLDS dataset: of text, of actions or of images.
+
+    python -m univla_jax.fit_tokenizer --config=configs/quickstart.py:vision \\
+        --source=RLDS_FOLDER --workdir=TOKENIZER_FOLDER
+
+The config's ``kind`` says which. The folder gets the tokenizer's files, for actions also
+``statistics.json``, and last ``fit.json`` with the config and what came out. Started again, the
+command says that the fit is finished; an interrupted image tokenizer continues from its newest
+checkpoint. Exit status: 0 done, 2 something to mend, 83 stopped by SIGTERM with the step saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import logging
+
+from univla_jax import commands
+from univla_jax import config as strict
+from univla_jax.data import fit_folder
+from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig, fit_action, fit_text
+from univla_jax.errors import UserError
+from univla_jax.training.preemption import EXIT_STATUS, Preempted
+from univla_jax.training.vision_fit import VisionFitConfig, fit_vision
+
+CONFIG = commands.config_flag()
+SOURCE = commands.string_flag("source", "RLDS dataset folder")
+WORKDIR = commands.string_flag("workdir", "folder for the tokenizer")
+
+KINDS: Mapping[str, tuple[type, Callable[..., dict[str, Any]]]] = {
+    "text": (TextFitConfig, fit_text),
+    "action": (ActionFitConfig, fit_action),
+    "vision": (VisionFitConfig, fit_vision),
+}
+
+
+def fit_tokenizer(values: Mapping[str, Any], source: str, workdir: str) -> dict[str, Any]:
+    """Fits the tokenizer of ``values["kind"]`` unless ``workdir`` holds it already.
+
+    Args:
+      values: the config as a mapping.
+      source: RLDS dataset folder.
+      workdir: folder of the tokenizer.
+
+    Returns:
+      the report of the fit.
+
+    Raises:
+      UserError: an unknown kind, or as the fit of that kind.
+      Preempted: SIGTERM arrived; the step is saved.
+    """
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"config.kind: {kind!r}; expected one of {', '.join(KINDS)}")
+    cls, fit = KINDS[kind]
+    config = strict.build(cls, values)
+    report = fit_folder.read_report(workdir, config)
+    if report is not None:
+        print(f"{workdir}: the {kind} tokenizer is fitted already", file=sys.stderr)
+        return report
+    return fit(config, source, workdir)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    try:
+        report = fit_tokenizer(CONFIG.value.to_dict(), SOURCE.value, WORKDIR.value)
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        return EXIT_STATUS
+    print(f"{WORKDIR.value}: {json.dumps(report)}")
+    return 0
+
+
+if __name__ == "__main__":
+    commands.run(main)
