@@ -143,9 +143,8 @@ def test_a_finished_fit_belongs_to_its_config(source, tmp_path):
 
 
 def test_the_command(tmp_path):
-    (tmp_path / "config.py").write_text(
-        f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({TEXT})\n"
-    )
+    code = f"import ml_collections\nget_config = lambda: ml_collections.ConfigDict({TEXT})\n"
+    (tmp_path / "config.py").write_text(code)
     command = [sys.executable, "-m", "univla_jax.fit_tokenizer", "--config=config.py"]
     result = subprocess.run(
         [*command, "--source=nowhere", "--workdir=out"],
