@@ -1,0 +1,79 @@
+"""The command that scores a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.inference import tiny_checkpoint
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({
+        "benchmark": "tabletop", "episodes": 40, "batch": 2, "max_steps": 20,
+        "conditions": ("random", "zero"),
+    })
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("policy"), tiny_checkpoint.make_assets())
+
+
+def _command(checkpoint, out, *arguments):
+    command = [sys.executable, "-m", "univla_jax.evaluate", "--config=config.py"]
+    return [*command, f"--checkpoint={checkpoint}", f"--out={out}", *arguments]
+
+
+def _run(folder, checkpoint, out, *arguments):
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
+    command = _command(checkpoint, out, *arguments)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def _episodes(out):
+    lines = map(json.loads, (out / "episodes.jsonl").read_text().splitlines())
+    return sorted(lines, key=lambda line: (line["condition"], line["episode"]))
+
+
+def test_killed_and_started_again_it_gives_the_same_table(checkpoint, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
+    process = subprocess.Popen(
+        _command(checkpoint, "killed"),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    journal = tmp_path / "killed" / "episodes.jsonl"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "report.json").exists()
+
+    resumed = _run(tmp_path, checkpoint, "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = _run(tmp_path, checkpoint, "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert _episodes(tmp_path / "killed") == _episodes(tmp_path / "whole")
+    without_latency = lambda text: [line.rsplit(None, 1)[0] for line in text.splitlines()[1:4]]  # noqa: E731
+    assert without_latency(resumed.stdout) == without_latency(whole.stdout)
+    assert "whole/rollouts.gif" in whole.stdout and "random" in whole.stdout
+
+    again = _run(tmp_path, checkpoint, "whole")
+    assert again.returncode == 0 and "holds this evaluation already" in again.stdout
+    other = _run(tmp_path, checkpoint, "whole", "--config.batch=4")
+    assert other.returncode == 2
+    assert other.stderr.splitlines()[-1].startswith("error: whole holds the results of something")

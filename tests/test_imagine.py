@@ -1,0 +1,75 @@
+"""The command that imagines held-out episodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+from tests.inference import tiny_checkpoint
+from univla_jax.demonstrate import DemonstrationsConfig, write_demonstrations
+from univla_jax.errors import UserError
+from univla_jax.evaluation.imagination import ImagineConfig, imagine
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({"episodes": 3, "frames": 3, "batch": 2, "shown": 2})
+"""
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demonstrations")
+    write_demonstrations(DemonstrationsConfig(train_episodes=1, val_episodes=4), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    assets = tiny_checkpoint.make_assets(layout="world_model", frames=3)
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("world_model"), assets)
+
+
+def test_the_command_runs_names_mistakes_and_is_done_once(demonstrations, checkpoint, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "univla_jax.imagine", "--config=config.py"]
+        command += [f"--checkpoint={checkpoint}", f"--source={demonstrations}", "--out=out"]
+        environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "3 held-out episodes" in done.stdout and "out/imagined.png" in done.stdout
+    report = json.loads((tmp_path / "out" / "imagine.json").read_text())
+    assert report["episodes"] == 3 and report["frames"] == 9
+    assert report["per_frame"][2]["seconds"] == 3.0
+    overall = report["overall"]
+    assert overall["real_reconstruction"]["token_accuracy"] == 1.0
+    assert np.isfinite([m["psnr"] for m in overall.values()]).all()
+    for name, frames in (("imagined.png", 1), ("imagined.gif", None)):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size[0] > 500
+            assert frames is None or getattr(picture, "n_frames", 1) == frames
+    again = run()
+    assert again.returncode == 0 and "holds these results already" in again.stdout
+    other = run("--config.frames=2")
+    assert other.returncode == 2 and "frames was 3, is 2" in other.stderr
+    wrong = run("--config.frame=2")
+    assert wrong.returncode == 2 and "did you mean 'frames'?" in wrong.stderr
+
+
+def test_episodes_that_are_too_short_are_named(demonstrations, checkpoint, tmp_path):
+    with pytest.raises(UserError, match="no episode of split 'val' is longer than 9"):
+        imagine(ImagineConfig(context=9), checkpoint, demonstrations, tmp_path, progress=False)

@@ -1,0 +1,86 @@
+"""The command that gathers all stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+from univla_jax.errors import UserError
+from univla_jax.evaluation import overview
+
+SUCCESS = {"successes": 9, "episodes": 10, "rate": 0.9, "low": 0.6, "high": 0.98}
+MEANS = {"psnr": 25.0, "ssim": 0.9, "token_accuracy": 0.8}
+
+
+def _write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    for run, modality in (("world_model", "visual"), ("policy", "action")):
+        lines = [
+            {"step": n, "loss": 3 / (n + 1), f"{modality}_accuracy": n / 40, "grad_norm": 1}
+            for n in range(40)
+        ]
+        lines.append({"step": 40, "eval/loss": 0.2})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        _write(tmp_path / run / "metrics.jsonl", text)
+    conditions = {
+        "policy": {"success": SUCCESS, "families": {"push": SUCCESS}},
+        "random": {"success": {**SUCCESS, "successes": 0, "rate": 0.0}, "families": {}},
+    }
+    _write(tmp_path / "evaluation" / "report.json", {"conditions": conditions})
+    _write(tmp_path / "evaluation" / "rollouts.gif", "")
+    overall = {"imagined": MEANS, "repeat_context": {**MEANS, "psnr": 20.0}}
+    _write(tmp_path / "imagination" / "imagine.json", {"overall": overall})
+    _write(tmp_path / "tokenizers" / "vision" / "report.json", {"psnr": 28.123456})
+    stages = [
+        {"stage": "policy", "seconds": 20.0, "peak_gigabytes": 2.5},
+        {"stage": "policy", "seconds": 70.0, "peak_gigabytes": 1.5},
+        {"stage": "tokens", "seconds": 30.0, "peak_gigabytes": 1.0},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in stages) + '{"stage": "pol'
+    _write(tmp_path / "stages.jsonl", text)
+    return tmp_path
+
+
+def test_everything_is_gathered(workdir):
+    report = overview.write(workdir)
+    policy = report["training"]["policy"]
+    assert policy["steps"] == 40 and policy["held_out"] == {"eval/loss": 0.2}
+    assert policy["mean_of_last_tenth"]["action_accuracy"] == pytest.approx(37.5 / 40)
+    assert report["stages"]["each"]["policy"] == {"seconds": 90.0, "peak_gigabytes": 2.5}
+    assert (report["stages"]["seconds"], report["stages"]["peak_gigabytes"]) == (120.0, 2.5)
+    assert set(report["files"]) == {"report", "learning_curve", "rollouts"}
+    assert json.loads((workdir / "report.json").read_text()) == report
+    with Image.open(workdir / "learning_curve.png") as picture:
+        assert picture.size[0] > 900
+    table = overview.table(report)
+    for words in ("psnr 28.12", "90.0 % (9/10", "25.00 dB", "20.00 dB", "2.0 min, peak 2.50 GB"):
+        assert words in table
+
+
+def test_what_is_absent_is_left_out(tmp_path):
+    _write(tmp_path / "tokenizers" / "text" / "report.json", {"pieces": 300})
+    report = overview.write(tmp_path)
+    assert set(report) == {"tokenizers", "files"}
+    assert "pieces 300" in overview.table(report)
+    with pytest.raises(UserError, match="holds no results"):
+        overview.write(tmp_path / "nothing")
+
+
+def test_the_command_prints_the_table_and_the_paths(workdir):
+    command = [sys.executable, "-m", "univla_jax.summarize", f"--workdir={workdir}"]
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{workdir}/evaluation/rollouts.gif"
+    assert "success, policy" in done.stdout

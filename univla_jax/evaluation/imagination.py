@@ -1,0 +1,261 @@
+"""Held-out episodes continued by the world model, scored and drawn; the work of ``imagine``.
+
+Axes: E episodes, C context frames, N frames after them, T = C + N, H/W pixels, h/w code grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from univla_jax.data import files
+from univla_jax.data.corpora import find_corpus
+from univla_jax.data.rlds import RldsSource
+from univla_jax.data.token_manifest import plain
+from univla_jax.errors import UserError
+from univla_jax.evaluation.animation import Clip, Strip, enlarge, write_gif, write_strips
+from univla_jax.evaluation.claim import claim
+from univla_jax.evaluation.imagination_scores import GUESSES, Guess, Scores, table
+from univla_jax.inference.choosing import Sampling
+from univla_jax.inference.trained import checkpoint_identity
+from univla_jax.inference.world_model import WorldModel
+from univla_jax.training.checkpoint_folder import find_checkpoint
+
+PICTURE, FILM, REPORT = "imagined.png", "imagined.gif", "imagine.json"
+_IDENTITY = "imagination.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagineConfig:
+    """Which episodes are continued, and how.
+
+    Attributes:
+      corpus: row of ``data/corpora.py``.
+      split: split of the dataset in TFDS notation; held out from training.
+      episodes: how many of it; 0 takes all.
+      frames: frames N to imagine.
+      context: real frames C that are given.
+      view: camera; the first one trained on when empty.
+      temperature: 0 takes the likeliest code, above it codes are drawn.
+      top_k: draw among so many likeliest codes; 0 among all.
+      seed: of the draws.
+      batch: episodes imagined together.
+      shown: episodes in the pictures.
+      picture_size: least height of a drawn frame, in pixels.
+    """
+
+    corpus: str = "tabletop"
+    split: str = "val"
+    episodes: int = 32
+    frames: int = 3
+    context: int = 1
+    view: str = ""
+    temperature: float = 0.0
+    top_k: int = 0
+    seed: int = 0
+    batch: int = 16
+    shown: int = 4
+    picture_size: int = 128
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value outside its range."""
+        least = {"episodes": 0, "frames": 1, "context": 1, "temperature": 0, "top_k": 0}
+        least |= {"batch": 1, "shown": 1, "picture_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"config.{name}: {getattr(self, name)}, expected at least {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What really happened.
+
+    Attributes:
+      name: the episode's id.
+      instruction: the task in words.
+      frames: uint8 [n, H, W, 3] at the model's spacing and size, n at most T.
+    """
+
+    name: str
+    instruction: str
+    frames: np.ndarray
+
+
+def imagine(
+    config: ImagineConfig,
+    checkpoint: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Imagines, scores and draws.
+
+    Args:
+      config: what to do.
+      checkpoint: of a world model: its folder, or the workdir whose newest one is taken.
+      source: RLDS dataset folder with the held-out split.
+      out: folder for pictures and report.
+      progress: whether to draw a progress bar on standard error.
+
+    Returns:
+      the report, also where it was finished already.
+
+    Raises:
+      UserError: ``out`` holds other results, the checkpoint is no world model, or no episode of
+        the split is long enough.
+    """
+    folder = find_checkpoint(checkpoint)
+    out = claim(out, _IDENTITY, plain(config) | {"checkpoint": checkpoint_identity(folder)})
+    if finished(out):
+        return files.read_json(out / REPORT)
+    model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
+    truths, short = _read(config, model, source)
+    parts = [
+        _imagine_batch(config, model, truths[start : start + config.batch], start)
+        for start in tqdm.trange(0, len(truths), config.batch, unit="batch", disable=not progress)
+    ]
+    scores = {name: Scores.join([p.scores[name] for p in parts]) for name in GUESSES}
+    _draw(config, model, parts, truths, out)
+    report = {
+        "checkpoint": str(folder),
+        "source": str(source),
+        "config": plain(config),
+        "view": model.view,
+        "frame_spacing_steps": model.frame_spacing,
+        "episodes_too_short": short,
+        **table(scores, model.seconds_per_frame),
+    }
+    files.write_json(out / REPORT, report)
+    return report
+
+
+def finished(out: str | os.PathLike[str]) -> bool:
+    """Whether ``out`` holds a finished imagination."""
+    return (pathlib.Path(out) / REPORT).exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One batch: its scores, and its frames uint8 [E, N, H, W, 3]."""
+
+    scores: dict[str, Scores]
+    imagined: np.ndarray
+
+
+def _read(
+    config: ImagineConfig, model: WorldModel, source: str | os.PathLike[str]
+) -> tuple[list[Truth], int]:
+    """The episodes to continue, and how many were too short for a single frame."""
+    row = find_corpus(config.corpus)
+    row = dataclasses.replace(row, views={model.view: row.views[model.view]})
+    episodes = RldsSource(source, row, config.split)
+    wanted = config.episodes or len(episodes)
+    truths, short = [], 0
+    for episode in episodes:
+        if len(truths) == wanted:
+            break
+        spaced = episode.frames[model.view][:: model.frame_spacing]
+        if len(spaced) <= config.context:
+            short += 1
+            continue
+        frames = model.resize(spaced[: config.context + config.frames])
+        truths.append(Truth(episode.episode_id, episode.instruction, frames))
+    if not truths:
+        raise UserError(
+            f"{source}: no episode of split {config.split!r} is longer than {config.context} "
+            f"frame(s) {model.frame_spacing} steps apart; lower config.context"
+        )
+    return truths, short
+
+
+def _imagine_batch(
+    config: ImagineConfig, model: WorldModel, truths: Sequence[Truth], number: int
+) -> _Part:
+    """Continues some episodes; a batch that is not full is filled up with its first."""
+    filled = [*truths, *[truths[0]] * (config.batch - len(truths))]
+    length = config.context + config.frames
+    valid = np.array([[n < len(t.frames) for n in range(config.context, length)] for t in filled])
+    frames = np.stack([_extended(t.frames, length) for t in filled])
+    codes = model.encode(frames)
+    dreamt = model.imagine(
+        [t.instruction for t in filled],
+        codes[:, : config.context],
+        config.frames,
+        sampling=Sampling(temperature=config.temperature, top_k=config.top_k),
+        seed=config.seed + number,
+    )
+    real = Guess(frames[:, config.context :], codes[:, config.context :])
+    last = config.context - 1
+    guesses = dict(_guesses(model, frames[:, last], codes[:, last:], dreamt))
+    count = len(truths)
+    cut = lambda g: Guess(g.frames[:count], g.codes[:count])  # noqa: E731
+    scores = {n: Scores.of(cut(g), cut(real), valid[:count]) for n, g in guesses.items()}
+    return _Part(scores, guesses["imagined"].frames[:count])
+
+
+def _guesses(
+    model: WorldModel, last: np.ndarray, codes: np.ndarray, dreamt: np.ndarray
+) -> Iterator[tuple[str, Guess]]:
+    """Every way of guessing the frames after the context.
+
+    Args:
+      model: decodes the codes.
+      last: the last context frame, uint8 [E, H, W, 3].
+      codes: of it and of the real frames after it, [E, 1 + N, h, w].
+      dreamt: imagined codes [E, N, h, w].
+    """
+    count = dreamt.shape[1]
+    repeated = _repeat(codes[:, 0], count)
+    rebuilt = model.decode(codes)
+    yield "imagined", Guess(model.decode(dreamt), dreamt)
+    yield "repeat_context", Guess(_repeat(last, count), repeated)
+    yield "repeat_reconstruction", Guess(_repeat(rebuilt[:, 0], count), repeated)
+    yield "real_reconstruction", Guess(rebuilt[:, 1:], codes[:, 1:])
+
+
+def _repeat(x: np.ndarray, count: int) -> np.ndarray:
+    """[E, ...] to [E, count, ...]."""
+    return np.repeat(x[:, None], count, axis=1)
+
+
+def _extended(frames: np.ndarray, length: int) -> np.ndarray:
+    """[n, ...] to [length, ...], the last frame repeated."""
+    return frames[np.minimum(np.arange(length), len(frames) - 1)]
+
+
+def _draw(
+    config: ImagineConfig,
+    model: WorldModel,
+    parts: Sequence[_Part],
+    truths: Sequence[Truth],
+    out: pathlib.Path,
+) -> None:
+    """Writes the strip and the film of the first episodes that are long enough."""
+    imagined = np.concatenate([part.imagined for part in parts])
+    length = config.context + config.frames
+    order = sorted(range(len(truths)), key=lambda i: len(truths[i].frames) < length)
+    shown = sorted(order[: config.shown])
+    strips, clips = [], []
+    for i in shown:
+        real = _extended(truths[i].frames, length)
+        dreamt = np.concatenate([real[: config.context], imagined[i]])
+        factor = -(-config.picture_size // real.shape[1])
+        real, dreamt = enlarge(real, factor), enlarge(dreamt, factor)
+        strips.append(Strip(truths[i].instruction, {"real": real, "imagined": dreamt}))
+        beside = np.concatenate([real, np.full_like(real[:, :, :4], 255), dreamt], axis=2)
+        clips.append(Clip(f"{truths[i].instruction} (real | imagined)", list(beside)))
+    write_strips(out / PICTURE, strips, _headings(config, model.seconds_per_frame))
+    write_gif(out / FILM, clips, columns=2, fps=1 / model.seconds_per_frame, hold_seconds=1.5)
+
+
+def _headings(config: ImagineConfig, seconds: float) -> list[str]:
+    context = [f"given {i * seconds:g} s" for i in range(config.context)]
+    ahead = range(config.context, config.context + config.frames)
+    return context + [f"{i * seconds:g} s" for i in ahead]

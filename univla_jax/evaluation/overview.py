@@ -1,0 +1,195 @@
+"""One report over all stages of a workdir; the work of ``univla_jax.summarize``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from univla_jax.data import files
+from univla_jax.data.token_manifest import MANIFEST, read_manifest
+from univla_jax.errors import UserError
+from univla_jax.evaluation import imagination, study
+from univla_jax.evaluation.curves import write_learning_curves
+from univla_jax.evaluation.text_table import columns
+from univla_jax.training import metrics
+
+REPORT, CURVE, STAGES = "report.json", "learning_curve.png", "stages.jsonl"
+_TOKENIZERS = ("text", "vision", "action")
+_SPLITS = ("train", "val")
+_RUNS = {"world_model": "world model (visual tokens)", "policy": "policy (action tokens)"}
+_TAIL = 10  # a run is described by the mean of the last tenth of its lines
+_PICTURES = {
+    "imagined": ("imagination", imagination.PICTURE),
+    "rollouts": ("evaluation", study.FILM),
+}
+
+
+def write(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Gathers, draws the learning curves, writes ``report.json``.
+
+    Args:
+      workdir: the folder of all stages.
+
+    Returns:
+      the report; ``files`` holds the paths of what there is to look at.
+
+    Raises:
+      UserError: nothing there, or a result that is damaged.
+    """
+    root = pathlib.Path(workdir)
+    lines = {name: _lines(root / name / metrics.FILE) for name in _RUNS}
+    lines = {name: found for name, found in lines.items() if found}
+    report = {
+        "tokenizers": _tokenizers(root / "tokenizers"),
+        "tokens": _tokens(root / "tokens"),
+        "training": {name: _final(found) for name, found in lines.items()},
+        "evaluation": _result(root / "evaluation" / study.REPORT),
+        "imagination": _result(root / "imagination" / imagination.REPORT),
+        "stages": _stages(root / STAGES),
+    }
+    report = {name: value for name, value in report.items() if value}
+    if not report:
+        raise UserError(f"{root} holds no results; give the workdir of the quickstart")
+    paths = {"report": root / REPORT}
+    if lines:
+        paths["learning_curve"] = root / CURVE
+        write_learning_curves(root / CURVE, {_RUNS[name]: found for name, found in lines.items()})
+    pictures = {name: root.joinpath(*parts) for name, parts in _PICTURES.items()}
+    paths |= {name: path for name, path in pictures.items() if path.exists()}
+    report["files"] = {name: str(path) for name, path in paths.items()}
+    files.write_json(root / REPORT, report)
+    return report
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report in a few lines."""
+    rows = [("what", "result"), *_tokenizer_rows(report), *_training_rows(report)]
+    rows += [*_evaluation_rows(report), *_imagination_rows(report), *_stage_rows(report)]
+    return columns(rows)
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, float]]:
+    return metrics.read_lines(path) if path.exists() else []
+
+
+def _result(path: pathlib.Path) -> dict[str, Any]:
+    return files.read_json(path) if path.exists() else {}
+
+
+def _tokenizers(folder: pathlib.Path) -> dict[str, Any]:
+    found = {name: _result(folder / name / REPORT) for name in _TOKENIZERS}
+    return {name: value for name, value in found.items() if value}
+
+
+def _tokens(folder: pathlib.Path) -> dict[str, Any]:
+    complete = [split for split in _SPLITS if (folder / split / MANIFEST).exists()]
+    return {split: _store(folder / split) for split in complete}
+
+
+def _store(folder: pathlib.Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    return {
+        "episodes": manifest.episodes,
+        "frames": manifest.frames,
+        "broken_episodes": len(manifest.problems),
+        "grids": {view: list(grid) for view, grid in manifest.header.grids.items()},
+    }
+
+
+def _final(lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean of each metric over the last tenth of the run, and its last held-out values."""
+    training = [line for line in lines if "loss" in line]
+    tail = training[-max(1, len(training) // _TAIL) :]
+    names = sorted({n for n in training[-1] if n == "loss" or n.endswith(("_loss", "_accuracy"))})
+    means = {n: _mean([line[n] for line in tail if n in line]) for n in names}
+    held_out = {n: v for line in lines for n, v in line.items() if n.startswith("eval/")}
+    return {
+        "steps": int(training[-1]["step"]) + 1,
+        "final_step": dict(training[-1]),
+        "mean_of_last_tenth": {n: round(v, 5) for n, v in means.items()},
+        **({"held_out": held_out} if held_out else {}),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _stages(path: pathlib.Path) -> dict[str, Any]:
+    """Wall time and peak memory per stage, over all attempts at it."""
+    stages: dict[str, dict[str, float]] = {}
+    for line in _attempts(path):
+        stage = stages.setdefault(line["stage"], {"seconds": 0.0, "peak_gigabytes": 0.0})
+        stage["seconds"] = round(stage["seconds"] + line["seconds"], 2)
+        stage["peak_gigabytes"] = max(stage["peak_gigabytes"], line.get("peak_gigabytes", 0.0))
+    if not stages:
+        return {}
+    return {
+        "seconds": round(sum(s["seconds"] for s in stages.values()), 2),
+        "peak_gigabytes": max(s["peak_gigabytes"] for s in stages.values()),
+        "each": stages,
+    }
+
+
+def _attempts(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The lines of ``launch/stage.py`` but those that a crash cut short."""
+    for text in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(text)
+
+
+def _tokenizer_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, values in report.get("tokenizers", {}).items():
+        shown = [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, (int, float))]
+        rows.append((f"{name} tokenizer", ", ".join(shown)))
+    for split, store in report.get("tokens", {}).items():
+        rows.append((f"tokens {split}", f"{store['episodes']} episodes, {store['frames']} frames"))
+    return rows
+
+
+def _training_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, run in report.get("training", {}).items():
+        means = {k: v for k, v in run["mean_of_last_tenth"].items() if not k.endswith("_loss")}
+        shown = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in means.items()]
+        rows.append((f"{name.replace('_', ' ')}, {run['steps']} steps", ", ".join(shown)))
+    return rows
+
+
+def _evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, summary in report.get("evaluation", {}).get("conditions", {}).items():
+        rows.append((f"success, {name.replace('_', ' ')}", _share(summary["success"])))
+        if name == "policy":
+            rows += [(f"  {family}", _share(s)) for family, s in summary["families"].items()]
+    return rows
+
+
+def _share(success: Mapping[str, Any]) -> str:
+    low, high = 100 * success["low"], 100 * success["high"]
+    count = f"{success['successes']}/{success['episodes']}"
+    return f"{100 * success['rate']:.1f} % ({count}, 95 %: {low:.0f} - {high:.0f})"
+
+
+def _imagination_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    overall = report.get("imagination", {}).get("overall", {})
+    names = {"imagined": "imagined frames", "repeat_context": "repeated frame"}
+    return [
+        (label, f"{m['psnr']:.2f} dB, {100 * m['token_accuracy']:.1f} % of the visual tokens")
+        for name, label in names.items()
+        if (m := overall.get(name))
+    ]
+
+
+def _stage_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    stages = report.get("stages")
+    if not stages:
+        return []
+    rows = [(f"time, {n}", f"{s['seconds']:.0f} s") for n, s in stages["each"].items()]
+    total = f"{stages['seconds'] / 60:.1f} min, peak {stages['peak_gigabytes']:.2f} GB"
+    return [*rows, ("time and memory together", total)]

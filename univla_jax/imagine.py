@@ -1,0 +1,59 @@
+"""Continues held-out episodes with a world model, and compares with what really happened.
+
+    python -m univla_jax.imagine --config=configs/quickstart.py:imagine \\
+        --checkpoint=WORKDIR --source=RLDS_FOLDER --out=FOLDER
+
+``FOLDER`` gets ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
+``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
+last frame given. Started again on finished results, the command says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from univla_jax import commands
+from univla_jax import config as strict
+from univla_jax.evaluation import imagination
+from univla_jax.evaluation.imagination import ImagineConfig
+from univla_jax.evaluation.text_table import columns
+
+CONFIG = commands.config_flag()
+CHECKPOINT = commands.string_flag("checkpoint", "world-model checkpoint, or its training's workdir")
+SOURCE = commands.string_flag("source", "RLDS dataset folder with the held-out split")
+OUT = commands.string_flag("out", "folder for the results")
+
+_SHOWN = {
+    "imagined": "imagined",
+    "repeat_context": "repeated frame",
+    "repeat_reconstruction": "repeated, tokenized",
+    "real_reconstruction": "real, tokenized",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in a few lines, all frames together."""
+    rows = [["frames", "PSNR dB", "SSIM", "tokens right %"]]
+    for name, label in _SHOWN.items():
+        means = report["overall"][name]
+        accuracy = f"{100 * means['token_accuracy']:.1f}"
+        rows.append([label, f"{means['psnr']:.2f}", f"{means['ssim']:.3f}", accuracy])
+    return columns(rows)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    del argv
+    config = strict.build(ImagineConfig, CONFIG.value.to_dict())
+    was_finished = imagination.finished(OUT.value)
+    report = imagination.imagine(config, CHECKPOINT.value, SOURCE.value, OUT.value)
+    if was_finished:
+        print(f"{OUT.value} holds these results already")
+    print(f"{report['episodes']} held-out episodes, {report['frames']} frames")
+    print(table(report))
+    for name in (imagination.PICTURE, imagination.FILM, imagination.REPORT):
+        print(f"{OUT.value}/{name}")
+
+
+if __name__ == "__main__":
+    commands.run(main)
