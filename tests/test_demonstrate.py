@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.data.episodes import assert_same
-from univla_jax import demonstrate
+from univla_jax.data import demonstrations
 from univla_jax.data.corpora import find_corpus
 from univla_jax.data.rlds import RldsSource
 from univla_jax.environments import tabletop_expert
@@ -25,18 +25,18 @@ def get_config():
 
 
 def test_demonstrations_read_back_with_disjoint_seeds(tmp_path):
-    config = demonstrate.DemonstrationsConfig(train_episodes=2, val_episodes=1, first_seed=40)
-    demonstrate.write_demonstrations(config, tmp_path)
+    config = demonstrations.DemonstrationsConfig(train_episodes=2, val_episodes=1, first_seed=40)
+    demonstrations.write_demonstrations(config, tmp_path)
     read = []
     for split in ("train", "val"):
         read += RldsSource(tmp_path, find_corpus("tabletop"), split)
     assert len(read) == 3
     for got, seed in zip(read, tabletop_expert.DEMONSTRATION_SEEDS[40:]):
         assert_same(got, tabletop_expert.demonstrate(seed))
-    demonstrate.write_demonstrations(config, tmp_path)
-    other = demonstrate.DemonstrationsConfig(train_episodes=1, val_episodes=1)
+    demonstrations.write_demonstrations(config, tmp_path)
+    other = demonstrations.DemonstrationsConfig(train_episodes=1, val_episodes=1)
     with pytest.raises(UserError, match="holds other demonstrations"):
-        demonstrate.write_demonstrations(other, tmp_path)
+        demonstrations.write_demonstrations(other, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_demonstrations_read_back_with_disjoint_seeds(tmp_path):
 def test_numbers_are_checked(changes):
     values = {"train_episodes": 1, "val_episodes": 1, **changes}
     with pytest.raises(UserError, match="must be at least"):
-        demonstrate.DemonstrationsConfig(**values)
+        demonstrations.DemonstrationsConfig(**values)
     with pytest.raises(UserError, match="kept for demonstrations"):
-        demonstrate.DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
+        demonstrations.DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
 
 
 def test_the_command_runs_and_names_mistakes(tmp_path):

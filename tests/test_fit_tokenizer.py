@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
-from univla_jax import demonstrate
+from univla_jax.data import demonstrations
 from univla_jax.data.actions import ActionStatistics
 from univla_jax.data.corpora import find_corpus
 from univla_jax.data.frame_batches import FrameBatches
@@ -46,8 +46,8 @@ VISION = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rlds")
-    config = demonstrate.DemonstrationsConfig(train_episodes=6, val_episodes=1)
-    return str(demonstrate.write_demonstrations(config, folder))
+    config = demonstrations.DemonstrationsConfig(train_episodes=6, val_episodes=1)
+    return str(demonstrations.write_demonstrations(config, folder))
 
 
 @pytest.fixture(scope="module")

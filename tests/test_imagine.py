@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 from tests.inference import tiny_checkpoint
-from univla_jax.demonstrate import DemonstrationsConfig, write_demonstrations
+from univla_jax.data.demonstrations import DemonstrationsConfig, write_demonstrations
 from univla_jax.errors import UserError
 from univla_jax.evaluation.imagination import ImagineConfig, imagine
 

@@ -15,6 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.data.test_token_store import content
 from univla_jax import config as strict
 from univla_jax import demonstrate, tokenize_dataset
+from univla_jax.data import demonstrations
 from univla_jax.data.corpora import find_corpus
 from univla_jax.data.rlds import RldsSource
 from univla_jax.data.token_store import TokenStore
@@ -45,8 +46,8 @@ VISION = VisionConfig(
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenize")
     (path / "config.py").write_text(CONFIG)
-    config = demonstrate.DemonstrationsConfig(train_episodes=6, val_episodes=1)
-    demonstrate.write_demonstrations(config, path / "rlds")
+    config = demonstrations.DemonstrationsConfig(train_episodes=6, val_episodes=1)
+    demonstrations.write_demonstrations(config, path / "rlds")
     VisionTokenizer(VISION, fresh_variables(VISION, seed=0)).save(path / "vision")
     return path
 

@@ -9,6 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ml_collections import config_dict
+
 from univla_jax.errors import UserError
 
 T = TypeVar("T")
@@ -43,6 +45,21 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
         raise UserError(f"{where}: missing key(s) {', '.join(missing)}; set them in the config")
     kwargs = {k: _convert(hints[k], values[k], f"{where}.{k}") for k in values}
     return cls(**kwargs)
+
+
+def complete(cls: type, values: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """The config a recipe file returns: ``values``, and the default of every field left out.
+
+    Everything the dataclass knows can then be set on the command line.
+
+    Args:
+      cls: a dataclass type.
+      values: a mapping with at least the required fields.
+
+    Raises:
+      UserError: as :func:`build`.
+    """
+    return config_dict.ConfigDict(dataclasses.asdict(build(cls, values)), convert_dict=True)
 
 
 def _unknown(where: str, key: str, known: list[str]) -> str:

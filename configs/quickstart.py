@@ -1,0 +1,138 @@
+"""The whole way on the embedded tabletop, sized for two CPU cores and a quarter of an hour.
+
+    bash launch/quickstart.sh                                   # all stages, in order
+    python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=DIR \\
+        --config.init_from=WORLD_MODEL_DIR --config.data.stores="('STORE',)"
+
+One recipe per stage, chosen by the name after the colon; each names only what differs from the
+defaults of its dataclass, and every field of that can be set on the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from univla_jax.config import complete
+from univla_jax.data.demonstrations import DemonstrationsConfig
+from univla_jax.data.tokenization import TokenizeConfig
+from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig
+from univla_jax.evaluation.imagination import ImagineConfig
+from univla_jax.evaluation.study import EvaluateConfig
+from univla_jax.training.train_config import TrainConfig
+from univla_jax.training.vision_fit import VisionFitConfig
+
+CORPUS = "tabletop"
+ACTION_FRAMES = 5  # steps of an action chunk: one second at 5 Hz
+IMAGE_SPECS = {
+    "image": {"size": (32, 32), "factor": 4, "min_pixels": 256},
+    "wrist_image": {"size": (16, 16), "factor": 4, "min_pixels": 256},
+}
+FRAME_HEADERS = ("1*8*8", "1*4*4")  # one text id each, as they stand before every frame
+
+Values = dict[str, Any]
+
+
+def demonstrations() -> ConfigDict:
+    """Scripted episodes; evaluation draws its own, from other seeds."""
+    return complete(DemonstrationsConfig, {"train_episodes": 1200, "val_episodes": 64})
+
+
+def text() -> ConfigDict:
+    """SentencePiece on the instructions."""
+    return complete(TextFitConfig, {"corpus": CORPUS, "symbols": FRAME_HEADERS})
+
+
+def action() -> ConfigDict:
+    """FAST on the normalised chunks."""
+    return complete(
+        ActionFitConfig, {"corpus": CORPUS, "chunk": ACTION_FRAMES, "vocabulary_size": 512}
+    )
+
+
+def vision() -> ConfigDict:
+    """A small video VQ on the frames of both cameras."""
+    return complete(
+        VisionFitConfig, {"corpus": CORPUS, "image_specs": IMAGE_SPECS, "total_steps": 1500}
+    )
+
+
+def tokens() -> ConfigDict:
+    """Both splits into token stores."""
+    values = {
+        "corpus": CORPUS,
+        "image_specs": IMAGE_SPECS,
+        "splits": {"train": "train", "val": "val"},
+        "batch_frames": 128,
+    }
+    return complete(TokenizeConfig, values)
+
+
+def world_model() -> ConfigDict:
+    """The next frames of the fixed camera, from the first one and the instruction."""
+    data = {
+        "layout": "world_model",
+        "views": ("image",),
+        "frames": 4,
+        "frame_spacing": ACTION_FRAMES,
+        "sequence_length": 288,
+        "batch_size": 16,
+        "vision_weight": 1.0,
+    }
+    return complete(TrainConfig, training(700, 3e-3, data))
+
+
+def policy() -> ConfigDict:
+    """Action chunks, interleaved with the frames of both cameras before them."""
+    data = {
+        "layout": "policy_video",
+        "views": ("image", "wrist_image"),
+        "frames": 2,
+        "action_frames": ACTION_FRAMES,
+        "sequence_length": 224,
+        "batch_size": 16,
+    }
+    return complete(TrainConfig, training(1800, 2e-3, data) | {"loss": {"max_labelled": 64}})
+
+
+def training(steps: int, learning_rate: float, data: Values) -> Values:
+    """What both training stages have in common."""
+    return {
+        "total_steps": steps,
+        "model": {"preset": "quickstart"},
+        "data": {"stores": ("TOKEN_STORE",), "read_threads": 1, **data},
+        "optimizer": {
+            "learning_rate": learning_rate,
+            "min_learning_rate": learning_rate / 20,
+            "clip_norm": 1.0,
+        },
+        "checkpoint": {"every": 200},
+        "evaluation": {"every": 200, "batches": 4, "stores": ("TOKEN_STORE",)},
+        "log_every": 10,
+    }
+
+
+def evaluate() -> ConfigDict:
+    """Closed loop on held-out episodes, beside what the score is worth."""
+    return complete(EvaluateConfig, {"episodes": 120, "batch": 60})
+
+
+def imagine() -> ConfigDict:
+    """Held-out episodes continued from their first frame."""
+    return complete(ImagineConfig, {"corpus": CORPUS, "episodes": 48, "frames": 3, "batch": 48})
+
+
+STAGES = (demonstrations, text, action, vision, tokens, world_model, policy, evaluate, imagine)
+
+
+def get_config(stage: str) -> ConfigDict:
+    """The config of one stage.
+
+    Args:
+      stage: name of a function above.
+
+    Raises:
+      KeyError: no such stage.
+    """
+    return {function.__name__: function for function in STAGES}[stage]()

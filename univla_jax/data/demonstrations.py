@@ -1,0 +1,98 @@
+"""Demonstrations of the embedded tabletop's scripted expert, written as an RLDS dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+from univla_jax.data import files
+from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.environments.tabletop_expert import DEMONSTRATION_SEEDS, demonstrate
+from univla_jax.episode import Episode
+from univla_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstrationsConfig:
+    """Which demonstrations are written.
+
+    Attributes:
+      train_episodes: episodes of the split ``train``.
+      val_episodes: episodes of the split ``val``, which takes the seeds after those of ``train``.
+      first_seed: place of the first seed in the range kept for demonstrations.
+      image_format: ``"png"`` or ``"jpeg"``.
+      version: version of the dataset.
+    """
+
+    train_episodes: int
+    val_episodes: int
+    first_seed: int = 0
+    image_format: str = "png"
+    version: str = "1.0.0"
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if min(self.train_episodes, self.val_episodes) < 1 or self.first_seed < 0:
+            raise UserError(
+                f"config: train_episodes {self.train_episodes} and val_episodes "
+                f"{self.val_episodes} must be at least 1, first_seed {self.first_seed} at least 0"
+            )
+        last = self.first_seed + self.train_episodes + self.val_episodes
+        if last > len(DEMONSTRATION_SEEDS):
+            raise UserError(
+                f"config: {last} seeds wanted, {len(DEMONSTRATION_SEEDS)} are kept for "
+                "demonstrations; ask for fewer episodes"
+            )
+
+    def seeds(self) -> dict[str, range]:
+        """The seeds of each split."""
+        start, middle = self.first_seed, self.first_seed + self.train_episodes
+        return {
+            "train": DEMONSTRATION_SEEDS[start:middle],
+            "val": DEMONSTRATION_SEEDS[middle : middle + self.val_episodes],
+        }
+
+
+class _Episodes:
+    """The demonstrations of some seeds, with a length for the progress bar."""
+
+    def __init__(self, seeds: range) -> None:
+        self._seeds = seeds
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return map(demonstrate, self._seeds)
+
+
+def write_demonstrations(config: DemonstrationsConfig, out: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes the dataset unless it is there.
+
+    Returns:
+      the version folder.
+
+    Raises:
+      UserError: a dataset of other demonstrations lies there.
+    """
+    description = "Scripted expert of the embedded tabletop: " + json.dumps(
+        dataclasses.asdict(config), sort_keys=True
+    )
+    splits = {split: _Episodes(seeds) for split, seeds in config.seeds().items()}
+    folder = write_rlds(
+        out,
+        "tabletop",
+        config.version,
+        splits,
+        description=description,
+        image_format=config.image_format,
+    )
+    found = files.read_json(folder / "dataset_info.json").get("description")
+    if found != description:
+        raise UserError(
+            f"{folder} holds other demonstrations ({found}); use another --out or delete it"
+        )
+    return folder
