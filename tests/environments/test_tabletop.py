@@ -1,0 +1,181 @@
+"""The tabletop: determinism, physics in small cases, task families, cameras."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from univla_jax.environments import tabletop, tabletop_render
+from univla_jax.environments.tabletop import Block, Gripper, Scene, TabletopEnv, Zone, advance
+from univla_jax.environments.tabletop_tasks import BLOCK_RGB, FAMILIES, Task
+
+
+def scene(blocks, gripper_at=(0.5, 0.5), height=0.2, is_open=True) -> Scene:
+    placed = [Block(colour, np.array(xy, float)) for colour, xy in blocks.items()]
+    gripper = Gripper(np.array(gripper_at, float), height, np.zeros(3), is_open)
+    return Scene(placed, [Zone("white", np.array([0.8, 0.8]))], gripper)
+
+
+def act(target, dx=0.0, dy=0.0, dz=0.0, grip=-1.0, times=1):
+    for _ in range(times):
+        advance(target, np.array([dx, dy, dz, 0.0, 0.0, 0.0, grip]))
+
+
+def test_gymnasium_finds_nothing_to_complain_about():
+    check_env(TabletopEnv(), skip_render_check=True)
+
+
+def test_the_same_seed_and_actions_give_the_same_episode():
+    actions = np.random.default_rng(0).uniform(-0.1, 0.1, (15, 7))
+    runs = []
+    for _ in range(2):
+        env = TabletopEnv()
+        observation, info = env.reset(seed=7)
+        frames = [observation["image"]]
+        for action in actions:
+            observation, *_, info = env.step(action)
+            frames += [observation["image"], observation["wrist_image"]]
+        runs.append((frames, observation["state"], info))
+    for first, second in zip(runs[0][0], runs[1][0]):
+        np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(runs[0][1], runs[1][1])
+    assert runs[0][2] == runs[1][2]
+
+
+def test_objects_start_apart_and_in_different_colours():
+    env = TabletopEnv()
+    for seed in range(50):
+        env.reset(seed=seed)
+        things = [*env.scene.blocks, *env.scene.zones]
+        assert len({b.colour for b in env.scene.blocks}) == tabletop.BLOCK_COUNT
+        for i, one in enumerate(things):
+            for other in things[:i]:
+                assert np.linalg.norm(one.position - other.position) > 0.26
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_can_be_asked_for(family):
+    _, info = TabletopEnv().reset(seed=3, options={"family": family})
+    assert info["family"] == family and not info["success"]
+
+
+def test_an_unknown_family_is_named():
+    with pytest.raises(ValueError, match=r"'juggle'.*touch, lift, push, place"):
+        TabletopEnv().reset(seed=0, options={"family": "juggle"})
+
+
+@pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan)])
+def test_a_broken_action_is_refused(action):
+    env = TabletopEnv()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        env.step(action)
+
+
+def test_actions_are_clipped_to_the_action_space():
+    env = TabletopEnv()
+    env.reset(seed=0)
+    before = env.scene.gripper.position.copy()
+    env.step(np.array([5.0, 0, 0, 0, 0, 0, -1]))
+    assert env.scene.gripper.position[0] - before[0] <= tabletop.MAX_STEP + 1e-6
+
+
+def test_an_open_gripper_lowers_around_a_block_grasps_it_and_lifts_it():
+    table = scene({"red": (0.5, 0.5)})
+    act(table, dz=-0.1, times=2)
+    act(table, grip=1.0)
+    assert table.held == 0 and table.touched == [0]
+    act(table, dz=0.1, grip=1.0, times=2)
+    assert table.blocks[0].height > 0.12
+    act(table, dx=0.1, grip=1.0)
+    np.testing.assert_allclose(table.blocks[0].position, [0.6, 0.5])
+    act(table, grip=-1.0)
+    assert table.held is None and table.blocks[0].height == 0.0
+
+
+def test_a_closed_gripper_rests_on_a_block_and_touches_it():
+    table = scene({"red": (0.5, 0.5)}, is_open=False)
+    act(table, dz=-0.1, grip=1.0, times=3)
+    assert table.gripper.height == pytest.approx(tabletop.BLOCK_TOP)
+    assert table.touched == [0] and table.held is None
+
+
+def test_a_low_gripper_pushes_a_block_and_leaves_far_ones():
+    table = scene({"red": (0.5, 0.5), "blue": (0.9, 0.9)}, gripper_at=(0.3, 0.5), is_open=False)
+    act(table, dz=-0.1, grip=1.0, times=2)
+    act(table, dx=0.1, grip=1.0, times=2)
+    np.testing.assert_allclose(table.blocks[0].position, [0.5 + tabletop.PUSH_REACH, 0.5])
+    np.testing.assert_allclose(table.blocks[1].position, [0.9, 0.9])
+
+
+def test_closing_above_the_blocks_grasps_nothing():
+    table = scene({"red": (0.5, 0.5)})
+    act(table, grip=1.0)
+    assert table.held is None and not table.touched
+
+
+def test_touching_another_block_first_fails_the_task():
+    table = scene({"red": (0.5, 0.5), "blue": (0.2, 0.2)}, is_open=False)
+    task = Task("touch", "blue", "", (0.2, 0.2))
+    act(table, dz=-0.1, grip=1.0, times=3)
+    assert table.touched == [0]
+    table.touched.append(1)
+    assert not task.succeeded(table)
+    assert Task("touch", "red", "", (0.5, 0.5)).succeeded(table)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (Task("touch", "red", "", (0, 0)), "touch the red block"),
+        (Task("lift", "blue", "", (0, 0)), "lift the blue block"),
+        (Task("push", "green", "left", (0, 0)), "push the green block to the left"),
+        (Task("place", "yellow", "black", (0, 0)), "put the yellow block in the black zone"),
+    ],
+)
+def test_instructions(task, words):
+    assert task.instruction == words
+
+
+def test_success_needs_the_distance_the_direction_and_the_release():
+    table = scene({"red": (0.5, 0.5)})
+    table.touched = [0]
+    push = Task("push", "red", "left", (0.5, 0.5))
+    table.blocks[0].position = np.array([0.45, 0.5])
+    assert not push.succeeded(table)
+    table.blocks[0].position = np.array([0.38, 0.5])
+    assert push.succeeded(table)
+    assert not Task("push", "red", "right", (0.5, 0.5)).succeeded(table)
+    place = Task("place", "red", "white", (0.5, 0.5))
+    table.blocks[0].position = np.array([0.81, 0.79])
+    table.held = 0
+    assert not place.succeeded(table)
+    table.held = None
+    assert place.succeeded(table)
+
+
+def test_the_same_task_can_be_asked_of_another_block():
+    table = scene({"red": (0.5, 0.5), "blue": (0.2, 0.2)})
+    other = Task("push", "red", "left", (0.5, 0.5)).with_block("blue", table)
+    assert other == Task("push", "blue", "left", (0.2, 0.2))
+
+
+def test_the_fixed_camera_shows_each_block_where_it_is():
+    table = scene({"red": (0.25, 0.75)}, gripper_at=(0.8, 0.2))
+    image = tabletop_render.render_fixed(table, 110)
+    row, column = round((1.05 - 0.75) * 100), round((0.05 + 0.25) * 100)
+    distance = np.abs(image[row - 4, column - 4].astype(int) - BLOCK_RGB["red"]).max()
+    assert distance < 60
+
+
+def test_the_wrist_camera_moves_with_the_gripper_and_widens_with_height():
+    near = scene({"red": (0.5, 0.6)}, height=0.05)
+    far = scene({"red": (0.5, 0.6)}, height=0.3)
+    elsewhere = scene({"red": (0.5, 0.6)}, gripper_at=(0.1, 0.1), height=0.05)
+
+    def reds(table):
+        image = tabletop_render.render_wrist(table, 64).astype(int)
+        return int(((image[..., 0] > 150) & (image[..., 1] < 90)).sum())
+
+    assert reds(near) > reds(far) > reds(elsewhere) == 0
