@@ -107,9 +107,8 @@ def _backward(block, dropout, saved, d_out):
     heads, groups, dtype = key.shape[2], query.shape[2] // key.shape[2], query.dtype
     q, k, v = _to_blocks(query, heads, block), _heads_first(key), _heads_first(value)
     d_o = _to_blocks(d_out, heads, block)
-    # The barrier keeps XLA from recomputing this row sum inside every element of the block.
     row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    row = jax.lax.optimization_barrier(_to_blocks(row, heads, block))
+    row = _to_blocks(row, heads, block)
     scale = query.shape[3] ** -0.5
     d_q, d_k, d_v = [], _Tail(block), _Tail(block)
     for i in range(query.shape[1] // block):

@@ -28,13 +28,10 @@ class Rotation:
 
     @classmethod
     def at(cls, positions_BS: jax.Array, head_dim: int, theta: float) -> Rotation:
-        """Factors at integer positions: angle = position times ``theta ** (-2 i / C)``.
-
-        The barrier stops XLA from computing sines again in every layer and head.
-        """
+        """Factors at integer positions [B, S]: angle = position times ``theta ** (-2 i / C)``."""
         exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
         angles = positions_BS[..., None].astype(jnp.float32) * theta**-exponents
-        return cls(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+        return cls(jnp.cos(angles), jnp.sin(angles))
 
     def __call__(self, x_BSNC: jax.Array) -> jax.Array:
         """Rotates the pairs (i, i + C/2) in float32 and casts back (reference ``rotate_half``)."""

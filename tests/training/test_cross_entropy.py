@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from univla_jax.training.cross_entropy import cross_entropy
+
+VOCAB, PADDED = 11, 16
+
+
+def _inputs(batch=2, length=7, width=5):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(PADDED, width)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, VOCAB, (batch, length)), jnp.int32)
+    weights = jnp.asarray(rng.choice([0, 0.5, 1], (batch, length)), jnp.float32)
+    return hidden, head, targets, weights
+
+
+def _plain(hidden, head, targets, weights):
+    logits = jnp.einsum("bpd,vd->bpv", hidden, head)[..., :VOCAB]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    return jnp.sum(weights * -picked), (-picked, jnp.argmax(logits, -1) == targets)
+
+
+@pytest.mark.parametrize("chunks", [None, 1, 3, 7, 50])
+def test_equals_the_formula_in_any_number_of_chunks(chunks):
+    *differentiable, targets, weights = _inputs()
+
+    def gradient(fn):
+        loss = lambda *a: (lambda total, aux: (3 * total, (total, aux)))(  # noqa: E731
+            *fn(*a, targets, weights)
+        )
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(*differentiable)
+
+    ours = gradient(lambda *a: cross_entropy(*a, vocab_size=VOCAB, chunks=chunks))
+    plain = gradient(_plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, plain)
+
+
+def test_without_a_gradient():
+    inputs = _inputs()
+    total, (nll, correct) = cross_entropy(*inputs, vocab_size=VOCAB, chunks=2)
+    plain, (plain_nll, plain_correct) = _plain(*inputs)
+    np.testing.assert_allclose(total, plain, rtol=1e-5)
+    np.testing.assert_allclose(nll, plain_nll, rtol=1e-5)
+    np.testing.assert_array_equal(correct, plain_correct)
+
+
+def test_padding_rows_take_no_probability():
+    hidden, head, targets, weights = _inputs()
+    loud = head.at[VOCAB:].set(100.0)
+    quiet = cross_entropy(hidden, head, targets, weights, vocab_size=VOCAB)[0]
+    assert float(cross_entropy(hidden, loud, targets, weights, vocab_size=VOCAB)[0]) == float(quiet)
+    grad = jax.grad(lambda h: cross_entropy(hidden, h, targets, weights, vocab_size=VOCAB)[0])(loud)
+    assert not np.asarray(grad[VOCAB:]).any()
+
+
+def test_whole_logits_are_never_held():
+    """No array of the compiled program has as many elements as [B, P, V]."""
+    batch, length, vocab = 2, 64, 4096
+    shapes = [(batch, length, 8), (vocab, 8)]
+    abstract = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    weights = jax.ShapeDtypeStruct((batch, length), jnp.float32)
+
+    def loss(hidden, head, targets, weights):
+        return cross_entropy(hidden, head, targets, weights, vocab_size=vocab, chunks=8)[0]
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    memory = step.lower(*abstract, ids, weights).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < batch * length * vocab * 4
