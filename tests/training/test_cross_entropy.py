@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from univla_jax.training.cross_entropy import cross_entropy
+from univla_jax.training.cross_entropy import cross_entropy, default_chunks
 
 VOCAB, PADDED = 11, 16
 
@@ -72,3 +72,11 @@ def test_whole_logits_are_never_held():
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
     memory = step.lower(*abstract, ids, weights).compile().memory_analysis()
     assert memory.temp_size_in_bytes < batch * length * vocab * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [((32, 256, 1536), 1), ((2, 512, 184_832), 2), ((192, 6400, 184_832), 25), ((1, 9000, 512), 2)],
+)
+def test_default_chunks(shape, chunks):
+    assert default_chunks(*shape) == chunks

@@ -19,6 +19,7 @@ from univla_jax.models import axes
 from univla_jax.models.decoder import mask_padding, project
 
 LOGITS_PER_CHUNK = 2**22
+LEAST_POSITIONS = 256  # per row and chunk: each chunk also reads and writes the head's gradient
 
 
 def cross_entropy(
@@ -38,22 +39,26 @@ def cross_entropy(
       targets: int32 [B, P] ids below ``vocab_size``.
       weights: float32 [B, P].
       vocab_size: number of real ids.
-      chunks: number of parts of P; None keeps a part at about ``LOGITS_PER_CHUNK`` logits.
+      chunks: number of parts of P; None takes ``default_chunks``.
 
     Returns:
       float32 sum of w * nll, differentiable in ``hidden`` and ``head``; and per position, without
       gradient, nll float32 [B, P] and whether the target had the largest logit bool [B, P].
     """
     b, p, _ = hidden.shape
-    if chunks is None:
-        chunks = -(-b * p * head.shape[0] // LOGITS_PER_CHUNK)
-    chunks = min(max(chunks, 1), p)
+    chunks = min(chunks or default_chunks(b, p, head.shape[0]), p)
     extra = -p % chunks
     if extra:
         hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
         targets, weights = (jnp.pad(x, ((0, 0), (0, extra))) for x in (targets, weights))
     total, nll, correct = _fused(vocab_size, chunks, hidden, head, targets, weights)
     return total, (nll[:, :p], correct[:, :p])
+
+
+def default_chunks(batch: int, positions: int, vocabulary: int) -> int:
+    """Parts that keep one part near ``LOGITS_PER_CHUNK``, but no shorter than ``LEAST_POSITIONS``."""
+    length = max(LEAST_POSITIONS, LOGITS_PER_CHUNK // (batch * vocabulary))
+    return -(-positions // length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -93,8 +93,7 @@ def weighted_cross_entropy(
       max_labelled: the most labelled tokens a row may have; the hidden states are gathered at
         those positions before the head. A row with more makes the loss NaN and counts them in
         ``metrics["dropped_labels"]``; see ``check_labelled``. None computes every position.
-      chunks: parts in which the head is applied; by default so that one part holds at most
-        ``cross_entropy.LOGITS_PER_CHUNK`` logits.
+      chunks: parts in which the head is applied, see ``cross_entropy.default_chunks``.
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
 

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.decoders import golden_decoder, tiny_decoder
+from univla_jax.errors import UserError
+from univla_jax.inference.choosing import Sampling
+from univla_jax.inference.sampler import Sampler
+
+ALLOWED = np.arange(20, 60)
+STOP = 25
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(*tiny_decoder(vocab_size=100))
+
+
+@pytest.fixture(scope="module")
+def uncached(sampler):
+    """Greedy decoding that reads the whole sequence anew for every token."""
+
+    @jax.jit
+    def logits(tokens, last):
+        hidden, _ = sampler.model.apply(
+            {"params": sampler.params}, tokens, jnp.arange(tokens.shape[1])[None]
+        )
+        return sampler.model.apply({"params": sampler.params}, hidden[0, last], method="unembed")
+
+    def run(prompt, count, allowed=None, stop=None):
+        found = []
+        while len(found) < count and (not found or found[-1] != stop):
+            row = np.zeros((1, 64), np.int32)
+            row[0, : len(prompt) + len(found)] = [*prompt, *found]
+            scores = np.asarray(logits(row, len(prompt) + len(found) - 1))
+            ids = np.arange(len(scores)) if allowed is None else allowed
+            found.append(int(ids[np.argmax(scores[ids])]))
+        return found
+
+    return run
+
+
+def _prompts(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 100, n).tolist() for n in lengths]
+
+
+def _stack(rows):
+    lengths = np.array([len(row) for row in rows])
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for out, row in zip(tokens, rows):
+        out[: len(row)] = row
+    return tokens, lengths
+
+
+def _lists(generated):
+    tokens = np.asarray(generated.tokens)
+    return [row[:n].tolist() for row, n in zip(tokens, np.asarray(generated.lengths))]
+
+
+def test_golden_generation(golden_dir):
+    """Ten prompts in one batch against ten runs of the reference (golden group 4)."""
+    data = np.load(golden_dir / "generate.npz")
+    values = json.loads((golden_dir / "generate.json").read_text())
+    model, params = golden_decoder(golden_dir)
+    eoa = values["eoa_token_id"]
+    params["head"] = params["head"].at[eoa].set(data["lm_head_row_eoa"])
+    count = values["n_prompts"]
+    tokens, lengths = _stack([data[f"prompt{i}"].tolist() for i in range(count)])
+    sampler = Sampler(model, params)
+    generated, _ = sampler.generate(
+        sampler.prefill(tokens, lengths),
+        max_new_tokens=values["max_new_tokens"],
+        allowed=data["allowed_token_ids"],
+        stop_id=eoa,
+    )
+    assert _lists(generated) == [data[f"new_tokens{i}"].tolist() for i in range(count)]
+    assert np.asarray(generated.stopped).tolist() == values["stopped_at_eoa"]
+
+
+def test_batch_cache_and_restriction_change_no_token(sampler, uncached):
+    """Rows of unequal length that stop on their own, against one at a time without a cache and
+    with the full head masked."""
+    prompts = _prompts(3, 9, 1, 6)
+    state = sampler.prefill(*_stack(prompts))
+    generated, state = sampler.generate(state, max_new_tokens=12, allowed=ALLOWED, stop_id=STOP)
+    alone = [uncached(prompt, 12, ALLOWED, STOP) for prompt in prompts]
+    assert _lists(generated) == alone
+    stopped = [row[-1] == STOP for row in alone]
+    assert set(stopped) == {True, False}
+    assert np.asarray(generated.stopped).tolist() == stopped
+    assert np.asarray(state.lengths).tolist() == [len(p) + len(a) for p, a in zip(prompts, alone)]
+    behind = np.asarray(generated.tokens)[0, len(alone[0]) :]
+    assert (behind == -1).all()
+
+
+def test_the_whole_vocabulary_without_its_padding(sampler, uncached):
+    prompts = _prompts(5, 2, seed=1)
+    generated, _ = sampler.generate(sampler.prefill(*_stack(prompts)), max_new_tokens=8)
+    assert _lists(generated) == [uncached(prompt, 8) for prompt in prompts]
+    assert int(generated.tokens.max()) < 100 and not np.asarray(generated.stopped).any()
+
+
+def test_extending_equals_one_long_prompt(sampler, uncached):
+    """Generate, extend rows by different amounts, generate again: one cache that grows."""
+    rows = _prompts(4, 7)
+    state = sampler.prefill(*_stack(rows))
+    for turn, more in enumerate(([3, 0], [1, 30], [2, 2])):
+        generated, state = sampler.generate(
+            state, max_new_tokens=5, allowed=ALLOWED, stop_id=STOP
+        )
+        assert _lists(generated) == [uncached(row, 5, ALLOWED, STOP) for row in rows]
+        added = _prompts(*more, seed=turn + 5)
+        rows = [row + new + add for row, new, add in zip(rows, _lists(generated), added)]
+        state = sampler.extend(state, *_stack(added))
+        assert np.asarray(state.lengths).tolist() == [len(row) for row in rows]
+
+
+def test_generating_twice_reads_the_pending_token(sampler, uncached):
+    (prompt,) = _prompts(6, seed=3)
+    state = sampler.prefill(np.array([prompt]))
+    first, state = sampler.generate(state, max_new_tokens=3)
+    second, _ = sampler.generate(state, max_new_tokens=4)
+    assert _lists(first)[0] + _lists(second)[0] == uncached(prompt, 7)
+
+
+def test_rewind_keeps_a_prefix(sampler, uncached):
+    (prompt,) = _prompts(9, seed=4)
+    state = sampler.prefill(np.array([prompt]))
+    _, state = sampler.generate(state, max_new_tokens=4)
+    state = sampler.extend(state.rewind([5]), np.array([[7, 8]]))
+    generated, _ = sampler.generate(state, max_new_tokens=5)
+    assert _lists(generated) == [uncached([*prompt[:5], 7, 8], 5)]
+    with pytest.raises(UserError, match="rewind to"):
+        sampler.prefill(np.array([prompt])).rewind([10])
+
+
+def test_copy_and_select_continue_one_prefix(sampler, uncached):
+    prompts = _prompts(5, 3, seed=5)
+    state = sampler.prefill(*_stack(prompts))
+    sampler.generate(state.copy(), max_new_tokens=2)
+    chosen = state.select([1, 0, 1])
+    generated, _ = sampler.generate(chosen, max_new_tokens=4)
+    assert _lists(generated) == [uncached(prompts[i], 4) for i in (1, 0, 1)]
+
+
+def test_inactive_rows_stay(sampler, uncached):
+    prompts = _prompts(5, 3, seed=6)
+    state = sampler.prefill(*_stack(prompts))
+    generated, state = sampler.generate(state, max_new_tokens=4, active=[True, False])
+    assert _lists(generated) == [uncached(prompts[0], 4), []]
+    generated, _ = sampler.generate(state, max_new_tokens=4, active=[False, True])
+    assert _lists(generated) == [[], uncached(prompts[1], 4)]
+
+
+def test_a_row_draws_the_same_in_any_batch(sampler):
+    rules = Sampling(temperature=1.0, top_k=30, top_p=0.9)
+    prompts = _prompts(5, 3, seed=7)
+
+    def run(rows, key):
+        state = sampler.prefill(*_stack(rows))
+        return _lists(sampler.generate(state, max_new_tokens=6, sampling=rules, key=key)[0])
+
+    key = jax.random.key(0)
+    both = run(prompts, key)
+    assert run(prompts[:1], key) == both[:1]
+    assert run(prompts, key) == both != run(prompts, jax.random.key(1))
+
+
+def test_bad_calls(sampler):
+    state = sampler.prefill(np.array([[1, 2], [3, 4]]))
+    with pytest.raises(UserError, match="token id 100 is outside the vocabulary of 100"):
+        sampler.prefill(np.array([[1, 100]]))
+    with pytest.raises(UserError, match=r"lengths \[0\]"):
+        sampler.prefill(np.array([[1, 2]]), [0])
+    with pytest.raises(UserError, match="1 rows of tokens for a state of 2"):
+        sampler.extend(state, np.array([[1]]))
+    with pytest.raises(UserError, match="stop id 9 is not among"):
+        sampler.generate(state, max_new_tokens=2, allowed=[1, 2], stop_id=9)
+    with pytest.raises(UserError, match="needs a random key"):
+        sampler.generate(state, max_new_tokens=2, sampling=Sampling(1.0))

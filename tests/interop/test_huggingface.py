@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+
+import flax.traverse_util
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.decoders import abstract_params, tiny_decoder
+from univla_jax.errors import UserError
+from univla_jax.interop.huggingface import (
+    NAMINGS,
+    config_from_huggingface,
+    config_to_huggingface,
+    decoder_rules,
+    naming_of,
+)
+from univla_jax.interop.key_table import check_keys, check_params, export_state, import_state
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.presets import preset
+
+
+def test_full_size_keys(golden_dir):
+    """Every key and shape of the released decoder maps onto the preset (golden group 14)."""
+    keys = json.loads((golden_dir / "full_size_keys.json").read_text())["moe"]
+    config = preset("emu3_8b")
+    rules = decoder_rules(config)
+    check_keys(rules, {key: shape for key, (_, shape) in keys.items()})
+    check_params(rules, abstract_params(Decoder(config)))
+    assert len(rules) == len(keys)
+
+
+def test_golden_weights_there_and_back(golden_dir):
+    state = load_file(golden_dir / "decoder.safetensors")
+    config = config_from_huggingface(json.loads((golden_dir / "decoder_config.json").read_text()))
+    params = import_state(decoder_rules(config), state)
+    assert params["embedding"].shape[0] == 768 and not params["embedding"][600:].any()
+    back = export_state(decoder_rules(config), params)
+    assert back.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(back[key], value)
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_namings_and_biases(naming):
+    model, params = tiny_decoder(qkv_bias=True, vocab_size=500)
+    rules = decoder_rules(model.config, naming)
+    state = export_state(rules, params)
+    assert naming_of(state) == naming
+    back = flax.traverse_util.flatten_dict(import_state(rules, state))
+    for path, value in flax.traverse_util.flatten_dict(params).items():
+        rows = 500 if path in (("embedding",), ("head",)) else None
+        np.testing.assert_array_equal(back[path][:rows], value[:rows])
+
+
+def test_unknown_namings():
+    with pytest.raises(UserError, match="naming 'torch' is unknown"):
+        decoder_rules(preset("tiny"), "torch")
+    with pytest.raises(UserError, match="no decoder in these 1 tensors"):
+        naming_of({"vqmodel.quantize.embedding.weight": ()})
+
+
+def test_config_there_and_back():
+    config = preset("emu3_8b")
+    values = config_to_huggingface(config)
+    assert values["num_key_value_heads"] == 8 and values["hidden_act"] == "silu"
+    assert config_from_huggingface(values) == config
+    assert config_from_huggingface({"text_config": values}, dtype="float32").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True; only False"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling="),
+    ],
+)
+def test_settings_that_are_not_implemented(change, message):
+    values = config_to_huggingface(preset("tiny")) | change
+    with pytest.raises(UserError, match=message):
+        config_from_huggingface(values)
+
+
+def test_missing_sizes():
+    with pytest.raises(UserError, match="missing vocab_size, hidden_size"):
+        config_from_huggingface({"num_hidden_layers": 2})
