@@ -41,7 +41,7 @@ def workdir(tmp_path):
     _write(tmp_path / "evaluation" / "rollouts.gif", "")
     overall = {"imagined": MEANS, "repeat_context": {**MEANS, "psnr": 20.0}}
     _write(tmp_path / "imagination" / "imagine.json", {"overall": overall})
-    _write(tmp_path / "tokenizers" / "vision" / "report.json", {"psnr": 28.123456})
+    _write(tmp_path / "tokenizers" / "vision" / "fit.json", {"report": {"psnr": 28.123456}})
     stages = [
         {"stage": "policy", "seconds": 20.0, "peak_gigabytes": 2.5},
         {"stage": "policy", "seconds": 70.0, "peak_gigabytes": 1.5},
@@ -69,7 +69,7 @@ def test_everything_is_gathered(workdir):
 
 
 def test_what_is_absent_is_left_out(tmp_path):
-    _write(tmp_path / "tokenizers" / "text" / "report.json", {"pieces": 300})
+    _write(tmp_path / "tokenizers" / "text" / "fit.json", {"report": {"pieces": 300}})
     report = overview.write(tmp_path)
     assert set(report) == {"tokenizers", "files"}
     assert "pieces 300" in overview.table(report)

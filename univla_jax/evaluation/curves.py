@@ -26,28 +26,38 @@ def write_learning_curves(path: str | os.PathLike[str], stages: Mapping[str, Lin
     for column, (title, lines) in enumerate(stages.items()):
         loss, accuracy = grid[0][column], grid[1][column]
         loss.set_title(title)
-        _draw(loss, lines, "loss", "training", "")
+        _draw(loss, lines, "loss", "", "")
         _label(loss, "cross-entropy (nats per token)")
         if np.nanmin(_series(lines, "loss")[1]) > 0:
-            loss.set_yscale("log")
+            _logarithmic(loss)
         for modality in ("text", "visual", "action"):
-            _draw(accuracy, lines, f"{modality}_accuracy", f"{modality} tokens", modality)
+            _draw(accuracy, lines, f"{modality}_accuracy", f"{modality} tokens, ", modality)
         _label(accuracy, "next-token accuracy")
         accuracy.set_ylim(0, 1)
         accuracy.set_xlabel("optimizer step")
     FigureCanvasAgg(figure).print_png(os.fspath(path))
 
 
-def _draw(axes, lines: Lines, name: str, label: str, modality: str) -> None:
+def _draw(axes, lines: Lines, name: str, what: str, modality: str) -> None:
     """The metric as it is, thin, its running mean, and the held-out one as dots."""
     colour = _COLOURS[modality]
     steps, values = _series(lines, name)
     if len(steps):
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+        axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=f"{what}training")
     steps, values = _series(lines, f"eval/{name}")
     if len(steps):
-        axes.plot(steps, values, "o", color=colour, markersize=4, label=f"{label}, held out")
+        axes.plot(steps, values, "o", color=colour, markersize=4, label=f"{what}held out")
+
+
+def _logarithmic(axes) -> None:
+    """Logarithmic with numbers one can read."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _label(axes, quantity: str) -> None:

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from univla_jax.data import files
+from univla_jax.data import files, fit_folder
 from univla_jax.data.token_manifest import MANIFEST, read_manifest
 from univla_jax.errors import UserError
 from univla_jax.evaluation import imagination, study
@@ -81,8 +81,8 @@ def _result(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _tokenizers(folder: pathlib.Path) -> dict[str, Any]:
-    found = {name: _result(folder / name / REPORT) for name in _TOKENIZERS}
-    return {name: value for name, value in found.items() if value}
+    found = {name: _result(folder / name / fit_folder.FILE) for name in _TOKENIZERS}
+    return {name: value["report"] for name, value in found.items() if value}
 
 
 def _tokens(folder: pathlib.Path) -> dict[str, Any]:
