@@ -56,7 +56,7 @@ def cross_entropy(
 
 
 def default_chunks(batch: int, positions: int, vocabulary: int) -> int:
-    """Parts that keep one part near ``LOGITS_PER_CHUNK``, but no shorter than ``LEAST_POSITIONS``."""
+    """Parts of about ``LOGITS_PER_CHUNK`` logits, but of no fewer than ``LEAST_POSITIONS``."""
     length = max(LEAST_POSITIONS, LOGITS_PER_CHUNK // (batch * vocabulary))
     return -(-positions // length)
 
