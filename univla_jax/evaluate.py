@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from absl import logging
+
 from univla_jax import commands
 from univla_jax import config as strict
 from univla_jax.evaluation import study
@@ -51,6 +53,7 @@ def _percent(share: float) -> str:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     config = strict.build(EvaluateConfig, CONFIG.value.to_dict())
     was_finished = study.finished(OUT.value)
     report = study.evaluate(config, CHECKPOINT.value, OUT.value)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from absl import logging
+
 from univla_jax import commands
 from univla_jax import config as strict
 from univla_jax.evaluation import imagination
@@ -44,6 +46,7 @@ def table(report: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     config = strict.build(ImagineConfig, CONFIG.value.to_dict())
     was_finished = imagination.finished(OUT.value)
     report = imagination.imagine(config, CHECKPOINT.value, SOURCE.value, OUT.value)
