@@ -2,9 +2,11 @@
 #
 #   PYTHON=python3.12   the interpreter to use (default: the first of python3, 3.12, 3.11, 3.13 that fits)
 #   VENV=folder         the virtual environment (default: .venv in the repository)
+#   INSTALLED=python    an interpreter that has the project already; nothing is installed then
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$REPOSITORY/.venv}"
+PROJECT_PYTHON="${INSTALLED:-$VENV/bin/python}"
 
 find_python() {
   local candidate
@@ -23,18 +25,21 @@ find_python() {
 # install_project EXTRAS: installs the project unless that was done already; "base" means no extras.
 install_project() {
   local extras="$1" python stamp wanted
+  if [[ -n "${INSTALLED:-}" ]]; then
+    return
+  fi
   stamp="$VENV/installed-$extras"
   wanted="$(cksum <"$REPOSITORY/setup.py") $REPOSITORY"
   if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     return
   fi
-  if [[ ! -x "$VENV/bin/python" ]]; then
+  if [[ ! -x "$PROJECT_PYTHON" ]]; then
     python="$(find_python)" || return 2
     echo "making $VENV with $("$python" --version)"
     "$python" -m venv "$VENV"
   fi
   echo "installing univla_jax ($extras) (several minutes on a first run)"
-  "$VENV/bin/python" -m pip install --quiet --upgrade pip
-  "$VENV/bin/python" -m pip install --quiet --editable "$REPOSITORY$([[ $extras == base ]] || echo "[$extras]")"
+  "$PROJECT_PYTHON" -m pip install --quiet --upgrade pip
+  "$PROJECT_PYTHON" -m pip install --quiet --editable "$REPOSITORY$([[ $extras == base ]] || echo "[$extras]")"
   echo "$wanted" >"$stamp"
 }

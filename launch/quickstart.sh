@@ -27,8 +27,8 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 stage() {
   local name="$1" output="$2" module="$3"
   shift 3
-  "$VENV/bin/python" launch/stage.py --record="$WORKDIR/stages.jsonl" --name="$name" \
-    --output="$WORKDIR/$output" -- "$VENV/bin/python" -m "univla_jax.$module" "$@"
+  "$PROJECT_PYTHON" launch/stage.py --record="$WORKDIR/stages.jsonl" --name="$name" \
+    --output="$WORKDIR/$output" -- "$PROJECT_PYTHON" -m "univla_jax.$module" "$@"
 }
 
 demonstrations="$WORKDIR/demonstrations"
@@ -55,4 +55,4 @@ stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
   --checkpoint="$WORKDIR/policy" --out="$WORKDIR/evaluation"
 stage imagination imagination imagine --config="$CONFIG:imagine" \
   --checkpoint="$WORKDIR/world_model" --source="$demonstrations" --out="$WORKDIR/imagination"
-"$VENV/bin/python" -m univla_jax.summarize --workdir="$WORKDIR"
+"$PROJECT_PYTHON" -m univla_jax.summarize --workdir="$WORKDIR"

@@ -12,4 +12,4 @@ export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3
 if [[ $# -eq 0 ]]; then
   set -- -m "not slow"
 fi
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
+"$PROJECT_PYTHON" -m pytest -n 2 --dist loadfile "$@"
