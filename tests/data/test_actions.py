@@ -9,62 +9,13 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 
+from tests.parity import assert_parity
 from univla_jax.data import actions
 from univla_jax.errors import UserError
 
-CASES = ["single", "multi", "small", "wide", "f32", "onedim", "const"]
 
-
-@pytest.fixture(scope="module")
-def normalize(golden_dir):
-    return dict(np.load(golden_dir / "normalize.npz"))
-
-
-def reference_statistics(arrays, prefix):
-    rows = {name: tuple(map(float, arrays[f"{prefix}|{name}"])) for name in ("mean", "std")}
-    return actions.ActionStatistics(
-        **rows,
-        q01=tuple(map(float, arrays[f"{prefix}|q01"])),
-        q99=tuple(map(float, arrays[f"{prefix}|q99"])),
-    )
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_running_statistics_match_the_reference(normalize, case):
-    running = actions.RunningStatistics()
-    count = sum(name.startswith(f"{case}|batch") for name in normalize)
-    moments, quantiles = (1e-5, 1e-6) if case == "f32" else (1e-10, 1e-9)
-    for k in range(count):
-        running.update(normalize[f"{case}|batch{k}"])
-        got = running.statistics()
-        for name in ("mean", "std", "q01", "q99"):
-            tolerance = moments if name in ("mean", "std") else quantiles
-            want = normalize[f"{case}|after{k}|{name}"]
-            np.testing.assert_allclose(getattr(got, name), want, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_normalising_matches_the_reference(normalize, case):
-    count = sum(name.startswith(f"{case}|batch") for name in normalize)
-    statistics = reference_statistics(normalize, f"{case}|after{count - 1}")
-    raw = normalize[f"{case}|norm_in"]
-    clipped = statistics.normalise(raw)
-    assert clipped.dtype == np.float32
-    np.testing.assert_allclose(clipped, normalize[f"{case}|norm_clipped"], atol=1e-6, rtol=0)
-    np.testing.assert_allclose(
-        statistics.normalise(raw, clip=False), normalize[f"{case}|norm_unclipped"], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        statistics.unnormalise(normalize[f"{case}|norm_clipped"]),
-        normalize[f"{case}|unnorm_of_clipped"],
-        atol=1e-6,
-    )
-
-
-def test_libero_unnormalisation_matches_the_reference(normalize):
-    statistics = reference_statistics(normalize, "config_libero")
-    got = statistics.unnormalise(normalize["libero_wrapper|in"])
-    np.testing.assert_allclose(got, normalize["libero_wrapper|unnormalised"], atol=1e-6)
+def test_statistics_match_the_reference(golden_dir):
+    assert_parity(golden_dir, "normalise")
 
 
 def test_statistics_survive_json():

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.decoders import golden_decoder, tiny_decoder
+from tests.decoders import tiny_decoder
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.inference.choosing import Sampling
 from univla_jax.inference.sampler import Sampler
@@ -64,23 +63,7 @@ def _lists(generated):
 
 
 def test_golden_generation(golden_dir):
-    """Ten prompts in one batch against ten runs of the reference (golden group 4)."""
-    data = np.load(golden_dir / "generate.npz")
-    values = json.loads((golden_dir / "generate.json").read_text())
-    model, params = golden_decoder(golden_dir)
-    eoa = values["eoa_token_id"]
-    params["head"] = params["head"].at[eoa].set(data["lm_head_row_eoa"])
-    count = values["n_prompts"]
-    tokens, lengths = _stack([data[f"prompt{i}"].tolist() for i in range(count)])
-    sampler = Sampler(model, params)
-    generated, _ = sampler.generate(
-        sampler.prefill(tokens, lengths),
-        max_new_tokens=values["max_new_tokens"],
-        allowed=data["allowed_token_ids"],
-        stop_id=eoa,
-    )
-    assert _lists(generated) == [data[f"new_tokens{i}"].tolist() for i in range(count)]
-    assert np.asarray(generated.stopped).tolist() == values["stopped_at_eoa"]
+    assert_parity(golden_dir, "generate")
 
 
 def test_batch_cache_and_restriction_change_no_token(sampler, uncached):

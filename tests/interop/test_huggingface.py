@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import json
-
 import flax.traverse_util
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from tests.decoders import abstract_params, tiny_decoder
+from tests.decoders import tiny_decoder
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.interop.huggingface import (
     NAMINGS,
@@ -16,30 +14,17 @@ from univla_jax.interop.huggingface import (
     decoder_rules,
     naming_of,
 )
-from univla_jax.interop.key_table import check_keys, check_params, export_state, import_state
-from univla_jax.models.decoder import Decoder
+from univla_jax.interop.key_table import export_state, import_state
 from univla_jax.models.presets import preset
 
 
 def test_full_size_keys(golden_dir):
-    """Every key and shape of the released decoder maps onto the preset (golden group 14)."""
-    keys = json.loads((golden_dir / "full_size_keys.json").read_text())["moe"]
-    config = preset("emu3_8b")
-    rules = decoder_rules(config)
-    check_keys(rules, {key: shape for key, (_, shape) in keys.items()})
-    check_params(rules, abstract_params(Decoder(config)))
-    assert len(rules) == len(keys)
+    """Every key and shape of the released models maps onto the presets (golden group 14)."""
+    assert_parity(golden_dir, "keys")
 
 
 def test_golden_weights_there_and_back(golden_dir):
-    state = load_file(golden_dir / "decoder.safetensors")
-    config = config_from_huggingface(json.loads((golden_dir / "decoder_config.json").read_text()))
-    params = import_state(decoder_rules(config), state)
-    assert params["embedding"].shape[0] == 768 and not params["embedding"][600:].any()
-    back = export_state(decoder_rules(config), params)
-    assert back.keys() == state.keys()
-    for key, value in state.items():
-        np.testing.assert_array_equal(back[key], value)
+    assert_parity(golden_dir, "decoder", "weights there and back")
 
 
 @pytest.mark.parametrize("naming", NAMINGS)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-import safetensors.numpy
 
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.interop import vision_keys
 from univla_jax.tokenizers.vision_config import VisionConfig
@@ -26,22 +24,9 @@ def state():
     }
 
 
-def test_full_size_keys_and_shapes(golden_dir):
-    expected = json.loads((golden_dir / "full_size_keys.json").read_text())["vq"]
-    table = vision_keys.key_table(VisionConfig())
-    assert {k: [e.dtype, list(e.shape)] for k, e in table.items()} == expected
-
-
-@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("name", ["vq_a", "vq_b"])
 def test_golden_weights_there_and_back(golden_dir, name):
-    values = json.loads((golden_dir / f"vq_{name}_config.json").read_text())
-    config = vision_keys.config_from_reference(values)
-    weights = safetensors.numpy.load_file(golden_dir / f"vq_{name}.safetensors")
-    back = vision_keys.to_reference(vision_keys.from_reference(weights, config), config)
-    assert back.keys() == weights.keys()
-    for key, value in weights.items():
-        assert back[key].dtype == value.dtype
-        np.testing.assert_array_equal(back[key], value)
+    assert_parity(golden_dir, name, "weights there and back")
 
 
 @pytest.mark.parametrize(

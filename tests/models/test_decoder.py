@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.decoders import golden_decoder, tiny_decoder, tokens_and_positions
+from tests.decoders import tiny_decoder, tokens_and_positions
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.models import axes
-from univla_jax.models.decoder import MASKED_LOGIT, Decoder, layer_states, parameter_count
+from univla_jax.models.decoder import MASKED_LOGIT, Decoder, parameter_count
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.presets import preset
-
-TOLERANCE = 1e-4  # golden README, group 3
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +26,7 @@ def _hidden(model, params, *args, **kwargs):
 
 
 def test_golden_hidden_states_and_logits(golden_dir):
-    model, params = golden_decoder(golden_dir)
-    data = np.load(golden_dir / "decoder.npz")
-    tokens = jnp.asarray(data["input_ids"])
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    states = jax.jit(lambda p: layer_states(model, p, tokens, positions))(params)
-    real = data["attention_mask"] == 1
-    assert states.shape == data["hidden_states"].shape
-    assert np.abs(states - data["hidden_states"])[:, real].max() <= TOLERANCE
-    logits = model.apply({"params": params}, states[-1], method="unembed")
-    size = model.config.vocab_size
-    assert np.abs(logits[..., :size] - data["logits"])[real].max() <= TOLERANCE
-    assert (np.asarray(logits[..., size:]) == MASKED_LOGIT).all()
+    assert_parity(golden_dir, "decoder", "hidden states", "logits")
 
 
 def test_released_size_is_counted_without_allocating():

@@ -84,6 +84,11 @@ class Scene:
         size = self.spacing if self.interleaved else self.length
         return [encode(actions[i : i + size]) for i in range(0, self.length, size)]
 
+    def actions(self) -> np.ndarray:
+        """The actions float32 [T, A] of the window, as the continuous format returns them."""
+        cut = slice(self.start, self.start + self.length)
+        return self._array("action")[cut].astype(np.float32)
+
     def state(self, encode: Encode) -> np.ndarray | None:
         """Codes of the state where the image-mode sample has one."""
         if f"{self.name}|state" not in self._arrays or self._record["dataset"] != (
@@ -156,7 +161,8 @@ def dataset_sample(
 ) -> dict[str, np.ndarray]:
     """``input_ids``, ``attention_mask`` and ``labels`` of one record, padded as the reference pads.
 
-    The reference returns a too long image-mode sample unpadded; such a record is compared so.
+    A record with continuous actions has ``action`` too. The reference returns a too long
+    image-mode sample unpadded; such a record is compared so.
 
     Raises:
       UserError: an episode shorter than a chunk, or an interleaved sample that is too long.
@@ -167,11 +173,14 @@ def dataset_sample(
     length = record["max_position_embeddings"]
     if len(tokens) <= length or record["args"]["video_format"] == "interleave":
         row = row.pad_to(length, lexicon.vocabulary.pad)
-    return {
+    sample = {
         "input_ids": row.tokens,
         "attention_mask": (row.segment_ids > 0).astype(np.int32),
         "labels": np.where(row.loss_weight > 0, row.tokens, IGNORED),
     }
+    if record["args"]["actions_format"] == "continuous":
+        sample["action"] = Scene(record, arrays).actions()
+    return sample
 
 
 def prompt_rows(lexicon: Lexicon, record: Mapping, arrays: Mapping) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.action import (
     FastTokenizer,
@@ -51,29 +52,8 @@ def tokenizer(request, fitted):
     return {"fitted": fitted, "bins": UniformBins(), "text": NumberText()}[request.param]
 
 
-def test_fast_encoding_equals_the_reference(shipped, golden_dir):
-    arrays = np.load(golden_dir / "fast.npz")
-    for case in json.loads((golden_dir / "fast_encode.json").read_text()):
-        key = case["key"]
-        action = arrays[f"action|{key}"]
-        fast = shipped[key.split("|")[0]]
-        if action.ndim == 3:
-            assert fast.encode_batch(action, strict=False) == case["ids"]
-            continue
-        ids = fast.encode(action, strict=False)
-        assert ids == case["ids"], key
-        assert (LAST_TEXT_ID - np.array(ids)).tolist() == case["llm_ids"]
-        back = fast.decode_lenient(ids, *action.shape)
-        np.testing.assert_allclose(back, arrays[f"roundtrip|{key}"], atol=1e-12)
-
-
-def test_fast_lenient_decoding_equals_the_reference(shipped, golden_dir):
-    arrays = np.load(golden_dir / "fast.npz")
-    for case in json.loads((golden_dir / "fast_decode.json").read_text()):
-        fast = shipped[case["tokenizer"]]
-        actions = fast.decode_lenient(case["ids"], case["time_horizon"], case["action_dim"])
-        expected = arrays[f"decoded|{case['key']}"][0]
-        np.testing.assert_allclose(actions, expected, atol=1e-12, err_msg=case["key"])
+def test_fast_equals_the_reference(golden_dir):
+    assert_parity(golden_dir, "fast")
 
 
 def test_fast_strict_decoding_accepts_exactly_the_legal_chunks(shipped, golden_dir):
@@ -105,26 +85,8 @@ def test_strict_and_lenient_agree_on_legal_chunks(shipped):
             np.testing.assert_array_equal(decoded.actions, fast.decode_lenient(ids, 5, 7))
 
 
-def test_reference_fit_gives_the_reference_tokenizer(golden_dir, tmp_path):
-    golden = json.loads((golden_dir / "fast_fit.json").read_text())
-    arrays = np.load(golden_dir / "fast_fit.npz")
-    fast = FastTokenizer.fit(
-        arrays["train"], golden["scale"], golden["vocab_size"], reference_alphabet=True
-    )
-    fast.save(tmp_path)
-    ours = json.loads((tmp_path / "tokenizer.json").read_text())
-    theirs = golden["tokenizer_json"]
-    assert fast.min_token == golden["min_token"]
-    for bpe in (ours, theirs):
-        bpe["model"]["merges"] = [
-            merge.split(" ") if isinstance(merge, str) else merge
-            for merge in bpe["model"]["merges"]
-        ]
-    assert ours == theirs
-    assert fast.encode_batch(arrays["test"], strict=False) == golden["test_ids"]
-    for ids, expected in zip(golden["test_ids"], arrays["decoded"]):
-        back = fast.decode_lenient(ids, *expected.shape)
-        np.testing.assert_allclose(back, expected, atol=1e-12)
+def test_reference_fit_gives_the_reference_tokenizer(golden_dir):
+    assert_parity(golden_dir, "fast_fit")
 
 
 def test_reference_alphabet_loses_what_the_default_keeps():
@@ -237,17 +199,7 @@ def test_reasons_name_the_fault(fitted):
 
 
 def test_bins_equal_the_reference(golden_dir):
-    golden = np.load(golden_dir / "action_bins.npz")
-    bins = UniformBins()
-    for suffix in ("", "_2d", "_f32"):
-        actions = golden["actions" + suffix]
-        assert (LAST_TEXT_ID - bins.codes(actions) == golden["call_ids" + suffix]).all()
-        zero_based = LAST_TEXT_ID - bins.codes_from_zero(actions)
-        assert (zero_based == golden["encode_ids" + suffix]).all()
-    decoded = bins.centres(LAST_TEXT_ID - golden["decode_ids"])
-    np.testing.assert_allclose(decoded, golden["decode_actions"], atol=1e-12)
-    back = bins.centres(bins.codes(golden["actions"]))
-    np.testing.assert_allclose(back, golden["roundtrip_call"], atol=1e-12)
+    assert_parity(golden_dir, "bins")
 
 
 def test_bins_fit_the_emu3_vocabulary():

@@ -7,47 +7,17 @@ import json
 import numpy as np
 import pytest
 
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import (
     ImageSpec,
-    smart_resize,
     to_levels,
     to_pixels,
-    to_rgb,
 )
 
 
-def test_smart_resize_matches_the_reference(golden_dir):
-    for case in json.loads((golden_dir / "smart_resize.json").read_text()):
-        arguments = [case[k] for k in ("height", "width", "factor", "min_pixels", "max_pixels")]
-        if isinstance(case["result"], dict):
-            with pytest.raises(ValueError) as error:
-                smart_resize(*arguments)
-            assert str(error.value) == case["result"]["ValueError"]
-        else:
-            assert list(smart_resize(*arguments)) == case["result"], case
-
-
-def test_preprocess_matches_the_reference_to_the_last_bit(golden_dir):
-    arrays = np.load(golden_dir / "image_processing.npz")
-    for case in json.loads((golden_dir / "image_processing.json").read_text()):
-        image = arrays[f"pre{case['i']}_image"]
-        if case["kwargs"].get("do_resize", True):
-            spec = ImageSpec(min_pixels=case["min_pixels"], max_pixels=case["max_pixels"])
-            pixels = spec.preprocess(image)
-        else:
-            pixels = to_pixels(to_rgb(image))[None]
-        expected = arrays[f"pre{case['i']}_pixel_values"].transpose(0, 2, 3, 1)
-        assert pixels.dtype == np.float32
-        np.testing.assert_array_equal(pixels, expected)
-
-
-def test_truncating_levels_match_the_reference(golden_dir):
-    arrays = np.load(golden_dir / "image_processing.npz")
-    pixels = arrays["post_input"].transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(to_levels(pixels, truncate=True), arrays["post_output"])
-    back = to_levels(to_pixels(arrays["roundtrip_image"]), truncate=True)
-    np.testing.assert_array_equal(back, arrays["roundtrip_output"])
+def test_the_image_path_matches_the_reference(golden_dir):
+    assert_parity(golden_dir, "image")
 
 
 def test_rounding_levels_lose_nothing():

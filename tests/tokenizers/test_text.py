@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import unicodedata
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.text import (
     SentencePieceText,
@@ -34,33 +33,12 @@ def emu3(shared_dir):
 
 
 @pytest.fixture(scope="module")
-def golden(golden_dir):
-    return json.loads((golden_dir / "text_tokenizer.json").read_text())
-
-
-@pytest.fixture(scope="module")
 def small():
     return SentencePieceText.fit(INSTRUCTIONS, 320, symbols=SIZES)
 
 
-def test_emu3_ids_and_texts_equal_the_reference(emu3, golden):
-    for case in golden["strings"]:
-        ids = emu3.encode(case["text"], allow_special=True)
-        assert ids == case["ids"]
-        assert emu3.decode(ids) == case["decoded"]
-        assert emu3.decode(ids, skip_special=True) == case["decoded_skip_special"]
-
-
-def test_emu3_padding_equals_the_reference(emu3, golden):
-    texts = [case["text"] for case in golden["strings"][:3]]
-    rows = [emu3.encode(text) for text in texts]
-    pad = Vocabulary.emu3().pad
-    for name, (ids, mask) in {
-        "padded_longest": pad_right(rows, pad),
-        "padded_max_16": pad_right(rows[:1], pad, 16),
-    }.items():
-        assert ids.tolist() == np.atleast_2d(golden[name]["input_ids"]).tolist()
-        assert mask.tolist() == np.atleast_2d(golden[name]["attention_mask"]).tolist()
+def test_emu3_equals_the_reference(golden_dir):
+    assert_parity(golden_dir, "text")
 
 
 def test_emu3_sizes_agree_with_the_vocabulary(emu3):

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.interop import vision_keys
 from univla_jax.tokenizers import vision_vq
 from univla_jax.tokenizers.vision_config import PRESETS, VisionConfig
 from univla_jax.tokenizers.vision_vq import VisionVQ, fresh_variables, nearest_codes
@@ -32,11 +31,6 @@ def compiled(config):
     return jax.jit(lambda v, x, method: model.apply(v, x, method=method), static_argnums=2)
 
 
-def latents_and_codes(model, pixels):
-    latents = model.latents(pixels)
-    return latents, model.quantize(latents)
-
-
 @pytest.fixture(scope="module")
 def small():
     """A small network with weights that make every layer matter."""
@@ -49,29 +43,9 @@ def small():
     return lambda method, x: np.asarray(compiled(SMALL)(bent, x, method))
 
 
-@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("name", ["vq_a", "vq_b"])
 def test_golden(golden_dir, name):
-    config = vision_keys.config_from_reference(
-        json.loads((golden_dir / f"vq_{name}_config.json").read_text())
-    )
-    state = safetensors.numpy.load_file(golden_dir / f"vq_{name}.safetensors")
-    variables = vision_keys.from_reference(state, config)
-    arrays = np.load(golden_dir / f"vq_{name}.npz")
-    run = compiled(config)
-    for key in arrays.files:
-        case, _, kind = key.partition("_")
-        if kind == "pixels":
-            pixels = np.moveaxis(arrays[key], -3, -1)
-            latents, codes = run(variables, pixels, latents_and_codes)
-            expected = np.moveaxis(arrays[f"{case}_latents"], 2, -1)
-            np.testing.assert_allclose(latents, expected, atol=1e-4, rtol=0)
-            clear = arrays[f"{case}_margin"].reshape(codes.shape) > 1e-4
-            wanted = arrays[f"{case}_codes"].reshape(codes.shape)
-            np.testing.assert_array_equal(np.asarray(codes)[clear], wanted[clear])
-        elif kind == "recon_codes":
-            pixels = run(variables, arrays[key], "decode")
-            expected = np.moveaxis(arrays[f"{case}_recon"], -3, -1)
-            np.testing.assert_allclose(pixels, expected, atol=1e-4, rtol=0)
+    assert_parity(golden_dir, name)
 
 
 def test_an_image_is_the_video_of_itself_repeated(small):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -52,12 +53,7 @@ def test_from_scratch_layout_written_out():
 
 
 def test_matches_the_reference_tokenizer(golden_dir):
-    golden = json.loads((golden_dir / "text_tokenizer.json").read_text())
-    assert golden["vocab_size"] == EMU3.size
-    assert golden["first_visual"] == [EMU3.bov]
-    assert golden["last_visual"] == [EMU3.eov]
-    for name, (_, ids) in golden["special"].items():
-        assert ids == [getattr(EMU3, name.removesuffix("_token"))], name
+    assert_parity(golden_dir, "text", "size", "special ids")
 
 
 @pytest.mark.parametrize("vocabulary", [EMU3, SCRATCH], ids=["emu3", "scratch"])

@@ -7,25 +7,15 @@ import numpy as np
 import optax
 import pytest
 
+from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.training import optimizer
 from univla_jax.training.optimizer import OptimizerConfig
 
-RECIPES = {
-    "libero": (8e-5, 5e-6, 50, 8000),
-    "pretrain": (8e-5, 5e-6, 50, 30000),
-    "aloha": (5e-5, 5e-6, 100, 8000),
-}
 
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_schedule_equals_the_reference(golden_dir, recipe):
-    golden = np.load(golden_dir / "recipe.npz")
-    steps, rates = golden[f"lr|{recipe}|step"], golden[f"lr|{recipe}|lr"]
-    schedule = optimizer.cosine_with_min_lr(*RECIPES[recipe])
-    np.testing.assert_allclose([schedule(int(s)) for s in steps], rates, rtol=1e-12, atol=0)
-    in_float32 = [float(schedule(jnp.int32(s))) for s in steps]
-    np.testing.assert_allclose(in_float32, rates, rtol=2e-6, atol=1e-12)
+def test_schedule_and_decay_equal_the_reference(golden_dir):
+    assert_parity(golden_dir, "recipe", "learning rates", "learning rates in float32")
+    assert_parity(golden_dir, "recipe", "decay mask")
 
 
 def test_decay_mask_leaves_norms_and_biases_out():

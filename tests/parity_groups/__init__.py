@@ -1,0 +1,1 @@
+"""Parity with the reference, one module per family of golden groups."""

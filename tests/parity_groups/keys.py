@@ -1,0 +1,36 @@
+"""Group 14: names and shapes of the full-size state dicts; nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import flax.linen as nn
+import jax
+
+from tests.parity_groups.checks import Check, Golden, equal
+from univla_jax.interop import vision_keys
+from univla_jax.interop.huggingface import decoder_rules
+from univla_jax.interop.key_table import check_params
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.presets import preset
+from univla_jax.tokenizers.vision_config import PRESETS
+from univla_jax.training.run_model import params_init
+
+
+def full_size(golden: Golden) -> Iterator[Check]:
+    """Every key of the released models maps onto ours and agrees in shape."""
+    wanted = golden.json("full_size_keys")
+    table = vision_keys.key_table(PRESETS["emu3"])
+    ours = {key: [entry.dtype, list(entry.shape)] for key, entry in table.items()}
+    yield from _compare("vq", ours, wanted["vq"])
+    model = Decoder(preset("emu3_8b"))
+    rules = decoder_rules(model.config)
+    check_params(rules, nn.unbox(jax.eval_shape(params_init(model), jax.random.key(0))))
+    ours = {rule.key: ["float32", list(rule.shape)] for rule in rules}
+    yield from _compare("moe", ours, wanted["moe"])
+
+
+def _compare(case: str, ours: Mapping, theirs: Mapping) -> Iterator[Check]:
+    differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+    note = f"{len(theirs)} keys" + (f"; first: {min(differing)}" if differing else "")
+    yield equal(case, "keys and shapes", len(differing), 0, note=note)
