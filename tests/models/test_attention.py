@@ -145,3 +145,11 @@ def test_segments_and_a_cache_exclude_each_other():
 )
 def test_block_size(length, block):
     assert block_size(length) == block
+
+
+def test_mask_of_other_visibilities():
+    """Full attention, and padding as keys only: the last of three tokens is padding."""
+    full = attention_mask(3, jnp.asarray([[1, 1, 2]]), causal=False)
+    np.testing.assert_array_equal(full[0], [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    keys = attention_mask(3, jnp.ones((1, 3), int), jnp.asarray([[1, 1, 0]]))
+    np.testing.assert_array_equal(keys[0], [[1, 0, 0], [1, 1, 0], [1, 1, 0]])

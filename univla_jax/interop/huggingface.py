@@ -60,7 +60,7 @@ def decoder_rules(config: DecoderConfig, naming: str = "reference") -> list[KeyR
         _table(head, "head", config),
     ]
     for layer in range(config.num_layers):
-        rules += _layer_rules(config, f"{prefix}layers.{layer}.", layer)
+        rules += layer_rules(config, f"{prefix}layers.{layer}.", layer)
     return rules
 
 
@@ -110,7 +110,8 @@ def _table(key: str, path: str, config: DecoderConfig) -> KeyRule:
     return KeyRule(key, (rows, d), path, (padded, d), pad_rows=padded - rows)
 
 
-def _layer_rules(config: DecoderConfig, prefix: str, layer: int) -> list[KeyRule]:
+def layer_rules(config: DecoderConfig, prefix: str, layer: int) -> list[KeyRule]:
+    """The table of one layer of a stack, whose names start with ``prefix``."""
     d, f, c = config.hidden_size, config.mlp_size, config.head_dim
     n_heads = config.num_heads
     heads = {"q": ("query", n_heads), "k": ("key", config.num_kv_heads)}

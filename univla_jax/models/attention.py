@@ -38,7 +38,13 @@ class CachedKeys:
     starts: jax.Array
 
 
-def attention_mask(length: int, segment_ids: jax.Array | None = None) -> jax.Array:
+def attention_mask(
+    length: int,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    *,
+    causal: bool = True,
+) -> jax.Array:
     """Which token sees which, for the new tokens of one call.
 
     With two packed segments of two tokens and one of padding (``segment_ids = [1 1 2 2 0]``)::
@@ -52,15 +58,18 @@ def attention_mask(length: int, segment_ids: jax.Array | None = None) -> jax.Arr
     Args:
       length: S.
       segment_ids: int32 [B, S] or None for one segment.
+      key_segment_ids: int32 [B, S] segments of the tokens as keys, where they differ.
+      causal: whether a token sees only itself and earlier ones.
 
     Returns:
       bool [B, S, S] (or [1, S, S] without segments), True where query row sees key column.
     """
     order = jnp.arange(length)
-    causal = (order[:, None] >= order[None, :])[None]
+    visible = ((order[:, None] >= order[None, :]) | (not causal))[None]
     if segment_ids is None:
-        return causal
-    return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        return visible
+    keys = segment_ids if key_segment_ids is None else key_segment_ids
+    return visible & (segment_ids[:, :, None] == keys[:, None, :])
 
 
 def cache_mask(starts: jax.Array, window: int) -> jax.Array:
@@ -77,6 +86,8 @@ def attention(
     value: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    causal: bool = True,
     cached: CachedKeys | None = None,
     implementation: str = "auto",
     dropout: float = 0.0,
@@ -92,6 +103,8 @@ def attention(
       key: [B, S, K, C], rotated.
       value: [B, S, K, C].
       segment_ids: int32 [B, S] packed segments; not together with ``cached``.
+      key_segment_ids: int32 [B, S] segments of the tokens as keys, where they differ.
+      causal: False lets every token see its whole segment; not together with ``cached``.
       cached: keys and values of earlier calls.
       implementation: ``"plain"``, ``"blocked"`` or ``"auto"`` (blocked for long sequences).
       dropout: rate on the probabilities; 0 outside training.
@@ -101,12 +114,17 @@ def attention(
       [B, S, N, C] in the type of ``query``.
 
     Raises:
-      UserError: segments together with a cache.
+      UserError: segments, or attention that is not causal, together with a cache.
     """
     if cached is not None:
         if segment_ids is not None:
             raise UserError("attention: segment_ids and a cache exclude each other; pack or decode")
+        if not causal:
+            raise UserError("attention: a cache needs causal attention")
         return _cached_attention(query, key, value, cached)
+    if key_segment_ids is not None or not causal:
+        visible = attention_mask(query.shape[1], segment_ids, key_segment_ids, causal=causal)
+        return _masked(query, key, value, visible, dropout, dropout_key)
     if implementation == "auto":
         implementation = "plain" if query.shape[1] < SHORT else "blocked"
     run = {"plain": plain_attention, "blocked": blocked_attention}[implementation]
@@ -126,9 +144,20 @@ def plain_attention(
 
     Shapes as in ``attention``.
     """
-    scores = jnp.where(
-        attention_mask(query.shape[1], segment_ids)[:, None, None], _scores(query, key), MASKED
-    )
+    visible = attention_mask(query.shape[1], segment_ids)
+    return _masked(query, key, value, visible, dropout, dropout_key)
+
+
+def _masked(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: jax.Array,
+    dropout: float,
+    dropout_key: jax.Array | None,
+) -> jax.Array:
+    """The plain formula with any mask bool [B, S, S]."""
+    scores = jnp.where(visible[:, None, None], _scores(query, key), MASKED)
     probabilities = jax.nn.softmax(scores, axis=-1)
     if dropout > 0.0:
         probabilities *= dropout_scale(dropout_key, dropout, probabilities.shape)

@@ -37,6 +37,8 @@ class LayerInputs:
       starts: int32 [B] position of each row's first token; None without a cache.
       window: leading cache slots that may be visible; 0 reads nothing (prefill).
       train: whether dropout is on.
+      key_segment_ids: int32 [B, S] segments of the tokens as keys where they differ, or None.
+      causal: whether a token sees only itself and earlier ones.
     """
 
     rotation: Rotation
@@ -45,6 +47,8 @@ class LayerInputs:
     starts: jax.Array | None
     window: int = flax.struct.field(pytree_node=False)
     train: bool = flax.struct.field(pytree_node=False)
+    key_segment_ids: jax.Array | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 class Block(nn.Module):
@@ -62,7 +66,13 @@ class Block(nn.Module):
         x_BSD = _constrain(x_BSD)
         normed = RMSNorm(config, name="attention_norm")(x_BSD)
         out, new = Attention(config, name="attention")(
-            normed, inputs.rotation, inputs.segment_ids, _cached(inputs, index), inputs.train
+            normed,
+            inputs.rotation,
+            inputs.segment_ids,
+            _cached(inputs, index),
+            inputs.train,
+            inputs.key_segment_ids,
+            inputs.causal,
         )
         x_BSD = _constrain(x_BSD + dropout(self, out, config.dropout, inputs.train))
         normed = RMSNorm(config, name="mlp_norm")(x_BSD)
@@ -125,6 +135,7 @@ class Decoder(nn.Module):
         positions_BS: jax.Array,
         segment_ids_BS: jax.Array | None = None,
         *,
+        key_segment_ids_BS: jax.Array | None = None,
         cache: KVCache | None = None,
         window: int | None = None,
         train: bool = False,
@@ -136,6 +147,8 @@ class Decoder(nn.Module):
           positions_BS: int32 [B, S] position of each token in its own sequence. With a cache they
             must be ``start .. start + S - 1`` in each row, and ``start + S <= cache.slots``.
           segment_ids_BS: int32 [B, S] packed segments, 0 for padding; None means one segment.
+          key_segment_ids_BS: int32 [B, S] segments of the tokens as keys, where they differ: all
+            ones as queries and the attention mask as keys is how the reference pads.
           cache: keys and values of earlier tokens; slot = position.
           window: how many leading cache slots to read, at least the largest start; all by
             default, 0 for a prefill into an empty cache.
@@ -156,6 +169,7 @@ class Decoder(nn.Module):
             starts=None if cache is None else positions_BS[:, 0],
             window=0 if cache is None else cache.slots if window is None else window,
             train=train,
+            key_segment_ids=key_segment_ids_BS,
         )
         x_BSD = self.embed(tokens_BS)
         x_BSD = _constrain(dropout(self, x_BSD, config.dropout, train))

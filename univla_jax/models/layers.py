@@ -142,6 +142,8 @@ class Attention(nn.Module):
         segment_ids_BS: jax.Array | None,
         cached: CachedKeys | None,
         train: bool,
+        key_segment_ids_BS: jax.Array | None = None,
+        causal: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Output [B, S, D] and the rotated keys and the values of the new tokens [B, S, K, C]."""
         config = self.config
@@ -159,6 +161,8 @@ class Attention(nn.Module):
             key,
             value,
             segment_ids=segment_ids_BS,
+            key_segment_ids=key_segment_ids_BS,
+            causal=causal,
             cached=cached,
             implementation=config.attention,
             dropout=rate,

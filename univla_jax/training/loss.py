@@ -112,6 +112,22 @@ def weighted_cross_entropy(
         train=train,
         rngs=rngs,
     )
+    return loss_of_hidden(
+        model, params, hidden, batch, modalities, max_labelled=max_labelled, chunks=chunks
+    )
+
+
+def loss_of_hidden(
+    model: Decoder,
+    params: Any,
+    hidden: jax.Array,
+    batch: TokenBatch,
+    modalities: Modalities,
+    *,
+    max_labelled: int | None = None,
+    chunks: int | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """``weighted_cross_entropy`` of hidden states [B, S, D] that are there already."""
     targets, weights = _shift(batch.tokens), _shift(batch.loss_weight).astype(jnp.float32)
     dropped = jnp.zeros((), jnp.float32)
     if max_labelled is not None and max_labelled < targets.shape[1]:
