@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from tests.parity_groups import (
     actions,
     decoder,
+    expert,
     keys,
     recipe,
     sequences,
@@ -40,6 +41,8 @@ _FIXED = (
     Group("3", "decoder", ("decoder.npz", "decoder.safetensors", "decoder_config.json",
                            "decoder_grad_names.json"), decoder.decoder),
     Group("4", "generate", ("generate.npz", "generate.json"), decoder.generate),
+    Group("5", "action_expert", ("action_expert.npz", "action_expert.safetensors",
+                                 "action_expert_config.json"), expert.action_expert),
     Group("6", "fast", ("fast.npz", "fast_encode.json", "fast_decode.json"), actions.fast),
     Group("7", "bins", ("action_bins.npz", "action_bins.json"), actions.bins),
     Group("8", "normalise", ("normalize.npz", "normalize.json"), actions.normalise),

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from tests.parity_groups.checks import Check, Golden, equal
 from univla_jax.interop import vision_keys
+from univla_jax.interop.action_expert_keys import expert_rules
 from univla_jax.interop.huggingface import decoder_rules
 from univla_jax.interop.key_table import check_params
+from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.presets import preset
 from univla_jax.tokenizers.vision_config import PRESETS
@@ -28,6 +31,20 @@ def full_size(golden: Golden) -> Iterator[Check]:
     check_params(rules, nn.unbox(jax.eval_shape(params_init(model), jax.random.key(0))))
     ours = {rule.key: ["float32", list(rule.shape)] for rule in rules}
     yield from _compare("moe", ours, wanted["moe"])
+    yield from _expert(model, wanted["moe_action_experts_extra"])
+
+
+def _expert(model: Decoder, wanted: Mapping) -> Iterator[Check]:
+    """What ``action_experts: true`` adds at the released sizes, the expert's defaults."""
+    expert = ActionExpert(ActionExpertConfig(), model.config)
+    rules = expert_rules(expert.config, model.config)
+    shapes = jax.eval_shape(
+        expert.init, jax.random.key(0), jnp.zeros((1, 1, expert.config.action_dim)),
+        jnp.zeros(1), jnp.zeros((1, 1, model.config.hidden_size)),
+    )
+    check_params(rules, nn.unbox(shapes)["params"])
+    ours = {rule.key: ["float32", list(rule.shape)] for rule in rules}
+    yield from _compare("moe_action_experts_extra", ours, wanted)
 
 
 def _compare(case: str, ours: Mapping, theirs: Mapping) -> Iterator[Check]:
