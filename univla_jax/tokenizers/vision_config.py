@@ -97,10 +97,11 @@ PRESETS: dict[str, VisionConfig] = {
         codebook_size=512,
         embed_dim=8,
         z_channels=8,
-        ch=16,
-        ch_mult=(1, 2, 4),
+        temporal_downsample_factor=1,  # frames are only ever encoded one by one
+        ch=8,
+        ch_mult=(1, 4, 4),
         num_res_blocks=1,
         attn_resolutions=(),
-        num_groups=8,
+        num_groups=4,
     ),
 }

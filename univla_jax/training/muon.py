@@ -40,7 +40,7 @@ class MuonConfig:
 
     learning_rate: float = 2e-3
     min_learning_rate: float = 4e-5
-    kernel_factor: float = 2.0
+    kernel_factor: float = 5.0
     warmup_steps: int = 50
     momentum: float = 0.9
     b1: float = 0.9

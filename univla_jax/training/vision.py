@@ -1,11 +1,11 @@
 """Training the vision tokenizer from scratch on single frames.
 
-Loss: absolute and squared pixel error, plus the commitment of the latents to their codes. The
-codebook is not trained by gradient: each row follows the moving average of the latents that chose
-it (van den Oord et al. 2017, appendix A.1), and a row that hardly any latent chooses is put onto a
-latent of the batch. For the first steps the latents go through unquantised; then the codebook
-starts from latents of that batch. Everything random is drawn from the step number, so a run resumed
-from any state goes on to the last bit.
+Loss: squared and absolute pixel error, every view counting alike whatever its size, plus the
+commitment of the latents to their codes. The codebook is not trained by gradient: each row follows
+the moving average of the latents that chose it (van den Oord et al. 2017, appendix A.1), and a row
+that hardly any latent chooses is put onto a latent of the batch. For the first steps the latents
+go through unquantised; then the codebook starts from latents of that batch. Everything random is
+drawn from the step number, so a run resumed from any state goes on to the last bit.
 
 Axes: B frames, H/W pixels, h/w latent grid, P = latents of a batch, K codes, E latent channels.
 """
@@ -42,7 +42,7 @@ class VisionLossConfig:
     """
 
     absolute: float = 0.1
-    commitment: float = 0.25
+    commitment: float = 1.0
     continuous_steps: int = 100
     decay: float = 0.97
     revive_below: float = 0.05
@@ -111,7 +111,7 @@ def make_step(
 ) -> Callable[[VisionTrainState, Batch], tuple[VisionTrainState, Metrics]]:
     """The jitted training step; it takes over (donates) the state.
 
-    Metrics: ``loss``, ``psnr`` (dB, over all pixels of the batch), ``codes_used`` (share of codes
+    Metrics: ``loss``, ``psnr`` (dB, of the squared error), ``codes_used`` (share of codes
     that the batch uses), ``commitment`` (mean squared distance of latents to codes), ``revived``
     (rows moved), ``grad_norm``.
     """
@@ -148,26 +148,30 @@ def _losses(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Metrics]]:
     """The loss of a batch, and its latents [P, E], codes [P] and metrics."""
     variables = {"params": params, "batch_stats": state.batch_stats}
-    codebook = jax.lax.stop_gradient(params["quantize"]["embedding"])
-    errors, latents, codes = [], [], []
+    codebook_KE = jax.lax.stop_gradient(params["quantize"]["embedding"])
+    squared, absolute, latents, codes = [], [], [], []
     for _, frames in sorted(batch.items()):
         pixels = frames.astype(jnp.float32) / 127.5 - 1
         z = model.apply(variables, pixels, method="latents")
-        chosen = nearest_codes(jax.lax.stop_gradient(z).reshape(-1, z.shape[-1]), codebook)
-        rows = codebook[chosen].reshape(z.shape)
+        nearest = nearest_codes(jax.lax.stop_gradient(z).reshape(-1, z.shape[-1]), codebook_KE)
+        rows = codebook_KE[nearest].reshape(z.shape)
         rows = z + jnp.where(quantise, jax.lax.stop_gradient(rows - z), 0.0)
         out = model.apply(variables, rows, first_only=True, method="decode_rows")[:, 0]
-        errors.append((out - pixels).ravel())
+        squared.append(jnp.mean((out - pixels) ** 2))
+        absolute.append(jnp.mean(jnp.abs(out - pixels)))
         latents.append(z.reshape(-1, z.shape[-1]))
-        codes.append(chosen)
-    errors, latents, codes = map(jnp.concatenate, (errors, latents, codes))
-    squared = jnp.mean(errors**2)
-    commitment = jnp.mean((latents - codebook[codes]) ** 2) * quantise
-    total = squared + config.absolute * jnp.mean(jnp.abs(errors)) + config.commitment * commitment
-    used = jnp.zeros(len(codebook)).at[codes].set(1.0).mean()
-    psnr = -10 * jnp.log10(squared / 4)  # pixels span 2
-    metrics = {"loss": total, "psnr": psnr, "commitment": commitment, "codes_used": used}
-    return total, (jax.lax.stop_gradient(latents), codes, metrics)
+        codes.append(nearest)
+    latents_PE, codes_P = jnp.concatenate(latents), jnp.concatenate(codes)
+    commitment = jnp.mean((latents_PE - codebook_KE[codes_P]) ** 2) * quantise
+    error = jnp.stack(squared).mean()
+    total = error + config.absolute * jnp.stack(absolute).mean() + config.commitment * commitment
+    metrics = {
+        "loss": total,
+        "psnr": -10 * jnp.log10(error / 4),  # pixels span 2
+        "commitment": commitment,
+        "codes_used": jnp.zeros(len(codebook_KE)).at[codes_P].set(1.0).mean(),
+    }
+    return total, (jax.lax.stop_gradient(latents_PE), codes_P, metrics)
 
 
 def _follow(

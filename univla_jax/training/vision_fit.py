@@ -66,7 +66,7 @@ class VisionFitConfig(EpisodesConfig):
     preset: str = "quickstart"
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     total_steps: int = 1500
-    batch_size: int = 16
+    batch_size: int = 8
     seed: int = 0
     max_frames: int = 50_000
     evaluation_split: str = "val"
