@@ -25,6 +25,7 @@ from univla_jax.training.vision_fit import VisionFitConfig
 
 CORPUS = "tabletop"
 ACTION_FRAMES = 5  # steps of an action chunk: one second at 5 Hz
+FRAME_SPACING = 4  # steps between the world model's frames
 IMAGE_SPECS = {
     "image": {"size": (32, 32), "factor": 4, "min_pixels": 256},
     "wrist_image": {"size": (16, 16), "factor": 4, "min_pixels": 256},
@@ -36,7 +37,7 @@ Values = dict[str, Any]
 
 def demonstrations() -> ConfigDict:
     """Scripted episodes; evaluation draws its own, from other seeds."""
-    return complete(DemonstrationsConfig, {"train_episodes": 1200, "val_episodes": 64})
+    return complete(DemonstrationsConfig, {"train_episodes": 1600, "val_episodes": 64})
 
 
 def text() -> ConfigDict:
@@ -53,9 +54,7 @@ def action() -> ConfigDict:
 
 def vision() -> ConfigDict:
     """A small video VQ on the frames of both cameras."""
-    return complete(
-        VisionFitConfig, {"corpus": CORPUS, "image_specs": IMAGE_SPECS, "total_steps": 1500}
-    )
+    return complete(VisionFitConfig, {"corpus": CORPUS, "image_specs": IMAGE_SPECS})
 
 
 def tokens() -> ConfigDict:
@@ -75,12 +74,12 @@ def world_model() -> ConfigDict:
         "layout": "world_model",
         "views": ("image",),
         "frames": 4,
-        "frame_spacing": ACTION_FRAMES,
+        "frame_spacing": FRAME_SPACING,
         "sequence_length": 288,
         "batch_size": 16,
         "vision_weight": 1.0,
     }
-    return complete(TrainConfig, training(700, 3e-3, data))
+    return complete(TrainConfig, training(700, data))
 
 
 def policy() -> ConfigDict:
@@ -90,21 +89,21 @@ def policy() -> ConfigDict:
         "views": ("image", "wrist_image"),
         "frames": 2,
         "action_frames": ACTION_FRAMES,
-        "sequence_length": 224,
+        "sequence_length": 240,
         "batch_size": 16,
     }
-    return complete(TrainConfig, training(1800, 2e-3, data) | {"loss": {"max_labelled": 64}})
+    return complete(TrainConfig, training(2200, data) | {"loss": {"max_labelled": 64}})
 
 
-def training(steps: int, learning_rate: float, data: Values) -> Values:
+def training(steps: int, data: Values) -> Values:
     """What both training stages have in common."""
     return {
         "total_steps": steps,
-        "model": {"preset": "quickstart"},
+        "model": {"preset": "quickstart", "visual_rows": "codebook"},
         "data": {"stores": ("TOKEN_STORE",), "read_threads": 1, **data},
         "optimizer": {
-            "learning_rate": learning_rate,
-            "min_learning_rate": learning_rate / 20,
+            "learning_rate": 3e-3,
+            "min_learning_rate": 1.5e-4,
             "clip_norm": 1.0,
         },
         "checkpoint": {"every": 200},

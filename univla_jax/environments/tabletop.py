@@ -19,7 +19,7 @@ from univla_jax.environments import tabletop_render
 from univla_jax.environments.tabletop_tasks import BLOCK_RGB, ZONE_RGB, Task, sample_task
 
 CONTROL_HZ = 5.0
-MAX_STEP = 0.1
+MAX_STEP = 0.08
 MAX_TURN = 0.3
 MAX_HEIGHT = 0.35
 BLOCK_HALF = 0.06
@@ -30,6 +30,9 @@ PUSH_REACH = 0.09
 LOW = 0.07  # the gripper moves blocks aside below this height
 BLOCK_COUNT = 3
 ZONE_COUNT = 2
+HOME = np.array([0.5, 0.06, 0.22])  # where the gripper starts: at the robot's side, raised
+CELLS = np.array([(x, y) for y in (0.225, 0.5, 0.775) for x in (0.225, 0.5, 0.775)])
+JITTER = 0.02  # how far things lie from the centre of their cell, along each axis
 
 
 @dataclasses.dataclass
@@ -189,22 +192,15 @@ class TabletopEnv(gymnasium.Env):
 
 
 def _place(rng: np.random.Generator) -> Scene:
-    """Blocks and zones at least one gripper apart, the gripper anywhere above."""
+    """Blocks and zones in different cells, a little off their centres; the gripper at home."""
     block_colours = rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)
     zone_colours = rng.choice(list(ZONE_RGB), ZONE_COUNT, replace=False)
-    spots: list[np.ndarray] = []
-    while len(spots) < BLOCK_COUNT + ZONE_COUNT:
-        spots = []
-        for _ in range(BLOCK_COUNT + ZONE_COUNT):
-            for _ in range(50):
-                spot = rng.uniform(0.14, 0.86, 2)
-                if all(np.linalg.norm(spot - other) > 0.26 for other in spots):
-                    spots.append(spot)
-                    break
+    cells = rng.choice(len(CELLS), BLOCK_COUNT + ZONE_COUNT, replace=False)
+    spots = CELLS[cells] + rng.uniform(-JITTER, JITTER, (len(cells), 2))
     blocks = [Block(str(c), p) for c, p in zip(block_colours, spots)]
     zones = [Zone(str(c), p) for c, p in zip(zone_colours, spots[BLOCK_COUNT:])]
-    gripper = Gripper(rng.uniform(0.2, 0.8, 2), float(rng.uniform(0.2, 0.3)), np.zeros(3))
-    return Scene(blocks, zones, gripper)
+    start = HOME[:2] + rng.uniform(-JITTER, JITTER, 2)
+    return Scene(blocks, zones, Gripper(start, float(HOME[2]), np.zeros(3)))
 
 
 def advance(scene: Scene, action: np.ndarray) -> None:

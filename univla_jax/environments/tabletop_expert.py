@@ -96,7 +96,7 @@ def _action(offset: np.ndarray, grip: float) -> np.ndarray:
     return np.array([*(offset / longest), 0.0, 0.0, 0.0, grip], np.float32)
 
 
-def demonstrate(seed: int, *, min_steps: int = 20, family: str | None = None) -> Episode:
+def demonstrate(seed: int, *, min_steps: int = 16, family: str | None = None) -> Episode:
     """One successful scripted episode.
 
     Args:

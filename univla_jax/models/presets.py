@@ -109,7 +109,7 @@ PRESETS: dict[str, DecoderConfig] = {
     "quickstart": DecoderConfig(
         vocab_size=1536, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
         mlp_size=384, vocab_pad_multiple=64, dropout=0.0, dtype="float32", remat="none",
-        scan_unroll=4,
+        scan_unroll=4, rope_theta=1e3,  # its sequences are a few hundred tokens long
     ),
     # One accelerator: 27 M parameters in the layers.
     "small": DecoderConfig(

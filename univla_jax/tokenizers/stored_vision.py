@@ -47,6 +47,11 @@ class StoredVision:
         """``VisionTokenizer.decode_codes``: [N, h, w] → uint8 [N, H, W, 3]."""
         return self._tokenizer.decode_codes(codes)
 
+    @property
+    def codebook(self) -> np.ndarray:
+        """``VisionTokenizer.codebook``: float32 [K, E]."""
+        return self._tokenizer.codebook
+
     def save(self, folder: PathLike) -> None:
         """Copies the files, whatever they are.
 

@@ -90,6 +90,11 @@ class VisionTokenizer:
         return self.config.codebook_size
 
     @property
+    def codebook(self) -> np.ndarray:
+        """The codebook rows, float32 [K, E]."""
+        return np.asarray(self.variables["params"]["quantize"]["embedding"])
+
+    @property
     def factor(self) -> int:
         """Pixels per code along each side."""
         return self.config.factor

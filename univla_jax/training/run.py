@@ -79,7 +79,7 @@ def _run(
 ) -> None:
     config = run.config
     with Checkpointer(folder, config.checkpoint, write_assets=assets.save) as checkpointer:
-        state = _state(run, checkpointer, batches)
+        state = _state(run, assets, checkpointer, batches)
         with (
             MetricsLogger(
                 folder,
@@ -102,7 +102,9 @@ def _run(
             )
 
 
-def _state(run: RunModel, checkpointer: Checkpointer, batches: DataIterator) -> TrainState:
+def _state(
+    run: RunModel, assets: Assets, checkpointer: Checkpointer, batches: DataIterator
+) -> TrainState:
     """The newest checkpoint, else the earlier stage's parameters, else random ones."""
     state = checkpointer.restore(run.abstract, batches)
     if state is not None:
@@ -112,7 +114,10 @@ def _state(run: RunModel, checkpointer: Checkpointer, batches: DataIterator) -> 
         earlier = checkpoint_folder.find_checkpoint(run.config.init_from)
         _say(f"starting from the parameters of {earlier}")
         return run.new_state(checkpoint_folder.load_params(earlier, run.abstract.params))
-    return run.new_state()
+    state = run.new_state()
+    if run.config.model.visual_rows == "codebook":
+        state = run.with_visual_rows(state, assets.vision.codebook, assets.vocabulary.visual_start)
+    return state
 
 
 def _training_batches(run: RunModel, assets: Assets) -> GlobalBatches:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -23,6 +24,7 @@ from univla_jax.training.optimizer import make_optimizer, make_schedule
 from univla_jax.training.state import TrainState, abstract_state, init_state, state_from_params
 from univla_jax.training.step import LossFn, Step, make_eval_step, make_train_step
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
+from univla_jax.training.visual_rows import codebook_rows
 
 _FROM_VOCABULARY = ("vocab_size", "pad_id")
 
@@ -98,6 +100,26 @@ class RunModel:
         if params is not None:
             return state_from_params(params, self.optimizer, self.abstract)
         return init_state(params_init(self.model), self.optimizer, self.config.seed, self.abstract)
+
+    def with_visual_rows(self, state: TrainState, codebook: np.ndarray, first: int) -> TrainState:
+        """``state`` (donated) with embeddings of visual ids made from the tokenizer's codebook.
+
+        Args:
+          state: at step 0.
+          codebook: float [K, E].
+          first: id of code 0.
+        """
+        shape = self.model.config
+        rows = codebook_rows(codebook, shape.hidden_size, shape.initializer_range, self.config.seed)
+
+        def place(state: TrainState) -> TrainState:
+            table = state.params["embedding"]
+            table = table.at[first : first + len(rows)].set(rows.astype(table.dtype))
+            return dataclasses.replace(state, params={**state.params, "embedding": table})
+
+        return jax.jit(place, out_shardings=sharding.shardings(self.abstract), donate_argnums=0)(
+            state
+        )
 
 
 def decoder_config(model: ModelConfig, vocabulary: Vocabulary) -> DecoderConfig:

@@ -14,6 +14,7 @@ from univla_jax.training.sharding import MeshConfig
 from univla_jax.training.step import NORMALISATIONS
 
 VOCABULARIES = ("from_scratch", "emu3")
+VISUAL_ROWS = ("random", "codebook")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +25,20 @@ class ModelConfig:
       preset: a name of ``models/presets.py``.
       overrides: fields of ``DecoderConfig`` to change; vocabulary size and pad id come from the
         vocabulary.
+      visual_rows: how the embeddings of visual ids start where no earlier stage gives them:
+        ``"random"``, as the reference, or ``"codebook"`` (``visual_rows.py``).
     """
 
     preset: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    visual_rows: str = "random"
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown start with a UserError."""
+        if self.visual_rows not in VISUAL_ROWS:
+            raise UserError(
+                f"model.visual_rows: {self.visual_rows!r}; expected one of {VISUAL_ROWS}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
