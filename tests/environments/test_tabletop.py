@@ -51,7 +51,7 @@ def test_objects_start_apart_and_in_different_colours():
         assert len({b.colour for b in env.scene.blocks}) == tabletop.BLOCK_COUNT
         for i, one in enumerate(things):
             for other in things[:i]:
-                assert np.linalg.norm(one.position - other.position) > 0.26
+                assert np.linalg.norm(one.position - other.position) > 0.22
 
 
 @pytest.mark.parametrize("family", FAMILIES)
