@@ -18,6 +18,7 @@ from univla_jax.config import complete
 from univla_jax.data.demonstrations import DemonstrationsConfig
 from univla_jax.data.tokenization import TokenizeConfig
 from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig
+from univla_jax.errors import UserError
 from univla_jax.evaluation.imagination import ImagineConfig
 from univla_jax.evaluation.study import EvaluateConfig
 from univla_jax.training.train_config import TrainConfig
@@ -125,13 +126,16 @@ def imagine() -> ConfigDict:
 STAGES = (demonstrations, text, action, vision, tokens, world_model, policy, evaluate, imagine)
 
 
-def get_config(stage: str) -> ConfigDict:
+def get_config(stage: str = "") -> ConfigDict:
     """The config of one stage.
 
     Args:
       stage: name of a function above.
 
     Raises:
-      KeyError: no such stage.
+      UserError: no such stage.
     """
-    return {function.__name__: function for function in STAGES}[stage]()
+    recipes = {function.__name__: function for function in STAGES}
+    if stage not in recipes:
+        raise UserError(f"config stage {stage!r}; name one after a colon: {', '.join(recipes)}")
+    return recipes[stage]()

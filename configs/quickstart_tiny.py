@@ -21,11 +21,11 @@ _SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
-def get_config(stage: str) -> ConfigDict:
+def get_config(stage: str = "") -> ConfigDict:
     """The quickstart's config of ``stage`` with fewer of everything.
 
     Raises:
-      KeyError: no such stage.
+      UserError: no such stage.
     """
     config = _FULL["get_config"](stage)
     config.update_from_flattened_dict(_SMALLER.get(stage, {}))

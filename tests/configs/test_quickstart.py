@@ -1,0 +1,45 @@
+"""The quickstart's recipes."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from univla_jax.errors import UserError
+
+STAGES = (
+    "demonstrations",
+    "text",
+    "action",
+    "vision",
+    "tokens",
+    "world_model",
+    "policy",
+    "evaluate",
+    "imagine",
+)
+
+
+def recipe(name: str):
+    return runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_tiny"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_config(name, stage):
+    assert recipe(name)(stage)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_tiny"])
+@pytest.mark.parametrize("stage", ["", "polcy"])
+def test_an_unknown_stage_is_named_beside_the_known_ones(name, stage):
+    with pytest.raises(UserError, match=f"'{stage}'.*world_model, policy"):
+        recipe(name)(stage)
+
+
+def test_fields_left_out_are_there_to_be_set():
+    config = recipe("quickstart")("policy")
+    assert config.optimizer.b2 == 0.95 and config.mesh and config.seed == 42
+    assert config.is_locked
