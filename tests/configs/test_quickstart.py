@@ -42,4 +42,3 @@ def test_an_unknown_stage_is_named_beside_the_known_ones(name, stage):
 def test_fields_left_out_are_there_to_be_set():
     config = recipe("quickstart")("policy")
     assert config.optimizer.b2 == 0.95 and config.mesh and config.seed == 42
-    assert config.is_locked
