@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from absl import logging
@@ -24,17 +24,18 @@ from univla_jax.data import fit_folder
 from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig, fit_action, fit_text
 from univla_jax.errors import UserError
 from univla_jax.training.preemption import EXIT_STATUS, Preempted
-from univla_jax.training.vision_fit import VisionFitConfig, fit_vision
+from univla_jax.training.vision_fit import FREE, VisionFitConfig, fit_vision
 
 CONFIG = commands.config_flag()
 SOURCE = commands.string_flag("source", "RLDS dataset folder")
 WORKDIR = commands.string_flag("workdir", "folder for the tokenizer")
 
-KINDS: Mapping[str, tuple[type, Callable[..., dict[str, Any]]]] = {
-    "text": (TextFitConfig, fit_text),
-    "action": (ActionFitConfig, fit_action),
-    "vision": (VisionFitConfig, fit_vision),
+KINDS: Mapping[str, tuple[type, Callable[..., dict[str, Any]], Collection[str]]] = {
+    "text": (TextFitConfig, fit_text, ()),
+    "action": (ActionFitConfig, fit_action, ()),
+    "vision": (VisionFitConfig, fit_vision, FREE),
 }
+"""Per kind the config, the fit, and the fields that a finished fit does not depend on."""
 
 
 def fit_tokenizer(values: Mapping[str, Any], source: str, workdir: str) -> dict[str, Any]:
@@ -55,9 +56,9 @@ def fit_tokenizer(values: Mapping[str, Any], source: str, workdir: str) -> dict[
     kind = values.get("kind")
     if kind not in KINDS:
         raise UserError(f"config.kind: {kind!r}; expected one of {', '.join(KINDS)}")
-    cls, fit = KINDS[kind]
+    cls, fit, free = KINDS[kind]
     config = strict.build(cls, values)
-    report = fit_folder.read_report(workdir, config)
+    report = fit_folder.read_report(workdir, config, free=free)
     if report is not None:
         print(f"{workdir}: the {kind} tokenizer is fitted already", file=sys.stderr)
         return report

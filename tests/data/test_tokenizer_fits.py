@@ -29,6 +29,7 @@ def test_a_folder_is_complete_when_marked(tmp_path):
     other = dataclasses.replace(config, split="val")
     with pytest.raises(UserError, match=r"another config: split was 'train', is 'val'"):
         fit_folder.read_report(tmp_path, other)
+    assert fit_folder.read_report(tmp_path, other, free=["split"]) == {"ids": 3}
     (tmp_path / fit_folder.FILE).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         fit_folder.read_report(tmp_path, config)

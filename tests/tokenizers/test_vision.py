@@ -90,8 +90,13 @@ def test_refuses(tokenizer, call, argument, message):
 def test_refuses_weights_of_another_config():
     variables = fresh_variables(CONFIG, seed=0)
     other = VisionConfig.from_dict(CONFIG.to_dict() | {"codebook_size": 32})
-    with pytest.raises(UserError, match=r"quantize/embedding is \(16, 4\), the config needs"):
+    with pytest.raises(
+        UserError, match=r"quantize/embedding is float32\[16, 4\], the config needs"
+    ):
         VisionTokenizer(other, variables)
+    variables["params"]["quant_conv"]["bias"] = np.zeros(4)
+    with pytest.raises(UserError, match=r"quant_conv/bias is float64\[4\]"):
+        VisionTokenizer(CONFIG, variables)
     del variables["batch_stats"]["decoder"]
     with pytest.raises(UserError, match=r"decoder.* is absent"):
         VisionTokenizer(CONFIG, variables)

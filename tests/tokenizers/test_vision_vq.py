@@ -40,7 +40,8 @@ def small():
         lambda x: x if x.dtype == np.int32 else x + 0.1 * random.random(x.shape, np.float32),
         variables,
     )
-    return lambda method, x: np.asarray(compiled(SMALL)(bent, x, method))
+    run = compiled(SMALL)
+    return lambda method, x: np.asarray(run(bent, x, method))
 
 
 @pytest.mark.parametrize("name", ["vq_a", "vq_b"])

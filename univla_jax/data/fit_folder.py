@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from univla_jax.data.files import read_json, write_json
@@ -14,12 +15,15 @@ from univla_jax.errors import UserError
 FILE = "fit.json"
 
 
-def read_report(folder: str | os.PathLike[str], config: Any) -> dict[str, Any] | None:
+def read_report(
+    folder: str | os.PathLike[str], config: Any, *, free: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The report of a finished fit, None where there is none yet.
 
     Args:
       folder: where it was fitted into.
       config: its dataclass.
+      free: fields which may differ from those it was fitted with.
 
     Raises:
       UserError: the folder holds a fit of another config; names each key with both values.
@@ -32,7 +36,7 @@ def read_report(folder: str | os.PathLike[str], config: Any) -> dict[str, Any] |
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and key not in free
     ]
     if changed:
         raise UserError(

@@ -87,7 +87,7 @@ def from_reference(state: Mapping[str, np.ndarray], config: VisionConfig) -> dic
     """Reference state dict -> flax variables as numpy arrays.
 
     Raises:
-      UserError: a key is missing, unexpected, or of another shape or kind; all are listed.
+      UserError: a key is missing, unexpected, or of another shape or dtype; all are listed.
     """
     table = key_table(config)
     _check(table, {key: (tuple(v.shape), v.dtype.name) for key, v in state.items()})
@@ -152,7 +152,7 @@ def _check(table: Mapping[str, Entry], found: Mapping[str, tuple[tuple[int, ...]
         wanted = table[key]
         if shape != wanted.shape:
             problems.append(f"{key} has shape {list(shape)}, expected {list(wanted.shape)}")
-        elif (dtype == "int64") != (wanted.dtype == "int64"):
+        elif dtype != wanted.dtype:
             problems.append(f"{key} has dtype {dtype}, expected {wanted.dtype}")
     if problems:
         raise UserError(

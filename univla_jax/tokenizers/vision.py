@@ -270,10 +270,13 @@ def _check_variables(config: VisionConfig, variables: Mapping[str, Any]) -> None
     wanted = flax.traverse_util.flatten_dict(abstract_variables(config), sep="/")
     found = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     for name in sorted(wanted.keys() | found.keys()):
-        want = wanted[name].shape if name in wanted else "absent"
-        have = np.shape(found[name]) if name in found else "absent"
+        want, have = (_describe(tree.get(name)) for tree in (wanted, found))
         if want != have:
             raise UserError(
                 f"vision tokenizer: weight {name} is {have}, the config needs {want}; "
                 "config and weights belong to different tokenizers"
             )
+
+
+def _describe(array: Any) -> str:
+    return "absent" if array is None else f"{array.dtype}{list(array.shape)}"

@@ -37,7 +37,8 @@ from univla_jax.training.vision import (
 )
 
 RUN = "run"
-_FREE = ("total_steps", "log_every", "checkpoint", "evaluation_split", "evaluation_frames")
+FREE = ("log_every", "checkpoint", "evaluation_split", "evaluation_frames")
+"""Fields of ``VisionFitConfig`` that change nothing of the tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def fit_vision(
       Preempted: SIGTERM arrived; the step is saved.
     """
     run = pathlib.Path(folder) / RUN
-    workdir.check(run, config, free=_FREE)
+    workdir.check(run, config, free=(*FREE, "total_steps"))
     specs = config.specs()
     episodes = GoodEpisodes(config, source, list(specs))
     frames = collect_frames(episodes, specs, most=config.max_frames)
