@@ -1,6 +1,6 @@
 """Every stage of the quickstart in a minute or two: it shows that all works, and learns nothing.
 
-    CONFIG=configs/quickstart_tiny.py bash launch/quickstart.sh WORKDIR
+CONFIG=configs/quickstart_tiny.py bash launch/quickstart.sh WORKDIR
 """
 
 from __future__ import annotations

@@ -70,6 +70,4 @@ class Batch:
     segment_ids: Any
 
 
-jax.tree_util.register_dataclass(
-    Batch, ["tokens", "loss_weight", "positions", "segment_ids"], []
-)
+jax.tree_util.register_dataclass(Batch, ["tokens", "loss_weight", "positions", "segment_ids"], [])

@@ -36,13 +36,25 @@ from tests.parity_groups import (
 from tests.parity_groups.checks import Check, Golden, Group, Result, run_group
 
 _FIXED = (
-    Group("2", "image", ("smart_resize.json", "image_processing.npz", "image_processing.json"),
-          vision.image),
-    Group("3", "decoder", ("decoder.npz", "decoder.safetensors", "decoder_config.json",
-                           "decoder_grad_names.json"), decoder.decoder),
+    Group(
+        "2",
+        "image",
+        ("smart_resize.json", "image_processing.npz", "image_processing.json"),
+        vision.image,
+    ),
+    Group(
+        "3",
+        "decoder",
+        ("decoder.npz", "decoder.safetensors", "decoder_config.json", "decoder_grad_names.json"),
+        decoder.decoder,
+    ),
     Group("4", "generate", ("generate.npz", "generate.json"), decoder.generate),
-    Group("5", "action_expert", ("action_expert.npz", "action_expert.safetensors",
-                                 "action_expert_config.json"), expert.action_expert),
+    Group(
+        "5",
+        "action_expert",
+        ("action_expert.npz", "action_expert.safetensors", "action_expert_config.json"),
+        expert.action_expert,
+    ),
     Group("6", "fast", ("fast.npz", "fast_encode.json", "fast_decode.json"), actions.fast),
     Group("7", "bins", ("action_bins.npz", "action_bins.json"), actions.bins),
     Group("8", "normalise", ("normalize.npz", "normalize.json"), actions.normalise),
@@ -62,9 +74,12 @@ def groups(golden: Golden) -> list[Group]:
     names = sorted(p.stem.removesuffix("_config") for p in golden.folder.glob("vq_*_config.json"))
     names = names or ["vq_a"]
     tokenizers = [
-        Group(f"1{name.removeprefix('vq_')}", name,
-              (f"{name}.npz", f"{name}.safetensors", f"{name}_config.json"),
-              functools.partial(vision.vq, name=name))
+        Group(
+            f"1{name.removeprefix('vq_')}",
+            name,
+            (f"{name}.npz", f"{name}.safetensors", f"{name}_config.json"),
+            functools.partial(vision.vq, name=name),
+        )
         for name in names
     ]
     return sorted([*tokenizers, *_FIXED], key=lambda g: (int(_digits(g.number)), g.number))
@@ -165,8 +180,11 @@ def _quantity(result: Result, quantity: str, count: int) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     folder = pathlib.Path
     parser.add_argument("--golden", type=folder, required=True, help="folder of golden files")
     parser.add_argument("--group", default="", help="names or numbers, comma-separated")
@@ -194,8 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(lines(results[-1])), flush=True)
     passed = sum(r.status == "pass" for r in results)
     absent = [g.name for g in groups(golden) if not g.found(golden)]
-    print(f"{passed} of {len(results)} groups pass ({time.monotonic() - start:.0f} s)"
-          + (f"; not in the folder: {', '.join(absent)}" if absent else ""))
+    print(
+        f"{passed} of {len(results)} groups pass ({time.monotonic() - start:.0f} s)"
+        + (f"; not in the folder: {', '.join(absent)}" if absent else "")
+    )
     if flags.json:
         flags.json.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
     return 0 if passed == len(results) else 1

@@ -94,9 +94,7 @@ def test_extending_equals_one_long_prompt(sampler, uncached):
     rows = _prompts(4, 7)
     state = sampler.prefill(*_stack(rows))
     for turn, more in enumerate(([3, 0], [1, 30], [2, 2])):
-        generated, state = sampler.generate(
-            state, max_new_tokens=5, allowed=ALLOWED, stop_id=STOP
-        )
+        generated, state = sampler.generate(state, max_new_tokens=5, allowed=ALLOWED, stop_id=STOP)
         assert _lists(generated) == [uncached(row, 5, ALLOWED, STOP) for row in rows]
         added = _prompts(*more, seed=turn + 5)
         rows = [row + new + add for row, new, add in zip(rows, _lists(generated), added)]

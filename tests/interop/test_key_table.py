@@ -32,7 +32,9 @@ def test_places_and_axes():
     assert params["layers"]["w"][1, 0, 2, 1] == state["l.1.w"][2 * 2 + 1, 0]
     assert params["conv"][1, 2, 3, 4] == state["conv"][4, 3, 1, 2]
     assert stacked_shapes(RULES) == {
-        "in/table": (4, 2), "layers/w": (2, 2, 3, 2), "conv": (3, 3, 4, 5)
+        "in/table": (4, 2),
+        "layers/w": (2, 2, 3, 2),
+        "conv": (3, 3, 4, 5),
     }
 
 

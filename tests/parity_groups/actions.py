@@ -172,8 +172,9 @@ def gripper(golden: Golden) -> Iterator[Check]:
         yield equal(kind, "exact conventions", function(raw), expected)
         if f"invert|{case}|out" in arrays and kind.startswith("binarize|"):
             inverted = conventions.invert_gripper(raw)
-            yield close(f"invert|{case}", "rewritten", inverted, arrays[f"invert|{case}|out"],
-                        REWRITTEN)
+            yield close(
+                f"invert|{case}", "rewritten", inverted, arrays[f"invert|{case}|out"], REWRITTEN
+            )
     for key in (k for k in arrays if k.endswith("|out_action")):
         case = key.removesuffix("|out_action")
         ours = conventions.relabel_bridge(arrays[f"{case}|state"], arrays[f"{case}|action"])

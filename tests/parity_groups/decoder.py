@@ -88,8 +88,9 @@ def _activations(model: Decoder, params: Any, data: Mapping[str, np.ndarray]) ->
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     states = jax.jit(lambda p: layer_states(model, p, tokens, positions))(params)
     real = data["attention_mask"] == 1
-    yield close("batch", "hidden states", states[:, real], data["hidden_states"][:, real],
-                ACTIVATIONS)
+    yield close(
+        "batch", "hidden states", states[:, real], data["hidden_states"][:, real], ACTIVATIONS
+    )
     logits = model.apply({"params": params}, states[-1], method="unembed")
     logits = logits[real][:, : model.config.vocab_size]
     yield close("batch", "logits", logits, data["logits"][real], ACTIVATIONS)

@@ -29,9 +29,7 @@ class Models:
     def __init__(self, golden: Golden, *, causal: bool) -> None:
         """Reads config and weights of the golden folder."""
         self.values = golden.json("action_expert_config")
-        config = config_from_huggingface(
-            self.values, dtype="float32", remat="none", dropout=0.0
-        )
+        config = config_from_huggingface(self.values, dtype="float32", remat="none", dropout=0.0)
         settings = expert_config_from_huggingface(self.values, config, causal=causal)
         self.decoder, self.expert = Decoder(config), ActionExpert(settings, config)
         self.rules = joint_rules(settings, config)
@@ -95,12 +93,14 @@ def _flow(models: Models, data: Mapping[str, np.ndarray]) -> Iterator[Check]:
         (total, metrics), gradient = flow_gradient(models, data, case)
         kind = f"{case} {models.name}"
         yield relative(kind, f"total loss, {models.name}", total, data[key], LOSS)
-        yield relative(kind, f"flow error, {models.name}", metrics["flow_mse"],
-                       data[f"{prefix}mse"], LOSS)
+        yield relative(
+            kind, f"flow error, {models.name}", metrics["flow_mse"], data[f"{prefix}mse"], LOSS
+        )
         state = export_state(models.rules, gradient)
         norm = np.linalg.norm([np.linalg.norm(value) for value in state.values()])
-        yield relative(kind, f"gradient norm, {models.name}", norm, data[f"{prefix}grad_norm"],
-                       GRADIENTS)
+        yield relative(
+            kind, f"gradient norm, {models.name}", norm, data[f"{prefix}grad_norm"], GRADIENTS
+        )
         yield from gradient_slices(state, data, f"{prefix}grad:", f"gradients, {models.name}", kind)
 
 
@@ -124,8 +124,15 @@ def flow_gradient(models: Models, data: Mapping[str, np.ndarray], case: str) -> 
     def run(params: Any) -> Any:
         return jax.value_and_grad(
             lambda p: flow_loss(
-                models.decoder, models.expert, p, batch, target, id_ranges(values),
-                weight=weight, reference_padding=True, train=True,
+                models.decoder,
+                models.expert,
+                p,
+                batch,
+                target,
+                id_ranges(values),
+                weight=weight,
+                reference_padding=True,
+                train=True,
             ),
             has_aux=True,
         )(params)

@@ -39,8 +39,11 @@ def _expert(model: Decoder, wanted: Mapping) -> Iterator[Check]:
     expert = ActionExpert(ActionExpertConfig(), model.config)
     rules = expert_rules(expert.config, model.config)
     shapes = jax.eval_shape(
-        expert.init, jax.random.key(0), jnp.zeros((1, 1, expert.config.action_dim)),
-        jnp.zeros(1), jnp.zeros((1, 1, model.config.hidden_size)),
+        expert.init,
+        jax.random.key(0),
+        jnp.zeros((1, 1, expert.config.action_dim)),
+        jnp.zeros(1),
+        jnp.zeros((1, 1, model.config.hidden_size)),
     )
     check_params(rules, nn.unbox(shapes)["params"])
     ours = {rule.key: ["float32", list(rule.shape)] for rule in rules}

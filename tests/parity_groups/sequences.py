@@ -62,8 +62,9 @@ def prompts(golden: Golden) -> Iterator[Check]:
             yield equal(key, "prompt parts", ours, arrays[key])
         elif key.startswith("null_prompt|"):
             frames, height, width = written_size(lexicon, arrays[key])
-            yield equal(key, "prompt parts", frame_head(lexicon, height, width, frames),
-                        arrays[key])
+            yield equal(
+                key, "prompt parts", frame_head(lexicon, height, width, frames), arrays[key]
+            )
         elif key.startswith("constrained_"):
             yield equal(key, "grammars", _grammar(lexicon, key, len(arrays[key])), arrays[key])
 

@@ -37,8 +37,9 @@ def vq(golden: Golden, name: str) -> Iterator[Check]:
         if kind == "pixels":
             pixels = np.moveaxis(arrays[key], -3, -1)
             latents, codes = run(variables, pixels, _latents_and_codes)
-            yield close(case, "latents", latents, np.moveaxis(arrays[f"{case}_latents"], 2, -1),
-                        LATENTS)
+            yield close(
+                case, "latents", latents, np.moveaxis(arrays[f"{case}_latents"], 2, -1), LATENTS
+            )
             yield _codes(case, np.asarray(codes), arrays)
         elif kind == "recon_codes":
             pixels = run(variables, arrays[key], "decode")
@@ -65,8 +66,9 @@ def image(golden: Golden) -> Iterator[Check]:
     for case in golden.json("image_processing"):
         name = f"pre{case['i']}"
         pixels = _preprocess(case, arrays[f"{name}_image"])
-        yield close(name, "pixel values", pixels, _channels_last(arrays[f"{name}_pixel_values"]),
-                    PIXELS)
+        yield close(
+            name, "pixel values", pixels, _channels_last(arrays[f"{name}_pixel_values"]), PIXELS
+        )
     yield _postprocess(arrays)
     yield from _round_trips(arrays)
 

@@ -34,8 +34,10 @@ def text(golden: Golden) -> Iterator[Check]:
 def _padded(name: str, values: dict, tokenizer, vocabulary: Vocabulary) -> Iterator[Check]:
     """``padded_longest`` and ``padded_max_<n>``: the first strings, right-padded."""
     theirs = np.atleast_2d(values[name]["input_ids"])
-    rows = [tokenizer.encode(case["text"], allow_special=True)
-            for case in values["strings"][: len(theirs)]]
+    rows = [
+        tokenizer.encode(case["text"], allow_special=True)
+        for case in values["strings"][: len(theirs)]
+    ]
     length = None if name == "padded_longest" else int(name.rpartition("_")[2])
     ids, mask = pad_right(rows, vocabulary.pad, length)
     yield equal(name, "padded ids", ids, theirs)

@@ -72,8 +72,9 @@ def check_keys(
       UserError: listing what is missing, unexpected and of another shape.
     """
     table = {rule.key: rule for rule in rules}
-    problems = [f"missing {key} {list(rule.shape)}" for key, rule in table.items()
-                if key not in found]
+    problems = [
+        f"missing {key} {list(rule.shape)}" for key, rule in table.items() if key not in found
+    ]
     problems += [f"unexpected {key} {list(found[key])}" for key in found if key not in table]
     problems += [
         f"{key} is {list(found[key])}, expected {list(rule.shape)}"

@@ -180,9 +180,7 @@ def _cached_attention(
     window = cached.keys.shape[1]
     visible = cache_mask(cached.starts, window)[:, None, None, None]
     old = jnp.where(visible, _scores(query, cached.keys), MASKED)
-    new = jnp.where(
-        attention_mask(query.shape[1])[:, None, None], _scores(query, key), MASKED
-    )
+    new = jnp.where(attention_mask(query.shape[1])[:, None, None], _scores(query, key), MASKED)
     joined = jnp.concatenate([old, new], axis=-1)
     probabilities = jax.nn.softmax(joined, axis=-1).astype(value.dtype)
     out = jnp.einsum("bkgst,btkc->bskgc", probabilities[..., :window], cached.values)

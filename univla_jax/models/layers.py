@@ -178,9 +178,7 @@ class Attention(nn.Module):
         config = self.config
         names = (axes.EMBED, axis, axes.HEAD_DIM)
         outputs = (count, config.head_dim)
-        return Projection(
-            config, (config.hidden_size,), outputs, names, config.qkv_bias, name=name
-        )
+        return Projection(config, (config.hidden_size,), outputs, names, config.qkv_bias, name=name)
 
 
 class GatedMLP(nn.Module):

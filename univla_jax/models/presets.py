@@ -63,8 +63,17 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
-                      "head_dim", "mlp_size", "vocab_pad_multiple", "scan_unroll"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_size",
+            "vocab_pad_multiple",
+            "scan_unroll",
+        ):
             _require(getattr(self, field) > 0, self, field, "a positive number")
         groups = self.num_heads % self.num_kv_heads == 0
         _require(groups, self, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
@@ -102,29 +111,66 @@ def _require(true: bool, config: DecoderConfig, field: str, expected: str) -> No
 PRESETS: dict[str, DecoderConfig] = {
     # Unit tests: everything present, nothing large.
     "tiny": DecoderConfig(
-        vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-        mlp_size=64, vocab_pad_multiple=64, dropout=0.0, dtype="float32", remat="none",
+        vocab_size=512,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=64,
+        vocab_pad_multiple=64,
+        dropout=0.0,
+        dtype="float32",
+        remat="none",
     ),
     # The embedded tabletop on two CPU cores: about one million parameters.
     "quickstart": DecoderConfig(
-        vocab_size=1536, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
-        mlp_size=384, vocab_pad_multiple=64, dropout=0.0, dtype="float32", remat="none",
-        scan_unroll=4, rope_theta=1e3,  # its sequences are a few hundred tokens long
+        vocab_size=1536,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        mlp_size=384,
+        vocab_pad_multiple=64,
+        dropout=0.0,
+        dtype="float32",
+        remat="none",
+        scan_unroll=4,
+        rope_theta=1e3,  # its sequences are a few hundred tokens long
     ),
     # One accelerator: 27 M parameters in the layers.
     "small": DecoderConfig(
-        vocab_size=184_622, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2,
-        head_dim=64, mlp_size=1792, pad_id=151_643,
+        vocab_size=184_622,
+        hidden_size=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_size=1792,
+        pad_id=151_643,
     ),
     # One host of accelerators: 0.5 B parameters in the layers.
     "base": DecoderConfig(
-        vocab_size=184_622, hidden_size=1536, num_layers=20, num_heads=12, num_kv_heads=4,
-        head_dim=128, mlp_size=4352, pad_id=151_643,
+        vocab_size=184_622,
+        hidden_size=1536,
+        num_layers=20,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=128,
+        mlp_size=4352,
+        pad_id=151_643,
     ),
     # Emu3 and every released UniVLA checkpoint: 8,492,011,520 parameters.
     "emu3_8b": DecoderConfig(
-        vocab_size=184_622, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-        head_dim=128, mlp_size=14_336, pad_id=151_643,
+        vocab_size=184_622,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_size=14_336,
+        pad_id=151_643,
     ),
 }
 

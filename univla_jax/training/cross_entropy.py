@@ -84,9 +84,7 @@ def _forward(vocab_size, chunks, hidden, head, targets, weights):
         d_logits = (jnp.exp(exponents) - is_target) * w_BJ[..., None]
         d_logits = d_logits.astype(head.dtype)
         d_hidden = jnp.einsum("bjv,vd->bjd", d_logits, head).astype(hidden.dtype)
-        d_head_DV += jnp.einsum(
-            "bjd,bjv->dv", h_BJD, d_logits, preferred_element_type=jnp.float32
-        )
+        d_head_DV += jnp.einsum("bjd,bjv->dv", h_BJD, d_logits, preferred_element_type=jnp.float32)
         return (total + jnp.sum(w_BJ * nll), d_head_DV), (nll, correct, d_hidden)
 
     parts = _split((hidden, targets, weights), chunks)
