@@ -18,7 +18,7 @@ RANKS = {
     "data": 1,
     "sequences": 2,
     "models": 3,
-    "interop": 4,
+    "interop": 6,
     "training": 5,
     "inference": 6,
     "serving": 7,

@@ -27,15 +27,16 @@ _CONFIG = "config"
 _defaults: dict[str, str] = {}
 
 
-def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
+def config_flag(default: str | None = None, *, required: bool = True) -> flags.FlagHolder[Any]:
     """Defines ``--config=FILE.py[:NAME]`` with ``--config.a.b=value`` overrides.
 
     Args:
-      default: the file (and name) used when the command line has no ``--config``; None makes the
-        flag required.
+      default: the file (and name) used when the command line has no ``--config``.
+      required: whether the flag must be given where there is no default.
 
     Returns:
-      the flag holder; its ``.value`` is a locked ``ml_collections.ConfigDict`` inside ``main``.
+      the flag holder; its ``.value`` is a locked ``ml_collections.ConfigDict`` inside ``main``,
+      None where the flag is neither required nor given.
     """
     holder = config_flags.DEFINE_config_file(
         _CONFIG,
@@ -43,13 +44,13 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
         "Config file, and after a colon the recipe in it: FILE.py[:NAME]",
         allow_override=True,
     )
-    if default is None:
+    if default is None and required:
         flags.register_validator(
             _CONFIG,
             lambda value: value is not None,
             message="missing; give --config=FILE.py[:NAME]",
         )
-    else:
+    elif default is not None:
         _defaults[_CONFIG] = default
     return holder
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from univla_jax.errors import UserError
 from univla_jax.interop.key_table import KeyRule
-from univla_jax.models.presets import DecoderConfig
+from univla_jax.models.presets import PRESETS, DecoderConfig
 
 # Prefix of the text model and name of the head, per naming.
 NAMINGS = {
@@ -19,6 +19,9 @@ NAMINGS = {
     "transformers": ("model.text_model.", "lm_head.weight"),
     "transformers_v4": ("text_model.model.", "text_model.lm_head.weight"),
 }
+
+# Prefix of the vision tokenizer where one folder holds both, per naming.
+VISION_PREFIXES = {"transformers": "model.vqmodel.", "transformers_v4": "vqmodel."}
 
 # config.json name -> our field, both ways.
 _FIELDS = {
@@ -81,13 +84,15 @@ def config_from_huggingface(values: Mapping[str, Any], **changes: Any) -> Decode
     """``config.json`` of a reference or ``transformers`` Emu3 checkpoint -> ``DecoderConfig``.
 
     Args:
-      values: the parsed file; a nested ``text_config`` is read when there is one.
+      values: the parsed file; a nested ``text_config`` is read when there is one. What
+        ``transformers`` leaves out of its own files because it is the default is filled in.
       **changes: fields the file does not know (``dtype``, ``remat``, ``vocab_pad_multiple`` ...).
 
     Raises:
       UserError: a missing size, or a setting this decoder does not implement.
     """
-    values = values.get("text_config", values)
+    if "text_config" in values or values.get("model_type") == "emu3_text_model":
+        values = _from_transformers(values.get("text_config", values))
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
         raise UserError(f"config.json: missing {', '.join(missing)}; is it an Emu3 decoder?")
@@ -99,9 +104,27 @@ def config_from_huggingface(values: Mapping[str, Any], **changes: Any) -> Decode
     return DecoderConfig(**{"head_dim": head_dim, **fields, **changes})
 
 
+def _from_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``text_config`` of ``transformers`` in the names of the reference, defaults filled in."""
+    values = {**config_to_huggingface(PRESETS["emu3_8b"]), **values}
+    for name in ("attention_bias", "mlp_bias"):
+        if values.get(name):
+            raise UserError(f"config.json: {name}={values[name]!r}; only False is implemented")
+    rope = values.get("rope_parameters") or values["rope_scaling"] or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope_type={kind!r}; only 'default' is implemented")
+    heads = values["num_key_value_heads"] or values["num_attention_heads"]
+    theta = rope.get("rope_theta", values["rope_theta"])
+    return {**values, "rope_theta": theta, "rope_scaling": None, "num_key_value_heads": heads}
+
+
 def config_to_huggingface(config: DecoderConfig) -> dict[str, Any]:
     """The part of a reference ``config.json`` that ``config`` decides."""
-    return {name: getattr(config, ours) for name, ours in _FIELDS.items()} | _FIXED
+    values = {name: getattr(config, ours) for name, ours in _FIELDS.items()} | _FIXED
+    if config.head_dim * config.num_heads != config.hidden_size:
+        values["head_dim"] = config.head_dim
+    return values
 
 
 def _table(key: str, path: str, config: DecoderConfig) -> KeyRule:

@@ -47,15 +47,21 @@ class KeyRule:
         if self.permutation:
             array = array.transpose(self.permutation)
         if self.pad_rows:
-            array = np.pad(array, ((0, self.pad_rows),) + ((0, 0),) * (array.ndim - 1))
+            array = padded(array, self.our_shape[0])
         return array.reshape(self.our_shape)
 
     def to_foreign(self, array: np.ndarray) -> np.ndarray:
         """Our parameter (or one layer of it) as the foreign tensor; undoes ``to_ours``."""
         if not self.permutation:
-            return np.ascontiguousarray(array[: self.shape[0]]).reshape(self.shape)
+            real = array[: self.shape[0]] if self.pad_rows else array
+            return np.ascontiguousarray(real).reshape(self.shape)
         moved = tuple(self.shape[axis] for axis in self.permutation)
         return np.ascontiguousarray(array.reshape(moved).transpose(np.argsort(self.permutation)))
+
+
+def padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """``array`` with zero rows appended until it has ``rows``."""
+    return np.pad(array, ((0, rows - len(array)),) + ((0, 0),) * (array.ndim - 1))
 
 
 def check_keys(

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from univla_jax.errors import UserError
+from univla_jax.interop.key_table import KeyRule
 from univla_jax.tokenizers.vision_config import VisionConfig
 from univla_jax.tokenizers.vision_vq import abstract_variables
 
@@ -36,11 +37,46 @@ _RULES = (
     (r"/", "."),
 )
 
+# The reference's name -> that of ``transformers``, which holds the norms of attention apart.
+_TRANSFORMERS_RULES = (
+    (r"\bdown\.(\d+)\.", r"down_block.down.\1."),
+    (r"\bup\.(\d+)\.", r"up_block.up.\1."),
+    (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
+    (r"\bmid\.attn_1\.norm\.", "middle_block.attn_norm."),
+    (r"\bmid\.", "middle_block."),
+    (r"(\.attn\.\d+|\.attn_1)\.([qkv])\.", r"\1.\2_proj."),
+    (r"(\.attn\.\d+|\.attn_1)\.proj_out\.", r"\1.out_proj."),
+)
+_ATTENTION = re.compile(r"\.attn(\.\d+|_1)\.(q|k|v|proj_out)\.weight$")
+
+# transformers' vq_config name -> our field.
+_TRANSFORMERS_FIELDS = {
+    "codebook_size": "codebook_size",
+    "embed_dim": "embed_dim",
+    "latent_channels": "z_channels",
+    "double_latent": "double_z",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "temporal_downsample_factor": "temporal_downsample_factor",
+    "base_channels": "ch",
+    "channel_multiplier": "ch_mult",
+    "num_res_blocks": "num_res_blocks",
+    "attn_resolutions": "attn_resolutions",
+}
+
 # Reference axes in our order, by rank of a kernel: OIHW -> HWIO and OITHW -> THWIO.
 _PERMUTATIONS = {4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
 
 # Keys of the hub's config.json that say nothing about the shape.
-_HOUSEKEEPING = ("architectures", "auto_map", "model_type", "torch_dtype", "transformers_version")
+_HOUSEKEEPING = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +117,53 @@ def _entry(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> Entry:
         shape = tuple(leaf.shape[permutation.index(axis)] for axis in range(len(shape)))
     dtype = "int64" if path[-1] == "count" else leaf.dtype.name
     return Entry(path, shape, dtype, permutation)
+
+
+def vision_rules(
+    config: VisionConfig, *, transformers: bool = False, prefix: str = ""
+) -> list[KeyRule]:
+    """The table of every tensor, its place given from the root of the variables.
+
+    Args:
+      config: the tokenizer.
+      transformers: whether the names are those of ``transformers``' ``Emu3VQVAE``.
+      prefix: before each name.
+    """
+    rules = []
+    for key, entry in key_table(config).items():
+        shape, permutation = entry.shape, entry.permutation
+        ours = shape if permutation is None else tuple(shape[axis] for axis in permutation)
+        if transformers:
+            if _ATTENTION.search(key):  # a linear layer there, a 1x1 convolution in the reference
+                shape, permutation = shape[:2], (1, 0)
+            key = transformers_key(key)
+        rules.append(KeyRule(prefix + key, shape, "/".join(entry.path), ours, permutation))
+    return rules
+
+
+def transformers_key(key: str) -> str:
+    """The name in ``transformers`` of the tensor that the reference calls ``key``."""
+    for pattern, spelling in _TRANSFORMERS_RULES:
+        key = re.sub(pattern, spelling, key)
+    return key
+
+
+def config_from_transformers(values: Mapping[str, Any]) -> VisionConfig:
+    """A ``vq_config`` of ``transformers`` -> ``VisionConfig``; what is left out is the default.
+
+    Raises:
+      UserError: attention of several heads, or of another width than the layers it follows.
+    """
+    fields = {ours: values[name] for name, ours in _TRANSFORMERS_FIELDS.items() if name in values}
+    config = VisionConfig.from_dict(fields)
+    heads, width = values.get("num_attention_heads", 1), values.get("hidden_size", 1024)
+    expected = config.ch * config.ch_mult[-1]
+    if heads != 1 or width != expected:
+        raise UserError(
+            f"config.json: vq_config has {heads} attention heads of width {width}; only one head "
+            f"of the last level's {expected} channels is implemented"
+        )
+    return config
 
 
 def from_reference(state: Mapping[str, np.ndarray], config: VisionConfig) -> dict[str, Any]:
@@ -124,13 +207,18 @@ def config_from_reference(values: Mapping[str, Any]) -> VisionConfig:
 
 def _into(entry: Entry, value: np.ndarray) -> np.ndarray:
     if entry.dtype == "int64":
-        return _counter(entry, value)
+        return counter("/".join(entry.path), value)
     return value if entry.permutation is None else value.transpose(entry.permutation)
 
 
-def _counter(entry: Entry, value: np.ndarray) -> np.ndarray:
+def counter(name: str, value: np.ndarray) -> np.ndarray:
+    """A batch norm's int64 count of batches as ours.
+
+    Raises:
+      UserError: more than int32 holds.
+    """
     if not 0 <= value < 2**31:
-        raise UserError(f"{'/'.join(entry.path)}: counter {value} does not fit into int32")
+        raise UserError(f"{name}: counter {value} does not fit into int32")
     return value.astype(np.int32)
 
 

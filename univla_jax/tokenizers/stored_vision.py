@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.files import PathLike, write_files
+from univla_jax.tokenizers.files import PathLike
 
 if TYPE_CHECKING:
     from univla_jax.tokenizers.vision import VisionTokenizer
@@ -53,14 +53,18 @@ class StoredVision:
         return self._tokenizer.codebook
 
     def save(self, folder: PathLike) -> None:
-        """Copies the files, whatever they are.
+        """Copies the files of the folder, whatever they are.
 
         Raises:
           UserError: the folder they lay in is gone.
         """
         if not self.folder.is_dir():
             raise UserError(f"vision tokenizer: folder {self.folder} was removed; restore it")
-        write_files(folder, {path.name: path.read_bytes() for path in self.folder.iterdir()})
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_file():
+                path.copy(folder / path.name)
 
     @functools.cached_property
     def _tokenizer(self) -> VisionTokenizer:

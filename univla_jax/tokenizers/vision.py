@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import flax
@@ -158,11 +158,7 @@ class VisionTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over the config and all weights; independent of the file format."""
-        digest = hashlib.sha256(dump_json(self.config.to_dict()))
-        for name, value in sorted(self._flat().items()):
-            digest.update(f"\0{name}\0{value.dtype}\0{value.shape}\0".encode())
-            digest.update(np.ascontiguousarray(value).data)
-        return digest.hexdigest()
+        return fingerprint_of(self.config, sorted(self._flat().items()))
 
     def save(self, folder: PathLike) -> None:
         """Writes ``config.json`` and ``params.safetensors``, the config last."""
@@ -242,6 +238,15 @@ class VisionTokenizer:
         if low < 0 or high >= self.codebook_size:
             wrong = low if low < 0 else high
             raise UserError(f"code {wrong} is outside the codebook of {self.codebook_size} rows")
+
+
+def fingerprint_of(config: VisionConfig, weights: Iterable[tuple[str, np.ndarray]]) -> str:
+    """sha256 (hex) over a config and weights given in order of their names."""
+    digest = hashlib.sha256(dump_json(config.to_dict()))
+    for name, value in weights:
+        digest.update(f"\0{name}\0{value.dtype}\0{value.shape}\0".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ C channels, E = ``embed_dim``, K = ``codebook_size``, P positions.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax
@@ -217,8 +218,9 @@ class VisionVQ(nn.Module):
         return self.decoder(self.post_quant_conv(rows_BTHWE), rows_BTHWE, first_only)
 
 
+@functools.cache
 def abstract_variables(config: VisionConfig) -> dict[str, Any]:
-    """Shapes and dtypes of all variables of ``VisionVQ``, nothing allocated."""
+    """Shapes and dtypes of all variables of ``VisionVQ``, nothing allocated; not to be changed."""
     pixels = jax.ShapeDtypeStruct(
         (1, config.factor, config.factor, config.in_channels), jnp.float32
     )

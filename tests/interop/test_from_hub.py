@@ -1,0 +1,259 @@
+"""Model folders into checkpoints and back, all kinds of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.interop import hub_folders
+from univla_jax import config as strict
+from univla_jax.episode import Observation
+from univla_jax.errors import UserError
+from univla_jax.inference.policy import Policy
+from univla_jax.inference.world_model import WorldModel
+from univla_jax.interop import from_hub as from_hub_module
+from univla_jax.interop.action_expert_keys import joint_rules
+from univla_jax.interop.architectures import HubModel
+from univla_jax.interop.from_hub import from_hub
+from univla_jax.interop.hub_assets import ConvertConfig
+from univla_jax.interop.key_table import import_state
+from univla_jax.interop.safetensor_files import StoredTensor
+from univla_jax.interop.to_hub import to_hub
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.presets import DecoderConfig
+from univla_jax.tokenizers.action import UniformBins
+from univla_jax.tokenizers.assets import Assets
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.training.checkpoint_folder import find_checkpoint, load_params
+from univla_jax.training.run_model import params_init
+
+EXPERT = {
+    "action_experts": True,
+    "action_dim": 3,
+    "action_config": {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+    },
+}
+MAKERS = {
+    "one file": lambda folder: hub_folders.decoder_folder(folder, shards=1),
+    "shards": hub_folders.decoder_folder,
+    "float16 base": lambda folder: hub_folders.decoder_folder(
+        folder, dtype=np.float16, architectures=["Emu3ForCausalLM"]
+    ),
+    "qkv bias": lambda folder: hub_folders.decoder_folder(folder, qkv_bias=True),
+    "action expert": lambda folder: hub_folders.decoder_folder(folder, **EXPERT),
+    "vision tokenizer": hub_folders.vision_folder,
+    "transformers": lambda folder: hub_folders.both_folder(folder, "transformers"),
+    "transformers 4": lambda folder: hub_folders.both_folder(folder, "transformers_v4"),
+}
+
+
+def convert(source, to, **config):
+    return from_hub(source, to, ConvertConfig(**config), progress=False)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_there_and_back_gives_the_same_files(kind, tmp_path):
+    source = MAKERS[kind](tmp_path / "source")
+    convert(source, tmp_path / "ours")
+    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "ours", "back"}
+
+
+def shapes_of(model: Decoder):
+    return nn.unbox(jax.eval_shape(params_init(model), jax.random.key(0)))
+
+
+def state_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    return {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def test_parameters_are_those_of_the_folder(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+    convert(source, tmp_path / "ours")
+    model = HubModel.of(json.loads((source / "config.json").read_text()), ())
+    expected = import_state(model.state_rules, state_of(source))
+    decoder = Decoder(dataclasses.replace(model.decoder, param_dtype="bfloat16"))
+    params = load_params(tmp_path / "ours", shapes_of(decoder))
+    for path, value in flax.traverse_util.flatten_dict(params).items():
+        theirs = flax.traverse_util.flatten_dict(expected)[path]
+        assert value.dtype == theirs.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(np.asarray(value), theirs)
+    assert params["embedding"].shape == (512, 32) and not params["embedding"][493:].any()
+
+
+def test_assets_of_a_base_model(tmp_path):
+    convert(hub_folders.decoder_folder(tmp_path / "source"), tmp_path / "ours")
+    assets = Assets.load(tmp_path / "ours" / "assets")
+    assert assets.vision is None and assets.action is None and not assets.layout
+    assert assets.text.encode("the red block") == [258, 261, 32, 262, 111, 264]
+    assert assets.vocabulary.size == 493 and assets.vocabulary.visual_size == hub_folders.CODES
+    config = strict.build(DecoderConfig, assets.model)
+    assert (config.vocab_size, config.dtype, config.num_layers) == (493, "bfloat16", 2)
+
+
+def test_a_joint_checkpoint_holds_decoder_and_expert(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source", **EXPERT)
+    convert(source, tmp_path / "ours")
+    model = HubModel.of(json.loads((source / "config.json").read_text()), ())
+    expected = import_state(joint_rules(model.expert, model.decoder), state_of(source))
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "ours", template), expected)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A converted vision tokenizer and an action tokenizer, and a model folder beside them."""
+    folder = tmp_path_factory.mktemp("parts")
+    convert(hub_folders.vision_folder(folder / "vision_source"), folder / "vision")
+    UniformBins(16).save(folder / "action")
+    hub_folders.decoder_folder(folder / "source", dtype=np.float32)
+    return folder
+
+
+def settings(parts: pathlib.Path, **changes):
+    values = {
+        "vision": str(parts / "vision"),
+        "action": str(parts / "action"),
+        "layout": "policy_video",
+        "frames": 2,
+        "action_frames": 3,
+        "sequence_length": 400,
+        "corpus": "robot",
+        "views": {"image": {"size": (4, 6), "min_pixels": 16}},
+        "statistics": {"mean": (0, 0), "std": (1, 1), "q01": (-1, -2), "q99": (1, 2)},
+    }
+    return {**values, **changes}
+
+
+def test_a_converted_policy_acts(parts, tmp_path):
+    convert(parts / "source", tmp_path / "policy", **settings(parts))
+    policy = Policy.load(tmp_path / "policy")
+    session = policy.start()
+    frame = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    for _ in range(2):
+        (chunk,) = policy.act([Observation("the red block", {"image": frame})], [session])
+        assert chunk.actions.shape == (3, 2) and np.isfinite(chunk.actions).all()
+    assert len(policy.trained.lexicon.text.encode("the")) == 1
+
+
+def test_statistics_from_the_references_file(parts, tmp_path):
+    values = {"mean": [0.5], "std": [1.0], "q01": [-3.0], "q99": [4.0]}
+    file = tmp_path / "norm_stats.json"
+    file.write_text(json.dumps({"norm_stats": {"libero": values}}))
+    convert(parts / "source", tmp_path / "ours", **settings(parts, statistics_file=str(file)))
+    (statistics,) = Assets.load(tmp_path / "ours" / "assets").statistics.values()
+    assert (statistics.q01, statistics.q99) == ((-3.0,), (4.0,))
+
+
+def test_a_converted_world_model_imagines(parts, tmp_path):
+    config = settings(parts, layout="world_model", action="", statistics={})
+    convert(parts / "source", tmp_path / "ours", **config)
+    world = WorldModel.load(tmp_path / "ours")
+    frames = np.zeros((1, 1, 4, 6, 3), np.uint8)
+    codes = world.imagine(["the block"], world.encode(frames), 1)
+    assert world.decode(codes).shape == (1, 1, 4, 6, 3)
+
+
+def test_a_converted_vision_tokenizer_encodes(parts):
+    tokenizer = VisionTokenizer.load(parts / "vision")
+    state = state_of(parts / "vision_source")
+    np.testing.assert_array_equal(tokenizer.codebook, state["quantize.embedding.weight"])
+    codes = tokenizer.encode_frames(np.zeros((1, 4, 6, 3), np.uint8))
+    assert codes.shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision": ""}, "config.vision is empty, but a checkpoint of layout 'policy_video'"),
+        ({"action": ""}, "config.action is empty.*FAST tokenizer it was trained with"),
+        ({"statistics": {}}, "config.statistics is empty"),
+        ({"layout": "policy"}, "config.layout: 'policy'; expected one of policy_video"),
+        ({"views": {"image": {}}}, "config.views.image: no size"),
+        ({"views": {"image": {"sizes": 1}}}, "image spec.sizes: unknown key"),
+        ({"vision": "vision_source"}, "is as the hub stores it; convert it first"),
+        ({"text": "vision_source"}, "no text tokenizer"),
+    ],
+)
+def test_settings_that_do_not_do(parts, tmp_path, changes, message):
+    paths = {k: str(parts / v) if v == "vision_source" else v for k, v in changes.items()}
+    with pytest.raises(UserError, match=message):
+        convert(parts / "source", tmp_path / "ours", **settings(parts, **paths))
+    assert not list(tmp_path.iterdir())
+
+
+class Interrupted(BaseException):
+    """As if the process were stopped."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"),
+    [("shards", 0), ("shards", 20), ("vision tokenizer", 5), ("transformers", 90)],
+)
+def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
+    kind, after, tmp_path, monkeypatch
+):
+    source, reads = MAKERS[kind](tmp_path / "source"), []
+
+    def read(*arguments):
+        reads.append(arguments)
+        if len(reads) > after:
+            raise Interrupted
+        return original(*arguments)
+
+    original = StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", read)
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path)
+    monkeypatch.setattr(StoredTensor, "read", original)
+    convert(source, tmp_path / "ours")
+    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+
+
+def test_what_a_killed_conversion_left_is_cleared_away(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+    for left in (".ours.partial", "ours.orbax-checkpoint-tmp"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "rest").write_text("half")
+    convert(source, tmp_path / "ours")
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "ours"}
+
+
+def test_an_existing_folder_is_not_touched(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+    with pytest.raises(UserError, match="exists already; choose another --to"):
+        convert(source, source)
+    convert(source, tmp_path / "ours")
+    with pytest.raises(UserError, match="exists already; choose another --to_hf"):
+        to_hub(tmp_path / "ours", source, progress=False)
+
+
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(from_hub_module, "save_source", full)
+    with pytest.raises(UserError, match=r"cannot write .*ours: .*No space left"):
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
