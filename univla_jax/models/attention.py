@@ -14,10 +14,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from univla_jax.errors import UserError
 from univla_jax.models import remat
 from univla_jax.models.attention_blocked import blocked_attention, dropout_scale
+from univla_jax.models.attention_fused import (
+    CUDNN_TYPES,
+    LANES,
+    cudnn_attention,
+    splash_attention,
+    splash_block,
+    splash_kernel,
+)
+from univla_jax.models.attention_sharded import Split, platform, split_call
 
 MASKED = -1e30  # score of an invisible key: finite, so that a fully masked row stays finite
 SHORT = 128  # below this many tokens one plain formula is as fast as blocks
@@ -106,7 +116,7 @@ def attention(
       key_segment_ids: int32 [B, S] segments of the tokens as keys, where they differ.
       causal: False lets every token see its whole segment; not together with ``cached``.
       cached: keys and values of earlier calls.
-      implementation: ``"plain"``, ``"blocked"`` or ``"auto"`` (blocked for long sequences).
+      implementation: one of ``presets.ATTENTION_IMPLEMENTATIONS``; see ``choose``.
       dropout: rate on the probabilities; 0 outside training.
       dropout_key: random key, needed when ``dropout`` is not 0.
 
@@ -114,7 +124,8 @@ def attention(
       [B, S, N, C] in the type of ``query``.
 
     Raises:
-      UserError: segments, or attention that is not causal, together with a cache.
+      UserError: segments, or attention that is not causal, together with a cache; dropout in a
+        fused kernel.
     """
     if cached is not None:
         if segment_ids is not None:
@@ -126,9 +137,102 @@ def attention(
         visible = attention_mask(query.shape[1], segment_ids, key_segment_ids, causal=causal)
         return _masked(query, key, value, visible, dropout, dropout_key)
     if implementation == "auto":
-        implementation = "plain" if query.shape[1] < SHORT else "blocked"
-    run = {"plain": plain_attention, "blocked": blocked_attention}[implementation]
-    return run(query, key, value, segment_ids, dropout=dropout, dropout_key=dropout_key)
+        implementation = choose(platform(), query.shape[1], query.shape[3], query.dtype, dropout)
+    if dropout > 0.0:
+        _check_unfused(implementation)
+        return _UNFUSED[implementation](
+            query, key, value, segment_ids, dropout=dropout, dropout_key=dropout_key
+        )
+    return _split_attention(implementation, query, key, value, segment_ids)
+
+
+def choose(
+    platform: str, length: int, head_dim: int, dtype: jnp.dtype, dropout: float = 0.0
+) -> str:
+    """The implementation that ``"auto"`` means.
+
+    Args:
+      platform: ``"tpu"``, ``"gpu"`` or ``"cpu"``.
+      length: S.
+      head_dim: C.
+      dtype: of queries, keys and values.
+      dropout: rate on the probabilities, which fused kernels never form.
+
+    Returns:
+      ``"splash"`` on TPU and ``"cudnn"`` on GPU where the kernel takes these shapes and types;
+      else ``"blocked"``, or ``"plain"`` for few tokens.
+    """
+    if dropout == 0.0 and length >= SHORT:
+        if platform == "tpu" and head_dim % LANES == 0:
+            return "splash"
+        if platform == "gpu" and dtype in CUDNN_TYPES:
+            return "cudnn"
+    return "plain" if length < SHORT else "blocked"
+
+
+def _check_unfused(implementation: str) -> None:
+    if implementation not in _UNFUSED:
+        raise UserError(
+            f"model.attention: {implementation!r} has no dropout on probabilities; set "
+            "model.overrides.attention_dropout=0, or attention='auto'"
+        )
+
+
+def _split_attention(
+    implementation: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """Causal attention without dropout, each device of the mesh in scope on its own part."""
+    split = Split.in_scope()
+    if implementation == "splash":
+        return _split_splash(split, query, key, value, segment_ids)
+
+    def local(query, key, value, query_segments, key_segments):
+        if not split.length and implementation != "cudnn":
+            return _UNFUSED[implementation](query, key, value, query_segments)
+        same = None
+        if query_segments is not None:
+            same = query_segments[:, :, None] == key_segments[:, None, :]
+        if not split.length:
+            return cudnn_attention(query, key, value, same, causal=True)
+        order = split.offset(query.shape[1]) + jnp.arange(query.shape[1])
+        earlier = (order[:, None] >= jnp.arange(key.shape[1]))[None]
+        visible = earlier if same is None else earlier & same
+        if implementation == "cudnn":
+            return cudnn_attention(query, key, value, visible, causal=False)
+        return _masked(query, key, value, visible, 0.0, None)
+
+    return split_call(split, local, query, key, value, segment_ids)
+
+
+def _split_splash(
+    split: Split,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """The TPU kernel; rows are padded to whole blocks, which causality hides."""
+    length, parts = query.shape[1], split.length_parts
+    block = splash_block(-(-length // parts))
+    extra = -length % (block * parts)
+    if extra:
+        wide = ((0, 0), (0, extra), (0, 0), (0, 0))
+        query, key, value = (jnp.pad(x, wide) for x in (query, key, value))
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, extra)), constant_values=-1)
+    heads = query.shape[2] // split.head_parts
+    kernel = splash_kernel(heads, length + extra, parts, block, platform() != "tpu")
+    spec = kernel.manual_sharding_spec(split.tables) if split.length else PartitionSpec()
+
+    def local(query, key, value, query_segments, key_segments, kernel):
+        return splash_attention(kernel, query, key, value, query_segments, key_segments)
+
+    out = split_call(split, local, query, key, value, segment_ids, (kernel, spec))
+    return out[:, :length]
 
 
 def plain_attention(
@@ -146,6 +250,9 @@ def plain_attention(
     """
     visible = attention_mask(query.shape[1], segment_ids)
     return _masked(query, key, value, visible, dropout, dropout_key)
+
+
+_UNFUSED = {"plain": plain_attention, "blocked": blocked_attention}
 
 
 def _masked(

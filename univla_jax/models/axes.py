@@ -23,6 +23,9 @@ ACTIVATION_KV_HEADS = "activation_kv_heads"
 ACTIVATION_MLP = "activation_mlp"
 ACTIVATION_VOCAB = "activation_vocab"
 CACHE_LENGTH = "cache_length"
+LOOKUP_BATCH = "lookup_batch"
+LOOKUP_LENGTH = "lookup_length"
+LOOKUP_EMBED = "lookup_embed"
 
 PARAMETER_AXES = (LAYERS, EMBED, NORM, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB)
 ACTIVATION_AXES = (
@@ -34,4 +37,7 @@ ACTIVATION_AXES = (
     ACTIVATION_KV_HEADS,
     ACTIVATION_MLP,
     ACTIVATION_VOCAB,
+    LOOKUP_BATCH,
+    LOOKUP_LENGTH,
+    LOOKUP_EMBED,
 )

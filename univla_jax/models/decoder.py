@@ -179,7 +179,10 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """Embeddings [B, S, D] in the compute type; the pad row passes no gradient."""
+        lookup = (axes.LOOKUP_BATCH, axes.LOOKUP_LENGTH)
+        tokens_BS = nn.with_logical_constraint(tokens_BS, lookup)
         x_BSD = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.config.compute_dtype)
+        x_BSD = nn.with_logical_constraint(x_BSD, (*lookup, axes.LOOKUP_EMBED))
         if self.config.pad_id is None:
             return x_BSD
         is_pad = (tokens_BS == self.config.pad_id)[..., None]

@@ -155,7 +155,7 @@ class Attention(nn.Module):
         value = _constrain(value, axes.ACTIVATION_KV_HEADS, None)
         query = checkpoint_name(query, remat.QUERY)
         key, value = checkpoint_name(key, remat.KEY), checkpoint_name(value, remat.VALUE)
-        rate = config.dropout if train else 0.0
+        rate = config.attention_rate if train else 0.0
         out = attention(
             query,
             key,

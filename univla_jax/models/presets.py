@@ -11,7 +11,7 @@ from univla_jax.errors import UserError
 from univla_jax.models import remat as remat_presets
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "blocked")
+ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "blocked", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class DecoderConfig:
       rms_eps: epsilon of every RMSNorm.
       dropout: in training, on embeddings, attention probabilities and both residual branches
         (the reference's ``attention_dropout``); 0 costs nothing.
+      attention_dropout: the rate on attention probabilities where it differs; fused kernels never
+        form them, so only 0 lets ``"auto"`` choose one.
       qkv_bias: biases on the query, key and value projections.
       dtype: compute type of activations; norms, softmax, rotations and logits stay float32.
       param_dtype: type the parameters are stored in.
@@ -53,6 +55,7 @@ class DecoderConfig:
     rope_theta: float = 1e6
     rms_eps: float = 1e-5
     dropout: float = 0.1
+    attention_dropout: float | None = None
     qkv_bias: bool = False
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -79,6 +82,10 @@ class DecoderConfig:
         _require(groups, self, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
         _require(self.head_dim % 2 == 0, self, "head_dim", "an even number (rotary pairs)")
         _require(0 <= self.dropout < 1, self, "dropout", "a rate in [0, 1)")
+        rate = self.attention_dropout
+        _require(
+            rate is None or 0 <= rate < 1, self, "attention_dropout", "a rate in [0, 1), or None"
+        )
         _require(self.dtype in DTYPES, self, "dtype", f"one of {DTYPES}")
         _require(self.param_dtype in DTYPES, self, "param_dtype", f"one of {DTYPES}")
         known = self.attention in ATTENTION_IMPLEMENTATIONS
@@ -91,6 +98,11 @@ class DecoderConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of the head: ``vocab_size`` rounded up."""
         return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
+    @property
+    def attention_rate(self) -> float:
+        """Dropout rate on attention probabilities."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -160,6 +172,7 @@ PRESETS: dict[str, DecoderConfig] = {
         head_dim=128,
         mlp_size=4352,
         pad_id=151_643,
+        attention_dropout=0.0,
     ),
     # Emu3 and every released UniVLA checkpoint: 8,492,011,520 parameters.
     "emu3_8b": DecoderConfig(
@@ -171,6 +184,7 @@ PRESETS: dict[str, DecoderConfig] = {
         head_dim=128,
         mlp_size=14_336,
         pad_id=151_643,
+        attention_dropout=0.0,
     ),
 }
 

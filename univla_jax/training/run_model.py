@@ -153,6 +153,7 @@ def model_rules(config: DecoderConfig, mesh: Mesh) -> sharding.Rules:
         axes.ACTIVATION_KV_HEADS: config.num_kv_heads,
         axes.ACTIVATION_MLP: config.mlp_size,
         axes.ACTIVATION_VOCAB: config.padded_vocab_size,
+        axes.LOOKUP_EMBED: config.hidden_size,
     }
     return sharding.activation_rules(mesh, sizes)
 

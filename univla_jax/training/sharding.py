@@ -52,6 +52,11 @@ RULES: Rules = (
     (axes.ACTIVATION_KV_HEADS, ("tensor",)),
     (axes.ACTIVATION_MLP, ("tensor",)),
     (axes.ACTIVATION_VOCAB, ("tensor",)),
+    # embeddings as they are looked up: every device reads its columns of the table for all rows,
+    # so that tokens travel instead of the table, and the table's gradient stays where it is
+    (axes.LOOKUP_BATCH, ("replica", "data")),
+    (axes.LOOKUP_LENGTH, ()),
+    (axes.LOOKUP_EMBED, ("fsdp", "context")),
 )
 
 
