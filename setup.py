@@ -56,6 +56,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
         "test": TEST + RLDS,
         "parity": PARITY,

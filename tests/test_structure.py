@@ -24,6 +24,7 @@ RANKS = {
     "serving": 7,
     "evaluation": 7,
     "benchmarks": 8,
+    "planning": 8,
 }
 COMMAND_RANK = 9
 FOREIGN = {"torch", "transformers", "tensorflow", "lerobot"}

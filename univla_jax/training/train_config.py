@@ -129,6 +129,8 @@ class TrainConfig:
       checkpoint: when to save and what to keep.
       evaluation: held-out loss.
       log_every: steps between two lines of metrics.
+      sample_tokens: length of a usual sample, from which ``plan`` says how many tokens of a step
+        are useful; 0 counts rows as full.
     """
 
     total_steps: int
@@ -144,6 +146,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     log_every: int = 1
+    sample_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot work, with a UserError naming them."""
@@ -164,6 +167,7 @@ FREE = (
     "checkpoint",
     "evaluation",
     "mesh",
+    "sample_tokens",
     "data.read_threads",
     "data.prefetch_batches",
 )

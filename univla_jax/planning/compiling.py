@@ -1,0 +1,76 @@
+"""Compiles a program for chips that are not here and reads off what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+_EXCEEDED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program, per chip.
+
+    Attributes:
+      seconds: it took to compile.
+      arguments: bytes of what goes in: parameters, optimizer state, batch.
+      temporaries: bytes of everything in between: activations, gradients, gathered parameters.
+      total: bytes at the worst moment, code included.
+      fits: whether the compiler placed it in the chip's memory.
+    """
+
+    seconds: float
+    arguments: int
+    temporaries: int
+    total: int
+    fits: bool
+
+
+def compile_for(lowered: Any, arguments: int) -> Compiled:
+    """Compiles ``lowered``; a program too large for the chip is a result, not an error.
+
+    Args:
+      lowered: from ``jax.jit(...).lower``, for devices of a topology.
+      arguments: bytes of the arguments per chip, for a program that does not fit.
+    """
+    start = time.perf_counter()
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        total = _needed(str(error))
+        if total is None:
+            raise
+        seconds = time.perf_counter() - start
+        return Compiled(seconds, arguments, total - arguments, total, fits=False)
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    given, between = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    total = given + kept + between + code
+    return Compiled(time.perf_counter() - start, given, between + kept, total, fits=True)
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that an out-of-memory message of the compiler names, None for other messages."""
+    found = _EXCEEDED.search(message)
+    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+
+
+def shard_bytes(placed: Any) -> int:
+    """Bytes per chip of a pytree of ``jax.ShapeDtypeStruct`` with shardings."""
+    return sum(
+        jax.numpy.dtype(x.dtype).itemsize * _size(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(placed)
+    )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

@@ -1,0 +1,214 @@
+"""The plan of one training step: memory per chip, work, and the time it takes at least."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from univla_jax.models import remat
+from univla_jax.models.presets import DecoderConfig
+from univla_jax.planning.compiling import Compiled, compile_for, shard_bytes
+from univla_jax.planning.full_logits import full_logit_loss
+from univla_jax.planning.topologies import GIB, Topology
+from univla_jax.sequences.examples import Batch
+from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training import flops
+from univla_jax.training.run_model import RunModel
+from univla_jax.training.sharding import make_mesh
+from univla_jax.training.train_config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """The shortest time of a step if only one thing took time.
+
+    Attributes:
+      compute_seconds: all operations, the recomputed ones included, at the chips' bf16 peak.
+      memory_seconds: the traffic which no schedule avoids, at the chips' HBM bandwidth: see
+        ``least_traffic``.
+    """
+
+    compute_seconds: float
+    memory_seconds: float
+
+    @property
+    def lower_bound(self) -> float:
+        """Seconds; what exchanging data between chips costs comes on top where it is not hidden."""
+        return max(self.compute_seconds, self.memory_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What the real train step needs on a slice; sizes are bytes per chip.
+
+    Attributes:
+      topology: name of the slice.
+      chips: in it.
+      mesh: devices along each mesh axis that is not 1.
+      batch_size: rows of a step.
+      sequence_length: tokens of a row.
+      accumulation: micro-batches of a step.
+      remat: preset of what the backward pass keeps.
+      parameters: bytes.
+      optimizer: bytes of both moments.
+      activations: bytes of everything that lives only during a step: activations, gradients,
+        gathered parameters, the compiler's own buffers and the program.
+      total: bytes at the worst moment.
+      usable: bytes which a program may use on this chip.
+      fits: whether the compiler placed it.
+      flops: operations of a step by our own count (``training/flops.py``), nothing recomputed.
+      recomputed_flops: operations that the remat preset adds.
+      tokens: per step, padding included.
+      useful_tokens: per step, by the recipe's ``sample_tokens``.
+      time: lower bounds.
+      compile_seconds: of the TPU compiler.
+      host_gigabytes: largest resident memory of this process so far.
+      full_logits_total: bytes at the worst moment with a loss that holds all logits, or None.
+    """
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    batch_size: int
+    sequence_length: int
+    accumulation: int
+    remat: str
+    parameters: int
+    optimizer: int
+    activations: int
+    total: int
+    usable: int
+    fits: bool
+    flops: float
+    recomputed_flops: float
+    tokens: int
+    useful_tokens: int
+    time: StepTime
+    compile_seconds: float
+    host_gigabytes: float
+    full_logits_total: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self) | {"lower_bound_seconds": self.time.lower_bound}
+
+
+def plan_training(
+    config: TrainConfig, topology: Topology, *, full_logits: bool = False
+) -> TrainingPlan:
+    """Compiles the train step of a recipe for a slice.
+
+    Args:
+      config: the recipe; its token stores and tokenizers are not opened.
+      topology: the slice.
+      full_logits: also compile it with the loss that holds all logits, for comparison.
+
+    Raises:
+      UserError: mesh, batch and slice do not fit together.
+    """
+    run = RunModel.build(config, Vocabulary.emu3(), make_mesh(config.mesh, topology.devices))
+    compiled = _compile(run)
+    decoder, chip = run.model.config, topology.chip
+    tokens = config.data.batch_size * config.data.sequence_length
+    length, share = config.data.sequence_length, head_share(config)
+    work = tokens * flops.training_flops(decoder, length, share)
+    again = tokens * flops.recomputed_flops(decoder, length)
+    parameters = shard_bytes(run.abstract.params)
+    optimizer = shard_bytes(run.abstract.opt_state)
+    traffic = least_traffic(config, decoder, parameters, optimizer, dict(run.mesh.shape))
+    full = _compile(with_full_logits(run)).total if full_logits else None
+    return TrainingPlan(
+        topology=topology.name,
+        chips=run.mesh.size,
+        mesh={axis: size for axis, size in run.mesh.shape.items() if size > 1},
+        batch_size=config.data.batch_size,
+        sequence_length=length,
+        accumulation=config.accumulation,
+        remat=decoder.remat,
+        parameters=parameters,
+        optimizer=optimizer,
+        activations=compiled.total - parameters - optimizer,
+        total=compiled.total,
+        usable=int(chip.hbm_gib * GIB),
+        fits=compiled.fits,
+        flops=work,
+        recomputed_flops=again,
+        tokens=tokens,
+        useful_tokens=useful_tokens(config),
+        time=StepTime(
+            (work + again) / run.mesh.size / (chip.teraflops * 1e12),
+            traffic / (chip.gigabytes_per_second * 1e9),
+        ),
+        compile_seconds=compiled.seconds,
+        host_gigabytes=host_gigabytes(),
+        full_logits_total=full,
+    )
+
+
+def with_full_logits(run: RunModel) -> RunModel:
+    """The same run with the loss that holds all logits."""
+    return dataclasses.replace(run, loss=full_logit_loss(run.model))
+
+
+def head_share(config: TrainConfig) -> float:
+    """Share of the positions that the head runs on."""
+    length = config.data.sequence_length
+    return min(config.loss.max_labelled or length, length) / length
+
+
+def useful_tokens(config: TrainConfig) -> int:
+    """Tokens per step which are no padding, as many usual samples per row as fit."""
+    length, sample = config.data.sequence_length, config.sample_tokens
+    if not sample:
+        return config.data.batch_size * length
+    per_row = max(1, length // sample) if config.data.packing else 1
+    return config.data.batch_size * min(length, per_row * sample)
+
+
+def least_traffic(
+    config: TrainConfig,
+    decoder: DecoderConfig,
+    parameters: int,
+    optimizer: int,
+    mesh: dict[str, int],
+) -> float:
+    """Bytes which each chip moves to or from its memory in any schedule.
+
+    Its part of parameters, moments and gradients is read and written once; the weights of its
+    tensor part, gathered in the compute type, are read by the forward and the backward pass of
+    every micro-batch, and once more where layers are recomputed; the inputs of all layers are
+    written and read.
+    """
+    whole = parameters * mesh["fsdp"] * mesh["context"]
+    whole *= decoder.compute_dtype.itemsize / decoder.storage_dtype.itemsize
+    passes = 2 if remat.GATE in remat.PRESETS[decoder.remat] else 3
+    parts = math.prod(mesh[axis] for axis in ("replica", "data", "fsdp", "context"))
+    tokens = config.data.batch_size * config.data.sequence_length / parts
+    kept = 2 * tokens * decoder.num_layers * decoder.hidden_size * decoder.compute_dtype.itemsize
+    gradients = parameters
+    return 2 * (parameters + optimizer + gradients) + config.accumulation * passes * whole + kept
+
+
+def host_gigabytes() -> float:
+    """Largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _compile(run: RunModel) -> Compiled:
+    batch = _abstract_batch(run)
+    lowered = run.train_step().lower(run.abstract, batch)
+    return compile_for(lowered, shard_bytes((run.abstract, batch)))
+
+
+def _abstract_batch(run: RunModel) -> Batch:
+    shape = (run.config.data.batch_size, run.config.data.sequence_length)
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=run.batch_sharding)  # noqa: E731
+    ids = array(jnp.int32)
+    return Batch(tokens=ids, loss_weight=array(jnp.float32), positions=ids, segment_ids=ids)
