@@ -257,3 +257,12 @@ def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .*ours: .*No space left"):
         convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_weights_only_go_back_too(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+    (source / "emu3.tiktoken").unlink()
+    from_hub(source, tmp_path / "ours", ConvertConfig(), weights_only=True, progress=False)
+    assert not (tmp_path / "ours" / "assets").exists()
+    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)

@@ -1,0 +1,193 @@
+"""The convert command as a process, and what comes after a conversion: training, going back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import REPOSITORY
+from tests.inference import tiny_checkpoint
+from tests.interop import hub_folders
+from tests.training import tiny_run
+from univla_jax.interop.architectures import HubModel
+from univla_jax.interop.from_hub import from_hub
+from univla_jax.interop.hub_assets import ConvertConfig
+from univla_jax.interop.key_table import import_state
+from univla_jax.interop.to_hub import to_hub
+from univla_jax.tokenizers.action import UniformBins
+from univla_jax.tokenizers.assets import Assets
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.training.checkpoint_folder import find_checkpoint, load_params
+from univla_jax.training.run import train
+
+SIZES = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "mlp_size": 48,
+    "vocab_pad_multiple": 256,
+}
+
+
+def run(program, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", program, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_goes_there_and_back(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+    (source / "figures").mkdir()
+    there = run("univla_jax.convert", f"--from_hf={source}", f"--to={tmp_path / 'ours'}")
+    assert there.returncode == 0, there.stderr
+    assert re.search(r"ours: 21 tensors, .* GB, .* peak memory \d+\.\d\d GB", there.stdout)
+    assert "not converted: figures" in there.stderr
+    back = run("univla_jax.convert", f"--from={tmp_path / 'ours'}", f"--to_hf={tmp_path / 'back'}")
+    assert back.returncode == 0, back.stderr
+    (source / "figures").rmdir()
+    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+    (source / "model-00001-of-00003.safetensors").unlink()
+    done = run("univla_jax.convert", f"--from_hf={source}", f"--to={tmp_path / 'ours'}")
+    assert done.returncode == 2 and not (tmp_path / "ours").exists()
+    assert re.fullmatch(r"error: .*names model-00001-of-00003.safetensors.*\n", done.stderr)
+    done = run("univla_jax.convert", f"--from_hf={source}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "give --from_hf=FOLDER and --to=DIR" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return tiny_checkpoint.save(folder / "run", tiny_checkpoint.make_assets(bins=True))
+
+
+def test_a_model_trained_here_gets_the_references_names(trained, tmp_path):
+    to_hub(trained, tmp_path / "hub", progress=False)
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    state = load_file(tmp_path / "hub" / "model.safetensors")
+    model = HubModel.of(config, state)
+    params = import_state(model.state_rules, state)
+    step = find_checkpoint(trained)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    tables = {name: np.zeros((384, 32)) for name in ("embedding", "head")}  # padded to 128
+    template |= {k: jax.ShapeDtypeStruct(v.shape, np.float32) for k, v in tables.items()}
+    for path, ours in flax.traverse_util.flatten_dict(load_params(step, template)).items():
+        rows = config["vocab_size"] if path[-1] in tables else None
+        theirs = flax.traverse_util.flatten_dict(params)[path]
+        np.testing.assert_array_equal(ours[:rows], theirs[:rows])
+    vocabulary = Assets.load(step / "assets").vocabulary
+    assert config["bov_token_id"] == vocabulary.bov and config["vocab_size"] == vocabulary.size
+    assert {p.name for p in (tmp_path / "hub").iterdir()} > {"sentencepiece.model"}
+
+
+def test_another_dtype_on_the_way_out(trained, tmp_path):
+    to_hub(trained, tmp_path / "hub", dtype="bfloat16", progress=False)
+    to_hub(trained, tmp_path / "full", progress=False)
+    for key, value in load_file(tmp_path / "hub" / "model.safetensors").items():
+        whole = load_file(tmp_path / "full" / "model.safetensors")[key]
+        np.testing.assert_array_equal(value, whole.astype(value.dtype))
+        assert value.dtype.name == "bfloat16"
+
+
+def test_a_vision_tokenizer_fitted_here_goes_out_and_comes_back(tmp_path):
+    tiny_run.make_tokenizers(tmp_path / "fitted")
+    to_hub(tmp_path / "fitted" / "vision", tmp_path / "hub", progress=False)
+    from_hub(tmp_path / "hub", tmp_path / "ours", ConvertConfig(), progress=False)
+    prints = {VisionTokenizer.load(tmp_path / p).fingerprint for p in ("ours", "fitted/vision")}
+    assert len(prints) == 1
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_converted_base_and_its_result_goes_out(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source", dtype=np.float32)
+    from_hub(source, tmp_path / "base", ConvertConfig(), progress=False)
+    world = tiny_run.make_world(tmp_path / "world")
+    UniformBins(16).save(tmp_path / "bins")
+    config = tiny_run.config(
+        world,
+        total_steps=2,
+        init_from=str(tmp_path / "base"),
+        model={"preset": "tiny", "overrides": SIZES},
+        tokenizers={"vision": str(world / "vision"), "action": str(tmp_path / "bins")},
+        optimizer__learning_rate=1e-8,
+        optimizer__min_learning_rate=1e-8,
+    )
+    train(config, tmp_path / "run", progress=False)
+    to_hub(tmp_path / "run", tmp_path / "hub", progress=False)
+    before = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    after = load_file(tmp_path / "hub" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key, value in after.items():  # at this learning rate the weights stay those of the base
+        np.testing.assert_allclose(value, before[key], atol=1e-6, err_msg=key)
+    files = hub_folders.contents(tmp_path / "hub")
+    assert hub_folders.text_files().items() <= files.items()
+
+
+_RESTORE = """
+import sys
+import jax, numpy as np
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.presets import preset
+from univla_jax.training.checkpoint_folder import load_params
+from univla_jax.training.optimizer import OptimizerConfig, make_optimizer
+from univla_jax.training.run_model import params_init
+from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training.state import abstract_state
+sizes = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
+             vocab_pad_multiple=256)
+model = Decoder(preset("tiny", vocab_size=493, param_dtype="float32", **sizes))
+template = abstract_state(
+    params_init(model),
+    make_optimizer(OptimizerConfig(learning_rate=1.0), 1),
+    make_mesh(MeshConfig(fsdp=4, tensor=2)),
+).params
+params = load_params(sys.argv[1], template)
+assert len(params["embedding"].sharding.device_set) == 8
+up = params["stack"]["layers"]["mlp"]["up"]["kernel"]
+assert max(shard.data.size for shard in up.addressable_shards) * 8 == up.size
+np.savez(sys.argv[2], embedding=params["embedding"], up=up)
+"""
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint_is_restored_onto_a_mesh(tmp_path):
+    source = hub_folders.decoder_folder(tmp_path / "source")
+    from_hub(source, tmp_path / "ours", ConvertConfig(), progress=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _RESTORE, str(tmp_path / "ours"), str(tmp_path / "out.npz")],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    state = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    found = np.load(tmp_path / "out.npz")
+    np.testing.assert_array_equal(found["embedding"][:493], state["model.embed_tokens.weight"])
+    up = np.stack([state[f"model.layers.{i}.mlp.up_proj.weight"].T for i in range(2)])
+    np.testing.assert_array_equal(found["up"], up)
