@@ -189,8 +189,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--golden", type=folder, required=True, help="folder of golden files")
     parser.add_argument("--group", default="", help="names or numbers, comma-separated")
     parser.add_argument("--json", type=folder, help="also writes the results here")
-    parser.add_argument("--text_vocabulary", type=folder, help="default: DIR/../text_vocabulary")
-    parser.add_argument("--fast_tokenizers", type=folder, help="default: DIR/../fast_tokenizers")
+    parser.add_argument(
+        "--text_vocabulary", type=folder, help="default: beside DIR or the checkout"
+    )
+    parser.add_argument(
+        "--fast_tokenizers", type=folder, help="default: beside DIR or the checkout"
+    )
     return parser.parse_args(arguments)
 
 

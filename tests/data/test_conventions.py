@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import numpy as np
+from scipy.spatial.transform import Rotation
+
 from tests.parity import assert_parity
+from univla_jax.data import conventions
 
 
 def test_conventions_match_the_reference(golden_dir):
     assert_parity(golden_dir, "gripper")
+
+
+def test_sign_gripper():
+    actions = np.float32([[0.1, 0.2], [0.3, 0.0], [0.4, -1.5]])
+    expected = np.float32([[0.1, 1], [0.3, -1], [0.4, -1]])
+    np.testing.assert_array_equal(conventions.sign_gripper(actions), expected)
+    assert actions[0, 1] == np.float32(0.2)
+
+
+def test_widowx_commands():
+    actions = np.array([[1, 2, 3, 0, 0, 0, 0.4], [1, 2, 3, 0, 0, 0.5, 0.6]])
+    expected = [[1, 2, 3, 0, 0, 0, -1], [1, 2, 3, 0, 0, 0.5, 1]]
+    np.testing.assert_allclose(conventions.widowx_commands(actions), expected, atol=1e-12)
+
+
+def test_rotations_of_widowx_commands():
+    angles = np.random.default_rng(0).uniform(-1, 1, (50, 3))
+    expected = Rotation.from_euler("xyz", angles).as_rotvec()
+    actions = np.pad(angles, ((0, 0), (3, 1)))
+    found = conventions.widowx_commands(actions)[:, 3:6]
+    np.testing.assert_allclose(found, expected, atol=1e-12)

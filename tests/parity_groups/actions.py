@@ -13,6 +13,7 @@ import numpy as np
 from tests.parity_groups.checks import Check, Golden, close, equal
 from univla_jax.data import conventions
 from univla_jax.data.actions import ActionStatistics, RunningStatistics
+from univla_jax.interop.hub_assets import norm_stats
 from univla_jax.tokenizers.bins import UniformBins
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
@@ -30,7 +31,12 @@ def fast(golden: Golden) -> Iterator[Check]:
         key, tokenizer = case["key"], golden.fast(case["tokenizer"])
         action = arrays[f"action|{key}"]
         ids = case["ids"] if action.ndim == 3 else [case["ids"]]
-        ours = tokenizer.encode_batch(action.reshape(-1, *action.shape[-2:]), strict=False)
+        chunks = action.reshape(-1, *action.shape[-2:])
+        if f"coeff|{key}" in arrays:
+            expected = arrays[f"coeff|{key}"]
+            ours = tokenizer.coefficients(chunks).reshape(expected.shape)
+            yield equal(key, "coefficients", ours, expected)
+        ours = tokenizer.encode_batch(chunks, strict=False)
         yield equal(key, "ids", ours, ids)
         token_ids = [[last - i for i in row] for row in ours]
         theirs = case["llm_ids"] if action.ndim == 3 else [case["llm_ids"]]
@@ -113,6 +119,7 @@ def normalise(golden: Golden) -> Iterator[Check]:
         case = record["case"]
         if "batches" in record:
             yield from _running(case, record, arrays)
+            yield from _serialized(case, record, arrays)
             yield from _normalised(case, record, arrays)
     for key in (k for k in arrays if k.endswith("_wrapper|in")):
         case = key.removesuffix("_wrapper|in")
@@ -120,6 +127,10 @@ def normalise(golden: Golden) -> Iterator[Check]:
         ours = statistics.unnormalise(arrays[key])
         theirs = arrays[f"{case}_wrapper|unnormalised"]
         yield close(f"{case}_wrapper", "unnormalised", ours, theirs, NORMALISED)
+        if f"{case}_wrapper|after_gripper" in arrays:
+            theirs = arrays[f"{case}_wrapper|after_gripper"]
+            ours = conventions.sign_gripper(ours)
+            yield close(f"{case}_wrapper", "gripper rule", ours, theirs, NORMALISED)
 
 
 def reference_statistics(arrays: Mapping[str, np.ndarray], prefix: str) -> ActionStatistics:
@@ -145,6 +156,14 @@ def _running(case: str, record: Mapping[str, Any], arrays: Mapping) -> Iterator[
             theirs = arrays[f"{case}|after{k}|{name}"]
             tolerance = moments if is_moment else quantiles
             yield close(f"{case}|after{k}", what, getattr(ours, name), theirs, tolerance)
+
+
+def _serialized(case: str, record: Mapping[str, Any], arrays: Mapping) -> Iterator[Check]:
+    """The reference's ``norm_stats.json``, as a conversion reads it."""
+    ours = ActionStatistics.from_dict(norm_stats(record["json"].encode(), case))
+    for name in ("mean", "std", "q01", "q99"):
+        theirs = arrays[f"{case}|after{record['batches'] - 1}|{name}"]
+        yield close(case, "norm_stats.json", getattr(ours, name), theirs, MOMENTS)
 
 
 def _normalised(case: str, record: Mapping[str, Any], arrays: Mapping) -> Iterator[Check]:

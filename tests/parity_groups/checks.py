@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from tests.conftest import REPOSITORY
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.text import TiktokenText
 
@@ -101,12 +102,12 @@ class Golden:
         text_vocabulary: pathlib.Path | None = None,
         fast_tokenizers: pathlib.Path | None = None,
     ) -> Golden:
-        """The tokenizer files lie beside the golden folder unless given."""
+        """The tokenizer files lie beside the golden folder or beside the checkout, unless given."""
         folder = pathlib.Path(folder).resolve()
         return cls(
             folder,
-            text_vocabulary or folder.parent / "text_vocabulary",
-            fast_tokenizers or folder.parent / "fast_tokenizers",
+            text_vocabulary or _beside(folder, "text_vocabulary"),
+            fast_tokenizers or _beside(folder, "fast_tokenizers"),
         )
 
     def json(self, name: str) -> Any:
@@ -128,6 +129,12 @@ class Golden:
     def fast(self, name: str) -> FastTokenizer:
         """One FAST tokenizer."""
         return _fast(self.fast_tokenizers / name)
+
+
+def _beside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The first of the usual places of a tokenizer folder, of those that there are."""
+    places = [folder.parent / name, folder / name, REPOSITORY.parent / "shared" / name]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 @functools.lru_cache(maxsize=4)

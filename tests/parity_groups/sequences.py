@@ -54,7 +54,7 @@ def prompts(golden: Golden) -> Iterator[Check]:
     """Prompts of every mode, their parts, and the grammars of imagined frames."""
     arrays, lexicon = golden.arrays("prompts"), lexicon_of(golden)
     for record in golden.json("prompts"):
-        yield _prompt(lexicon, record, arrays)
+        yield from _prompt(lexicon, record, arrays)
     for key in arrays:
         if key.startswith("prefix_template|"):
             frames, height, width = written_size(lexicon, arrays[key])
@@ -76,8 +76,8 @@ def written_size(lexicon: Lexicon, ids: np.ndarray) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def _prompt(lexicon: Lexicon, record: Mapping, arrays: Mapping[str, np.ndarray]) -> Check:
-    """All rows of a prompt, right-padded as the reference pads."""
+def _prompt(lexicon: Lexicon, record: Mapping, arrays: Mapping[str, np.ndarray]) -> Iterator[Check]:
+    """All rows of a prompt, right-padded as the reference pads, and what it says beside them."""
     name = record["name"]
     rows = reference_samples.prompt_rows(lexicon, record, arrays)
     length = max(map(len, rows))
@@ -85,7 +85,11 @@ def _prompt(lexicon: Lexicon, record: Mapping, arrays: Mapping[str, np.ndarray])
     ours = np.stack([np.pad(row, (0, length - len(row)), constant_values=pad) for row in rows])
     mask = np.arange(length) < np.array([[len(row)] for row in rows])
     theirs = arrays[f"{name}|input_ids"], arrays[f"{name}|attention_mask"]
-    return equal(name, "prompts", np.stack([ours, mask]), np.stack(theirs))
+    yield equal(name, "prompts", np.stack([ours, mask]), np.stack(theirs))
+    kinds = np.zeros_like(ours)  # one segment: nothing tells text from codes but their ids
+    yield equal(name, "token types", kinds, arrays[f"{name}|token_type_ids"])
+    size = reference_samples.video_size(record, arrays)
+    yield equal(name, "video sizes", np.tile(size, (len(rows), 1)), arrays[f"{name}|video_size"])
 
 
 def _grammar(lexicon: Lexicon, key: str, length: int) -> np.ndarray:

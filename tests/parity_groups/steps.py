@@ -12,6 +12,7 @@ from tests.inference.scripted import ScriptedSampler, ScriptedVision
 from tests.parity_groups.actions import reference_statistics
 from tests.parity_groups.checks import Check, Golden, close, equal
 from tests.parity_groups.sequences import lexicon_of
+from univla_jax.data import conventions
 from univla_jax.data.actions import ActionStatistics
 from univla_jax.episode import Observation
 from univla_jax.inference.policy import Policy
@@ -63,18 +64,22 @@ def _pieces(
         history = history.act(generated)
         codes = (vocabulary.action_last - generated[:-1]).tolist()
         decoded = tokenizer.decode_lenient(codes, case["time_horizon"], case["action_dim"])
-        yield _actions(name, "actions", case, normaliser.unnormalise(decoded), call)
+        yield from _actions(name, "actions", case, normaliser.unnormalise(decoded), call)
 
 
 def _actions(
     name: str, what: str, case: Mapping[str, Any], ours: np.ndarray, call: Mapping
-) -> Check:
-    ours = np.array(ours, np.float64)
-    if case["wrapper"] != "simpler":  # the simulator's rule, not the policy's
-        ours[:, -1] = np.where(ours[:, -1] > 0, 1, -1)
-    theirs = np.reshape(call["action"], ours.shape)
+) -> Iterator[Check]:
     tolerance = ACTIONS.get(case["wrapper"], OTHERWISE)
-    return close(name, f"{what} ({tolerance:.0e})", ours, theirs, tolerance)
+    if case["wrapper"] != "simpler":
+        ours = conventions.sign_gripper(ours)
+    yield close(
+        name, f"{what} ({tolerance:.0e})", ours, call["action"].reshape(ours.shape), tolerance
+    )
+    if "env_action" in call:
+        commands = conventions.widowx_commands(ours)
+        theirs = call["env_action"].reshape(commands.shape)
+        yield close(name, f"{what}, as commands", commands, theirs, OTHERWISE)
 
 
 def _policy_calls(
@@ -95,7 +100,7 @@ def _policy_calls(
         if not finished:
             yield equal(name, "unfinished chunks invalid", chunk.valid, False)
         elif chunk.valid:
-            yield _actions(name, "actions of Policy", case, chunk.actions, call)
+            yield from _actions(name, "actions of Policy", case, chunk.actions, call)
         before = generated
 
 

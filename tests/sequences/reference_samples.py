@@ -195,6 +195,12 @@ def prompt_rows(lexicon: Lexicon, record: Mapping, arrays: Mapping) -> list[np.n
     return rows
 
 
+def video_size(record: Mapping, arrays: Mapping) -> tuple[int, int, int]:
+    """Rows, columns and frames to generate: as many as asked for, else as many as were given."""
+    video = np.asarray(arrays[f"{record['name']}|video_tokens"])
+    return *video.shape[-2:], record["kwargs"].get("frames") or video.shape[-3]
+
+
 def _others(record: Mapping, gripper: np.ndarray | None, row: int) -> list[np.ndarray]:
     if gripper is None:
         return []

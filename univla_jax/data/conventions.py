@@ -68,6 +68,40 @@ def relabel_bridge(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray,
     return np.concatenate([moved, np.asarray(actions, np.float32)[:-1, -1:]], 1), states[:-1]
 
 
+def sign_gripper(actions: np.ndarray) -> np.ndarray:
+    """Unnormalised actions [..., A] as LIBERO and CALVIN take them: the gripper is +1 or -1.
+
+    Above 0 is +1 (RoboVLMs/eval/libero/model_wrapper_emu.py:297); dtype and the rest stay.
+    """
+    changed = np.array(actions)
+    changed[..., -1] = np.where(changed[..., -1] > 0, 1, -1)
+    return changed
+
+
+def widowx_commands(actions: np.ndarray) -> np.ndarray:
+    """Unnormalised Bridge actions [..., 7] as SimplerEnv's WidowX takes them, float64.
+
+    The rotation, fixed-axis Euler angles x, y, z in rad, becomes axis times angle; the gripper is
+    +1 (open) above 0.5, else -1 (RoboVLMs/eval/simpler/model_wrapper.py).
+    """
+    changed = np.array(actions, np.float64)
+    changed[..., 3:6] = _rotation_vectors(changed[..., 3:6])
+    changed[..., 6] = np.where(changed[..., 6] > 0.5, 1, -1)
+    return changed
+
+
+def _rotation_vectors(euler: np.ndarray) -> np.ndarray:
+    """Angles [..., 3] to axis times angle in 0...2 pi, by way of the quaternion."""
+    (cx, cy, cz), (sx, sy, sz) = (np.moveaxis(f(euler / 2), -1, 0) for f in (np.cos, np.sin))
+    real = cx * cy * cz + sx * sy * sz
+    vector = np.stack(
+        [sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz, cx * cy * sz - sx * sy * cz], -1
+    )
+    length = np.linalg.norm(vector, axis=-1, keepdims=True)
+    angle = 2 * np.arccos(np.clip(real, -1, 1))[..., None]
+    return np.divide(vector * angle, length, out=np.zeros_like(vector), where=length > 0)
+
+
 def _with_gripper(actions: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     changed = np.array(actions, np.float32)
     changed[:, 6] = change(changed[:, 6])

@@ -168,19 +168,24 @@ def _statistics(
 ) -> dict[str, ActionStatistics]:
     values = config.statistics
     if config.statistics_file:
-        values = _norm_stats(pathlib.Path(config.statistics_file))
+        file = pathlib.Path(config.statistics_file)
+        if not file.is_file():
+            raise UserError(f"config.statistics_file: no file {file}")
+        values = norm_stats(file.read_bytes(), str(file))
     if action is None or not values:
         return {}
     return {config.corpus: ActionStatistics.from_dict(values)}
 
 
-def _norm_stats(path: pathlib.Path) -> Mapping[str, Any]:
-    """mean, std, q01 and q99 of ``{"norm_stats": {<robot>: {...}}}`` (normalize_pi0.py)."""
-    if not path.is_file():
-        raise UserError(f"config.statistics_file: no file {path}")
-    robots = parse_json(path.read_bytes(), where=str(path)).get("norm_stats")
+def norm_stats(content: bytes, where: str) -> Mapping[str, Any]:
+    """mean, std, q01 and q99 of ``{"norm_stats": {<robot>: {...}}}`` (normalize_pi0.py).
+
+    Raises:
+      UserError: not such a file, or one of several robots.
+    """
+    robots = parse_json(content, where=where).get("norm_stats")
     if not isinstance(robots, dict) or len(robots) != 1:
-        raise UserError(f"{path}: expected norm_stats of one robot, as the reference writes it")
+        raise UserError(f"{where}: expected norm_stats of one robot, as the reference writes it")
     return next(iter(robots.values()))
 
 

@@ -146,6 +146,10 @@ class FastTokenizer:
         highest = max(_legal_bound(self.scale, horizon) - self.min_token, 0)
         return horizon * action_dim * len(chr(highest).encode("utf-8", "surrogatepass"))
 
+    def coefficients(self, chunks: np.ndarray) -> np.ndarray:
+        """Integers that stand for chunks float [N, T, A]: rounded scaled DCT over time, int64."""
+        return _coefficients(checked_chunks(chunks, 3), self.scale)
+
     def encode(self, chunk: np.ndarray, *, strict: bool = True) -> list[int]:
         """Ids of one normalised chunk [T, A]; see ``encode_batch``."""
         return self.encode_batch(checked_chunks(chunk, 2)[None], strict=strict)[0]
@@ -163,7 +167,7 @@ class FastTokenizer:
             itself.
         """
         chunks = checked_chunks(chunks, 3)
-        coefficients = _coefficients(chunks, self.scale)
+        coefficients = self.coefficients(chunks)
         if strict:
             self._check_coefficients(coefficients, chunks.shape[1])
         shifted = np.maximum(coefficients - self.min_token, 0)
