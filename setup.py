@@ -14,7 +14,8 @@ RLDS = [
     "tensorflow-cpu>=2.20; platform_machine == 'x86_64'",
     "tensorflow>=2.20; platform_machine != 'x86_64'",
 ]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
+SERVE = ["prometheus-client>=0.20", "websockets>=14"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
 PARITY = ["torch>=2.5", "transformers>=4.48"]
 
 setup(
@@ -58,7 +59,8 @@ setup(
         "cuda": ["jax[cuda12]"],
         "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
-        "test": TEST + RLDS,
+        "serve": SERVE,
+        "test": TEST + RLDS + SERVE,
         "parity": PARITY,
     },
 )

@@ -1,32 +1,22 @@
-"""Parts that compile nothing: a sampler told what to say, vision told what to see, mean colours."""
+"""Parts that compile nothing: a decoder told what to say, vision told what to see, mean colours."""
 
 from __future__ import annotations
-
-import types
 
 import numpy as np
 
 
-class ScriptedSampler:
+class ScriptedContinuer:
     """Answers each call with the next list of id rows; remembers the prompts."""
 
-    def __init__(self, answers):
-        self._answers = list(answers)
+    def __init__(self, answers, allowed):
+        self._answers, self._allowed = list(answers), set(allowed.tolist())
         self.prompts = []
 
-    def prefill(self, tokens, lengths, *, slots):
-        assert tokens.shape[1] <= slots
-        self.prompts.append([row[:n] for row, n in zip(tokens, lengths)])
-
-    def generate(self, state, *, max_new_tokens, allowed, stop_id, active):
-        answers = self._answers.pop(0)
-        tokens = np.full((len(active), max_new_tokens), -1)
-        for row, ids in zip(tokens, answers):
-            assert set(np.asarray(ids).tolist()) <= set(allowed.tolist())
-            row[: len(ids)] = ids
-        lengths = [len(ids) for ids in answers] + [0] * (len(active) - len(answers))
-        stopped = [len(ids) > 0 and ids[-1] == stop_id for ids in answers]
-        return types.SimpleNamespace(tokens=tokens, lengths=lengths, stopped=stopped), state
+    def answer(self, prompts, memories, *, stopwatch):
+        self.prompts.append(list(prompts))
+        answers = [np.asarray(ids) for ids in self._answers.pop(0)]
+        assert all(set(ids.tolist()) <= self._allowed for ids in answers)
+        return [(ids, None) for ids, _ in zip(answers, prompts, strict=True)]
 
 
 class ScriptedVision:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.inference.scripted import ScriptedSampler, ScriptedVision
+from tests.inference.scripted import ScriptedContinuer, ScriptedVision
 from tests.parity_groups.actions import reference_statistics
 from tests.parity_groups.checks import Check, Golden, close, equal
 from tests.parity_groups.sequences import lexicon_of
@@ -94,7 +94,7 @@ def _policy_calls(
         name, generated = f"{case['tag']}|{number}", call["generated"].ravel()
         (chunk,) = policy.act([_observation(case, policy, calls)], [session])
         expected = _with_eoa(call["prompt_ids"].ravel(), before, vocabulary, case["video_mode"])
-        prompt = policy._sampler.prompts[number][0]
+        prompt = policy._continuer.prompts[number][0]
         yield equal(name, "prompt ids of Policy", prompt, expected)
         finished = generated[-1] == vocabulary.eoa
         if not finished:
@@ -117,7 +117,7 @@ def _with_eoa(
 def _allowed(case: Mapping[str, Any], policy: Policy) -> Check:
     """The ids that may be generated; the reference allows one more, which decodes to nothing."""
     lowest, highest, eoa, count = case["allowed_first_last_eoa_count"]
-    ids = np.sort(policy._allowed)
+    ids = np.sort(policy.rules.allowed)
     ours = [int(ids[0]), int(ids[-2]), int(ids[-1]), len(ids)]
     return equal(case["tag"], "allowed ids", ours, [lowest + 1, highest, eoa, count - 1])
 
@@ -157,5 +157,6 @@ def scripted_policy(
         corpora={"robot": CorpusLayout(5.0, 5, grids)},
     )
     policy = Policy(TrainedModel(pathlib.Path("released"), assets, layout, None, None))
-    policy._sampler = ScriptedSampler([call["generated"] for call in calls])
+    answers = [call["generated"] for call in calls]
+    policy._continuer = ScriptedContinuer(answers, policy.rules.allowed)
     return policy

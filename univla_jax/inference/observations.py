@@ -41,6 +41,15 @@ class ObservationEncoder:
         """The cameras an observation must have."""
         return tuple(self._specs)
 
+    def example(self) -> Observation:
+        """A black observation of a size the policy takes."""
+        frames = {}
+        for view, spec in self._specs.items():
+            grid = np.array(self._grids[view])
+            size = spec.size or tuple(grid * self._vision.factor)
+            frames[view] = np.zeros((*size, 3), np.uint8)
+        return Observation("", frames)
+
     def check(self, observation: Observation, name: str) -> None:
         """Checks one observation before anything is computed.
 

@@ -11,8 +11,10 @@ Axes: B robots, T steps of a chunk, A action dimensions, R ids that may be gener
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,17 +22,21 @@ import numpy as np
 from univla_jax.data.actions import ActionStatistics
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.buckets import pad_prompts
+from univla_jax.inference.buckets import row_bucket
+from univla_jax.inference.continuer import Continuer, Memory, Rules
 from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.sampler import Sampler
+from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.inference.trained import TrainedModel
 from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
 
 _LAYOUTS = ("policy_video", "policy_image")
+_AHEAD, _AHEAD_ROWS = 1024, 8  # sessions whose next prompt can be begun; together at most
+_USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have room for
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Session:
     """What a policy remembers of one episode; made by ``Policy.start``, changed by ``act``.
 
@@ -40,6 +46,7 @@ class Session:
       chunks: chunks given out.
       invalid: how many of them did not decode.
       last_action: float32 [A], the end of the last chunk given out.
+      memory: keys and values of what was read for the last chunk; only saves time.
     """
 
     history: History
@@ -47,6 +54,7 @@ class Session:
     chunks: int = 0
     invalid: int = 0
     last_action: np.ndarray | None = None
+    memory: Memory | None = None
 
     def seeing(self, instruction: str, turn: np.ndarray) -> History:
         """The history with a new observation; the session itself stays as it is."""
@@ -54,9 +62,11 @@ class Session:
         history = self.history if same else History(window=self.history.window)
         return history.observe(turn)
 
-    def keep(self, instruction: str, history: History, chunk: ActionChunk) -> None:
+    def keep(
+        self, instruction: str, history: History, chunk: ActionChunk, memory: Memory | None
+    ) -> None:
         """Remembers a call that succeeded."""
-        self.history, self.instruction = history, instruction
+        self.history, self.instruction, self.memory = history, instruction, memory
         self.chunks += 1
         self.invalid += not chunk.valid
         self.last_action = chunk.actions[-1]
@@ -69,10 +79,16 @@ class Policy:
       trained: the model and its assets.
       corpus: row whose cameras and action statistics are used.
       statistics: of that corpus' actions.
+      rules: what may be generated.
     """
 
     def __init__(
-        self, trained: TrainedModel, *, corpus: str | None = None, rows: int | None = None
+        self,
+        trained: TrainedModel,
+        *,
+        corpus: str | None = None,
+        rows: int | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         """Prepares a loaded model; see ``load``."""
         trained.require_layout(_LAYOUTS, "acting")
@@ -82,12 +98,17 @@ class Policy:
         self.statistics = _statistics(trained, self.corpus)
         self._action = assets.require("action")
         self._encoder = ObservationEncoder(assets, layout, self.corpus)
-        self._sampler = Sampler(trained.model, trained.params)
         self._rows = rows
         codes = assets.vocabulary.action_ids(np.arange(self._action.vocabulary_size))
-        self._allowed = np.append(codes, assets.vocabulary.eoa)
         longest = self._action.max_tokens(self.chunk, self.statistics.action_dim)
-        self._new_tokens = longest + 1
+        self.rules = Rules(
+            allowed=np.append(codes, assets.vocabulary.eoa),
+            stop_id=assets.vocabulary.eoa,
+            max_new_tokens=max_new_tokens or longest + 1,
+        )
+        sampler = Sampler(trained.model, trained.params)
+        self._continuer = Continuer(sampler, self.rules, lengths=self._lengths(), rows=rows)
+        self._ahead: collections.deque[weakref.ref[Session]] = collections.deque(maxlen=_AHEAD)
 
     @classmethod
     def load(
@@ -98,6 +119,7 @@ class Policy:
         seed: int = 0,
         corpus: str | None = None,
         rows: int | None = None,
+        max_new_tokens: int | None = None,
     ) -> Policy:
         """Loads a checkpoint folder and nothing else.
 
@@ -108,13 +130,15 @@ class Policy:
           corpus: row whose cameras and statistics are used; the only one by default.
           rows: size of every batch; a call with fewer observations is padded to it, one with more
             is split. By default the number of observations, rounded up to a bucket.
+          max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
+            legal chunk needs.
 
         Raises:
           UserError: no complete checkpoint, changed or missing assets, a checkpoint that is no
             policy, or several corpora and none named.
         """
         trained = TrainedModel.load(checkpoint, untrained=untrained, seed=seed)
-        return cls(trained, corpus=corpus, rows=rows)
+        return cls(trained, corpus=corpus, rows=rows, max_new_tokens=max_new_tokens)
 
     @property
     def chunk(self) -> int:
@@ -133,13 +157,18 @@ class Policy:
         return Session(History(window=layout.frames if layout.layout == "policy_video" else 1))
 
     def act(
-        self, observations: Sequence[Observation], sessions: Sequence[Session]
+        self,
+        observations: Sequence[Observation],
+        sessions: Sequence[Session],
+        *,
+        stopwatch: Stopwatch | None = None,
     ) -> list[ActionChunk]:
         """The next chunk of every robot.
 
         Args:
           observations: one per robot.
           sessions: of the same robots, from ``start``; each gets its observation and action added.
+          stopwatch: gets the parts ``observe``, ``read`` and ``write``.
 
         Returns:
           one chunk per robot, float32 [T, A] in physical units. Ids that decode to no whole chunk
@@ -155,20 +184,75 @@ class Policy:
         if len({id(session) for session in sessions}) != len(sessions):
             raise UserError("a session was given twice; start one per robot")
         for i, observation in enumerate(observations):
-            self._encoder.check(observation, f"observation {i}")
-            self._check_instruction(observation.instruction, f"observation {i}")
+            self.check(observation, f"observation {i}")
         size = self._rows or max(1, len(observations))
         chunks: list[ActionChunk] = []
         for start in range(0, len(observations), size):
             part = slice(start, start + size)
-            chunks += self._act(observations[part], sessions[part])
+            chunks += self._act(observations[part], sessions[part], stopwatch or Stopwatch())
         return chunks
 
+    def example(self) -> Observation:
+        """A black observation of a size the policy takes."""
+        return self._encoder.example()
+
+    def warm(self, rows: int) -> None:
+        """Compiles what calls with ``rows`` robots use."""
+        size = self._rows or row_bucket(rows)
+        self._encoder.encode([self.example()], size)
+        self._continuer.warm(size)
+
+    def check(self, observation: Observation, name: str = "observation") -> None:
+        """Checks one observation as ``act`` does.
+
+        Args:
+          observation: what is looked at.
+          name: what it is called in messages.
+
+        Raises:
+          UserError: a view is missing or has another dtype or size; an instruction too long.
+        """
+        self._encoder.check(observation, name)
+        self._check_instruction(observation.instruction, name)
+
+    def work_ahead(self) -> bool:
+        """Reads what the next prompts are known to begin with, between calls.
+
+        Once the window is full, the observation that stays moves to another position and must be
+        read again; done here, the next ``act`` of the session reads only what is new.
+
+        Returns:
+          whether there was anything to do.
+        """
+        sessions: list[Session] = []
+        while self._ahead and len(sessions) < (self._rows or _AHEAD_ROWS):
+            session = self._ahead.popleft()()
+            if session is not None and session not in sessions:
+                sessions.append(session)
+        prefixes = [self._prefix(session) for session in sessions]
+        wanted = [
+            (session, prefix)
+            for session, prefix in zip(sessions, prefixes)
+            if self._continuer.worth_reading(prefix, session.memory)
+        ]
+        if wanted:
+            memories = self._continuer.read_ahead([prefix for _, prefix in wanted])
+            for (session, _), memory in zip(wanted, memories):
+                session.memory = memory
+        return bool(wanted)
+
+    def _prefix(self, session: Session) -> np.ndarray:
+        return session.history.prefix(opening(self.trained.lexicon, session.instruction or ""))
+
     def _act(
-        self, observations: Sequence[Observation], sessions: Sequence[Session]
+        self,
+        observations: Sequence[Observation],
+        sessions: Sequence[Session],
+        stopwatch: Stopwatch,
     ) -> list[ActionChunk]:
         lexicon = self.trained.lexicon
-        seen = self._encoder.encode(observations, self._rows)
+        with stopwatch.part("observe"):
+            seen = self._encoder.encode(observations, self._rows or row_bucket(len(observations)))
         histories = [
             session.seeing(observation.instruction, turn_prompt(lexicon, views))
             for observation, session, views in zip(observations, sessions, seen)
@@ -177,29 +261,18 @@ class Policy:
             history.prompt(opening(lexicon, observation.instruction))
             for observation, history in zip(observations, histories)
         ]
+        memories = [session.memory for session in sessions]
+        for session in sessions:
+            session.memory = None  # the call consumes it
+        answers = self._continuer.answer(prompts, memories, stopwatch=stopwatch)
         chunks = []
-        generated = self._generate(prompts)
-        for observation, session, history, ids in zip(observations, sessions, histories, generated):
+        for i, (session, (ids, memory)) in enumerate(zip(sessions, answers)):
             chunk = self._decode(ids, session.last_action)
-            history = history.act(closed(lexicon.vocabulary, ids))
-            session.keep(observation.instruction, history, chunk)
+            history = histories[i].act(closed(lexicon.vocabulary, ids))
+            session.keep(observations[i].instruction, history, chunk, memory)
             chunks.append(chunk)
+        self._ahead.extend(weakref.ref(session) for session in sessions)
         return chunks
-
-    def _generate(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Ids after each prompt, int32 [n], up to and with eoa where it was reached."""
-        vocabulary = self.trained.assets.vocabulary
-        tokens, lengths = pad_prompts(prompts, vocabulary.pad, rows=self._rows)
-        slots = tokens.shape[1] + self._new_tokens
-        generated, _ = self._sampler.generate(
-            self._sampler.prefill(tokens, lengths, slots=slots),
-            max_new_tokens=self._new_tokens,
-            allowed=self._allowed,
-            stop_id=vocabulary.eoa,
-            active=np.arange(len(tokens)) < len(prompts),
-        )
-        ids, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
-        return [ids[i, : counts[i]] for i in range(len(prompts))]
 
     def _decode(self, ids: np.ndarray, last_action: np.ndarray | None) -> ActionChunk:
         """The chunk that generated ids [n] mean, their eoa included."""
@@ -212,6 +285,15 @@ class Policy:
         if not decoded.valid:
             return ActionChunk(no_motion(*shape, last_action), valid=False, reason=decoded.reason)
         return ActionChunk(self.statistics.unnormalise(decoded.actions))
+
+    def _lengths(self) -> tuple[int, int]:
+        """New tokens of the usual calls: one observation, and a whole prompt."""
+        layout, window = self.trained.layout, self.start().history.window
+        grids = layout.corpora[self.corpus].grids
+        codes = [np.zeros((1, *grids[view]), np.int32) for view in layout.views]
+        turn = len(turn_prompt(self.trained.lexicon, codes))
+        longest = _USUAL_OPENING + window * turn + (window - 1) * self.rules.max_new_tokens
+        return turn + 1, min(longest, max(layout.sequence_length, turn + 1))
 
     def _check_instruction(self, instruction: str, name: str) -> None:
         longest = self.trained.layout.sequence_length

@@ -57,7 +57,12 @@ class Sampler:
         return DecodeState(rows, bound=int(lengths.max()))
 
     def extend(
-        self, state: DecodeState, tokens: np.ndarray, lengths: np.ndarray | None = None
+        self,
+        state: DecodeState,
+        tokens: np.ndarray,
+        lengths: np.ndarray | None = None,
+        *,
+        window: int | None = None,
     ) -> DecodeState:
         """Appends given tokens to every row, after its pending one.
 
@@ -65,6 +70,7 @@ class Sampler:
           state: consumed.
           tokens: int32 [B, S], right-padded with any id.
           lengths: int32 [B] real tokens per row, 0 leaves a row as it is; all S by default.
+          window: slots that are read at least, so that calls share one shape.
 
         Raises:
           UserError: ids outside the vocabulary, or another number of rows.
@@ -74,7 +80,7 @@ class Sampler:
         padded = _pad_to_bucket(tokens, extra=int(state.has_pending))
         start = state.bound - int(state.has_pending)
         room = state.bound + padded.shape[1]
-        rows, window = _make_room(state.rows, read=start, write=room)
+        rows, window = _make_room(state.rows, read=max(start, window or 0), write=room)
         append = decode_steps.append_pending if state.has_pending else decode_steps.append
         rows = append(self.model, self.params, rows, padded, lengths, window=window)
         return DecodeState(rows, bound=bound)
@@ -89,6 +95,7 @@ class Sampler:
         sampling: Sampling = GREEDY,
         key: jax.Array | None = None,
         active: np.ndarray | None = None,
+        window: int | None = None,
     ) -> tuple[Generated, DecodeState]:
         """Lets every row choose tokens until it stops, in one jitted loop.
 
@@ -101,6 +108,7 @@ class Sampler:
           sampling: how to choose.
           key: random key, or one per row [B]; needed unless greedy.
           active: bool [B], rows that take part; the others stay as they are. All by default.
+          window: slots that are read at least, so that calls share one shape.
 
         Returns:
           what was chosen, and the state behind it.
@@ -114,7 +122,7 @@ class Sampler:
         ids = self._allowed(allowed, stop_id)
         batch = state.rows.pending.shape[0]
         bound = state.bound + max_new_tokens
-        rows, window = _make_room(state.rows, read=bound, write=bound)
+        rows, window = _make_room(state.rows, read=max(bound, window or 0), write=bound)
         rows, tokens, lengths, stopped = decode_steps.generate(
             self.model,
             self.params,

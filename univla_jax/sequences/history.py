@@ -80,6 +80,16 @@ class History:
             parts += [turn, action]
         return np.concatenate([*parts, self.turns[-1]]).astype(np.int32)
 
+    def prefix(self, opening: np.ndarray) -> np.ndarray:
+        """What the next prompt will begin with, whatever is seen then; int32.
+
+        Args:
+          opening: ids of bos and instruction (``prompts.opening``).
+        """
+        first = max(0, len(self.turns) - (self.window - 1))
+        kept = zip(self.turns[first:], self.actions[first:])
+        return np.concatenate([opening, *(ids for pair in kept for ids in pair)]).astype(np.int32)
+
 
 def closed(vocabulary: Vocabulary, generated: np.ndarray) -> np.ndarray:
     """Generated action ids up to and with their first eoa, which is added where it is missing.

@@ -1,0 +1,128 @@
+"""Prompts that grow from call to call: nothing is read twice, and no token changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.decoders import tiny_decoder
+from univla_jax.inference.continuer import Continuer, Rules
+from univla_jax.inference.sampler import Sampler
+
+STOP = 25
+RULES = Rules(np.arange(20, 60), STOP, 6)
+TURN, WHOLE = 20, 96
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(*tiny_decoder(vocab_size=100))
+
+
+@pytest.fixture(scope="module")
+def continuer(sampler):
+    return Continuer(sampler, RULES, lengths=(TURN, WHOLE), rows=4)
+
+
+@pytest.fixture(scope="module")
+def alone(sampler):
+    """What a fresh cache gives for one prompt."""
+
+    def run(prompt):
+        row = np.zeros((1, 192), np.int32)
+        row[0, : len(prompt)] = prompt
+        state = sampler.prefill(row, [len(prompt)])
+        generated, _ = sampler.generate(
+            state,
+            max_new_tokens=RULES.max_new_tokens,
+            allowed=RULES.allowed,
+            stop_id=STOP,
+            window=192,
+        )
+        return np.asarray(generated.tokens)[0, : int(generated.lengths[0])].tolist()
+
+    return run
+
+
+def _ids(rng, count):
+    return rng.integers(0, 100, count).astype(np.int32)
+
+
+def _grown(prompt, chosen, more):
+    return np.concatenate([prompt, chosen, more]).astype(np.int32)
+
+
+def test_growing_prompts(continuer, alone):
+    """Several rows over several calls, each with its own new tokens."""
+    rng = np.random.default_rng(0)
+    prompts, memories = [_ids(rng, n) for n in (40, 33, 50)], [None] * 3
+    for call in range(3):
+        reused = [continuer.reused(p, m) for p, m in zip(prompts, memories)]
+        assert all((n > 0) == (call > 0) for n in reused)
+        answers = continuer.answer(prompts, memories)
+        assert [ids.tolist() for ids, _ in answers] == [alone(p) for p in prompts]
+        memories = [memory for _, memory in answers]
+        rest = [_ids(rng, n) for n in (12, 8, 5)]
+        prompts = [_grown(p, ids, r) for p, (ids, _), r in zip(prompts, answers, rest)]
+
+
+def test_new_and_old_rows_in_one_call(continuer, alone):
+    rng = np.random.default_rng(1)
+    first = _ids(rng, 60)
+    ((ids, memory),) = continuer.answer([first], [None])
+    prompts = [_ids(rng, 50), _grown(first, ids, _ids(rng, 9)), _ids(rng, 10)]
+    answers = continuer.answer(prompts, [None, memory, None])
+    assert [ids.tolist() for ids, _ in answers] == [alone(p) for p in prompts]
+    again = [_grown(p, ids, [1, 2]) for p, (ids, _) in zip(prompts, answers)]
+    kept = continuer.answer(again, [memory for _, memory in answers])
+    assert [ids.tolist() for ids, _ in kept] == [alone(p) for p in again]
+
+
+def test_only_the_shared_beginning_stays(continuer, alone):
+    rng = np.random.default_rng(2)
+    first = _ids(rng, 60)
+    ((_, memory),) = continuer.answer([first], [None])
+    late, early = first.copy(), first.copy()
+    late[50], early[2] = late[50] + 1, early[2] + 1
+    assert continuer.reused(late, memory) == 50 and continuer.reused(early, memory) == 0
+    assert continuer.reused(first, memory) == 59
+    answers = continuer.answer([late, early], [memory, memory])
+    assert [ids.tolist() for ids, _ in answers] == [alone(late), alone(early)]
+
+
+def test_reading_ahead(continuer, alone):
+    rng = np.random.default_rng(3)
+    prefixes = [_ids(rng, 70), _ids(rng, 45)]
+    assert continuer.worth_reading(prefixes[0], None)
+    memories = continuer.read_ahead(prefixes)
+    assert not continuer.worth_reading(prefixes[0], memories[0])
+    prompts = [np.append(p, _ids(rng, 18)) for p in prefixes]
+    reused = [continuer.reused(p, m) for p, m in zip(prompts, memories)]
+    assert reused == [70, 45]
+    answers = continuer.answer(prompts, memories)
+    assert [ids.tolist() for ids, _ in answers] == [alone(p) for p in prompts]
+
+
+def test_prompts_beyond_the_usual_size(continuer, alone):
+    rng = np.random.default_rng(4)
+    long = _ids(rng, 150)
+    answers = continuer.answer([long, long[:40]], [None, None])
+    assert [ids.tolist() for ids, _ in answers] == [alone(long), alone(long[:40])]
+    grown = _grown(long, answers[0][0], [3])
+    ((ids, _),) = continuer.answer([grown], [answers[0][1]])
+    assert ids.tolist() == alone(grown)
+
+
+def test_warm_leaves_nothing_to_compile(sampler, continuer):
+    from univla_jax.inference import decode_steps
+
+    continuer.warm(4)
+    sizes = lambda: [  # noqa: E731
+        f._cache_size() for f in (decode_steps.prefill, decode_steps.append, decode_steps.generate)
+    ]
+    before, rng = sizes(), np.random.default_rng(5)
+    prompt, memory = _ids(rng, 50), None
+    for _ in range(2):
+        ((ids, memory),) = continuer.answer([prompt], [memory])
+        prompt = _grown(prompt, ids, _ids(rng, 15))
+    assert sizes() == before

@@ -1,0 +1,129 @@
+"""A server on a thread, and a policy that computes nothing but tells robots apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+
+import numpy as np
+from websockets.sync.client import connect
+
+from univla_jax.episode import ActionChunk
+from univla_jax.errors import UserError
+from univla_jax.serving import wire
+from univla_jax.serving.contracts import ServerConfig
+from univla_jax.serving.server import PolicyServer
+
+SIDE = 8
+
+
+class CountingPolicy:
+    """Answers the sum of all pixels a session has seen, and how many observations those were."""
+
+    views = ("image",)
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.batches = seconds, []
+        self.running, self.ahead = threading.Event(), 0
+
+    def start(self):
+        return []
+
+    def check(self, observation, name):
+        if observation.frames["image"].shape[0] != SIDE:
+            raise UserError(f"{name}: view 'image' has another size")
+
+    def act(self, observations, sessions, *, stopwatch=None):
+        self.running.set()
+        time.sleep(self.seconds)
+        self.batches.append(len(observations))
+        if any(o.instruction == "crash" for o in observations):
+            raise RuntimeError("secret details")
+        with stopwatch.part("read"):
+            for observation, session in zip(observations, sessions):
+                session.append(int(observation.frames["image"].sum()))
+        return [
+            ActionChunk(np.array([[sum(s), len(s)]], np.float32), valid=sum(s) > 0, reason="")
+            for s in sessions
+        ]
+
+    def work_ahead(self):
+        self.ahead += 1
+        return False
+
+
+def observation(value=1, prompt="go", **more):
+    """A frame whose pixels sum to ``value`` times their number."""
+    image = np.full((SIDE, SIDE, 3), value, np.uint8)
+    return {"observation/image": image, "prompt": prompt, **more}
+
+
+@contextlib.contextmanager
+def running(policy, *, tls=None, metadata=None, **config):
+    """The server and its port; it is stopped, and must stop, at the end."""
+    config = ServerConfig(**{"port": 0, "drain_seconds": 5.0, **config})
+    server = PolicyServer(policy, config, metadata=metadata or {"protocol": 1}, tls=tls)
+    started, errors, box = threading.Event(), [], {}
+
+    async def main():
+        box["loop"], box["stop"] = asyncio.get_running_loop(), asyncio.Event()
+        await server.run(box["stop"], started.set)
+
+    def target():
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            errors.append(error)
+            started.set()
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    assert started.wait(20)
+    if errors:
+        thread.join()
+        raise errors[0]
+    handle = Handle(server, lambda: box["loop"].call_soon_threadsafe(box["stop"].set), thread)
+    try:
+        yield handle
+    finally:
+        if thread.is_alive():
+            handle.stop()
+        thread.join(20)
+        assert not thread.is_alive() and not errors
+
+
+@dataclasses.dataclass
+class Handle:
+    """A running server."""
+
+    server: PolicyServer
+    stop: object
+    thread: threading.Thread
+
+    @property
+    def port(self):
+        return self.server.port
+
+    def connect(self, **options):
+        """A bare client behind its metadata."""
+        options = {"compression": None, "max_size": None, **options}
+        connection = connect(f"ws://127.0.0.1:{self.port}", **options)
+        wire.unpack(connection.recv())
+        return connection
+
+    def metric(self, name):
+        """The value of one line of ``/metrics``."""
+        for line in self.server.metrics.text().decode().splitlines():
+            if line.startswith(name + " "):
+                return float(line.split()[-1])
+        return 0.0
+
+
+def ask(connection, message):
+    """The reply to a message; a text frame stays text."""
+    connection.send(wire.pack(message))
+    reply = connection.recv(timeout=20)
+    return reply if isinstance(reply, str) else wire.unpack(reply)

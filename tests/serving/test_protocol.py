@@ -1,0 +1,79 @@
+"""Requests are checked key by key; replies carry actions, validity and timing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from univla_jax.episode import ActionChunk
+from univla_jax.errors import UserError
+from univla_jax.serving.protocol import read_request, write_reply
+
+VIEWS = ("image", "wrist_image")
+
+
+def _message(**changes):
+    message = {
+        "observation/image": np.zeros((4, 6, 3), np.uint8),
+        "observation/wrist_image": np.ones((2, 2, 3), np.uint8),
+        "observation/state": np.arange(8, dtype=np.float64),
+        "prompt": "touch green",
+    }
+    message.update(changes)
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _read(message):
+    return read_request(message, VIEWS, longest_side=16)
+
+
+def test_an_openpi_observation():
+    request = _read(_message())
+    assert not request.reset and request.episode is None
+    seen = request.observation
+    assert seen.instruction == "touch green" and set(seen.frames) == set(VIEWS)
+    assert seen.state.dtype == np.float32 and seen.state.tolist() == list(range(8))
+    assert _read(_message(**{"observation/state": None})).observation.state is None
+
+
+def test_resets_and_episodes():
+    assert _read({"reset": True}).observation is None
+    assert _read({"reset": np.True_, "episode_id": "a"}).episode == "a"
+    both = _read(_message(reset=True, episode_id=np.int64(3)))
+    assert both.reset and both.episode == 3 and both.observation is not None
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ([1], "the message is a list"),
+        ({}, "'observation/image' is missing; the message has nothing"),
+        ({"reset": False}, "'observation/image' is missing"),
+        (_message(prompt=None), "'prompt' is missing"),
+        (_message(**{"observation/side": 1}), "unknown key 'observation/side'; .* knows obs"),
+        (_message(prompt=b"x"), "'prompt' is a bytes"),
+        (_message(prompt="x" * 1025), "1025 characters"),
+        (_message(reset=1), "'reset' is a int"),
+        (_message(episode_id=[1]), "'episode_id' is"),
+        (_message(episode_id="x" * 300), "'episode_id' is"),
+        (_message(**{"observation/state": [1, 2]}), "'observation/state' is a list"),
+        (_message(**{"observation/state": np.zeros((2, 2))}), "is float64 \\[2, 2\\]"),
+        (_message(**{"observation/state": np.array([np.nan])}), "not finite"),
+        (_message(**{"observation/image": "x"}), "'observation/image' is a str"),
+        (_message(**{"observation/image": np.zeros((4, 4, 3))}), "is float64 \\[4, 4, 3\\]"),
+        (_message(**{"observation/image": np.zeros((3, 4, 4), np.uint8)}), "\\[H, W, 3\\], RGB"),
+        (_message(**{"observation/image": np.zeros((0, 4, 3), np.uint8)}), "sides of 1 to 16"),
+        (_message(**{"observation/image": np.zeros((17, 4, 3), np.uint8)}), "sides of 1 to 16"),
+    ],
+)
+def test_mistakes_are_named(message, error):
+    with pytest.raises(UserError, match=error):
+        _read(message)
+
+
+def test_replies():
+    chunk = ActionChunk(np.zeros((2, 7)), valid=False, reason="too short")
+    reply = write_reply(chunk, {"infer_ms": 1.5})
+    assert reply["actions"].dtype == np.float32 and reply["actions"].shape == (2, 7)
+    assert reply["actions_valid"] is False and reply["actions_invalid_reason"] == "too short"
+    assert reply["policy_timing"] == {"infer_ms": 1.5}

@@ -1,0 +1,220 @@
+"""The server as robots see it; the policy behind it only counts."""
+
+from __future__ import annotations
+
+import ssl
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import trustme
+from websockets import exceptions
+from websockets.sync.client import connect
+
+from tests.serving.harness import CountingPolicy, ask, observation, running
+from univla_jax.errors import UserError
+from univla_jax.serving import wire
+from univla_jax.serving.contracts import ServerConfig
+from univla_jax.serving.launch import check_port, tls_context, with_key
+
+PIXELS = 8 * 8 * 3
+
+
+def _get(port, path, **headers):
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.status, response.read().decode()
+
+
+def test_the_client_of_openpi_works_unchanged():
+    client = pytest.importorskip("openpi_client.websocket_client_policy")
+    broker = pytest.importorskip("openpi_client.action_chunk_broker")
+    with running(CountingPolicy(), metadata={"protocol": 1, "chunk": 1}) as server:
+        policy = client.WebsocketClientPolicy("127.0.0.1", server.port)
+        assert policy.get_server_metadata() == {"protocol": 1, "chunk": 1}
+        first, second = policy.infer(observation(1)), policy.infer(observation(2))
+        np.testing.assert_array_equal(second["actions"], [[3 * PIXELS, 2]])
+        assert first["actions_valid"] is True and "prev_total_ms" in second["server_timing"]
+        assert set(first["policy_timing"]) == {"infer_ms", "read_ms"}
+        with pytest.raises(RuntimeError, match="bad request: key 'prompt' is missing"):
+            policy.infer({"observation/image": observation()["observation/image"]})
+        chunks = broker.ActionChunkBroker(policy, action_horizon=1)
+        assert chunks.infer(observation(1))["actions"].tolist() == [4 * PIXELS, 3]
+
+
+def test_each_connection_has_an_episode_of_its_own_and_can_end_it():
+    with running(CountingPolicy()) as server, server.connect() as a, server.connect() as b:
+
+        def count(robot, **more):
+            return ask(robot, observation(1, **more))["actions"][0, 1]
+
+        assert [count(a), count(a), count(b)] == [1, 2, 1]
+        assert ask(a, {"reset": True}) == {"reset": True}
+        assert [count(a), count(b)] == [1, 2]
+        assert count(a, reset=True) == 1
+        assert [count(a, episode_id=i) for i in ("x", "x", "y")] == [1, 2, 1]
+
+
+def test_mistakes_are_answered_and_the_connection_stays():
+    policy = CountingPolicy()
+    with running(policy) as server, server.connect() as robot:
+        small = {"observation/image": np.zeros((4, 8, 3), np.uint8), "prompt": "go"}
+        for message, error in (
+            (observation(1, extra=1), "unknown key 'extra'"),
+            (small, "observation: view 'image' has another size"),
+            ([1, 2], "the message is a list"),
+        ):
+            reply = ask(robot, message)
+            assert reply.startswith("bad request: ") and error in reply
+        assert ask(robot, observation(1))["actions"][0, 1] == 1
+        assert policy.batches == [1]
+        assert server.metric('univla_requests_total{outcome="bad_request"}') == 3
+
+
+def test_frames_that_cannot_be_read_end_their_connection_only():
+    with running(CountingPolicy(), max_message_bytes=2000) as server, server.connect() as good:
+        for frame, code, error in (
+            (b"\xc1", 1007, "no msgpack message"),
+            ("text", 1003, "expected a binary msgpack frame"),
+            (b"\0" * 3000, 1009, None),
+        ):
+            with server.connect() as robot:
+                robot.send(frame)
+                if error:
+                    assert error in robot.recv(timeout=10)
+                with pytest.raises(exceptions.ConnectionClosed) as closed:
+                    robot.recv(timeout=10)
+                assert closed.value.rcvd.code == code
+        assert ask(good, observation(1))["actions"][0, 1] == 1
+
+
+def test_errors_of_the_policy_tell_nothing_and_spare_the_others(caplog):
+    with running(CountingPolicy(), window_seconds=1.0) as server:
+        with server.connect() as good, server.connect() as bad:
+            good.send(wire.pack(observation(1)))
+            reply = ask(bad, observation(1, prompt="crash"))
+            assert reply.startswith("internal error") and "secret" not in reply
+            assert wire.unpack(good.recv(timeout=10))["actions"][0, 0] == PIXELS
+            with pytest.raises(exceptions.ConnectionClosed):
+                bad.recv(timeout=10)
+        assert "secret details" in caplog.text
+
+
+def test_health_and_metrics_answer_while_the_policy_computes():
+    with running(CountingPolicy(seconds=1.0)) as server, server.connect() as robot:
+        robot.send(wire.pack(observation(1)))
+        assert server.server._policy.running.wait(10)
+        begin = time.perf_counter()
+        assert _get(server.port, "/healthz") == (200, "OK\n")
+        status, page = _get(server.port, "/metrics")
+        assert time.perf_counter() - begin < 0.5
+        assert status == 200 and "univla_connections 1.0" in page
+        assert wire.unpack(robot.recv(timeout=10))["actions_valid"]
+        assert 'univla_requests_total{outcome="ok"} 1.0' in _get(server.port, "/metrics")[1]
+
+
+def test_robots_that_ask_together_are_answered_together():
+    policy = CountingPolicy()
+    with running(policy, window_seconds=5.0, max_batch=3) as server:
+        robots = [server.connect() for _ in range(3)]
+        for i, robot in enumerate(robots):
+            robot.send(wire.pack(observation(i)))
+        totals = [wire.unpack(r.recv(timeout=10))["actions"][0, 0] for r in robots]
+        assert totals == [0, PIXELS, 2 * PIXELS] and policy.batches == [3]
+        for robot in robots:
+            robot.close()
+
+
+def test_a_full_queue_refuses_and_the_robot_may_try_again():
+    policy = CountingPolicy(seconds=0.5)
+    with running(policy, queue=1, max_batch=1) as server:
+        robots = [server.connect() for _ in range(3)]
+        robots[0].send(wire.pack(observation(1)))
+        assert policy.running.wait(10)
+        robots[1].send(wire.pack(observation(1)))
+        time.sleep(0.1)
+        assert ask(robots[2], observation(1)).startswith("busy: 1 requests are waiting; try again")
+        for robot in robots[:2]:
+            assert wire.unpack(robot.recv(timeout=10))["actions"][0, 1] == 1
+        assert ask(robots[2], observation(1))["actions"][0, 1] == 1
+        for robot in robots:
+            robot.close()
+
+
+def test_only_robots_with_the_key_get_in():
+    with running(CountingPolicy(), api_key="geheim") as server:
+        for headers in ({}, {"Authorization": "Api-Key other"}, {"Authorization": "geheim"}):
+            with pytest.raises(exceptions.InvalidStatus, match="401"):
+                server.connect(additional_headers=headers)
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                _get(server.port, "/metrics", **headers)
+        headers = {"Authorization": "Api-Key geheim"}
+        with server.connect(additional_headers=headers) as robot:
+            assert ask(robot, observation(1))["actions_valid"]
+        assert (
+            _get(server.port, "/healthz")[0] == _get(server.port, "/metrics", **headers)[0] == 200
+        )
+
+
+def test_web_pages_and_one_robot_too_many_stay_outside():
+    with running(CountingPolicy(), max_connections=1) as server:
+        with pytest.raises(exceptions.InvalidStatus, match="403"):
+            server.connect(origin="http://evil.example")
+        with server.connect(), pytest.raises(exceptions.InvalidStatus, match="503"):
+            server.connect()
+
+
+def test_encrypted(tmp_path):
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    files = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with (
+        running(CountingPolicy(), tls=tls_context(*files)) as server,
+        connect(f"wss://127.0.0.1:{server.port}", ssl=trusting) as robot,
+    ):
+        assert wire.unpack(robot.recv(timeout=10)) == {"protocol": 1}
+        assert ask(robot, observation(1))["actions_valid"]
+    with pytest.raises(UserError, match="both --tls_cert and --tls_key"):
+        tls_context(files[0], None)
+    with pytest.raises(UserError, match="cannot read"):
+        tls_context(files[0], str(tmp_path / "none.pem"))
+
+
+def test_stopping_finishes_what_runs():
+    policy = CountingPolicy(seconds=0.5)
+    with running(policy) as server:
+        working, idle = server.connect(), server.connect()
+        working.send(wire.pack(observation(1)))
+        assert policy.running.wait(10)
+        server.stop()
+        with pytest.raises(exceptions.ConnectionClosed) as closed:
+            idle.recv(timeout=10)
+        assert closed.value.rcvd.code == 1001
+        assert wire.unpack(working.recv(timeout=10))["actions_valid"]
+        with pytest.raises(exceptions.ConnectionClosed):
+            working.recv(timeout=10)
+        with pytest.raises((OSError, exceptions.InvalidStatus)):
+            server.connect()
+
+
+def test_taken_ports_and_bad_settings_are_named(tmp_path):
+    with running(CountingPolicy()) as server:
+        message = f"cannot listen on 127.0.0.1:{server.port}"
+        with pytest.raises(UserError, match=message):
+            check_port("127.0.0.1", server.port)
+        with pytest.raises(UserError, match=message), running(CountingPolicy(), port=server.port):
+            pass
+    with pytest.raises(UserError, match="--queue: 0"):
+        ServerConfig(queue=0)
+    with pytest.raises(UserError, match="--port: 70000"):
+        ServerConfig(port=70000)
+    with pytest.raises(UserError, match="--api_key_file"):
+        with_key(ServerConfig(), str(tmp_path / "none"))
+    (tmp_path / "key").write_text("geheim\n")
+    assert with_key(ServerConfig(), str(tmp_path / "key")).api_key == "geheim"

@@ -1,0 +1,134 @@
+"""The command that serves a checkpoint: starts, answers as the policy does, stops, names mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.inference import tiny_checkpoint
+from univla_jax.episode import Observation
+from univla_jax.inference.policy import Policy
+from univla_jax.serving import wire
+
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
+WORDS = "push the red block to the left"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    return tiny_checkpoint.save(folder, tiny_checkpoint.make_assets(), scale=20)
+
+
+def _command(checkpoint, *arguments):
+    command = [sys.executable, "-m", "univla_jax.serve", f"--checkpoint={checkpoint}"]
+    return [*command, *arguments]
+
+
+@contextlib.contextmanager
+def _server(checkpoint, compiled, *arguments):
+    """A running server: its process, its port, and the seconds until it listened."""
+    command = _command(checkpoint, "--port=0", f"--compiled={compiled}", *arguments)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stderr:
+            found = re.match(r"\[ *([\d.]+) s\] listening on ws://127.0.0.1:(\d+)", line)
+            if found:
+                break
+        yield process, int(found[2]), float(found[1])
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _frames(seed):
+    rng = np.random.default_rng(seed)
+    draw = lambda side: rng.integers(0, 256, (side, side, 3), np.uint8)  # noqa: E731
+    return {"image": draw(64), "wrist_image": draw(32)}
+
+
+def _message(seed):
+    frames = {f"observation/{view}": frame for view, frame in _frames(seed).items()}
+    return frames | {"prompt": WORDS}
+
+
+@pytest.mark.slow
+def test_it_acts_as_the_policy_does_and_starts_faster_the_second_time(checkpoint, tmp_path):
+    from websockets.sync.client import connect
+
+    policy = Policy.load(checkpoint)
+    session, seconds = policy.start(), []
+    expected = [policy.act([Observation(WORDS, _frames(i))], [session])[0] for i in range(4)]
+    for _ in range(2):
+        with _server(checkpoint, tmp_path / "compiled", "--max_batch=2") as (
+            process,
+            port,
+            spent,
+        ):
+            seconds.append(spent)
+            with connect(f"ws://127.0.0.1:{port}", compression=None) as robot:
+                metadata = wire.unpack(robot.recv())
+                assert metadata["chunk"] == policy.chunk and metadata["checkpoint_step"] == 7
+                for seed, chunk in enumerate(expected):
+                    robot.send(wire.pack(_message(seed)))
+                    reply = wire.unpack(robot.recv(timeout=60))
+                    np.testing.assert_array_equal(reply["actions"], chunk.actions)
+                    assert reply["actions_valid"] == chunk.valid
+                    assert reply["actions_invalid_reason"] == chunk.reason
+                    time.sleep(0.1)  # lets it read ahead
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+    assert seconds[1] <= seconds[0] / 3
+
+
+@pytest.mark.slow
+def test_sigterm_under_load(checkpoint, tmp_path):
+    """Whoever got no answer is told that the server stops; nothing hangs, nothing crashes."""
+    from websockets import exceptions
+    from websockets.sync.client import connect
+
+    arguments = ("--max_batch=2", "--window_ms=1")
+    with _server(checkpoint, tmp_path / "compiled", *arguments) as (process, port, _):
+        robots = [connect(f"ws://127.0.0.1:{port}", compression=None) for _ in range(4)]
+        for robot in robots:
+            robot.recv()
+        for i, robot in enumerate(robots):
+            robot.send(wire.pack(_message(i)))
+        process.send_signal(signal.SIGTERM)
+        outcomes = []
+        for robot in robots:
+            try:
+                outcomes.append(wire.unpack(robot.recv(timeout=60))["actions"].shape)
+                robot.recv(timeout=60)
+            except exceptions.ConnectionClosed as closed:
+                outcomes.append(closed.rcvd.code)
+        assert process.wait(60) == 0
+    assert set(outcomes) <= {(3, 7), 1001} and outcomes.count(1001) == 4
+
+
+def _fails(checkpoint, *arguments):
+    done = subprocess.run(
+        _command(checkpoint, *arguments), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_mistakes_are_one_line(checkpoint, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in _fails(checkpoint, f"--port={port}")
+    assert "no complete checkpoint" in _fails(tmp_path, "--port=0", f"--compiled={tmp_path}/c")
+    assert "--max_batch: 0" in _fails(checkpoint, "--max_batch=0")

@@ -1,0 +1,265 @@
+"""Sequences that grow from call to call: what a call shares with the one before is not read again.
+
+    call 0   bos text │ o0 boa               → a0 eoa
+    call 1   bos text │ o0 boa a0 eoa │ o1 boa   → …    only "eoa │ o1 boa" is read
+    call 2   bos text │ o1 boa a1 eoa │ o2 boa   → …    o1 moved: read again, maybe ahead
+
+Every position of the cache depends on all ids before it, so a shared beginning may stay and
+nothing else. The ids chosen are those of a fresh prefill.
+
+Axes: B rows, S new tokens, M cache slots, W window of slots that are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from univla_jax.inference.buckets import length_bucket, row_bucket
+from univla_jax.inference.choosing import GREEDY, Sampling
+from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
+from univla_jax.inference.sampler import Sampler
+from univla_jax.inference.stopwatch import Stopwatch
+from univla_jax.models.kv_cache import KVCache
+
+_ROUNDING = 32  # new tokens are padded by less behind a prompt of the greatest usual length
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What is left of one sequence.
+
+    Attributes:
+      cache: keys and values of one row.
+      ids: int32 [n], the ids read into its first n slots.
+    """
+
+    cache: KVCache
+    ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a continuation may be.
+
+    Attributes:
+      allowed: ids that may be chosen.
+      stop_id: ends it.
+      max_new_tokens: the most ids chosen.
+      sampling: how.
+    """
+
+    allowed: np.ndarray
+    stop_id: int
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+
+
+class Continuer:
+    """Reads prompts over what is remembered of them, and continues each until it stops.
+
+    Shapes are few: new tokens are padded to one of ``lengths`` where they fit, rows to a bucket,
+    and caches have one size unless a prompt is too long for it.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        rules: Rules,
+        *,
+        lengths: Sequence[int],
+        rows: int | None = None,
+    ) -> None:
+        """Fixes the shapes.
+
+        Args:
+          sampler: reads and chooses.
+          rules: what may follow.
+          lengths: most new tokens of the usual calls, for example of one observation and of a
+            whole prompt.
+          rows: size of every batch; by default a bucket of what is asked.
+        """
+        self.rules = rules
+        self._sampler, self._rows = sampler, rows
+        self._lengths = sorted({length_bucket(n) for n in lengths})
+        room = max(rules.max_new_tokens, _ROUNDING)
+        self._slots = length_bucket(self._lengths[-1] + room)
+
+    def bucket(self, length: int) -> int:
+        """What ``length`` new tokens are padded to."""
+        return next((n for n in self._lengths if length <= n), length_bucket(length))
+
+    def answer(
+        self,
+        prompts: Sequence[np.ndarray],
+        memories: Sequence[Memory | None],
+        *,
+        stopwatch: Stopwatch | None = None,
+    ) -> list[tuple[np.ndarray, Memory]]:
+        """Continues every prompt.
+
+        Args:
+          prompts: int32 [n] each.
+          memories: what is left of the call before, consumed; None where there is nothing.
+          stopwatch: gets the parts ``read`` and ``write``.
+
+        Returns:
+          per prompt the ids chosen, int32, up to and with the stop id where it was reached, and
+          the memory behind them.
+        """
+        stopwatch = stopwatch or Stopwatch()
+        with stopwatch.part("read") as results:
+            state = self._read(prompts, memories)
+            results.append(state.rows)
+        with stopwatch.part("write") as results:
+            generated, state = self._write(state, len(prompts))
+            results.append(generated.tokens)
+        tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
+        chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
+        read = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
+        caches = _split(state.rows.cache)
+        return [(ids, Memory(c, r)) for ids, c, r in zip(chosen, caches, read)]
+
+    def read_ahead(self, prefixes: Sequence[np.ndarray]) -> list[Memory]:
+        """Reads the beginnings of prompts that will be asked for later."""
+        state = self._read(prefixes, [None] * len(prefixes))
+        return [Memory(c, ids) for c, ids in zip(_split(state.rows.cache), prefixes)]
+
+    def warm(self, rows: int) -> None:
+        """Compiles what calls with ``rows`` rows use."""
+        size = self._size(rows)
+        for width in self._lengths:
+            rests = [np.zeros(width, np.int32)] * size
+            state = self._read_group(rests, [None] * size, [0] * size, width)
+        cache = _split(state.rows.cache)[0]
+        rests = [np.zeros(self._lengths[0], np.int32)] * size
+        state = self._read_group(rests, [cache] * size, [1] * size, self._lengths[0])
+        self._write(state, 0)
+
+    def worth_reading(self, prefix: np.ndarray, memory: Memory | None) -> bool:
+        """Whether reading ``prefix`` ahead would spare a later call anything."""
+        held = 0 if memory is None else _common(prefix, memory.ids)
+        return len(prefix) - held > 1  # the last id chosen is always read with what comes next
+
+    def reused(self, prompt: np.ndarray, memory: Memory | None) -> int:
+        """How many ids of ``prompt`` need not be read again.
+
+        None where reading the rest alone would take no smaller a bucket than the whole.
+        """
+        if memory is None:
+            return 0
+        shared = min(_common(prompt, memory.ids), len(prompt) - 1)
+        cheaper = self.bucket(len(prompt) - shared) < self.bucket(len(prompt))
+        return shared if cheaper and shared else 0
+
+    def _read(
+        self, prompts: Sequence[np.ndarray], memories: Sequence[Memory | None]
+    ) -> DecodeState:
+        """All prompts read, in order, the batch filled up with repetitions of the first rows."""
+        known = [self.reused(p, m) for p, m in zip(prompts, memories)]
+        groups: dict[int, list[int]] = {}
+        for i, (prompt, n) in enumerate(zip(prompts, known)):
+            groups.setdefault(self.bucket(len(prompt) - n), []).append(i)
+        states = []
+        for width, members in groups.items():
+            rests = [prompts[i][known[i] :] for i in members]
+            kept = [memories[i].cache if known[i] else None for i in members]
+            states.append(self._read_group(rests, kept, [known[i] for i in members], width))
+        if len(states) == 1:
+            return states[0]
+        return self._merge(states, list(groups.values()), len(prompts))
+
+    def _write(self, state: DecodeState, count: int) -> tuple[Generated, DecodeState]:
+        """Continues the first ``count`` rows."""
+        return self._sampler.generate(
+            state,
+            max_new_tokens=self.rules.max_new_tokens,
+            allowed=self.rules.allowed,
+            stop_id=self.rules.stop_id,
+            sampling=self.rules.sampling,
+            active=np.arange(len(state.rows.pending)) < count,
+            window=self._window(state),
+        )
+
+    def _read_group(
+        self,
+        rests: Sequence[np.ndarray],
+        kept: Sequence[KVCache | None],
+        known: Sequence[int],
+        width: int,
+    ) -> DecodeState:
+        """Rows whose new tokens share one width."""
+        size = self._size(len(rests))
+        tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+        for row, (rest, n) in enumerate(zip(rests, map(len, rests))):
+            tokens[row, :n], lengths[row] = rest, n
+        if not any(known):
+            slots = max(self._slots, length_bucket(width + self.rules.max_new_tokens))
+            return self._sampler.prefill(tokens, lengths, slots=slots)
+        starts = np.zeros(size, np.int32)
+        starts[: len(known)] = known
+        state = self._join([*kept, *[None] * (size - len(kept))], starts)
+        return self._sampler.extend(state, tokens, lengths, window=self._window(state))
+
+    def _merge(
+        self, states: Sequence[DecodeState], groups: Sequence[Sequence[int]], count: int
+    ) -> DecodeState:
+        """One batch of the rows of several, each back at its place."""
+        size, first = self._size(count), states[0].rows
+        slots = max(s.rows.cache.slots for s in states)
+        caches: list[KVCache] = [None] * size
+        lengths = np.ones(size, np.int32)
+        hidden = np.zeros((size, first.hidden.shape[1]), first.hidden.dtype)
+        for state, members in zip(states, groups):
+            parts = _split(_grown(state.rows.cache, slots))
+            held, last = np.asarray(state.rows.lengths), np.asarray(state.rows.hidden)
+            for row, i in enumerate(members):
+                caches[i], lengths[i], hidden[i] = parts[row], held[row], last[row]
+        caches = [caches[0] if c is None else c for c in caches]
+        none = jnp.full(size, NOTHING, jnp.int32)
+        rows = Rows(_stack(tuple(caches)), jnp.asarray(lengths), jnp.asarray(hidden), none)
+        return DecodeState(rows, bound=int(lengths.max()))
+
+    def _join(self, kept: Sequence[KVCache | None], starts: np.ndarray) -> DecodeState:
+        """One batch of single rows, of which the first ``starts`` slots count."""
+        slots = max(self._slots, *(c.slots for c in kept if c is not None))
+        empty = KVCache.create(self._sampler.model.config, 1, slots)
+        caches = tuple(empty if c is None else _grown(c, slots) for c in kept)
+        config = self._sampler.model.config
+        hidden = jnp.zeros((len(starts), config.hidden_size), config.compute_dtype)
+        none = jnp.full(len(starts), NOTHING, jnp.int32)
+        rows = Rows(_stack(caches), jnp.asarray(starts), hidden, none)
+        return DecodeState(rows, bound=int(starts.max()))
+
+    def _window(self, state: DecodeState) -> int | None:
+        """One window for every call, as long as the cache has its usual size."""
+        return self._slots if state.rows.cache.slots == self._slots else None
+
+    def _size(self, rows: int) -> int:
+        return max(rows, self._rows) if self._rows else row_bucket(rows)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning of two id lists."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def _grown(cache: KVCache, slots: int) -> KVCache:
+    return cache if cache.slots >= slots else cache.grow(slots)
+
+
+@jax.jit
+def _stack(caches: tuple[KVCache, ...]) -> KVCache:
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *caches)
+
+
+@jax.jit
+def _split(cache: KVCache) -> list[KVCache]:
+    rows = cache.keys.shape[1]
+    return [jax.tree.map(lambda x, i=i: x[:, i : i + 1], cache) for i in range(rows)]

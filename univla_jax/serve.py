@@ -1,0 +1,79 @@
+"""Serves a policy checkpoint to robots over a websocket that speaks openpi's protocol.
+
+    python -m univla_jax.serve --checkpoint=WORKDIR --port=8000
+
+``openpi_client.websocket_client_policy.WebsocketClientPolicy("localhost", 8000)`` works unchanged;
+``serving/protocol.py`` lists the keys. The port opens when everything is compiled; a second start
+finds most of it in ``--compiled``. ``GET /healthz`` says whether the server runs, ``GET /metrics``
+is for Prometheus. SIGTERM lets the requests that run finish. Needs ``pip install .[serve]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+from absl import flags, logging
+
+from univla_jax import commands
+from univla_jax.errors import UserError
+
+_BEGIN = time.perf_counter()
+
+CHECKPOINT = commands.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
+CORPUS = commands.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
+HOST = commands.string_flag("host", "address to listen on", default="127.0.0.1")
+PORT = flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one")
+API_KEY = commands.string_flag("api_key", "key that robots must send", default="")
+API_KEY_FILE = commands.string_flag("api_key_file", "file with that key", required=False)
+TLS_CERT = commands.string_flag("tls_cert", "PEM certificate", required=False)
+TLS_KEY = commands.string_flag("tls_key", "PEM private key", required=False)
+MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "most robots answered in one call")
+WINDOW_MS = flags.DEFINE_float("window_ms", 5.0, "how long a request waits for others")
+QUEUE = flags.DEFINE_integer("queue", 64, "most requests that wait; more are refused")
+MAX_CONNECTIONS = flags.DEFINE_integer("max_connections", 64, "most robots connected")
+MAX_MESSAGE_MB = flags.DEFINE_integer("max_message_mb", 16, "longest message read, in MiB")
+DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30.0, "how long a stop waits for requests")
+COMPILED = commands.string_flag(
+    "compiled", "folder that keeps compiled functions", default="~/.cache/univla_jax/compiled"
+)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    try:
+        from univla_jax.serving import launch
+        from univla_jax.serving.contracts import ServerConfig
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs the package {error.name}: pip install .[serve]") from error
+    from univla_jax.inference.policy import Policy
+
+    config = ServerConfig(
+        host=HOST.value,
+        port=PORT.value,
+        max_batch=MAX_BATCH.value,
+        window_seconds=WINDOW_MS.value / 1e3,
+        queue=QUEUE.value,
+        max_connections=MAX_CONNECTIONS.value,
+        max_message_bytes=MAX_MESSAGE_MB.value * 2**20,
+        drain_seconds=DRAIN_SECONDS.value,
+        api_key=API_KEY.value,
+    )
+    config = launch.with_key(config, API_KEY_FILE.value)
+    tls = launch.tls_context(TLS_CERT.value, TLS_KEY.value)
+    launch.check_port(config.host, config.port)
+    launch.keep_compiled(COMPILED.value)
+    policy = Policy.load(CHECKPOINT.value, corpus=CORPUS.value)
+    launch.warm(policy, config.max_batch, _report)
+    asyncio.run(launch.serve(policy, config, tls, _report))
+
+
+def _report(message: str) -> None:
+    print(f"[{time.perf_counter() - _BEGIN:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    commands.run(main)

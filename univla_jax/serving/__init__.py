@@ -1,0 +1,1 @@
+"""Answers robots over a network: the wire format, batching, and the websocket server."""
