@@ -1,4 +1,4 @@
-"""The command that serves a checkpoint: starts, answers as the policy does, stops, names mistakes."""
+"""The command that serves a checkpoint: it starts, answers as the policy does, stops."""
 
 from __future__ import annotations
 
