@@ -16,7 +16,9 @@ RLDS = [
 ]
 SERVE = ["prometheus-client>=0.20", "websockets>=14"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
-PARITY = ["torch>=2.5", "transformers>=4.48"]
+# The version the golden files were made with; for a machine without GPU take its CPU wheel first:
+# pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+PARITY = ["torch==2.13.0", "transformers>=5"]
 
 setup(
     name="univla_jax",

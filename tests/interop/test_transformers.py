@@ -36,7 +36,7 @@ from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vision_vq import VisionVQ
 from univla_jax.training.checkpoint_folder import load_params
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 TOLERANCE = 1e-4
 
 VISION = {
