@@ -6,7 +6,7 @@ Axes: T steps, H/W image height and width, A action dimensions, P proprioceptive
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class Episode:
       corpus: name of the row in ``data/corpora.py``.
       episode_id: unique inside the corpus, used in error messages and manifests.
       state: float32 [T, P] proprioception, or None where the corpus has none.
+      texts: further texts by kind, each one for the whole episode or one per step: ``"reasoning"``
+        before an action, ``"question"`` and ``"answer"`` about what is seen.
     """
 
     instruction: str
@@ -32,6 +34,7 @@ class Episode:
     corpus: str
     episode_id: str
     state: np.ndarray | None = None
+    texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of steps T."""

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from tests.data.episodes import assert_same
-from univla_jax.data.token_record import TokenizedEpisode, from_bytes, to_bytes
+from univla_jax.data.token_record import (
+    TokenizedEpisode,
+    block_steps,
+    count_records,
+    from_records,
+    to_records,
+)
 from univla_jax.errors import UserError
 
 
@@ -29,33 +35,75 @@ def make_tokens(index=0, steps=5, grid=(2, 3), **changes):
     return dataclasses.replace(episode, **changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"state": None}, {"actions": np.zeros((5, 0), "f4")}])
-def test_round_trip(changes):
+def read(records):
+    return from_records(records[0], lambda number: records[1 + number])
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"state": None},
+        {"actions": np.zeros((5, 0), "f4")},
+        {"texts": {"answer": ("yes",), "reasoning": ("a", "a", "b", "b", "a")}},
+    ],
+)
+def test_round_trip(changes, block):
     episode = make_tokens(**changes)
-    record = to_bytes(episode)
-    again = from_bytes(record)
+    records = to_records(episode, block)
+    assert len(records) == count_records(5, block)
+    again = read(records)
     assert_same(again, episode)
-    assert to_bytes(again) == record
+    assert to_records(again, block) == records
     assert len(again) == 5
 
 
+def test_a_window_reads_its_blocks_alone():
+    episode = make_tokens(steps=9)
+    head, *blocks = to_records(episode, 2)
+    asked = []
+
+    def block(number):
+        asked.append(number)
+        return blocks[number]
+
+    stored = from_records(head, block)
+    assert not asked
+    for view in ("image", "wrist_image"):
+        np.testing.assert_array_equal(
+            stored.codes[view][np.array([2, 8])], episode.codes[view][[2, 8]]
+        )
+    assert asked == [1, 4]
+    np.testing.assert_array_equal(stored.codes["image"][3:8], episode.codes["image"][3:8])
+    np.testing.assert_array_equal(stored.codes["image"][-1], episode.codes["image"][-1])
+    assert stored.codes["image"].shape == (9, 2, 3) and not len(stored.codes["image"][:0])
+
+
+def test_blocks_hold_about_16_kilobytes():
+    assert block_steps({"image": (25, 25), "wrist_image": (25, 25)}) == 6
+    assert block_steps({"image": (100, 100)}) == 1
+
+
 def test_reading_copies_nothing_and_is_aligned():
-    episode = from_bytes(to_bytes(make_tokens()))
-    for array in (*episode.codes.values(), episode.actions, episode.state):
+    episode = read(to_records(make_tokens(), 2))
+    for array in (episode.actions, episode.state):
         assert not array.flags.owndata and not array.flags.writeable and array.flags.aligned
 
 
 def test_damaged_records_are_errors():
-    record = to_bytes(make_tokens())
+    head, *blocks = to_records(make_tokens(), 2)
     with pytest.raises(UserError, match="not a token record"):
-        from_bytes(b"PK" + record)
-    for end in (20, len(record) - 30):
+        read([b"PK" + head])
+    for end in (20, len(head) - 30):
         with pytest.raises(UserError, match="damaged token record"):
-            from_bytes(record[:end])
+            read([head[:end]])
+    with pytest.raises(UserError, match="damaged block of codes: 27 bytes, expected 28"):
+        read([head, blocks[0][:-1]]).codes["image"][0]
 
 
 def test_arrays_must_fit():
     with pytest.raises(UserError, match="different lengths"):
-        to_bytes(make_tokens(actions=np.zeros((4, 7), np.float32)))
+        to_records(make_tokens(actions=np.zeros((4, 7), np.float32)), 2)
     with pytest.raises(UserError, match=r"int64\[5, 2, 2\], expected uint16"):
-        to_bytes(make_tokens(codes={"image": np.zeros((5, 2, 2), np.int64)}))
+        to_records(make_tokens(codes={"image": np.zeros((5, 2, 2), np.int64)}), 2)

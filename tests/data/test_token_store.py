@@ -28,6 +28,7 @@ HEADER = StoreHeader(
     grids={"image": (2, 3), "wrist_image": (1, 1)},
     vision_fingerprint="mean",
     codebook_size=256,
+    block_steps=4,
 )
 BROKEN = 4
 EPISODES = {i: make_tokens(i, steps=3 + i) for i in range(8) if i != BROKEN}
@@ -74,7 +75,7 @@ def test_the_manifest_says_what_is_inside(folder):
     manifest = store.manifest
     actions = np.concatenate([e.actions for e in EPISODES.values()])
     assert (manifest.episodes, manifest.frames) == (7, len(actions))
-    assert [s.episodes for s in manifest.shards] == [3, 2, 2]
+    assert [s.steps for s in manifest.shards] == [(3, 4, 5), (6, 8), (9, 10)]
     assert [(p.episode, p.reason) for p in manifest.problems] == [
         ("blocks-4", "the instruction is empty")
     ]
@@ -142,6 +143,10 @@ def test_a_broken_manifest_is_named(folder, tmp_path):
         path.write_text(broken)
         with pytest.raises(UserError, match=message):
             TokenStore(folder)
+    old = {**value, "header": {**value["header"], "format": 1}}
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match="record format 1, not 2; tokenise again"):
+        TokenStore(folder)
     path.write_text(json.dumps({**value, "colour": 1}))
     with pytest.raises(UserError, match="colour"):
         TokenStore(folder)

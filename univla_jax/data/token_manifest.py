@@ -19,6 +19,7 @@ from univla_jax.data.problems import Problem
 from univla_jax.errors import UserError
 
 HEADER, MANIFEST = "header.json", "manifest.json"
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class StoreHeader:
       grids: per view the code grid (h, w) of a frame.
       vision_fingerprint: fingerprint of the vision tokenizer.
       codebook_size: every code is below it.
+      block_steps: steps per record of codes (``token_record.py``).
       format: version of the record format.
     """
 
@@ -53,7 +55,8 @@ class StoreHeader:
     grids: Mapping[str, Any]
     vision_fingerprint: str
     codebook_size: int
-    format: int = 1
+    block_steps: int
+    format: int = FORMAT
 
     @property
     def num_shards(self) -> int:
@@ -63,11 +66,10 @@ class StoreHeader:
 
 @dataclasses.dataclass(frozen=True)
 class ShardEntry:
-    """One finished shard: its episodes, their frames (steps T summed), bytes and sha256."""
+    """One finished shard: its file, the steps T of each episode in it, bytes and sha256."""
 
     file: str
-    episodes: int
-    frames: int
+    steps: tuple[int, ...]
     bytes: int
     sha256: str
 
@@ -104,6 +106,9 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         state = "an unfinished store" if (folder / HEADER).exists() else "no token store"
         raise UserError(f"{folder} holds {state}; run univla_jax.tokenize_dataset to its end")
     value = files.read_json(path)
+    found = value.get("header", {}).get("format")
+    if found not in (None, FORMAT):
+        raise UserError(f"{folder} has the record format {found}, not {FORMAT}; tokenise again")
     missing = {f.name for f in dataclasses.fields(Manifest)} - set(value)
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; restore it")

@@ -14,10 +14,12 @@ it and whenever, so an interrupted store is continued shard by shard and comes o
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from array_record.python import array_record_module
 
 from univla_jax import config
@@ -93,9 +95,9 @@ class TokenStoreWriter:
         shards, problems = self._collect()
         manifest = Manifest(
             header=self.header,
-            episodes=sum(s.episodes for s in shards),
-            frames=sum(s.frames for s in shards),
-            statistics=_statistics(self.folder, shards),
+            episodes=sum(len(s.steps) for s in shards),
+            frames=sum(sum(s.steps) for s in shards),
+            statistics=_statistics(_Episodes(self.folder, shards, self.header.block_steps)),
             problems=problems,
             shards=shards,
         )
@@ -121,7 +123,8 @@ class ShardWriter:
         """Prepares to write ``path``."""
         self._path, self._header = path, header
         self._partial = path.with_name(f".{path.name}.partial")
-        self._episodes, self._frames, self._problems = 0, 0, []
+        self._steps: list[int] = []
+        self._problems: list[Problem] = []
 
     def __enter__(self) -> ShardWriter:
         """Opens the file under its temporary name."""
@@ -139,14 +142,14 @@ class ShardWriter:
         expected = {view: tuple(grid) for view, grid in self._header.grids.items()}
         if grids != expected:
             raise UserError(f"{episode.episode_id}: code grids {grids}, expected {expected}")
-        top = max(int(codes.max()) for codes in episode.codes.values())
+        top = max(int(np.max(codes)) for codes in episode.codes.values())
         if top >= self._header.codebook_size:
             raise UserError(
                 f"{episode.episode_id}: code {top} is not below {self._header.codebook_size}"
             )
-        self._writer.write(token_record.to_bytes(episode))
-        self._episodes += 1
-        self._frames += len(episode)
+        for record in token_record.to_records(episode, self._header.block_steps):
+            self._writer.write(record)
+        self._steps.append(len(episode))
 
     def skip(self, episode: str, reason: str) -> None:
         """Notes a broken episode that is left out."""
@@ -158,11 +161,11 @@ class ShardWriter:
         if kind is not None:
             self._partial.unlink(missing_ok=True)
             return
-        records.Records([records.Shard(str(self._partial), self._episodes)]).check()
+        total = sum(_record_counts(self._steps, self._header.block_steps))
+        records.Records([records.Shard(str(self._partial), total)]).check()
         entry = ShardEntry(
             file=f"{_SHARDS}/{self._path.name}",
-            episodes=self._episodes,
-            frames=self._frames,
+            steps=tuple(self._steps),
             bytes=self._partial.stat().st_size,
             sha256=files.sha256(self._partial),
         )
@@ -191,20 +194,21 @@ class TokenStore:
         self.manifest = read_manifest(self.folder)
         for shard in self.manifest.shards:
             _check_size(self.folder, shard)
-        self._records = _open_shards(self.folder, self.manifest.shards)
+        block = self.manifest.header.block_steps
+        self._episodes = _Episodes(self.folder, self.manifest.shards, block)
 
     def __len__(self) -> int:
         """Number of episodes."""
-        return len(self._records)
+        return len(self._episodes)
 
     def __getitem__(self, index: int) -> TokenizedEpisode:
-        """One episode; its arrays are read-only views into the record.
+        """One episode; its codes are read from the shard when they are asked for.
 
         Raises:
           UserError: a damaged record or shard.
           IndexError: no such episode.
         """
-        return token_record.from_bytes(self._records[index])
+        return self._episodes[index]
 
     def __iter__(self) -> Iterator[TokenizedEpisode]:
         """All episodes in order."""
@@ -235,15 +239,39 @@ class TokenStore:
                 )
 
 
-def _statistics(folder: pathlib.Path, shards: tuple[ShardEntry, ...]) -> ActionStatistics | None:
-    stored = _open_shards(folder, shards)
-    if not len(stored) or not token_record.from_bytes(stored[0]).actions.shape[1]:
+class _Episodes:
+    """The episodes behind the records of the shards."""
+
+    def __init__(
+        self, folder: pathlib.Path, shards: tuple[ShardEntry, ...], block_steps: int
+    ) -> None:
+        counts = [_record_counts(shard.steps, block_steps) for shard in shards]
+        self._records = records.Records(
+            [records.Shard(str(folder / s.file), sum(n)) for s, n in zip(shards, counts)]
+        )
+        self._heads = np.cumsum([0, *itertools.chain.from_iterable(counts)])
+
+    def __len__(self) -> int:
+        return len(self._heads) - 1
+
+    def __getitem__(self, index: int) -> TokenizedEpisode:
+        index += len(self) if index < 0 else 0
+        if not 0 <= index < len(self):
+            raise IndexError(f"episode {index} of {len(self)}")
+        head = int(self._heads[index])
+        stored = self._records
+        return token_record.from_records(stored[head], lambda number: stored[head + 1 + number])
+
+
+def _record_counts(steps: Sequence[int], block: int) -> list[int]:
+    """Records per episode."""
+    return [token_record.count_records(count, block) for count in steps]
+
+
+def _statistics(episodes: _Episodes) -> ActionStatistics | None:
+    if not len(episodes) or not episodes[0].actions.shape[1]:
         return None
-    return stream_statistics(lambda: (token_record.from_bytes(r).actions for r in stored))
-
-
-def _open_shards(folder: pathlib.Path, shards: tuple[ShardEntry, ...]) -> records.Records:
-    return records.Records([records.Shard(str(folder / s.file), s.episodes) for s in shards])
+    return stream_statistics(lambda: (episodes[i].actions for i in range(len(episodes))))
 
 
 def _check_size(folder: pathlib.Path, shard: ShardEntry) -> None:

@@ -21,7 +21,7 @@ from univla_jax.data.frame_encoder import ViewEncoders
 from univla_jax.data.problems import check_share, validate_episode
 from univla_jax.data.rlds import RldsSource
 from univla_jax.data.token_manifest import Manifest, StoreHeader
-from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import ShardWriter, TokenStoreWriter
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
@@ -170,6 +170,8 @@ class _Job:
 
     def _header(self) -> StoreHeader:
         source, corpus = self._source, self._corpus
+        sizes = self._sizes.items()
+        grids = {view: self._specs[view].grid_size(*size) for view, size in sizes}
         return StoreHeader(
             corpus=corpus.name,
             split=self._split,
@@ -180,9 +182,10 @@ class _Job:
             episodes_per_shard=self._config.episodes_per_shard,
             min_frames=corpus.min_frames,
             image_specs={view: spec.to_dict() for view, spec in self._specs.items()},
-            grids={view: spec.grid_size(*self._sizes[view]) for view, spec in self._specs.items()},
+            grids=grids,
             vision_fingerprint=self._vision.fingerprint,
             codebook_size=self._vision.codebook_size,
+            block_steps=block_steps(grids),
         )
 
     def _write_shards(self, writer: TokenStoreWriter) -> None:
@@ -265,4 +268,5 @@ def _with_codes(episode: Episode, encoders: ViewEncoders) -> TokenizedEpisode:
         corpus=episode.corpus,
         episode_id=episode.episode_id,
         state=episode.state,
+        texts=episode.texts,
     )

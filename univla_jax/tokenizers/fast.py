@@ -34,6 +34,7 @@ from univla_jax.tokenizers.files import (
 CONFIG_FILE = "processor_config.json"
 _BPE_FILE = "tokenizer.json"
 _BPE_CONFIG_FILE = "tokenizer_config.json"
+_THREADED_BATCH = 16  # below, waking the library's threads costs more than they save
 _CLEAN_UP = (
     (" .", "."),
     (" ?", "?"),
@@ -171,8 +172,10 @@ class FastTokenizer:
         if strict:
             self._check_coefficients(coefficients, chunks.shape[1])
         shifted = np.maximum(coefficients - self.min_token, 0)
-        encodings = self._bpe.encode_batch_fast([_to_text(row) for row in shifted])
-        return [encoding.ids for encoding in encodings]
+        texts = [_to_text(row) for row in shifted]
+        if len(texts) < _THREADED_BATCH:
+            return [self._bpe.encode(text).ids for text in texts]
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts)]
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
         """The chunk of ids, or a statement why they are none; never raises on ids.
