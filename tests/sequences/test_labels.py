@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from tests.sequences import small
 from tests.sequences.test_layouts import chunk, code
 from univla_jax.errors import UserError
 from univla_jax.sequences import layouts
-from univla_jax.sequences.examples import Batch, Example, empty_row
+from univla_jax.sequences.examples import Batch, Example
 from univla_jax.sequences.labels import LABELS, label_mask, labelled_example, loss_weight
 from univla_jax.sequences.lexicon import Lexicon
 
@@ -60,7 +62,9 @@ def test_example_is_one_segment_and_pads_right(tokens):
 
 def test_batch_knows_its_valid_rows(tokens):
     row = labelled_example(tokens, LABELS["action"]).pad_to(20, pad=9)
-    batch = Batch.stack([row, empty_row(20, pad=9)])
+    nothing = Example.single(np.zeros(0, np.int32), np.zeros(0, np.float32)).pad_to(20, pad=9)
+    rows = [dataclasses.asdict(r) for r in (row, nothing)]
+    batch = Batch(**{key: np.stack([r[key] for r in rows]) for key in rows[0]})
     assert batch.tokens.shape == (2, 20) and batch.valid.tolist() == [True, False]
     assert batch.useful_share == pytest.approx(len(tokens) / 40)
     assert isinstance(Example.single(tokens.ids, np.zeros(len(tokens), np.float32)), Example)

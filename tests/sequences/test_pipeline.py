@@ -1,26 +1,30 @@
+import collections
+import dataclasses
 import itertools
 import json
 
-import grain
 import numpy as np
 import pytest
 
 from tests.sequences import small
 from univla_jax.errors import UserError
 from univla_jax.sequences.evaluation import EvaluationBatches
-from univla_jax.sequences.pipeline import sample_dataset, training_batches
-from univla_jax.sequences.samples import SampleBuilder
+from univla_jax.sequences.pipeline import training_batches
 from univla_jax.sequences.sources import Split
 
 TWO = {"stores": ("a", "b")}
+FIELDS = ("tokens", "loss_weight", "positions", "segment_ids")
 
 
 def stores(a=12, b=12):
     return [small.store(a, "a"), small.store(b, "b")]
 
 
-def batches(count, sources=None, **changes):
-    iterator = training_batches(small.config(**changes), small.assets(), sources or stores()[:1])
+def batches(count, sources=None, host=0, hosts=1, **changes):
+    """The first batches of a host."""
+    iterator = training_batches(
+        small.config(**changes), small.assets(), sources or stores()[:1], host=host, hosts=hosts
+    )
     made = [iterator.next() for _ in range(count)]
     iterator.close()
     return made
@@ -28,18 +32,30 @@ def batches(count, sources=None, **changes):
 
 def assert_equal(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        for name in ("tokens", "loss_weight", "positions", "segment_ids"):
+        for name in FIELDS:
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def samples(count, host=0, hosts=1, sources=None, **changes):
-    """The first samples of a host as (letter of the store, bytes of the tokens)."""
-    config = small.config(**{**TWO, **changes})
-    sources = sources or stores()
-    splits = [Split(s, config.held_out_every, held_out=False) for s in sources]
-    dataset = sample_dataset(config, SampleBuilder(config, small.assets()), splits, host, hosts)
-    drawn = [dataset[i]["tokens"] for i in range(count)]
-    return [(chr(t[1]), t.tobytes()) for t in drawn]
+def together(parts):
+    """The global batches of several hosts' ones."""
+    return [
+        type(batch[0])(*(np.concatenate([getattr(b, name) for b in batch]) for name in FIELDS))
+        for batch in zip(*parts, strict=True)
+    ]
+
+
+def segments(made):
+    """The bytes of every sample in batches."""
+    found = []
+    for batch in made:
+        for tokens, ids in zip(batch.tokens, batch.segment_ids):
+            found += [tokens[ids == n].tobytes() for n in range(1, ids.max() + 1)]
+    return found
+
+
+def letters(made):
+    """The store of every sample, by its instruction."""
+    return [chr(np.frombuffer(s, np.int32)[1]) for s in segments(made)]
 
 
 def test_batches_have_the_promised_arrays():
@@ -61,10 +77,37 @@ def test_threads_and_prefetching_change_nothing():
     assert_equal(batches(4), batches(4, read_threads=2, prefetch_batches=2))
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_host_count_changes_nothing(hosts, packing):
+    settings = {**TWO, "batch_size": 4, "packing": packing, "sources": stores()}
+    whole = batches(9, **settings)
+    parts = [batches(9, host=host, hosts=hosts, **settings) for host in range(hosts)]
+    assert_equal(together(parts), whole)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "packing"), [(2, True), (3, True), (2, False)])
-def test_worker_count_changes_nothing(workers, packing):
-    assert_equal(batches(5, packing=packing), batches(5, packing=packing, workers=workers))
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_worker_count_changes_nothing(hosts, workers, packing):
+    settings = {**TWO, "batch_size": 4, "packing": packing, "sources": stores()}
+    whole = batches(5, **settings)
+    parts = [batches(5, host=h, hosts=hosts, workers=workers, **settings) for h in range(hosts)]
+    assert_equal(together(parts), whole)
+
+
+def test_padded_batches_show_every_episode_once_an_epoch():
+    made = batches(12, stores(), **TWO, packing=False, batch_size=2)
+    assert sorted(letters(made)) == ["a"] * 12 + ["b"] * 12
+    assert len(set(segments(made))) == 24
+
+
+def test_packed_rows_lose_and_repeat_nothing():
+    settings = {"sources": [small.store(40, "a")], "batch_size": 2}
+    packed = collections.Counter(segments(batches(20, **settings)))
+    padded = collections.Counter(segments(batches(120, packing=False, **settings)))
+    assert sum(packed.values()) > 40 and packed <= padded
 
 
 def _resumed(config, sources, before, after):
@@ -96,12 +139,12 @@ def test_resume_with_workers_is_exact():
     assert_equal(*_resumed(config, stores(), 3, 4))
 
 
-def test_grain_finds_the_sample_stream_checkpointable():
-    config = small.config(**TWO)
-    splits = [Split(s, 0, held_out=False) for s in stores(4, 4)]
-    dataset = sample_dataset(config, SampleBuilder(config, small.assets()), splits, 0, 1)
-    stream = grain.experimental.LimitIterDataset(dataset.to_iter_dataset(), count=6)
-    grain.experimental.assert_equal_output_after_checkpoint(stream)
+def test_workers_may_change_on_resume():
+    first = training_batches(small.config(), small.assets(), stores()[:1])
+    first.next()
+    other = training_batches(small.config(read_threads=2), small.assets(), stores()[:1])
+    other.set_state(first.get_state())
+    assert_equal([other.next() for _ in range(5)], [first.next() for _ in range(5)])
 
 
 def test_set_state_goes_back_in_the_same_iterator():
@@ -117,7 +160,7 @@ def test_set_state_goes_back_in_the_same_iterator():
 @pytest.mark.parametrize(
     ("changes", "sources", "message"),
     [
-        ({"workers": 2}, None, "data.workers was 0, is 2"),
+        ({"packing_bins": 2}, None, "data.packing_bins was 4, is 2"),
         ({"weights": (1.0, 2.0)}, None, "data.weights"),
         ({"sequence_length": 200}, None, "data.sequence_length was 160, is 200"),
         ({"batch_size": 4}, None, "data.batch_size was 2, is 4"),
@@ -162,51 +205,19 @@ def test_store_folders_may_move():
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_share_every_epoch_without_overlap(hosts):
-    for epoch in range(2):
-        drawn = []
-        for host in range(hosts):
-            mine = 24 // hosts
-            drawn += samples(mine * (epoch + 1), host, hosts)[mine * epoch :]
-        # 12 episodes of each store; the windows are the same for any number of hosts
-        whole = samples(24 * (epoch + 1))[24 * epoch :]
-        assert sorted(drawn) == sorted(whole)
-
-
-def test_epochs_differ_in_order_and_windows():
-    first, second = np.split(np.array(samples(48), dtype=object), 2)
-    assert first.tolist() != second.tolist()
-    assert {t for _, t in first} != {t for _, t in second}
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_every_host_sees_the_stores_in_proportion(hosts):
     for host in range(hosts):
-        letters = [letter for letter, _ in samples(100, host, hosts, weights=(3.0, 1.0))]
-        assert letters.count("a") == 75
+        settings = {**TWO, "packing": False, "batch_size": 4, "host": host, "hosts": hosts}
+        seen = letters(batches(100, stores(), weights=(3.0, 1.0), **settings))
+        assert seen.count("a") / len(seen) == pytest.approx(0.75, abs=0.08)
+
+
+def test_weights_count_per_episode_or_per_store():
     uneven = [small.store(12, "a"), small.store(4, "b")]
-    letters = [letter for letter, _ in samples(80, sources=uneven)]
-    assert letters.count("a") == 60
-    letters = [letter for letter, _ in samples(80, sources=uneven, weight_unit="store")]
-    assert letters.count("a") == 40
-
-
-def test_stores_are_shuffled_by_seeds_of_their_own():
-    same = [small.store(40, "a"), small.store(40, "a")]
-    config = small.config(**TWO)
-    splits = [Split(s, 0, held_out=False) for s in same]
-    names = []
-    for number in range(2):
-        part = sample_dataset(config, _Name(), [splits[number]] * (number + 1), 0, 1)
-        names.append([part[i]["name"] for i in range(number, 40, number + 1)])
-    assert names[0][:20] != names[1][:20]
-
-
-class _Name:
-    """A builder that gives the episode's name alone."""
-
-    def __call__(self, episode, rng):
-        return {"name": episode.episode_id}
+    settings = {**TWO, "packing": False, "batch_size": 8}
+    assert letters(batches(10, uneven, **settings)).count("a") == 60
+    per_store = letters(batches(10, uneven, weight_unit="store", **settings))
+    assert per_store.count("a") == pytest.approx(40, abs=12)
 
 
 def test_held_out_episodes_are_never_trained_on():
@@ -242,8 +253,8 @@ def test_unfit_sources_are_refused():
     config, given = small.config(**TWO), small.assets()
     with pytest.raises(UserError, match="2 named, 1 opened"):
         training_batches(config, given, stores()[:1])
-    with pytest.raises(UserError, match=r"b: 1 episode\(s\) to train on for 2 host"):
-        training_batches(config, given, stores(12, 1), hosts=2)
+    with pytest.raises(UserError, match=r"data.stores\[1\]: holds no episode to train on"):
+        training_batches(config, given, stores(12, 0))
     with pytest.raises(UserError, match="3 hosts"):
         training_batches(config, given, stores(), hosts=3)
     with pytest.raises(UserError, match="no episode is held out of 24"):
@@ -264,4 +275,14 @@ def test_a_broken_episode_is_named(workers):
 
 def test_state_is_json_of_moderate_size():
     state = training_batches(small.config(**TWO), small.assets(), stores()).get_state()
-    assert set(json.loads(state)) == {"identity", "grain"} and len(state) < 4000
+    assert set(json.loads(state)) == {"identity", "step", "places"} and len(state) < 4000
+
+
+def test_the_flow_expert_gets_its_chunks():
+    settings = {"layout": "policy_flow", "frames": 1, "packing": False}
+    batch, _ = batches(2, **settings)
+    assert batch.actions.shape == (2, 3, 2) and batch.actions.dtype == np.float32
+    config = small.config(**settings, held_out_every=2, batch_size=4)
+    held_out = list(EvaluationBatches(config, small.assets(), stores()[:1]))
+    assert [b.actions.shape for b in held_out] == [(4, 3, 2)] * 2
+    assert dataclasses.replace(batch, actions=None).useful_share == batch.useful_share

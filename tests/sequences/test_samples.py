@@ -130,7 +130,9 @@ def test_builder_pickles_for_workers():
         ({"weights": (0.0,)}, "weights are positive"),
         ({"null_prompt_prob": 1.5}, "data.null_prompt_prob"),
         ({"held_out_every": 1}, "data.held_out_every"),
-        ({"layout": "policy_image"}, "image policy sees one moment"),
+        ({"layout": "policy_image"}, "shows one moment"),
+        ({"layout": "world_model", "state": True}, "has no place for it"),
+        ({"layout": "policy_flow", "frames": 1}, "set packing=False"),
     ],
 )
 def test_config_refuses(changes, message):

@@ -42,6 +42,7 @@ def write_store(folder, count=8, min_frames=3, specs=SPECS, **changes):
         grids={view: (2, 2) for view in specs},
         vision_fingerprint="vision",
         codebook_size=12,
+        block_steps=2,
     )
     writer = TokenStoreWriter(folder, dataclasses.replace(header, **changes))
     for number in range(writer.header.num_shards):

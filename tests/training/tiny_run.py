@@ -59,6 +59,7 @@ def make_store(folder: pathlib.Path, vision: str, episodes: int = 12, seed: int 
         grids=GRIDS,
         vision_fingerprint=vision,
         codebook_size=VISION.codebook_size,
+        block_steps=2,
     )
     writer = TokenStoreWriter(folder, header)
     with writer.shard(0) as shard:

@@ -237,5 +237,10 @@ def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStat
     return running.statistics()
 
 
+def state_key(corpus: str) -> str:
+    """Under which a corpus' state statistics stand beside those of its actions."""
+    return f"{corpus}/state"
+
+
 def _floats(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(v) for v in values)

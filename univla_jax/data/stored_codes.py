@@ -48,16 +48,15 @@ class StoredFrames:
 
     def _split(self, record: bytes, number: int) -> dict[str, np.ndarray]:
         steps = min(self.block, self.steps - number * self.block)
-        sizes = {view: steps * math.prod(grid) for view, grid in self.grids.items()}
-        if len(record) != 2 * sum(sizes.values()):
+        sizes = [steps * math.prod(grid) for grid in self.grids.values()]
+        if len(record) != 2 * sum(sizes):
             raise UserError(
-                f"damaged block of codes: {len(record)} bytes, expected {2 * sum(sizes.values())}"
+                f"damaged block of codes: {len(record)} bytes, expected {2 * sum(sizes)}"
             )
-        views, start = {}, 0
-        for view, grid in self.grids.items():
-            codes = np.frombuffer(record, "<u2", sizes[view], start)
-            views[view] = codes.reshape(steps, *grid)
-            start += codes.nbytes
+        codes, views, end = np.frombuffer(record, "<u2"), {}, 0
+        for (view, grid), size in zip(self.grids.items(), sizes):
+            start, end = end, end + size
+            views[view] = codes[start:end].reshape(steps, *grid)
         return views
 
 
@@ -82,6 +81,8 @@ class StoredCodes:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Codes of the steps chosen by a number, a slice or an array of numbers."""
+        if isinstance(index, int) and 0 <= index < len(self):
+            return self._step(index)
         steps = np.arange(len(self))[index]
         if steps.ndim == 0:
             return self._step(int(steps))

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from univla_jax.errors import UserError
 from univla_jax.sequences.labels import LABELS
 
-LAYOUTS = ("policy_video", "policy_image", "world_model")
+LAYOUTS: Mapping[str, str] = {
+    "policy_video": "action",
+    "policy_image": "action",
+    "policy_flow": "action",
+    "chain_of_thought": "thought_and_action",
+    "world_model": "vision",
+    "question": "answer",
+    "caption": "both",
+    "text_to_image": "both",
+}
+"""The layouts of ``layouts.py``, and what each learns unless ``loss_on`` says otherwise."""
+
+_MOMENTS = ("policy_video", "world_model")
 _UNITS = ("episode", "store")
 
 
@@ -17,27 +30,30 @@ class DataConfig:
 
     Attributes:
       stores: folders of token stores, one per corpus or suite.
-      layout: "policy_video", "policy_image" or "world_model" (``layouts.py``).
+      layout: key of ``LAYOUTS``.
       sequence_length: tokens S of a row.
       batch_size: rows B of a step over all hosts.
       weights: one per store, all 1 when empty.
       weight_unit: "episode": a store is drawn in proportion to weight x its episodes, so equal
         weights make an epoch of everything, as the reference's sampler does; "store": in
         proportion to its weight alone.
-      frames: moments per sample: chunks of the video policy, frames of the world model; 1 for the
-        image policy.
+      frames: moments per sample: chunks of the video policy, frames of the world model; 1 for all
+        other layouts.
       action_frames: steps of an action chunk.
+      state: whether policies see the proprioceptive state, written before each chunk.
       views: cameras in the order they are written; empty takes all, in the order of the corpus'
         row. The world model shows one: the first when empty, else by chance one of those named
         that the episode has.
       frame_spacing: steps between two frames of the world model; 0 takes each corpus' own.
-      loss_on: key of ``labels.LABELS``; empty is "action" for policies, "vision" for world models.
+      loss_on: key of ``labels.LABELS``; empty takes the layout's own. "both" with a vision weight
+        is the composite loss of the action's accuracy and the predicted frames' consistency.
       vision_weight: loss weight of a visual id; other labelled ids weigh 1.
       null_prompt_prob: share of samples with an empty instruction, for guidance.
       packing: True packs samples first-fit; False pads each to a row of its own.
-      packing_bins: rows packed at the same time; more fill better and mix wider.
-      seed: of the order, the windows and the packing.
-      workers: processes that build samples; 0 builds in this one. Part of the saved state.
+      packing_bins: rows packed together for each row of the batch; more fill better and hold more
+        samples in memory.
+      seed: of the order and the windows.
+      workers: processes that build rows; 0 builds in this one. Best a divisor of a host's rows.
       read_threads: threads per process that read and build; 0 does it when asked.
       prefetch_batches: batches made ahead on a thread; 0 makes them when asked.
       held_out_every: each so many-th episode of a store is for evaluation and never trained on; 0
@@ -52,13 +68,14 @@ class DataConfig:
     weight_unit: str = "episode"
     frames: int = 2
     action_frames: int = 10
+    state: bool = False
     views: tuple[str, ...] = ()
     frame_spacing: int = 0
     loss_on: str = ""
     vision_weight: float = 0.5
     null_prompt_prob: float = 0.0
     packing: bool = True
-    packing_bins: int = 32
+    packing_bins: int = 16
     seed: int = 42
     workers: int = 0
     read_threads: int = 2
@@ -67,7 +84,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        _one_of("layout", self.layout, LAYOUTS)
+        _one_of("layout", self.layout, tuple(LAYOUTS))
         _one_of("loss_on", self.loss_on, ("", *LABELS))
         _one_of("weight_unit", self.weight_unit, _UNITS)
         for name in ("sequence_length", "batch_size", "frames", "action_frames", "packing_bins"):
@@ -84,16 +101,22 @@ class DataConfig:
                 f"data.held_out_every: {self.held_out_every}, expected 0 or at least 2 (1 would "
                 "leave nothing to train on)"
             )
-        if self.layout == "policy_image" and self.frames != 1:
-            raise UserError(
-                f"data.frames: {self.frames}, but the image policy sees one moment; set frames=1 "
-                "or layout='policy_video'"
-            )
+        self._check_layout()
 
     @property
     def labelled(self) -> str:
         """The label choice, with the default of the layout filled in."""
-        return self.loss_on or ("vision" if self.layout == "world_model" else "action")
+        return self.loss_on or LAYOUTS[self.layout]
+
+    @property
+    def acts(self) -> bool:
+        """Whether the layout holds actions."""
+        return self.layout.startswith("policy_") or self.layout == "chain_of_thought"
+
+    @property
+    def writes_actions(self) -> bool:
+        """Whether actions stand in the sequence as tokens."""
+        return self.acts and self.layout != "policy_flow"
 
     def proportions(self, episodes: list[int]) -> list[float]:
         """Share of each store in the stream, unnormalised.
@@ -104,6 +127,19 @@ class DataConfig:
         weights = self.weights or (1.0,) * len(episodes)
         per_episode = self.weight_unit == "episode"
         return [w * (n if per_episode else 1) for w, n in zip(weights, episodes)]
+
+    def _check_layout(self) -> None:
+        if self.layout not in _MOMENTS and self.frames != 1:
+            raise UserError(
+                f"data.frames: {self.frames}, but {self.layout!r} shows one moment; set frames=1 "
+                "or layout='policy_video'"
+            )
+        if self.state and self.layout not in ("policy_video", "policy_image"):
+            raise UserError(f"data.state: the layout {self.layout!r} has no place for it")
+        if self.layout == "policy_flow" and self.packing:
+            raise UserError(
+                "data.packing: the flow expert reads one sample per row; set packing=False"
+            )
 
     def _check_weights(self) -> None:
         if self.weights and len(self.weights) != len(self.stores):

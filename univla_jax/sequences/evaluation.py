@@ -8,7 +8,8 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.sequences.data_config import DataConfig
-from univla_jax.sequences.examples import Batch, Example, empty_row
+from univla_jax.sequences.examples import Batch
+from univla_jax.sequences.packing import Row, join
 from univla_jax.sequences.samples import SampleBuilder
 from univla_jax.sequences.sources import EpisodeSource, Split, open_stores
 from univla_jax.tokenizers.assets import Assets
@@ -67,13 +68,14 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         """NumPy batches [B / hosts, S]."""
         mine = self._places[self._host :: self._hosts]
-        empty = empty_row(self._config.sequence_length, self._pad)
+        empty = {key: np.zeros_like(array) for key, array in self._row(*self._places[0]).items()}
+        empty["tokens"] += self._pad
         for step in range(len(self)):
             rows = [self._row(*place) for place in mine[step * self._rows :][: self._rows]]
-            yield Batch.stack(rows + [empty] * (self._rows - len(rows)))
+            rows += [empty] * (self._rows - len(rows))
+            yield Batch(**{key: np.stack([row[key] for row in rows]) for key in empty})
 
-    def _row(self, split: int, index: int) -> Example:
+    def _row(self, split: int, index: int) -> Row:
         rng = np.random.default_rng([self._config.seed, split, index])
         sample = self._builder(self._splits[split][index], rng)
-        row = Example.single(sample["tokens"], sample["loss_weight"])
-        return row.pad_to(self._config.sequence_length, self._pad)
+        return join([sample], length=self._config.sequence_length, pad=self._pad)

@@ -13,7 +13,6 @@ Axes: B rows, S sequence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -78,18 +77,14 @@ class Batch:
       loss_weight: float32 [B, S].
       positions: int32 [B, S].
       segment_ids: int32 [B, S]; a row of zeros is padding of an evaluation's last batch.
+      actions: float32 [B, T, A] normalised chunks for the flow expert, None for other layouts.
     """
 
     tokens: np.ndarray
     loss_weight: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
-
-    @classmethod
-    def stack(cls, rows: Sequence[Example]) -> Batch:
-        """Stacks rows of equal length."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(*(np.stack([getattr(row, name) for row in rows]) for name in names))
+    actions: np.ndarray | None = None
 
     @property
     def valid(self) -> np.ndarray:
@@ -100,8 +95,3 @@ class Batch:
     def useful_share(self) -> float:
         """Share of the tokens that is no padding, 0…1."""
         return float((self.segment_ids > 0).mean())
-
-
-def empty_row(length: int, pad: int) -> Example:
-    """A row of padding alone."""
-    return Example.single(np.zeros(0, np.int32), np.zeros(0, np.float32)).pad_to(length, pad)

@@ -1,77 +1,74 @@
 """Packing: several sequences to a row, so that little of a fixed length is padding.
 
-    row 0   AAAAAAA BBBBBB .      first-fit: each sequence goes into the first open row
-    row 1   CCCCCCCCCC DDD .      with room; when none has, all open rows are emitted
+    row 0   AAAAAAA BBBBBB .      first-fit: each sequence goes into the first row of its group
+    row 1   CCCCCCCCCC DDD .      with room; the one for which none has begins the next group
 
-The attention of the model keeps segments apart by ``segment_ids``. Packing stands after the worker
-processes, because its result depends on the order of what comes in and must not depend on their
-number.
+The attention of the model keeps segments apart by ``segment_ids``.
 """
 
 from __future__ import annotations
 
-import grain
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 Row = dict[str, np.ndarray]
-"""``tokens`` and ``loss_weight``; after packing or padding also ``positions``, ``segment_ids``."""
+"""``tokens`` and ``loss_weight``; after packing also ``positions`` and ``segment_ids``."""
 
 
-def pack(
-    dataset: grain.IterDataset[Row], *, length: int, bins: int, pad: int, seed: int
-) -> grain.IterDataset[Row]:
-    """Packs a stream of single sequences into rows.
+def first_fit(
+    length_of: Callable[[int], int], start: int, *, capacity: int, rows: int
+) -> tuple[list[list[int]], int]:
+    """Packs the sequences ``start, start + 1, ...`` into a group of rows until one fits nowhere.
 
     Args:
-      dataset: rows with ``tokens`` int32 [n] and ``loss_weight`` float32 [n], n at most ``length``.
-      length: tokens S of a packed row.
-      bins: rows open at the same time; they are emitted together, in shuffled order.
-      pad: token id of padding.
-      seed: of that shuffle.
+      length_of: sequence number -> tokens, at most ``capacity``.
+      start: first sequence.
+      capacity: tokens of a row.
+      rows: rows of the group; none stays empty.
 
     Returns:
-      Rows of ``Example``'s four arrays, each [S]. No sequence is cut, dropped or repeated.
+      the sequences of each row, and the first sequence of the next group.
     """
-    packed = grain.experimental.FirstFitPackIterDataset(
-        dataset,
-        length_struct={"tokens": length, "loss_weight": length},
-        num_packing_bins=bins,
-        padding_struct={"tokens": pad, "loss_weight": 0.0},
-        seed=seed,
-    )
-    return packed.map(_name_fields)
+    packed: list[list[int]] = [[] for _ in range(rows)]
+    room = np.full(rows, capacity)
+    number = start
+    while True:
+        length = length_of(number)
+        fitting = np.flatnonzero(room >= length)
+        if not len(fitting):
+            return packed, number
+        packed[fitting[0]].append(number)
+        room[fitting[0]] -= length
+        number += 1
 
 
-def pad_rows(dataset: grain.IterDataset[Row], *, length: int, pad: int) -> grain.IterDataset[Row]:
-    """One sequence to a row, padded on the right; same arguments and result as ``pack``."""
-    return dataset.map(_PadRow(length, pad))
+def join(samples: Sequence[Row], *, length: int, pad: int) -> Row:
+    """Writes sequences one after another into a row, padded on the right.
 
+    Args:
+      samples: rows with ``tokens`` int32 [n] and ``loss_weight`` float32 [n]; their lengths add up
+        to at most ``length``.
+      length: tokens S of the row.
+      pad: token id of padding.
 
-class _PadRow:
-    """Pads one row; an object so that it can be pickled."""
-
-    def __init__(self, length: int, pad: int) -> None:
-        self._length, self._pad = length, pad
-
-    def __call__(self, row: Row) -> Row:
-        used = len(row["tokens"])
-        tokens = np.full(self._length, self._pad, np.int32)
-        weight = np.zeros(self._length, np.float32)
-        positions, segments = np.zeros((2, self._length), np.int32)
-        tokens[:used], weight[:used] = row["tokens"], row["loss_weight"]
-        positions[:used], segments[:used] = np.arange(used), 1
-        return {
-            "tokens": tokens,
-            "loss_weight": weight,
-            "positions": positions,
-            "segment_ids": segments,
-        }
-
-
-def _name_fields(row: Row) -> Row:
+    Returns:
+      ``Example``'s four arrays, each [S]; ``actions`` of a sample alone in its row.
+    """
+    tokens = np.full(length, pad, np.int32)
+    weight = np.zeros(length, np.float32)
+    positions, segments = np.zeros((2, length), np.int32)
+    start = 0
+    for segment, sample in enumerate(samples, 1):
+        end = start + len(sample["tokens"])
+        tokens[start:end], weight[start:end] = sample["tokens"], sample["loss_weight"]
+        positions[start:end], segments[start:end] = np.arange(end - start), segment
+        start = end
+    actions = [sample["actions"] for sample in samples if "actions" in sample]
     return {
-        "tokens": row["tokens"],
-        "loss_weight": row["loss_weight"],
-        "positions": row["tokens_positions"],
-        "segment_ids": row["tokens_segment_ids"],
+        **({"actions": actions[0]} if actions else {}),
+        "tokens": tokens,
+        "loss_weight": weight,
+        "positions": positions,
+        "segment_ids": segments,
     }

@@ -1,13 +1,13 @@
 """From token stores to training batches, with Grain.
 
-    store i ─ Split ─ shuffle ─ SampleBuilder (window, layout, labels) ─ [host::hosts] ─ repeat ─┐
-                                                                                   mix by weight
-              worker processes ◄────────────────────────────────────────────────────────────────┘
-              │ first-fit packing (or padding) ─ batch ─ prefetch thread ─► Batch [B / hosts, S]
+    stores ─ Split ─► SampleStream ─► RowSource: this host's rows of every global batch
+    (by episode)      (mixture.py)    (rows.py)        │
+                                     threads, worker processes ─ batch ─ prefetch thread
+                                                       ▼
+                                              Batch [B / hosts, S]
 
-Three orders matter. Each store is cut into hosts' parts *before* the mixture, or a host would see
-some stores only. Windows are drawn before that cut, so an epoch holds the same samples for any
-number of hosts. Packing stands *after* the workers, so batches are the same for any number of them.
+Every row is a function of its number: the global batches are the same for any number of hosts,
+worker processes and threads, and a place in the stream is the number of the next batch.
 """
 
 from __future__ import annotations
@@ -15,30 +15,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 from absl import flags
 
 from univla_jax.errors import UserError
 from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.examples import Batch
-from univla_jax.sequences.packing import Row, pack, pad_rows
+from univla_jax.sequences.mixture import SampleStream
+from univla_jax.sequences.packing import Row
+from univla_jax.sequences.rows import PLACE, RowSource
 from univla_jax.sequences.samples import SampleBuilder
-from univla_jax.sequences.sources import (
-    EpisodeSource,
-    Split,
-    check_sources,
-    open_stores,
-    source_fingerprint,
-)
+from univla_jax.sequences.sources import EpisodeSource, Split, open_stores, source_fingerprint
 from univla_jax.tokenizers.assets import Assets
 
 _READS_AHEAD_PER_THREAD = 8
-_NOT_CONTENT = ("stores", "read_threads", "prefetch_batches")
-"""Config fields that change neither the batches nor the iterator's state."""
+_NOT_CONTENT = ("stores", "workers", "read_threads", "prefetch_batches")
+"""Config fields that change neither the batches nor the place in them."""
 
 
 def training_batches(
@@ -66,30 +61,60 @@ def training_batches(
     splits = [Split(source, config.held_out_every, held_out=False) for source in sources]
     if len(splits) != len(config.stores) or not splits:
         raise UserError(f"data.stores: {len(config.stores)} named, {len(splits)} opened")
-    check_sources(splits, list(config.stores), hosts)
-    dataset = batch_dataset(config, SampleBuilder(config, assets), splits, assets, host, hosts)
-    identity = _identity(config, assets, sources, host, hosts)
-    return BatchIterator(iter(dataset), identity)
+    lanes = host_rows(config.batch_size, host, hosts)
+    builder = SampleBuilder(config, assets)
+    shares = config.proportions([len(split) for split in splits])
+    stream = SampleStream(splits, shares, builder, config.seed)
+
+    def rows(step: int, places: Sequence[int]) -> grain.DatasetIterator[Row]:
+        source = RowSource(
+            config, stream, builder, lanes, assets.vocabulary.pad, step=step, places=places
+        )
+        return iter(_batched(config, source, len(lanes)))
+
+    return BatchIterator(rows, _identity(config, assets, sources, host, hosts))
+
+
+def host_rows(batch_size: int, host: int, hosts: int) -> range:
+    """The rows of the global batch that belong to a host.
+
+    Raises:
+      UserError: the hosts cannot share the batch equally.
+    """
+    if batch_size % hosts:
+        raise UserError(
+            f"data.batch_size: {batch_size} rows cannot be shared by {hosts} hosts equally"
+        )
+    count = batch_size // hosts
+    return range(host * count, (host + 1) * count)
 
 
 class BatchIterator:
     """An endless iterator of ``Batch`` whose place can be saved and restored exactly."""
 
-    def __init__(self, iterator: grain.DatasetIterator[Row], identity: dict[str, Any]) -> None:
-        """Wraps a Grain iterator.
+    def __init__(
+        self,
+        rows: Callable[[int, Sequence[int]], grain.DatasetIterator[Row]],
+        identity: dict[str, Any],
+    ) -> None:
+        """Starts before batch 0.
 
         Args:
-          iterator: yields stacked rows.
+          rows: (step, places of the lanes) -> iterator of stacked rows from that batch on.
           identity: JSON values of everything the place depends on.
         """
-        self._open = [iterator]
+        self._rows = rows
+        self._step, self._places = 0, []
+        self._open = [rows(0, [])]
         # Also runs at interpreter exit, before the modules that Grain needs for it are gone.
         self._finalizer = weakref.finalize(self, _close_all, self._open)
         self._identity = json.loads(json.dumps(identity))
 
     def next(self) -> Batch:
         """The next batch of this host, NumPy arrays [B / hosts, S]."""
-        return Batch(**next(self._iterator))
+        rows = next(self._iterator)
+        self._step, self._places = self._step + 1, rows.pop(PLACE).tolist()
+        return Batch(**rows)
 
     def __next__(self) -> Batch:
         """The same as ``next``."""
@@ -101,18 +126,18 @@ class BatchIterator:
 
     def get_state(self) -> bytes:
         """The place before the next batch, to be saved with the model's step."""
-        state = {"identity": self._identity, "grain": self._iterator.get_state()}
+        state = {"identity": self._identity, "step": self._step, "places": self._places}
         return json.dumps(state, sort_keys=True).encode()
 
     def set_state(self, state: bytes) -> None:
         """Goes to a saved place: the next batch is the one that followed it.
 
         Raises:
-          UserError: the state was saved by other data, weights, hosts, workers or layout.
+          UserError: the state was saved by other data, weights, hosts or layout.
         """
         try:
             saved = json.loads(state)
-            identity, place = saved["identity"], saved["grain"]
+            identity, step, places = saved["identity"], saved["step"], saved["places"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError("saved data state: not one of this pipeline, or cut off") from error
         differences = _differences(identity, self._identity)
@@ -121,7 +146,9 @@ class BatchIterator:
                 "saved data state does not fit this run: " + "; ".join(differences) + ". Use the "
                 "same values, or start in a new workdir"
             )
-        self._iterator.set_state(place)
+        _close_all(self._open)
+        self._open.append(self._rows(step, places))
+        self._step, self._places = step, places
 
     def close(self) -> None:
         """Stops worker processes and threads; the iterator cannot be used afterwards."""
@@ -134,48 +161,17 @@ class BatchIterator:
         return self._open[0]
 
 
-def batch_dataset(
-    config: DataConfig,
-    builder: SampleBuilder,
-    splits: Sequence[Split],
-    assets: Assets,
-    host: int,
-    hosts: int,
-) -> grain.IterDataset[Row]:
-    """Samples, packed or padded, as stacked rows of this host."""
-    if config.batch_size % hosts:
-        raise UserError(
-            f"data.batch_size: {config.batch_size} rows cannot be shared by {hosts} hosts equally"
-        )
+def _batched(config: DataConfig, source: RowSource, rows: int) -> grain.IterDataset[Row]:
+    """The rows of a source, made by threads or worker processes, stacked by ``rows``."""
     ahead = config.read_threads * _READS_AHEAD_PER_THREAD
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=ahead)
-    samples = sample_dataset(config, builder, splits, host, hosts).to_iter_dataset(options)
+    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
     if config.workers:
         _let_grain_read_flags()
-        samples = samples.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
-    length, pad = config.sequence_length, assets.vocabulary.pad
-    if config.packing:
-        bins, seed = config.packing_bins, _seed(config.seed, len(splits))
-        rows = pack(samples, length=length, bins=bins, pad=pad, seed=seed)
-    else:
-        rows = pad_rows(samples, length=length, pad=pad)
-    batches = rows.batch(config.batch_size // hosts, drop_remainder=True)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
     return grain.experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=config.prefetch_batches
+        dataset.batch(rows, drop_remainder=True), prefetch_buffer_size=config.prefetch_batches
     )
-
-
-def sample_dataset(
-    config: DataConfig, builder: SampleBuilder, splits: Sequence[Split], host: int, hosts: int
-) -> grain.MapDataset[Row]:
-    """The endless weighted mixture of this host's samples, one per episode and epoch."""
-    parts = []
-    for number, split in enumerate(splits):
-        part = grain.MapDataset.range(len(split)).seed(_seed(config.seed, number)).shuffle()
-        draw = _DrawSample(split, builder)
-        parts.append(part.random_map(draw)[host::hosts].repeat())
-    weights = config.proportions([len(split) for split in splits])
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
 def _close_all(iterators: list[grain.DatasetIterator[Row]]) -> None:
@@ -184,25 +180,10 @@ def _close_all(iterators: list[grain.DatasetIterator[Row]]) -> None:
         iterators.pop().close()
 
 
-class _DrawSample:
-    """Episode number to sample; an object so that it can be pickled."""
-
-    def __init__(self, split: Split, builder: SampleBuilder) -> None:
-        self._split, self._builder = split, builder
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Row:
-        return self._builder(self._split[index], rng)
-
-
 def _let_grain_read_flags() -> None:
     """Grain's workers read absl flags, which only ``absl.app.run`` parses, not a notebook."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-def _seed(seed: int, stream: int) -> int:
-    """An own seed per component, so that they are not shuffled alike."""
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
 
 
 def _identity(

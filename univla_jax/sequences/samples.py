@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from univla_jax.data.actions import state_key
 from univla_jax.data.corpora import CORPORA, find_corpus
-from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.sequences import layouts
 from univla_jax.sequences.data_config import DataConfig
+from univla_jax.sequences.drafts import Draft, by_moment, placeholders
 from univla_jax.sequences.labels import LABELS, loss_weight
 from univla_jax.sequences.lexicon import Lexicon
 from univla_jax.sequences.packing import Row
-from univla_jax.sequences.tokens import Tokens
 from univla_jax.sequences.windows import draw_start, window_steps
 from univla_jax.tokenizers.assets import Assets
 
@@ -28,70 +29,138 @@ class SampleBuilder:
 
         Args:
           config: layout, window and labels.
-          assets: vocabulary, text and action tokenizer, and action statistics per corpus. The
-            world model uses the first two alone.
+          assets: vocabulary, text and action tokenizer, and action statistics per corpus. Layouts
+            without actions use the first two alone.
         """
         self._config = config
         self._lexicon = Lexicon(assets.vocabulary, assets.text)
         self._labelled = LABELS[config.labelled]
         self._layout = getattr(self, f"_{config.layout}")
-        acts = config.layout != "world_model"
-        self._action = assets.require("action") if acts else None
-        self._statistics = dict(assets.statistics) if acts else {}
+        self._action = assets.require("action") if config.writes_actions else None
+        self._statistics = dict(assets.statistics) if config.acts else {}
 
     def __call__(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Row:
-        """One training sample.
+        """One training sample; see ``draft`` and ``row``."""
+        return self.row(self.draft(episode, rng))
+
+    def draft(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Draft:
+        """A sample of which no code has been read.
 
         Args:
           episode: from a token store.
           rng: draws the window, the camera of the world model and the null prompt.
 
-        Returns:
-          ``tokens`` int32 [n] and ``loss_weight`` float32 [n], n at most ``sequence_length``.
-
         Raises:
-          UserError: names the episode and what is wrong: shorter than one chunk, a view or the
-            statistics missing, too long for ``sequence_length``, a code outside the vocabulary.
+          UserError: names the episode and what is wrong: shorter than one chunk, a view, a text
+            or the statistics missing, or too long for ``sequence_length``.
         """
-        try:
-            tokens = self.tokens(episode, rng)
-            self._check_length(tokens)
-        except UserError as error:
-            raise UserError(f"episode {episode.corpus}/{episode.episode_id}: {error}") from error
-        weight = loss_weight(tokens, self._labelled, self._config.vision_weight)
-        return {"tokens": tokens.ids, "loss_weight": weight}
-
-    def tokens(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Tokens:
-        """The token sequence of one window with its roles, before labels."""
         instruction = episode.instruction
         if self._config.null_prompt_prob and rng.random() < self._config.null_prompt_prob:
             instruction = ""
-        return self._layout(episode, instruction, rng)
+        name = f"episode {episode.corpus}/{episode.episode_id}"
+        try:
+            draft = self._layout(episode, instruction, rng)
+            self._check_length(draft)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        return Draft(draft.tokens, draft.shown, draft.actions, name)
+
+    def row(self, draft: Draft) -> Row:
+        """The sample with its codes.
+
+        Returns:
+          ``tokens`` int32 [n] and ``loss_weight`` float32 [n], n at most ``sequence_length``; for
+          the flow expert also ``actions`` float32 [T, A].
+
+        Raises:
+          UserError: names the episode whose record is damaged or has a code outside the vocabulary.
+        """
+        try:
+            tokens = draft.fill(self._lexicon.vocabulary)
+        except UserError as error:
+            raise UserError(f"{draft.name}: {error}") from error
+        weight = loss_weight(tokens, self._labelled, self._config.vision_weight)
+        row = {"tokens": tokens.ids, "loss_weight": weight}
+        return row if draft.actions is None else {**row, "actions": draft.actions}
 
     def _policy_video(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Tokens:
+    ) -> Draft:
         size = self._config.action_frames
         window = self._draw(episode, self._config.frames, size, rng)
-        views = [codes[window][::size] for codes in self._views(episode)]
-        chunks = self._chunks(episode, window)
-        return layouts.policy_video(self._lexicon, instruction, views, chunks)
+        views, steps = self._views(episode), range(window.start, window.stop, size)
+        tokens = layouts.policy_video(
+            self._lexicon,
+            instruction,
+            [placeholders(view, len(steps)) for view in views],
+            self._chunks(episode, window),
+            self._states(episode, steps),
+        )
+        return Draft(tokens, by_moment(views, steps))
 
     def _policy_image(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Tokens:
+    ) -> Draft:
         window = self._draw(episode, 1, self._config.action_frames, rng)
-        views = [codes[window][:1] for codes in self._views(episode)]
+        views = self._views(episode)
         (chunk,) = self._chunks(episode, window)
-        return layouts.policy_image(self._lexicon, instruction, views, chunk)
+        states = self._states(episode, [window.start])
+        tokens = layouts.policy_image(
+            self._lexicon, instruction, _one_frame(views), chunk, states and states[0]
+        )
+        return Draft(tokens, by_moment(views, [window.start]))
+
+    def _policy_flow(
+        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    ) -> Draft:
+        window = self._draw(episode, 1, self._config.action_frames, rng)
+        views = self._views(episode)
+        tokens = layouts.policy_flow(self._lexicon, instruction, _one_frame(views))
+        actions = self._normalise(episode, episode.actions[window])
+        return Draft(tokens, by_moment(views, [window.start]), actions)
+
+    def _chain_of_thought(
+        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    ) -> Draft:
+        window = self._draw(episode, 1, self._config.action_frames, rng)
+        views, reasoning = self._views(episode), _text(episode, "reasoning", window.start)
+        (chunk,) = self._chunks(episode, window)
+        tokens = layouts.chain_of_thought(
+            self._lexicon, instruction, _one_frame(views), reasoning, chunk
+        )
+        return Draft(tokens, by_moment(views, [window.start]))
 
     def _world_model(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Tokens:
-        spacing = self._spacing(episode)
+    ) -> Draft:
+        spacing = self._config.frame_spacing or find_corpus(episode.corpus).frame_spacing
         window = self._draw(episode, self._config.frames, spacing, rng)
-        frames = self._camera(episode, rng)[window][::spacing]
-        return layouts.world_model(self._lexicon, instruction, [frames])
+        view, steps = self._camera(episode, rng), range(window.start, window.stop, spacing)
+        tokens = layouts.world_model(self._lexicon, instruction, [placeholders(view, len(steps))])
+        return Draft(tokens, by_moment([view], steps))
+
+    def _question(
+        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    ) -> Draft:
+        views, step = self._views(episode), self._draw(episode, 1, 1, rng).start
+        asked = _text(episode, "question", step) if "question" in episode.texts else instruction
+        answer = _text(episode, "answer", step)
+        tokens = layouts.question(self._lexicon, asked, _one_frame(views), answer)
+        return Draft(tokens, by_moment(views, [step]))
+
+    def _caption(
+        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    ) -> Draft:
+        views, step = self._views(episode), self._draw(episode, 1, 1, rng).start
+        tokens = layouts.caption(self._lexicon, instruction, _one_frame(views))
+        return Draft(tokens, by_moment(views, [step]))
+
+    def _text_to_image(
+        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    ) -> Draft:
+        view, step = self._camera(episode, rng), self._draw(episode, 1, 1, rng).start
+        tokens = layouts.text_to_image(self._lexicon, instruction, placeholders(view, 1)[0])
+        return Draft(tokens, by_moment([view], [step]))
 
     def _draw(
         self, episode: TokenizedEpisode, frames: int, spacing: int, rng: np.random.Generator
@@ -103,18 +172,37 @@ class SampleBuilder:
 
     def _chunks(self, episode: TokenizedEpisode, window: slice) -> list[np.ndarray]:
         """Action ids of each chunk of the window."""
-        if episode.corpus not in self._statistics:
+        actions = self._normalise(episode, episode.actions[window])
+        return self._encode(actions.reshape(-1, self._config.action_frames, actions.shape[-1]))
+
+    def _states(self, episode: TokenizedEpisode, steps: range | list[int]) -> list | None:
+        """Ids of the state at each step as a chunk of one step; None where states are not shown."""
+        if not self._config.state:
+            return None
+        if episode.state is None:
+            raise UserError("it has no state; set data.state=False or leave its store out")
+        kind = state_key(episode.corpus)
+        states = self._normalise(episode, episode.state[np.asarray(steps)], kind)
+        return self._encode(states[:, None])
+
+    def _normalise(
+        self, episode: TokenizedEpisode, values: np.ndarray, key: str | None = None
+    ) -> np.ndarray:
+        key = key or episode.corpus
+        if key not in self._statistics:
             raise UserError(
                 f"no action statistics of its corpus, only of {sorted(self._statistics)}; compute "
                 "them when the assets are made"
             )
-        actions = self._statistics[episode.corpus].normalise(episode.actions[window])
-        chunks = actions.reshape(-1, self._config.action_frames, actions.shape[-1])
+        return self._statistics[key].normalise(values)
+
+    def _encode(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """Ids per chunk of normalised chunks [N, T, A]."""
         encoded = self._action.encode_batch(chunks)
         ids = self._lexicon.vocabulary.action_ids(np.concatenate(encoded))
         return np.split(ids, np.cumsum([len(codes) for codes in encoded[:-1]]))
 
-    def _views(self, episode: TokenizedEpisode) -> list[np.ndarray]:
+    def _views(self, episode: TokenizedEpisode) -> list[Codes]:
         """Codes [T, h, w] of the configured cameras, of all when none are named."""
         names = self._config.views or _all_views(episode)
         missing = [name for name in names if name not in episode.codes]
@@ -122,7 +210,7 @@ class SampleBuilder:
             raise UserError(f"no view {(*missing, 'at all')[0]!r}, only {sorted(episode.codes)}")
         return [episode.codes[name] for name in names]
 
-    def _camera(self, episode: TokenizedEpisode, rng: np.random.Generator) -> np.ndarray:
+    def _camera(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Codes:
         """Codes [T, h, w] of the one camera a world-model sample shows."""
         if not self._config.views:
             return self._views(episode)[0]
@@ -131,17 +219,25 @@ class SampleBuilder:
             raise UserError(f"none of the views {self._config.views}, only {sorted(episode.codes)}")
         return episode.codes[present[int(rng.integers(len(present)))]]
 
-    def _spacing(self, episode: TokenizedEpisode) -> int:
-        """Steps between two frames of the world model."""
-        return self._config.frame_spacing or find_corpus(episode.corpus).frame_spacing
-
-    def _check_length(self, tokens: Tokens) -> None:
-        if len(tokens) > self._config.sequence_length:
+    def _check_length(self, draft: Draft) -> None:
+        if len(draft) > self._config.sequence_length:
             raise UserError(
-                f"its sample has {len(tokens)} tokens, more than "
+                f"its sample has {len(draft)} tokens, more than "
                 f"data.sequence_length={self._config.sequence_length}; raise it, or take fewer "
                 "frames, views or a shorter instruction"
             )
+
+
+def _one_frame(views: list[Codes]) -> list[np.ndarray]:
+    return [placeholders(view, 1) for view in views]
+
+
+def _text(episode: TokenizedEpisode, kind: str, step: int) -> str:
+    """The text of a kind that holds at ``step``."""
+    if kind not in episode.texts:
+        raise UserError(f"it has no {kind!r} text, only {sorted(episode.texts)}")
+    texts = episode.texts[kind]
+    return texts[step] if len(texts) > 1 else texts[0]
 
 
 def _all_views(episode: TokenizedEpisode) -> list[str]:

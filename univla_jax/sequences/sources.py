@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Protocol
 
 from univla_jax.data.corpora import find_corpus
@@ -85,7 +84,7 @@ def _checked_store(folder: str, config: DataConfig, assets: Assets) -> TokenStor
 
 
 def _check_shortest(min_frames: int, corpus: str, config: DataConfig, where: str) -> None:
-    needed = config.action_frames
+    needed = config.action_frames if config.acts else 1
     if config.layout == "world_model":
         needed = config.frame_spacing or find_corpus(corpus).frame_spacing
     if min_frames < needed:
@@ -105,13 +104,3 @@ def source_fingerprint(source: EpisodeSource) -> str:
         episode = source[index]
         digest.update(f"{episode.corpus}/{episode.episode_id}/{len(episode.actions)}\n".encode())
     return digest.hexdigest()
-
-
-def check_sources(sources: Sequence[Split], names: Sequence[str], hosts: int) -> None:
-    """Raises UserError for a source too small to give every host an episode."""
-    for source, name in zip(sources, names):
-        if len(source) < hosts:
-            raise UserError(
-                f"{name}: {len(source)} episode(s) to train on for {hosts} host(s); each host "
-                "needs one: add data or leave the store out"
-            )

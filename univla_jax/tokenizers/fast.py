@@ -79,7 +79,7 @@ class FastTokenizer:
         self._vocabulary_size = max(int(values["vocab_size"]), self._known_ids)
         bpe_config = parse_json(files.get(_BPE_CONFIG_FILE, b"{}"), where=_BPE_CONFIG_FILE)
         self._clean_up = bool(bpe_config.get("clean_up_tokenization_spaces", False))
-        self._lossless: dict[int, bool] = {}
+        self._lossless: dict[int, np.ndarray] = {}  # by the bound of the coefficients
 
     @classmethod
     def load(cls, folder: PathLike) -> FastTokenizer:
@@ -233,27 +233,28 @@ class FastTokenizer:
     def _check_coefficients(self, coefficients: np.ndarray, horizon: int) -> None:
         """Raises UserError when a coefficient is illegal or would be lost."""
         bound = _legal_bound(self.scale, horizon)
-        for value in np.unique(coefficients).tolist():
-            if abs(value) > bound:
-                raise UserError(
-                    f"action chunk has the coefficient {value} beyond ±{bound}: its actions leave "
-                    "[-1, 1]; normalise them with the corpus' statistics and clip"
-                )
-            if not self._keeps(value):
-                raise UserError(
-                    f"action coefficient {value} cannot be written in this FAST tokenizer "
-                    f"(least {self.min_token}, or missing in its alphabet); fit it again with the "
-                    "default alphabet and chunks of this length"
-                )
+        if bound not in self._lossless:
+            self._lossless[bound] = np.array([self._keeps(v) for v in range(-bound, bound + 1)])
+        if np.abs(coefficients).max(initial=0) > bound:
+            value = int(coefficients.flat[np.argmax(np.abs(coefficients))])
+            raise UserError(
+                f"action chunk has the coefficient {value} beyond ±{bound}: its actions leave "
+                "[-1, 1]; normalise them with the corpus' statistics and clip"
+            )
+        kept = self._lossless[bound][coefficients + bound]
+        if not kept.all():
+            raise UserError(
+                f"action coefficient {int(coefficients[~kept][0])} cannot be written in this FAST "
+                f"tokenizer (least {self.min_token}, or missing in its alphabet); fit it again "
+                "with the default alphabet and chunks of this length"
+            )
 
     def _keeps(self, coefficient: int) -> bool:
         """Whether a coefficient survives encoding and decoding."""
-        if coefficient not in self._lossless:
-            shifted = coefficient - self.min_token
-            self._lossless[coefficient] = 0 <= shifted < fast_bpe.MAX_CHARACTERS and (
-                self._bpe.decode(self._bpe.encode(chr(shifted)).ids) == chr(shifted)
-            )
-        return self._lossless[coefficient]
+        shifted = coefficient - self.min_token
+        return 0 <= shifted < fast_bpe.MAX_CHARACTERS and (
+            self._bpe.decode(self._bpe.encode(chr(shifted)).ids) == chr(shifted)
+        )
 
 
 def _coefficients(chunks: np.ndarray, scale: float) -> np.ndarray:

@@ -254,10 +254,10 @@ def _in_range(values: ArrayLike, start: int, stop: int, what: str, of: str) -> n
     array = np.asarray(values)
     if array.size == 0:
         return np.zeros(array.shape, np.int32)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise UserError(f"{what}s must be integers, got an array of {array.dtype}")
-    outside = (array < start) | (array >= stop)
-    if outside.any():
+    if array.min() < start or array.max() >= stop:
+        outside = (array < start) | (array >= stop)
         raise UserError(
             f"{what} {array[outside].flat[0]} lies outside {of} [{start}, {stop}); it was made "
             "with another tokenizer or vocabulary layout: use the one saved with the checkpoint"

@@ -190,7 +190,7 @@ def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
     for name, part in (("text", text), ("vision", vision)):
         if part is None:
             raise UserError(f"{_WHERE}.{name} is empty; name the tokenizer's folder, or init_from")
-    if action is None and config.data.layout != "world_model":
+    if action is None and config.data.writes_actions:
         raise UserError(
             f"{_WHERE}.action is empty, but data.layout {config.data.layout!r} needs it"
         )

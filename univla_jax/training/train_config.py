@@ -168,6 +168,7 @@ FREE = (
     "evaluation",
     "mesh",
     "sample_tokens",
+    "data.workers",
     "data.read_threads",
     "data.prefetch_batches",
 )

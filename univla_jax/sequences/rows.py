@@ -1,0 +1,147 @@
+"""The rows of the global batches: any of them can be made from its number alone.
+
+    batch t    row 0  row 1  …  row B-1          row i of every batch belongs to lane i,
+    lane i     samples i, i + B, i + 2B, …       which packs its own samples group by group
+
+A lane depends on nothing but the stream, so a row is the same whoever makes it: which host has
+row i, and which of its worker processes builds it, changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from univla_jax.sequences.data_config import DataConfig
+from univla_jax.sequences.drafts import Draft
+from univla_jax.sequences.mixture import SampleStream
+from univla_jax.sequences.packing import Row, first_fit, join
+from univla_jax.sequences.samples import SampleBuilder
+
+PLACE = "place"
+"""Key of a row's bookkeeping: where the group of its lane's next row begins."""
+
+_ENDLESS = 1 << 60
+_KEPT = 64  # groups that threads may still ask for
+
+
+class RowSource:
+    """A host's rows in the order of its batches; a data source for Grain."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        stream: SampleStream,
+        builder: SampleBuilder,
+        lanes: range,
+        pad: int,
+        *,
+        step: int = 0,
+        places: Sequence[int] = (),
+    ) -> None:
+        """Starts before batch ``step``.
+
+        Args:
+          config: batch size, sequence length, packing.
+          stream: drafts of all samples.
+          builder: fills them.
+          lanes: the rows of the global batch that belong to this host.
+          pad: token id of padding.
+          step: number of the first batch.
+          places: per lane the last ``PLACE``; those of the stream's start when empty.
+        """
+        self._config, self._stream, self._builder, self._pad = config, stream, builder, pad
+        self._lanes, self._first = lanes, step
+        starts = places or [0] * len(lanes)
+        self._packers = [_Lane(config, stream, i, step, n) for i, n in zip(lanes, starts)]
+
+    def __len__(self) -> int:
+        """Endless for all purposes."""
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> Row:
+        """Row ``index`` from the start; ``tokens`` and so on [S], and ``PLACE``."""
+        step, lane = divmod(index, len(self._lanes))
+        drafts, place = self._packers[lane].row(step + self._first)
+        samples = [self._builder.row(draft) for draft in drafts]
+        row = join(samples, length=self._config.sequence_length, pad=self._pad)
+        return {**row, PLACE: np.asarray(place)}
+
+
+class _Lane:
+    """Plans the rows of one place in the batch."""
+
+    def __init__(
+        self, config: DataConfig, stream: SampleStream, lane: int, step: int, start: int
+    ) -> None:
+        self._config, self._stream, self._lane = config, stream, lane
+        self._newest = self._split(step)[0] - 1
+        self._next = start
+        self._groups: dict[int, _Group] = {}
+        self._drafts: dict[int, Draft] = {}
+        self._lock = threading.Lock()
+
+    def row(self, step: int) -> tuple[list[Draft], int]:
+        """The drafts of the lane's row in batch ``step``, and where the next row's group begins."""
+        if not self._config.packing:
+            return [self._draft(step)], 0
+        number, place = self._split(step)
+        with self._lock:
+            while number > self._newest:
+                self._plan(self._newest + 1)
+            group = self._groups[number]
+            drafts = [self._drafts.pop(n, None) or self._draft(n) for n in group.rows[place]]
+        return drafts, group.end if place == len(group.rows) - 1 else group.start
+
+    def _split(self, step: int) -> tuple[int, int]:
+        """(group, row in it) of a step; first groups differ in size, so that lanes take turns."""
+        first = self._size(0)
+        if step < first:
+            return 0, step
+        group, place = divmod(step - first, self._size(1))
+        return group + 1, place
+
+    def _size(self, group: int) -> int:
+        """Rows of a group."""
+        return self._config.packing_bins if group else 1 + self._lane % self._config.packing_bins
+
+    def _plan(self, group: int) -> None:
+        """Packs the next group."""
+        start = self._next
+        before = self._groups.get(group - 1)
+        kept = before.start if before else start
+        self._drafts = {n: draft for n, draft in self._drafts.items() if n >= kept}
+        rows, self._next = first_fit(
+            self._length, start, capacity=self._config.sequence_length, rows=self._size(group)
+        )
+        self._groups[group], self._newest = _Group(rows, start, self._next), group
+        self._groups.pop(group - _KEPT, None)
+
+    def _length(self, number: int) -> int:
+        """Tokens of the lane's sample ``number``, whose draft is kept until its row is made."""
+        if number not in self._drafts:
+            self._drafts[number] = self._draft(number)
+        return len(self._drafts[number])
+
+    def _draft(self, number: int) -> Draft:
+        return self._stream.draft(number * self._config.batch_size + self._lane)
+
+    def __getstate__(self) -> dict:
+        """Without the lock, for worker processes."""
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        """With a lock of its own."""
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The samples of each row, the first sample, and the first of the next group."""
+
+    rows: list[list[int]]
+    start: int
+    end: int
