@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import flax.traverse_util
 import jax
@@ -18,6 +19,7 @@ from tests.conftest import REPOSITORY
 from tests.inference import tiny_checkpoint
 from tests.interop import hub_folders
 from tests.training import tiny_run
+from univla_jax.errors import UserError
 from univla_jax.interop.architectures import HubModel
 from univla_jax.interop.from_hub import from_hub
 from univla_jax.interop.hub_assets import ConvertConfig
@@ -73,6 +75,34 @@ def test_the_command_refuses_in_one_line(tmp_path):
     done = run("univla_jax.convert", f"--from_hf={source}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "give --from_hf=FOLDER and --to=DIR" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
+def test_killed_while_writing(delay, tmp_path):
+    """Kill -9 once the first bytes are there; what is left looks like nothing, and is replaced."""
+    source = hub_folders.decoder_folder(
+        tmp_path / "source", hidden_size=512, intermediate_size=4096, num_hidden_layers=16
+    )
+    command = ["-m", "univla_jax.convert", f"--from_hf={source}", f"--to={tmp_path / 'ours'}"]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list(tmp_path.glob("ours.*/state.*/*")):
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -9 and list(tmp_path.glob("ours.*"))
+    assert not (tmp_path / "ours").exists()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path)
+    from_hub(source, tmp_path / "ours", ConvertConfig(), progress=False)
+    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "ours", "back"}
 
 
 @pytest.fixture(scope="module")
