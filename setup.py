@@ -18,6 +18,8 @@ SERVE = ["prometheus-client>=0.20", "websockets>=14"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
 # The version the golden files were made with; for a machine without GPU take its CPU wheel first:
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+VIDEO = ["av>=12"]
+LEROBOT = [*VIDEO, "pyarrow>=16"]
 PARITY = ["torch==2.13.0", "transformers>=5"]
 
 setup(
@@ -62,7 +64,9 @@ setup(
         "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
         "serve": SERVE,
-        "test": TEST + RLDS + SERVE,
+        "test": TEST + RLDS + SERVE + LEROBOT,
         "parity": PARITY,
+        "video": VIDEO,
+        "lerobot": LEROBOT,
     },
 )

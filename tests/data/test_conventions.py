@@ -32,3 +32,15 @@ def test_rotations_of_widowx_commands():
     actions = np.pad(angles, ((0, 0), (3, 1)))
     found = conventions.widowx_commands(actions)[:, 3:6]
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_aloha_chunks_are_relative_to_their_first_step_and_back():
+    rng = np.random.default_rng(0)
+    chunks = rng.uniform(-3, 3, (2, 4, 14)).astype(np.float32)
+    deltas = conventions.ALOHA_DELTAS.relative(chunks)
+    assert not np.delete(deltas[:, 0], (6, 13), 1).any()
+    np.testing.assert_array_equal(deltas[..., [6, 13]], chunks[..., [6, 13]])
+    angles = deltas[..., [3, 4, 5, 10, 11, 12]]
+    assert np.abs(angles).max() <= np.pi + 1e-6
+    back = conventions.ALOHA_DELTAS.absolute_from(deltas, chunks[:, 0])
+    np.testing.assert_allclose(back, chunks, atol=1e-5)

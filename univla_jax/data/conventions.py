@@ -1,13 +1,19 @@
 """What the raw actions of the corpora mean: their gripper and movement conventions.
 
-Axes: T steps, P state dimensions. Everything is float32, as in the reference.
+The functions of whole ``Steps`` are the ``actions`` of rows in ``corpora.py``.
+
+Axes: T steps, A action dimensions, P state dimensions. Everything is float32, as in the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import numpy as np
+
+Steps = Mapping[str, np.ndarray]
+"""The non-image fields of an episode by path, for example ``"observation/state"``: [T, ...]."""
 
 
 def binarize_gripper(gripper: np.ndarray) -> np.ndarray:
@@ -106,3 +112,111 @@ def _with_gripper(actions: np.ndarray, change: Callable[[np.ndarray], np.ndarray
     changed = np.array(actions, np.float32)
     changed[:, 6] = change(changed[:, 6])
     return changed
+
+
+def field(path: str) -> Callable[[Steps], np.ndarray]:
+    """Actions that are the field ``path`` as it lies there."""
+
+    def actions(steps: Steps) -> np.ndarray:
+        return steps[path]
+
+    return actions
+
+
+commanded = field("action")
+"""The field ``action`` as it lies there."""
+
+
+def no_actions(steps: Steps) -> np.ndarray:
+    """Videos: [T, 0]."""
+    return np.zeros((len(next(iter(steps.values()))), 0), np.float32)
+
+
+def bridge(steps: Steps) -> np.ndarray:
+    """Bridge without its first and last step: reached movement, gripper 0 or 1, [T - 2, 7]."""
+    commands = np.array(steps["action"][1:], np.float32)
+    commands[:, 6] = binarize_gripper(commands[:, 6])
+    return relabel_bridge(steps["observation/state"][1:], commands)[0]
+
+
+def relative_gripper(steps: Steps) -> np.ndarray:
+    """Fractal, Kuka, UR5: ``gripper_closedness_action`` is relative; [T, 7]."""
+    closing = np.asarray(steps["action/gripper_closedness_action"], np.float32)
+    return _posed(steps, relative_to_absolute_gripper(closing.reshape(-1)))
+
+
+def open_gripper(steps: Steps) -> np.ndarray:
+    """Toto: ``open_gripper`` is true or false; [T, 7]."""
+    return _posed(steps, np.asarray(steps["action/open_gripper"], np.float32))
+
+
+def inverted_closedness(steps: Steps) -> np.ndarray:
+    """Viola: ``gripper_closedness_action`` clipped to 0...1, then 1 means open; [T, 7]."""
+    closed = np.clip(steps["action/gripper_closedness_action"], 0, 1)
+    return _posed(steps, invert_gripper(closed))
+
+
+def binary_gripper(steps: Steps) -> np.ndarray:
+    """DROID: six dimensions of movement and a binarised gripper; [T, 7]."""
+    return droid_actions(steps["action"])
+
+
+def clipped_world_actions(steps: Steps) -> np.ndarray:
+    """TACO: ``rel_actions_world`` with the gripper clipped to 0...1; [T, 7]."""
+    return _with_gripper(steps["action/rel_actions_world"], lambda g: np.clip(g, 0, 1))
+
+
+def inverted_gripper(steps: Steps) -> np.ndarray:
+    """MUTEX: the gripper clipped to 0...1, then 1 means open; [T, 7]."""
+    return _with_gripper(steps["action"], lambda g: invert_gripper(np.clip(g, 0, 1)))
+
+
+def first_and_last(steps: Steps) -> np.ndarray:
+    """CMU play fusion: the first three and the last four dimensions; [T, 7]."""
+    commands = np.asarray(steps["action"], np.float32)
+    return np.concatenate([commands[:, :3], commands[:, -4:]], 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkDeltas:
+    """An action chunk relative to its own first step, in both directions.
+
+    Source: UniVLA tools/real_aloha/pickle_generation_multitask_sepnorm.py,
+    ``normalize_action_pose``.
+
+    Attributes:
+      absolute: dimensions that stay as they are, the grippers.
+      angles: dimensions in radians, brought to -pi...pi.
+    """
+
+    absolute: tuple[int, ...]
+    angles: tuple[int, ...]
+
+    def relative(self, chunks: np.ndarray) -> np.ndarray:
+        """[..., T, A] poses to float32 differences from step 0 of each chunk."""
+        return self._wrapped(np.asarray(chunks, np.float32) - self._origin(chunks[..., :1, :]))
+
+    def absolute_from(self, deltas: np.ndarray, pose: np.ndarray) -> np.ndarray:
+        """The poses [..., T, A] of differences, given the pose [..., A] they start from."""
+        return self._wrapped(deltas + self._origin(np.asarray(pose, np.float32)[..., None, :]))
+
+    def _origin(self, pose: np.ndarray) -> np.ndarray:
+        origin = np.array(pose, np.float32)
+        origin[..., list(self.absolute)] = 0
+        return origin
+
+    def _wrapped(self, values: np.ndarray) -> np.ndarray:
+        wrapped = np.array(values, np.float32)
+        turn = np.float32(2 * np.pi)
+        angles = wrapped[..., list(self.angles)]
+        wrapped[..., list(self.angles)] = angles - turn * np.round(angles / turn)
+        return wrapped
+
+
+ALOHA_DELTAS = ChunkDeltas(absolute=(6, 13), angles=(3, 4, 5, 10, 11, 12))
+"""Two arms of seven: position, roll pitch yaw, gripper."""
+
+
+def _posed(steps: Steps, gripper: np.ndarray) -> np.ndarray:
+    movement = (steps["action/world_vector"], steps["action/rotation_delta"], gripper[:, None])
+    return np.concatenate([np.asarray(part, np.float32) for part in movement], 1)

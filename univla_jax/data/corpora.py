@@ -1,7 +1,9 @@
 """The corpora, one row each: where the fields lie, what the actions mean, how often it is seen.
 
-Bring your own data with one row: name its views and fields as they are called inside ``steps`` of
-the TFDS dataset and, where its actions are not simply the field ``action``, give a small function.
+Bring your own data with one row: say which reader opens the files, name its views and fields as
+they are called there and, where its actions are not simply the field ``action``, give a small
+function of ``conventions.py``. Sources: FACTS section 8, UniVLA tools/process, and the feature
+structures that the datasets publish.
 """
 
 from __future__ import annotations
@@ -12,15 +14,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from univla_jax.data import conventions
+from univla_jax.data.conventions import Steps
 from univla_jax.errors import UserError
 
-Steps = Mapping[str, np.ndarray]
-"""The non-image fields of an episode by path, for example ``"observation/state"``: [T, ...]."""
+READERS = ("rlds", "calvin", "lerobot", "videos")
 
-
-def commanded(steps: Steps) -> np.ndarray:
-    """The field ``action`` as it lies there."""
-    return steps["action"]
+Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,43 +31,238 @@ class Corpus:
       name: key in ``CORPORA``.
       views: camera name in this package -> path of its image inside a step.
       control_hz: control rate in steps per second.
-      frame_spacing: steps between the frames of a world-model window.
-      instruction: path of the instruction inside the first step.
-      actions: ``Steps`` -> [T, A] in the corpus' physical units.
+      frame_spacing: steps between the frames of a world-model window, about a second.
+      sizes: camera name -> (height, width) in pixels at which its frames are tokenised where a
+        recipe says nothing else.
+      instruction: paths of the instruction inside the first step; the first that is not empty
+        counts.
+      actions: ``Steps`` -> [T', A] in the corpus' physical units; T' is T without ``trim``.
+      gripper: what the last action dimension means after ``actions``.
       state: path of the proprioceptive state, None where there is none.
       mixture_weight: share in the world-model mixture relative to the other corpora.
       min_frames: shortest episode kept, in frames: one action chunk.
+      trim: steps left out at the start and at the end of an episode.
+      chunk_deltas: dimensions of an action chunk that are relative to its first step, and those of
+        them that are angles; None where actions stand for themselves.
+      texts: kind of text (``Episode.texts``) -> its path inside a step.
+      default_instruction: for episodes that come without one; empty where they are broken.
+      reader: of its files, one of ``READERS``.
     """
 
     name: str
     views: Mapping[str, str]
     control_hz: float
     frame_spacing: int
-    instruction: str = "language_instruction"
-    actions: Callable[[Steps], np.ndarray] = commanded
+    sizes: Mapping[str, Size] = dataclasses.field(default_factory=dict)
+    instruction: tuple[str, ...] = ("language_instruction",)
+    actions: Callable[[Steps], np.ndarray] = conventions.commanded
+    gripper: str = "1 open, 0 closed"
     state: str | None = "observation/state"
     mixture_weight: float = 1.0
     min_frames: int = 10
+    trim: tuple[int, int] = (0, 0)
+    chunk_deltas: conventions.ChunkDeltas | None = None
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    default_instruction: str = ""
+    reader: str = "rlds"
+
+    def trimmed(self, steps: np.ndarray) -> np.ndarray:
+        """The steps [T, ...] without those of ``trim``."""
+        start, end = self.trim
+        return steps[start : len(steps) - end]
 
 
+_IN_OBSERVATION = ("observation/natural_language_instruction",)
 _TWO_VIEWS = {"image": "observation/image", "wrist_image": "observation/wrist_image"}
+_SQUARE = (256, 256)
 
 
-def _libero(suite: str) -> Corpus:
-    """LIBERO without its no-op steps, as RLDS: raw actions, gripper -1 open and +1 closed."""
-    return Corpus(f"libero_{suite}", views=_TWO_VIEWS, control_hz=20.0, frame_spacing=10)
+def _views(size: Size = _SQUARE, **fields: str) -> dict[str, Mapping]:
+    """``views`` and ``sizes`` of cameras in the observation, all tokenised at one size."""
+    paths = {view: f"observation/{field}" for view, field in fields.items()}
+    return {"views": paths, "sizes": dict.fromkeys(paths, size)}
 
 
-CORPORA: dict[str, Corpus] = {
-    row.name: row
-    for row in (
-        Corpus("tabletop", views=_TWO_VIEWS, control_hz=5.0, frame_spacing=5),
-        _libero("spatial"),
-        _libero("object"),
-        _libero("goal"),
-        _libero("10"),
+def _libero(name: str) -> Corpus:
+    """LIBERO without its no-op steps, as RLDS; raw actions."""
+    return Corpus(
+        name,
+        **_views((200, 200), image="image", wrist_image="wrist_image"),
+        control_hz=20.0,
+        frame_spacing=10,
+        gripper="-1 open, 1 closed",
     )
-}
+
+
+def _video(name: str, **changes) -> Corpus:
+    """A folder of videos, one frame a second."""
+    return Corpus(
+        name,
+        views={"image": "video"},
+        sizes={"image": _SQUARE},
+        control_hz=1.0,
+        frame_spacing=1,
+        actions=conventions.no_actions,
+        gripper="none",
+        state=None,
+        min_frames=6,
+        reader="videos",
+        **changes,
+    )
+
+
+_ROWS = (
+    Corpus("tabletop", views=_TWO_VIEWS, control_hz=5.0, frame_spacing=5),
+    _libero("libero"),  # the four suites as one corpus with joint statistics, as published
+    _libero("libero_spatial"),
+    _libero("libero_object"),
+    _libero("libero_goal"),
+    _libero("libero_10"),
+    Corpus(
+        "calvin",
+        views={"image": "rgb_static", "wrist_image": "rgb_gripper"},
+        sizes={"image": (200, 200), "wrist_image": (80, 80)},
+        control_hz=30.0,
+        frame_spacing=10,
+        actions=conventions.field("rel_actions"),
+        gripper="1 open, -1 closed",
+        state="robot_obs",
+        mixture_weight=0.8,
+        reader="calvin",
+    ),
+    Corpus(
+        "bridge",
+        **_views(image="image_0", side_image="image_1"),
+        control_hz=5.0,
+        frame_spacing=5,
+        actions=conventions.bridge,
+        trim=(1, 1),
+    ),
+    Corpus(
+        "fractal",
+        **_views((192, 240), image="image"),
+        control_hz=3.0,
+        frame_spacing=3,
+        instruction=_IN_OBSERVATION,
+        actions=conventions.relative_gripper,
+        state="observation/base_pose_tool_reached",
+        mixture_weight=0.3,
+    ),
+    Corpus(
+        "droid",
+        **_views(
+            (144, 256),
+            image="exterior_image_1_left",
+            side_image="exterior_image_2_left",
+            wrist_image="wrist_image_left",
+        ),
+        control_hz=15.0,
+        frame_spacing=15,
+        instruction=(
+            "language_instruction",
+            "language_instruction_2",
+            "language_instruction_3",
+        ),
+        actions=conventions.binary_gripper,
+        state="observation/cartesian_position",
+        mixture_weight=0.2,
+    ),
+    Corpus(
+        "toto",
+        **_views(image="image"),
+        control_hz=30.0,
+        frame_spacing=20,
+        instruction=_IN_OBSERVATION,
+        actions=conventions.open_gripper,
+    ),
+    Corpus(
+        "taco_play",
+        **_views(image="rgb_static", wrist_image="rgb_gripper"),
+        control_hz=15.0,
+        frame_spacing=5,
+        instruction=_IN_OBSERVATION,
+        actions=conventions.clipped_world_actions,
+        state="observation/robot_obs",
+    ),
+    Corpus(
+        "fmb",
+        **_views(image="image_side_1"),
+        control_hz=10.0,
+        frame_spacing=5,
+        state="observation/eef_pose",
+    ),
+    Corpus(
+        "maniskill",
+        **_views(image="image", wrist_image="wrist_image"),
+        control_hz=20.0,
+        frame_spacing=10,
+        mixture_weight=0.5,
+        gripper="1 open, -1 closed",
+    ),
+    Corpus(
+        "kuka",
+        **_views(image="image"),
+        control_hz=10.0,
+        frame_spacing=3,
+        instruction=_IN_OBSERVATION,
+        actions=conventions.relative_gripper,
+        state=None,
+        mixture_weight=0.1,
+    ),
+    Corpus(
+        "berkeley_autolab_ur5",
+        **_views(image="image", wrist_image="hand_image"),
+        control_hz=5.0,
+        frame_spacing=5,
+        instruction=_IN_OBSERVATION,
+        actions=conventions.relative_gripper,
+        state="observation/robot_state",
+    ),
+    Corpus(
+        "cmu_play_fusion",
+        **_views(image="image"),
+        control_hz=5.0,
+        frame_spacing=10,
+        actions=conventions.first_and_last,
+        gripper="as commanded",
+    ),
+    Corpus(
+        "viola",
+        **_views(image="agentview_rgb", wrist_image="eye_in_hand_rgb"),
+        control_hz=20.0,
+        frame_spacing=15,
+        instruction=_IN_OBSERVATION,
+        actions=conventions.inverted_closedness,
+        state="observation/joint_states",
+    ),
+    Corpus(
+        "utaustin_mutex",
+        **_views(image="image", wrist_image="wrist_image"),
+        control_hz=20.0,
+        frame_spacing=10,
+        actions=conventions.inverted_gripper,
+    ),
+    Corpus(
+        "aloha",
+        views={
+            view: f"observation.images.{view}"
+            for view in ("cam_high", "cam_left_wrist", "cam_right_wrist")
+        },
+        sizes=dict.fromkeys(("cam_high", "cam_left_wrist", "cam_right_wrist"), (128, 128)),
+        control_hz=30.0,
+        frame_spacing=30,
+        instruction=("task",),
+        gripper="as measured, dimensions 6 and 13",
+        state="observation.state",
+        min_frames=20,
+        chunk_deltas=conventions.ALOHA_DELTAS,
+        reader="lerobot",
+    ),
+    _video("something_something"),
+    _video("1x", default_instruction="a robot moves through a building"),
+)
+
+CORPORA: dict[str, Corpus] = {row.name: row for row in _ROWS}
 
 
 def find_corpus(name: str) -> Corpus:

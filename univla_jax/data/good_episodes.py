@@ -14,7 +14,7 @@ import tqdm
 
 from univla_jax.data.corpora import find_corpus
 from univla_jax.data.problems import Problem, check_share, describe, validate_episode
-from univla_jax.data.rlds import RldsSource
+from univla_jax.data.readers import open_reader
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
@@ -62,7 +62,7 @@ class GoodEpisodes:
                 )
         self._config = config
         self._corpus = dataclasses.replace(row, views={view: row.views[view] for view in views})
-        self.source = RldsSource(folder, self._corpus, config.split)
+        self.source = open_reader(folder, self._corpus, config.split)
         self.problems: list[Problem] = []
         most = config.max_episodes or len(self.source)
         self._indices = range(0, len(self.source), -(-len(self.source) // most))

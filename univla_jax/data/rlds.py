@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from univla_jax.data.assembly import assemble, text
 from univla_jax.data.corpora import Corpus
 from univla_jax.data.records import Records, Shard
 from univla_jax.episode import Episode
@@ -59,7 +60,7 @@ class RldsSource:
         fields = _step_features(self._features)
         self._skip = _skip_decoding(fields)
         self.sizes = {view: self._size(fields, path) for view, path in corpus.views.items()}
-        for path in filter(None, (corpus.instruction, corpus.state)):
+        for path in (*corpus.instruction, *filter(None, [corpus.state]), *corpus.texts.values()):
             self._require(fields, path)
         self.fingerprint = _fingerprint(self.folder)
 
@@ -105,17 +106,10 @@ class RldsSource:
         example = self._features.deserialize_example_np(record, decoders=self._skip)
         steps = _stack(example["steps"])
         corpus = self._corpus
-        state = None if corpus.state is None else np.asarray(steps[corpus.state], np.float32)
         own_id = example.get("episode_metadata", {}).get("episode_id")
-        return Episode(
-            instruction=_text(steps[corpus.instruction][0]),
-            frames={view: _frames(steps[path]) for view, path in corpus.views.items()},
-            actions=np.asarray(corpus.actions(steps), np.float32),
-            control_hz=corpus.control_hz,
-            corpus=corpus.name,
-            episode_id=self.episode_id(index) if own_id is None else _text(own_id),
-            state=state,
-        )
+        name = self.episode_id(index) if own_id is None else text(own_id)
+        frames = {view: _frames(steps[path]) for view, path in corpus.views.items()}
+        return assemble(corpus, steps, frames, name)
 
 
 def read_episodes(
@@ -247,10 +241,6 @@ def _frames(encoded: np.ndarray) -> np.ndarray:
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"images of different sizes: {sorted({i.shape[:2] for i in images})}")
     return np.stack(images)
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _fingerprint(folder: pathlib.Path) -> str:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import tqdm
 
 from univla_jax import config as strict
+from univla_jax.data.assembly import EpisodeReader
 from univla_jax.data.corpora import Corpus, find_corpus
 from univla_jax.data.frame_encoder import ViewEncoders
 from univla_jax.data.problems import check_share, validate_episode
-from univla_jax.data.rlds import RldsSource
+from univla_jax.data.readers import open_reader
 from univla_jax.data.token_manifest import Manifest, StoreHeader
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import ShardWriter, TokenStoreWriter
@@ -119,7 +120,7 @@ def tokenize(
             )
     manifests = {}
     for name, split in config.splits.items():
-        job = _Job(config, corpus, specs, RldsSource(source, corpus, split), vision, split)
+        job = _Job(config, corpus, specs, open_reader(source, corpus, split), vision, split)
         manifests[name] = job.run(pathlib.Path(out) / name)
     return manifests
 
@@ -132,7 +133,7 @@ class _Job:
         config: TokenizeConfig,
         corpus: Corpus,
         specs: Mapping[str, ImageSpec],
-        source: RldsSource,
+        source: EpisodeReader,
         vision: FrameTokenizer,
         split: str,
     ) -> None:

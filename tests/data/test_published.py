@@ -1,0 +1,78 @@
+"""Every RLDS corpus, read from a dataset of its published structure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.data import published
+from univla_jax.data.corpora import CORPORA
+from univla_jax.data.readers import open_reader
+
+TRIMMED = {"bridge": 2}
+SIGNED = ("libero", "libero_spatial", "libero_10", "fmb", "maniskill", "cmu_play_fusion")
+
+
+@pytest.mark.parametrize("name", published.STRUCTURES)
+def test_the_published_structure_is_read(name, tmp_path):
+    published.write(tmp_path / name, name)
+    corpus = CORPORA[name]
+    source = open_reader(tmp_path / name, corpus, "train")
+    (episode,) = source
+    steps = 14 - TRIMMED.get(name, 0)
+    assert episode.actions.shape == (steps, 7) and episode.actions.dtype == np.float32
+    assert {v: f.shape for v, f in episode.frames.items()} == {
+        view: (steps, 16, 24, 3) for view in corpus.views
+    }
+    assert episode.instruction == "pick up the cup" and episode.corpus == name
+    assert (episode.state is None) == (corpus.state is None)
+    assert episode.state is None or len(episode.state) == steps
+    gripper = episode.actions[:, 6]
+    if name not in SIGNED:
+        assert gripper.min() >= 0 and gripper.max() <= 1
+    assert set(corpus.sizes) == set(corpus.views)
+
+
+def test_every_rlds_row_has_a_structure_here():
+    rlds = {name for name, row in CORPORA.items() if row.reader == "rlds"}
+    assert rlds - set(published.STRUCTURES) == {"tabletop", "libero_object", "libero_goal"}
+
+
+def test_bridge_takes_the_reached_movement(tmp_path):
+    made = published.write(tmp_path / "bridge", "bridge")
+    (episode,) = open_reader(tmp_path / "bridge", CORPORA["bridge"], "train")
+    states = np.stack([step["observation"]["state"] for step in made])
+    np.testing.assert_allclose(episode.actions[:, :6], np.diff(states[1:, :6], axis=0), atol=1e-6)
+    np.testing.assert_array_equal(episode.state, states[1:-1])
+
+
+def test_droid_takes_the_first_instruction_there_is(tmp_path):
+    written = {"words": "stack the blocks", "blank": ("language_instruction",)}
+    published.write(tmp_path / "droid", "droid", **written)
+    (episode,) = open_reader(tmp_path / "droid", CORPORA["droid"], "train")
+    assert episode.instruction == "stack the blocks"
+
+
+def test_weights_spacings_and_sizes_of_the_world_model_mixture():
+    expected = {
+        "fractal": (0.3, 3, (192, 240)),
+        "droid": (0.2, 15, (144, 256)),
+        "bridge": (1.0, 5, (256, 256)),
+        "toto": (1.0, 20, (256, 256)),
+        "taco_play": (1.0, 5, (256, 256)),
+        "fmb": (1.0, 5, (256, 256)),
+        "maniskill": (0.5, 10, (256, 256)),
+        "kuka": (0.1, 3, (256, 256)),
+        "berkeley_autolab_ur5": (1.0, 5, (256, 256)),
+        "cmu_play_fusion": (1.0, 10, (256, 256)),
+        "viola": (1.0, 15, (256, 256)),
+        "utaustin_mutex": (1.0, 10, (256, 256)),
+        "something_something": (1.0, 1, (256, 256)),
+        "1x": (1.0, 1, (256, 256)),
+    }
+    for name, values in expected.items():
+        row = CORPORA[name]
+        first = row.sizes[next(iter(row.views))]
+        assert (row.mixture_weight, row.frame_spacing, first) == values, name
+    assert (CORPORA["calvin"].mixture_weight, CORPORA["calvin"].frame_spacing) == (0.8, 10)
+    assert CORPORA["libero"].frame_spacing == 10

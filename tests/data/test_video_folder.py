@@ -1,0 +1,70 @@
+"""Folders of videos."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from univla_jax.data.corpora import CORPORA
+from univla_jax.data.readers import open_reader
+from univla_jax.data.video_files import read_frames
+from univla_jax.errors import UserError
+
+av = pytest.importorskip("av")
+
+
+def write_video(path, frames, rate=4):
+    """Grey frames of the given levels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.gop_size = 3
+        for level in frames:
+            picture = np.full((16, 32, 3), level, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def levels(frames):
+    return np.rint(frames.mean((1, 2, 3)) / 10).astype(int).tolist()
+
+
+def test_parts_of_a_video_are_read(tmp_path):
+    write_video(tmp_path / "a.mp4", range(0, 240, 10))
+    path = tmp_path / "a.mp4"
+    assert levels(read_frames(path)) == list(range(24))
+    assert levels(read_frames(path, hz=1.0)) == [0, 4, 8, 12, 16, 20]
+    assert levels(read_frames(path, start=2.0, count=3)) == [8, 9, 10]
+    with pytest.raises(UserError, match="holds 4 readable frames, expected 5"):
+        read_frames(path, start=5.0, count=5)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged or no video"):
+        read_frames(path)
+
+
+def test_labelled_videos(tmp_path):
+    for name in ("7", "12"):
+        write_video(tmp_path / "videos" / f"{name}.mp4", range(0, 240, 10))
+    labels = [{"id": "12", "label": "pushing a cup"}, {"id": "7", "label": "folding paper"}]
+    (tmp_path / "train.json").write_text(json.dumps(labels))
+    (tmp_path / "validation.json").write_text(json.dumps({"99": "tearing paper"}))
+    corpus = CORPORA["something_something"]
+    read = open_reader(tmp_path, corpus, "train")
+    assert [read[i].instruction for i in range(2)] == ["pushing a cup", "folding paper"]
+    assert read[0].actions.shape == (6, 0) and read[0].frames["image"].shape == (6, 16, 32, 3)
+    assert read.episode_id(1) == "train/7"
+    with pytest.raises(UserError, match="no video '99'"):
+        open_reader(tmp_path, corpus, "validation")[0]
+
+
+def test_unlabelled_videos_get_the_default_instruction(tmp_path):
+    write_video(tmp_path / "x" / "walk.mp4", range(0, 240, 10))
+    (episode,) = open_reader(tmp_path, CORPORA["1x"], "train")
+    assert episode.instruction == CORPORA["1x"].default_instruction
+    with pytest.raises(UserError, match="holds no videos"):
+        open_reader(tmp_path / "x" / "nothing", CORPORA["1x"], "train")
