@@ -1,0 +1,200 @@
+"""Trains on a TPU slice of Google Cloud VMs: rents it, installs, starts, follows, gives it back.
+
+    python launch/tpu_vm.py keep NAME --zone=us-east5-a --type=v5p-128 --spot \\
+        --nfs=10.0.0.2:/share -- train --config=configs/libero.py:video --workdir=/mnt/shared/libero
+
+``keep`` does everything and stays: when the slice is taken away it asks for another one, installs
+and goes on from the newest checkpoint; it ends when the run does. The same in single steps:
+
+    create   a queued resource (v5litepod-256, v5p-128 (64 chips), v6e-64, ...)
+    install  this checkout on all workers, in a virtual environment, and the shared folder
+    start    the command on all workers; output goes to train.log
+    logs     follow train.log of worker 0
+    stop     SIGTERM: the run saves its step and ends with status 83
+    delete   the queued resource and its VMs
+
+All workers must see --workdir: --nfs mounts a Filestore share at /mnt/shared. With --dry_run every
+command is printed and none is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+import time
+
+from shell import Shell, split_command
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+ARCHIVE = "univla_jax.tar.gz"
+HOME = "univla_jax"
+MOUNT = "/mnt/shared"
+RUNTIMES = {
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+GONE = ("SUSPENDED", "SUSPENDING", "FAILED")
+DONE, MEND = "0", "2"  # exit statuses after which starting again is of no use
+POLL_SECONDS = 30
+
+
+class Slice:
+    """One queued resource and the commands about it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Takes the options of the command line."""
+        self.options, self.shell = options, Shell(options.dry_run)
+
+    def _cloud(self, group: str, action: str, *rest: str) -> list[str]:
+        project = [f"--project={self.options.project}"] if self.options.project else []
+        where = [self.options.name, f"--zone={self.options.zone}", *project]
+        return ["gcloud", "compute", "tpus", group, action, *where, *rest]
+
+    def _ssh(self, command: str, worker: str = "all") -> list[str]:
+        return self._cloud("tpu-vm", "ssh", f"--worker={worker}", f"--command={command}")
+
+    def create(self) -> None:
+        """Asks for the slice."""
+        options = self.options
+        if not options.type:
+            sys.exit("error: --type is missing, for example --type=v5p-128")
+        generation = options.type.split("-")[0]
+        runtime = options.runtime or RUNTIMES.get(generation)
+        if runtime is None:
+            sys.exit(
+                f"error: --type={options.type}: no runtime known for {generation!r}; known: "
+                f"{', '.join(RUNTIMES)}; or give --runtime"
+            )
+        request = [f"--node-id={options.name}", f"--accelerator-type={options.type}"]
+        spot = ["--spot"] if options.spot else []
+        command = self._cloud("queued-resources", "create", *request)
+        self.shell.run([*command, f"--runtime-version={runtime}", *spot])
+
+    def state(self) -> str | None:
+        """Of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, ...; None where there is none."""
+        return self.shell.read(
+            self._cloud("queued-resources", "describe", "--format=value(state.state)")
+        )
+
+    def install(self) -> None:
+        """Copies this checkout to all workers and installs it."""
+        archive = REPOSITORY / ARCHIVE
+        pack = ["git", "-C", str(REPOSITORY), "archive", "--format=tar.gz", f"--output={archive}"]
+        self.shell.run([*pack, "HEAD"])
+        to = f"{self.options.name}:{ARCHIVE}"
+        where = [f"--zone={self.options.zone}", "--worker=all"]
+        project = [f"--project={self.options.project}"] if self.options.project else []
+        copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(archive), to, *where, *project]
+        self.shell.run(copy)
+        if not self.options.dry_run:
+            archive.unlink()
+        self.shell.run(self._ssh(_install_command(self.options.nfs)))
+
+    def start(self) -> None:
+        """Starts the command on all workers and returns."""
+        self.shell.run(self._ssh(_start_command(self.options.command)))
+
+    def exit_status(self) -> str | None:
+        """How the run ended on worker 0; empty while it goes on, None where it cannot be asked."""
+        return self.shell.read(self._ssh(f"cat {HOME}/exit_status 2>/dev/null || true", "0"))
+
+    def logs(self) -> None:
+        """Follows the output of worker 0."""
+        self.shell.run(self._ssh(f"tail -n +1 -F {HOME}/train.log", "0"), check=False)
+
+    def stop(self) -> None:
+        """Asks the run to save its step and end."""
+        self.shell.run(self._ssh("pkill -TERM -f univla_jax[.] || true"))
+
+    def delete(self) -> None:
+        """Gives the slice back."""
+        self.shell.run(self._cloud("queued-resources", "delete", "--force", "--quiet"))
+
+    def keep(self) -> None:
+        """Rents, installs and starts until the run has ended, whatever is taken away between."""
+        started = False
+        while True:
+            state = self.state()
+            if state in GONE:
+                self.delete()
+                state = None
+            if not state:
+                self.create()
+                started = False
+            if self.options.dry_run or (state == "ACTIVE" and not started):
+                self.install()
+                self.start()
+                started = True
+            ended = self.exit_status() if started else ""
+            if self.options.dry_run or ended in (DONE, MEND):
+                break
+            if ended:
+                print(f"the run ended with status {ended}; starting it again", file=sys.stderr)
+                started = False
+                continue
+            time.sleep(self.options.poll_seconds)
+        self.delete()
+        if ended == MEND:
+            sys.exit("error: the run ended with status 2; its message is in train.log")
+
+
+def _install_command(nfs: str) -> str:
+    share = (
+        f"sudo mkdir -p {MOUNT} && (mountpoint -q {MOUNT} || "
+        f"(sudo apt-get -qq install -y nfs-common && sudo mount -t nfs {shlex.quote(nfs)} {MOUNT}))"
+    )
+    steps = [
+        "sudo apt-get -qq update",
+        "sudo apt-get -qq install -y python3.11 python3.11-venv",
+        *([share] if nfs else []),
+        f"mkdir -p {HOME} && tar xzf {ARCHIVE} -C {HOME}",
+        f"cd {HOME}",
+        "source launch/environment.sh",
+        "PYTHON=python3.11 install_project tpu",
+    ]
+    return " && ".join(steps)
+
+
+def _start_command(command: list[str]) -> str:
+    if not command:
+        sys.exit("error: no command; write it behind --, for example -- train --config=... ")
+    module, *rest = command
+    train = shlex.join([".venv/bin/python", "-m", f"univla_jax.{module}", "--distributed", *rest])
+    inner = f"{train} > train.log 2>&1; echo $? > exit_status"
+    return (
+        f"cd {HOME} && (pkill -KILL -f univla_jax[.] || true) && rm -f exit_status && "
+        f"setsid nohup bash -c {shlex.quote(inner)} > /dev/null 2>&1 < /dev/null &"
+    )
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tpu_vm.py", description=__doc__, formatter_class=shape)
+    actions = ["keep", "create", "state", "install", "start", "logs", "stop", "delete"]
+    parser.add_argument("action", choices=actions)
+    parser.add_argument("name", help="of the queued resource and its VMs")
+    parser.add_argument("--zone", required=True)
+    parser.add_argument("--project", default="", help="default: gcloud's own")
+    parser.add_argument("--type", default="", help="accelerator type, for example v5p-128")
+    parser.add_argument("--runtime", default="", help="TPU software version; default by type")
+    parser.add_argument("--spot", action="store_true", help="cheaper, may be taken away")
+    parser.add_argument("--nfs", default="", help=f"SERVER:/SHARE to mount at {MOUNT}")
+    parser.add_argument("--poll_seconds", type=float, default=POLL_SECONDS)
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
+    mine, command = split_command(arguments)
+    return parser.parse_args(mine, argparse.Namespace(command=command))
+
+
+def main() -> None:
+    """Runs the action of the command line."""
+    options = _parse(sys.argv[1:])
+    result = getattr(Slice(options), options.action)()
+    if result:
+        print(result)
+
+
+if __name__ == "__main__":
+    main()
