@@ -7,7 +7,10 @@ The workdir gets ``config.json``, ``assets/`` (tokenizers, statistics), ``shardi
 split of every parameter), ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/<step>/``.
 Started again, the command continues from the newest checkpoint; after the last step it says so and
 ends. Exit status: 0 done, 2 something to mend (one line on standard error), 83 stopped by SIGTERM
-with the current step saved.
+with the current step saved, 84 another process of the run was lost.
+
+With ``--distributed`` the process joins others, on TPU VMs, GKE and Slurm those that the cluster
+names, elsewhere those of ``--coordinator=HOST:PORT --processes=N --process=I``.
 """
 
 from __future__ import annotations
@@ -19,12 +22,17 @@ from absl import flags, logging
 
 from univla_jax import commands
 from univla_jax import config as configs
+from univla_jax.training.distributed import ProcessGroup, join, leaving_with_the_others
 from univla_jax.training.preemption import EXIT_STATUS, Preempted
 from univla_jax.training.run import train
 from univla_jax.training.train_config import TrainConfig
 
 _CONFIG = commands.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train together with other processes")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "With --distributed: process 0, host:port")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "With --distributed: how many processes")
+_PROCESS = flags.DEFINE_integer("process", -1, "With --distributed: number of this process")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,8 +40,11 @@ def main(argv: Sequence[str]) -> int:
     del argv
     logging.set_verbosity(logging.WARNING)
     config = configs.build(TrainConfig, _CONFIG.value.to_dict())
+    if _DISTRIBUTED.value:
+        join(ProcessGroup(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     try:
-        train(config, _WORKDIR.value)
+        with leaving_with_the_others():
+            train(config, _WORKDIR.value)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
         return EXIT_STATUS

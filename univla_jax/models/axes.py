@@ -26,6 +26,9 @@ CACHE_LENGTH = "cache_length"
 LOOKUP_BATCH = "lookup_batch"
 LOOKUP_LENGTH = "lookup_length"
 LOOKUP_EMBED = "lookup_embed"
+LOSS_BATCH = "loss_batch"
+LOSS_LENGTH = "loss_length"
+LOSS_VOCAB = "loss_vocab"
 
 PARAMETER_AXES = (LAYERS, EMBED, NORM, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB)
 ACTIVATION_AXES = (
@@ -40,4 +43,7 @@ ACTIVATION_AXES = (
     LOOKUP_BATCH,
     LOOKUP_LENGTH,
     LOOKUP_EMBED,
+    LOSS_BATCH,
+    LOSS_LENGTH,
+    LOSS_VOCAB,
 )

@@ -93,6 +93,7 @@ def _devices(name: str) -> Sequence[Any]:
 def _silence() -> None:
     """Keeps libtpu from asking the cloud which machine this is, and from complaining."""
     for key, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs: several plans may be made at once
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,40 @@ def check_batch(mesh: Mesh, rows: int, *, accumulation: int = 1, length: int | N
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Which part of every global batch this process reads.
+
+    Attributes:
+      index: number of the part.
+      count: parts; fewer than processes where several hold the same rows (tensor or context parts
+        that span hosts), which then all read them.
+    """
+
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, sharding: NamedSharding, rows: int) -> RowShare:
+        """The part of a process under a sharding of the batch.
+
+        Raises:
+          UserError: processes share some rows but not all.
+        """
+        held: dict[int, set[int]] = {}
+        for device, (rows_held, *_) in sharding.devices_indices_map((rows,)).items():
+            begin, end, _ = rows_held.indices(rows)
+            held.setdefault(device.process_index, set()).update(range(begin, end))
+        parts = sorted({tuple(sorted(part)) for part in held.values()})
+        if sum(map(len, parts)) != rows:
+            raise UserError(
+                "mesh: some processes would share a part of their rows; order the mesh so that "
+                "each process holds whole parts of the batch"
+            )
+        here = jax.process_index() if jax.process_index() in held else min(held)
+        return cls(parts.index(tuple(sorted(held[here]))), len(parts))
+
+
 class GlobalBatches:
     """An iterator of this process's batches made an iterator of global arrays.
 
@@ -60,6 +95,8 @@ class GlobalBatches:
         batches: Any,
         sharding: NamedSharding,
         check: Callable[[Any], None] | None = None,
+        *,
+        parts: int = 1,
     ) -> None:
         """Wraps ``batches``.
 
@@ -68,8 +105,10 @@ class GlobalBatches:
             ``set_state``.
           sharding: of every array.
           check: called with each batch of this process; raises where it cannot be trained on.
+          parts: into which the processes share the rows, see ``RowShare``.
         """
         self._batches, self._sharding, self._check = batches, sharding, check
+        self._parts = parts
 
     def __iter__(self) -> GlobalBatches:
         """Returns itself."""
@@ -80,7 +119,7 @@ class GlobalBatches:
         batch = next(self._batches)
         if self._check is not None:
             self._check(batch)
-        return to_global(batch, self._sharding)
+        return to_global(batch, self._sharding, self._parts)
 
     def get_state(self) -> bytes:
         """The position before the next batch."""
@@ -95,9 +134,20 @@ class GlobalBatches:
         self._batches.close()
 
 
-def to_global(batch: Any, sharding: NamedSharding) -> Any:
-    """Makes global arrays of the rows that each process holds."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def to_global(batch: Any, sharding: NamedSharding, parts: int = 1) -> Any:
+    """Makes global arrays of the rows that each process holds.
+
+    Args:
+      batch: pytree of numpy arrays [B / parts, ...], whole along the other axes.
+      sharding: of every array.
+      parts: see ``RowShare``.
+    """
+
+    def leaf(x: Any) -> jax.Array:
+        shape = (x.shape[0] * parts, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(leaf, batch)
 
 
 def barrier(name: str) -> None:

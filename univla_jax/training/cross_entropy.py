@@ -4,6 +4,9 @@ The loss is linear in the cotangent of its sum, so the gradients of hidden state
 computed while a chunk's logits exist and only scaled in the backward pass: logits are made once,
 never stored for a whole batch, and the head is multiplied three times per chunk instead of four.
 
+On a mesh the vocabulary is split over all devices that share a batch: each multiplies the gathered
+positions of a chunk with its own rows of the head, whose gradient needs no exchange.
+
 Axes: B batch, P positions, D model, V padded vocabulary, I chunks, J positions per chunk.
 """
 
@@ -51,6 +54,7 @@ def cross_entropy(
     if extra:
         hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
         targets, weights = (jnp.pad(x, ((0, 0), (0, extra))) for x in (targets, weights))
+    head = _pin(head, axes.LOSS_VOCAB, None)
     total, nll, correct = _fused(vocab_size, chunks, hidden, head, targets, weights)
     return total, (nll[:, :p], correct[:, :p])
 
@@ -64,7 +68,7 @@ def default_chunks(batch: int, positions: int, vocabulary: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused(vocab_size, chunks, hidden, head, targets, weights):
     def step(total, part):
-        h_BJD, t_BJ, w_BJ = part
+        h_BJD, t_BJ, w_BJ = _gathered(part)
         _, nll, correct = _chunk(vocab_size, h_BJD, head, t_BJ)
         return total + jnp.sum(w_BJ * nll), (nll, correct)
 
@@ -78,7 +82,7 @@ def _forward(vocab_size, chunks, hidden, head, targets, weights):
 
     def step(carry, part):
         total, d_head_DV = carry
-        h_BJD, t_BJ, w_BJ = part
+        h_BJD, t_BJ, w_BJ = _gathered(part)
         exponents, nll, correct = _chunk(vocab_size, h_BJD, head, t_BJ)
         is_target = jnp.arange(head.shape[0]) == t_BJ[..., None]
         d_logits = (jnp.exp(exponents) - is_target) * w_BJ[..., None]
@@ -88,7 +92,8 @@ def _forward(vocab_size, chunks, hidden, head, targets, weights):
         return (total + jnp.sum(w_BJ * nll), d_head_DV), (nll, correct, d_hidden)
 
     parts = _split((hidden, targets, weights), chunks)
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape[::-1], jnp.float32))
+    d_head_DV = _pin(jnp.zeros(head.shape[::-1], jnp.float32), None, axes.LOSS_VOCAB)
+    start = (jnp.zeros((), jnp.float32), d_head_DV)
     (total, d_head_DV), kept = jax.lax.scan(step, start, parts)
     nll, correct, d_hidden = _join(kept)
     return (total, nll, correct), (d_hidden, d_head_DV.T.astype(head.dtype))
@@ -106,11 +111,22 @@ _fused.defvjp(_forward, _backward)
 def _chunk(vocab_size, h_BJD, head_VD, t_BJ):
     """log-probabilities [B, J, V], nll [B, J] and whether the target is the largest [B, J]."""
     logits = mask_padding(project(h_BJD, head_VD), vocab_size)
-    logits = nn.with_logical_constraint(logits, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_VOCAB))
+    logits = _pin(logits, axes.LOSS_BATCH, axes.LOSS_LENGTH, axes.LOSS_VOCAB)
     top = jnp.max(logits, axis=-1)
     normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     picked = jnp.take_along_axis(logits, t_BJ[..., None], axis=-1)[..., 0]
     return logits - normaliser[..., None], normaliser - picked, picked >= top
+
+
+def _gathered(part):
+    """Hidden states [B, J, D], targets and weights [B, J] where every device sees all it needs."""
+    rows = (axes.LOSS_BATCH, axes.LOSS_LENGTH)
+    h_BJD, t_BJ, w_BJ = part
+    return _pin(h_BJD, *rows, None), _pin(t_BJ, *rows), _pin(w_BJ, *rows)
+
+
+def _pin(x, *names):
+    return nn.with_logical_constraint(x, names)
 
 
 def _split(arrays, chunks):

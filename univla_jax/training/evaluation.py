@@ -29,6 +29,7 @@ class HeldOutLoss:
         every: int,
         limit: int = 0,
         check: Callable[[Any], None] | None = None,
+        parts: int = 1,
     ) -> None:
         """Keeps what an evaluation needs.
 
@@ -39,9 +40,10 @@ class HeldOutLoss:
           every: steps between two evaluations.
           limit: batches per evaluation; 0 takes all.
           check: called with each batch of this process; raises where it cannot be used.
+          parts: into which the processes share the rows, see ``batches.RowShare``.
         """
         self._step, self._batches, self._sharding = step, batches, sharding
-        self._every, self._limit, self._check = every, limit, check
+        self._every, self._limit, self._check, self._parts = every, limit, check, parts
 
     def due(self, step: int) -> bool:
         """At multiples of ``every`` after the start."""
@@ -53,7 +55,7 @@ class HeldOutLoss:
         for batch in itertools.islice(self._batches(), self._limit or None):
             if self._check is not None:
                 self._check(batch)
-            sums = self._step(state.params, to_global(batch, self._sharding))
+            sums = self._step(state.params, to_global(batch, self._sharding, self._parts))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         loss, weight, sums = jax.device_get(total)
         with np.errstate(invalid="ignore"):  # nothing to average is NaN, and not logged

@@ -185,11 +185,16 @@ def gather_labelled(
       hidden [B, P, D], targets [B, P], weights [B, P], and how many labels did not fit (float32).
     """
     labelled = weights != 0
-    order = jnp.argsort(~labelled, axis=1, stable=True)[:, :capacity]
-    dropped = jnp.sum(jnp.maximum(jnp.sum(labelled, axis=1) - capacity, 0))
+    count = jnp.cumsum(labelled, axis=1)  # of labels up to and at each position
+    places = jnp.arange(capacity)
+    # the p-th label stands behind all positions that count at most p labels
+    order = jnp.sum(count[:, None, :] <= places[:, None], axis=2)
+    order = jnp.minimum(order, labelled.shape[1] - 1)
+    dropped = jnp.sum(jnp.maximum(count[:, -1] - capacity, 0))
     pick = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     picked = jnp.take_along_axis(hidden, order[..., None], axis=1)
-    return picked, pick(targets), pick(weights), dropped.astype(jnp.float32)
+    real = places < count[:, -1:]
+    return picked, pick(targets), jnp.where(real, pick(weights), 0), dropped.astype(jnp.float32)
 
 
 def _shift(x_BS: jax.Array) -> jax.Array:

@@ -121,10 +121,9 @@ def _state(
 
 
 def _training_batches(run: RunModel, assets: Assets) -> GlobalBatches:
-    batches = training_batches(
-        run.config.data, assets, host=jax.process_index(), hosts=jax.process_count()
-    )
-    return GlobalBatches(batches, run.batch_sharding, _labels_fit(run))
+    share = run.row_share
+    batches = training_batches(run.config.data, assets, host=share.index, hosts=share.count)
+    return GlobalBatches(batches, run.batch_sharding, _labels_fit(run), parts=share.count)
 
 
 def _labels_fit(run: RunModel) -> Callable[[Any], None] | None:
@@ -140,7 +139,8 @@ def _evaluation(run: RunModel, assets: Assets) -> HeldOutLoss:
         data = dataclasses.replace(
             data, stores=config.evaluation.stores, weights=(), held_out_every=0
         )
-    held_out = EvaluationBatches(data, assets, host=jax.process_index(), hosts=jax.process_count())
+    share = run.row_share
+    held_out = EvaluationBatches(data, assets, host=share.index, hosts=share.count)
     return HeldOutLoss(
         run.eval_step(),
         lambda: held_out,
@@ -148,6 +148,7 @@ def _evaluation(run: RunModel, assets: Assets) -> HeldOutLoss:
         every=config.evaluation.every,
         limit=config.evaluation.batches,
         check=_labels_fit(run),
+        parts=share.count,
     )
 
 

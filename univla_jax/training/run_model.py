@@ -77,6 +77,11 @@ class RunModel:
             batch_sharding=batches.batch_sharding(mesh, sequence=True),
         )
 
+    @property
+    def row_share(self) -> batches.RowShare:
+        """The part of every batch that this process reads."""
+        return batches.RowShare.of(self.batch_sharding, self.config.data.batch_size)
+
     def train_step(self) -> Step:
         """``step(state, batch) -> (state, metrics)``, not compiled yet."""
         return make_train_step(
@@ -154,6 +159,7 @@ def model_rules(config: DecoderConfig, mesh: Mesh) -> sharding.Rules:
         axes.ACTIVATION_MLP: config.mlp_size,
         axes.ACTIVATION_VOCAB: config.padded_vocab_size,
         axes.LOOKUP_EMBED: config.hidden_size,
+        axes.LOSS_VOCAB: config.padded_vocab_size,
     }
     return sharding.activation_rules(mesh, sizes)
 

@@ -57,6 +57,11 @@ RULES: Rules = (
     (axes.LOOKUP_BATCH, ("replica", "data")),
     (axes.LOOKUP_LENGTH, ()),
     (axes.LOOKUP_EMBED, ("fsdp", "context")),
+    # the loss: every device has its rows of the head, and sees the positions of all; hidden states
+    # travel instead of the head and its gradient, which are larger
+    (axes.LOSS_BATCH, ("replica", "data")),
+    (axes.LOSS_LENGTH, ()),
+    (axes.LOSS_VOCAB, ("tensor", "fsdp", "context")),
 )
 
 
