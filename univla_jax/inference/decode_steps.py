@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from univla_jax.inference.choosing import choose
 from univla_jax.inference.decode_state import NOTHING, Rows
+from univla_jax.models import few_tokens
 from univla_jax.models.decoder import mask_padding, project
 from univla_jax.models.kv_cache import KVCache
 
@@ -54,22 +55,32 @@ def _append(model, params, rows, tokens, lengths, window):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "count", "sampling", "window"), donate_argnames="rows"
+    jax.jit,
+    static_argnames=("model", "count", "sampling", "window", "guidance"),
+    donate_argnames="rows",
 )
-def generate(model, params, rows, ids, stop, keys, active, *, count, sampling, window):
+def generate(
+    model, params, layers, rows, ids, stop, keys, active, forced, *,
+    count, sampling, window, guidance,
+):  # fmt: skip
     """The decode loop: choose, then read what was chosen and choose again until all rows end.
 
     Args:
       model: static.
       params: parameters.
+      layers: parameters of each layer by itself, or None to cut them from ``params``.
       rows: consumed; none of them has a pending token.
       ids: int32 [R] ascending ids that may be chosen, or None for all.
       stop: int32 id that ends a row, -1 for none.
-      keys: one random key per row, or None if greedy.
+      keys: one random key per row (per pair with guidance), or None if greedy.
       active: bool [B], rows that take part.
+      forced: int32 [N] the only id that may stand at each place, negative where there is a choice;
+        or None.
       count: N, static.
       sampling: static rules of choice.
       window: static number of leading slots that may be read.
+      guidance: static weight of the first half of the rows against the second, the same sequences
+        without their instruction; 1 for rows that have nothing to do with each other.
 
     Returns:
       rows behind the last choice, tokens int32 [B, N], chosen per row [B], stopped bool [B].
@@ -78,39 +89,49 @@ def generate(model, params, rows, ids, stop, keys, active, *, count, sampling, w
 
     def pick(hidden, step):
         logits = project(hidden, head)
+        if guidance != 1:
+            given, without = jnp.split(logits, 2)
+            logits = without + guidance * (given - without)
         if ids is None:
             logits = mask_padding(logits, model.config.vocab_size)
         drawn = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
         choice = choose(logits, sampling, drawn)
-        return choice if ids is None else ids[choice]
+        choice = choice if ids is None else ids[choice]
+        if guidance != 1:
+            choice = jnp.concatenate([choice, choice])
+        return choice if forced is None else jnp.where(forced[step] < 0, choice, forced[step])
 
-    def take(rows, tokens, step, running):
-        chosen = jnp.where(running, pick(rows.hidden, step), NOTHING)
-        rows = rows.replace(pending=jnp.where(running, chosen, rows.pending))
-        return rows, tokens.at[:, step].set(chosen), step + 1, running & (chosen != stop)
+    def take(carry, hidden):
+        slots, lengths, tokens, step, running = carry
+        chosen = jnp.where(running, pick(hidden, step), NOTHING)
+        running = running & (chosen != stop)
+        return slots, lengths, tokens.at[:, step].set(chosen), step + 1, running, hidden
 
     def more(carry):
-        _, _, step, running = carry
+        _, _, _, step, running, _ = carry
         return (step < count) & jnp.any(running)
 
     def advance(carry):
-        rows, tokens, step, running = carry
-        return take(_read_pending(model, params, rows, running, window), tokens, step, running)
+        slots, lengths, tokens, step, running, hidden = carry
+        token = jnp.maximum(tokens[:, step - 1], 0)[:, None]
+        own = layers or few_tokens.layer_params(params, model.config.num_layers)
+        new, slots = few_tokens.step(model, params, own, token, lengths, slots)
+        hidden = jnp.where(running[:, None], new[:, 0], hidden)
+        return take((slots, lengths + running, tokens, step, running), hidden)
 
     tokens = jnp.full((active.shape[0], count), NOTHING, jnp.int32)
-    start = take(rows, tokens, jnp.int32(0), active)
-    rows, tokens, _, running = jax.lax.while_loop(more, advance, start)
-    return rows, tokens, jnp.sum(tokens != NOTHING, axis=1), active & ~running
-
-
-def _read_pending(model, params, rows, running, window):
-    """Moves the pending token of the running rows into the cache; the others stay as they are."""
-    token = jnp.maximum(rows.pending, 0)[:, None]
-    hidden, cache = model.apply(
-        {"params": params}, token, rows.lengths[:, None], cache=rows.cache, window=window
+    slots = few_tokens.open_slots(rows.cache, window)
+    start = take((slots, rows.lengths, tokens, jnp.int32(0), active), rows.hidden)
+    slots, lengths, tokens, _, running, hidden = jax.lax.while_loop(more, advance, start)
+    chosen = jnp.sum(tokens != NOTHING, axis=1)
+    last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
+    rows = Rows(
+        few_tokens.close_slots(rows.cache, slots),
+        lengths,
+        hidden,
+        jnp.where(chosen > 0, last, rows.pending),
     )
-    hidden = jnp.where(running[:, None], hidden[:, 0], rows.hidden)
-    return rows.replace(cache=cache, lengths=rows.lengths + running, hidden=hidden)
+    return rows, tokens, chosen, active & ~running
 
 
 def _at(hidden, index):

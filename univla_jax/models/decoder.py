@@ -20,7 +20,7 @@ from univla_jax.errors import UserError
 from univla_jax.models import axes, remat
 from univla_jax.models.attention import CachedKeys
 from univla_jax.models.kv_cache import KVCache
-from univla_jax.models.layers import Attention, GatedMLP, RMSNorm, Rotation, dropout
+from univla_jax.models.layers import Attention, GatedMLP, OwnKeys, RMSNorm, Rotation, dropout
 from univla_jax.models.presets import DecoderConfig
 
 MASKED_LOGIT = -1e30
@@ -33,7 +33,7 @@ class LayerInputs:
     Attributes:
       rotation: rotary factors at the positions of this call.
       segment_ids: int32 [B, S] or None.
-      cache: the whole cache before this call, or None.
+      cache: the whole cache before this call, or what one layer keeps, or None.
       starts: int32 [B] position of each row's first token; None without a cache.
       window: leading cache slots that may be visible; 0 reads nothing (prefill).
       train: whether dropout is on.
@@ -43,7 +43,7 @@ class LayerInputs:
 
     rotation: Rotation
     segment_ids: jax.Array | None
-    cache: KVCache | None
+    cache: KVCache | OwnKeys | None
     starts: jax.Array | None
     window: int = flax.struct.field(pytree_node=False)
     train: bool = flax.struct.field(pytree_node=False)
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         x_BSD = self.embed(tokens_BS)
         x_BSD = _constrain(dropout(self, x_BSD, config.dropout, train))
         x_BSD, new = self.stack(x_BSD, inputs)
-        hidden_BSD = self.norm(x_BSD)
+        hidden_BSD = self.final_norm(x_BSD)
         return hidden_BSD, None if cache is None else cache.write(*new, inputs.starts)
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
@@ -187,6 +187,10 @@ class Decoder(nn.Module):
             return x_BSD
         is_pad = (tokens_BS == self.config.pad_id)[..., None]
         return jnp.where(is_pad, jax.lax.stop_gradient(x_BSD), x_BSD)
+
+    def final_norm(self, x_BSD: jax.Array) -> jax.Array:
+        """Hidden states [B, S, D] of the residual stream behind the last layer."""
+        return self.norm(x_BSD)
 
     def head_rows(self, rows: jax.Array | None = None) -> jax.Array:
         """The head [V, D], or only its rows [R, D], in the compute type."""
@@ -254,8 +258,10 @@ def _table_init(config: DecoderConfig, zero_row: int | None):
     return init
 
 
-def _cached(inputs: LayerInputs, index: jax.Array) -> CachedKeys | None:
+def _cached(inputs: LayerInputs, index: jax.Array) -> CachedKeys | OwnKeys | None:
     """The slots of one layer that this call may see, or None when there are none."""
+    if isinstance(inputs.cache, OwnKeys):
+        return inputs.cache
     if inputs.cache is None or inputs.window == 0:
         return None
     keys, values = inputs.cache.layer(index, inputs.window)

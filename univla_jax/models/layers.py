@@ -6,6 +6,7 @@ Axes: B batch, S sequence, D model, F mlp, N query heads, K key/value heads, C h
 from __future__ import annotations
 
 import functools
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -76,6 +77,22 @@ def _linear_backward(contracted, saved, d_y):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+@runtime_checkable
+class OwnKeys(Protocol):
+    """Keys and values of a layer that know how new tokens are written and seen."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    def write(self, key: jax.Array, value: jax.Array) -> OwnKeys:
+        """The same with the new tokens [B, S, K, C]."""
+        ...
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """Attention [B, S, N, C] of the new tokens."""
+        ...
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast to the compute type, then times the weight (golden fact 11)."""
 
@@ -140,12 +157,15 @@ class Attention(nn.Module):
         x_BSD: jax.Array,
         rotation: Rotation,
         segment_ids_BS: jax.Array | None,
-        cached: CachedKeys | None,
+        cached: CachedKeys | OwnKeys | None,
         train: bool,
         key_segment_ids_BS: jax.Array | None = None,
         causal: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Output [B, S, D] and the rotated keys and the values of the new tokens [B, S, K, C]."""
+        """Output [B, S, D] and the rotated keys and the values of the new tokens [B, S, K, C].
+
+        ``OwnKeys`` hold the new tokens too; then all of them are returned.
+        """
         config = self.config
         query = self._heads("query", config.num_heads, axes.HEADS)(x_BSD)
         key = self._heads("key", config.num_kv_heads, axes.KV_HEADS)(x_BSD)
@@ -156,18 +176,22 @@ class Attention(nn.Module):
         query = checkpoint_name(query, remat.QUERY)
         key, value = checkpoint_name(key, remat.KEY), checkpoint_name(value, remat.VALUE)
         rate = config.attention_rate if train else 0.0
-        out = attention(
-            query,
-            key,
-            value,
-            segment_ids=segment_ids_BS,
-            key_segment_ids=key_segment_ids_BS,
-            causal=causal,
-            cached=cached,
-            implementation=config.attention,
-            dropout=rate,
-            dropout_key=self.make_rng("dropout") if rate else None,
-        )
+        if isinstance(cached, OwnKeys):
+            cached = cached.write(key, value)
+            out, (key, value) = cached.attend(query), (cached.keys, cached.values)
+        else:
+            out = attention(
+                query,
+                key,
+                value,
+                segment_ids=segment_ids_BS,
+                key_segment_ids=key_segment_ids_BS,
+                causal=causal,
+                cached=cached,
+                implementation=config.attention,
+                dropout=rate,
+                dropout_key=self.make_rng("dropout") if rate else None,
+            )
         out = _constrain(out, axes.ACTIVATION_HEADS, None)
         names = (axes.HEADS, axes.HEAD_DIM, axes.EMBED)
         heads = (config.num_heads, config.head_dim)
