@@ -14,6 +14,7 @@ RLDS = [
     "tensorflow-cpu>=2.20; platform_machine == 'x86_64'",
     "tensorflow>=2.20; platform_machine != 'x86_64'",
 ]
+INT8 = ["qwix>=0.1.4"]
 SERVE = ["prometheus-client>=0.20", "websockets>=14"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
 # The version the golden files were made with; for a machine without GPU take its CPU wheel first:
@@ -65,6 +66,7 @@ setup(
         "rlds": RLDS,
         "serve": SERVE,
         "test": TEST + RLDS + SERVE + LEROBOT,
+        "int8": INT8,
         "parity": PARITY,
         "video": VIDEO,
         "lerobot": LEROBOT,

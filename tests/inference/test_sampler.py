@@ -8,6 +8,7 @@ import pytest
 from tests.decoders import tiny_decoder
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
+from univla_jax.inference import int8
 from univla_jax.inference.choosing import Sampling
 from univla_jax.inference.sampler import Sampler
 
@@ -165,3 +166,97 @@ def test_bad_calls(sampler):
         sampler.generate(state, max_new_tokens=2, allowed=[1, 2], stop_id=9)
     with pytest.raises(UserError, match="needs a random key"):
         sampler.generate(state, max_new_tokens=2, sampling=Sampling(1.0))
+
+
+def test_drafted_tokens_are_the_plain_ones(sampler, uncached):
+    """Drafts that are right, wrong, short, and beyond the stop; rows that end on their own."""
+    prompts = _prompts(3, 9, 1, 6)
+    plain = [uncached(prompt, 12, ALLOWED, STOP) for prompt in prompts]
+    assert {row[-1] == STOP for row in plain} == {True, False}
+    copied = np.full((4, 12), -1)
+    copied[0, : len(plain[0])] = plain[0]
+    copied[1] = 33
+    copied[2, :4] = [*plain[2][:2], 50, 51][:4]
+    state = sampler.prefill(*_stack(prompts))
+    rules = {"max_new_tokens": 12, "allowed": ALLOWED, "stop_id": STOP}
+    generated, state, steps = sampler.generate_drafted(state, copied=copied, **rules)
+    assert _lists(generated) == plain and steps <= 12
+    assert np.asarray(generated.stopped).tolist() == [row[-1] == STOP for row in plain]
+    more, _ = sampler.generate(state, max_new_tokens=2)
+    assert _lists(more) == [uncached(p + row, 2) for p, row in zip(prompts, plain)]
+
+
+def test_a_right_draft_saves_steps(sampler, uncached):
+    (prompt,) = _prompts(6, seed=3)
+    plain = uncached(prompt, 12, ALLOWED)
+    state = sampler.prefill(np.array([prompt]))
+    rules = {"max_new_tokens": 12, "allowed": ALLOWED, "block": 4}
+    generated, _, steps = sampler.generate_drafted(state, copied=[[*plain, 0]], **rules)
+    assert _lists(generated) == [plain] and steps <= 4
+
+
+def test_a_grammar_leaves_no_other_form(sampler, uncached):
+    """Two rows of free ids with fixed ones between and behind them."""
+    prompts = _prompts(4, 7, seed=8)
+    grammar = np.array([-1, -1, 90, -1, -1, 90, 91, 5])
+    state = sampler.prefill(*_stack(prompts))
+    rules = {"allowed": ALLOWED, "stop_id": 5, "grammar": grammar}
+    generated, _ = sampler.generate(state, max_new_tokens=8, **rules)
+    for prompt, row in zip(prompts, _lists(generated)):
+        expected = list(prompt)
+        for forced in grammar:
+            expected += uncached(expected, 1, ALLOWED) if forced < 0 else [int(forced)]
+        assert row == expected[len(prompt) :]
+    with pytest.raises(UserError, match=r"grammar of shape \(8,\) for 3"):
+        sampler.generate(state, max_new_tokens=3, grammar=grammar)
+
+
+def test_guidance_mixes_the_logits_with_and_without(sampler):
+    prompts, count, weight = _prompts(5, 2, seed=9), 4, 3.0
+    state = sampler.prefill(*_stack(prompts))
+    generated, _ = sampler.generate(state, max_new_tokens=count, guidance=weight)
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(count):
+        hidden = [
+            sampler.model.apply(
+                {"params": sampler.params}, np.array([row]), np.arange(len(row))[None]
+            )[0][0, -1]
+            for row in rows
+        ]
+        given, without = sampler.model.apply(
+            {"params": sampler.params}, jnp.stack(hidden), method="unembed"
+        )
+        choice = int(jnp.argmax(without + weight * (given - without)))
+        rows = [[*row, choice] for row in rows]
+    chosen = rows[0][-count:]
+    assert _lists(generated) == [chosen, chosen]
+    with pytest.raises(UserError, match="got 1 rows"):
+        sampler.generate(sampler.prefill(np.array([[1]])), max_new_tokens=1, guidance=2.0)
+
+
+def test_without_layers_of_their_own_the_tokens_are_the_same(sampler):
+    prompts = _prompts(5, 3, seed=10)
+    sparing = Sampler(sampler.model, sampler.params, own_layers=False)
+    runs = [
+        _lists(s.generate(s.prefill(*_stack(prompts)), max_new_tokens=6)[0])
+        for s in (sampler, sparing)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_eight_bits(sampler):
+    """Smaller, near the float logits, and the same whether read at once or token by token."""
+    pytest.importorskip("qwix")
+    quantised = Sampler(sampler.model, int8.quantised(sampler.params))
+    assert int8.size(quantised.params["stack"]) < 0.4 * int8.size(sampler.params["stack"])
+    restored = int8.restored(quantised.params, np.float32)
+    kernel = lambda p: np.asarray(p["stack"]["layers"]["mlp"]["gate"]["kernel"])  # noqa: E731
+    step = np.abs(kernel(sampler.params)).max(1, keepdims=True) / 127
+    assert (np.abs(kernel(restored) - kernel(sampler.params)) <= 0.51 * step).all()
+    prompts = _prompts(5, 3, seed=11)
+    floating = Sampler(sampler.model, restored)
+    runs = [
+        _lists(s.generate(s.prefill(*_stack(prompts)), max_new_tokens=6, allowed=ALLOWED)[0])
+        for s in (quantised, floating)
+    ]
+    assert runs[0] == runs[1]

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from univla_jax.inference import int8
 from univla_jax.inference.choosing import choose
 from univla_jax.inference.decode_state import NOTHING, Rows
 from univla_jax.models import few_tokens
@@ -22,7 +23,7 @@ def prefill(model, params, tokens, lengths, *, slots):
     """Reads tokens [B, S], of which ``lengths`` [B] are real, into a new cache of ``slots``."""
     cache = KVCache.create(model.config, tokens.shape[0], slots)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = model.apply({"params": params}, tokens, positions, cache=cache, window=0)
+    hidden, cache = model.apply(_variables(model, params), tokens, positions, cache=cache, window=0)
     none = jnp.full_like(lengths, NOTHING)
     return Rows(cache, lengths, _at(hidden, lengths - 1), none)
 
@@ -47,7 +48,7 @@ def append(model, params, rows, tokens, lengths, *, window):
 def _append(model, params, rows, tokens, lengths, window):
     positions = rows.lengths[:, None] + jnp.arange(tokens.shape[1])
     hidden, cache = model.apply(
-        {"params": params}, tokens, positions, cache=rows.cache, window=window
+        _variables(model, params), tokens, positions, cache=rows.cache, window=window
     )
     last = jnp.where(lengths[:, None] > 0, _at(hidden, lengths - 1), rows.hidden)
     none = jnp.full_like(rows.pending, NOTHING)
@@ -85,7 +86,7 @@ def generate(
     Returns:
       rows behind the last choice, tokens int32 [B, N], chosen per row [B], stopped bool [B].
     """
-    head = model.apply({"params": params}, ids, method="head_rows")
+    head = int8.rows(params["head"], ids, model.config.compute_dtype)
 
     def pick(hidden, step):
         logits = project(hidden, head)
@@ -114,8 +115,7 @@ def generate(
     def advance(carry):
         slots, lengths, tokens, step, running, hidden = carry
         token = jnp.maximum(tokens[:, step - 1], 0)[:, None]
-        own = layers or few_tokens.layer_params(params, model.config.num_layers)
-        new, slots = few_tokens.step(model, params, own, token, lengths, slots)
+        new, slots = read_tokens(model, params, layers, token, lengths, slots)
         hidden = jnp.where(running[:, None], new[:, 0], hidden)
         return take((slots, lengths + running, tokens, step, running), hidden)
 
@@ -132,6 +132,31 @@ def generate(
         jnp.where(chosen > 0, last, rows.pending),
     )
     return rows, tokens, chosen, active & ~running
+
+
+def read_tokens(model, params, layers, tokens, lengths, slots):
+    """Reads tokens [B, S] behind each row's ``lengths`` [B]; see ``few_tokens.step``.
+
+    Layers of their own are used as they are; else they are cut from the stacked ones here, in the
+    loop, so that no second copy stays.
+    """
+    layers = layers or few_tokens.layer_params(params, model.config.num_layers)
+    layers = int8.restored(layers, model.config.compute_dtype)
+    return few_tokens.step(model, _outside(model, params), layers, tokens, lengths, slots)
+
+
+def _variables(model, params):
+    """What ``model.apply`` takes; the head, which no reading uses, may be quantised."""
+    stack = int8.restored(params["stack"], model.config.compute_dtype)
+    return {"params": {**_outside(model, params), "stack": stack}}
+
+
+def _outside(model, params):
+    """The parameters outside the layers, as arrays."""
+    config = model.config
+    shape = config.padded_vocab_size, config.hidden_size
+    unused = jnp.zeros(shape, config.storage_dtype)  # never computed: nothing depends on it
+    return {name: value for name, value in params.items() if name != "stack"} | {"head": unused}
 
 
 def _at(hidden, index):

@@ -26,6 +26,7 @@ from univla_jax.inference import decode_steps
 from univla_jax.inference.buckets import length_bucket
 from univla_jax.inference.choosing import GREEDY, Sampling
 from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
+from univla_jax.inference.drafting import generate_drafted
 from univla_jax.models import few_tokens
 from univla_jax.models.decoder import Decoder
 
@@ -163,6 +164,65 @@ class Sampler:
             guidance=guidance,
         )
         return Generated(tokens, lengths, stopped), DecodeState(rows, bound, has_pending=True)
+
+    def generate_drafted(
+        self,
+        state: DecodeState,
+        *,
+        max_new_tokens: int,
+        allowed: np.ndarray,
+        copied: np.ndarray,
+        stop_id: int | None = None,
+        active: np.ndarray | None = None,
+        window: int | None = None,
+        block: int = 4,
+    ) -> tuple[Generated, DecodeState, int]:
+        """Greedy ``generate`` that reads several guessed tokens at once; the same tokens.
+
+        Args:
+          state: consumed.
+          max_new_tokens: N.
+          allowed: int [R] ids that may be chosen.
+          copied: int32 [B, H], H at least 1, what drafts are copied from, for example the chunk
+            before; negative where nothing is.
+          stop_id: as in ``generate``.
+          active: as in ``generate``.
+          window: as in ``generate``.
+          block: tokens read per step, at least 2.
+
+        Returns:
+          what was chosen, the state behind it, and the steps it took.
+
+        Raises:
+          UserError: as ``generate``; or a block below 2, or nothing to copy from.
+        """
+        copied = np.asarray(copied, np.int32)
+        batch = state.rows.pending.shape[0]
+        if block < 2 or copied.ndim != 2 or len(copied) != batch or not copied.shape[1]:
+            raise UserError(
+                f"drafting: block {block} and {list(copied.shape)} tokens to copy from, expected "
+                f"at least 2 and [{batch}, H]"
+            )
+        if state.has_pending:
+            state = self.extend(state, np.zeros((batch, 0), np.int32))
+        ids = self._allowed(allowed, stop_id, None)
+        bound = state.bound + max_new_tokens
+        need = max(bound + block, window or 0)
+        rows, window = _make_room(state.rows, read=need, write=need)
+        rows, tokens, lengths, stopped, steps = generate_drafted(
+            self.model,
+            self.params,
+            self._layers,
+            rows,
+            ids,
+            np.int32(NOTHING if stop_id is None else stop_id),
+            np.ones(batch, bool) if active is None else np.asarray(active, bool),
+            copied,
+            count=max_new_tokens,
+            block=block,
+            window=window,
+        )
+        return Generated(tokens, lengths, stopped), DecodeState(rows, bound), int(steps)
 
     def _check(
         self, tokens: Any, lengths: Any, *, rows: int | None = None, at_least: int = 0

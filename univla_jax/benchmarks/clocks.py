@@ -1,0 +1,41 @@
+"""Wall and processor time of repeated work, and how fast memory is copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+_COPIED = 2**28  # bytes; beyond every cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """Seconds of one piece of work: on the wall, and of all processors together."""
+
+    wall: float
+    processor: float
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, Spent]:
+    """The result of ``work``, which waits for what it computes, and the time it took."""
+    wall, processor = time.perf_counter(), time.process_time()
+    result = work()
+    spent = Spent(time.perf_counter() - wall, time.process_time() - processor)
+    return result, spent
+
+
+def best(times: list[Spent]) -> Spent:
+    """The least of each: what the work takes when nothing else disturbs it."""
+    return Spent(min(t.wall for t in times), min(t.processor for t in times))
+
+
+def copy_bandwidth(repeats: int = 5) -> float:
+    """Bytes per second that a copy reads and writes together, the best of some."""
+    source = np.ones(_COPIED // 8)
+    target = np.empty_like(source)
+    copies = [timed(lambda: np.copyto(target, source))[1] for _ in range(repeats)]
+    return 2 * _COPIED / best(copies).wall

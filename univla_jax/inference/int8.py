@@ -1,0 +1,70 @@
+"""Weights in eight bits (qwix): the layers' matrices and the head, one scale per output channel.
+
+They are stored so and turned back where they are used; activations keep their type. What it
+changes is measured, not promised: ``python -m univla_jax.benchmarks.decode``.
+
+Axes: L layers, D model, N heads, C head dim, F mlp, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from univla_jax.errors import UserError
+
+_INPUT_AXES = {"out": (1, 2)}  # of stacked kernels [L, inputs, outputs]; one for all others
+
+
+def quantised(params: Any) -> Any:
+    """Parameters whose kernels and head are ``qwix.QArray``.
+
+    Raises:
+      UserError: qwix is not installed.
+    """
+    try:
+        import qwix
+    except ModuleNotFoundError as error:
+        raise UserError("int8 weights need the package qwix: pip install .[int8]") from error
+
+    def layer_leaf(path: Any, x: jax.Array) -> Any:
+        if path[-1].key != "kernel":
+            return x
+        inputs = _INPUT_AXES.get(path[-2].key, (1,))
+        outputs = tuple(axis for axis in range(x.ndim) if axis not in inputs)
+        return qwix.quantize(x, "int8", channelwise_axes=outputs)
+
+    stack = jax.tree_util.tree_map_with_path(layer_leaf, params["stack"])
+    head = qwix.quantize(params["head"], "int8", channelwise_axes=(0,))
+    return {**params, "stack": stack, "head": head}
+
+
+def restored(params: Any, dtype: Any) -> Any:
+    """The same parameters as arrays; inside ``jit``, next to where they are used."""
+    return jax.tree.map(
+        lambda x: _restored(x).astype(dtype) if _is_quantised(x) else x,
+        params,
+        is_leaf=_is_quantised,
+    )
+
+
+def rows(table: Any, ids: jax.Array | None, dtype: Any) -> jax.Array:
+    """Rows [R, D] of a table [V, D], or all of it, in ``dtype``."""
+    if ids is not None:
+        table = jax.tree.map(lambda x: jnp.take(x, ids, axis=0), table)
+    return (_restored(table) if _is_quantised(table) else table).astype(dtype)
+
+
+def size(params: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def _is_quantised(x: Any) -> bool:
+    return hasattr(x, "qvalue")
+
+
+def _restored(x: Any) -> jax.Array:
+    return x.qvalue.astype(x.scale.dtype) * x.scale
