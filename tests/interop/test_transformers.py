@@ -102,10 +102,24 @@ def assert_same_logits(theirs: Any, ours: tuple[Decoder, Any], size: int) -> Non
     np.testing.assert_allclose(run(params)[..., :size], expected, atol=TOLERANCE)
 
 
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
+OTHER_VISION = {
+    **VISION,
+    "channel_multiplier": [1, 1, 2],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "temporal_downsample_factor": 2,
+    "embed_dim": 8,
+    "latent_channels": 8,
+}
+OTHER_TEXT = {**TEXT, "num_hidden_layers": 3, "num_attention_heads": 2, "rope_parameters": {}}
+
+
+@pytest.fixture(scope="module", params=[TEXT, OTHER_TEXT], ids=["grouped heads", "full heads"])
+def text_model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("text") / "source"
-    config = transformers.Emu3TextConfig(vocab_size=300, pad_token_id=1, bos_token_id=2, **TEXT)
+    config = transformers.Emu3TextConfig(
+        vocab_size=300, pad_token_id=1, bos_token_id=2, **request.param
+    )
     model = randomize(transformers.Emu3ForCausalLM(config), 0)
     model.save_pretrained(folder)
     return model, converted(folder, weights_only=True)
@@ -130,10 +144,10 @@ def test_greedy_tokens_of_the_text_model(text_model):
     np.testing.assert_array_equal(np.asarray(generated.tokens), expected[:, 11:].numpy())
 
 
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
+@pytest.fixture(scope="module", params=[VISION, OTHER_VISION], ids=["attention", "two frames"])
+def vision_model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vision")
-    model = randomize(transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**VISION)), 1)
+    model = randomize(transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**request.param)), 1)
     spread_codebook(model)
     model.save_pretrained(folder / "source")
     from_hub(folder / "source", folder / "ours", ConvertConfig(), progress=False)
@@ -161,7 +175,7 @@ def codes_of(theirs: Any, pixels: np.ndarray) -> np.ndarray:
     return torch.stack(list(found)).numpy()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 12), (1, 8, 3, 8, 4)])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 12), (1, 4, 3, 8, 12)])
 def test_codes_and_reconstructions(vision_model, shape):
     theirs, ours = vision_model
     pixels = np.random.default_rng(5).uniform(-1, 1, shape).astype(np.float32)
@@ -169,7 +183,7 @@ def test_codes_and_reconstructions(vision_model, shape):
     run = jax.jit(lambda v, x, method: model.apply(v, x, method=method), static_argnums=2)
     codes = run(ours.variables, np.moveaxis(pixels, -3, -1), "encode")
     expected = codes_of(theirs, pixels)
-    assert len(np.unique(expected)) > 5
+    assert len(np.unique(expected)) > 3
     np.testing.assert_array_equal(codes, expected)
     with torch.no_grad():
         picture = theirs.decode(torch.tensor(expected)).numpy()

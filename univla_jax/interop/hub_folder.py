@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -81,14 +80,6 @@ class HubFolder:
         """Files and folders that are neither weights in use nor small files."""
         known = self.headers.keys() | self.small_files.keys()
         return sorted(file.name for file in self.path.iterdir() if file.name not in known)
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the headers and the config: what is stored, not its numbers."""
-        digest = hashlib.sha256()
-        for name, content in sorted({**self.headers, CONFIG: _read(self.path, CONFIG)}.items()):
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        return digest.hexdigest()
 
 
 def _read(path: pathlib.Path, name: str) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 8 << 20
 _OCDBT = "manifest.ocdbt"
 _TREE = "_METADATA"
 
@@ -45,7 +45,7 @@ class PiecedArray:
 
     @property
     def chunks(self) -> list[int]:
-        """Shape of the parts it is stored in: at most 32 MiB, halved along the longest axis."""
+        """Shape of the parts it is stored in: at most 8 MiB, halved along the longest axis."""
         chunks = [1, *self.shape[1:]] if self.stacked else list(self.shape)
         size = np.dtype(self.dtype).itemsize
         while math.prod(chunks) * size > _CHUNK_BYTES:
