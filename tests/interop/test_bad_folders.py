@@ -123,6 +123,8 @@ WHOLE = {
         config(model_type="emu3_vqgan"),
         "model_type 'emu3_vqgan' does not belong to Emu3MoE; expected 'Emu3'",
     ),
+    "a size that is none": (config(hidden_size="32"), "hidden_size='32'; expected a positive"),
+    "no heads": (config(num_attention_heads=0), "num_attention_heads=0; expected a positive"),
     "another activation": (config(hidden_act="gelu"), "hidden_act='gelu'"),
     "a missing tensor": (
         tensors(lm_head__weight=None, model__norm__weight=None),
@@ -188,6 +190,13 @@ def test_wrong_folders(wrong, tmp_path):
     folder = hub_folders.decoder_folder(tmp_path / "source", shards=1)
     change(folder)
     refuse(folder, tmp_path / "ours", message)
+
+
+def test_a_remote_folder(tmp_path):
+    folder = hub_folders.vision_folder(tmp_path / "source")
+    for source, to in ((folder, "gs://bucket/ours"), ("hf://BAAI/Emu3", tmp_path / "ours")):
+        with pytest.raises(UserError, match="conversion works on local folders"):
+            from_hub(source, to, ConvertConfig(), progress=False)
 
 
 def test_no_folder(tmp_path):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from univla_jax.errors import UserError
 from univla_jax.interop.architectures import FLOATS, HubModel
 from univla_jax.interop.hub_assets import ConvertConfig, make_assets
-from univla_jax.interop.hub_folder import HubFolder
+from univla_jax.interop.hub_folder import HubFolder, local_path
 from univla_jax.interop.key_table import KeyRule, padded, stacked_shapes
 from univla_jax.interop.safetensor_files import StoredTensor
 from univla_jax.interop.source_record import SOURCE, save_source
@@ -60,7 +60,7 @@ def from_hub(
     hub = HubFolder.open(source)
     model = HubModel.of(hub.config, hub.tensors)
     model.check(hub.tensors, str(hub.path))
-    to = pathlib.Path(to).absolute()
+    to = local_path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to}: exists already; choose another --to, or remove it")
     to.parent.mkdir(parents=True, exist_ok=True)

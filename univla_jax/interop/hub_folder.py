@@ -48,7 +48,7 @@ class HubFolder:
           UserError: no such folder, no config.json or weights, a shard that is missing or broken,
             or an index that does not fit the shards.
         """
-        path = pathlib.Path(folder).absolute()
+        path = local_path(folder)
         config = parse_json(_read(path, CONFIG), where=f"{path}/{CONFIG}")
         places = _weight_map(path)
         names = sorted(set(places.values())) if places is not None else [SINGLE]
@@ -80,6 +80,20 @@ class HubFolder:
         """Files and folders that are neither weights in use nor small files."""
         known = self.headers.keys() | self.small_files.keys()
         return sorted(file.name for file in self.path.iterdir() if file.name not in known)
+
+
+def local_path(folder: str | pathlib.Path) -> pathlib.Path:
+    """``folder`` as an absolute path.
+
+    Raises:
+      UserError: it is the address of something remote.
+    """
+    if "://" in str(folder):
+        raise UserError(
+            f"{folder}: conversion works on local folders; convert here, then copy (for example "
+            "with gcloud storage cp -r)"
+        )
+    return pathlib.Path(folder).absolute()
 
 
 def _read(path: pathlib.Path, name: str) -> bytes:

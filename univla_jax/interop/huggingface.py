@@ -96,6 +96,9 @@ def config_from_huggingface(values: Mapping[str, Any], **changes: Any) -> Decode
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
         raise UserError(f"config.json: missing {', '.join(missing)}; is it an Emu3 decoder?")
+    for name in _REQUIRED:
+        if type(values[name]) is not int or values[name] < 1:
+            raise UserError(f"config.json: {name}={values[name]!r}; expected a positive integer")
     for name, only in _FIXED.items():
         if name in values and values[name] != only:
             raise UserError(f"config.json: {name}={values[name]!r}; only {only!r} is implemented")

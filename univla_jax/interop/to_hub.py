@@ -21,7 +21,7 @@ from tqdm import tqdm
 from univla_jax import config as strict
 from univla_jax.errors import UserError
 from univla_jax.interop.architectures import FLOATS, HubModel
-from univla_jax.interop.hub_folder import CONFIG, INDEX, SINGLE
+from univla_jax.interop.hub_folder import CONFIG, INDEX, SINGLE, local_path
 from univla_jax.interop.huggingface import config_to_huggingface, decoder_rules
 from univla_jax.interop.key_table import KeyRule, check_params
 from univla_jax.interop.safetensor_files import (
@@ -69,7 +69,7 @@ def to_hub(
     Raises:
       UserError: no such thing, or one that does not fit its own description; nothing is written.
     """
-    source, to = pathlib.Path(source).absolute(), pathlib.Path(to).absolute()
+    source, to = local_path(source), local_path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to}: exists already; choose another --to_hf, or remove it")
     is_vision = (source / PARAMS_FILE).is_file()
