@@ -1,17 +1,20 @@
 import numpy as np
 import pytest
 
-from univla_jax.sequences.packing import first_fit, join
+from univla_jax.sequences.packing import join, pack_group
 
 PAD = 99
 
 
-def test_first_fit_on_a_written_case():
-    lengths = [7, 10, 3, 5, 9, 1]
-    packed, following = first_fit(lengths.__getitem__, 0, capacity=10, rows=2)
-    assert packed == [[0, 2], [1]] and following == 3
-    packed, following = first_fit(lengths.__getitem__, 3, capacity=10, rows=1)
-    assert packed == [[3]] and following == 4
+def pack(lengths, start=0, capacity=10, rows=2):
+    return pack_group([*lengths, capacity].__getitem__, start, capacity=capacity, rows=rows)
+
+
+def test_groups_on_written_cases():
+    assert pack([7, 10, 3, 5]) == ([[0, 2], [1]], 3)
+    assert pack([7, 10, 3, 5], start=3, rows=1) == ([[3]], 4)
+    # first-fit would put 3 beside 6 and end at the 4; longest first all of them fit
+    assert pack([6, 3, 7, 4]) == ([[0, 3], [1, 2]], 4)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -19,7 +22,7 @@ def test_groups_keep_every_sequence_once_and_no_row_empty(seed):
     lengths = np.random.default_rng(seed).integers(1, 33, 400)
     kept, start = [], 0
     while start < 300:
-        rows, end = first_fit(lambda n: int(lengths[n]), start, capacity=32, rows=4)
+        rows, end = pack_group(lambda n: int(lengths[n]), start, capacity=32, rows=4)
         assert all(rows) and max(sum(lengths[row]) for row in rows) <= 32
         assert sorted(n for row in rows for n in row) == list(range(start, end))
         kept, start = [*kept, *rows], end

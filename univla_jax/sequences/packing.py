@@ -1,7 +1,7 @@
 """Packing: several sequences to a row, so that little of a fixed length is padding.
 
-    row 0   AAAAAAA BBBBBB .      first-fit: each sequence goes into the first row of its group
-    row 1   CCCCCCCCCC DDD .      with room; the one for which none has begins the next group
+    row 0   AAAAAAA BBBBBB .      a group of rows takes sequences first-fit until one fits nowhere,
+    row 1   CCCCCCCCCC DDD .      then more, as long as all of them fit longest first
 
 The attention of the model keeps segments apart by ``segment_ids``.
 """
@@ -16,7 +16,7 @@ Row = dict[str, np.ndarray]
 """``tokens`` and ``loss_weight``; after packing also ``positions`` and ``segment_ids``."""
 
 
-def first_fit(
+def pack_group(
     length_of: Callable[[int], int], start: int, *, capacity: int, rows: int
 ) -> tuple[list[list[int]], int]:
     """Packs the sequences ``start, start + 1, ...`` into a group of rows until one fits nowhere.
@@ -28,19 +28,43 @@ def first_fit(
       rows: rows of the group; none stays empty.
 
     Returns:
-      the sequences of each row, and the first sequence of the next group.
+      the sequences of each row, rows in the order of their first sequence; and the first sequence
+      of the next group.
     """
-    packed: list[list[int]] = [[] for _ in range(rows)]
+    lengths: list[int] = []
     room = np.full(rows, capacity)
-    number = start
-    while True:
-        length = length_of(number)
-        fitting = np.flatnonzero(room >= length)
-        if not len(fitting):
-            return packed, number
-        packed[fitting[0]].append(number)
-        room[fitting[0]] -= length
-        number += 1
+    packed: list[list[int]] = [[] for _ in range(rows)]
+    while (place := _fitting(room, length := length_of(start + len(lengths)))) is not None:
+        packed[place].append(len(lengths))
+        room[place] -= length
+        lengths.append(length)
+    while (better := _longest_first([*lengths, length], capacity, rows)) is not None:
+        packed = better
+        lengths.append(length)
+        length = length_of(start + len(lengths))
+    ordered = sorted(sorted(start + i for i in row) for row in packed)
+    return ordered, start + len(lengths)
+
+
+def _longest_first(lengths: Sequence[int], capacity: int, rows: int) -> list[list[int]] | None:
+    """All sequences, the longest first, each into the fullest row with room; None if they don't."""
+    room = np.full(rows, capacity)
+    packed: list[list[int]] = [[] for _ in range(rows)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = _fitting(room, lengths[i], fullest=True)
+        if place is None:
+            return None
+        packed[place].append(i)
+        room[place] -= lengths[i]
+    return packed
+
+
+def _fitting(room: np.ndarray, length: int, *, fullest: bool = False) -> int | None:
+    """The first row with room, or the fullest one."""
+    fitting = np.flatnonzero(room >= length)
+    if not len(fitting):
+        return None
+    return int(fitting[np.argmin(room[fitting])] if fullest else fitting[0])
 
 
 def join(samples: Sequence[Row], *, length: int, pad: int) -> Row:

@@ -18,7 +18,7 @@ import numpy as np
 from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.drafts import Draft
 from univla_jax.sequences.mixture import SampleStream
-from univla_jax.sequences.packing import Row, first_fit, join
+from univla_jax.sequences.packing import Row, join, pack_group
 from univla_jax.sequences.samples import SampleBuilder
 
 PLACE = "place"
@@ -114,7 +114,7 @@ class _Lane:
         before = self._groups.get(group - 1)
         kept = before.start if before else start
         self._drafts = {n: draft for n, draft in self._drafts.items() if n >= kept}
-        rows, self._next = first_fit(
+        rows, self._next = pack_group(
             self._length, start, capacity=self._config.sequence_length, rows=self._size(group)
         )
         self._groups[group], self._newest = _Group(rows, start, self._next), group
