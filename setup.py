@@ -68,6 +68,7 @@ setup(
         "test": TEST + RLDS + SERVE + LEROBOT,
         "int8": INT8,
         "parity": PARITY,
+        "wandb": ["wandb>=0.18"],
         "video": VIDEO,
         "lerobot": LEROBOT,
     },

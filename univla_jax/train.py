@@ -9,12 +9,16 @@ Started again, the command continues from the newest checkpoint; after the last 
 ends. Exit status: 0 done, 2 something to mend (one line on standard error), 83 stopped by SIGTERM
 with the current step saved, 84 another process of the run was lost.
 
+``--profile=START:STOP`` writes a trace of those steps, ``--wandb=PROJECT`` sends the metrics there
+too; TensorBoard gets times, rates, utilisation and memory beside them.
+
 With ``--distributed`` the process joins others, on TPU VMs, GKE and Slurm those that the cluster
 names, elsewhere those of ``--coordinator=HOST:PORT --processes=N --process=I``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +28,9 @@ from univla_jax import commands
 from univla_jax import config as configs
 from univla_jax.training.distributed import ProcessGroup, join, leaving_with_the_others
 from univla_jax.training.preemption import EXIT_STATUS, Preempted
+from univla_jax.training.profiling import Window
 from univla_jax.training.run import train
+from univla_jax.training.stalled import StalledData
 from univla_jax.training.train_config import TrainConfig
 
 _CONFIG = commands.config_flag()
@@ -35,19 +41,27 @@ _PROCESSES = flags.DEFINE_integer("processes", 0, "With --distributed: how many 
 _PROCESS = flags.DEFINE_integer("process", -1, "With --distributed: number of this process")
 
 
+_PROFILE = flags.DEFINE_string("profile", "", "START:STOP, steps to trace into WORKDIR/profile")
+_WANDB = flags.DEFINE_string("wandb", "", "Project of Weights & Biases to send metrics to")
+
+
 def main(argv: Sequence[str]) -> int:
     """Trains the config of the command line; returns the exit status."""
     del argv
     logging.set_verbosity(logging.WARNING)
     config = configs.build(TrainConfig, _CONFIG.value.to_dict())
+    profile = Window.parse(_PROFILE.value) if _PROFILE.value else None
     if _DISTRIBUTED.value:
         join(ProcessGroup(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     try:
         with leaving_with_the_others():
-            train(config, _WORKDIR.value)
+            train(config, _WORKDIR.value, profile=profile, wandb=_WANDB.value)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
         return EXIT_STATUS
+    except StalledData as stalled:
+        print(f"error: {stalled}", file=sys.stderr, flush=True)
+        os._exit(2)  # threads that still wait for the data would keep an ordinary exit from ending
     return 0
 
 

@@ -18,10 +18,10 @@ from univla_jax.models.decoder import Decoder
 from univla_jax.models.presets import DecoderConfig
 from univla_jax.planning.compiling import Compiled, compile_for, shard_bytes
 from univla_jax.planning.report import gib
-from univla_jax.planning.topologies import GIB, Chip, Topology
-from univla_jax.planning.training_plan import head_share
+from univla_jax.planning.topologies import GIB, Topology
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import flops, sharding
+from univla_jax.training.chips import Chip
 from univla_jax.training.run_model import decoder_config, model_rules, params_init
 from univla_jax.training.sharding import MeshConfig, make_mesh
 from univla_jax.training.train_config import TrainConfig
@@ -153,7 +153,8 @@ class _Job:
         boxed = jax.eval_shape(params_init(model), jax.random.key(0))
         params = sharding.place(boxed, mesh)
         acts = config.data.layout != "world_model"
-        count = round(head_share(config) * config.data.sequence_length / config.data.frames)
+        labelled = config.loss.max_labelled or config.data.sequence_length
+        count = -(-labelled // config.data.frames)
         prompt = length_bucket(config.data.sequence_length)
         choices = vocabulary.action_size + 2 if acts else vocabulary.visual_size
         state = jax.eval_shape(
@@ -183,7 +184,7 @@ class _Job:
             self.params,
             self.rows,
             ids,
-            jnp.int32(0),
+            self._array((), jnp.int32, split=False),
             None,
             active,
             count=self.count,

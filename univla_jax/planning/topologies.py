@@ -1,4 +1,4 @@
-"""TPU slices that need not be here: their chips, and devices to compile for."""
+"""TPU slices that need not be here: devices to compile for."""
 
 from __future__ import annotations
 
@@ -10,37 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from univla_jax.errors import UserError
+from univla_jax.training.chips import CHIPS, Chip
 
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one chip can do.
-
-    Attributes:
-      name: as topologies are written, ``"v6e"``.
-      hbm_gib: GiB a program may use: what the TPU compiler itself refuses to exceed, a little less
-        than the 16, 95 and 32 GB of the data sheets.
-      teraflops: peak in bf16, 10^12 operations per second.
-      gigabytes_per_second: HBM bandwidth, 10^9 bytes per second.
-    """
-
-    name: str
-    hbm_gib: float
-    teraflops: float
-    gigabytes_per_second: float
-
-
-# cloud.google.com/tpu/docs/{v5e,v5p,v6e}; usable memory from the compiler's own messages.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", 15.75, 197, 819),
-        Chip("v5p", 95.74, 459, 2765),
-        Chip("v6e", 31.25, 918, 1640),
-    )
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,8 +116,8 @@ def plan_training(
     compiled = _compile(run)
     decoder, chip = run.model.config, topology.chip
     tokens = config.data.batch_size * config.data.sequence_length
-    length, share = config.data.sequence_length, head_share(config)
-    work = tokens * flops.training_flops(decoder, length, share)
+    length = config.data.sequence_length
+    work = tokens * run.flops_per_token
     again = tokens * flops.recomputed_flops(decoder, length)
     parameters = shard_bytes(run.abstract.params)
     optimizer = shard_bytes(run.abstract.opt_state)
@@ -154,12 +154,6 @@ def plan_training(
 def with_full_logits(run: RunModel) -> RunModel:
     """The same run with the loss that holds all logits."""
     return dataclasses.replace(run, loss=full_logit_loss(run.model))
-
-
-def head_share(config: TrainConfig) -> float:
-    """Share of the positions that the head runs on."""
-    length = config.data.sequence_length
-    return min(config.loss.max_labelled or length, length) / length
 
 
 def useful_tokens(config: TrainConfig) -> int:

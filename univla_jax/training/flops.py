@@ -52,6 +52,11 @@ def token_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> 
     return config.num_layers * layer + head_share * head_flops(config)
 
 
+def head_share(max_labelled: int, length: int) -> float:
+    """Share of the positions that the head runs on; ``max_labelled`` as ``LossConfig`` has it."""
+    return min(max_labelled or length, length) / length
+
+
 def training_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> float:
     """Operations per token of one training step, forward and backward."""
     return (1 + BACKWARD) * token_flops(config, length, head_share)

@@ -55,6 +55,7 @@ def fit(
     logger: MetricsLogger,
     stop: Callable[[int], bool] | None = None,
     evaluation: Evaluation | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> Any:
     """Trains from ``state.step`` to ``total_steps`` and leaves a checkpoint of the last state.
 
@@ -68,6 +69,7 @@ def fit(
       logger: gets the metrics as floats, those of ``evaluation`` under the step of the state.
       stop: asked before each step; True saves that step and raises ``Preempted``.
       evaluation: run before the step where it is due, and its metrics saved with the checkpoint.
+      before_step: called with the number of each step, after its batch came.
 
     Returns:
       the state at ``total_steps``.
@@ -95,6 +97,8 @@ def fit(
             break
         with logger.timed("data"):
             batch = _next(iterator, step)
+        if before_step is not None:
+            before_step(step)
         state, metrics = step_fn(state, batch)
         _settle(pending, logger)
         pending = step, metrics

@@ -2,28 +2,72 @@
 
 ``metrics.jsonl`` holds only what the run computes, never the clock, so that a run which was killed
 and resumed leaves the same bytes as one that was not. Times and rates go to TensorBoard and the
-bar.
+bar:
+
+    time/step_seconds        wall clock of a step, everything included
+    time/data_seconds        of it, waiting for the batch
+    time/tokens_per_second   tokens that are no padding, over all devices
+    time/mfu                 model FLOP/s utilisation: operations of those tokens by the count of
+                             ``flops.py`` (padding and recomputation count nothing, causal attention
+                             half) over the bf16 peak of all devices; absent where the peak is
+                             unknown, as on CPU
+    memory/*_gib             of the first local device
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import tqdm
 
 from univla_jax.errors import UserError
+from univla_jax.training.chips import chip_of
 from univla_jax.training.event_file import EventFile
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENS = "tokens"
+
+
+class Board(Protocol):
+    """Where curves are shown."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Adds one point to the curve ``tag``."""
+
+    def flush(self) -> None:
+        """Sends what is buffered."""
+
+    def close(self) -> None:
+        """Sends the rest and ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What turns tokens per second into utilisation.
+
+    Attributes:
+      flops_per_token: of a training step, ``flops.training_flops``.
+      peak: operations per second of all devices together; 0 where it is unknown.
+    """
+
+    flops_per_token: float
+    peak: float
+
+    @classmethod
+    def of(cls, flops_per_token: float, devices: Sequence[jax.Device]) -> Speed:
+        """On ``devices``, which are all of one kind."""
+        chip = chip_of(devices[0])
+        return cls(flops_per_token, 0.0 if chip is None else chip.teraflops * 1e12 * len(devices))
 
 
 class MetricsLogger:
@@ -37,6 +81,8 @@ class MetricsLogger:
         total_steps: int,
         every: int = 1,
         progress: bool = True,
+        speed: Speed | None = None,
+        boards: Sequence[Board] = (),
     ) -> None:
         """Opens the files, and drops the lines of steps that will be done again.
 
@@ -46,18 +92,21 @@ class MetricsLogger:
           total_steps: where training ends, for the ETA.
           every: steps between two written lines.
           progress: whether to draw the bar on standard error.
+          speed: for the utilisation; None leaves it out.
+          boards: beside TensorBoard; closed with the logger.
         """
         self._every, self._total = every, total_steps
         self._primary = jax.process_index() == 0
-        self._clock = _Clock()
-        self._file = self._board = self._bar = None
+        self._clock = _Clock(speed)
+        self._file = self._bar = None
+        self._boards: list[Board] = []
         if not self._primary:
             return
         path = pathlib.Path(workdir) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_from(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = EventFile(path.parent / TENSORBOARD)
+        self._boards = [EventFile(path.parent / TENSORBOARD), *boards]
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -94,8 +143,7 @@ class MetricsLogger:
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
         if (step + 1) % self._every == 0 or step + 1 == self._total:
             self.write(step, values)
-            for name, value in (self._clock.read() | _memory()).items():
-                self._board.add_scalar(name, value, step)
+            self._show(step, self._clock.read() | _memory())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line now. Metrics that are NaN had nothing to average and are left out."""
@@ -107,22 +155,29 @@ class MetricsLogger:
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._file.name}: {error}") from error
-        for name, value in known.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        self._show(step, known)
+        for board in self._boards:
+            board.flush()
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        for board in self._boards:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Writes what is buffered and closes everything."""
-        for opened in (self._file, self._board, self._bar):
+        for opened in (self._file, *self._boards, self._bar):
             if opened is not None:
                 opened.close()
-        self._file = self._board = self._bar = None
+        self._file = self._bar = None
+        self._boards = []
 
 
 class _Clock:
     """Times and counts since the last line."""
 
-    def __init__(self) -> None:
+    def __init__(self, speed: Speed | None) -> None:
+        self._speed = speed
         self._reset()
 
     def _reset(self) -> None:
@@ -144,6 +199,9 @@ class _Clock:
         rates = {"time/step_seconds": elapsed / self._steps}
         if self._tokens:
             rates["time/tokens_per_second"] = self._tokens / elapsed
+            if self._speed is not None and self._speed.peak:
+                done = self._tokens * self._speed.flops_per_token
+                rates["time/mfu"] = done / elapsed / self._speed.peak
         rates |= {f"time/{name}_seconds": s / self._steps for name, s in self._parts.items()}
         self._reset()
         return rates

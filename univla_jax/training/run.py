@@ -19,22 +19,34 @@ from univla_jax.training.checkpoint import Checkpointer
 from univla_jax.training.evaluation import HeldOutLoss
 from univla_jax.training.loop import DataIterator, fit
 from univla_jax.training.loss import check_labelled
-from univla_jax.training.metrics import MetricsLogger
+from univla_jax.training.metrics import Board, MetricsLogger, Speed
 from univla_jax.training.preemption import SigtermWatch
+from univla_jax.training.profiling import Profiler, Window
 from univla_jax.training.run_assets import build_assets, keep_assets
 from univla_jax.training.run_model import RunModel
 from univla_jax.training.sharding import describe, make_mesh
+from univla_jax.training.stalled import WatchedBatches
 from univla_jax.training.state import TrainState
 from univla_jax.training.train_config import FREE, TrainConfig
+from univla_jax.training.wandb_board import WandbBoard
 
 
-def train(config: TrainConfig, folder: str | pathlib.Path, *, progress: bool = True) -> None:
+def train(
+    config: TrainConfig,
+    folder: str | pathlib.Path,
+    *,
+    progress: bool = True,
+    profile: Window | None = None,
+    wandb: str = "",
+) -> None:
     """Trains a decoder in ``folder``, from its newest checkpoint if there is one.
 
     Args:
       config: the run.
       folder: its workdir; ``univla_jax/train.py`` says what it gets.
       progress: whether to draw a progress bar on standard error.
+      profile: steps of which a trace is written, or None.
+      wandb: project of Weights & Biases to send metrics to, empty for none.
 
     Raises:
       UserError: something in the config, the data, the earlier stage or the workdir to mend, or a
@@ -55,7 +67,34 @@ def train(config: TrainConfig, folder: str | pathlib.Path, *, progress: bool = T
     assets = keep_assets(assets, folder)
     _describe(run, folder)
     try:
-        _run(run, assets, batches, evaluation, folder, progress)
+        with (
+            Checkpointer(folder, config.checkpoint, write_assets=assets.save) as checkpointer,
+            Profiler(profile, folder) as profiler,
+        ):
+            state = _state(run, assets, checkpointer, batches)
+            with (
+                MetricsLogger(
+                    folder,
+                    start_step=int(state.step),
+                    total_steps=config.total_steps,
+                    every=config.log_every,
+                    progress=progress,
+                    speed=Speed.of(run.flops_per_token, run.mesh.devices.flat),
+                    boards=_boards(wandb, config, folder),
+                ) as logger,
+                SigtermWatch() as stop,
+            ):
+                fit(
+                    state,
+                    run.train_step(),
+                    batches,
+                    total_steps=config.total_steps,
+                    checkpointer=checkpointer,
+                    logger=logger,
+                    stop=stop,
+                    evaluation=evaluation,
+                    before_step=profiler,
+                )
     finally:
         batches.close()
 
@@ -69,37 +108,11 @@ def finished(config: TrainConfig, folder: pathlib.Path) -> bool:
     )
 
 
-def _run(
-    run: RunModel,
-    assets: Assets,
-    batches: GlobalBatches,
-    evaluation: HeldOutLoss | None,
-    folder: pathlib.Path,
-    progress: bool,
-) -> None:
-    config = run.config
-    with Checkpointer(folder, config.checkpoint, write_assets=assets.save) as checkpointer:
-        state = _state(run, assets, checkpointer, batches)
-        with (
-            MetricsLogger(
-                folder,
-                start_step=int(state.step),
-                total_steps=config.total_steps,
-                every=config.log_every,
-                progress=progress,
-            ) as logger,
-            SigtermWatch() as stop,
-        ):
-            fit(
-                state,
-                run.train_step(),
-                batches,
-                total_steps=config.total_steps,
-                checkpointer=checkpointer,
-                logger=logger,
-                stop=stop,
-                evaluation=evaluation,
-            )
+def _boards(project: str, config: TrainConfig, folder: pathlib.Path) -> list[Board]:
+    """What shows curves beside TensorBoard; on the first process only."""
+    if not project or jax.process_index() != 0:
+        return []
+    return [WandbBoard(project, folder, dataclasses.asdict(config))]
 
 
 def _state(
@@ -123,6 +136,7 @@ def _state(
 def _training_batches(run: RunModel, assets: Assets) -> GlobalBatches:
     share = run.row_share
     batches = training_batches(run.config.data, assets, host=share.index, hosts=share.count)
+    batches = WatchedBatches(batches, run.config.data_timeout_seconds)
     return GlobalBatches(batches, run.batch_sharding, _labels_fit(run), parts=share.count)
 
 

@@ -17,7 +17,7 @@ from univla_jax.models import axes
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.presets import DecoderConfig, preset
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training import batches, sharding
+from univla_jax.training import batches, flops, sharding
 from univla_jax.training.loss import MODALITIES, Modalities, weighted_cross_entropy
 from univla_jax.training.metrics import TOKENS
 from univla_jax.training.optimizer import make_optimizer, make_schedule
@@ -76,6 +76,13 @@ class RunModel:
             abstract=abstract_state(params_init(model), optimizer, mesh),
             batch_sharding=batches.batch_sharding(mesh, sequence=True),
         )
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of a training step per token, by the count of ``flops.py``."""
+        length = self.config.data.sequence_length
+        share = flops.head_share(self.config.loss.max_labelled, length)
+        return flops.training_flops(self.model.config, length, share)
 
     @property
     def row_share(self) -> batches.RowShare:

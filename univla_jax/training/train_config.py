@@ -129,6 +129,7 @@ class TrainConfig:
       checkpoint: when to save and what to keep.
       evaluation: held-out loss.
       log_every: steps between two lines of metrics.
+      data_timeout_seconds: the longest wait for a batch before the run stops.
       sample_tokens: length of a usual sample, from which ``plan`` says how many tokens of a step
         are useful; 0 counts rows as full.
     """
@@ -146,6 +147,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     log_every: int = 1
+    data_timeout_seconds: float = 600.0
     sample_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -168,6 +170,7 @@ FREE = (
     "evaluation",
     "mesh",
     "sample_tokens",
+    "data_timeout_seconds",
     "data.workers",
     "data.read_threads",
     "data.prefetch_batches",
