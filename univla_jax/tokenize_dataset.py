@@ -1,34 +1,55 @@
-"""Turns an RLDS dataset into token stores, one per split, encoding every frame once.
+"""Turns a dataset into token stores, one per split, encoding every frame once.
 
     python -m univla_jax.tokenize_dataset --config=configs/quickstart.py:tokens \
-        --source=RLDS_FOLDER --vision=VISION_TOKENIZER_FOLDER --out=STORES_FOLDER
+        --source=DATASET_FOLDER --vision=VISION_TOKENIZER_FOLDER --out=STORES_FOLDER \
+        [--process=0 --processes=1] [--verify]
 
 Killed at any moment and started again it continues with the first unfinished shard; started again
-when all is done it changes nothing. Broken episodes are left out, listed and counted.
+when all is done it changes nothing. Several processes or hosts share the shards of a store when
+each is given its number; the one that finds all of them finished completes the store. Broken
+episodes are left out, listed and counted. ``--verify`` changes nothing: it recomputes the checksums
+of finished stores and encodes some of their episodes again.
 """
 
 from __future__ import annotations
 
+import pathlib
 import sys
+
+from absl import flags
 
 from univla_jax import commands
 from univla_jax import config as strict
 from univla_jax.data.problems import describe
-from univla_jax.data.tokenization import TokenizeConfig, tokenize
+from univla_jax.data.tokenization import Share, tokenize
+from univla_jax.data.tokenize_config import TokenizeConfig
+from univla_jax.data.verification import verify_store
 from univla_jax.tokenizers.vision import VisionTokenizer
 
 CONFIG = commands.config_flag()
-SOURCE = commands.string_flag("source", "RLDS dataset folder")
+SOURCE = commands.string_flag("source", "dataset folder")
 VISION = commands.string_flag("vision", "vision tokenizer folder")
 OUT = commands.string_flag("out", "folder for the stores, one per split")
+
+
+PROCESS = flags.DEFINE_integer("process", 0, "Number of this process, from 0")
+PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that share the work")
+VERIFY = flags.DEFINE_bool("verify", False, "Checks finished stores instead of writing any")
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     config = strict.build(TokenizeConfig, CONFIG.value.to_dict())
-    manifests = tokenize(config, SOURCE.value, OUT.value, VisionTokenizer.load(VISION.value))
-    for name, manifest in manifests.items():
+    vision = VisionTokenizer.load(VISION.value)
+    if VERIFY.value:
+        _verify(config, vision)
+        return
+    share = Share(PROCESS.value, PROCESSES.value)
+    for name, manifest in tokenize(config, SOURCE.value, OUT.value, vision, share).items():
+        if manifest is None:
+            print(f"{name}: this process is done, others are not")
+            continue
         print(
             f"{name}: {manifest.episodes} episodes, {manifest.frames} frames in {OUT.value}/{name}"
         )
@@ -37,6 +58,16 @@ def main(argv: list[str]) -> None:
                 f"{name}: {len(manifest.problems)} broken: {describe(manifest.problems, 20)}",
                 file=sys.stderr,
             )
+
+
+def _verify(config: TokenizeConfig, vision: VisionTokenizer) -> None:
+    for name in config.splits:
+        folder = pathlib.Path(OUT.value, name)
+        found = verify_store(folder, config, SOURCE.value, vision)
+        print(
+            f"{name}: {found.shards} shards unchanged, {found.episodes} episodes encoded again, "
+            f"{found.equal:.2%} of their codes equal"
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from univla_jax import config as strict
 from univla_jax.data import corpora
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.token_store import TokenStore
-from univla_jax.data.tokenization import TokenizeConfig, tokenize
+from univla_jax.data.tokenization import Share, tokenize
+from univla_jax.data.tokenize_config import TokenizeConfig
+from univla_jax.data.verification import verify_store
 from univla_jax.errors import UserError
 
 SPEC = {"min_pixels": 64}
@@ -120,7 +122,9 @@ def test_other_settings_need_another_folder(source, tmp_path):
         ({"image_specs": {"top": SPEC}}, "no such view; it has image, wrist_image"),
         ({"image_specs": {"image": {"size": (16, 24), "sise": 3}}}, "did you mean 'size'"),
         ({"image_specs": {"image": {"factor": 4, **SPEC}}}, "one code of 8 pixels"),
-        ({"image_specs": {}}, "must not be empty"),
+        ({"image_specs": {}}, "has no sizes of its own"),
+        ({"splits": {}}, "must not be empty"),
+        ({"augmented_copies": -1}, "expected 0 or more"),
         ({"splits": {"train": "training"}}, "no split 'training'"),
         ({"batch_frames": 0}, "expected at least 1"),
         ({"max_bad_share": 2.0}, "expected 0...1"),
@@ -136,3 +140,61 @@ def test_views_may_be_left_out(source, tmp_path):
     tokenize(config, source, tmp_path, MeanTokenizer())
     assert list(TokenStore(tmp_path / "train")[0].codes) == ["image"]
     assert dataclasses.asdict(config)["min_frames"] is None
+
+
+def test_processes_share_the_shards(source, tmp_path):
+    tokenize(make_config(), source, tmp_path / "one", MeanTokenizer())
+    for number in (2, 0, 1):
+        share = Share(number, 3)
+        manifests = tokenize(make_config(), source, tmp_path / "three", MeanTokenizer(), share)
+        assert (manifests["train"] is None) == (number != 1)
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+    with pytest.raises(UserError, match=r"process 3 of 3: expected 0\.\.\.2"):
+        Share(3, 3)
+
+
+def test_augmented_copies_stand_behind_their_episode(source, tmp_path):
+    config = make_config(augmented_copies=2, max_shift=0.5)
+    tokenize(config, source, tmp_path / "a", MeanTokenizer())
+    tokenize(config, source, tmp_path / "b", MeanTokenizer())
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    store = TokenStore(tmp_path / "a" / "train")
+    plain = [store[i].episode_id for i in range(0, len(store), 3)]
+    assert [store[i].episode_id for i in range(1, len(store), 3)] == [n + "+shift1" for n in plain]
+    assert store.copies == 3 and len(store) == 18
+    np.testing.assert_array_equal(store[1].actions, store[0].actions)
+    shown = [np.asarray(store[i].codes["image"]) for i in range(3)]
+    assert not (shown[0] == shown[1]).all() and not (shown[1] == shown[2]).all()
+    with pytest.raises(UserError, match="augmented_copies 2 -> 0"):
+        tokenize(make_config(), source, tmp_path / "a", MeanTokenizer())
+
+
+def test_verification_notices_what_changed(source, tmp_path):
+    config = make_config()
+    tokenize(config, source, tmp_path, MeanTokenizer())
+    folder = tmp_path / "train"
+    verdict = verify_store(folder, config, source, MeanTokenizer())
+    assert verdict.equal == 1 and verdict.shards == verdict.episodes == 5
+
+    class Darker(MeanTokenizer):
+        def encode_frames(self, frames):
+            return super().encode_frames(frames // 2)
+
+    with pytest.raises(UserError, match=r"of the codes of . episodes are what"):
+        verify_store(folder, config, source, Darker())
+    other = MeanTokenizer()
+    other.fingerprint = "median"
+    with pytest.raises(UserError, match=r"another vision tokenizer \(mean -> median\)"):
+        verify_store(folder, config, source, other)
+
+
+def test_a_full_disk_is_named(source, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    message = r"could not be written .*No space left.* MB are free"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+        patch.setattr("univla_jax.data.token_store.files.sha256", full)
+        tokenize(make_config(), source, tmp_path, MeanTokenizer())
+    tokenize(make_config(), source, tmp_path, MeanTokenizer())
+    assert not list(tmp_path.rglob(".*partial"))

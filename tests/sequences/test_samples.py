@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from tests.sequences import small
+from univla_jax.data.conventions import ChunkDeltas
+from univla_jax.data.corpora import CORPORA
 from univla_jax.errors import UserError
 from univla_jax.sequences.samples import SampleBuilder
 
@@ -86,6 +88,59 @@ def test_world_model_needs_no_action_tokenizer():
     given = dataclasses.replace(small.assets(), action=None, statistics={})
     builder = SampleBuilder(small.config(layout="world_model"), given)
     builder(small.episode(0, 10), np.random.default_rng(0))
+
+
+def test_states_stand_before_their_chunk():
+    given = small.assets()
+    statistics = given.statistics["tabletop"]
+    both = {"tabletop": statistics, "tabletop/state": statistics}
+    given = dataclasses.replace(given, statistics=both)
+    state = np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2)
+    episode = dataclasses.replace(small.episode(0, 6), state=state)
+    ids = SampleBuilder(small.config(state=True), given)(episode, np.random.default_rng(0))
+    ids = ids["tokens"]
+    starts = np.flatnonzero(ids == given.vocabulary.boa)
+    for moment, start in enumerate(starts):
+        codes = given.vocabulary.action_codes(ids[start - 2 : start])
+        assert codes.tolist() == given.action.encode(state[3 * moment : 3 * moment + 1])
+    with pytest.raises(UserError, match="it has no state"):
+        build(small.episode(0, 6), state=True)
+
+
+def test_chunks_of_deltas_start_at_nothing(monkeypatch):
+    deltas = ChunkDeltas(absolute=(1,), angles=())
+    row = dataclasses.replace(CORPORA["tabletop"], chunk_deltas=deltas)
+    monkeypatch.setitem(CORPORA, "tabletop", row)
+    settings = {"layout": "policy_flow", "frames": 1, "packing": False}
+    actions = build(small.episode(0, 3), **settings)["actions"]
+    raw = small.episode(0, 3).actions
+    moved = np.clip(raw[:, 0] - raw[0, 0], -1, 1)
+    np.testing.assert_allclose(actions[:, 0], moved, atol=1e-6)
+    np.testing.assert_allclose(actions[:, 1], raw[:, 1], atol=1e-6)
+
+
+def test_texts_of_a_step_are_written_and_missing_ones_named():
+    episode = dataclasses.replace(
+        small.episode(0, 3),
+        texts={"reasoning": ("up",), "question": ("what",), "answer": ("x", "y", "z")},
+    )
+
+    def words(**changes):
+        ids = build(episode, frames=1, **changes)["tokens"]
+        return "".join(chr(i) for i in ids if i < 128)
+
+    assert words(layout="chain_of_thought").endswith("up")
+    assert words(layout="question").split("ASSISTANT:")[1] in "xyz"
+    assert "what. ASSISTANT:" in words(layout="question")
+    assert words(layout="caption").startswith("a") and words(layout="text_to_image")[:4] == "a2*2"
+    with pytest.raises(UserError, match="it has no 'answer' text"):
+        build(small.episode(0, 3), layout="question", frames=1)
+
+
+def test_both_labels_weigh_vision():
+    row = build(small.episode(0, 6), loss_on="both", vision_weight=0.25)
+    assert set(row["loss_weight"].tolist()) == {0.0, 0.25, 1.0}
+    assert (row["loss_weight"] == 0.25).sum() == 16
 
 
 def test_null_prompts_have_their_share():

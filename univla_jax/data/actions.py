@@ -6,7 +6,7 @@ Axes: N rows, A action dimensions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -235,6 +235,27 @@ def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStat
     for batch in batches():
         running.update(batch)
     return running.statistics()
+
+
+def sliding_chunks(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """All windows of ``length`` steps inside each episode, one step apart.
+
+    Args:
+      episodes: each [steps, A].
+      length: T.
+
+    Returns:
+      [N, T, A], in order.
+
+    Raises:
+      UserError: every episode is shorter than one window.
+    """
+    long_enough = [np.asarray(actions) for actions in episodes if len(actions) >= length]
+    if not long_enough:
+        longest = max(map(len, episodes), default=0)
+        raise UserError(f"chunks of {length} steps wanted, the longest episode has {longest}")
+    windows = [np.lib.stride_tricks.sliding_window_view(a, length, axis=0) for a in long_enough]
+    return np.concatenate(windows).swapaxes(1, 2)
 
 
 def state_key(corpus: str) -> str:

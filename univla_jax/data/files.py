@@ -6,11 +6,24 @@ import hashlib
 import json
 import os
 import pathlib
+import uuid
 from typing import Any
 
 from univla_jax.errors import UserError
 
 _BLOCK = 1 << 20
+PARTIAL = ".partial"
+
+
+def partial_name(path: pathlib.Path) -> pathlib.Path:
+    """A temporary name beside ``path`` that no other process uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def remove_partial(folder: pathlib.Path) -> None:
+    """Removes what killed processes left unfinished in ``folder`` and the folders in it."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -20,7 +33,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
       path: file to write or replace; its folder must exist.
       value: anything ``json`` takes.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
         file.write("\n")

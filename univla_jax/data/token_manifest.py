@@ -40,6 +40,8 @@ class StoreHeader:
       vision_fingerprint: fingerprint of the vision tokenizer.
       codebook_size: every code is below it.
       block_steps: steps per record of codes (``token_record.py``).
+      augmented_copies: shifted copies behind each episode.
+      max_shift: of them, as part of the frame's size.
       format: version of the record format.
     """
 
@@ -56,6 +58,8 @@ class StoreHeader:
     vision_fingerprint: str
     codebook_size: int
     block_steps: int
+    augmented_copies: int = 0
+    max_shift: float = 0.0
     format: int = FORMAT
 
     @property
@@ -82,7 +86,8 @@ class Manifest:
       header: what it is made from and with.
       episodes: episodes kept.
       frames: their steps, summed.
-      statistics: of the raw actions, None for a corpus without actions.
+      statistics: of the actions, None for a corpus without actions.
+      state_statistics: of the proprioceptive state, None where there is none.
       problems: the broken episodes left out.
       shards: in order.
     """
@@ -91,6 +96,7 @@ class Manifest:
     episodes: int
     frames: int
     statistics: ActionStatistics | None
+    state_statistics: ActionStatistics | None
     problems: tuple[Problem, ...]
     shards: tuple[ShardEntry, ...]
 

@@ -14,9 +14,11 @@ it and whenever, so an interrupted store is continued shard by shard and comes o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -24,8 +26,9 @@ from array_record.python import array_record_module
 
 from univla_jax import config
 from univla_jax.data import files, records, token_record
-from univla_jax.data.actions import ActionStatistics, stream_statistics
+from univla_jax.data.actions import ActionStatistics, state_key
 from univla_jax.data.problems import Problem
+from univla_jax.data.store_statistics import action_statistics, state_statistics
 from univla_jax.data.token_manifest import (
     HEADER,
     MANIFEST,
@@ -93,14 +96,18 @@ class TokenStoreWriter:
         if self.complete:
             return read_manifest(self.folder)
         shards, problems = self._collect()
+        header = self.header
+        episodes = _Episodes(self.folder, shards, header.block_steps)
         manifest = Manifest(
             header=self.header,
             episodes=sum(len(s.steps) for s in shards),
             frames=sum(sum(s.steps) for s in shards),
-            statistics=_statistics(_Episodes(self.folder, shards, self.header.block_steps)),
+            statistics=action_statistics(episodes, header.corpus, header.min_frames),
+            state_statistics=state_statistics(episodes),
             problems=problems,
             shards=shards,
         )
+        files.remove_partial(self.folder)
         files.write_json(self.folder / MANIFEST, plain(manifest))
         return manifest
 
@@ -122,13 +129,12 @@ class ShardWriter:
     def __init__(self, path: pathlib.Path, header: StoreHeader) -> None:
         """Prepares to write ``path``."""
         self._path, self._header = path, header
-        self._partial = path.with_name(f".{path.name}.partial")
+        self._partial = files.partial_name(path)
         self._steps: list[int] = []
         self._problems: list[Problem] = []
 
     def __enter__(self) -> ShardWriter:
         """Opens the file under its temporary name."""
-        self._partial.unlink(missing_ok=True)
         self._writer = array_record_module.ArrayRecordWriter(str(self._partial), _OPTIONS)
         return self
 
@@ -147,8 +153,9 @@ class ShardWriter:
             raise UserError(
                 f"{episode.episode_id}: code {top} is not below {self._header.codebook_size}"
             )
-        for record in token_record.to_records(episode, self._header.block_steps):
-            self._writer.write(record)
+        with _disk_errors(self._path):
+            for record in token_record.to_records(episode, self._header.block_steps):
+                self._writer.write(record)
         self._steps.append(len(episode))
 
     def skip(self, episode: str, reason: str) -> None:
@@ -157,10 +164,16 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Renames the shard to its final name, or drops it after an error."""
-        self._writer.close()
-        if kind is not None:
+        try:
+            with _disk_errors(self._path):
+                self._writer.close()
+                if kind is None:
+                    self._publish()
+        finally:
             self._partial.unlink(missing_ok=True)
-            return
+
+    def _publish(self) -> None:
+        """Checks the file and gives it its name, then writes its entry."""
         total = sum(_record_counts(self._steps, self._header.block_steps))
         records.Records([records.Shard(str(self._partial), total)]).check()
         entry = ShardEntry(
@@ -174,6 +187,19 @@ class ShardWriter:
             self._path.with_suffix(".json"),
             {"shard": plain(entry), "problems": [plain(p) for p in self._problems]},
         )
+
+
+@contextlib.contextmanager
+def _disk_errors(path: pathlib.Path) -> Iterator[None]:
+    """Names the shard that could not be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, UserError) as error:
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise UserError(
+            f"shard {path} could not be written ({str(error).splitlines()[0]}); {free} MB are free "
+            "on its disk: make room and run again, finished shards are kept"
+        ) from error
 
 
 class TokenStore:
@@ -221,9 +247,15 @@ class TokenStore:
 
     @property
     def statistics(self) -> dict[str, ActionStatistics]:
-        """Statistics of the raw actions by corpus; empty for a corpus without actions."""
-        found = self.manifest.statistics
-        return {} if found is None else {self.manifest.header.corpus: found}
+        """Statistics of actions by corpus, and of states by ``state_key``, where there are any."""
+        corpus, manifest = self.manifest.header.corpus, self.manifest
+        found = {corpus: manifest.statistics, state_key(corpus): manifest.state_statistics}
+        return {key: statistics for key, statistics in found.items() if statistics is not None}
+
+    @property
+    def copies(self) -> int:
+        """Episodes in a row that show the same one, augmented copies included."""
+        return 1 + self.manifest.header.augmented_copies
 
     def verify(self) -> None:
         """Recomputes every checksum.
@@ -266,12 +298,6 @@ class _Episodes:
 def _record_counts(steps: Sequence[int], block: int) -> list[int]:
     """Records per episode."""
     return [token_record.count_records(count, block) for count in steps]
-
-
-def _statistics(episodes: _Episodes) -> ActionStatistics | None:
-    if not len(episodes) or not episodes[0].actions.shape[1]:
-        return None
-    return stream_statistics(lambda: (episodes[i].actions for i in range(len(episodes))))
 
 
 def _check_size(folder: pathlib.Path, shard: ShardEntry) -> None:

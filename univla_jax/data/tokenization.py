@@ -6,24 +6,27 @@ Axes: T steps, N batch, H/W image height and width, h/w code grid.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import tqdm
 
-from univla_jax import config as strict
 from univla_jax.data.assembly import EpisodeReader
-from univla_jax.data.corpora import Corpus, find_corpus
+from univla_jax.data.augmentation import random_shift
+from univla_jax.data.corpora import Corpus
 from univla_jax.data.frame_encoder import ViewEncoders
-from univla_jax.data.problems import check_share, validate_episode
+from univla_jax.data.problems import Problem, check_share, validate_episode
 from univla_jax.data.readers import open_reader
 from univla_jax.data.token_manifest import Manifest, StoreHeader
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import ShardWriter, TokenStoreWriter
+from univla_jax.data.tokenize_config import TokenizeConfig
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
@@ -33,61 +36,21 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizeConfig:
-    """What is tokenised, and how.
+class Share:
+    """The part of the work that one of several processes does: every ``of``-th shard.
 
     Attributes:
-      corpus: name of the row in ``data/corpora.py``.
-      image_specs: view -> fields of its ``ImageSpec``; other views of the corpus are left out.
-      splits: store name -> split of the dataset in TFDS notation, such as ``"train[:95%]"``.
-      batch_frames: frames per call of the tokenizer.
-      episodes_per_shard: source episodes per shard, the unit of work that a kill can lose.
-      min_frames: shortest episode kept, in frames; None takes the corpus' own.
-      max_bad_share: share of broken episodes, in 0...1, beyond which a split fails.
+      number: of this process, from 0.
+      of: processes that share the work.
     """
 
-    corpus: str
-    image_specs: Mapping[str, Any]
-    splits: Mapping[str, str]
-    batch_frames: int = 64
-    episodes_per_shard: int = 64
-    min_frames: int | None = None
-    max_bad_share: float = 0.05
+    number: int = 0
+    of: int = 1
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
-        for name in ("batch_frames", "episodes_per_shard"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"config.max_bad_share: {self.max_bad_share}, expected 0...1")
-        if not self.splits or not self.image_specs:
-            raise UserError("config.splits and config.image_specs must not be empty")
-
-    def specs(self) -> dict[str, ImageSpec]:
-        """The image specs by view."""
-        return {
-            view: strict.build(ImageSpec, values, where=f"config.image_specs.{view}")
-            for view, values in self.image_specs.items()
-        }
-
-    def row(self) -> Corpus:
-        """The corpus with the chosen views only.
-
-        Raises:
-          UserError: unknown corpus, or a view that it does not have.
-        """
-        corpus = find_corpus(self.corpus)
-        for view in self.image_specs:
-            if view not in corpus.views:
-                raise UserError(
-                    f"config.image_specs.{view}: corpus {corpus.name!r} has no such view; it has "
-                    f"{', '.join(corpus.views)}"
-                )
-        views = {view: corpus.views[view] for view in self.image_specs}
-        return dataclasses.replace(
-            corpus, views=views, min_frames=self.min_frames or corpus.min_frames
-        )
+        """Raises UserError for a number outside the range."""
+        if not 0 <= self.number < self.of:
+            raise UserError(f"process {self.number} of {self.of}: expected 0...{self.of - 1}")
 
 
 def tokenize(
@@ -95,17 +58,20 @@ def tokenize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     vision: FrameTokenizer,
-) -> dict[str, Manifest]:
+    share: Share = Share(),
+) -> dict[str, Manifest | None]:
     """Writes or completes the store ``out/<name>`` of every split.
 
     Args:
       config: what and how.
-      source: RLDS dataset folder.
+      source: dataset folder.
       out: parent folder of the stores.
       vision: encodes the frames.
+      share: of the shards that this process writes; whichever process finds all of them finished
+        completes the store.
 
     Returns:
-      store name -> its manifest.
+      store name -> its manifest, None where other processes have shards to write.
 
     Raises:
       UserError: anything wrong with the config, the dataset, or the stores already there; too
@@ -121,7 +87,7 @@ def tokenize(
     manifests = {}
     for name, split in config.splits.items():
         job = _Job(config, corpus, specs, open_reader(source, corpus, split), vision, split)
-        manifests[name] = job.run(pathlib.Path(out) / name)
+        manifests[name] = job.run(pathlib.Path(out) / name, share)
     return manifests
 
 
@@ -141,10 +107,12 @@ class _Job:
         self._source, self._vision, self._split = source, vision, split
         self._sizes, self._action_dim = self._expectations()
 
-    def run(self, folder: pathlib.Path) -> Manifest:
+    def run(self, folder: pathlib.Path, share: Share) -> Manifest | None:
         writer = TokenStoreWriter(folder, self._header())
         if not writer.complete:
-            self._write_shards(writer)
+            self._write_shards(writer, share)
+            if not all(map(writer.has_shard, range(writer.header.num_shards))):
+                return None
             total = len(self._source)
             check_share(writer.problems(), total, self._config.max_bad_share, str(folder))
         return writer.finish()
@@ -187,13 +155,15 @@ class _Job:
             vision_fingerprint=self._vision.fingerprint,
             codebook_size=self._vision.codebook_size,
             block_steps=block_steps(grids),
+            augmented_copies=self._config.augmented_copies,
+            max_shift=self._config.max_shift if self._config.augmented_copies else 0.0,
         )
 
-    def _write_shards(self, writer: TokenStoreWriter) -> None:
-        numbers = range(writer.header.num_shards)
+    def _write_shards(self, writer: TokenStoreWriter, share: Share) -> None:
+        numbers = range(share.number, writer.header.num_shards, share.of)
         done = [n for n in numbers if writer.has_shard(n)]
         bar = tqdm.tqdm(
-            total=len(self._source),
+            total=sum(len(writer.source_range(n)) for n in numbers),
             initial=sum(len(writer.source_range(n)) for n in done),
             desc=f"tokenize {writer.folder.name}",
             unit="episode",
@@ -214,38 +184,64 @@ class _Job:
             self._vision.encode_frames, list(self._specs), self._config.batch_frames
         )
         waiting: collections.deque[Episode] = collections.deque()
-        for index in indices:
-            episode = self._read(index, shard)
+        for copies in self._read_ahead(indices):
             bar.update()
-            if episode is None:
+            if isinstance(copies, Problem):
+                shard.skip(copies.episode, copies.reason)
                 continue
-            encoders.push(
-                {v: s.resize(episode.frames[v], training=True) for v, s in self._specs.items()}
-            )
-            waiting.append(dataclasses.replace(episode, frames={}))
+            for episode in copies:
+                encoders.push(episode.frames)
+                waiting.append(dataclasses.replace(episode, frames={}))
             while waiting and encoders.ready(len(waiting[0])):
                 yield _with_codes(waiting.popleft(), encoders)
         encoders.flush()
         while waiting:
             yield _with_codes(waiting.popleft(), encoders)
 
-    def _read(self, index: int, shard: ShardWriter) -> Episode | None:
-        """Reads one episode; a broken one is noted and None."""
+    def _read_ahead(self, indices: range) -> Iterator[list[Episode] | Problem]:
+        """``_copies`` of each episode in order, made by threads while others are encoded."""
+        threads = self._config.read_threads
+        pool = concurrent.futures.ThreadPoolExecutor(threads)
+        try:
+            running = collections.deque(pool.submit(self._copies, i) for i in indices[:threads])
+            for index in [*indices[threads:], *[None] * len(running)]:
+                result = running.popleft().result()
+                if index is not None:
+                    running.append(pool.submit(self._copies, index))
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _copies(self, index: int) -> list[Episode] | Problem:
+        """An episode at the tokenizer's sizes and its augmented copies, or why it is broken."""
+        episode = self._read(index)
+        if isinstance(episode, Problem):
+            return episode
+        frames = {v: s.resize(episode.frames[v], training=True) for v, s in self._specs.items()}
+        copies = [dataclasses.replace(episode, frames=frames)]
+        for copy in range(1, self._config.augmented_copies + 1):
+            rng = np.random.default_rng((index, copy))
+            moved = {
+                view: random_shift(frames[view], self._config.max_shift, rng)
+                for view in sorted(frames)
+            }
+            name = f"{episode.episode_id}+shift{copy}"
+            copies.append(dataclasses.replace(episode, frames=moved, episode_id=name))
+        return copies
+
+    def _read(self, index: int) -> Episode | Problem:
+        """Reads one episode, or says why it is broken."""
         try:
             episode = self._source[index]
         except UserError as error:
-            shard.skip(self._source.episode_id(index), str(error))
-            return None
+            return Problem(self._source.episode_id(index), str(error))
         reason = validate_episode(
             episode,
             min_frames=self._corpus.min_frames,
             sizes=self._sizes,
             action_dim=self._action_dim,
         )
-        if reason is not None:
-            shard.skip(episode.episode_id, reason)
-            return None
-        return episode
+        return episode if reason is None else Problem(episode.episode_id, reason)
 
 
 class _Meter:

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from univla_jax.data import fit_folder
-from univla_jax.data.actions import stream_statistics
+from univla_jax.data.actions import sliding_chunks, stream_statistics
+from univla_jax.data.corpora import find_corpus
 from univla_jax.data.files import write_json
 from univla_jax.data.good_episodes import EpisodesConfig, GoodEpisodes
+from univla_jax.data.store_statistics import action_rows
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.text import SentencePieceText
@@ -113,10 +115,12 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     """
     episodes = GoodEpisodes(config, source)
     actions = [episode.actions for episode in episodes]
-    statistics = stream_statistics(lambda: actions)
-    chunks = sliding_chunks([statistics.normalise(a) for a in actions], config.chunk)
-    stride = -(-len(chunks) // config.max_chunks)
-    chunks = chunks[::stride]
+    rows = [action_rows(a, config.corpus, config.chunk) for a in actions]
+    statistics = stream_statistics(lambda: rows)
+    chunks = sliding_chunks(actions, config.chunk)
+    chunks = chunks[:: -(-len(chunks) // config.max_chunks)]
+    deltas = find_corpus(config.corpus).chunk_deltas
+    chunks = statistics.normalise(chunks if deltas is None else deltas.relative(chunks))
     tokenizer = FastTokenizer.fit(chunks, config.scale, config.vocabulary_size)
     tokenizer.save(folder)
     write_json(pathlib.Path(folder) / STATISTICS_FILE, {config.corpus: statistics.to_dict()})
@@ -127,27 +131,6 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     }
     fit_folder.finish(folder, config, source=episodes.source.name, report=report)
     return report
-
-
-def sliding_chunks(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """All windows of ``length`` steps inside each episode, one step apart.
-
-    Args:
-      episodes: each [steps, A].
-      length: T.
-
-    Returns:
-      [N, T, A], in order.
-
-    Raises:
-      UserError: every episode is shorter than one window.
-    """
-    long_enough = [np.asarray(actions) for actions in episodes if len(actions) >= length]
-    if not long_enough:
-        longest = max(map(len, episodes), default=0)
-        raise UserError(f"chunks of {length} steps wanted, the longest episode has {longest}")
-    windows = [np.lib.stride_tricks.sliding_window_view(a, length, axis=0) for a in long_enough]
-    return np.concatenate(windows).swapaxes(1, 2)
 
 
 def _round_trip(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict[str, float]:

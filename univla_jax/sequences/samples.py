@@ -116,7 +116,7 @@ class SampleBuilder:
         window = self._draw(episode, 1, self._config.action_frames, rng)
         views = self._views(episode)
         tokens = layouts.policy_flow(self._lexicon, instruction, _one_frame(views))
-        actions = self._normalise(episode, episode.actions[window])
+        (actions,) = self._normalised_chunks(episode, window)
         return Draft(tokens, by_moment(views, [window.start]), actions)
 
     def _chain_of_thought(
@@ -172,8 +172,16 @@ class SampleBuilder:
 
     def _chunks(self, episode: TokenizedEpisode, window: slice) -> list[np.ndarray]:
         """Action ids of each chunk of the window."""
-        actions = self._normalise(episode, episode.actions[window])
-        return self._encode(actions.reshape(-1, self._config.action_frames, actions.shape[-1]))
+        return self._encode(self._normalised_chunks(episode, window))
+
+    def _normalised_chunks(self, episode: TokenizedEpisode, window: slice) -> np.ndarray:
+        """float32 [N, T, A] as the corpus' chunks are meant, normalised."""
+        actions = episode.actions[window]
+        chunks = actions.reshape(-1, self._config.action_frames, actions.shape[-1])
+        row = CORPORA.get(episode.corpus)
+        if row is not None and row.chunk_deltas is not None:
+            chunks = row.chunk_deltas.relative(chunks)
+        return self._normalise(episode, chunks)
 
     def _states(self, episode: TokenizedEpisode, steps: range | list[int]) -> list | None:
         """Ids of the state at each step as a chunk of one step; None where states are not shown."""

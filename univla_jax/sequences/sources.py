@@ -30,7 +30,7 @@ class Split:
     """The training or the held-out episodes of a source.
 
     With ``held_out_every=4`` the episodes 3, 7, 11, … are held out; with 0 both splits are the
-    whole source.
+    whole source. Augmented copies (``TokenStore.copies``) stay with their episode.
     """
 
     def __init__(self, source: EpisodeSource, held_out_every: int, *, held_out: bool) -> None:
@@ -38,23 +38,24 @@ class Split:
         self.source = source
         self._every = held_out_every
         self._held_out = held_out
+        self._copies = getattr(source, "copies", 1)
 
     def __len__(self) -> int:
         """Episodes of this split."""
-        whole = len(self.source)
+        whole = len(self.source) // self._copies
         if not self._every:
-            return whole
+            return len(self.source)
         held = whole // self._every
-        return held if self._held_out else whole - held
+        return self._copies * (held if self._held_out else whole - held)
 
     def __getitem__(self, index: int) -> TokenizedEpisode:
         """Episode ``index`` of this split."""
         every = self._every
         if not every:
             return self.source[index]
-        if self._held_out:
-            return self.source[index * every + every - 1]
-        return self.source[index + index // (every - 1)]
+        group, copy = divmod(index, self._copies)
+        whole = group * every + every - 1 if self._held_out else group + group // (every - 1)
+        return self.source[whole * self._copies + copy]
 
 
 def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from univla_jax.data.actions import ActionStatistics, stream_statistics
+from univla_jax.data.actions import ActionStatistics
 from univla_jax.data.corpora import CORPORA, find_corpus
+from univla_jax.data.store_statistics import joint_statistics
 from univla_jax.data.token_manifest import StoreHeader
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
@@ -155,7 +156,7 @@ def image_specs(stores: Sequence[TokenStore]) -> dict[str, ImageSpec]:
 
 
 def statistics(stores: Sequence[TokenStore]) -> dict[str, ActionStatistics]:
-    """Action statistics per corpus.
+    """Action statistics per corpus, and its state's under ``state_key``.
 
     A corpus in one store keeps that store's; one in several (the four LIBERO suites) gets the
     statistics of all its episodes together.
@@ -164,13 +165,13 @@ def statistics(stores: Sequence[TokenStore]) -> dict[str, ActionStatistics]:
     for store in stores:
         for corpus in store.statistics:
             by_corpus.setdefault(corpus, []).append(store)
-    return {corpus: _joint(corpus, group) for corpus, group in by_corpus.items()}
+    return {key: _joint(key, group) for key, group in by_corpus.items()}
 
 
-def _joint(corpus: str, stores: Sequence[TokenStore]) -> ActionStatistics:
+def _joint(key: str, stores: Sequence[TokenStore]) -> ActionStatistics:
     if len(stores) == 1:
-        return stores[0].statistics[corpus]
-    return stream_statistics(lambda: (e.actions for store in stores for e in store))
+        return stores[0].statistics[key]
+    return joint_statistics(stores, key, stores[0].manifest.header.min_frames)
 
 
 def _specs(store: TokenStore) -> dict[str, ImageSpec]:
