@@ -43,7 +43,7 @@ WEIGHTS_ONLY = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what goes wrong is said once, at the end
     start = time.monotonic()
     if FROM_HF.value and TO.value and not FROM.value and not TO_HF.value:
         values = CONFIG.value.to_dict() if CONFIG.value is not None else {}

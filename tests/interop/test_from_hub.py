@@ -247,16 +247,17 @@ def test_an_existing_folder_is_not_touched(tmp_path):
         to_hub(tmp_path / "ours", source, progress=False)
 
 
-def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_full_disk_is_one_message(error, tmp_path, monkeypatch):
     source = hub_folders.decoder_folder(tmp_path / "source")
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr(from_hub_module, "save_source", full)
     with pytest.raises(UserError, match=r"cannot write .*ours: .*No space left"):
         convert(source, tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
 
 
 def test_weights_only_go_back_too(tmp_path):

@@ -84,13 +84,21 @@ def from_hub(
 
 @contextlib.contextmanager
 def _part_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A fresh folder name beside ``to``; whatever is left there at the end is removed."""
+    """A fresh folder name beside ``to``; nothing unfinished is left beside it at the end."""
     part = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
+    _clear(to, part)
     try:
         yield part
+    except OSError as error:
+        raise UserError(f"cannot write {to}: {error}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _clear(to, part)
+
+
+def _clear(to: pathlib.Path, part: pathlib.Path) -> None:
+    """Removes what this or an earlier, killed conversion left unfinished."""
+    for left in (part, *to.parent.glob(f"{to.name}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _vision_folder(hub: HubFolder, model: HubModel, part: pathlib.Path, done: Done) -> None:
@@ -109,12 +117,12 @@ def _checkpoint(
     if assets is not None:
         items[ASSETS] = FilesSave(assets.save)
     handlers = {name: FilesHandler() for name in items} | {STATE: state_handler()}
-    for left in to.parent.glob(f"{to.name}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(left)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
             writer.save(to, args=ocp.args.Composite(**items), force=True)
-    except OSError as error:
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as error:  # as which TensorStore reports a full disk
         raise UserError(f"cannot write {to}: {error}") from error
 
 
