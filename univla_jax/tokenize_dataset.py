@@ -2,13 +2,13 @@
 
     python -m univla_jax.tokenize_dataset --config=configs/quickstart.py:tokens \
         --source=DATASET_FOLDER --vision=VISION_TOKENIZER_FOLDER --out=STORES_FOLDER \
-        [--process=0 --processes=1] [--verify]
+        [--part=0/1] [--verify]
 
 Killed at any moment and started again it continues with the first unfinished shard; started again
 when all is done it changes nothing. Several processes or hosts share the shards of a store when
-each is given its number; the one that finds all of them finished completes the store. Broken
-episodes are left out, listed and counted. ``--verify`` changes nothing: it recomputes the checksums
-of finished stores and encodes some of their episodes again.
+each is given its part (``0/4`` ... ``3/4``); the one that finds all finished completes the store.
+Broken episodes are left out, listed and counted. ``--verify`` changes nothing: it recomputes the
+checksums of finished stores and encodes some of their episodes again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ VISION = commands.string_flag("vision", "vision tokenizer folder")
 OUT = commands.string_flag("out", "folder for the stores, one per split")
 
 
-PROCESS = flags.DEFINE_integer("process", 0, "Number of this process, from 0")
-PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that share the work")
+PART = commands.string_flag("part", "part of the work, such as 0/4", default="0/1")
 VERIFY = flags.DEFINE_bool("verify", False, "Checks finished stores instead of writing any")
 
 
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> None:
     if VERIFY.value:
         _verify(config, vision)
         return
-    share = Share(PROCESS.value, PROCESSES.value)
+    share = Share.parse(PART.value)
     for name, manifest in tokenize(config, SOURCE.value, OUT.value, vision, share).items():
         if manifest is None:
             print(f"{name}: this process is done, others are not")

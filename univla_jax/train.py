@@ -12,6 +12,9 @@ with the current step saved, 84 another process of the run was lost.
 ``--profile=START:STOP`` writes a trace of those steps, ``--wandb=PROJECT`` sends the metrics there
 too; TensorBoard gets times, rates, utilisation and memory beside them.
 
+``--inspect=8`` writes a page with eight training examples to ``WORKDIR/inspect.html``, with frames,
+actions and labelled tokens, and trains nothing: look at the data before training on them.
+
 With ``--distributed`` the process joins others, on TPU VMs, GKE and Slurm those that the cluster
 names, elsewhere those of ``--coordinator=HOST:PORT --processes=N --process=I``.
 """
@@ -27,6 +30,7 @@ from absl import flags, logging
 from univla_jax import commands
 from univla_jax import config as configs
 from univla_jax.training.distributed import ProcessGroup, join, leaving_with_the_others
+from univla_jax.training.inspect_data import inspect_data
 from univla_jax.training.preemption import EXIT_STATUS, Preempted
 from univla_jax.training.profiling import Window
 from univla_jax.training.run import train
@@ -40,7 +44,9 @@ _COORDINATOR = flags.DEFINE_string("coordinator", "", "With --distributed: proce
 _PROCESSES = flags.DEFINE_integer("processes", 0, "With --distributed: how many processes")
 _PROCESS = flags.DEFINE_integer("process", -1, "With --distributed: number of this process")
 
-
+_INSPECT = flags.DEFINE_integer(
+    "inspect", 0, "Writes so many training examples to WORKDIR/inspect.html and trains nothing"
+)
 _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, steps to trace into WORKDIR/profile")
 _WANDB = flags.DEFINE_string("wandb", "", "Project of Weights & Biases to send metrics to")
 
@@ -50,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
     del argv
     logging.set_verbosity(logging.WARNING)
     config = configs.build(TrainConfig, _CONFIG.value.to_dict())
+    if _INSPECT.value:
+        print(inspect_data(config, _WORKDIR.value, _INSPECT.value))
+        return 0
     profile = Window.parse(_PROFILE.value) if _PROFILE.value else None
     if _DISTRIBUTED.value:
         join(ProcessGroup(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))

@@ -149,8 +149,13 @@ def test_processes_share_the_shards(source, tmp_path):
         manifests = tokenize(make_config(), source, tmp_path / "three", MeanTokenizer(), share)
         assert (manifests["train"] is None) == (number != 1)
     assert content(tmp_path / "three") == content(tmp_path / "one")
-    with pytest.raises(UserError, match=r"process 3 of 3: expected 0\.\.\.2"):
-        Share(3, 3)
+    assert Share.parse("2/3") == Share(2, 3)
+    for words, message in (
+        ("3/3", r"part 3/3: the number is 0\.\.\.2"),
+        ("1 of 2", "NUMBER/PARTS"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Share.parse(words)
 
 
 def test_augmented_copies_stand_behind_their_episode(source, tmp_path):

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -50,7 +51,15 @@ class Share:
     def __post_init__(self) -> None:
         """Raises UserError for a number outside the range."""
         if not 0 <= self.number < self.of:
-            raise UserError(f"process {self.number} of {self.of}: expected 0...{self.of - 1}")
+            raise UserError(f"part {self.number}/{self.of}: the number is 0...{self.of - 1}")
+
+    @classmethod
+    def parse(cls, words: str) -> Share:
+        """Reads ``"0/4"``; raises UserError for anything else."""
+        found = re.fullmatch(r"(\d+)/(\d+)", words)
+        if found is None:
+            raise UserError(f"part {words!r}: expected NUMBER/PARTS, such as 0/4")
+        return cls(int(found[1]), int(found[2]))
 
 
 def tokenize(

@@ -173,6 +173,10 @@ class Vocabulary:
         """Lowest action id, that of code ``action_size - 1``."""
         return self.action_last - self.action_size + 1
 
+    def special_names(self) -> dict[int, str]:
+        """Id of each special token -> the name of its field."""
+        return {getattr(self, name): name for name in _SPECIALS}
+
     def visual_ids(self, codes: ArrayLike) -> np.ndarray:
         """Token ids of visual codes; int32, shape of ``codes``.
 

@@ -1,0 +1,23 @@
+import pytest
+
+from configs import tokens
+from univla_jax import config as strict
+from univla_jax.data.corpora import CORPORA
+from univla_jax.data.tokenize_config import TokenizeConfig
+from univla_jax.errors import UserError
+
+
+@pytest.mark.parametrize("corpus", sorted(set(CORPORA) - {"tabletop"}))
+def test_every_corpus_has_a_recipe(corpus):
+    config = strict.build(TokenizeConfig, tokens.get_config(corpus).to_dict())
+    specs = config.specs()
+    assert {view: spec.size for view, spec in specs.items()} == CORPORA[corpus].sizes
+    assert config.row().min_frames >= 5
+
+
+def test_published_settings():
+    libero = tokens.get_config("libero")
+    assert (libero.min_frames, libero.augmented_copies) == (10, 1)
+    assert tokens.get_config("droid").min_frames == 90
+    with pytest.raises(UserError, match="name a corpus after a colon"):
+        tokens.get_config()
