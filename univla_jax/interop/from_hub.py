@@ -84,7 +84,7 @@ def from_hub(
 
 @contextlib.contextmanager
 def _part_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A fresh folder name beside ``to``; nothing unfinished is left beside it at the end."""
+    """A fresh folder name beside ``to``; what is unfinished at the end is removed."""
     part = to.with_name(f".{to.name}.partial")
     _clear(to, part)
     try:
@@ -96,7 +96,10 @@ def _part_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _clear(to: pathlib.Path, part: pathlib.Path) -> None:
-    """Removes what this or an earlier, killed conversion left unfinished."""
+    """Removes what this or an earlier, killed conversion left unfinished.
+
+    A thread of Orbax may still be writing after another one failed; the next run removes that.
+    """
     for left in (part, *to.parent.glob(f"{to.name}.orbax-checkpoint-tmp*")):
         shutil.rmtree(left, ignore_errors=True)
 
