@@ -160,6 +160,7 @@ def test_statistics_from_the_references_file(parts, tmp_path):
     assert (statistics.q01, statistics.q99) == ((-3.0,), (4.0,))
 
 
+@pytest.mark.slow
 def test_a_converted_world_model_imagines(parts, tmp_path):
     config = settings(parts, layout="world_model", action="", statistics={})
     convert(parts / "source", tmp_path / "ours", **config)
