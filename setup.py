@@ -65,7 +65,7 @@ setup(
         "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
         "serve": SERVE,
-        "test": TEST + RLDS + SERVE + LEROBOT,
+        "test": TEST + RLDS + SERVE + LEROBOT + INT8,
         "int8": INT8,
         "parity": PARITY,
         "wandb": ["wandb>=0.18"],

@@ -14,8 +14,10 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 from tests.inference import tiny_checkpoint
 from univla_jax.data.demonstrations import DemonstrationsConfig, write_demonstrations
+from univla_jax.data.video_files import read_frames
 from univla_jax.errors import UserError
 from univla_jax.evaluation.imagination import ImagineConfig, imagine
+from univla_jax.evaluation.imagined_picture import imagine_picture
 
 CONFIG = """
 import ml_collections
@@ -73,3 +75,21 @@ def test_the_command_runs_names_mistakes_and_is_done_once(demonstrations, checkp
 def test_episodes_that_are_too_short_are_named(demonstrations, checkpoint, tmp_path):
     with pytest.raises(UserError, match="no episode of split 'val' is longer than 9"):
         imagine(ImagineConfig(context=9), checkpoint, demonstrations, tmp_path, progress=False)
+
+
+def test_a_picture_of_ones_own(checkpoint, tmp_path):
+    """Draws, guidance, another view and a video; no dataset is needed."""
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "in.png")
+    config = ImagineConfig(
+        frames=2, temperature=1.0, guidance=2.0, shown=2, view="wrist_image", mp4=True
+    )
+    out = tmp_path / "out"
+    frames = imagine_picture(config, checkpoint, tmp_path / "in.png", "touch green", out)
+    assert frames.shape[:2] == (2, 2) and not np.array_equal(frames[0], frames[1])
+    with Image.open(out / "draw1_frame2.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved), frames[1, 1])
+    film = read_frames(out / "imagined.mp4")
+    assert len(film) >= 3 and (out / "imagined.gif").exists() and (out / "imagined.png").exists()
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(UserError, match="no picture that can be read"):
+        imagine_picture(config, checkpoint, tmp_path / "no.png", "", out)

@@ -3,9 +3,13 @@
     python -m univla_jax.imagine --config=configs/quickstart.py:imagine \\
         --checkpoint=WORKDIR --source=RLDS_FOLDER --out=FOLDER
 
-``FOLDER`` gets ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
+    python -m univla_jax.imagine --config=configs/quickstart.py:imagine \\
+        --checkpoint=WORKDIR --image=PICTURE --instruction="push the red block" --out=FOLDER
+
+The first form writes ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
 ``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
-last frame given. Started again on finished results, the command says so.
+last frame given. Started again on finished results, the command says so. The second continues a
+picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera.
 """
 
 from __future__ import annotations
@@ -16,13 +20,18 @@ from absl import logging
 
 from univla_jax import commands
 from univla_jax import config as strict
-from univla_jax.evaluation import imagination
+from univla_jax.errors import UserError
+from univla_jax.evaluation import imagination, imagined_picture
 from univla_jax.evaluation.imagination import ImagineConfig
 from univla_jax.evaluation.text_table import columns
 
 CONFIG = commands.config_flag()
 CHECKPOINT = commands.string_flag("checkpoint", "world-model checkpoint, or its training's workdir")
-SOURCE = commands.string_flag("source", "RLDS dataset folder with the held-out split")
+SOURCE = commands.string_flag(
+    "source", "RLDS dataset folder with the held-out split", required=False
+)
+IMAGE = commands.string_flag("image", "picture to continue instead", required=False)
+INSTRUCTION = commands.string_flag("instruction", "task for that picture", default="")
 OUT = commands.string_flag("out", "folder for the results")
 
 _SHOWN = {
@@ -48,6 +57,14 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config = strict.build(ImagineConfig, CONFIG.value.to_dict())
+    if (SOURCE.value is None) == (IMAGE.value is None):
+        raise UserError("give either --source (real episodes) or --image (a picture)")
+    if IMAGE.value is not None:
+        imagined_picture.imagine_picture(
+            config, CHECKPOINT.value, IMAGE.value, INSTRUCTION.value, OUT.value
+        )
+        print(f"{OUT.value}/{imagination.PICTURE}\n{OUT.value}/{imagination.FILM}")
+        return
     was_finished = imagination.finished(OUT.value)
     report = imagination.imagine(config, CHECKPOINT.value, SOURCE.value, OUT.value)
     if was_finished:

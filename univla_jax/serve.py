@@ -29,6 +29,11 @@ API_KEY = commands.string_flag("api_key", "key that robots must send", default="
 API_KEY_FILE = commands.string_flag("api_key_file", "file with that key", required=False)
 TLS_CERT = commands.string_flag("tls_cert", "PEM certificate", required=False)
 TLS_KEY = commands.string_flag("tls_key", "PEM private key", required=False)
+EXECUTION = flags.DEFINE_enum(
+    "execution", "chunk", ["chunk", "receding", "ensemble"], "which actions of a chunk are sent"
+)
+EXECUTE_STEPS = flags.DEFINE_integer("execute_steps", 1, "actions per call, unless whole chunks")
+ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "how fast an ensemble's weights fall")
 MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "most robots answered in one call")
 WINDOW_MS = flags.DEFINE_float("window_ms", 5.0, "how long a request waits for others")
 QUEUE = flags.DEFINE_integer("queue", 64, "most requests that wait; more are refused")
@@ -49,6 +54,7 @@ def main(argv: list[str]) -> None:
         from univla_jax.serving.contracts import ServerConfig
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs the package {error.name}: pip install .[serve]") from error
+    from univla_jax.inference.execution import Execution, Executor
     from univla_jax.inference.policy import Policy
 
     config = ServerConfig(
@@ -64,11 +70,13 @@ def main(argv: list[str]) -> None:
     )
     config = launch.with_key(config, API_KEY_FILE.value)
     tls = launch.tls_context(TLS_CERT.value, TLS_KEY.value)
+    execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     launch.check_port(config.host, config.port)
     launch.keep_compiled(COMPILED.value)
     policy = Policy.load(CHECKPOINT.value, corpus=CORPUS.value)
+    executor = Executor(policy, execution)
     launch.warm(policy, config.max_batch, _report)
-    asyncio.run(launch.serve(policy, config, tls, _report))
+    asyncio.run(launch.serve(executor, config, tls, _report))
 
 
 def _report(message: str) -> None:

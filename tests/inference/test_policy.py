@@ -34,7 +34,7 @@ def _observation(seed: int, instruction: str = "push the red block to the left")
 
 def _scripted(trained, answers):
     policy = Policy(trained)
-    policy._continuer = ScriptedContinuer(answers, policy.rules.allowed)
+    policy.head.continuer = ScriptedContinuer(answers, policy.head.rules.allowed)
     return policy
 
 
@@ -64,7 +64,7 @@ def _uncached(trained, prompt, allowed, count):
 def test_generation_is_greedy_over_the_action_ids(trained):
     policy = Policy(trained, max_new_tokens=9)
     vocabulary = trained.assets.vocabulary
-    allowed = np.sort(policy.rules.allowed)
+    allowed = np.sort(policy.head.rules.allowed)
     assert allowed[-1] == vocabulary.eoa and len(allowed) == 300 + 1
     session, observation = policy.start(), _observation(3)
     policy.act([observation], [session])
@@ -101,7 +101,7 @@ def test_more_observations_than_rows_are_split(trained):
     policy._rows = 2
     observations = [_observation(i) for i in range(4)]
     chunks = policy.act(observations, [policy.start() for _ in observations])
-    assert len(chunks) == 4 and [len(p) for p in policy._continuer.prompts] == [2, 2]
+    assert len(chunks) == 4 and [len(p) for p in policy.head.continuer.prompts] == [2, 2]
     np.testing.assert_array_equal(chunks[0].actions, chunks[2].actions)
 
 
@@ -145,7 +145,7 @@ def test_history_window_and_another_instruction(trained):
     for seed in range(3):
         policy.act([_observation(seed)], [session])
     policy.act([_observation(3, "touch green")], [session])
-    lengths = [len(prompts[0]) for prompts in policy._continuer.prompts]
+    lengths = [len(prompts[0]) for prompts in policy.head.continuer.prompts]
     turn = len(session.history.turns[0])
     assert lengths[1] == lengths[0] + turn + len(answer) and lengths[2] == lengths[1]
     assert lengths[3] < lengths[0] + turn and len(session.history.turns) == 1
@@ -158,7 +158,7 @@ def test_an_image_policy_sees_one_moment(trained):
     session = policy.start()
     for seed in range(2):
         policy.act([_observation(seed)], [session])
-    first, second = (p[0] for p in policy._continuer.prompts)
+    first, second = (p[0] for p in policy.head.continuer.prompts)
     assert len(first) == len(second)
 
 

@@ -94,7 +94,7 @@ def _policy_calls(
         name, generated = f"{case['tag']}|{number}", call["generated"].ravel()
         (chunk,) = policy.act([_observation(case, policy, calls)], [session])
         expected = _with_eoa(call["prompt_ids"].ravel(), before, vocabulary, case["video_mode"])
-        prompt = policy._continuer.prompts[number][0]
+        prompt = policy.head.continuer.prompts[number][0]
         yield equal(name, "prompt ids of Policy", prompt, expected)
         finished = generated[-1] == vocabulary.eoa
         if not finished:
@@ -117,7 +117,7 @@ def _with_eoa(
 def _allowed(case: Mapping[str, Any], policy: Policy) -> Check:
     """The ids that may be generated; the reference allows one more, which decodes to nothing."""
     lowest, highest, eoa, count = case["allowed_first_last_eoa_count"]
-    ids = np.sort(policy.rules.allowed)
+    ids = np.sort(policy.head.rules.allowed)
     ours = [int(ids[0]), int(ids[-2]), int(ids[-1]), len(ids)]
     return equal(case["tag"], "allowed ids", ours, [lowest + 1, highest, eoa, count - 1])
 
@@ -158,5 +158,5 @@ def scripted_policy(
     )
     policy = Policy(TrainedModel(pathlib.Path("released"), assets, layout, None, None))
     answers = [call["generated"] for call in calls]
-    policy._continuer = ScriptedContinuer(answers, policy.rules.allowed)
+    policy.head.continuer = ScriptedContinuer(answers, policy.head.rules.allowed)
     return policy

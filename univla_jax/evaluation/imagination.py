@@ -19,7 +19,7 @@ from univla_jax.data.corpora import find_corpus
 from univla_jax.data.rlds import RldsSource
 from univla_jax.data.token_manifest import plain
 from univla_jax.errors import UserError
-from univla_jax.evaluation.animation import Clip, Strip, enlarge, write_gif, write_strips
+from univla_jax.evaluation.animation import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
 from univla_jax.evaluation.claim import claim
 from univla_jax.evaluation.imagination_scores import GUESSES, Guess, Scores, table
 from univla_jax.inference.choosing import Sampling
@@ -28,6 +28,7 @@ from univla_jax.inference.world_model import WorldModel
 from univla_jax.training.checkpoint_folder import find_checkpoint
 
 PICTURE, FILM, REPORT = "imagined.png", "imagined.gif", "imagine.json"
+VIDEO = "imagined.mp4"
 _IDENTITY = "imagination.json"
 
 
@@ -44,10 +45,13 @@ class ImagineConfig:
       view: camera; the first one trained on when empty.
       temperature: 0 takes the likeliest code, above it codes are drawn.
       top_k: draw among so many likeliest codes; 0 among all.
+      guidance: weight of classifier-free guidance; 1 for none. It needs a model trained with
+        some empty instructions (``null_prompt_prob``).
       seed: of the draws.
       batch: episodes imagined together.
       shown: episodes in the pictures.
       picture_size: least height of a drawn frame, in pixels.
+      mp4: whether a video is written beside the animation.
     """
 
     corpus: str = "tabletop"
@@ -58,10 +62,12 @@ class ImagineConfig:
     view: str = ""
     temperature: float = 0.0
     top_k: int = 0
+    guidance: float = 1.0
     seed: int = 0
     batch: int = 16
     shown: int = 4
     picture_size: int = 128
+    mp4: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
@@ -190,6 +196,7 @@ def _imagine_batch(
         config.frames,
         sampling=Sampling(temperature=config.temperature, top_k=config.top_k),
         seed=config.seed + number,
+        guidance=config.guidance,
     )
     real = Guess(frames[:, config.context :], codes[:, config.context :])
     last = config.context - 1
@@ -252,7 +259,17 @@ def _draw(
         beside = np.concatenate([real, np.full_like(real[:, :, :4], 255), dreamt], axis=2)
         clips.append(Clip(f"{truths[i].instruction} (real | imagined)", list(beside)))
     write_strips(out / PICTURE, strips, _headings(config, model.seconds_per_frame))
-    write_gif(out / FILM, clips, columns=2, fps=1 / model.seconds_per_frame, hold_seconds=1.5)
+    write_films(config, clips, model.seconds_per_frame, out)
+
+
+def write_films(
+    config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: pathlib.Path
+) -> None:
+    """Writes the animation and, if wanted, the video."""
+    settings = {"columns": 2, "fps": 1 / seconds_per_frame, "hold_seconds": 1.5}
+    write_gif(out / FILM, clips, **settings)
+    if config.mp4:
+        write_mp4(out / VIDEO, clips, **settings)
 
 
 def _headings(config: ImagineConfig, seconds: float) -> list[str]:

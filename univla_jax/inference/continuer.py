@@ -51,12 +51,15 @@ class Rules:
       stop_id: ends it.
       max_new_tokens: the most ids chosen.
       sampling: how.
+      grammar: int32 [max_new_tokens], the only id that may stand at each place, negative where any
+        allowed one may; None for no form.
     """
 
     allowed: np.ndarray
     stop_id: int
     max_new_tokens: int
     sampling: Sampling = GREEDY
+    grammar: np.ndarray | None = None
 
 
 class Continuer:
@@ -181,6 +184,7 @@ class Continuer:
             allowed=self.rules.allowed,
             stop_id=self.rules.stop_id,
             sampling=self.rules.sampling,
+            grammar=self.rules.grammar,
             active=np.arange(len(state.rows.pending)) < count,
             window=self._window(state),
         )

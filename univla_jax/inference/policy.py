@@ -12,7 +12,6 @@ Axes: B robots, T steps of a chunk, A action dimensions, R ids that may be gener
 from __future__ import annotations
 
 import collections
-import dataclasses
 import pathlib
 import weakref
 from collections.abc import Sequence
@@ -23,53 +22,18 @@ from univla_jax.data.actions import ActionStatistics
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.buckets import row_bucket
-from univla_jax.inference.continuer import Continuer, Memory, Rules
+from univla_jax.inference.heads import ActionHead, TokenHead
 from univla_jax.inference.observations import ObservationEncoder
-from univla_jax.inference.sampler import Sampler
+from univla_jax.inference.session import Session
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.inference.trained import TrainedModel
 from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
+from univla_jax.tokenizers.decoded import DecodedActions
 
 _LAYOUTS = ("policy_video", "policy_image")
 _AHEAD, _AHEAD_ROWS = 1024, 8  # sessions whose next prompt can be begun; together at most
 _USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have room for
-
-
-@dataclasses.dataclass(eq=False)
-class Session:
-    """What a policy remembers of one episode; made by ``Policy.start``, changed by ``act``.
-
-    Attributes:
-      history: observations and actions still in the window.
-      instruction: the task so far; another one empties the history.
-      chunks: chunks given out.
-      invalid: how many of them did not decode.
-      last_action: float32 [A], the end of the last chunk given out.
-      memory: keys and values of what was read for the last chunk; only saves time.
-    """
-
-    history: History
-    instruction: str | None = None
-    chunks: int = 0
-    invalid: int = 0
-    last_action: np.ndarray | None = None
-    memory: Memory | None = None
-
-    def seeing(self, instruction: str, turn: np.ndarray) -> History:
-        """The history with a new observation; the session itself stays as it is."""
-        same = self.instruction in (None, instruction)
-        history = self.history if same else History(window=self.history.window)
-        return history.observe(turn)
-
-    def keep(
-        self, instruction: str, history: History, chunk: ActionChunk, memory: Memory | None
-    ) -> None:
-        """Remembers a call that succeeded."""
-        self.history, self.instruction, self.memory = history, instruction, memory
-        self.chunks += 1
-        self.invalid += not chunk.valid
-        self.last_action = chunk.actions[-1]
 
 
 class Policy:
@@ -79,7 +43,7 @@ class Policy:
       trained: the model and its assets.
       corpus: row whose cameras and action statistics are used.
       statistics: of that corpus' actions.
-      rules: what may be generated.
+      head: turns prompts into normalised actions.
     """
 
     def __init__(
@@ -89,25 +53,23 @@ class Policy:
         corpus: str | None = None,
         rows: int | None = None,
         max_new_tokens: int | None = None,
+        head: ActionHead | None = None,
     ) -> None:
-        """Prepares a loaded model; see ``load``."""
+        """Prepares a loaded model; see ``load``.
+
+        ``head`` turns prompts into actions; by default the tokens of the checkpoint's action
+        tokenizer.
+        """
         trained.require_layout(_LAYOUTS, "acting")
         assets, layout = trained.assets, trained.layout
         self.trained = trained
         self.corpus = layout.corpus(corpus)
         self.statistics = _statistics(trained, self.corpus)
-        self._action = assets.require("action")
         self._encoder = ObservationEncoder(assets, layout, self.corpus)
         self._rows = rows
-        codes = assets.vocabulary.action_ids(np.arange(self._action.vocabulary_size))
-        longest = self._action.max_tokens(self.chunk, self.statistics.action_dim)
-        self.rules = Rules(
-            allowed=np.append(codes, assets.vocabulary.eoa),
-            stop_id=assets.vocabulary.eoa,
-            max_new_tokens=max_new_tokens or longest + 1,
-        )
-        sampler = Sampler(trained.model, trained.params)
-        self._continuer = Continuer(sampler, self.rules, lengths=self._lengths(), rows=rows)
+        shape = self.chunk, self.statistics.action_dim
+        self.head = head or TokenHead(trained, shape, max_new_tokens=max_new_tokens)
+        self.head.prepare(self._lengths(), rows)
         self._ahead: collections.deque[weakref.ref[Session]] = collections.deque(maxlen=_AHEAD)
 
     @classmethod
@@ -151,10 +113,10 @@ class Policy:
         return self._encoder.views
 
     def start(self, seed: int = 0) -> Session:
-        """The memory of a new episode; greedy decoding draws nothing, so ``seed`` has no effect."""
-        del seed
+        """The memory of a new episode; ``seed`` fixes what a head draws for it."""
         layout = self.trained.layout
-        return Session(History(window=layout.frames if layout.layout == "policy_video" else 1))
+        window = layout.frames if layout.layout == "policy_video" else 1
+        return Session(History(window=window), seed)
 
     def act(
         self,
@@ -200,7 +162,7 @@ class Policy:
         """Compiles what calls with ``rows`` robots use."""
         size = self._rows or row_bucket(rows)
         self._encoder.encode([self.example()], size)
-        self._continuer.warm(size)
+        self.head.warm(size)
 
     def check(self, observation: Observation, name: str = "observation") -> None:
         """Checks one observation as ``act`` does.
@@ -233,12 +195,11 @@ class Policy:
         wanted = [
             (session, prefix)
             for session, prefix in zip(sessions, prefixes)
-            if self._continuer.worth_reading(prefix, session.memory)
+            if self.head.worth_reading(prefix, session)
         ]
         if wanted:
-            memories = self._continuer.read_ahead([prefix for _, prefix in wanted])
-            for (session, _), memory in zip(wanted, memories):
-                session.memory = memory
+            behind, known = zip(*wanted)
+            self.head.read_ahead(known, behind)
         return bool(wanted)
 
     def _prefix(self, session: Session) -> np.ndarray:
@@ -261,30 +222,22 @@ class Policy:
             history.prompt(opening(lexicon, observation.instruction))
             for observation, history in zip(observations, histories)
         ]
-        memories = [session.memory for session in sessions]
-        for session in sessions:
-            session.memory = None  # the call consumes it
-        answers = self._continuer.answer(prompts, memories, stopwatch=stopwatch)
+        answers = self.head.answer(prompts, sessions, stopwatch)
         chunks = []
-        for i, (session, (ids, memory)) in enumerate(zip(sessions, answers)):
-            chunk = self._decode(ids, session.last_action)
-            history = histories[i].act(closed(lexicon.vocabulary, ids))
-            session.keep(observations[i].instruction, history, chunk, memory)
+        for i, (session, answer) in enumerate(zip(sessions, answers)):
+            chunk = self._chunk(answer.decoded, session.last_action)
+            history = histories[i].act(closed(lexicon.vocabulary, answer.ids))
+            session.keep(observations[i].instruction, history, chunk, answer.memory)
             chunks.append(chunk)
         self._ahead.extend(weakref.ref(session) for session in sessions)
         return chunks
 
-    def _decode(self, ids: np.ndarray, last_action: np.ndarray | None) -> ActionChunk:
-        """The chunk that generated ids [n] mean, their eoa included."""
-        vocabulary = self.trained.assets.vocabulary
-        shape = self.chunk, self.statistics.action_dim
-        if not len(ids) or ids[-1] != vocabulary.eoa:
-            reason = f"no end of action within {len(ids)} tokens"
-            return ActionChunk(no_motion(*shape, last_action), valid=False, reason=reason)
-        decoded = self._action.decode(vocabulary.action_codes(ids[:-1]).tolist(), *shape)
-        if not decoded.valid:
-            return ActionChunk(no_motion(*shape, last_action), valid=False, reason=decoded.reason)
-        return ActionChunk(self.statistics.unnormalise(decoded.actions))
+    def _chunk(self, decoded: DecodedActions, last_action: np.ndarray | None) -> ActionChunk:
+        """The chunk of a head's answer in physical units; no motion where it is not valid."""
+        if decoded.valid:
+            return ActionChunk(self.statistics.unnormalise(decoded.actions))
+        actions = no_motion(self.chunk, self.statistics.action_dim, last_action)
+        return ActionChunk(actions, valid=False, reason=decoded.reason)
 
     def _lengths(self) -> tuple[int, int]:
         """New tokens of the usual calls: one observation, and a whole prompt."""
@@ -292,7 +245,7 @@ class Policy:
         grids = layout.corpora[self.corpus].grids
         codes = [np.zeros((1, *grids[view]), np.int32) for view in layout.views]
         turn = len(turn_prompt(self.trained.lexicon, codes))
-        longest = _USUAL_OPENING + window * turn + (window - 1) * self.rules.max_new_tokens
+        longest = _USUAL_OPENING + window * turn + (window - 1) * _action_tokens(self.head)
         return turn + 1, min(longest, max(layout.sequence_length, turn + 1))
 
     def _check_instruction(self, instruction: str, name: str) -> None:
@@ -303,6 +256,10 @@ class Policy:
                 f"{name}: the instruction makes {words} tokens, the policy was trained on "
                 f"sequences of {longest}; shorten it"
             )
+
+
+def _action_tokens(head: ActionHead) -> int:
+    return head.rules.max_new_tokens if isinstance(head, TokenHead) else 1
 
 
 def no_motion(steps: int, action_dim: int, last_action: np.ndarray | None) -> np.ndarray:

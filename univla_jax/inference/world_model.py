@@ -109,6 +109,7 @@ class WorldModel:
         *,
         sampling: Sampling = GREEDY,
         seed: int = 0,
+        guidance: float = 1.0,
     ) -> np.ndarray:
         """Codes of the next frames.
 
@@ -118,6 +119,8 @@ class WorldModel:
           frames: how many to imagine, N.
           sampling: how codes are chosen.
           seed: of the draws; episode i of any batch draws the same.
+          guidance: how much more the instruction counts than it would by itself (classifier-free
+            guidance against the same frames without instruction); 1 for no guidance.
 
         Returns:
           uint16 [B, N, h, w].
@@ -130,6 +133,8 @@ class WorldModel:
         lexicon, grid = self.trained.lexicon, context.shape[2:]
         between = next_frame(lexicon, *grid)
         prompts = [imagine_prompt(lexicon, t, c) for t, c in zip(instructions, context)]
+        if guidance != 1:
+            prompts += [imagine_prompt(lexicon, "", c) for c in context]
         tokens, lengths = pad_prompts(prompts, lexicon.vocabulary.pad, rows=len(prompts))
         size = int(np.prod(grid))
         slots = tokens.shape[1] + frames * (size + len(between))
@@ -144,10 +149,11 @@ class WorldModel:
                 allowed=self._visual,
                 sampling=sampling,
                 key=jax.random.fold_in(jax.random.key(seed), number),
+                guidance=guidance,
             )
-            imagined.append(np.asarray(generated.tokens))
+            imagined.append(np.asarray(generated.tokens)[: len(context)])
         codes = lexicon.vocabulary.visual_codes(np.stack(imagined, 1))
-        return codes.reshape(len(prompts), frames, *grid).astype(np.uint16)
+        return codes.reshape(len(context), frames, *grid).astype(np.uint16)
 
 
 def _per_frame(function, items: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from univla_jax.errors import UserError
+from univla_jax.inference.execution import Executor
 from univla_jax.inference.policy import Policy
 from univla_jax.serving import protocol
 from univla_jax.serving.contracts import ServerConfig
@@ -91,8 +92,9 @@ def warm(policy: Policy, max_batch: int, report: Callable[[str], None]) -> float
         rows = min(2 * rows, max_batch)
 
 
-def describe(policy: Policy) -> dict[str, Any]:
+def describe(executor: Executor) -> dict[str, Any]:
     """What a robot is told when it connects."""
+    policy = executor.policy
     trained, statistics = policy.trained, policy.statistics
     values = json.dumps(statistics.to_dict(), sort_keys=True)
     return {
@@ -102,6 +104,8 @@ def describe(policy: Policy) -> dict[str, Any]:
         "corpus": policy.corpus,
         "control_hz": float(trained.layout.corpora[policy.corpus].control_hz),
         "chunk": policy.chunk,
+        "execution": executor.execution.mode,
+        "actions_per_call": executor.steps,
         "action_dim": statistics.action_dim,
         "action_q01": list(statistics.q01),
         "action_q99": list(statistics.q99),
@@ -115,7 +119,7 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 async def serve(
-    policy: Policy,
+    executor: Executor,
     config: ServerConfig,
     tls: ssl.SSLContext | None,
     report: Callable[[str], None],
@@ -125,7 +129,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = PolicyServer(policy, config, metadata=describe(policy), tls=tls)
+    server = PolicyServer(executor, config, metadata=describe(executor), tls=tls)
     scheme = "wss" if tls else "ws"
 
     def ready() -> None:
