@@ -12,7 +12,7 @@ class ScriptedContinuer:
         self._answers, self._allowed = list(answers), set(allowed.tolist())
         self.prompts = []
 
-    def answer(self, prompts, memories, *, stopwatch):
+    def answer(self, prompts, memories, *, copied, stopwatch):
         self.prompts.append(list(prompts))
         answers = [np.asarray(ids) for ids in self._answers.pop(0)]
         assert all(set(ids.tolist()) <= self._allowed for ids in answers)

@@ -96,6 +96,20 @@ def test_a_batch_gives_what_each_robot_gets_alone(trained):
     assert all(len(s.history.turns) == 2 for s in sessions)
 
 
+def test_drafts_change_no_action(trained):
+    """Three calls of two robots, guessed from their last chunks."""
+    plain = Policy(trained, rows=2, max_new_tokens=9)
+    drafting = Policy(trained, rows=2, max_new_tokens=9, draft=3)
+    sessions = {id(p): [p.start(), p.start()] for p in (plain, drafting)}
+    for step in range(3):
+        seen = [_observation(step), _observation(step + 9, "touch green")]
+        for policy in (plain, drafting):
+            policy.act(seen, sessions[id(policy)])
+        for a, b in zip(sessions[id(plain)], sessions[id(drafting)]):
+            np.testing.assert_array_equal(a.last_ids, b.last_ids)
+            assert a.invalid == b.invalid
+
+
 def test_more_observations_than_rows_are_split(trained):
     policy = _scripted(trained, [[_ids(trained, _chunk(i)) for i in (0, 1)]] * 2)
     policy._rows = 2

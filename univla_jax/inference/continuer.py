@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from univla_jax.errors import UserError
 from univla_jax.inference.buckets import length_bucket, row_bucket
 from univla_jax.inference.choosing import GREEDY, Sampling
 from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
@@ -53,6 +54,8 @@ class Rules:
       sampling: how.
       grammar: int32 [max_new_tokens], the only id that may stand at each place, negative where any
         allowed one may; None for no form.
+      draft: tokens read per step when guessing ahead (``drafting.py``), 0 for one at a time; only
+        for greedy choice without a grammar.
     """
 
     allowed: np.ndarray
@@ -60,6 +63,12 @@ class Rules:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     grammar: np.ndarray | None = None
+    draft: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for drafts that could not be verified."""
+        if self.draft and (not self.sampling.greedy or self.grammar is not None):
+            raise UserError("drafts need greedy choice without a grammar; set draft=0")
 
 
 class Continuer:
@@ -89,7 +98,7 @@ class Continuer:
         self.rules = rules
         self._sampler, self._rows = sampler, rows
         self._lengths = sorted({length_bucket(n) for n in lengths})
-        room = max(rules.max_new_tokens, _ROUNDING)
+        room = max(rules.max_new_tokens + rules.draft, _ROUNDING)
         self._slots = length_bucket(self._lengths[-1] + room)
 
     def bucket(self, length: int) -> int:
@@ -101,6 +110,7 @@ class Continuer:
         prompts: Sequence[np.ndarray],
         memories: Sequence[Memory | None],
         *,
+        copied: Sequence[np.ndarray] | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> list[tuple[np.ndarray, Memory]]:
         """Continues every prompt.
@@ -108,6 +118,7 @@ class Continuer:
         Args:
           prompts: int32 [n] each.
           memories: what is left of the call before, consumed; None where there is nothing.
+          copied: per prompt what drafts are copied from, int32 [h]; nothing by default.
           stopwatch: gets the parts ``read`` and ``write``.
 
         Returns:
@@ -119,7 +130,7 @@ class Continuer:
             state = self._read(prompts, memories)
             results.append(state.rows)
         with stopwatch.part("write") as results:
-            generated, state = self._write(state, len(prompts))
+            generated, state = self._write(state, len(prompts), copied or [])
             results.append(generated.tokens)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
@@ -176,18 +187,28 @@ class Continuer:
             return states[0]
         return self._merge(states, list(groups.values()), len(prompts))
 
-    def _write(self, state: DecodeState, count: int) -> tuple[Generated, DecodeState]:
+    def _write(
+        self, state: DecodeState, count: int, copied: Sequence[np.ndarray] = ()
+    ) -> tuple[Generated, DecodeState]:
         """Continues the first ``count`` rows."""
-        return self._sampler.generate(
-            state,
-            max_new_tokens=self.rules.max_new_tokens,
-            allowed=self.rules.allowed,
-            stop_id=self.rules.stop_id,
-            sampling=self.rules.sampling,
-            grammar=self.rules.grammar,
-            active=np.arange(len(state.rows.pending)) < count,
-            window=self._window(state),
-        )
+        rules, rows = self.rules, len(state.rows.pending)
+        settings = {
+            "max_new_tokens": rules.max_new_tokens,
+            "allowed": rules.allowed,
+            "stop_id": rules.stop_id,
+            "active": np.arange(rows) < count,
+            "window": self._window(state),
+        }
+        if not rules.draft:
+            return self._sampler.generate(
+                state, sampling=rules.sampling, grammar=rules.grammar, **settings
+            )
+        held = np.full((rows, rules.max_new_tokens), NOTHING, np.int32)
+        for row, ids in zip(held, copied):
+            row[: len(ids)] = ids[: len(row)]
+        settings |= {"copied": held, "block": rules.draft}
+        generated, state, _ = self._sampler.generate_drafted(state, **settings)
+        return generated, state
 
     def _read_group(
         self,

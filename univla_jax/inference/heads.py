@@ -86,6 +86,7 @@ class TokenHead:
         chunk: tuple[int, int],
         *,
         max_new_tokens: int | None = None,
+        draft: int = 0,
     ) -> None:
         """Takes the tokenizer of a checkpoint.
 
@@ -94,6 +95,8 @@ class TokenHead:
           chunk: T and A.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs. Bins always have their own number.
+          draft: tokens read per step when guessing from the chunk before, 0 for one at a time; of
+            no use to bins.
         """
         vocabulary, tokenizer = trained.assets.vocabulary, trained.assets.require("action")
         self._vocabulary, self._tokenizer, self._chunk = vocabulary, tokenizer, chunk
@@ -104,7 +107,8 @@ class TokenHead:
             self.rules = Rules(codes[1:], vocabulary.eoa, longest, grammar=form)
         else:
             allowed = np.append(codes, vocabulary.eoa)
-            self.rules = Rules(allowed, vocabulary.eoa, max_new_tokens or longest)
+            count = max_new_tokens or longest
+            self.rules = Rules(allowed, vocabulary.eoa, count, draft=draft)
         self._sampler = Sampler(trained.model, trained.params)
 
     def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
@@ -118,7 +122,8 @@ class TokenHead:
         memories = [session.memory for session in sessions]
         for session in sessions:
             session.memory = None  # the call consumes it
-        answers = self.continuer.answer(prompts, memories, stopwatch=stopwatch)
+        before = [session.last_ids for session in sessions]
+        answers = self.continuer.answer(prompts, memories, copied=before, stopwatch=stopwatch)
         return [HeadAnswer(self.decode(ids), ids, memory) for ids, memory in answers]
 
     def decode(self, ids: np.ndarray) -> DecodedActions:

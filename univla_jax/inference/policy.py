@@ -11,20 +11,19 @@ Axes: B robots, T steps of a chunk, A action dimensions, R ids that may be gener
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import pathlib
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.buckets import row_bucket
 from univla_jax.inference.heads import ActionHead, TokenHead
+from univla_jax.inference.int8 import quantised
 from univla_jax.inference.observations import ObservationEncoder
-from univla_jax.inference.session import Session
+from univla_jax.inference.session import Holders, Session
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.inference.trained import TrainedModel
 from univla_jax.sequences.history import History, closed
@@ -32,7 +31,8 @@ from univla_jax.sequences.prompts import opening, turn_prompt
 from univla_jax.tokenizers.decoded import DecodedActions
 
 _LAYOUTS = ("policy_video", "policy_image")
-_AHEAD, _AHEAD_ROWS = 1024, 8  # sessions whose next prompt can be begun; together at most
+_AHEAD_ROWS = 8  # sessions whose next prompts are begun together at most
+_MEMORIES = 64
 _USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have room for
 
 
@@ -53,6 +53,8 @@ class Policy:
         corpus: str | None = None,
         rows: int | None = None,
         max_new_tokens: int | None = None,
+        draft: int = 0,
+        memories: int = _MEMORIES,
         head: ActionHead | None = None,
     ) -> None:
         """Prepares a loaded model; see ``load``.
@@ -64,13 +66,13 @@ class Policy:
         assets, layout = trained.assets, trained.layout
         self.trained = trained
         self.corpus = layout.corpus(corpus)
-        self.statistics = _statistics(trained, self.corpus)
+        self.statistics = trained.statistics(self.corpus)
         self._encoder = ObservationEncoder(assets, layout, self.corpus)
         self._rows = rows
         shape = self.chunk, self.statistics.action_dim
-        self.head = head or TokenHead(trained, shape, max_new_tokens=max_new_tokens)
+        self.head = head or TokenHead(trained, shape, max_new_tokens=max_new_tokens, draft=draft)
         self.head.prepare(self._lengths(), rows)
-        self._ahead: collections.deque[weakref.ref[Session]] = collections.deque(maxlen=_AHEAD)
+        self._holders = Holders(memories)
 
     @classmethod
     def load(
@@ -82,6 +84,9 @@ class Policy:
         corpus: str | None = None,
         rows: int | None = None,
         max_new_tokens: int | None = None,
+        draft: int = 0,
+        memories: int = _MEMORIES,
+        int8: bool = False,
     ) -> Policy:
         """Loads a checkpoint folder and nothing else.
 
@@ -94,13 +99,27 @@ class Policy:
             is split. By default the number of observations, rounded up to a bucket.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
+          draft: tokens read per step when guessing from the chunk before; 0 for one at a time.
+            The actions are the same.
+          memories: sessions whose caches are kept between calls, each as large as the cache of a
+            whole prompt; the others read their prompts anew.
+          int8: weights of eight bits (``int8.py``); the actions are nearly the same.
 
         Raises:
           UserError: no complete checkpoint, changed or missing assets, a checkpoint that is no
             policy, or several corpora and none named.
         """
         trained = TrainedModel.load(checkpoint, untrained=untrained, seed=seed)
-        return cls(trained, corpus=corpus, rows=rows, max_new_tokens=max_new_tokens)
+        if int8:
+            trained = dataclasses.replace(trained, params=quantised(trained.params))
+        return cls(
+            trained,
+            corpus=corpus,
+            rows=rows,
+            max_new_tokens=max_new_tokens,
+            draft=draft,
+            memories=memories,
+        )
 
     @property
     def chunk(self) -> int:
@@ -186,11 +205,7 @@ class Policy:
         Returns:
           whether there was anything to do.
         """
-        sessions: list[Session] = []
-        while self._ahead and len(sessions) < (self._rows or _AHEAD_ROWS):
-            session = self._ahead.popleft()()
-            if session is not None and session not in sessions:
-                sessions.append(session)
+        sessions = self._holders.take(self._rows or _AHEAD_ROWS)
         prefixes = [self._prefix(session) for session in sessions]
         wanted = [
             (session, prefix)
@@ -229,7 +244,7 @@ class Policy:
             history = histories[i].act(closed(lexicon.vocabulary, answer.ids))
             session.keep(observations[i].instruction, history, chunk, answer.memory)
             chunks.append(chunk)
-        self._ahead.extend(weakref.ref(session) for session in sessions)
+        self._holders.called(sessions)
         return chunks
 
     def _chunk(self, decoded: DecodedActions, last_action: np.ndarray | None) -> ActionChunk:
@@ -239,14 +254,15 @@ class Policy:
         actions = no_motion(self.chunk, self.statistics.action_dim, last_action)
         return ActionChunk(actions, valid=False, reason=decoded.reason)
 
-    def _lengths(self) -> tuple[int, int]:
-        """New tokens of the usual calls: one observation, and a whole prompt."""
+    def _lengths(self) -> tuple[int, int, int]:
+        """New tokens of the usual calls: one observation, with an instruction, a whole prompt."""
         layout, window = self.trained.layout, self.start().history.window
         grids = layout.corpora[self.corpus].grids
         codes = [np.zeros((1, *grids[view]), np.int32) for view in layout.views]
         turn = len(turn_prompt(self.trained.lexicon, codes))
         longest = _USUAL_OPENING + window * turn + (window - 1) * _action_tokens(self.head)
-        return turn + 1, min(longest, max(layout.sequence_length, turn + 1))
+        first = _USUAL_OPENING + turn
+        return turn + 1, first, max(first, min(longest, layout.sequence_length))
 
     def _check_instruction(self, instruction: str, name: str) -> None:
         longest = self.trained.layout.sequence_length
@@ -277,13 +293,3 @@ def no_motion(steps: int, action_dim: int, last_action: np.ndarray | None) -> np
     if last_action is not None:
         actions[:, -1] = last_action[-1]
     return actions
-
-
-def _statistics(trained: TrainedModel, corpus: str) -> ActionStatistics:
-    known = trained.assets.statistics
-    if corpus not in known:
-        raise UserError(
-            f"{trained.folder}: the assets hold no action statistics of corpus {corpus!r}, only "
-            f"of {', '.join(sorted(known)) or 'none'}"
-        )
-    return known[corpus]

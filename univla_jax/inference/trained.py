@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 
 from univla_jax import config as strict
+from univla_jax.data.actions import ActionStatistics
 from univla_jax.errors import UserError
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.presets import DecoderConfig
@@ -137,6 +138,20 @@ class TrainedModel:
     def lexicon(self) -> Lexicon:
         """Words to token ids."""
         return Lexicon(self.assets.vocabulary, self.assets.text)
+
+    def statistics(self, corpus: str) -> ActionStatistics:
+        """Of a corpus' actions.
+
+        Raises:
+          UserError: the assets hold none of it.
+        """
+        known = self.assets.statistics
+        if corpus not in known:
+            raise UserError(
+                f"{self.folder}: the assets hold no action statistics of corpus {corpus!r}, only "
+                f"of {', '.join(sorted(known)) or 'none'}"
+            )
+        return known[corpus]
 
     def require_layout(self, wanted: tuple[str, ...], purpose: str) -> None:
         """Raises UserError unless the model was trained on one of the layouts ``wanted``."""
