@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 
+import msgpack
 import numpy as np
 import pytest
 import trustme
@@ -77,6 +78,7 @@ def test_frames_that_cannot_be_read_end_their_connection_only():
     with running(CountingPolicy(), max_message_bytes=2000) as server, server.connect() as good:
         for frame, code, error in (
             (b"\xc1", 1007, "no msgpack message"),
+            (msgpack.packb({b"__npgeneric__": 1, b"data": 1, b"dtype": "ü" * 9}), 1007, "dtype"),
             ("text", 1003, "expected a binary msgpack frame"),
             (b"\0" * 3000, 1009, None),
         ):
@@ -145,7 +147,11 @@ def test_a_full_queue_refuses_and_the_robot_may_try_again():
 
 def test_only_robots_with_the_key_get_in():
     with running(CountingPolicy(), api_key="geheim") as server:
-        for headers in ({}, {"Authorization": "Api-Key other"}, {"Authorization": "geheim"}):
+        for headers in (
+            {},
+            {"Authorization": "Api-Key other"},
+            {"Authorization": "Api-Key gehe\xefm"},
+        ):
             with pytest.raises(exceptions.InvalidStatus, match="401"):
                 server.connect(additional_headers=headers)
             with pytest.raises(urllib.error.HTTPError, match="401"):

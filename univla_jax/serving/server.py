@@ -34,6 +34,7 @@ from univla_jax.serving.contracts import Served, ServerConfig
 from univla_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
 
 _log = logging.getLogger(__name__)
+_LONGEST_REASON = 123  # bytes, by the protocol
 _NO_DATA, _UNREADABLE, _INTERNAL, _GOING_AWAY = 1003, 1007, 1011, 1001
 
 
@@ -175,7 +176,7 @@ class PolicyServer:
             return True
         given = ",".join(headers.get_all("Authorization"))
         expected = f"Api-Key {self._config.api_key}"
-        return hmac.compare_digest(given.encode(), expected.encode())
+        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
 
     async def _serve_robot(self, connection: ServerConnection) -> None:
         robot = _Robot(connection, self._policy.start())
@@ -257,7 +258,8 @@ class PolicyServer:
 
     async def _end(self, robot: _Robot, code: int, outcome: str, message: str) -> None:
         await self._refuse(robot, outcome, message)
-        await robot.connection.close(code, message[:100])
+        reason = message.encode("ascii", "replace")[:_LONGEST_REASON].decode()
+        await robot.connection.close(code, reason)
 
     async def _send(self, robot: _Robot, frame: str | bytes) -> None:
         """Sends, and cuts off a robot that does not read."""
