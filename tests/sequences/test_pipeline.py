@@ -176,11 +176,38 @@ def test_a_state_that_does_not_fit_is_refused(changes, sources, message):
         other.set_state(saved)
 
 
-def test_a_state_of_another_host_or_a_cut_one_is_refused():
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4), (4, 2)])
+def test_another_number_of_hosts_goes_on_from_the_same_place(before, after, packing):
+    config = small.config(**TWO, batch_size=4, packing=packing)
+
+    def hosts(count):
+        return [
+            training_batches(config, small.assets(), stores(), host=host, hosts=count)
+            for host in range(count)
+        ]
+
+    readers = hosts(before)
+    for reader in readers:
+        for _ in range(3):
+            reader.next()
+    saved = [reader.get_state() for reader in readers]
+    wanted = together([[reader.next() for _ in range(4)] for reader in readers])
+    others = hosts(after)
+    for reader in others:
+        reader.set_state(*saved)
+    assert_equal(together([[reader.next() for _ in range(4)] for reader in others]), wanted)
+    for reader in (*readers, *others):
+        reader.close()
+
+
+def test_a_state_without_this_hosts_rows_or_a_cut_one_is_refused():
     config = small.config(**TWO)
-    saved = training_batches(config, small.assets(), stores(), host=0, hosts=2).get_state()
+    first = training_batches(config, small.assets(), stores(), host=0, hosts=2)
+    first.next()
+    saved = first.get_state()
     other = training_batches(config, small.assets(), stores(), host=1, hosts=2)
-    with pytest.raises(UserError, match="host was 0, is 1"):
+    with pytest.raises(UserError, match="another number of hosts"):
         other.set_state(saved)
     with pytest.raises(UserError, match="not one of this pipeline"):
         other.set_state(saved[: len(saved) // 2])

@@ -117,6 +117,7 @@ def their_step(run: RunModel, weights: dict[str, np.ndarray], data: Batch) -> Ca
             rope_parameters={"rope_theta": decoder.rope_theta, "rope_type": "default"},
             rms_norm_eps=decoder.rms_eps,
             pad_token_id=decoder.pad_id,
+            attention_dropout=0.0,
             use_cache=False,
         )
     )
@@ -139,7 +140,7 @@ def their_step(run: RunModel, weights: dict[str, np.ndarray], data: Batch) -> Ca
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return once
 

@@ -72,7 +72,7 @@ def training_batches(
         )
         return iter(_batched(config, source, len(lanes)))
 
-    return BatchIterator(rows, _identity(config, assets, sources, host, hosts))
+    return BatchIterator(rows, lanes, _identity(config, assets, sources))
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> range:
@@ -95,15 +95,17 @@ class BatchIterator:
     def __init__(
         self,
         rows: Callable[[int, Sequence[int]], grain.DatasetIterator[Row]],
+        lanes: range,
         identity: dict[str, Any],
     ) -> None:
         """Starts before batch 0.
 
         Args:
           rows: (step, places of the lanes) -> iterator of stacked rows from that batch on.
+          lanes: rows of the global batch that this iterator yields.
           identity: JSON values of everything the place depends on.
         """
-        self._rows = rows
+        self._rows, self._lanes = rows, lanes
         self._step, self._places = 0, []
         self._open = [rows(0, [])]
         # Also runs at interpreter exit, before the modules that Grain needs for it are gone.
@@ -126,18 +128,44 @@ class BatchIterator:
 
     def get_state(self) -> bytes:
         """The place before the next batch, to be saved with the model's step."""
-        state = {"identity": self._identity, "step": self._step, "places": self._places}
+        places = dict(zip(map(str, self._lanes), self._places))
+        state = {"identity": self._identity, "step": self._step, "places": places}
         return json.dumps(state, sort_keys=True).encode()
 
-    def set_state(self, state: bytes) -> None:
+    def set_state(self, *states: bytes) -> None:
         """Goes to a saved place: the next batch is the one that followed it.
 
+        Args:
+          *states: of this host, or of all hosts where there were more or fewer of them: rows
+            belong to a place in the batch, whoever reads them.
+
         Raises:
-          UserError: the state was saved by other data, weights, hosts or layout.
+          UserError: a state was saved by other data, weights or layout, or lacks this host's rows.
         """
+        steps, places = set(), {}
+        for state in states:
+            step, known = self._parse(state)
+            steps.add(step)
+            places |= known
+        if len(steps) != 1:
+            raise UserError(f"saved data states of different steps: {sorted(steps)}")
+        (step,) = steps
+        missing = [lane for lane in self._lanes if str(lane) not in places]
+        if step and missing:
+            raise UserError(
+                f"saved data state: row {missing[0]} of the batch is missing; it was saved by "
+                "another number of hosts, whose states are needed together"
+            )
+        mine = [places[str(lane)] for lane in self._lanes] if step else []
+        _close_all(self._open)
+        self._open.append(self._rows(step, mine))
+        self._step, self._places = step, mine
+
+    def _parse(self, state: bytes) -> tuple[int, dict[str, int]]:
+        """Step and places by lane of one saved state."""
         try:
             saved = json.loads(state)
-            identity, step, places = saved["identity"], saved["step"], saved["places"]
+            identity, step, places = saved["identity"], saved["step"], dict(saved["places"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError("saved data state: not one of this pipeline, or cut off") from error
         differences = _differences(identity, self._identity)
@@ -146,9 +174,7 @@ class BatchIterator:
                 "saved data state does not fit this run: " + "; ".join(differences) + ". Use the "
                 "same values, or start in a new workdir"
             )
-        _close_all(self._open)
-        self._open.append(self._rows(step, places))
-        self._step, self._places = step, places
+        return step, places
 
     def close(self) -> None:
         """Stops worker processes and threads; the iterator cannot be used afterwards."""
@@ -190,8 +216,6 @@ def _identity(
     config: DataConfig,
     assets: Assets,
     sources: Sequence[EpisodeSource],
-    host: int,
-    hosts: int,
 ) -> dict[str, Any]:
     """Everything a saved place depends on."""
     values = dataclasses.asdict(config)
@@ -201,8 +225,6 @@ def _identity(
         "content of the stores": [source_fingerprint(source) for source in sources],
         "tokenizers": assets.tokenizer_fingerprints,
         "action statistics": {k: v.to_dict() for k, v in assets.statistics.items()},
-        "host": host,
-        "hosts": hosts,
     }
 
 

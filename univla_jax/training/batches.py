@@ -125,9 +125,9 @@ class GlobalBatches:
         """The position before the next batch."""
         return self._batches.get_state()
 
-    def set_state(self, state: bytes) -> None:
-        """Moves to a position that ``get_state`` returned."""
-        self._batches.set_state(state)
+    def set_state(self, *states: bytes) -> None:
+        """Moves to a position that ``get_state`` returned, here or on all processes together."""
+        self._batches.set_state(*states)
 
     def close(self) -> None:
         """Stops the threads and processes of the iterator inside."""

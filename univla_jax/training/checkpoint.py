@@ -132,14 +132,15 @@ class Checkpointer:
         Args:
           template: the state's structure as ``jax.ShapeDtypeStruct`` with shardings; arrays are
             read straight to the devices that hold them, whatever mesh they were saved from.
-          iterator: has ``set_state(bytes)``; None leaves positions unread.
+          iterator: has ``set_state(*states)``, which gets those of all processes that saved;
+            None leaves positions unread.
 
         Returns:
           the state, or None when there is no checkpoint.
 
         Raises:
-          UserError: the checkpoint holds another model or optimizer, was written by another number
-            of processes, or no checkpoint is readable.
+          UserError: the checkpoint holds another model or optimizer, lacks a position, or no
+            checkpoint is readable.
         """
         damaged, last_error = [], None
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -155,7 +156,7 @@ class Checkpointer:
                 damaged, last_error = [*damaged, folder], error
                 continue
             if iterator is not None:
-                iterator.set_state(_read_position(restored[ITERATOR]))
+                iterator.set_state(*_read_positions(restored[ITERATOR]))
             self._set_aside(damaged)
             return restored[STATE]
         if damaged:
@@ -216,15 +217,16 @@ def _save_position(iterator: Any) -> FilesSave:
     return FilesSave(lambda folder: _position_file(folder).write_bytes(position) and None)
 
 
-def _read_position(folder: pathlib.Path) -> bytes:
-    file = _position_file(folder)
-    if not file.is_file():
-        others = ", ".join(sorted(p.name for p in folder.iterdir()))
+def _read_positions(folder: pathlib.Path) -> list[bytes]:
+    """The positions of all processes that saved them, however many there are now."""
+    files = sorted(folder.glob("process_*_of_*.bin"))
+    if {file.stem.rpartition("_")[2] for file in files} != {str(len(files))}:
+        names = ", ".join(file.name for file in files) or "nothing"
         raise UserError(
-            f"{folder} has no {file.name} but {others}: the run was saved by another number of "
-            "processes; resume with that number"
+            f"{folder} holds {names}, which is not the position of every process that saved it; "
+            "restore the missing files, or use another checkpoint"
         )
-    return file.read_bytes()
+    return [file.read_bytes() for file in files]
 
 
 def _on_primary(write: Callable[[pathlib.Path], None]) -> FilesSave:

@@ -31,8 +31,8 @@ class DataIterator(Protocol):
     def get_state(self) -> bytes:
         """The position before the next batch."""
 
-    def set_state(self, state: bytes) -> None:
-        """Moves to a position that ``get_state`` returned."""
+    def set_state(self, *states: bytes) -> None:
+        """Moves to a position that ``get_state`` returned, here or on all processes together."""
 
 
 class Evaluation(Protocol):

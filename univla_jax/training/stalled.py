@@ -61,9 +61,9 @@ class WatchedBatches:
         """The position before the next batch."""
         return self._batches.get_state()
 
-    def set_state(self, state: bytes) -> None:
-        """Moves to a position that ``get_state`` returned."""
-        self._batches.set_state(state)
+    def set_state(self, *states: bytes) -> None:
+        """Moves to a position that ``get_state`` returned, here or on all processes together."""
+        self._batches.set_state(*states)
 
     def close(self) -> None:
         """Closes the iterator inside."""
