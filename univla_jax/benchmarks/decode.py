@@ -22,6 +22,7 @@ from absl import flags, logging
 from univla_jax import commands
 from univla_jax.benchmarks import decode_cases as cases
 from univla_jax.benchmarks.clocks import Spent, best, copy_bandwidth, timed
+from univla_jax.errors import UserError
 from univla_jax.evaluation.text_table import columns
 from univla_jax.inference import int8
 from univla_jax.inference.sampler import Sampler
@@ -31,6 +32,7 @@ PROMPT = flags.DEFINE_integer("prompt", 1300, "prompt tokens")
 COUNT = flags.DEFINE_integer("count", 50, "new tokens")
 REPEATS = flags.DEFINE_integer("repeats", 3, "how often everything is timed")
 REFERENCE = flags.DEFINE_bool("reference", True, "whether transformers runs too")
+PARTS = flags.DEFINE_list("parts", ["decode", "reuse", "options"], "what is measured")
 JSON = commands.string_flag("json", "also writes the figures here", required=False)
 
 _FRAMES, _CODES, _ROWS = 6, 64, 4
@@ -169,8 +171,11 @@ def main(argv: list[str]) -> None:
         "reuse": lambda: reuse(problem),
         "options": lambda: options(problem, REPEATS.value),
     }
-    for part, work in parts.items():
-        report[part] = work()
+    unknown = sorted(set(PARTS.value) - set(parts))
+    if unknown:
+        raise UserError(f"--parts: {unknown[0]!r}, expected some of {', '.join(parts)}")
+    for part in PARTS.value:
+        report[part] = parts[part]()
         rows = [[name, _shown(value)] for name, value in report[part].items()]
         print(columns([[part, ""], *rows]), flush=True)
     if JSON.value:
