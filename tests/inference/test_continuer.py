@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.decoders import tiny_decoder
+from univla_jax.errors import UserError
+from univla_jax.inference.choosing import Sampling
 from univla_jax.inference.continuer import Continuer, Rules
 from univla_jax.inference.sampler import Sampler
 
@@ -126,3 +128,10 @@ def test_warm_leaves_nothing_to_compile(sampler, continuer):
         ((ids, memory),) = continuer.answer([prompt], [memory])
         prompt = _grown(prompt, ids, _ids(rng, 15))
     assert sizes() == before
+
+
+def test_drafts_that_could_not_be_verified_are_refused():
+    with pytest.raises(UserError, match="drafts need greedy choice without a grammar"):
+        Rules(RULES.allowed, STOP, 6, grammar=np.full(6, -1), draft=2)
+    with pytest.raises(UserError, match="drafts need greedy choice"):
+        Rules(RULES.allowed, STOP, 6, sampling=Sampling(1.0), draft=2)
