@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -140,6 +142,40 @@ def test_views_may_be_left_out(source, tmp_path):
     tokenize(config, source, tmp_path, MeanTokenizer())
     assert list(TokenStore(tmp_path / "train")[0].codes) == ["image"]
     assert dataclasses.asdict(config)["min_frames"] is None
+
+
+ONE_BY_ONE = make_config(splits={"train": "train"}, episodes_per_shard=1)
+
+
+class SlowTokenizer(MeanTokenizer):
+    def encode_frames(self, frames):
+        time.sleep(0.005)
+        return super().encode_frames(frames)
+
+
+def tokenize_slowly(source, out):
+    corpora.CORPORA["blocks"] = CORPUS
+    tokenize(ONE_BY_ONE, source, out, SlowTokenizer())
+
+
+def test_killed_at_twenty_random_moments_it_comes_out_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(corpora.CORPORA, "blocks", CORPUS)
+    episodes = [make_episode(i) for i in range(60)]
+    source = write_rlds(tmp_path, "blocks", "1.0.0", {"train": episodes}, progress=False)
+    tokenize(ONE_BY_ONE, source, tmp_path / "whole", MeanTokenizer())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tensorflow_datasets"])
+    rng, stages = np.random.default_rng(0), set()
+    for _ in range(20):
+        process = context.Process(target=tokenize_slowly, args=(source, tmp_path / "killed"))
+        process.start()
+        time.sleep(rng.uniform(0.1, 0.9))
+        process.kill()
+        process.join()
+        stages.add(len(list((tmp_path / "killed").rglob("*.json"))))
+    assert len(stages) > 5  # the kills fell into different stages of the work
+    tokenize(ONE_BY_ONE, source, tmp_path / "killed", MeanTokenizer())
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_processes_share_the_shards(source, tmp_path):
