@@ -40,7 +40,7 @@ setup(
         "grain>=0.2.10",
         "gymnasium>=1.0",
         "imageio>=2.34",
-        "jax>=0.6",
+        "jax>=0.10",
         "matplotlib>=3.8",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5",

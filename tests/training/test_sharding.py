@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
@@ -121,3 +122,38 @@ def test_global_batches_keep_position_and_values():
     assert wrapped.get_state() == b"\x03"
     wrapped.set_state(b"\x07")
     assert source.position == 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device by number and process, and the rows it holds."""
+
+    number: int
+    process_index: int
+    rows: tuple[int, int]
+
+
+def _row_sharding(*held: tuple[int, int, int]):
+    """A sharding by ``(process, first row, end)`` of each device."""
+    devices = [Device(i, process, (begin, end)) for i, (process, begin, end) in enumerate(held)]
+    rows = {device: (slice(*device.rows),) for device in devices}
+    return types.SimpleNamespace(devices_indices_map=lambda shape: rows)
+
+
+@pytest.mark.parametrize(
+    ("held", "share"),
+    [
+        ([(0, 0, 4), (0, 4, 8)], (0, 1)),
+        ([(1, 0, 4), (0, 4, 8)], (1, 2)),
+        # two processes hold the same rows: they split heads or the sequence
+        ([(0, 4, 8), (1, 4, 8), (2, 0, 4), (3, 0, 4)], (1, 2)),
+    ],
+)
+def test_which_rows_a_process_reads(held, share):
+    found = batches.RowShare.of(_row_sharding(*held), 8)
+    assert (found.index, found.count) == share
+
+
+def test_rows_shared_by_halves_are_refused():
+    with pytest.raises(UserError, match="share a part of their rows"):
+        batches.RowShare.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), 8)
