@@ -21,6 +21,8 @@ TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "tru
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 VIDEO = ["av>=12"]
 LEROBOT = [*VIDEO, "pyarrow>=16"]
+# Physics and scores move with MuJoCo's version; hf-libero 0.1.4 takes 3.0 to 3.8.
+LIBERO = ["torch==2.13.0", "hf-libero==0.1.4"]
 PARITY = ["torch==2.13.0", "transformers>=5"]
 
 setup(
@@ -71,5 +73,6 @@ setup(
         "wandb": ["wandb>=0.18"],
         "video": VIDEO,
         "lerobot": LEROBOT,
+        "libero": LIBERO,
     },
 )

@@ -27,7 +27,7 @@ RANKS = {
     "planning": 8,
 }
 COMMAND_RANK = 9
-FOREIGN = {"torch", "transformers", "tensorflow", "lerobot"}
+FOREIGN = {"torch", "transformers", "tensorflow", "lerobot", "libero", "robosuite", "mujoco"}
 
 
 def imported_modules(path: pathlib.Path, *, top_level: bool = False) -> set[str]:

@@ -12,6 +12,7 @@ In a command module::
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
@@ -74,7 +75,7 @@ def string_flag(
     return holder
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
+def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
     """Parses the flags, runs ``main(argv)`` and leaves the process.
 
     A ``UserError``, a flag that does not parse, a missing config file and an override of a key
@@ -83,10 +84,12 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     Args:
       main: gets the command line without its flags; its result becomes the exit status.
+      arguments: the most that may stand on the command line beside the flags.
     """
     if _CONFIG in _defaults and _config_argument(sys.argv) is None:
         sys.argv[1:1] = [f"--{_CONFIG}={_defaults[_CONFIG]}"]
-    app.run(_guarded(main), flags_parser=_guarded(_parse))
+    parse = functools.partial(_parse, arguments=arguments)
+    app.run(_guarded(main), flags_parser=_guarded(parse))
 
 
 def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
@@ -102,7 +105,7 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
     return call
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], arguments: int) -> list[str]:
     """Parses all flags; raises UserError for whatever the person can mend."""
     argument = _config_argument(argv)
     if argument is not None:
@@ -118,8 +121,10 @@ def _parse(argv: list[str]) -> list[str]:
         if argument is not None:
             _check_overrides(argument, argv)
         raise
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    if len(rest) > 1 + arguments:
+        raise UserError(
+            f"unexpected argument {rest[1 + arguments]!r}; options are written --name=value"
+        )
     if argument is not None:
         _check_loaded(flags.FLAGS[_CONFIG].value)
     return rest

@@ -2,27 +2,60 @@
 
     python -m univla_jax.evaluate --config=configs/quickstart.py:evaluate \\
         --checkpoint=WORKDIR --out=FOLDER
+    python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --checkpoint=WORKDIR \\
+        --episodes_per_task=50 --workers=4 --out=FOLDER
+    python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --policy=ws://host:8000 \\
+        --out=FOLDER
+    python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B
 
-``FOLDER`` gets ``report.json``, ``episodes.jsonl`` (a line per episode, written at once),
-``calls.jsonl`` and ``rollouts.gif``. Killed at any moment and started again, the command goes on
-with the missing episodes; finished, it says so.
+The first scores on the embedded tabletop; ``FOLDER`` gets ``report.json``, ``episodes.jsonl`` (a
+line per episode, written at once), ``calls.jsonl`` and ``rollouts.gif``. Killed at any moment and
+started again, the command goes on with the missing episodes; finished, it says so.
+
+Real benchmarks (``--benchmark=libero``, ``calvin`` or ``simpler``; ``--assets`` is the folder of
+LIBERO's assets or of CALVIN's data set) leave
+``report.json``, ``report.html``, ``episodes.jsonl``, ``films/`` and more, see
+``evaluation/campaign.py``. ``--policy=zero`` and ``--policy=random`` are baselines.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from absl import logging
+from absl import flags, logging
 
 from univla_jax import commands
 from univla_jax import config as strict
-from univla_jax.evaluation import study
+from univla_jax.errors import UserError
+from univla_jax.evaluation import calvin, libero, score, simpler, study
+from univla_jax.evaluation.campaign import Effort
+from univla_jax.evaluation.simulators import Benchmark
 from univla_jax.evaluation.study import EvaluateConfig
 from univla_jax.evaluation.text_table import columns
 
-CONFIG = commands.config_flag()
-CHECKPOINT = commands.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
-OUT = commands.string_flag("out", "folder for the results")
+CONFIG = commands.config_flag(required=False)
+CHECKPOINT = commands.string_flag(
+    "checkpoint", "policy checkpoint, or the workdir of its training", required=False
+)
+OUT = commands.string_flag("out", "folder for the results", required=False)
+BENCHMARK = flags.DEFINE_enum(
+    "benchmark", None, ["libero", "calvin", "simpler"], "a real benchmark"
+)
+POLICY = commands.string_flag(
+    "policy", "instead of --checkpoint: ws://host:port, zero or random", required=False
+)
+CORPUS = commands.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
+SUITE = commands.string_flag("suite", "suite of LIBERO", default="libero_goal")
+TASKS = flags.DEFINE_list("tasks", [], "numbers of tasks in the suite; all by default")
+EPISODES = flags.DEFINE_integer(
+    "episodes_per_task", None, "initial states of each task (CALVIN: chains); all by default"
+)
+EXECUTE = flags.DEFINE_integer("execute", 0, "actions executed of each chunk; 0 for all")
+ASSETS = commands.string_flag("assets", "the simulator's assets or data set", required=False)
+WORKERS = flags.DEFINE_integer("workers", 1, "simulators at once")
+HANG_SECONDS = flags.DEFINE_float("hang_seconds", 600.0, "a simulator silent for so long restarts")
+FILMS = flags.DEFINE_integer("films", 1, "episodes of each task that are filmed")
+COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -50,10 +83,55 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def main(argv: list[str]) -> None:
-    """Runs the command."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
+def benchmark_table(report: dict[str, Any]) -> str:
+    """The report of a real benchmark in a few lines."""
+    rows = [["task", "success", "95 %", "episodes"]]
+    for task in [*report["tasks"], {"task": "all", **report["success"]}]:
+        interval = f"{_percent(task['low'])} - {_percent(task['high'])}"
+        rows.append([task["task"], _percent(task["rate"]), interval, str(task["episodes"])])
+    return columns(rows)
+
+
+def comparison_table(found: dict[str, Any]) -> str:
+    """Two reports beside each other, and what differs between their protocols."""
+    rows = [["task", "A", "B"]] + [[n, _percent(a), _percent(b)] for n, a, b in found["tasks"]]
+    interval = f"{_percent(found['low'])} - {_percent(found['high'])}"
+    lines = [columns(rows), f"B - A: {_percent(found['difference'])} points (95 %: {interval})"]
+    return "\n".join(lines + [f"{k}: {a!r} | {b!r}" for k, (a, b) in found["differs"].items()])
+
+
+def _benchmark() -> Benchmark:
+    number = {} if EPISODES.value is None else {"episodes_per_task": EPISODES.value}
+    execute = {"execute": EXECUTE.value}
+    if BENCHMARK.value == "libero":
+        rules = libero.protocol(SUITE.value, **number, **execute)
+        return libero.benchmark(rules, tasks=_tasks(), assets=ASSETS.value)
+    if BENCHMARK.value == "calvin":
+        chains = {"sequences": EPISODES.value} if number else {}
+        return calvin.benchmark(calvin.CalvinProtocol(**chains, **execute), dataset=ASSETS.value)
+    return simpler.benchmark(simpler.SimplerProtocol(**number, **execute))
+
+
+def _tasks() -> tuple[int, ...]:
+    try:
+        return tuple(int(task) for task in TASKS.value)
+    except ValueError as error:
+        raise UserError(f"--tasks: {','.join(TASKS.value)!r}, expected numbers") from error
+
+
+def _run_benchmark() -> None:
+    policy = POLICY.value or CHECKPOINT.value
+    _require(policy, "--checkpoint=... or --policy=...")
+    effort = Effort(WORKERS.value, HANG_SECONDS.value, FILMS.value)
+    report = score.score(_benchmark(), policy, OUT.value, effort, corpus=CORPUS.value)
+    print(benchmark_table(report))
+    print(" ".join(f"{key} {value}" for key, value in sorted(report["throughput"].items())))
+    print(f"{OUT.value}/{score.REPORT}\n{OUT.value}/{score.PAGE}")
+
+
+def _run_tabletop() -> None:
+    _require(CONFIG.value, "--config=FILE.py[:NAME], or --benchmark=...")
+    _require(CHECKPOINT.value, "--checkpoint=..., the policy checkpoint")
     config = strict.build(EvaluateConfig, CONFIG.value.to_dict())
     was_finished = study.finished(OUT.value)
     report = study.evaluate(config, CHECKPOINT.value, OUT.value)
@@ -65,5 +143,25 @@ def main(argv: list[str]) -> None:
     print(f"{OUT.value}/{study.REPORT}\n{OUT.value}/{study.FILM}")
 
 
+def _require(value: object, what: str) -> None:
+    if value is None:
+        raise UserError(f"missing; give {what}")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    logging.set_verbosity(logging.WARNING)
+    if COMPARE.value:
+        if len(argv) != 3:
+            raise UserError("--compare takes two folders of results: --compare A B")
+        print(comparison_table(score.compare(*argv[1:])))
+        return
+    _require(OUT.value, "--out=..., the folder for the results")
+    if BENCHMARK.value:
+        _run_benchmark()
+    else:
+        _run_tabletop()
+
+
 if __name__ == "__main__":
-    commands.run(main)
+    commands.run(main, arguments=2)

@@ -33,10 +33,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
       path: file to write or replace; its folder must exist.
       value: anything ``json`` takes.
     """
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file in UTF-8, as ``write_json`` does."""
     partial = partial_name(path)
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

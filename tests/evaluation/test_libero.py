@@ -1,0 +1,177 @@
+"""LIBERO's protocol, choice by choice, against a package that only notes what is done to it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.evaluation import fake_libero
+from univla_jax.data.actions import ActionStatistics
+from univla_jax.errors import UserError
+from univla_jax.evaluation import libero, score
+from univla_jax.evaluation.campaign import EPISODES, Effort
+from univla_jax.evaluation.simulators import Job, Turn
+from univla_jax.tokenizers.image import ImageSpec
+
+OPEN = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    """The fake package is importable, and nobody has a config."""
+    folder = fake_libero.write(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    _forget()
+    yield folder
+    _forget()
+
+
+def _forget():
+    importlib.invalidate_caches()
+    for name in [name for name in sys.modules if name.split(".")[0] == "libero"]:
+        del sys.modules[name]
+
+
+def _simulator(assets, **changes):
+    simulator = libero.LiberoSimulator(libero.protocol("libero_goal", **changes), str(assets))
+    envs = importlib.import_module("libero.libero.envs")
+    return simulator, envs.LOG
+
+
+def test_an_episode_begins_as_published(assets):
+    simulator, log = _simulator(assets)
+    simulator.reset(Job(3, 7))
+    begin = [("open", "task_3.bddl", 256, 256), ("seed", 0), ("reset",), ("state", 37)]
+    assert log == [*begin, *[("step", *OPEN)] * 10]
+    simulator.reset(Job(3, 8))
+    assert log[14:18] == [("seed", 0), ("reset",), ("state", 38), ("step", *OPEN)]
+    simulator.reset(Job(4, 0))
+    assert log[27:29] == [("close",), ("open", "task_4.bddl", 256, 256)]
+
+
+def test_both_views_are_rotated_by_180_degrees(assets):
+    simulator, _ = _simulator(assets)
+    simulator.reset(Job(0, 0))
+    seen = simulator.observe()
+    assert seen.instruction == "close drawer 0" and set(seen.frames) == {"image", "wrist_image"}
+    for frame in seen.frames.values():
+        assert frame.shape == (256, 256, 3) and frame[-1, -1].tolist() == [10, 20, 30]
+    assert seen.frames["wrist_image"][-1, -2].tolist() == [200] * 3
+    expected = [0.1, 0.2, 0.3, 0, 0, np.pi, 0.04, -0.04]
+    np.testing.assert_allclose(seen.state, expected, atol=1e-6)
+    flipped, _ = _simulator(assets, rotate_180=False)
+    flipped.reset(Job(0, 0))
+    assert flipped.observe().frames["image"][0, 0].tolist() == [10, 20, 30]
+
+
+def test_the_gripper_closes_above_zero(assets):
+    simulator, log = _simulator(assets)
+    simulator.reset(Job(0, 0))
+    turns = [simulator.step(np.array([0.5, 0, 0, 0, 0, 0, g])) for g in (0.1, 0.0, -0.3, 2, 0.01)]
+    assert [entry[-1] for entry in log[-5:]] == [1, -1, -1, 1, 1]
+    assert log[-1][1] == 0.5
+    assert turns == [Turn.GOES_ON] * 4 + [Turn.ENDED] and simulator.result()["success"]
+    raw, log = _simulator(assets, gripper="raw")
+    raw.reset(Job(0, 0))
+    raw.step(np.full(7, 0.25))
+    assert log[-1][-1] == 0.25
+
+
+def test_an_episode_fails_after_its_steps_wait_not_counted(assets):
+    simulator, _ = _simulator(assets)
+    simulator.reset(Job(0, 1))
+    turns = [simulator.step(np.array(OPEN)) for _ in range(300)]
+    assert turns[:-1] == [Turn.GOES_ON] * 299 and turns[-1] is Turn.ENDED
+    assert simulator.result() == {
+        "task": "close_drawer_0",
+        "instruction": "close drawer 0",
+        "initial_state": 1,
+        "success": False,
+        "steps": 300,
+    }
+
+
+def test_the_step_limits_are_published_ones():
+    limits = {suite: libero.protocol(suite).max_steps for suite in libero.MAX_STEPS}
+    assert list(limits.values()) == [220, 280, 300, 520, 400]
+
+
+def test_frames_are_resized_as_in_training():
+    frame = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    spec = ImageSpec(size=(200, 200), jpeg_quality_train=75)
+    resized = np.asarray(spec.resize(frame))[0]
+    picture = Image.fromarray(frame[0])
+    assert np.array_equal(resized, picture.resize((200, 200), Image.Resampling.BICUBIC))
+    assert not np.array_equal(resized, picture.resize((200, 200), Image.Resampling.BILINEAR))
+
+
+def test_other_statistics_move_the_robot_elsewhere(assets):
+    """The same tokens under the statistics of another corpus are another motion."""
+    normalised = np.array([[0.5, 0, 0, 0, 0, 0, 1.0]], np.float32)
+    own = (-0.2,) * 6 + (-1.0,), (0.4,) * 6 + (1.0,)
+    other = (-0.4,) * 6 + (-1.0,), (0.2,) * 6 + (-0.2,)
+    sent = []
+    for low, high in (own, other):
+        simulator, log = _simulator(assets)
+        simulator.reset(Job(0, 0))
+        statistics = ActionStatistics(mean=low, std=low, q01=low, q99=high)
+        simulator.step(statistics.unnormalise(normalised)[0])
+        sent.append((round(log[-1][1], 4), log[-1][-1]))
+    assert sent == [(0.25, 1.0), (0.05, -1.0)]
+
+
+def test_a_suite_through_workers_never_asks_anything(assets, tmp_path):
+    rules = libero.protocol("libero_goal", episodes_per_task=2, max_steps=4)
+    suite = libero.benchmark(rules, tasks=(1, 5), assets=str(assets))
+    effort = Effort(workers=2, films=0, progress=False)
+    report = score.score(suite, "zero", tmp_path / "out", effort)
+    assert report["success"]["episodes"] == 4 and report["success"]["successes"] == 0
+    assert [t["task"] for t in report["tasks"]] == ["close_drawer_1", "close_drawer_5"]
+    lines = [json.loads(x) for x in (tmp_path / "out" / EPISODES).read_text().splitlines()]
+    assert sorted((x["number"], x["initial_state"]) for x in lines) == [
+        (1, 0),
+        (1, 1),
+        (5, 0),
+        (5, 1),
+    ]
+    assert report["protocol"]["rotate_180"] and report["protocol"]["wait_steps"] == 10
+    assert report["versions"]["renderer"] == "egl"
+
+
+def test_missing_assets_are_named(assets, tmp_path):
+    rules = libero.protocol("libero_goal", episodes_per_task=1)
+    suite = libero.benchmark(rules, assets=str(tmp_path / "void"))
+    with pytest.raises(UserError, match=r"void/scenes' is no folder.*--assets"):
+        score.score(suite, "zero", tmp_path / "out", Effort(progress=False))
+
+
+def test_assets_come_from_the_config_of_libero(assets, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.yaml").write_text(f"assets: {assets}\n")
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "home"))
+    libero.LiberoSimulator(libero.protocol("libero_10"))
+    assert importlib.import_module("libero.libero")._assets_path_cache == str(assets)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: libero.protocol("libero_gaol"), "--suite: 'libero_gaol'"),
+        (lambda: libero.protocol("libero_goal", episodes_per_task=51), "51, expected 1 to 50"),
+        (lambda: libero.protocol("libero_goal", gripper="inverted"), "gripper rule 'inverted'"),
+        (
+            lambda: libero.benchmark(libero.protocol("libero_goal"), tasks=(10,)),
+            "--tasks: 10, libero_goal has tasks 0 to 9",
+        ),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()

@@ -1,0 +1,182 @@
+"""What a campaign found, as JSON values and as one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from univla_jax.evaluation.statistics import latency, proportion
+
+Record = Mapping[str, Any]
+_BINS = 12
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#1e1e22}"
+    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;"
+    "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
+    "figure{display:inline-block;margin:.5em}figcaption{font-size:80%}"
+)
+
+
+def task_table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Per task in order: ``number``, ``task`` and the fields of ``statistics.proportion``."""
+    rows = []
+    for number in sorted({r["number"] for r in records}):
+        own = [r for r in records if r["number"] == number]
+        names = [r["task"] for r in own if "error" not in r] or [own[0]["task"]]
+        success = proportion(r["success"] for r in own)
+        rows.append({"number": number, "task": names[0], **success})
+    return rows
+
+
+def summary(
+    records: Sequence[Record], calls: Sequence[Record], times: Sequence[Record]
+) -> dict[str, Any]:
+    """The numbers of a campaign.
+
+    Args:
+      records: of its episodes.
+      calls: to the policy.
+      times: seconds of episodes inside the simulator, and of whole runs.
+    """
+    return {
+        "success": proportion(r["success"] for r in records),
+        "tasks": task_table(records),
+        "mean_steps": round(float(np.mean([r["steps"] for r in records])), 2),
+        "chunks": sum(r["chunks"] for r in records),
+        "invalid_chunks": sum(r["invalid"] for r in records),
+        "episodes_lost_to_the_simulator": sum("error" in r for r in records),
+        "latency": {**latency(calls), "histogram": _histogram([c["seconds"] for c in calls])},
+        "throughput": _throughput(times),
+    }
+
+
+def page(report: Mapping[str, Any], films: Sequence[pathlib.Path]) -> str:
+    """One HTML page that needs no other file.
+
+    Args:
+      report: of ``summary``, with ``benchmark``, ``protocol``, ``versions`` and ``published``.
+      films: GIF files shown, named by task and outcome.
+    """
+    parts = [
+        f"<h1>{_text(report['benchmark'])}: {_percent(report['success'])}</h1>",
+        _table(["task", "success %", "95 %", "episodes"], map(_row, report["tasks"])),
+        _published(report),
+        f"<p>{report['invalid_chunks']} of {report['chunks']} chunks did not decode; "
+        f"{report['episodes_lost_to_the_simulator']} episodes were lost to the simulator.</p>",
+        "<h2>Latency of the policy</h2>" + _bars(report["latency"]["histogram"]),
+    ]
+    for name in ("protocol", "versions", "throughput"):
+        rows = sorted(report[name].items())
+        parts.append(f"<h2>{name.capitalize()}</h2>" + _table(["", ""], rows))
+    parts += ["<h2>Episodes</h2>", *map(_figure, films)]
+    head = f"<meta charset='utf-8'><title>{_text(report['benchmark'])}</title>"
+    return f"<!doctype html><html><head>{head}<style>{_STYLE}</style></head><body>" + (
+        "\n".join(parts) + "</body></html>\n"
+    )
+
+
+def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two reports of one benchmark side by side.
+
+    Returns:
+      ``tasks`` [name, rate, rate] with the total last, ``difference`` of the success rates and the
+      ends ``low``, ``high`` of its 95 % interval (Newcombe 1998, method 10), and ``differs``: the
+      fields of protocol and versions that are not the same, each with both values.
+    """
+    others = {row["task"]: row for row in second["tasks"]}
+    both = [row for row in first["tasks"] if row["task"] in others]
+    rows = [[row["task"], row["rate"], others[row["task"]]["rate"]] for row in both]
+    a, b = first["success"], second["success"]
+    difference = b["rate"] - a["rate"]
+    low = difference - np.hypot(b["rate"] - b["low"], a["high"] - a["rate"])
+    high = difference + np.hypot(b["high"] - b["rate"], a["rate"] - a["low"])
+    known = [{**r["protocol"], **r["versions"]} for r in (first, second)]
+    return {
+        "tasks": [*rows, ["all", a["rate"], b["rate"]]],
+        "difference": round(difference, 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "differs": {
+            key: [k.get(key) for k in known]
+            for key in sorted(known[0].keys() | known[1].keys())
+            if known[0].get(key) != known[1].get(key)
+        },
+    }
+
+
+def _throughput(times: Sequence[Record]) -> dict[str, Any]:
+    """Episodes and steps a second, and the share of all workers' time spent in the simulator."""
+    runs = [t for t in times if "run_seconds" in t]
+    episodes = [t for t in times if "episode_seconds" in t]
+    wall = sum(r["run_seconds"] for r in runs)
+    if not wall:
+        return {}
+    inside = sum(e["episode_seconds"] for e in episodes)
+    return {
+        "workers": max(r["workers"] for r in runs),
+        "seconds": round(wall, 2),
+        "episodes_per_minute": round(60 * len(episodes) / wall, 3),
+        "steps_per_second": round(sum(e["steps"] for e in episodes) / wall, 2),
+        "simulator_share": round(inside / sum(r["run_seconds"] * r["workers"] for r in runs), 3),
+    }
+
+
+def _histogram(seconds: Sequence[float]) -> dict[str, list[float]]:
+    if not seconds:
+        return {"edges": [], "counts": []}
+    counts, edges = np.histogram(seconds, _BINS)
+    return {"edges": [round(float(e), 5) for e in edges], "counts": counts.tolist()}
+
+
+def _row(task: Mapping[str, Any]) -> list[Any]:
+    interval = f"{100 * task['low']:.1f} – {100 * task['high']:.1f}"
+    return [task["task"], f"{100 * task['rate']:.1f}", interval, task["episodes"]]
+
+
+def _published(report: Mapping[str, Any]) -> str:
+    own = 100 * report["success"]["rate"]
+    rows = [[name, f"{own:.1f}", f"{value:.1f}"] for name, value in report["published"].items()]
+    return _table(["", "here %", "published %"], rows) if rows else ""
+
+
+def _percent(success: Mapping[str, Any]) -> str:
+    low, high = 100 * success["low"], 100 * success["high"]
+    return f"{100 * success['rate']:.1f} % (95 %: {low:.1f} – {high:.1f})"
+
+
+def _bars(histogram: Mapping[str, Sequence[float]]) -> str:
+    counts, edges = histogram["counts"], histogram["edges"]
+    if not counts:
+        return "<p>no calls</p>"
+    bars = []
+    for i, count in enumerate(counts):
+        height = 100 * count / max(counts)
+        place = f"x='{40 * i}' y='{100 - height:.1f}' width='36' height='{height:.1f}'"
+        label = f"{1000 * edges[i]:.0f} – {1000 * edges[i + 1]:.0f} ms: {count}"
+        bars.append(f"<rect {place} fill='#3a6ea5'><title>{label}</title></rect>")
+    size = f"width='{40 * len(counts)}' height='100'"
+    ends = f"{1000 * edges[0]:.0f} to {1000 * edges[-1]:.0f} ms"
+    return f"<svg {size}>{''.join(bars)}</svg><p>{ends}</p>"
+
+
+def _table(heads: Sequence[str], rows: Any) -> str:
+    head = "".join(f"<th>{_text(h)}</th>" for h in heads)
+    body = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{r}</tr>" for r in body) + "</table>"
+
+
+def _figure(film: pathlib.Path) -> str:
+    data = base64.b64encode(film.read_bytes()).decode()
+    return (
+        f"<figure><img src='data:image/gif;base64,{data}'>"
+        f"<figcaption>{_text(film.stem)}</figcaption></figure>"
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))

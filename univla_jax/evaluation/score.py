@@ -1,0 +1,148 @@
+"""A benchmark of a real simulator scored from beginning to report."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from univla_jax import __version__
+from univla_jax.data import files
+from univla_jax.data.actions import ActionStatistics
+from univla_jax.errors import UserError
+from univla_jax.evaluation import campaign_report
+from univla_jax.evaluation.baselines import RandomActions, ZeroActions
+from univla_jax.evaluation.campaign import CALLS, EPISODES, TIMES, Campaign, Effort
+from univla_jax.evaluation.claim import claim
+from univla_jax.evaluation.journal import Journal
+from univla_jax.evaluation.remote import RemotePolicy
+from univla_jax.evaluation.rollout import Actor
+from univla_jax.evaluation.simulators import Benchmark
+from univla_jax.inference.policy import Policy
+from univla_jax.inference.trained import checkpoint_identity
+from univla_jax.training.checkpoint_folder import find_checkpoint
+
+REPORT, PAGE = "report.json", "report.html"
+_IDENTITY = "campaign.json"
+_BASELINE_CHUNK = 10
+_MOST_FILMS = 24
+
+
+def score(
+    benchmark: Benchmark,
+    policy: str,
+    out: str | os.PathLike[str],
+    effort: Effort,
+    *,
+    corpus: str | None = None,
+) -> dict[str, Any]:
+    """Runs what is missing of a benchmark and writes ``report.json`` and ``report.html``.
+
+    Args:
+      benchmark: which episodes.
+      policy: a checkpoint folder or workdir, ``ws://host:port``, ``"zero"`` or ``"random"``.
+      out: folder of the results; one that holds them already is only reported.
+      effort: workers, films and the like.
+      corpus: whose cameras and statistics a checkpoint uses; its only one by default.
+
+    Returns:
+      the report.
+
+    Raises:
+      UserError: ``out`` holds something else, the policy cannot be used, or the simulator cannot
+        start.
+    """
+    folder = pathlib.Path(out)
+    identity = {"protocol": benchmark.protocol, "policy": _identity(policy), "corpus": corpus}
+    claim(folder, _IDENTITY, identity)
+    if (folder / REPORT).exists():
+        return files.read_json(folder / REPORT)
+    actor, about = _actor(policy, benchmark, effort.workers, corpus)
+    campaign = Campaign(benchmark, actor, folder, effort)
+    campaign.run()
+    report = _report(benchmark, folder, {**about, "policy": policy}, _versions(campaign, folder))
+    shown = sorted((folder / "films").glob("*.gif"))[:_MOST_FILMS]
+    files.write_text(folder / PAGE, campaign_report.page(report, shown))
+    files.write_json(folder / REPORT, report)
+    return report
+
+
+def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, Any]:
+    """``campaign_report.comparison`` of two finished folders.
+
+    Raises:
+      UserError: a folder without a report of a benchmark.
+    """
+    reports = []
+    for folder in (first, second):
+        path = pathlib.Path(folder) / REPORT
+        report = files.read_json(path) if path.exists() else {}
+        if "tasks" not in report:
+            raise UserError(f"--compare: {str(folder)!r} holds no finished report of a benchmark")
+        reports.append(report)
+    return campaign_report.comparison(*reports)
+
+
+def _report(
+    benchmark: Benchmark,
+    folder: pathlib.Path,
+    about: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    lines = []
+    for name in (EPISODES, CALLS, TIMES):
+        with Journal(folder / name) as journal:
+            lines.append(journal.lines)
+    extra = benchmark.summary(lines[0]) if benchmark.summary else {}
+    return {
+        "benchmark": benchmark.name,
+        "protocol": {**benchmark.protocol, **about},
+        "versions": dict(versions),
+        "published": benchmark.published,
+        **campaign_report.summary(*lines),
+        **extra,
+    }
+
+
+def _versions(campaign: Campaign, folder: pathlib.Path) -> dict[str, str]:
+    """Of everything involved; kept in a file for a run that finds all episodes finished."""
+    path = folder / "versions.json"
+    if campaign.versions or not path.exists():
+        own = {"univla_jax": __version__, "python": platform.python_version()}
+        files.write_json(path, {**campaign.versions, **own})
+    return files.read_json(path)
+
+
+def _identity(policy: str) -> str:
+    if policy in ("zero", "random") or _is_address(policy):
+        return policy
+    return checkpoint_identity(find_checkpoint(policy))
+
+
+def _is_address(policy: str) -> bool:
+    return policy.startswith(("ws://", "wss://"))
+
+
+def _actor(
+    policy: str, benchmark: Benchmark, rows: int, corpus: str | None
+) -> tuple[Actor, dict[str, Any]]:
+    """What acts, and what the report says about it."""
+    if policy == "zero":
+        return ZeroActions(benchmark.action_dim, _BASELINE_CHUNK), {}
+    if policy == "random":
+        return RandomActions(_range(benchmark), _BASELINE_CHUNK), {}
+    if _is_address(policy):
+        remote = RemotePolicy(policy)
+        return remote, {"server": str(remote.metadata)}
+    loaded = Policy.load(policy, corpus=corpus, rows=rows)
+    specs = loaded.trained.assets.image_specs
+    about = {"chunk": loaded.chunk, "corpus": loaded.corpus, "views": list(loaded.views)}
+    images = {f"image_spec_{view}": str(specs[view]) for view in loaded.views}
+    return loaded, {**about, **images, "layout": loaded.trained.layout.layout}
+
+
+def _range(benchmark: Benchmark) -> ActionStatistics:
+    low, high = (tuple(map(float, end)) for end in benchmark.random_range)
+    return ActionStatistics(mean=low, std=high, q01=low, q99=high)
