@@ -84,7 +84,8 @@ class _Seat:
     reason: str = ""
 
     def begin(self, job: Job, film: pathlib.Path | None) -> None:
-        self.job, self.session, self.seen, self.last_action = job, None, None, None
+        self.forget()
+        self.job, self.seen, self.last_action = job, None, None
         self.counts, self.reason, self.since = collections.Counter(), "", time.monotonic()
         self.worker.reset(job, film)
 
@@ -96,6 +97,12 @@ class _Seat:
         actions = chunk.actions[: execute or None]
         self.last_action, self.seen, self.since = actions[-1], None, time.monotonic()
         self.worker.act(actions)
+
+    def forget(self) -> None:
+        """Ends the session; one that holds a connection closes it."""
+        if hasattr(self.session, "close"):
+            self.session.close()
+        self.session = None
 
     def record(self) -> dict[str, Any]:
         counts = {name: self.counts[name] for name in ("chunks", "invalid")}
@@ -141,6 +148,7 @@ class Campaign:
                 self._loop()
             finally:
                 for seat in self._seats:
+                    seat.forget()
                     seat.worker.stop()
                 self._note_run(time.perf_counter() - begin, len(self._episodes.lines) - finished)
                 for journal in (self._episodes, self._calls, self._times):
@@ -180,6 +188,7 @@ class Campaign:
         elif kind == "see":
             seat.seen, fresh = rest
             if fresh:
+                seat.forget()
                 seat.session, seat.last_action = self._actor.start(seat.job.trial), None
         else:
             self._finished(seat, *rest)
@@ -195,6 +204,7 @@ class Campaign:
 
     def _next(self, seat: _Seat) -> None:
         """Gives a worker its next episode, or lets it rest."""
+        seat.forget()
         seat.job = None
         if self._waiting:
             job = self._waiting.popleft()
