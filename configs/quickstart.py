@@ -26,19 +26,19 @@ from univla_jax.training.vision_fit import VisionFitConfig
 
 CORPUS = "tabletop"
 ACTION_FRAMES = 5  # steps of an action chunk: one second at 5 Hz
-FRAME_SPACING = 4  # steps between the world model's frames
+FRAME_SPACING = 3  # steps between the world model's frames
 IMAGE_SPECS = {
-    "image": {"size": (32, 32), "factor": 4, "min_pixels": 256},
-    "wrist_image": {"size": (16, 16), "factor": 4, "min_pixels": 256},
+    "image": {"size": (32, 32), "factor": 8, "min_pixels": 256},
+    "wrist_image": {"size": (16, 16), "factor": 8, "min_pixels": 256},
 }
-FRAME_HEADERS = ("1*8*8", "1*4*4")  # one text id each, as they stand before every frame
+FRAME_HEADERS = ("1*4*4", "1*2*2")  # one text id each, as they stand before every frame
 
 Values = dict[str, Any]
 
 
 def demonstrations() -> ConfigDict:
     """Scripted episodes; evaluation draws its own, from other seeds."""
-    return complete(DemonstrationsConfig, {"train_episodes": 1600, "val_episodes": 64})
+    return complete(DemonstrationsConfig, {"train_episodes": 4000, "val_episodes": 64})
 
 
 def text() -> ConfigDict:
@@ -49,7 +49,8 @@ def text() -> ConfigDict:
 def action() -> ConfigDict:
     """FAST on the normalised chunks."""
     return complete(
-        ActionFitConfig, {"corpus": CORPUS, "chunk": ACTION_FRAMES, "vocabulary_size": 512}
+        ActionFitConfig,
+        {"corpus": CORPUS, "chunk": ACTION_FRAMES, "scale": 5.0, "vocabulary_size": 384},
     )
 
 
@@ -76,7 +77,7 @@ def world_model() -> ConfigDict:
         "views": ("image",),
         "frames": 4,
         "frame_spacing": FRAME_SPACING,
-        "sequence_length": 288,
+        "sequence_length": 128,
         "batch_size": 16,
         "vision_weight": 1.0,
     }
@@ -90,7 +91,9 @@ def policy() -> ConfigDict:
         "views": ("image", "wrist_image"),
         "frames": 2,
         "action_frames": ACTION_FRAMES,
-        "sequence_length": 240,
+        "at_start": 0.5,
+        "sequence_length": 128,
+        "packing": False,
         "batch_size": 16,
     }
     return complete(TrainConfig, training(2200, data) | {"loss": {"max_labelled": 64}})
@@ -103,7 +106,7 @@ def training(steps: int, data: Values) -> Values:
         "model": {"preset": "quickstart", "visual_rows": "codebook"},
         "data": {"stores": ("TOKEN_STORE",), "read_threads": 1, **data},
         "optimizer": {
-            "learning_rate": 3e-3,
+            "learning_rate": 2.5e-3,
             "min_learning_rate": 1.5e-4,
             "clip_norm": 1.0,
         },

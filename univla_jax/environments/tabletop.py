@@ -19,9 +19,10 @@ from univla_jax.environments import tabletop_render
 from univla_jax.environments.tabletop_tasks import BLOCK_RGB, ZONE_RGB, Task, sample_task
 
 CONTROL_HZ = 5.0
-MAX_STEP = 0.08
+MAX_STEP = 0.1
 MAX_TURN = 0.3
 MAX_HEIGHT = 0.35
+MARGIN = 0.05  # how far beyond the table's edge the gripper reaches and the fixed camera sees
 BLOCK_HALF = 0.06
 BLOCK_TOP = 0.08
 ZONE_RADIUS = 0.11
@@ -30,9 +31,10 @@ PUSH_REACH = 0.09
 LOW = 0.07  # the gripper moves blocks aside below this height
 BLOCK_COUNT = 3
 ZONE_COUNT = 2
-HOME = np.array([0.5, 0.06, 0.22])  # where the gripper starts: at the robot's side, raised
-CELLS = np.array([(x, y) for y in (0.225, 0.5, 0.775) for x in (0.225, 0.5, 0.775)])
-JITTER = 0.02  # how far things lie from the centre of their cell, along each axis
+HOME = np.array([0.5, 0.0875, 0.22])  # where the gripper starts: at the robot's side, raised
+COLUMNS = (0.0875, 0.3625, 0.6375, 0.9125)
+CELLS = np.array([(x, y) for y in COLUMNS[1:] for x in COLUMNS])  # the first row is the gripper's
+JITTER = 0.01  # how far things lie from the centre of their cell, along each axis
 
 
 @dataclasses.dataclass
@@ -199,8 +201,7 @@ def _place(rng: np.random.Generator) -> Scene:
     spots = CELLS[cells] + rng.uniform(-JITTER, JITTER, (len(cells), 2))
     blocks = [Block(str(c), p) for c, p in zip(block_colours, spots)]
     zones = [Zone(str(c), p) for c, p in zip(zone_colours, spots[BLOCK_COUNT:])]
-    start = HOME[:2] + rng.uniform(-JITTER, JITTER, 2)
-    return Scene(blocks, zones, Gripper(start, float(HOME[2]), np.zeros(3)))
+    return Scene(blocks, zones, Gripper(HOME[:2].copy(), float(HOME[2]), np.zeros(3)))
 
 
 def advance(scene: Scene, action: np.ndarray) -> None:
@@ -213,7 +214,7 @@ def advance(scene: Scene, action: np.ndarray) -> None:
     gripper = scene.gripper
     _open_or_close(scene, close=action[6] > 0)
     before = gripper.position.copy()
-    gripper.position = np.clip(gripper.position + action[:2], 0.0, 1.0)
+    gripper.position = np.clip(gripper.position + action[:2], -MARGIN, 1.0 + MARGIN)
     gripper.height = _new_height(scene, gripper.height + action[2])
     gripper.rotation = gripper.rotation + action[3:6]
     if scene.held is not None:

@@ -57,7 +57,7 @@ def waypoints(task: Task, scene: Scene) -> list[Waypoint]:
 
 
 def _push_path(block: np.ndarray, direction: np.ndarray) -> list[Waypoint]:
-    behind = block - 0.13 * direction
+    behind = block - 0.11 * direction
     beyond = block + 0.06 * direction
     return [
         (*behind, HIGH, CLOSE),
@@ -96,7 +96,7 @@ def _action(offset: np.ndarray, grip: float) -> np.ndarray:
     return np.array([*(offset / longest), 0.0, 0.0, 0.0, grip], np.float32)
 
 
-def demonstrate(seed: int, *, min_steps: int = 16, family: str | None = None) -> Episode:
+def demonstrate(seed: int, *, min_steps: int = 12, family: str | None = None) -> Episode:
     """One successful scripted episode.
 
     Args:

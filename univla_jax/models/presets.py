@@ -137,19 +137,20 @@ PRESETS: dict[str, DecoderConfig] = {
     ),
     # The embedded tabletop on two CPU cores: about one million parameters.
     "quickstart": DecoderConfig(
-        vocab_size=1536,
+        vocab_size=1152,
         hidden_size=128,
         num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=16,
         mlp_size=384,
         vocab_pad_multiple=64,
         dropout=0.0,
         dtype="float32",
         remat="none",
         scan_unroll=4,
-        rope_theta=1e3,  # its sequences are a few hundred tokens long
+        rope_theta=1e3,  # its sequences are about a hundred tokens long
+        initializer_range=0.08,  # about 1 / sqrt(hidden_size): 0.02 suits a width of thousands
     ),
     # One accelerator: 27 M parameters in the layers.
     "small": DecoderConfig(

@@ -32,6 +32,15 @@ def window_steps(steps: int, frames: int, spacing: int) -> int:
     return whole * spacing
 
 
-def draw_start(steps: int, window: int, rng: np.random.Generator) -> int:
-    """First step of a window, uniform over every place where it fits (train/datasets.py:97)."""
+def draw_start(steps: int, window: int, rng: np.random.Generator, at_start: float = 0.0) -> int:
+    """First step of a window, uniform over every place where it fits (train/datasets.py:97).
+
+    Args:
+      steps: length of the episode.
+      window: length of the window.
+      rng: draws the place.
+      at_start: share of the windows that begin at the episode's first step instead.
+    """
+    if at_start and rng.random() < at_start:
+        return 0
     return int(rng.integers(0, steps - window, endpoint=True))

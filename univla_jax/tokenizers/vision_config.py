@@ -94,12 +94,12 @@ class VisionConfig:
 PRESETS: dict[str, VisionConfig] = {
     "emu3": VisionConfig(),
     "quickstart": VisionConfig(
-        codebook_size=512,
+        codebook_size=256,
         embed_dim=8,
         z_channels=8,
         temporal_downsample_factor=1,  # frames are only ever encoded one by one
         ch=8,
-        ch_mult=(1, 4, 4),
+        ch_mult=(1, 4, 4, 8),
         num_res_blocks=1,
         attn_resolutions=(),
         num_groups=4,
