@@ -56,7 +56,9 @@ def action() -> ConfigDict:
 
 def vision() -> ConfigDict:
     """A small video VQ on the frames of both cameras."""
-    return complete(VisionFitConfig, {"corpus": CORPUS, "image_specs": IMAGE_SPECS})
+    return complete(
+        VisionFitConfig, {"corpus": CORPUS, "image_specs": IMAGE_SPECS, "total_steps": 900}
+    )
 
 
 def tokens() -> ConfigDict:
@@ -81,7 +83,7 @@ def world_model() -> ConfigDict:
         "batch_size": 16,
         "vision_weight": 1.0,
     }
-    return complete(TrainConfig, training(700, data))
+    return complete(TrainConfig, training(600, data))
 
 
 def policy() -> ConfigDict:
@@ -91,12 +93,12 @@ def policy() -> ConfigDict:
         "views": ("image", "wrist_image"),
         "frames": 2,
         "action_frames": ACTION_FRAMES,
-        "at_start": 0.5,
+        "at_start": 0.35,
         "sequence_length": 128,
         "packing": False,
         "batch_size": 16,
     }
-    return complete(TrainConfig, training(2200, data) | {"loss": {"max_labelled": 64}})
+    return complete(TrainConfig, training(4500, data) | {"loss": {"max_labelled": 64}})
 
 
 def training(steps: int, data: Values) -> Values:

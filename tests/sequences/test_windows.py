@@ -22,3 +22,10 @@ def test_every_start_that_fits_is_drawn():
     rng = np.random.default_rng(0)
     assert {draw_start(12, 10, rng) for _ in range(100)} == {0, 1, 2}
     assert draw_start(10, 10, rng) == 0
+
+
+def test_the_asked_share_begins_at_the_first_step():
+    rng = np.random.default_rng(0)
+    starts = [draw_start(110, 10, rng, at_start=0.5) for _ in range(1000)]
+    assert 450 < starts.count(0) < 560 and len(set(starts)) > 90
+    assert {draw_start(110, 10, rng, at_start=1.0) for _ in range(100)} == {0}

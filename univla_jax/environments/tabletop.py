@@ -28,6 +28,7 @@ BLOCK_TOP = 0.08
 ZONE_RADIUS = 0.11
 GRASP_REACH = 0.055
 PUSH_REACH = 0.09
+SUBSTEPS = 4  # parts of a step, short enough that a pushed block is never passed through
 LOW = 0.07  # the gripper moves blocks aside below this height
 BLOCK_COUNT = 3
 ZONE_COUNT = 2
@@ -211,17 +212,23 @@ def advance(scene: Scene, action: np.ndarray) -> None:
       scene: changed.
       action: float64 [7] inside the action space.
     """
-    gripper = scene.gripper
     _open_or_close(scene, close=action[6] > 0)
+    for _ in range(SUBSTEPS):
+        _move(scene, action[:6] / SUBSTEPS)
+
+
+def _move(scene: Scene, motion: np.ndarray) -> None:
+    """Moves the gripper, what it holds and what it pushes by float64 [6]."""
+    gripper = scene.gripper
     before = gripper.position.copy()
-    gripper.position = np.clip(gripper.position + action[:2], -MARGIN, 1.0 + MARGIN)
-    gripper.height = _new_height(scene, gripper.height + action[2])
-    gripper.rotation = gripper.rotation + action[3:6]
+    gripper.position = np.clip(gripper.position + motion[:2], -MARGIN, 1.0 + MARGIN)
+    gripper.height = _new_height(scene, gripper.height + motion[2])
+    gripper.rotation = gripper.rotation + motion[3:]
     if scene.held is not None:
         held = scene.blocks[scene.held]
         held.position = np.clip(held.position + gripper.position - before, 0.0, 1.0)
         held.height = max(gripper.height - 0.03, 0.0)
-        held.yaw += float(action[5])
+        held.yaw += float(motion[5])
     _push_aside(scene)
 
 
