@@ -38,7 +38,12 @@ Values = dict[str, Any]
 
 def demonstrations() -> ConfigDict:
     """Scripted episodes; evaluation draws its own, from other seeds."""
-    return complete(DemonstrationsConfig, {"train_episodes": 4000, "val_episodes": 64})
+    values = {
+        "train_episodes": 4000,
+        "val_episodes": 65,
+        "families": ("touch", "lift", "push", "place", "place"),  # placing takes two decisions
+    }
+    return complete(DemonstrationsConfig, values)
 
 
 def text() -> ConfigDict:
@@ -93,7 +98,7 @@ def policy() -> ConfigDict:
         "views": ("image", "wrist_image"),
         "frames": 2,
         "action_frames": ACTION_FRAMES,
-        "at_start": 0.35,
+        "aligned_windows": 0.7,
         "sequence_length": 128,
         "packing": False,
         "batch_size": 16,

@@ -24,8 +24,10 @@ def test_every_start_that_fits_is_drawn():
     assert draw_start(10, 10, rng) == 0
 
 
-def test_the_asked_share_begins_at_the_first_step():
+def test_the_asked_share_begins_on_whole_chunks():
     rng = np.random.default_rng(0)
-    starts = [draw_start(110, 10, rng, at_start=0.5) for _ in range(1000)]
-    assert 450 < starts.count(0) < 560 and len(set(starts)) > 90
-    assert {draw_start(110, 10, rng, at_start=1.0) for _ in range(100)} == {0}
+    starts = [draw_start(34, 10, rng, spacing=5, aligned=0.5) for _ in range(2000)]
+    on_chunks = sum(start % 5 == 0 for start in starts) / 2000
+    assert 0.55 < on_chunks < 0.65 and set(starts) == set(range(25))  # 0.5 + 0.5 * 5 / 25
+    always = {draw_start(34, 10, rng, spacing=5, aligned=1.0) for _ in range(200)}
+    assert always == {0, 5, 10, 15, 20}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from univla_jax.data import files
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.environments.tabletop_expert import DEMONSTRATION_SEEDS, demonstrate
+from univla_jax.environments.tabletop_tasks import FAMILIES
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
@@ -22,6 +24,7 @@ class DemonstrationsConfig:
     Attributes:
       train_episodes: episodes of the split ``train``.
       val_episodes: episodes of the split ``val``, which takes the seeds after those of ``train``.
+      families: task families in turn, repeated ones more often; empty draws them at random.
       first_seed: place of the first seed in the range kept for demonstrations.
       image_format: ``"png"`` or ``"jpeg"``.
       version: version of the dataset.
@@ -29,6 +32,7 @@ class DemonstrationsConfig:
 
     train_episodes: int
     val_episodes: int
+    families: tuple[str, ...] = ()
     first_seed: int = 0
     image_format: str = "png"
     version: str = "1.0.0"
@@ -39,6 +43,11 @@ class DemonstrationsConfig:
             raise UserError(
                 f"config: train_episodes {self.train_episodes} and val_episodes "
                 f"{self.val_episodes} must be at least 1, first_seed {self.first_seed} at least 0"
+            )
+        unknown = set(self.families) - set(FAMILIES)
+        if unknown:
+            raise UserError(
+                f"config: families {sorted(unknown)} unknown; known: {', '.join(FAMILIES)}"
             )
         last = self.first_seed + self.train_episodes + self.val_episodes
         if last > len(DEMONSTRATION_SEEDS):
@@ -59,14 +68,16 @@ class DemonstrationsConfig:
 class _Episodes:
     """The demonstrations of some seeds, with a length for the progress bar."""
 
-    def __init__(self, seeds: range) -> None:
+    def __init__(self, seeds: range, families: tuple[str, ...]) -> None:
         self._seeds = seeds
+        self._families = families or (None,)
 
     def __len__(self) -> int:
         return len(self._seeds)
 
     def __iter__(self) -> Iterator[Episode]:
-        return map(demonstrate, self._seeds)
+        for seed, family in zip(self._seeds, itertools.cycle(self._families)):
+            yield demonstrate(seed, family=family)
 
 
 def write_demonstrations(config: DemonstrationsConfig, out: str | os.PathLike[str]) -> pathlib.Path:
@@ -81,7 +92,7 @@ def write_demonstrations(config: DemonstrationsConfig, out: str | os.PathLike[st
     description = "Scripted expert of the embedded tabletop: " + json.dumps(
         dataclasses.asdict(config), sort_keys=True
     )
-    splits = {split: _Episodes(seeds) for split, seeds in config.seeds().items()}
+    splits = {split: _Episodes(seeds, config.families) for split, seeds in config.seeds().items()}
     folder = write_rlds(
         out,
         "tabletop",

@@ -27,6 +27,7 @@ BLOCK_HALF = 0.06
 BLOCK_TOP = 0.08
 ZONE_RADIUS = 0.11
 GRASP_REACH = 0.055
+CONTACT = 0.025  # a closed gripper this little above a block touches it
 PUSH_REACH = 0.09
 SUBSTEPS = 4  # parts of a step, short enough that a pushed block is never passed through
 LOW = 0.07  # the gripper moves blocks aside below this height
@@ -256,7 +257,7 @@ def _new_height(scene: Scene, wanted: float) -> float:
         above = np.abs(block.position - gripper.position).max() < block.half_size + 0.02
         if above and not gripper.is_open and gripper.height >= BLOCK_TOP:
             floor = max(floor, BLOCK_TOP)
-            if wanted <= BLOCK_TOP + 0.005:
+            if wanted <= BLOCK_TOP + CONTACT:
                 _touch(scene, index)
     return float(np.clip(wanted, floor, MAX_HEIGHT))
 

@@ -45,9 +45,9 @@ class DataConfig:
         row. The world model shows one: the first when empty, else by chance one of those named
         that the episode has.
       frame_spacing: steps between two frames of the world model; 0 takes each corpus' own.
-      at_start: share of the windows that begin at the first step of their episode, the rest being
-        uniform. There alone neither the gripper's place nor the chunk before tells the target, so
-        the instruction must.
+      aligned_windows: share of the windows that begin a whole number of chunks into their episode,
+        where a policy that executes whole chunks is asked; the rest begins anywhere. In short
+        episodes the first chunk, which only the instruction decides, would else be rare.
       loss_on: key of ``labels.LABELS``; empty takes the layout's own. "both" with a vision weight
         is the composite loss of the action's accuracy and the predicted frames' consistency.
       vision_weight: loss weight of a visual id; other labelled ids weigh 1.
@@ -74,7 +74,7 @@ class DataConfig:
     state: bool = False
     views: tuple[str, ...] = ()
     frame_spacing: int = 0
-    at_start: float = 0.0
+    aligned_windows: float = 0.0
     loss_on: str = ""
     vision_weight: float = 0.5
     null_prompt_prob: float = 0.0
@@ -98,8 +98,8 @@ class DataConfig:
         self._check_weights()
         if not 0 <= self.null_prompt_prob <= 1:
             raise UserError(f"data.null_prompt_prob: {self.null_prompt_prob}, expected 0…1")
-        if not 0 <= self.at_start <= 1:
-            raise UserError(f"data.at_start: {self.at_start}, expected 0…1")
+        if not 0 <= self.aligned_windows <= 1:
+            raise UserError(f"data.aligned_windows: {self.aligned_windows}, expected 0…1")
         if self.vision_weight < 0:
             raise UserError(f"data.vision_weight: {self.vision_weight}, expected at least 0")
         if self.held_out_every < 0 or self.held_out_every == 1:

@@ -167,7 +167,7 @@ class SampleBuilder:
     ) -> slice:
         steps = len(episode.actions)
         size = window_steps(steps, frames, spacing)
-        start = draw_start(steps, size, rng, self._config.at_start)
+        start = draw_start(steps, size, rng, spacing=spacing, aligned=self._config.aligned_windows)
         return slice(start, start + size)
 
     def _chunks(self, episode: TokenizedEpisode, window: slice) -> list[np.ndarray]:

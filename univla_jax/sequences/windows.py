@@ -32,15 +32,19 @@ def window_steps(steps: int, frames: int, spacing: int) -> int:
     return whole * spacing
 
 
-def draw_start(steps: int, window: int, rng: np.random.Generator, at_start: float = 0.0) -> int:
+def draw_start(
+    steps: int, window: int, rng: np.random.Generator, *, spacing: int = 1, aligned: float = 0.0
+) -> int:
     """First step of a window, uniform over every place where it fits (train/datasets.py:97).
 
     Args:
       steps: length of the episode.
       window: length of the window.
       rng: draws the place.
-      at_start: share of the windows that begin at the episode's first step instead.
+      spacing: steps of a chunk.
+      aligned: share of the windows that begin on a multiple of ``spacing`` instead.
     """
-    if at_start and rng.random() < at_start:
-        return 0
-    return int(rng.integers(0, steps - window, endpoint=True))
+    last = steps - window
+    if aligned and rng.random() < aligned:
+        return spacing * int(rng.integers(0, last // spacing, endpoint=True))
+    return int(rng.integers(0, last, endpoint=True))
