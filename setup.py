@@ -17,12 +17,12 @@ RLDS = [
 INT8 = ["qwix>=0.1.4"]
 SERVE = ["prometheus-client>=0.20", "websockets>=14"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
-# The version the golden files were made with; for a machine without GPU take its CPU wheel first:
-# pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 VIDEO = ["av>=12"]
 LEROBOT = [*VIDEO, "pyarrow>=16"]
 # Physics and scores move with MuJoCo's version; hf-libero 0.1.4 takes 3.0 to 3.8.
 LIBERO = ["torch==2.13.0", "hf-libero==0.1.4"]
+# The version the golden files were made with; for a machine without GPU take its CPU wheel first:
+# pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 PARITY = ["torch==2.13.0", "transformers>=5"]
 
 setup(
