@@ -117,9 +117,9 @@ def training(steps: int, data: Values) -> Values:
             "min_learning_rate": 1.5e-4,
             "clip_norm": 1.0,
         },
-        "checkpoint": {"every": 200},
-        "evaluation": {"every": 200, "batches": 4, "stores": ("TOKEN_STORE",)},
-        "log_every": 10,
+        "checkpoint": {"every": 500},
+        "evaluation": {"every": 500, "batches": 4, "stores": ("TOKEN_STORE",)},
+        "log_every": 20,
     }
 
 

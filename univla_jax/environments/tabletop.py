@@ -34,8 +34,9 @@ LOW = 0.07  # the gripper moves blocks aside below this height
 BLOCK_COUNT = 3
 ZONE_COUNT = 2
 HOME = np.array([0.5, 0.0875, 0.22])  # where the gripper starts: at the robot's side, raised
-COLUMNS = (0.0875, 0.3625, 0.6375, 0.9125)
-CELLS = np.array([(x, y) for y in COLUMNS[1:] for x in COLUMNS])  # the first row is the gripper's
+COLUMNS = (0.0875, 0.3625, 0.6375, 0.9125)  # centres of the cells things lie in; rows are alike
+BLOCK_CELLS = np.array([(x, y) for y in COLUMNS[1:3] for x in COLUMNS])  # the first row is free
+ZONE_CELLS = np.array([(x, COLUMNS[3]) for x in COLUMNS])  # along the far edge
 JITTER = 0.01  # how far things lie from the centre of their cell, along each axis
 
 
@@ -199,11 +200,14 @@ def _place(rng: np.random.Generator) -> Scene:
     """Blocks and zones in different cells, a little off their centres; the gripper at home."""
     block_colours = rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)
     zone_colours = rng.choice(list(ZONE_RGB), ZONE_COUNT, replace=False)
-    cells = rng.choice(len(CELLS), BLOCK_COUNT + ZONE_COUNT, replace=False)
-    spots = CELLS[cells] + rng.uniform(-JITTER, JITTER, (len(cells), 2))
-    blocks = [Block(str(c), p) for c, p in zip(block_colours, spots)]
-    zones = [Zone(str(c), p) for c, p in zip(zone_colours, spots[BLOCK_COUNT:])]
+    blocks = [Block(str(c), p) for c, p in zip(block_colours, _spots(rng, BLOCK_CELLS))]
+    zones = [Zone(str(c), p) for c, p in zip(zone_colours, _spots(rng, ZONE_CELLS))]
     return Scene(blocks, zones, Gripper(HOME[:2].copy(), float(HOME[2]), np.zeros(3)))
+
+
+def _spots(rng: np.random.Generator, cells: np.ndarray) -> np.ndarray:
+    """The cells' centres in random order, a little off, float64 [N, 2]."""
+    return rng.permutation(cells) + rng.uniform(-JITTER, JITTER, cells.shape)
 
 
 def advance(scene: Scene, action: np.ndarray) -> None:
