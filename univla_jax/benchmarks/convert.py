@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import shutil
@@ -27,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from univla_jax import commands
+from univla_jax.benchmarks.figures import save
 from univla_jax.errors import UserError
 from univla_jax.evaluation.text_table import columns
 from univla_jax.interop.architectures import HubModel
@@ -38,7 +38,6 @@ from univla_jax.tokenizers.files import dump_json
 
 FOLDER = commands.string_flag("folder", "folder to write into; needs three times the model's size")
 LAYERS = flags.DEFINE_integer("layers", 8, "Decoder layers; 436 MB each beside 3 GB of tables")
-JSON = flags.DEFINE_string("json", None, "Also writes the figures here")
 
 _SHARD_TENSORS = 24
 _BLOCK = 32 << 20
@@ -193,8 +192,7 @@ def main(argv: list[str]) -> int:
     same = f"all {report['files']} files identical" if not wrong else f"DIFFERING: {wrong}"
     print(f"there and back: {same}")
     print(f"restore: onto {_DEVICES} devices of one process, which hold the whole model together")
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save(report)
     limit = report["largest_tensor_bytes"] + _LIMIT
     exceeded = any(report["steps"][name]["peak_bytes"] > limit for name in ("from_hf", "to_hf"))
     return int(bool(wrong) or exceeded)

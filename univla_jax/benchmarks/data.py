@@ -16,7 +16,6 @@ less.
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import resource
 import shutil
@@ -29,6 +28,7 @@ from typing import Any
 from absl import flags
 
 from univla_jax import commands
+from univla_jax.benchmarks.figures import save
 from univla_jax.benchmarks.synthetic import (
     Lengths,
     SyntheticEpisodes,
@@ -46,7 +46,6 @@ from univla_jax.tokenizers.assets import Assets
 SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each case is measured")
 WORKERS = flags.DEFINE_integer("workers", 0, "Worker processes of the pipeline")
 FOLDER = flags.DEFINE_string("folder", None, "Keeps the synthetic store here; a temporary folder")
-JSON = flags.DEFINE_string("json", None, "Also writes the figures here")
 
 # episodes in thousands and median steps, as published
 MIXTURE = {
@@ -77,8 +76,7 @@ def main(argv: list[str]) -> None:
     with _folder(FOLDER.value) as folder:
         figures = {"libero": libero(folder, SECONDS.value, WORKERS.value)}
     figures["world_model"] = world_model(SECONDS.value)
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    save(figures)
 
 
 def libero(folder: pathlib.Path, seconds: float, workers: int, episodes: int = 400) -> list[dict]:

@@ -11,8 +11,6 @@ allowed rows of the head, the cache) at the speed at which this machine copies m
 
 from __future__ import annotations
 
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -22,6 +20,7 @@ from absl import flags, logging
 from univla_jax import commands
 from univla_jax.benchmarks import decode_cases as cases
 from univla_jax.benchmarks.clocks import Spent, best, copy_bandwidth, timed
+from univla_jax.benchmarks.figures import save
 from univla_jax.errors import UserError
 from univla_jax.evaluation.text_table import columns
 from univla_jax.inference import int8
@@ -33,7 +32,6 @@ COUNT = flags.DEFINE_integer("count", 50, "new tokens")
 REPEATS = flags.DEFINE_integer("repeats", 3, "how often everything is timed")
 REFERENCE = flags.DEFINE_bool("reference", True, "whether transformers runs too")
 PARTS = flags.DEFINE_list("parts", ["decode", "reuse", "options"], "what is measured")
-JSON = commands.string_flag("json", "also writes the figures here", required=False)
 
 _FRAMES, _CODES, _ROWS = 6, 64, 4
 
@@ -178,8 +176,7 @@ def main(argv: list[str]) -> None:
         report[part] = parts[part]()
         rows = [[name, _shown(value)] for name, value in report[part].items()]
         print(columns([[part, ""], *rows]), flush=True)
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save(report)
 
 
 def _shown(value: Any) -> str:

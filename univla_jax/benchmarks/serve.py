@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +20,7 @@ from absl import flags, logging
 from websockets.asyncio.client import connect
 
 from univla_jax import commands
+from univla_jax.benchmarks.figures import save
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.evaluation.text_table import columns
 from univla_jax.inference.policy import Policy
@@ -32,7 +31,6 @@ from univla_jax.serving.server import PolicyServer
 CHECKPOINT = commands.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
 CLIENTS = flags.DEFINE_integer("clients", 8, "robots")
 REQUESTS = flags.DEFINE_integer("requests", 200, "requests of each")
-JSON = commands.string_flag("json", "also writes the figures here", required=False)
 
 _EPISODE = 10  # requests between two resets
 
@@ -151,8 +149,7 @@ def main(argv: list[str]) -> None:
     found = figures(Policy.load(CHECKPOINT.value), CLIENTS.value, REQUESTS.value)
     rows = [[n, f"{v:,.2f}" if isinstance(v, float) else f"{v:,}"] for n, v in found.items()]
     print(columns([["serving", ""], *rows]))
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    save(found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ is given beside the clock because it does not depend on other programs.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import commands
+from univla_jax.benchmarks.figures import save
 from univla_jax.evaluation.text_table import columns
 from univla_jax.interop.huggingface import decoder_rules
 from univla_jax.interop.key_table import export_state
@@ -36,7 +36,6 @@ from univla_jax.training.sharding import MeshConfig, make_mesh
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
 
 STEPS = flags.DEFINE_integer("steps", 3, "Timed steps of each side, after one that compiles")
-JSON = flags.DEFINE_string("json", None, "Also writes the figures here")
 
 ROWS, LENGTH, SPARSE = 2, 512, 0.05
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, min_learning_rate=1e-5, warmup_steps=0)
@@ -188,9 +187,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     results = [compare(share, STEPS.value) for share in (1.0, SPARSE)]
     print(table(results))
-    if JSON.value:
-        with open(JSON.value, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+    save(results)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ with as many threads, and in turns. Compilation is not counted.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from univla_jax import commands
+from univla_jax.benchmarks.figures import save
 from univla_jax.errors import UserError
 from univla_jax.evaluation.text_table import columns
 from univla_jax.tokenizers.vision import PRESETS, VisionConfig, VisionTokenizer
@@ -31,7 +30,6 @@ PRESET_NAMES = flags.DEFINE_list("presets", ["quickstart", "emu3"], "Presets to 
 SIZE = flags.DEFINE_integer("size", 200, "Height and width of the frames in pixels")
 BATCH = flags.DEFINE_integer("batch", 4, "Frames per call")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Calls of each; the fastest counts")
-JSON = flags.DEFINE_string("json", None, "Also writes the figures here")
 
 
 def main(argv: list[str]) -> None:
@@ -42,8 +40,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--presets: {unknown[0]!r} is not one of {', '.join(PRESETS)}")
     rows = [compare(name, SIZE.value, BATCH.value, REPEATS.value) for name in PRESET_NAMES.value]
     print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    save(rows)
 
 
 def compare(preset: str, size: int, batch: int, repeats: int) -> dict[str, Any]:
