@@ -30,7 +30,8 @@ def get_config():
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demonstrations")
-    write_demonstrations(DemonstrationsConfig(train_episodes=1, val_episodes=4), folder)
+    config = DemonstrationsConfig(train_episodes=1, val_episodes=4, families=("place",))
+    write_demonstrations(config, folder)
     return folder
 
 
