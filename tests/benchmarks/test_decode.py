@@ -22,7 +22,8 @@ def test_bytes_of_a_step(problem):
     assert found == 4 * (2 * layer + head + cache)
 
 
-def test_drafts_of_the_right_tokens_take_fewer_steps(problem):
+def test_drafts_of_the_right_tokens_take_fewer_steps():
+    problem = cases.make_problem(40, 24, actions=64, name="tiny")
     plain = np.asarray(cases.decode(problem, cases.prefill(problem)).tokens)
     drafted, steps = cases.decode_drafted(problem, cases.prefill(problem), plain)
     np.testing.assert_array_equal(drafted, plain)
