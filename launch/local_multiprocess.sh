@@ -41,7 +41,7 @@ fi
 cd "$REPOSITORY"
 export JAX_PLATFORMS=cpu
 
-pids=()
+declare -A number_of=() # of the processes that run, by process id
 for ((i = 0; i < processes; i++)); do
   command=("$PROJECT_PYTHON" -m "univla_jax.$module" "$@" --distributed
     --coordinator="localhost:$port" --processes="$processes" --process="$i")
@@ -51,27 +51,34 @@ for ((i = 0; i < processes; i++)); do
     continue
   fi
   "${command[@]}" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
-  pids+=("$!")
+  number_of[$!]="$i"
 done
 [[ -n "$dry_run" ]] && exit 0
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+trap 'kill -TERM "${!number_of[@]}" 2>/dev/null' TERM INT
+
+# Kills the processes given when a minute has passed. Silent from the start: who reads the output of
+# this script would otherwise wait for the timer, which keeps it open, instead of for the processes.
+kill_in_a_minute() {
+  exec >/dev/null 2>&1
+  sleep 60 &
+  trap 'kill "$!"; exit' TERM
+  wait "$!"
+  kill -KILL "$@"
+}
 
 status=0
-left="$processes"
-while ((left > 0)); do
-  wait -n "${pids[@]}"
+while ((${#number_of[@]} > 0)); do
+  wait -n -p pid "${!number_of[@]}"
   ended=$?
-  running=()
-  for pid in "${pids[@]}"; do
-    kill -0 "$pid" 2>/dev/null && running+=("$pid")
-  done
-  pids=("${running[@]}")
-  ((${#pids[@]} == left)) && continue # a signal to this script, not the end of a process
-  left="${#pids[@]}"
-  if ((ended != 0 && status == 0)); then
+  [[ -z "${pid:-}" ]] && continue # a signal to this script, not the end of a process
+  number="${number_of[$pid]}"
+  unset "number_of[$pid]"
+  ((ended == 0)) && continue
+  echo "process $number ended with status $ended" >&2
+  if ((status == 0)); then
     status="$ended"
-    if ((ended != 83 && left > 0)); then # 83: all of them were asked to stop
-      (sleep 60 && kill -KILL "${pids[@]}" 2>/dev/null) &
+    if ((ended != 83 && ${#number_of[@]} > 0)); then # 83: all of them were asked to stop
+      kill_in_a_minute "${!number_of[@]}" &
       watchdog="$!"
     fi
   fi

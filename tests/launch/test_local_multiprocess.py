@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.training import tiny_run
 from univla_jax.training import metrics
+from univla_jax.training.distributed import LOST_STATUS
 
 STEPS = 20
 pytestmark = pytest.mark.slow
@@ -89,20 +90,18 @@ def test_two_and_four_processes_train_as_one(start, tmp_path):
 
 
 def test_one_of_four_dies_and_the_others_stop(start, tmp_path):
-    """Within a minute, each with a line that says what to do."""
+    """Each by itself, with a line that says what to do, before the launcher kills it."""
     process = start(4, tmp_path, "--config.total_steps=100000")
     _wait_for_lines(process, tmp_path, 6)
     pattern = f"univla_jax.train .*--workdir={re.escape(str(tmp_path))} .*--process=2"
     victim = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
-    began = time.monotonic()
     os.kill(int(victim.stdout.split()[0]), signal.SIGKILL)
     status, errors = _finish(process)
-    assert time.monotonic() - began < 60
-    assert status != 0
+    assert status == 128 + signal.SIGKILL
     for number in (0, 1, 3):
-        assert (
-            f"[{number}] error: process {number} of 4 stops because another one is gone" in errors
-        )
+        line = f"[{number}] error: process {number} of 4 stops because another one is gone"
+        assert line in errors
+        assert f"process {number} ended with status {LOST_STATUS}" in errors
 
 
 def test_sigterm_saves_one_step_in_all_processes(start, tmp_path):

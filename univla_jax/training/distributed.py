@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +17,7 @@ LOST_STATUS = 84
 """Exit status of a process whose peers are gone; start the run again to go on."""
 
 _HEARTBEAT_SECONDS = 30  # how long a silent process counts as alive; others stop within a minute
+_LAST_LEAVES_AFTER_SECONDS = 10  # the service that all others watch ends with process 0
 _LOST_SIGNS = ("gloo", "connection closed", "coordination", "heartbeat", "unavailable", "peer")
 
 
@@ -78,7 +80,8 @@ def leaving_with_the_others() -> Iterator[None]:
     """Ends this process with ``LOST_STATUS`` and one line when another one is lost.
 
     What is still waiting for the lost process would keep an ordinary exit from ending, so the
-    process is left at once. Checkpoints that were complete stay complete.
+    process is left at once. Process 0 alone waits a little: the others abort when its service ends,
+    and should have found the loss themselves by then. Checkpoints that were complete stay complete.
     """
     try:
         yield
@@ -92,6 +95,8 @@ def leaving_with_the_others() -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
+        if jax.process_index() == 0:
+            time.sleep(_LAST_LEAVES_AFTER_SECONDS)
         os._exit(LOST_STATUS)
 
 
