@@ -1,4 +1,4 @@
-"""LIBERO at full size: the video and the image policy on all four suites together.
+"""LIBERO at full size: video, image and flow policy on all four suites together.
 
     python -m univla_jax.train --config=configs/libero.py:video --workdir=DIR \\
         --config.init_from=WORLD_MODEL_DIR --config.tokenizers.action=FAST_DIR \\
@@ -21,11 +21,14 @@ from univla_jax.training.train_config import TrainConfig
 RECIPES = {
     "video": ("policy_video", 2, 3200, 160, 2630),
     "image": ("policy_image", 1, 1600, 80, 1330),
+    "flow": ("policy_flow", 1, 1600, 1, 1280),
 }
 
 
 def get_config(recipe: str = "video") -> ConfigDict:
-    """The policy that sees two moments (``video``) or one (``image``).
+    """The policy that sees two moments (``video``) or one (``image``, ``flow``).
+
+    ``flow`` trains the action expert: continuous chunks instead of tokens.
 
     Raises:
       UserError: no such recipe.
@@ -44,6 +47,7 @@ def get_config(recipe: str = "video") -> ConfigDict:
             "action_frames": 10,
             "sequence_length": length,
             "batch_size": 192,
+            "packing": recipe != "flow",
         },
         "loss": {"max_labelled": labelled},
         "sample_tokens": sample,

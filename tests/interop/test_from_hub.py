@@ -30,6 +30,7 @@ from univla_jax.interop.safetensor_files import StoredTensor
 from univla_jax.interop.to_hub import to_hub
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.presets import DecoderConfig
+from univla_jax.sequences import layouts
 from univla_jax.tokenizers.action import UniformBins
 from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.vision import VisionTokenizer
@@ -47,6 +48,7 @@ EXPERT = {
         "num_hidden_layers": 1,
     },
 }
+STATISTICS = {"mean": 0, "std": 1, "q01": -1, "q99": 1}
 MAKERS = {
     "one file": lambda folder: hub_folders.decoder_folder(folder, shards=1),
     "shards": hub_folders.decoder_folder,
@@ -135,7 +137,7 @@ def settings(parts: pathlib.Path, **changes):
         "sequence_length": 400,
         "corpus": "robot",
         "views": {"image": {"size": (4, 6), "min_pixels": 16}},
-        "statistics": {"mean": (0, 0), "std": (1, 1), "q01": (-1, -2), "q99": (1, 2)},
+        "statistics": {name: (value, 2 * value) for name, value in STATISTICS.items()},
     }
     return {**values, **changes}
 
@@ -149,6 +151,57 @@ def test_a_converted_policy_acts(parts, tmp_path):
         (chunk,) = policy.act([Observation("the red block", {"image": frame})], [session])
         assert chunk.actions.shape == (3, 2) and np.isfinite(chunk.actions).all()
     assert len(policy.trained.lexicon.text.encode("the")) == 1
+
+
+@pytest.fixture(scope="module")
+def flow_policy(parts):
+    """A converted checkpoint whose action expert acts, without any action tokenizer."""
+    source = hub_folders.decoder_folder(parts / "flow_source", dtype=np.float32, **EXPERT)
+    three = {name: (value,) * 3 for name, value in STATISTICS.items()}
+    config = settings(parts, layout="policy_flow", frames=1, action="", statistics=three)
+    convert(source, parts / "flow", **config)
+    return parts / "flow"
+
+
+def test_a_converted_action_expert_acts(flow_policy):
+    policy = Policy.load(flow_policy)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
+    seen = [Observation("the red block"[: 7 + 3 * i], {"image": f}) for i, f in enumerate(frames)]
+    chunks = policy.act(seen, [policy.start(seed) for seed in range(3)])
+    for number, (chunk, observation) in enumerate(zip(chunks, seen)):
+        assert chunk.valid and chunk.actions.shape == (3, 3)
+        (alone,) = policy.act([observation], [policy.start(number)])
+        np.testing.assert_allclose(chunk.actions, alone.actions, atol=1e-5)
+    assert not np.array_equal(chunks[0].actions, chunks[1].actions)
+
+
+def test_its_actions_are_those_of_twenty_euler_steps(flow_policy):
+    """The reference's ``generate_action`` on the prompt, written out."""
+    policy = Policy.load(flow_policy)
+    trained, session = policy.trained, policy.start(5)
+    frame = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
+    (chunk,) = policy.act([Observation("the block", {"image": frame})], [session])
+    resized = trained.assets.image_specs["image"].resize(frame[None])
+    codes = trained.assets.vision.encode_frames(resized)
+    prompt = layouts.policy_flow(trained.lexicon, "the block", [codes]).ids
+    positions = np.arange(len(prompt))[None]
+    hidden, _ = trained.model.apply({"params": trained.params}, prompt[None], positions)
+    z = jax.random.normal(jax.random.fold_in(jax.random.key(5), 0), (1, 3, 3))
+    for i in range(20, 0, -1):
+        tau = np.full(1, i / 20, np.float32)
+        z -= trained.expert.apply({"params": trained.expert_params}, z, tau, hidden)[0] / 20
+    expected = np.clip(np.asarray(z[0]), -1, 1)
+    np.testing.assert_allclose(chunk.actions, policy.statistics.unnormalise(expected), atol=1e-5)
+
+
+def test_an_expert_that_is_not_there_or_of_another_size(parts, tmp_path):
+    flow = settings(parts, layout="policy_flow", frames=1, action="")
+    with pytest.raises(UserError, match=r"'policy_flow', but .*source has no action expert"):
+        convert(parts / "source", tmp_path / "ours", **flow)
+    source = hub_folders.decoder_folder(tmp_path / "source", **EXPERT)
+    with pytest.raises(UserError, match=r"expert makes 3 dimensions.*corpus 'robot' have 2"):
+        convert(source, tmp_path / "ours", **flow)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_statistics_from_the_references_file(parts, tmp_path):

@@ -18,7 +18,7 @@ from univla_jax.interop.huggingface import config_from_huggingface
 from univla_jax.interop.key_table import export_state, import_state
 from univla_jax.models.action_expert import ActionExpert, embed_tau
 from univla_jax.models.decoder import Decoder
-from univla_jax.training.flow_loss import FlowTarget, flow_loss
+from univla_jax.training.flow_loss import FLOW_MSE, FlowTarget, flow_loss
 
 VELOCITY, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4
 
@@ -94,7 +94,7 @@ def _flow(models: Models, data: Mapping[str, np.ndarray]) -> Iterator[Check]:
         kind = f"{case} {models.name}"
         yield relative(kind, f"total loss, {models.name}", total, data[key], LOSS)
         yield relative(
-            kind, f"flow error, {models.name}", metrics["flow_mse"], data[f"{prefix}mse"], LOSS
+            kind, f"flow error, {models.name}", metrics[FLOW_MSE], data[f"{prefix}mse"], LOSS
         )
         state = export_state(models.rules, gradient)
         norm = np.linalg.norm([np.linalg.norm(value) for value in state.values()])
@@ -120,24 +120,22 @@ def flow_gradient(models: Models, data: Mapping[str, np.ndarray], case: str) -> 
         jnp.asarray(data[f"{case}_tau"]).reshape(-1),
     )
 
-    @jax.jit
-    def run(params: Any) -> Any:
-        return jax.value_and_grad(
-            lambda p: flow_loss(
-                models.decoder,
-                models.expert,
-                p,
-                batch,
-                target,
-                id_ranges(values),
-                weight=weight,
-                reference_padding=True,
-                train=True,
-            ),
-            has_aux=True,
-        )(params)
+    def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        total, weights, metrics = flow_loss(
+            models.decoder,
+            models.expert,
+            params,
+            batch,
+            target,
+            id_ranges(values),
+            weight=weight,
+            reference_padding=True,
+            train=True,
+        )
+        error, rows = metrics[FLOW_MSE]
+        return total / weights, {FLOW_MSE: error / rows}
 
-    return run(models.params)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(models.params)
 
 
 def _sampling(models: Models, data: Mapping[str, np.ndarray]) -> Iterator[Check]:

@@ -37,10 +37,21 @@ def test_golden(golden_dir):
 
 def test_total_is_cross_entropy_plus_weighted_error(case):
     model, _, params, batch, _ = case
-    total, metrics = flow_loss(*case, RANGES, weight=3.0)
+    total, weights, metrics = flow_loss(*case, RANGES, weight=3.0)
     ce, weight, _ = weighted_cross_entropy(model, params["decoder"], batch, RANGES)
-    np.testing.assert_allclose(metrics["cross_entropy"], ce / weight, rtol=1e-5)
-    np.testing.assert_allclose(total, ce / weight + 3.0 * metrics["flow_mse"], rtol=1e-5)
+    error, rows = metrics["flow_mse"]
+    assert rows == 2 and weights == weight
+    np.testing.assert_allclose(total, ce + weight * 3.0 * error / rows, rtol=1e-5)
+
+
+def test_rows_of_padding_have_no_error(case):
+    """Such rows fill up the last batch of an evaluation."""
+    model, expert, params, batch, target = case
+    error, rows = flow_loss(*case, RANGES)[2]["flow_mse"]
+    more = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])]), (batch, target))
+    one_more = flow_loss(model, expert, params, *more, RANGES)
+    np.testing.assert_allclose(one_more[2]["flow_mse"], (error, rows), rtol=1e-5)
+    np.testing.assert_allclose(one_more[0], flow_loss(*case, RANGES)[0], rtol=1e-5)
 
 
 def _with_padding(case, token):
@@ -54,11 +65,11 @@ def _rest(batch):
 
 
 def test_padding_changes_nothing_unless_asked(case):
-    one, other = (flow_loss(*_with_padding(case, t), RANGES)[1]["flow_mse"] for t in (1, 2))
+    one, other = (flow_loss(*_with_padding(case, t), RANGES)[2]["flow_mse"][0] for t in (1, 2))
     np.testing.assert_allclose(one, other, rtol=1e-6)
     options = {"reference_padding": True}
     one, other = (
-        flow_loss(*_with_padding(case, t), RANGES, **options)[1]["flow_mse"] for t in (1, 2)
+        flow_loss(*_with_padding(case, t), RANGES, **options)[2]["flow_mse"][0] for t in (1, 2)
     )
     assert abs(one - other) > 1e-5
 

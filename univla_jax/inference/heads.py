@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from univla_jax.inference.buckets import pad_prompts
+from univla_jax.errors import UserError
+from univla_jax.inference.buckets import length_bucket, pad_prompts
 from univla_jax.inference.continuer import Continuer, Memory, Rules
 from univla_jax.inference.flow import sample_actions
+from univla_jax.inference.int8 import restored
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.session import Session
 from univla_jax.inference.stopwatch import Stopwatch
@@ -177,7 +179,7 @@ class FlowHead:
 
     def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
         """Fixes the rows of every batch; prompts are padded to a bucket."""
-        self._rows = rows
+        self._rows, self._usual = rows, lengths[1:]
 
     def answer(
         self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], stopwatch: Stopwatch
@@ -201,10 +203,11 @@ class FlowHead:
         return [HeadAnswer(self._checked(row), closing) for row in rows]
 
     def warm(self, rows: int) -> None:
-        """Compiles the shortest bucket; the flow has no cache whose shapes could be fixed."""
-        prompt = np.array([self._trained.assets.vocabulary.bos], np.int32)
+        """Compiles the buckets of the usual prompts; the flow has no cache to fix shapes by."""
         session = Session(history=None)
-        self.answer([prompt] * rows, [session] * rows, Stopwatch())
+        for length in sorted({length_bucket(length) for length in self._usual}):
+            prompt = np.full(length, self._trained.assets.vocabulary.bos, np.int32)
+            self.answer([prompt] * rows, [session] * rows, Stopwatch())
 
     def worth_reading(self, prefix: np.ndarray, session: Session) -> bool:
         """Never: the expert reads all hidden states anew."""
@@ -220,10 +223,34 @@ class FlowHead:
         return DecodedActions(np.clip(actions, -1, 1))
 
 
+def head_of(trained: TrainedModel, chunk: tuple[int, int], **options: Any) -> ActionHead:
+    """The head that a checkpoint was trained for.
+
+    Args:
+      trained: the model and its assets.
+      chunk: T and A.
+      **options: of ``TokenHead``.
+
+    Raises:
+      UserError: the layout needs an action expert and there is none.
+    """
+    if trained.layout.layout != "policy_flow":
+        return TokenHead(trained, chunk, **options)
+    if trained.expert is None:
+        raise UserError(
+            f"{trained.folder} is of the layout 'policy_flow', but has no action expert; take a "
+            "checkpoint that has one"
+        )
+    if options.get("draft"):
+        raise UserError("draft: guesses tokens, but the action expert writes none; leave it at 0")
+    return FlowHead(trained, trained.expert, trained.expert_params, chunk)
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def _hidden(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
     """Hidden states [B, S, D]; what stands behind a row's end is not seen by the expert."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    params = restored(params, model.config.compute_dtype)
     return model.apply({"params": params}, tokens, positions)[0]
 
 

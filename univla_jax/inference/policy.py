@@ -20,7 +20,7 @@ import numpy as np
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.buckets import row_bucket
-from univla_jax.inference.heads import ActionHead, TokenHead
+from univla_jax.inference.heads import ActionHead, TokenHead, head_of
 from univla_jax.inference.int8 import quantised
 from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.session import Holders, Session
@@ -30,7 +30,7 @@ from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
 from univla_jax.tokenizers.decoded import DecodedActions
 
-_LAYOUTS = ("policy_video", "policy_image")
+_LAYOUTS = ("policy_video", "policy_image", "policy_flow")
 _AHEAD_ROWS = 8  # sessions whose next prompts are begun together at most
 _MEMORIES = 64
 _USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have room for
@@ -59,8 +59,8 @@ class Policy:
     ) -> None:
         """Prepares a loaded model; see ``load``.
 
-        ``head`` turns prompts into actions; by default the tokens of the checkpoint's action
-        tokenizer.
+        ``head`` turns prompts into actions; by default the action expert in the layout
+        ``policy_flow``, else the tokens of the checkpoint's action tokenizer.
         """
         trained.require_layout(_LAYOUTS, "acting")
         assets, layout = trained.assets, trained.layout
@@ -70,7 +70,7 @@ class Policy:
         self._encoder = ObservationEncoder(assets, layout, self.corpus)
         self._rows = rows
         shape = self.chunk, self.statistics.action_dim
-        self.head = head or TokenHead(trained, shape, max_new_tokens=max_new_tokens, draft=draft)
+        self.head = head or head_of(trained, shape, max_new_tokens=max_new_tokens, draft=draft)
         self.head.prepare(self._lengths(), rows)
         self._holders = Holders(memories)
 

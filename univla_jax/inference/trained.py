@@ -15,11 +15,13 @@ import jax
 from univla_jax import config as strict
 from univla_jax.data.actions import ActionStatistics
 from univla_jax.errors import UserError
+from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.presets import DecoderConfig
 from univla_jax.sequences.lexicon import Lexicon
 from univla_jax.tokenizers.assets import Assets
 from univla_jax.training.checkpoint_folder import assets_folder, find_checkpoint, load_params
+from univla_jax.training.flow_loss import DECODER, EXPERT
 from univla_jax.training.run_model import params_init
 
 _IDENTIFYING = ("_CHECKPOINT_METADATA", "state/manifest.ocdbt", "assets/assets.json")
@@ -45,7 +47,7 @@ class Layout:
     """The sequence layout a model was trained on (``assets.layout``).
 
     Attributes:
-      layout: ``"policy_video"``, ``"policy_image"`` or ``"world_model"``.
+      layout: ``"policy_video"``, ``"policy_image"``, ``"policy_flow"`` or ``"world_model"``.
       frames: moments per training sample; the history window of a video policy.
       action_frames: steps of an action chunk.
       frame_spacing: steps between two frames of a world model; 0 means each corpus' own.
@@ -101,6 +103,8 @@ class TrainedModel:
       layout: what the sequences look like.
       model: the decoder, without dropout; parameters are kept in its compute type.
       params: its parameters.
+      expert: the action expert on top of it, or None.
+      expert_params: its parameters.
     """
 
     folder: pathlib.Path
@@ -108,6 +112,8 @@ class TrainedModel:
     layout: Layout
     model: Decoder
     params: Any
+    expert: ActionExpert | None = None
+    expert_params: Any = None
 
     @classmethod
     def load(
@@ -128,11 +134,15 @@ class TrainedModel:
         assets = Assets.load(assets_folder(folder))
         layout = Layout.of(assets)
         model = Decoder(_inference_config(assets))
+        expert = _expert(assets, model)
+        init = params_init(model, expert)
         if untrained:  # "rbg" compiles faster than the default generator
-            params = _random(model, jax.random.key(seed, impl="rbg"))
+            params = jax.jit(lambda key: nn.unbox(init(key)))(jax.random.key(seed, impl="rbg"))
         else:
-            params = load_params(folder, _shapes(model))
-        return cls(folder, assets, layout, model, params)
+            params = load_params(folder, nn.unbox(jax.eval_shape(init, jax.random.key(0))))
+        if expert is None:
+            return cls(folder, assets, layout, model, params)
+        return cls(folder, assets, layout, model, params[DECODER], expert, params[EXPERT])
 
     @functools.cached_property
     def lexicon(self) -> Lexicon:
@@ -182,10 +192,8 @@ def _inference_config(assets: Assets) -> DecoderConfig:
     return dataclasses.replace(config, dropout=0.0, remat="none", param_dtype=config.dtype)
 
 
-def _shapes(model: Decoder) -> Any:
-    return nn.unbox(jax.eval_shape(params_init(model), jax.random.key(0)))
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _random(model: Decoder, key: jax.Array) -> Any:
-    return nn.unbox(params_init(model)(key))
+def _expert(assets: Assets, model: Decoder) -> ActionExpert | None:
+    if not assets.action_expert:
+        return None
+    config = strict.build(ActionExpertConfig, assets.action_expert, where="assets.action_expert")
+    return ActionExpert(config, model.config)

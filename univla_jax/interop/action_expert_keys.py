@@ -25,6 +25,7 @@ _FIELDS = {
     "rope_theta": "rope_theta",
     "rms_norm_eps": "rms_eps",
 }
+_ATTENTION, _EAGER = "_attn_implementation", "eager"
 # What the expert does not do; any other value is an error.
 _FIXED = {"hidden_act": "silu", "rope_scaling": None, "attention_dropout": 0.0, "qkv_bias": False}
 
@@ -37,7 +38,8 @@ def expert_config_from_huggingface(
     Args:
       values: the parsed file.
       decoder: the decoder of the same file.
-      **changes: fields the file does not decide (``causal``).
+      **changes: fields to set otherwise. Attention is causal unless the file asks for ``eager``,
+        which the reference runs without any mask (golden fact 12).
 
     Raises:
       UserError: no expert in the file, another width than the decoder's, or a setting that is not
@@ -61,7 +63,22 @@ def expert_config_from_huggingface(
     dimensions = found.get("action_dim", values.get("action_dim"))
     if dimensions is not None:
         fields["action_dim"] = dimensions
+    fields["causal"] = found.get(_ATTENTION) != _EAGER
     return ActionExpertConfig(**{**fields, **changes})
+
+
+def expert_config_to_huggingface(config: ActionExpertConfig, width: int) -> dict[str, Any]:
+    """The part of a reference ``config.json`` that the expert decides.
+
+    Args:
+      config: the expert.
+      width: D of its decoder.
+    """
+    fields = {name: getattr(config, ours) for name, ours in _FIELDS.items()}
+    attention = "flash_attention_2" if config.causal else _EAGER
+    action = {**fields, **_FIXED, "hidden_size": width, "action_dim": config.action_dim}
+    action[_ATTENTION] = attention
+    return {"action_experts": True, "action_dim": config.action_dim, "action_config": action}
 
 
 def expert_rules(config: ActionExpertConfig, decoder: DecoderConfig) -> list[KeyRule]:

@@ -19,7 +19,7 @@ from univla_jax.interop.hub_folder import SINGLE, HubFolder
 from univla_jax.interop.hub_text import check_vocabulary, load_hub_text, vocabulary_of
 from univla_jax.interop.vision_files import open_vision
 from univla_jax.sequences.data_config import LAYOUTS
-from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
+from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.files import parse_json
 from univla_jax.tokenizers.image import ImageSpec
@@ -41,8 +41,9 @@ class ConvertConfig:
       text: folder of the text tokenizer; empty takes the model folder's own.
       vision: folder of a converted vision tokenizer.
       action: folder of the action tokenizer.
-      layout: ``"policy_video"``, ``"policy_image"`` or ``"world_model"``; empty for a base model,
-        whose checkpoint is there to train from.
+      layout: ``"policy_video"``, ``"policy_image"``, ``"policy_flow"`` (of a model with an action
+        expert) or ``"world_model"``; empty for a base model, whose checkpoint is there to train
+        from.
       frames: moments a training sample had; the history of a video policy.
       action_frames: steps of an action chunk.
       frame_spacing: steps between two frames of a world model.
@@ -81,7 +82,8 @@ class ConvertConfig:
         """
         needed = ["corpus", "views", "sequence_length", "vision"] if self.layout else []
         if self.layout.startswith("policy"):
-            needed += ["action"] + ([] if self.statistics_file else ["statistics"])
+            needed += [] if self.layout == "policy_flow" else ["action"]
+            needed += [] if self.statistics_file else ["statistics"]
         for name in needed:
             if not getattr(self, name):
                 raise UserError(
@@ -107,6 +109,11 @@ def make_assets(
     if own_vision is not None and not config.vision:
         config = dataclasses.replace(config, vision=str(own_vision))
     config.require()
+    if config.layout == "policy_flow" and model.expert is None:
+        raise UserError(
+            f"config.layout: 'policy_flow', but {folder.path} has no action expert (config.json: "
+            "action_experts); choose 'policy_image' or 'policy_video'"
+        )
     text, where = _text(folder, config)
     action = load_action_tokenizer(config.action) if config.action else None
     vocabulary = vocabulary_of(text, None if action is None else action.vocabulary_size)
@@ -119,9 +126,10 @@ def make_assets(
         vision=vision,
         action=action,
         image_specs=_image_specs(config, vision),
-        statistics=_statistics(config, action),
+        statistics=_statistics(config),
         layout=_layout(config, vision),
         model=dataclasses.asdict(dataclasses.replace(model.decoder, dtype=dtype)),
+        action_expert=dataclasses.asdict(model.expert) if model.expert else {},
     )
 
 
@@ -163,16 +171,14 @@ def _image_specs(config: ConvertConfig, vision: StoredVision | None) -> dict[str
     }
 
 
-def _statistics(
-    config: ConvertConfig, action: ActionTokenizer | None
-) -> dict[str, ActionStatistics]:
+def _statistics(config: ConvertConfig) -> dict[str, ActionStatistics]:
     values = config.statistics
     if config.statistics_file:
         file = pathlib.Path(config.statistics_file)
         if not file.is_file():
             raise UserError(f"config.statistics_file: no file {file}")
         values = norm_stats(file.read_bytes(), str(file))
-    if action is None or not values:
+    if not values or not config.layout.startswith("policy"):
         return {}
     return {config.corpus: ActionStatistics.from_dict(values)}
 

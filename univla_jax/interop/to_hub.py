@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from univla_jax import config as strict
 from univla_jax.errors import UserError
+from univla_jax.interop.action_expert_keys import expert_config_to_huggingface, joint_rules
 from univla_jax.interop.architectures import FLOATS, HubModel
 from univla_jax.interop.hub_folder import CONFIG, INDEX, SINGLE, local_path
 from univla_jax.interop.huggingface import config_to_huggingface, decoder_rules
@@ -35,6 +36,7 @@ from univla_jax.interop.source_record import SOURCE, SourceRecord
 from univla_jax.interop.state_files import StateReader
 from univla_jax.interop.vision_files import foreign_tensor, vision_tensors
 from univla_jax.interop.vision_keys import vision_rules
+from univla_jax.models.action_expert import ActionExpertConfig
 from univla_jax.models.presets import DecoderConfig
 from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.files import dump_json, parse_json
@@ -174,9 +176,13 @@ def _trained(folder: pathlib.Path, is_vision: bool, dtype: str) -> Export:
     assets = Assets.load(folder / ASSETS)
     decoder = strict.build(DecoderConfig, assets.model, where="assets.model")
     rules = decoder_rules(decoder)
+    values = {**_DECODER_HEAD, **config_to_huggingface(decoder)}
+    if assets.action_expert:
+        expert = strict.build(ActionExpertConfig, assets.action_expert, where="assets")
+        rules = joint_rules(expert, decoder)
+        values |= expert_config_to_huggingface(expert, decoder.hidden_size)
     state = _open_state(folder, rules)
     stored = {rule.key: _stored_type(state, rule, dtype) for rule in rules}
-    values = {**_DECODER_HEAD, **config_to_huggingface(decoder)}
     values |= {f"{name}_token_id": getattr(assets.vocabulary, name) for name in _IDS}
     values["torch_dtype"] = FLOATS[stored[rules[0].key]]
     text = {path.name: path.read_bytes() for path in (folder / ASSETS / "text").iterdir()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import resource
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from univla_jax.errors import UserError
 from univla_jax.models import remat
 from univla_jax.models.presets import DecoderConfig
 from univla_jax.planning.compiling import Compiled, compile_for, shard_bytes
@@ -152,7 +154,13 @@ def plan_training(
 
 
 def with_full_logits(run: RunModel) -> RunModel:
-    """The same run with the loss that holds all logits."""
+    """The same run with the loss that holds all logits.
+
+    Raises:
+      UserError: the run has an action expert.
+    """
+    if run.expert is not None:
+        raise UserError("--full_logits: not for a run with an action expert")
     return dataclasses.replace(run, loss=full_logit_loss(run.model))
 
 
@@ -203,6 +211,10 @@ def _compile(run: RunModel) -> Compiled:
 
 def _abstract_batch(run: RunModel) -> Batch:
     shape = (run.config.data.batch_size, run.config.data.sequence_length)
-    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=run.batch_sharding)  # noqa: E731
-    ids = array(jnp.int32)
-    return Batch(tokens=ids, loss_weight=array(jnp.float32), positions=ids, segment_ids=ids)
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=run.batch_sharding)
+    ids, weight = place(shape, jnp.int32), place(shape, jnp.float32)
+    actions = None
+    if run.expert is not None:
+        steps, dimensions = run.config.data.action_frames, run.expert.config.action_dim
+        actions = place((shape[0], steps, dimensions), jnp.float32)
+    return Batch(ids, weight, positions=ids, segment_ids=ids, actions=actions)

@@ -3,7 +3,7 @@
 One folder, written whole or not at all, and checked file by file when it is read:
 
     assets/
-      assets.json   vocabulary, image specs, statistics, layout and model settings,
+      assets.json   vocabulary, image specs, statistics, layout, model and expert settings,
                     sha256 of every other file, fingerprints of the tokenizers
       text/ vision/ action/   the files of the tokenizers
 
@@ -45,6 +45,7 @@ _FORMAT = 1
 _ORBAX_MARKER = "commit_success.txt"
 _PARTS = ("text", "vision", "action")
 _SETTINGS = ("vocabulary", "image_specs", "statistics", "layout", "model")
+_EXPERT = "action_expert"  # only where there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Assets:
       statistics: per corpus, the action statistics used for normalisation.
       layout: settings of the sequence layout trained with, as JSON values.
       model: settings of the decoder, as JSON values.
+      action_expert: settings of the action expert on top of it; empty where there is none.
     """
 
     vocabulary: Vocabulary
@@ -71,6 +73,7 @@ class Assets:
     statistics: Mapping[str, ActionStatistics]
     layout: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises UserError when the parts do not fit together."""
@@ -81,6 +84,14 @@ class Assets:
                 f"the action tokenizer has {self.action.vocabulary_size} codes, the vocabulary "
                 f"{vocabulary.action_size}; make the vocabulary for this tokenizer"
             )
+        dimensions = self.action_expert.get("action_dim")
+        for corpus in self.layout.get("corpora", {}) if dimensions else ():
+            found = self.statistics[corpus].action_dim if corpus in self.statistics else "no"
+            if found != dimensions:
+                raise UserError(
+                    f"the action expert makes {dimensions} dimensions, the actions of corpus "
+                    f"{corpus!r} have {found}; set action_expert.action_dim to theirs"
+                )
         if self.vision is None:
             return
         _require_equal("vision", self.vision.codebook_size, "codes", vocabulary.visual_size)
@@ -212,6 +223,7 @@ class Assets:
             statistics={k: ActionStatistics.from_dict(v) for k, v in record["statistics"].items()},
             layout=record["layout"],
             model=record["model"],
+            action_expert=record.get(_EXPERT, {}),
         )
         if assets.fingerprint != record["fingerprint"]:
             raise UserError(
@@ -221,12 +233,14 @@ class Assets:
         return assets
 
     def _settings(self) -> dict[str, Any]:
+        expert = {_EXPERT: dict(self.action_expert)} if self.action_expert else {}
         return {
             "vocabulary": self.vocabulary.to_dict(),
             "image_specs": {k: v.to_dict() for k, v in self.image_specs.items()},
             "statistics": {k: v.to_dict() for k, v in self.statistics.items()},
             "layout": dict(self.layout),
             "model": dict(self.model),
+            **expert,
         }
 
     def _record(self, files: dict[str, str]) -> dict[str, Any]:
@@ -262,8 +276,8 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
     where = f"{folder}/{_FILE}"
     record = parse_json(read_files(folder, [_FILE], what="checkpoint assets")[_FILE], where=where)
     needed = {"format", *_SETTINGS, "vision", "parts", "files", "fingerprint"}
-    if record.keys() != needed:
-        wrong = sorted(record.keys() ^ needed)
+    if record.keys() - {_EXPERT} != needed:
+        wrong = sorted((record.keys() - {_EXPERT}) ^ needed)
         raise UserError(f"{where}: missing or unknown keys {wrong}; restore the file")
     if record["format"] != _FORMAT:
         raise UserError(f"{where}: format {record['format']}, this version reads {_FORMAT}")

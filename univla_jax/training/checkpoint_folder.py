@@ -79,13 +79,15 @@ def assets_folder(checkpoint: str | pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def load_params(checkpoint: str | pathlib.Path, template: Any) -> Any:
+def load_params(checkpoint: str | pathlib.Path, template: Any, *, part: str = "") -> Any:
     """Reads only the parameters of a checkpoint, straight to where they will live.
 
     Args:
       checkpoint: a checkpoint folder, or what ``find_checkpoint`` takes.
       template: pytree of ``jax.ShapeDtypeStruct``; with shardings the arrays are restored to them,
         without they go to the default device. Another dtype than the saved one is converted to.
+      part: which of the trees under the parameters, where there are several (``has_part``); empty
+        for all of them.
 
     Returns:
       the parameters.
@@ -94,18 +96,28 @@ def load_params(checkpoint: str | pathlib.Path, template: Any) -> Any:
       UserError: no checkpoint, or one of another model: names the first parameter that differs.
     """
     folder = find_checkpoint(checkpoint)
-    check_same_tree(saved_shapes(folder), {"params": template}, folder, partial=True)
-    placed = jax.tree.map(_with_sharding, template)
+    wanted = {"params": {part: template} if part else template}
+    check_same_tree(saved_shapes(folder), wanted, folder, within=_prefix(part))
+    placed = jax.tree.map(_with_sharding, wanted)
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     restored = reader.restore(
         folder / STATE,
         args=ocp.args.PyTreeRestore(
-            item={"params": placed},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": placed}),
+            item=placed,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(placed),
             partial_restore=True,
         ),
     )
-    return restored["params"]
+    return restored["params"][part] if part else restored["params"]
+
+
+def has_part(checkpoint: pathlib.Path, part: str) -> bool:
+    """Whether the parameters of a checkpoint hold the tree ``part``."""
+    return any(name.startswith(_prefix(part)) for name in saved_shapes(checkpoint))
+
+
+def _prefix(part: str) -> str:
+    return f"params/{part}/" if part else "params/"
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -133,7 +145,7 @@ def _key_name(key: Any) -> str:
 
 
 def check_same_tree(
-    saved: dict[str, tuple[int, ...]], template: Any, where: Any, *, partial: bool = False
+    saved: dict[str, tuple[int, ...]], template: Any, where: Any, *, within: str = ""
 ) -> None:
     """Compares the arrays of a checkpoint with those wanted.
 
@@ -141,15 +153,14 @@ def check_same_tree(
       saved: from ``saved_shapes``.
       template: what is wanted, a pytree of things with a shape.
       where: the checkpoint, for the message.
-      partial: whether the checkpoint may hold more than is wanted outside the wanted top keys.
+      within: beginning of the paths that are compared; the checkpoint may hold others.
 
     Raises:
       UserError: naming the first array that differs and both shapes.
     """
     wanted = shapes_by_path(template)
-    tops = {name.split("/", 1)[0] for name in wanted}
     for name in sorted(wanted.keys() | saved.keys()):
-        if partial and name.split("/", 1)[0] not in tops:
+        if not name.startswith(within):
             continue
         have, want = saved.get(name, "absent"), wanted.get(name, "absent")
         if have != want:

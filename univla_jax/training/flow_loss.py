@@ -22,6 +22,7 @@ from univla_jax.training.loss import Modalities, TokenBatch, loss_of_hidden
 
 FLOW_WEIGHT = 5.0  # the reference's action_config.vision_loss_weight
 DECODER, EXPERT = "decoder", "action_expert"  # parts of the joint parameters
+FLOW_MSE = "flow_mse"
 
 
 @flax.struct.dataclass
@@ -71,7 +72,7 @@ def flow_matching(
     target: FlowTarget,
     lengths: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean squared error of the velocity, a float32 scalar.
+    """Squared error of the velocity, float32 [B]: the mean over each row's chunk.
 
     Args:
       expert: the expert.
@@ -81,7 +82,7 @@ def flow_matching(
       lengths: int32 [B] real tokens per row; None takes all as real.
     """
     velocity, _ = expert.apply({"params": params}, target.noisy, target.tau, hidden, lengths)
-    return jnp.mean(jnp.square(velocity - target.velocity))
+    return jnp.mean(jnp.square(velocity - target.velocity), axis=(1, 2))
 
 
 def flow_loss(
@@ -97,8 +98,11 @@ def flow_loss(
     train: bool = False,
     dropout_key: jax.Array | None = None,
     **options: Any,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted cross-entropy plus weighted flow matching of one batch.
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Sums of the weighted cross-entropy and the weighted flow matching of one micro-batch.
+
+    The loss is their quotient. Micro-batches combine by their labelled tokens; in the layout
+    ``policy_flow`` that is one per row (boa), and so the mean over all rows.
 
     Args:
       model: the decoder.
@@ -116,8 +120,8 @@ def flow_loss(
       **options: ``max_labelled`` and ``chunks`` of ``training.loss``.
 
     Returns:
-      the loss, a float32 scalar, and metrics: ``cross_entropy``, ``flow_mse`` and those of
-      ``weighted_cross_entropy``.
+      what ``weighted_cross_entropy`` returns, the flow matching added to the first sum; its
+      metrics have ``flow_mse`` besides: the sum over rows that hold data, and their number.
     """
     segments = batch.segment_ids
     padding: dict[str, Any] = {"segment_ids_BS": segments}
@@ -134,8 +138,10 @@ def flow_loss(
     total, weights, metrics = loss_of_hidden(
         model, params[DECODER], hidden, batch, modalities, **options
     )
-    lengths = None if reference_padding else jnp.sum(segments > 0, axis=1)
-    mse = flow_matching(expert, params[EXPERT], hidden, target, lengths)
-    cross_entropy = total / weights
-    metrics = metrics | {"cross_entropy": cross_entropy, "flow_mse": mse}
-    return cross_entropy + weight * mse, metrics
+    real = jnp.sum(segments > 0, axis=1)
+    errors = flow_matching(
+        expert, params[EXPERT], hidden, target, None if reference_padding else real
+    )
+    error, rows = jnp.sum(jnp.where(real > 0, errors, 0)), jnp.sum(real > 0).astype(jnp.float32)
+    flow = weight * error / jnp.maximum(rows, 1)
+    return total + weights * flow, weights, metrics | {FLOW_MSE: (error, rows)}

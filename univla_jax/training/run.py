@@ -60,7 +60,7 @@ def train(
         return
     assets = build_assets(config, folder)
     run = RunModel.build(config, assets.vocabulary, make_mesh(config.mesh))
-    assets = dataclasses.replace(assets, model=dataclasses.asdict(run.model.config))
+    assets = _with_model(assets, run)
     batches = _training_batches(run, assets)
     evaluation = _evaluation(run, assets) if config.evaluation.every else None
     workdir.claim(folder, config)
@@ -115,6 +115,14 @@ def _boards(project: str, config: TrainConfig, folder: pathlib.Path) -> list[Boa
     return [WandbBoard(project, folder, dataclasses.asdict(config))]
 
 
+def _with_model(assets: Assets, run: RunModel) -> Assets:
+    """The assets with the settings of decoder and expert."""
+    expert = dataclasses.asdict(run.expert.config) if run.expert else {}
+    return dataclasses.replace(
+        assets, model=dataclasses.asdict(run.model.config), action_expert=expert
+    )
+
+
 def _state(
     run: RunModel, assets: Assets, checkpointer: Checkpointer, batches: DataIterator
 ) -> TrainState:
@@ -126,7 +134,7 @@ def _state(
     if run.config.init_from:
         earlier = checkpoint_folder.find_checkpoint(run.config.init_from)
         _say(f"starting from the parameters of {earlier}")
-        return run.new_state(checkpoint_folder.load_params(earlier, run.abstract.params))
+        return run.new_state(run.earlier_params(earlier))
     state = run.new_state()
     if run.config.model.visual_rows == "codebook":
         state = run.with_visual_rows(state, assets.vision.codebook, assets.vocabulary.visual_start)

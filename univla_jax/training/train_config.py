@@ -9,6 +9,7 @@ from typing import Any
 from univla_jax.errors import UserError
 from univla_jax.sequences.data_config import DataConfig
 from univla_jax.training.checkpoint_policy import CheckpointConfig
+from univla_jax.training.flow_loss import FLOW_WEIGHT
 from univla_jax.training.optimizer import OptimizerConfig
 from univla_jax.training.sharding import MeshConfig
 from univla_jax.training.step import NORMALISATIONS
@@ -27,11 +28,14 @@ class ModelConfig:
         vocabulary.
       visual_rows: how the embeddings of visual ids start where no earlier stage gives them:
         ``"random"``, as the reference, or ``"codebook"`` (``visual_rows.py``).
+      action_expert: fields of ``ActionExpertConfig`` to change; the layout ``policy_flow`` has an
+        expert, no other has.
     """
 
     preset: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     visual_rows: str = "random"
+    action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses an unknown start with a UserError."""
@@ -77,11 +81,13 @@ class LossConfig:
         only, which saves most of its cost where few tokens are labelled (policies). 0 runs it on
         every position.
       chunks: parts in which the head runs; 0 chooses them by memory.
+      flow_weight: of the action expert's flow matching beside the cross-entropy.
     """
 
     normalisation: str = "global"
     max_labelled: int = 0
     chunks: int = 0
+    flow_weight: float = FLOW_WEIGHT
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work, with a UserError naming them."""
@@ -89,7 +95,7 @@ class LossConfig:
             raise UserError(
                 f"loss.normalisation: {self.normalisation!r}; expected one of {NORMALISATIONS}"
             )
-        for name in ("max_labelled", "chunks"):
+        for name in ("max_labelled", "chunks", "flow_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name}: {getattr(self, name)}; expected at least 0")
 
@@ -155,12 +161,22 @@ class TrainConfig:
         for name in ("total_steps", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}; expected at least 1")
+        if self.model.action_expert and not self.has_expert:
+            raise UserError(
+                f"config.model.action_expert is set, but the layout {self.data.layout!r} has no "
+                "action expert; set config.data.layout='policy_flow', or leave it empty"
+            )
         held_out = self.evaluation.stores or self.data.held_out_every
         if self.evaluation.every and not held_out:
             raise UserError(
                 "config.evaluation.every is set but nothing is held out; set "
                 "config.data.held_out_every or config.evaluation.stores"
             )
+
+    @property
+    def has_expert(self) -> bool:
+        """Whether an action expert is trained on top of the decoder."""
+        return self.data.layout == "policy_flow"
 
 
 FREE = (
