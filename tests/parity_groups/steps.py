@@ -18,7 +18,7 @@ from univla_jax.episode import Observation
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.trained import CorpusLayout, Layout, TrainedModel
 from univla_jax.sequences import prompts
-from univla_jax.sequences.history import History, closed
+from univla_jax.sequences.history import History
 from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vocabulary import Vocabulary
@@ -89,11 +89,11 @@ def _policy_calls(
     vocabulary = policy.trained.assets.vocabulary
     yield _allowed(case, policy)
     session = policy.start()
-    before: np.ndarray | None = None
+    acted: list[np.ndarray] = []
     for number, call in enumerate(calls):
         name, generated = f"{case['tag']}|{number}", call["generated"].ravel()
         (chunk,) = policy.act([_observation(case, policy, calls)], [session])
-        expected = _with_eoa(call["prompt_ids"].ravel(), before, vocabulary, case["video_mode"])
+        expected = _with_eoa(call["prompt_ids"].ravel(), acted, vocabulary)
         prompt = policy.head.continuer.prompts[number][0]
         yield equal(name, "prompt ids of Policy", prompt, expected)
         finished = generated[-1] == vocabulary.eoa
@@ -101,17 +101,17 @@ def _policy_calls(
             yield equal(name, "unfinished chunks invalid", chunk.valid, False)
         elif chunk.valid:
             yield from _actions(name, "actions of Policy", case, chunk.actions, call)
-        before = generated
+        acted.append(generated)
 
 
 def _with_eoa(
-    prompt: np.ndarray, before: np.ndarray | None, vocabulary: Vocabulary, video: bool
+    prompt: np.ndarray, acted: Sequence[np.ndarray], vocabulary: Vocabulary
 ) -> np.ndarray:
-    """The reference's prompt, its last action closed where the reference leaves it open."""
-    if not video or before is None or before[-1] == vocabulary.eoa:
-        return prompt
-    cut = prompt.tolist().index(vocabulary.boa) + 1 + len(before)
-    return np.insert(prompt, cut, closed(vocabulary, before)[-1])
+    """The reference's prompt, each earlier action closed where the reference leaves it open."""
+    behind = np.flatnonzero(prompt == vocabulary.boa)[:-1] + 1
+    shown = zip(behind, acted[len(acted) - len(behind) :])
+    open_ends = [start + len(ids) for start, ids in shown if ids[-1] != vocabulary.eoa]
+    return np.insert(prompt, open_ends, vocabulary.eoa)
 
 
 def _allowed(case: Mapping[str, Any], policy: Policy) -> Check:

@@ -33,15 +33,15 @@ def vq(golden: Golden, name: str) -> Iterator[Check]:
     run = jax.jit(lambda v, x, method: model.apply(v, x, method=method), static_argnums=2)
     arrays = golden.arrays(name)
     for key in arrays:
-        case, _, kind = key.partition("_")
-        if kind == "pixels":
+        case = key.removesuffix("_pixels").removesuffix("_recon_codes")
+        if key == f"{case}_pixels":
             pixels = np.moveaxis(arrays[key], -3, -1)
             latents, codes = run(variables, pixels, _latents_and_codes)
             yield close(
                 case, "latents", latents, np.moveaxis(arrays[f"{case}_latents"], 2, -1), LATENTS
             )
             yield _codes(case, np.asarray(codes), arrays)
-        elif kind == "recon_codes":
+        elif key == f"{case}_recon_codes":
             pixels = run(variables, arrays[key], "decode")
             expected = np.moveaxis(arrays[f"{case}_recon"], -3, -1)
             yield close(case, "reconstruction", pixels, expected, LATENTS)
