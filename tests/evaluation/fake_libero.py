@@ -22,13 +22,23 @@ def get_benchmark(name): return Suite
 _ENVS = '''
 import numpy as np
 LOG = []
+class Sim:
+    def render(self, width, height):
+        frame = np.zeros((height, width, 3), np.uint8)
+        frame[0, 0] = 10, 20, 30
+        return frame
 class OffScreenRenderEnv:
     """Done once the gripper closed three times; pictures mark their corners."""
     def __init__(self, bddl_file_name, camera_heights, camera_widths, render_gpu_device_id):
         LOG.append(("open", bddl_file_name, camera_heights, camera_widths))
-        self.size = camera_heights, camera_widths
+        self.size = {"height": camera_heights, "width": camera_widths}
+        self.env = self
+        self._initialize_sim()
+    def _initialize_sim(self): self.sim = Sim()
     def seed(self, seed): LOG.append(("seed", seed))
-    def reset(self): LOG.append(("reset",))
+    def reset(self):
+        LOG.append(("reset",))
+        self._initialize_sim()
     def close(self): LOG.append(("close",))
     def set_init_state(self, state):
         LOG.append(("state", state))
@@ -39,8 +49,7 @@ class OffScreenRenderEnv:
         self.closed += action[-1] == 1
         return self._look(), 0.0, self.closed == 3, {}
     def _look(self):
-        frame = np.zeros((*self.size, 3), np.uint8)
-        frame[0, 0] = 10, 20, 30
+        frame = self.sim.render(**self.size)
         wrist = frame.copy()
         wrist[0, 1] = 200
         return {"agentview_image": frame, "robot0_eye_in_hand_image": wrist,

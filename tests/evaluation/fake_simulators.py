@@ -22,6 +22,7 @@ class Countdown:
         self.trouble, self.folder = trouble, folder
 
     def reset(self, job):
+        self.looked = True
         self.job, self.steps, self.total = job, 0, 0.0
         if job == Job(1, 1) and self.trouble:
             self._misbehave()
@@ -38,11 +39,12 @@ class Countdown:
         raise RuntimeError("the physics exploded")
 
     def observe(self):
+        assert self.looked
         frame = np.full((4, 4, 3), self.steps, np.uint8)
         return Observation(f"count to {self.job.task + 2}", {"image": frame})
 
-    def step(self, action):
-        self.steps += 1
+    def step(self, action, look=True):
+        self.steps, self.looked = self.steps + 1, look
         self.total += float(action.sum())
         return Turn.ENDED if self._success() or self.steps == 6 else Turn.GOES_ON
 
@@ -54,6 +56,7 @@ class Countdown:
         return {"task": f"task {self.job.task}", **outcome}
 
     def picture(self):
+        assert self.looked
         return np.full((32, 32, 3), 40 * self.steps, np.uint8)
 
     def versions(self):

@@ -84,6 +84,17 @@ def test_the_gripper_closes_above_zero(assets):
     assert log[-1][-1] == 0.25
 
 
+def test_nothing_is_shown_of_a_step_made_without_looking(assets):
+    simulator, _ = _simulator(assets)
+    simulator.reset(Job(0, 0))
+    simulator.step(np.array(OPEN), look=False)
+    for ask in (simulator.observe, simulator.picture):
+        with pytest.raises(RuntimeError, match="look=True"):
+            ask()
+    simulator.step(np.array(OPEN))
+    assert simulator.observe().frames["image"][-1, -1].tolist() == [10, 20, 30]
+
+
 def test_an_episode_fails_after_its_steps_wait_not_counted(assets):
     simulator, _ = _simulator(assets)
     simulator.reset(Job(0, 1))

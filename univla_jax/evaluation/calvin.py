@@ -140,8 +140,9 @@ class CalvinSimulator:
         state = np.asarray(self._seen["robot_obs"], np.float32)
         return Observation(str(self._words[self._task][0]), frames, state)
 
-    def step(self, action: np.ndarray) -> Turn:
-        """Executes one relative action [7]; asks the oracle after it."""
+    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+        """Executes one relative action [7]; asks the oracle after it. It is drawn in any case."""
+        del look
         command = sign_gripper(action) if self._rules.gripper == "sign" else action
         self._seen, _, _, info = self._env.step(np.asarray(command, np.float64))
         self._steps += 1

@@ -2,30 +2,23 @@
 
 The protocol is that of UniVLA (reference/RoboVLMs/eval/libero): ``libero_utils.py`` for steps,
 seed, rotation and wait, ``evaluate_libero_emu.py:125-172`` for the loop, ``model_wrapper_emu.py``
-for the gripper. The simulator is ``hf-libero``, imported only inside a worker.
+for the gripper. ``libero_simulator.py`` carries it out.
 
 Axes: H/W pixels, A action dimensions (7).
 """
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
-import importlib.util
-import math
-import os
-import pathlib
-import shutil
-import tempfile
 from typing import Any
 
 import numpy as np
 
 from univla_jax.data.conventions import sign_gripper
-from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.evaluation.simulators import Benchmark, Job, Turn, package_versions
+from univla_jax.evaluation.libero_simulator import LiberoSimulator
+from univla_jax.evaluation.simulators import Benchmark, Job
 
 MAX_STEPS = {
     "libero_spatial": 220,
@@ -43,7 +36,6 @@ PUBLISHED = {
     "libero_goal": 93.6,
     "libero_10": 94.0,
 }
-_PACKAGES = ("hf-libero", "mujoco", "robosuite", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,153 +137,3 @@ def benchmark(
         execute=rules.execute,
         published={name: PUBLISHED[name]} if name in PUBLISHED else {},
     )
-
-
-class LiberoSimulator:
-    """The tasks of one suite, one environment at a time."""
-
-    def __init__(self, rules: LiberoProtocol, assets: str | None = None) -> None:
-        """Finds the package and its files.
-
-        Raises:
-          UserError: ``hf-libero`` or a folder of assets is missing.
-        """
-        self._rules = rules
-        self._suite = _open_suite(rules.suite, assets)
-        self._env: Any = None
-        self._number = -1
-
-    def reset(self, job: Job) -> None:
-        """Begins trial ``job.trial`` of task ``job.task`` and lets the objects settle."""
-        if job.task != self._number:
-            self._open(job.task)
-        self._env.seed(self._rules.seed)
-        self._env.reset()
-        self._trial, self._steps, self._success = job.trial, 0, False
-        self._seen = self._env.set_init_state(self._states[job.trial])
-        for _ in range(self._rules.wait_steps):
-            self._seen = self._env.step(list(self._rules.wait_action))[0]
-
-    def observe(self) -> Observation:
-        """Both cameras, and end effector position, axis-angle and finger positions [8]."""
-        seen = self._seen
-        cameras = {"image": "agentview_image", "wrist_image": "robot0_eye_in_hand_image"}
-        frames = {view: self._rules.view(seen[name]) for view, name in cameras.items()}
-        turn = axis_angle(seen["robot0_eef_quat"])
-        state = np.concatenate([seen["robot0_eef_pos"], turn, seen["robot0_gripper_qpos"]])
-        return Observation(self._task.language, frames, state.astype(np.float32))
-
-    def step(self, action: np.ndarray) -> Turn:
-        """Executes one action: position and axis-angle in controller units ±1, gripper."""
-        self._seen, _, done, _ = self._env.step(self._rules.command(action).tolist())
-        self._steps += 1
-        self._success = bool(done)
-        over = self._success or self._steps >= self._rules.max_steps
-        return Turn.ENDED if over else Turn.GOES_ON
-
-    def result(self) -> dict[str, Any]:
-        """Task and outcome."""
-        return {
-            "task": self._task.name,
-            "instruction": self._task.language,
-            "initial_state": self._trial,
-            "success": self._success,
-            "steps": self._steps,
-        }
-
-    def picture(self) -> np.ndarray:
-        """The fixed camera upright, at half size."""
-        return self._seen["agentview_image"][::-2, ::2]
-
-    def versions(self) -> dict[str, str]:
-        """Of the packages that move the score, and the renderer."""
-        known = package_versions(_PACKAGES)
-        return {**known, "renderer": os.environ.get("MUJOCO_GL", "mujoco's default")}
-
-    @property
-    def env(self) -> Any:
-        """LIBERO's own environment of the present task."""
-        return self._env
-
-    def _open(self, number: int) -> None:
-        from libero.libero.envs import OffScreenRenderEnv
-
-        if self._env is not None:
-            self._env.close()
-        self._task, self._number = self._suite.get_task(number), number
-        self._states = self._suite.get_task_init_states(number)
-        side = self._rules.render_size
-        try:
-            self._env = OffScreenRenderEnv(
-                bddl_file_name=self._suite.get_task_bddl_file_path(number),
-                camera_heights=side,
-                camera_widths=side,
-                render_gpu_device_id=self._rules.gpu,
-            )
-        except FileNotFoundError as error:
-            raise UserError(
-                f"LIBERO task {self._task.name}: {error.filename!r} is missing; give the folder "
-                "of LIBERO's assets with --assets"
-            ) from error
-
-
-def axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """Rotation [4] as x, y, z, w to axis times angle [3] (robosuite's ``quat2axisangle``)."""
-    real = min(1.0, max(-1.0, float(quaternion[3])))
-    length = math.sqrt(1.0 - real * real)
-    if math.isclose(length, 0.0):
-        return np.zeros(3)
-    return np.asarray(quaternion[:3]) * 2.0 * math.acos(real) / length
-
-
-def _open_suite(suite: str, assets: str | None) -> Any:
-    """LIBERO's suite object; nothing is asked, downloaded or written outside a temporary folder.
-
-    Raises:
-      UserError: the package or the assets are missing.
-    """
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    spec = importlib.util.find_spec("libero")
-    if spec is None:
-        raise UserError("LIBERO needs the package hf-libero: pip install .[libero]")
-    root = pathlib.Path(next(iter(spec.submodule_search_locations or ()))) / "libero"
-    folder = pathlib.Path(assets or _configured_assets() or root / "assets")
-    if not (folder / "scenes").is_dir():
-        raise UserError(
-            f"no LIBERO assets: {str(folder / 'scenes')!r} is no folder; give the folder of "
-            "LIBERO's assets with --assets, or as 'assets' in $LIBERO_CONFIG_PATH/config.yaml"
-        )
-    home = tempfile.mkdtemp(prefix="libero-")
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    _write_config(pathlib.Path(home), root, folder)
-    os.environ["LIBERO_CONFIG_PATH"] = home
-    import libero.libero
-    from libero.libero import benchmark as suites
-
-    libero.libero._assets_path_cache = str(folder)  # it reads no config and would download
-    return suites.get_benchmark(suite)()
-
-
-def _configured_assets() -> str | None:
-    import yaml
-
-    home = os.environ.get("LIBERO_CONFIG_PATH", os.path.expanduser("~/.libero"))
-    path = pathlib.Path(home) / "config.yaml"
-    if not path.exists():
-        return None
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("assets")
-
-
-def _write_config(home: pathlib.Path, root: pathlib.Path, assets: pathlib.Path) -> None:
-    """The file without which importing LIBERO asks questions."""
-    import yaml
-
-    paths = {
-        "benchmark_root": root,
-        "bddl_files": root / "bddl_files",
-        "init_states": root / "init_files",
-        "datasets": root.parent / "datasets",
-        "assets": assets,
-    }
-    text = yaml.safe_dump({name: str(path) for name, path in paths.items()})
-    (home / "config.yaml").write_text(text, encoding="utf-8")

@@ -119,8 +119,12 @@ class SimplerSimulator:
         """The third-person camera and the words of now."""
         return Observation(self._words, {"image": self.picture()})
 
-    def step(self, action: np.ndarray) -> Turn:
-        """Executes one action of the Bridge corpus [7]: metres, Euler angles, gripper 0...1."""
+    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+        """Executes one action of the Bridge corpus [7]: metres, Euler angles, gripper 0...1.
+
+        It is drawn in any case.
+        """
+        del look
         self._seen, _, done, truncated, info = self._env.step(widowx_commands(action))
         self._steps += 1
         self._success = bool(done)

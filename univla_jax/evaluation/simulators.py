@@ -43,8 +43,14 @@ class Simulator(Protocol):
         """What the policy sees now."""
         ...
 
-    def step(self, action: np.ndarray) -> Turn:
-        """Executes one action float [A], in the physical units of the training data."""
+    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+        """Executes one action.
+
+        Args:
+          action: float [A], in the physical units of the training data.
+          look: whether ``observe`` or ``picture`` may be asked next, unless the turn says that the
+            task changed; a simulator may save the time of drawing otherwise.
+        """
         ...
 
     def result(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ ends by itself when its campaign is gone.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pathlib
 import pickle
@@ -134,10 +135,11 @@ class _Server:
         return "see", seen, True
 
     def _act(self, actions: np.ndarray) -> tuple[Any, ...]:
-        for action in actions:
-            turn = self._simulator.step(action)
-            if self._film is not None:
-                self._film.watch(self._simulator)
+        for left, action in zip(reversed(range(len(actions))), actions, strict=True):
+            filmed = self._film is not None and self._film.due()
+            turn = self._simulator.step(action, look=left == 0 or filmed)
+            if filmed:
+                self._film.take(self._simulator.picture())
             if turn is Turn.ENDED:
                 return "end", self._end()
             if turn is Turn.NEXT_TASK:
@@ -155,12 +157,15 @@ class _Film:
     """Pictures of an episode under way."""
 
     def __init__(self, path: pathlib.Path, caption: str) -> None:
-        self._path, self._clip, self._steps = path, Clip(caption), 0
+        self._path, self._clip = path, Clip(caption)
+        self._steps = itertools.count()
 
-    def watch(self, simulator: Simulator) -> None:
-        if self._steps % _FILM_EVERY == 0:
-            self._clip.frames.append(np.array(simulator.picture()))
-        self._steps += 1
+    def due(self) -> bool:
+        """Whether the step about to be made is shown."""
+        return next(self._steps) % _FILM_EVERY == 0
+
+    def take(self, picture: np.ndarray) -> None:
+        self._clip.frames.append(np.array(picture))
 
     def write(self, success: bool) -> None:
         self._clip.success = success
