@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -108,15 +109,42 @@ def test_what_a_person_can_mend_is_one_line_and_status_2(command, tmp_path, flag
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_kill_9_at_random_moments_leaves_no_trace(command, whole, tmp_path, seed):
-    """Two kills per run: anywhere, also while a checkpoint is being written."""
-    wait = random.Random(seed)
-    for _ in range(2):
-        process = command(tmp_path)
-        _wait_for_lines(process, tmp_path, wait.randint(1, 12))
-        time.sleep(wait.uniform(0, 0.2))
-        process.kill()
-        process.communicate()
+def test_kill_9_leaves_no_trace(command, whole, tmp_path, seed):
+    """Twenty kills, two per run: at a random moment, then while a checkpoint is being written."""
+    moment = random.Random(seed)
+    process = command(tmp_path)
+    _wait_for_lines(process, tmp_path, moment.randint(1, 8))
+    time.sleep(moment.uniform(0, 0.2))
+    _kill(process)
+    before = _unfinished(tmp_path)
+    process = command(tmp_path)
+    assert _stop_while_it_saves(process, tmp_path, before, moment.uniform(0, 0.02))
+    _kill(process)
     status, errors = _finish(command(tmp_path))
     assert status == 0, errors
     assert (tmp_path / metrics.FILE).read_bytes() == whole
+
+
+def _unfinished(workdir):
+    """Checkpoint folders that are being written, or were when the process died."""
+    folders = (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+    return {(folder.name, folder.stat().st_ino) for folder in folders}
+
+
+def _stop_while_it_saves(process, workdir, before, delay):
+    """Halts the process ``delay`` seconds into a save that it has not finished then."""
+    while process.poll() is None:
+        time.sleep(0.001)
+        with contextlib.suppress(FileNotFoundError):  # renamed while it was looked at
+            if _unfinished(workdir) - before:
+                time.sleep(delay)
+                process.send_signal(signal.SIGSTOP)
+                if _unfinished(workdir) - before:
+                    return True
+                process.send_signal(signal.SIGCONT)
+    return False
+
+
+def _kill(process):
+    process.kill()
+    process.communicate()

@@ -62,6 +62,7 @@ def test_utilisation_of_a_known_time(tmp_path):
     elapsed = board.points["time/step_seconds", 0]
     assert board.points["time/mfu", 0] == pytest.approx(1e12 / elapsed / 1e14, rel=0.01)
     assert board.points["loss", 0] == 1.0 and board.closed
+    assert board.points["memory/host_peak_gb", 0] > 0.05
 
 
 def test_no_utilisation_where_the_peak_is_unknown():

@@ -34,7 +34,8 @@ def describe(plan: TrainingPlan) -> str:
         ),
         (
             "compilation",
-            f"{plan.compile_seconds:.0f} s, {plan.host_gigabytes:.1f} GB of this machine",
+            f"{plan.compile_seconds:.0f} s ({plan.compile_processor_seconds:.0f} s of processor "
+            f"time), {plan.host_gigabytes:.1f} GB of this machine",
         ),
     ]
     if plan.full_logits_total is not None:

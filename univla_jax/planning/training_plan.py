@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import resource
-import sys
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ from univla_jax.planning.topologies import GIB, Topology
 from univla_jax.sequences.examples import Batch
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import flops
+from univla_jax.training.metrics import host_gigabytes
 from univla_jax.training.run_model import RunModel
 from univla_jax.training.sharding import make_mesh
 from univla_jax.training.train_config import TrainConfig
@@ -69,7 +68,8 @@ class TrainingPlan:
       tokens: per step, padding included.
       useful_tokens: per step, by the recipe's ``sample_tokens``.
       time: lower bounds.
-      compile_seconds: of the TPU compiler.
+      compile_seconds: of the TPU compiler, by the clock.
+      compile_processor_seconds: the same in processor time of all threads.
       host_gigabytes: largest resident memory of this process so far.
       full_logits_total: bytes at the worst moment with a loss that holds all logits, or None.
     """
@@ -93,6 +93,7 @@ class TrainingPlan:
     useful_tokens: int
     time: StepTime
     compile_seconds: float
+    compile_processor_seconds: float
     host_gigabytes: float
     full_logits_total: int | None = None
 
@@ -148,6 +149,7 @@ def plan_training(
             traffic / (chip.gigabytes_per_second * 1e9),
         ),
         compile_seconds=compiled.seconds,
+        compile_processor_seconds=compiled.processor_seconds,
         host_gigabytes=host_gigabytes(),
         full_logits_total=full,
     )
@@ -195,12 +197,6 @@ def least_traffic(
     kept = 2 * tokens * decoder.num_layers * decoder.hidden_size * decoder.compute_dtype.itemsize
     gradients = parameters
     return 2 * (parameters + optimizer + gradients) + config.accumulation * passes * whole + kept
-
-
-def host_gigabytes() -> float:
-    """Largest resident memory of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _compile(run: RunModel) -> Compiled:

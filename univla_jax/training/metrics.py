@@ -11,7 +11,8 @@ bar:
                              ``flops.py`` (padding and recomputation count nothing, causal attention
                              half) over the bf16 peak of all devices; absent where the peak is
                              unknown, as on CPU
-    memory/*_gib             of the first local device
+    memory/*_gib             of the first local device, where its platform tells (CPU does not)
+    memory/host_peak_gb      largest resident memory of the first process
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import json
 import math
 import os
 import pathlib
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -208,10 +211,17 @@ class _Clock:
 
 
 def _memory() -> dict[str, float]:
-    """Memory of the first local device in GiB, where its platform tells (CPU does not)."""
+    """Memory of the first local device and of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
-    return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
+    device = {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
+    return device | {"memory/host_peak_gb": host_gigabytes()}
+
+
+def host_gigabytes() -> float:
+    """Largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def drop_lines_from(path: pathlib.Path, step: int) -> None:
