@@ -23,6 +23,7 @@ def get_config(name="small"):
     return ml_collections.ConfigDict({"steps": 3, "model": {"width": 4}, "fast": True})
 """
 COMMAND = """
+import pathlib
 from univla_jax import commands
 from univla_jax.errors import UserError
 
@@ -34,6 +35,8 @@ def main(argv):
         raise UserError("nine steps\\nare too many")
     if CONFIG.value.steps == 8:
         raise ValueError("a bug")
+    if CONFIG.value.steps == 7:
+        pathlib.Path("/dev/full").write_text("more than a full disk takes")
     print(CONFIG.value.steps, CONFIG.value.model.width, CONFIG.value.fast)
 
 if __name__ == "__main__":
@@ -88,6 +91,7 @@ def test_runs_with_overrides(folder, script, arguments, output):
         (["--config=config.py", "--cofnig=4"], "Did you mean: config"),
         (["--config=config.py", "extra"], "unexpected argument 'extra'"),
         (["--config=config.py", "--config.steps=9"], "nine steps are too many"),
+        (["--config=config.py", "--config.steps=7"], "No space left on device; make room"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(folder, arguments, message):

@@ -12,6 +12,7 @@ In a command module::
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import os
 import re
@@ -25,6 +26,8 @@ from ml_collections import config_flags
 from univla_jax.errors import UserError
 
 _CONFIG = "config"
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_REMEDY = "make room or choose another folder; what was complete before is intact"
 _defaults: dict[str, str] = {}
 
 
@@ -78,9 +81,9 @@ def string_flag(
 def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
     """Parses the flags, runs ``main(argv)`` and leaves the process.
 
-    A ``UserError``, a flag that does not parse, a missing config file and an override of a key
-    that the config lacks each become one line on standard error and exit status 2. Any other
-    exception is a bug and keeps its traceback.
+    A ``UserError``, a flag that does not parse, a missing config file, an override of a key that
+    the config lacks and a disk that is full or read-only each become one line on standard error and
+    exit status 2. Any other exception is a bug and keeps its traceback.
 
     Args:
       main: gets the command line without its flags; its result becomes the exit status.
@@ -93,14 +96,19 @@ def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
 
 
 def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """Wraps ``function`` so that a UserError ends the process with one line and status 2."""
+    """Wraps ``function`` so that what a person can mend becomes one line and status 2."""
 
     def call(argv: list[str]) -> Any:
         try:
             return function(argv)
         except UserError as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            sys.exit(2)
+            message = str(error)
+        except OSError as error:
+            if error.errno not in _NO_WRITING:
+                raise
+            message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {_REMEDY}"
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
 
     return call
 

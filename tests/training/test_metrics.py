@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
 
+import pytest
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.errors import OutOfRangeError
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
+from univla_jax.errors import UserError
 from univla_jax.training import metrics
 from univla_jax.training.metrics import MetricsLogger
 
@@ -61,3 +64,25 @@ def _events(file):
         except OutOfRangeError:
             return
         yield Event.FromString(reader.record())
+
+
+class _Full:
+    """A board on a full disk."""
+
+    def add_scalar(self, tag, value, step):
+        pass
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = flush
+
+
+def test_a_full_disk_is_one_message_and_does_not_hide_another(tmp_path):
+    with pytest.raises(UserError, match="cannot write metrics in .* No space left"):
+        _log(tmp_path, 0, 1, boards=[_Full()])
+    with (
+        pytest.raises(KeyboardInterrupt),
+        MetricsLogger(tmp_path, start_step=0, total_steps=1, progress=False, boards=[_Full()]),
+    ):
+        raise KeyboardInterrupt

@@ -98,18 +98,18 @@ class MetricsLogger:
           speed: for the utilisation; None leaves it out.
           boards: beside TensorBoard; closed with the logger.
         """
-        self._every, self._total = every, total_steps
+        self._folder, self._every, self._total = pathlib.Path(workdir), every, total_steps
         self._primary = jax.process_index() == 0
         self._clock = _Clock(speed)
         self._file = self._bar = None
         self._boards: list[Board] = []
         if not self._primary:
             return
-        path = pathlib.Path(workdir) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._folder / FILE
+        self._folder.mkdir(parents=True, exist_ok=True)
         drop_lines_from(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._boards = [EventFile(path.parent / TENSORBOARD), *boards]
+        self._boards = [EventFile(self._folder / TENSORBOARD), *boards]
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -121,9 +121,10 @@ class MetricsLogger:
         """Returns itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Closes the files."""
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the files; where an error ended the run already, a full disk says no more."""
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(UserError):
+            self.close()
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -153,14 +154,23 @@ class MetricsLogger:
         if not self._primary:
             return
         known = {name: value for name, value in values.items() if not math.isnan(value)}
-        try:
+        with self._write_errors():
             self._file.write(json.dumps({"step": step, **known}) + "\n")
             self._file.flush()
+            self._show(step, known)
+            for board in self._boards:
+                board.flush()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turns what a full or read-only disk raises into a UserError."""
+        try:
+            yield
         except OSError as error:
-            raise UserError(f"cannot write {self._file.name}: {error}") from error
-        self._show(step, known)
-        for board in self._boards:
-            board.flush()
+            raise UserError(
+                f"cannot write metrics in {self._folder}: {error}; make room, then the same command "
+                "goes on from the newest checkpoint"
+            ) from error
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         for board in self._boards:
@@ -168,10 +178,11 @@ class MetricsLogger:
                 board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is buffered and closes everything."""
-        for opened in (self._file, *self._boards, self._bar):
-            if opened is not None:
-                opened.close()
+        """Writes what is buffered and closes everything, the rest too where one cannot."""
+        with self._write_errors(), contextlib.ExitStack() as stack:
+            for opened in (self._file, *self._boards, self._bar):
+                if opened is not None:
+                    stack.callback(opened.close)
         self._file = self._bar = None
         self._boards = []
 
