@@ -79,7 +79,7 @@ class _Full:
 
 
 def test_a_full_disk_is_one_message_and_does_not_hide_another(tmp_path):
-    with pytest.raises(UserError, match="cannot write metrics in .* No space left"):
+    with pytest.raises(UserError, match=r"cannot write metrics in .* No space left"):
         _log(tmp_path, 0, 1, boards=[_Full()])
     with (
         pytest.raises(KeyboardInterrupt),

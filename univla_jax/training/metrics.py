@@ -168,8 +168,8 @@ class MetricsLogger:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write metrics in {self._folder}: {error}; make room, then the same command "
-                "goes on from the newest checkpoint"
+                f"cannot write metrics in {self._folder}: {error}; make room, then the same "
+                "command goes on from the newest checkpoint"
             ) from error
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
