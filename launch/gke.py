@@ -21,7 +21,7 @@ import pathlib
 import string
 import sys
 
-from shell import Shell, split_command
+from shell import Shell, fail, split_command
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ACCELERATORS = {  # name of the nodes, chips of a host
@@ -35,12 +35,12 @@ def manifest(options: argparse.Namespace) -> str:
     """The JobSet of the command line."""
     chip, _, shape = options.topology.partition(":")
     if chip not in ACCELERATORS or not shape:
-        sys.exit(
-            f"error: --topology={options.topology!r}; expected CHIP:SHAPE such as v6e:8x8, with a "
+        fail(
+            f"--topology={options.topology!r}; expected CHIP:SHAPE such as v6e:8x8, with a "
             f"chip of {', '.join(ACCELERATORS)}"
         )
     if not options.command:
-        sys.exit("error: no command; write it behind --, for example -- train --config=...")
+        fail("no command; write it behind --, for example -- train --config=...")
     accelerator, per_host = ACCELERATORS[chip]
     chips = math.prod(int(size) for size in shape.split("x"))
     module, *rest = options.command

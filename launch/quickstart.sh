@@ -2,20 +2,27 @@
 # From nothing to a robot policy that acts, on a CPU, in about a quarter of an hour after installation.
 #
 #   bash launch/quickstart.sh [WORKDIR]        (default: ./quickstart)
+#   bash launch/quickstart.sh --dry_run [WORKDIR]        print the commands, run nothing
 #
 # Run again, it skips finished stages; interrupted anywhere, it resumes. Other sizes:
 #   CONFIG=configs/quickstart_long.py bash launch/quickstart.sh long
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-  sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
 fi
+dry_run=""
+if [[ "${1:-}" == "--dry_run" ]]; then
+  dry_run=1
+  shift
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install_project base
-
-mkdir -p "${1:-quickstart}"
-WORKDIR="$(cd "${1:-quickstart}" && pwd)"
+WORKDIR="$(realpath -m "${1:-quickstart}")"
+if [[ -z "$dry_run" ]]; then
+  install_project base
+  mkdir -p "$WORKDIR"
+fi
 CONFIG="${CONFIG:-configs/quickstart.py}"
 cd "$REPOSITORY"
 # Two-megabyte pages for large buffers: training on CPU is a third faster with them.
@@ -27,8 +34,18 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 stage() {
   local name="$1" output="$2" module="$3"
   shift 3
-  "$PROJECT_PYTHON" launch/stage.py --record="$WORKDIR/stages.jsonl" --name="$name" \
+  run "$PROJECT_PYTHON" launch/stage.py --record="$WORKDIR/stages.jsonl" --name="$name" \
     --output="$WORKDIR/$output" -- "$PROJECT_PYTHON" -m "univla_jax.$module" "$@"
+}
+
+# run COMMAND...: runs it, or prints it where nothing shall be run.
+run() {
+  if [[ -n "$dry_run" ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
 }
 
 demonstrations="$WORKDIR/demonstrations"
@@ -55,4 +72,4 @@ stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
   --checkpoint="$WORKDIR/policy" --out="$WORKDIR/evaluation"
 stage imagination imagination imagine --config="$CONFIG:imagine" \
   --checkpoint="$WORKDIR/world_model" --source="$demonstrations" --out="$WORKDIR/imagination"
-"$PROJECT_PYTHON" -m univla_jax.summarize --workdir="$WORKDIR"
+run "$PROJECT_PYTHON" -m univla_jax.summarize --workdir="$WORKDIR"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 class Shell:
@@ -35,7 +36,7 @@ class Shell:
         _require(command[0])
         status = subprocess.run(command, input=given, text=True, check=False).returncode
         if status and check:
-            sys.exit(f"error: {shlex.join(command)} ended with status {status}")
+            fail(f"{shlex.join(command)} ended with status {status}")
         return status
 
     def read(self, command: Sequence[str]) -> str | None:
@@ -57,5 +58,10 @@ def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _require(program: str) -> None:
     if shutil.which(program) is None:
-        print(f"error: no {program!r} on PATH; install it, or see --dry_run", file=sys.stderr)
-        sys.exit(2)
+        fail(f"no {program!r} on PATH; install it, or see --dry_run")
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the script with one line and status 2, as the commands of the package do."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

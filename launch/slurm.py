@@ -17,7 +17,7 @@ import pathlib
 import shlex
 import sys
 
-from shell import Shell, split_command
+from shell import Shell, fail, split_command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SAVED, LOST = 83, 84  # exit statuses after which the job goes on
@@ -26,7 +26,7 @@ SAVED, LOST = 83, 84  # exit statuses after which the job goes on
 def script(options: argparse.Namespace) -> str:
     """The batch job of the command line."""
     if not options.command:
-        sys.exit("error: no command; write it behind --, for example -- train --config=...")
+        fail("no command; write it behind --, for example -- train --config=...")
     module, *rest = options.command
     train = shlex.join(
         [options.python, "-m", f"univla_jax.{module}", "--distributed", *rest],

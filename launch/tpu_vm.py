@@ -25,7 +25,7 @@ import shlex
 import sys
 import time
 
-from shell import Shell, split_command
+from shell import Shell, fail, split_command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 ARCHIVE = "univla_jax.tar.gz"
@@ -60,12 +60,12 @@ class Slice:
         """Asks for the slice."""
         options = self.options
         if not options.type:
-            sys.exit("error: --type is missing, for example --type=v5p-128")
+            fail("--type is missing, for example --type=v5p-128")
         generation = options.type.split("-")[0]
         runtime = options.runtime or RUNTIMES.get(generation)
         if runtime is None:
-            sys.exit(
-                f"error: --type={options.type}: no runtime known for {generation!r}; known: "
+            fail(
+                f"--type={options.type}: no runtime known for {generation!r}; known: "
                 f"{', '.join(RUNTIMES)}; or give --runtime"
             )
         request = [f"--node-id={options.name}", f"--accelerator-type={options.type}"]
@@ -138,7 +138,7 @@ class Slice:
             time.sleep(self.options.poll_seconds)
         self.delete()
         if ended == MEND:
-            sys.exit("error: the run ended with status 2; its message is in train.log")
+            fail("the run ended with status 2; its message is in train.log")
 
 
 def _install_command(nfs: str) -> str:
@@ -160,7 +160,7 @@ def _install_command(nfs: str) -> str:
 
 def _start_command(command: list[str]) -> str:
     if not command:
-        sys.exit("error: no command; write it behind --, for example -- train --config=... ")
+        fail("no command; write it behind --, for example -- train --config=... ")
     module, *rest = command
     train = shlex.join([".venv/bin/python", "-m", f"univla_jax.{module}", "--distributed", *rest])
     inner = f"{train} > train.log 2>&1; echo $? > exit_status"

@@ -71,6 +71,45 @@ def test_help(launch, script):
     assert not launch.calls()
 
 
+BASH = ("quickstart.sh", "test.sh", "local_multiprocess.sh")
+
+
+@pytest.mark.parametrize("script", BASH)
+def test_help_of_what_runs_here(script):
+    done = _bash(script, "--help")
+    assert done.returncode == 0 and "--dry_run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("quickstart.sh", "--dry_run", "NOWHERE"), ["univla_jax.train", "univla_jax.summarize"]),
+        (("test.sh", "--dry_run", "-m", "slow"), ["-m pytest", "-m slow"]),
+        (
+            ("local_multiprocess.sh", "--dry_run", "2", "train", "--workdir=NOWHERE"),
+            ["--processes=2 --process=0", "--processes=2 --process=1"],
+        ),
+    ],
+)
+def test_a_dry_run_here_prints_the_commands(arguments, expected):
+    done = _bash(*arguments)
+    assert done.returncode == 0, done.stderr
+    for part in expected:
+        assert part in done.stdout
+    assert not (REPOSITORY / "NOWHERE").exists()
+
+
+def _bash(script, *arguments):
+    return subprocess.run(
+        ["bash", f"launch/{script}", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
@@ -107,7 +146,7 @@ def test_creating_a_slice(launch):
 
 def test_an_unknown_type_is_named(launch):
     done = launch("tpu_vm.py", "create", "mine", "--zone=z", "--type=v9-8")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "'v9'" in done.stderr and "v6e" in done.stderr
     assert not launch.calls()
 
@@ -139,7 +178,7 @@ def test_a_run_that_needs_mending_is_not_started_again(launch):
         *("tpu_vm.py", "keep", "mine", "--zone=z", "--type=v6e-64", "--poll_seconds=0"),
         *TRAIN,
     )
-    assert done.returncode == 1 and "status 2" in done.stderr
+    assert done.returncode == 2 and "status 2" in done.stderr
     assert launch.calls()[-1][4] == "delete"
 
 
@@ -178,7 +217,7 @@ def test_a_slurm_job_requeues_itself(launch):
 
 def test_no_command_is_an_error(launch):
     done = launch("slurm.py", "--nodes=2")
-    assert done.returncode == 1 and "behind --" in done.stderr
+    assert done.returncode == 2 and "behind --" in done.stderr
     assert not launch.calls()
 
 
