@@ -59,6 +59,7 @@ def test_resets_and_episodes():
         (_message(**{"observation/state": [1, 2]}), "'observation/state' is a list"),
         (_message(**{"observation/state": np.zeros((2, 2))}), "is float64 \\[2, 2\\]"),
         (_message(**{"observation/state": np.array([np.nan])}), "not finite"),
+        (_message(**{"observation/state": np.array([1e300])}), "not finite"),
         (_message(**{"observation/image": "x"}), "'observation/image' is a str"),
         (_message(**{"observation/image": np.zeros((4, 4, 3))}), "is float64 \\[4, 4, 3\\]"),
         (_message(**{"observation/image": np.zeros((3, 4, 4), np.uint8)}), "\\[H, W, 3\\], RGB"),

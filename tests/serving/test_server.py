@@ -29,22 +29,6 @@ def _get(port, path, **headers):
         return response.status, response.read().decode()
 
 
-def test_the_client_of_openpi_works_unchanged():
-    client = pytest.importorskip("openpi_client.websocket_client_policy")
-    broker = pytest.importorskip("openpi_client.action_chunk_broker")
-    with running(CountingPolicy(), metadata={"protocol": 1, "chunk": 1}) as server:
-        policy = client.WebsocketClientPolicy("127.0.0.1", server.port)
-        assert policy.get_server_metadata() == {"protocol": 1, "chunk": 1}
-        first, second = policy.infer(observation(1)), policy.infer(observation(2))
-        np.testing.assert_array_equal(second["actions"], [[3 * PIXELS, 2]])
-        assert first["actions_valid"] is True and "prev_total_ms" in second["server_timing"]
-        assert set(first["policy_timing"]) == {"infer_ms", "read_ms"}
-        with pytest.raises(RuntimeError, match="bad request: key 'prompt' is missing"):
-            policy.infer({"observation/image": observation()["observation/image"]})
-        chunks = broker.ActionChunkBroker(policy, action_horizon=1)
-        assert chunks.infer(observation(1))["actions"].tolist() == [4 * PIXELS, 3]
-
-
 def test_each_connection_has_an_episode_of_its_own_and_can_end_it():
     with running(CountingPolicy()) as server, server.connect() as a, server.connect() as b:
 

@@ -32,13 +32,6 @@ def test_messages_come_back():
     _same(wire.unpack(wire.pack(MESSAGE)), MESSAGE)
 
 
-def test_openpi_reads_and_writes_the_same_bytes():
-    openpi = pytest.importorskip("openpi_client.msgpack_numpy")
-    assert wire.pack(MESSAGE) == openpi.packb(MESSAGE)
-    _same(openpi.unpackb(wire.pack(MESSAGE)), MESSAGE)
-    _same(wire.unpack(openpi.packb(MESSAGE)), MESSAGE)
-
-
 def _array(**changes):
     fields = {"__ndarray__": True, "data": b"\0" * 4, "dtype": "|u1", "shape": [2, 2]} | changes
     return msgpack.packb({key.encode(): value for key, value in fields.items()})

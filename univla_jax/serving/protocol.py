@@ -127,7 +127,8 @@ def _state(message: Mapping[str, Any]) -> np.ndarray | None:
     if not numbers or value.ndim != 1 or value.size > _MOST_STATE:
         found = _describe(value)
         raise UserError(f"{_STATE!r} is {found}, expected up to {_MOST_STATE} numbers [P]")
-    state = value.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+        state = value.astype(np.float32)
     if not np.isfinite(state).all():
         raise UserError(f"{_STATE!r} holds a value that is not finite")
     return state
