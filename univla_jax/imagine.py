@@ -14,6 +14,7 @@ picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         imagined_picture.imagine_picture(
             config, CHECKPOINT.value, IMAGE.value, INSTRUCTION.value, OUT.value
         )
-        print(f"{OUT.value}/{imagination.PICTURE}\n{OUT.value}/{imagination.FILM}")
+        _list(imagination.pictures(config))
         return
     was_finished = imagination.finished(OUT.value)
     report = imagination.imagine(config, CHECKPOINT.value, SOURCE.value, OUT.value)
@@ -71,7 +72,11 @@ def main(argv: list[str]) -> None:
         print(f"{OUT.value} holds these results already")
     print(f"{report['episodes']} held-out episodes, {report['frames']} frames")
     print(table(report))
-    for name in (imagination.PICTURE, imagination.FILM, imagination.REPORT):
+    _list([*imagination.pictures(config), imagination.REPORT])
+
+
+def _list(names: Sequence[str]) -> None:
+    for name in names:
         print(f"{OUT.value}/{name}")
 
 

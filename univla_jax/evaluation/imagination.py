@@ -147,6 +147,11 @@ def finished(out: str | os.PathLike[str]) -> bool:
     return (pathlib.Path(out) / REPORT).exists()
 
 
+def pictures(config: ImagineConfig) -> list[str]:
+    """Names of the picture files that are written."""
+    return [PICTURE, FILM, *([VIDEO] if config.mp4 else [])]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """One batch: its scores, and its frames uint8 [E, N, H, W, 3]."""
