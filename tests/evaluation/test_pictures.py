@@ -52,6 +52,20 @@ def test_a_film_shows_every_step_and_waits(tmp_path):
     assert np.abs(np.subtract(corner, (38, 140, 70))).max() < 30
 
 
+def test_small_things_keep_their_colours(tmp_path):
+    """Of a noisy scene, in frames other than the last."""
+    frames = [np.clip(f // 2 + 100, 0, 255).astype(np.uint8) for f in _pictures(3, 4, (96, 96))]
+    colours = {(200, 30, 30): (10, 10), (30, 60, 210): (50, 40), (240, 200, 20): (80, 70)}
+    for colour, (y, x) in colours.items():
+        frames[1][y : y + 6, x : x + 6] = colour
+    write_gif(tmp_path / "film.gif", [Clip("", frames)])
+    with Image.open(tmp_path / "film.gif") as film:
+        film.seek(1)
+        seen = np.asarray(film.convert("RGB"), int)[8 + 40 :, 8:]
+    for colour, (y, x) in colours.items():
+        assert np.abs(seen[y + 3, x + 3] - colour).max() < 32
+
+
 def test_strips(tmp_path):
     pictures = enlarge(_pictures(2, 3, (8, 8)), 4)
     assert pictures.shape == (3, 32, 32, 3) and (pictures[0, :4, :4] == pictures[0, 0, 0]).all()

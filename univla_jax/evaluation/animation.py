@@ -19,7 +19,7 @@ from univla_jax.errors import UserError
 _PAPER, _INK = (255, 255, 255), (30, 30, 34)
 _GOOD, _BAD = (38, 140, 70), (190, 50, 44)
 _MARGIN = 8
-_COLOURS = 128
+_COLOURS, _LOOKED_AT = 256, 16
 
 
 @dataclasses.dataclass
@@ -56,7 +56,7 @@ def write_gif(
     """
     sheets = _sheets(clips, columns)
     length = len(sheets)
-    palette = sheets[-1].quantize(_COLOURS, method=Image.Quantize.MEDIANCUT)
+    palette = _palette(sheets)
     pictures = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     step = round(1000 / fps)
     pictures[0].save(
@@ -68,6 +68,13 @@ def write_gif(
         loop=0,
         optimize=False,
     )
+
+
+def _palette(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Colours of the whole film; an octree keeps those of small things too."""
+    chosen = np.unique(np.linspace(0, len(sheets) - 1, _LOOKED_AT).round().astype(int))
+    together = np.concatenate([np.asarray(sheets[i]) for i in chosen])
+    return Image.fromarray(together).quantize(_COLOURS, method=Image.Quantize.FASTOCTREE)
 
 
 def write_mp4(
