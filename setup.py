@@ -17,6 +17,7 @@ RLDS = [
 INT8 = ["qwix>=0.1.4"]
 SERVE = ["prometheus-client>=0.20", "websockets>=14"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
+NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 VIDEO = ["av>=12"]
 LEROBOT = [*VIDEO, "pyarrow>=16"]
 # Physics and scores move with MuJoCo's version; hf-libero 0.1.4 takes 3.0 to 3.8.
@@ -67,7 +68,7 @@ setup(
         "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
         "serve": SERVE,
-        "test": TEST + RLDS + SERVE + LEROBOT + INT8,
+        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + INT8,
         "int8": INT8,
         "parity": PARITY,
         "wandb": ["wandb>=0.18"],

@@ -5,10 +5,12 @@ Everything here also serves programs that never train: evaluation, the policy se
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -82,6 +84,8 @@ def assets_folder(checkpoint: str | pathlib.Path) -> pathlib.Path:
 def load_params(checkpoint: str | pathlib.Path, template: Any, *, part: str = "") -> Any:
     """Reads only the parameters of a checkpoint, straight to where they will live.
 
+    Little more than the largest array is held beside them.
+
     Args:
       checkpoint: a checkpoint folder, or what ``find_checkpoint`` takes.
       template: pytree of ``jax.ShapeDtypeStruct``; with shardings the arrays are restored to them,
@@ -99,7 +103,9 @@ def load_params(checkpoint: str | pathlib.Path, template: Any, *, part: str = ""
     wanted = {"params": {part: template} if part else template}
     check_same_tree(saved_shapes(folder), wanted, folder, within=_prefix(part))
     placed = jax.tree.map(_with_sharding, wanted)
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    reader = ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gigabytes_at_once(folder))
+    )
     restored = reader.restore(
         folder / STATE,
         args=ocp.args.PyTreeRestore(
@@ -109,6 +115,13 @@ def load_params(checkpoint: str | pathlib.Path, template: Any, *, part: str = ""
         ),
     )
     return restored["params"][part] if part else restored["params"]
+
+
+def _gigabytes_at_once(checkpoint: pathlib.Path) -> int:
+    """The least limit Orbax can read under: more than the largest array, and the end of a chunk."""
+    arrays = jax.tree.leaves(_metadata(checkpoint), is_leaf=lambda x: hasattr(x, "shape"))
+    largest = max(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays)
+    return 1 + int(1.1 * largest / 1e9)  # chunks divide an array, or are a small part of it
 
 
 def has_part(checkpoint: pathlib.Path, part: str) -> bool:
@@ -127,8 +140,12 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def saved_shapes(checkpoint: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Shape of every array in a checkpoint's state, by its path ``a/b/c``; reads no array."""
-    metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / STATE))
-    return shapes_by_path(metadata.tree)
+    return shapes_by_path(_metadata(checkpoint))
+
+
+def _metadata(checkpoint: pathlib.Path) -> Any:
+    """Shape and dtype of every array of a checkpoint's state, as a tree."""
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / STATE)).tree
 
 
 def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
