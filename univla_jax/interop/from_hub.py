@@ -63,6 +63,9 @@ def from_hub(
     to = local_path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to}: exists already; choose another --to, or remove it")
+    assets = None
+    if model.vision is None and not weights_only:
+        assets = make_assets(hub, model, config, None)
     to.parent.mkdir(parents=True, exist_ok=True)
     total = sum(tensor.nbytes for tensor in hub.tensors.values())
     with (
@@ -73,11 +76,9 @@ def from_hub(
             _vision_folder(hub, model, part, bar.update)
             part.rename(to)
             return hub
-        assets = None
         if model.vision is not None:
             write_vision(part, model.vision, model.vision_rules, hub.tensors, bar.update)
-        if not weights_only or model.vision is not None:
-            assets = make_assets(hub, model, config, part if model.vision else None)
+            assets = make_assets(hub, model, config, part)
         _checkpoint(hub, model, assets, to, bar.update)
     return hub
 

@@ -159,4 +159,7 @@ def _report(problems: list[str], where: str) -> None:
         return
     more = len(problems) - _LISTED
     listed = "; ".join(problems[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
-    raise UserError(f"{where}: {len(problems)} difference(s) from the model: {listed}")
+    raise UserError(
+        f"{where}: {len(problems)} difference(s) from the model: {listed}; bring config and "
+        "weights of the same model together"
+    )
