@@ -35,16 +35,16 @@ def sample(*tokens):
 
 
 def test_joined_rows_as_drawn():
-    row = join([sample(5, 6, 7), sample(8, 9)], length=7, pad=PAD)
-    assert row["tokens"].tolist() == [5, 6, 7, 8, 9, PAD, PAD]
-    assert row["segment_ids"].tolist() == [1, 1, 1, 2, 2, 0, 0]
-    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0]
-    assert row["loss_weight"].tolist() == [0, 0.5, 1, 0, 1, 0, 0]
-    dtypes = {key: array.dtype for key, array in row.items()}
+    rows = join([[sample(5, 6, 7), sample(8, 9)], [sample(4)]], length=7, pad=PAD)
+    assert rows["tokens"].tolist() == [[5, 6, 7, 8, 9, PAD, PAD], [4] + 6 * [PAD]]
+    assert rows["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+    assert rows["positions"].tolist() == [[0, 1, 2, 0, 1, 0, 0], [0] * 7]
+    assert rows["loss_weight"].tolist() == [[0, 0.5, 1, 0, 1, 0, 0], [0] * 7]
+    dtypes = {key: array.dtype for key, array in rows.items()}
     assert dtypes.pop("loss_weight") == np.float32 and set(dtypes.values()) == {np.dtype(np.int32)}
 
 
 def test_actions_of_a_lone_sample_come_along():
     chunk = np.zeros((3, 2), np.float32)
-    row = join([{**sample(1, 2), "actions": chunk}], length=4, pad=PAD)
-    assert row["actions"] is chunk
+    rows = join([[{**sample(1, 2), "actions": chunk + i}] for i in range(2)], length=4, pad=PAD)
+    np.testing.assert_array_equal(rows["actions"], [chunk, chunk + 1])

@@ -6,6 +6,7 @@ Axes: N rows, A action dimensions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,8 +86,13 @@ class ActionStatistics:
                 f"actions of shape {array.shape} do not fit statistics of {self.action_dim} "
                 "dimensions; use the statistics of the same corpus"
             )
-        low = np.asarray(self.q01)
-        return low, np.asarray(self.q99) - low, array
+        return *self._range, array
+
+    @functools.cached_property
+    def _range(self) -> tuple[np.ndarray, np.ndarray]:
+        """q01 and what lies between it and q99, float64 [A]."""
+        low = np.asarray(self.q01, np.float64)
+        return low, np.asarray(self.q99, np.float64) - low
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers for JSON."""

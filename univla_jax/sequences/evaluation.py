@@ -68,14 +68,20 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         """NumPy batches [B / hosts, S]."""
         mine = self._places[self._host :: self._hosts]
-        empty = {key: np.zeros_like(array) for key, array in self._row(*self._places[0]).items()}
+        empty = {key: np.zeros_like(a[0]) for key, a in self._made(self._places[:1]).items()}
         empty["tokens"] += self._pad
         for step in range(len(self)):
-            rows = [self._row(*place) for place in mine[step * self._rows :][: self._rows]]
-            rows += [empty] * (self._rows - len(rows))
-            yield Batch(**{key: np.stack([row[key] for row in rows]) for key in empty})
+            made = self._made(mine[step * self._rows :][: self._rows])
+            missing = self._rows - len(made["tokens"])
+            filling = {key: np.broadcast_to(a, (missing, *a.shape)) for key, a in empty.items()}
+            parts = [made, filling] if len(made["tokens"]) else [filling]
+            yield Batch(**{key: np.concatenate([part[key] for part in parts]) for key in empty})
 
-    def _row(self, split: int, index: int) -> Row:
+    def _made(self, places: Sequence[tuple[int, int]]) -> Row:
+        """The rows of some (split, episode), [n, S]."""
+        rows = [[self._sample(*place)] for place in places]
+        return join(rows, length=self._config.sequence_length, pad=self._pad)
+
+    def _sample(self, split: int, index: int) -> Row:
         rng = np.random.default_rng([self._config.seed, split, index])
-        sample = self._builder(self._splits[split][index], rng)
-        return join([sample], length=self._config.sequence_length, pad=self._pad)
+        return self._builder(self._splits[split][index], rng)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Row = dict[str, np.ndarray]
-"""``tokens`` and ``loss_weight``; after packing also ``positions`` and ``segment_ids``."""
+"""``tokens`` and ``loss_weight`` of a sample or, after packing, of rows and all of ``Batch``."""
 
 
 def pack_group(
@@ -67,32 +67,37 @@ def _fitting(room: np.ndarray, length: int, *, fullest: bool = False) -> int | N
     return int(fitting[np.argmin(room[fitting])] if fullest else fitting[0])
 
 
-def join(samples: Sequence[Row], *, length: int, pad: int) -> Row:
-    """Writes sequences one after another into a row, padded on the right.
+def join(rows: Sequence[Sequence[Row]], *, length: int, pad: int) -> Row:
+    """Writes the sequences of each row one after another, padded on the right.
 
     Args:
-      samples: rows with ``tokens`` int32 [n] and ``loss_weight`` float32 [n]; their lengths add up
-        to at most ``length``.
-      length: tokens S of the row.
+      rows: per row its samples, with ``tokens`` int32 [n] and ``loss_weight`` float32 [n]; their
+        lengths add up to at most ``length``.
+      length: tokens S of a row.
       pad: token id of padding.
 
     Returns:
-      ``Example``'s four arrays, each [S]; ``actions`` of a sample alone in its row.
+      ``Batch``'s four arrays, each [B, S]; ``actions`` [B, T, A] of samples alone in their rows.
     """
-    tokens = np.full(length, pad, np.int32)
-    weight = np.zeros(length, np.float32)
-    positions, segments = np.zeros((2, length), np.int32)
-    start = 0
-    for segment, sample in enumerate(samples, 1):
-        end = start + len(sample["tokens"])
-        tokens[start:end], weight[start:end] = sample["tokens"], sample["loss_weight"]
-        positions[start:end], segments[start:end] = np.arange(end - start), segment
-        start = end
-    actions = [sample["actions"] for sample in samples if "actions" in sample]
+    shape = len(rows), length
+    tokens, weights = np.full(shape, pad, np.int32), np.zeros(shape, np.float32)
+    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    numbers = np.arange(length, dtype=np.int32)
+    for row, samples in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(samples, 1):
+            end = start + len(sample["tokens"])
+            tokens[row, start:end], weights[row, start:end] = (
+                sample["tokens"],
+                sample["loss_weight"],
+            )
+            positions[row, start:end], segments[row, start:end] = numbers[: end - start], segment
+            start = end
+    actions = [sample["actions"] for samples in rows for sample in samples if "actions" in sample]
     return {
-        **({"actions": actions[0]} if actions else {}),
+        **({"actions": np.stack(actions)} if actions else {}),
         "tokens": tokens,
-        "loss_weight": weight,
+        "loss_weight": weights,
         "positions": positions,
         "segment_ids": segments,
     }

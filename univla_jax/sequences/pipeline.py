@@ -2,7 +2,7 @@
 
     stores ─ Split ─► SampleStream ─► RowSource: this host's rows of every global batch
     (by episode)      (mixture.py)    (rows.py)        │
-                                     threads, worker processes ─ batch ─ prefetch thread
+                                   threads, worker processes ─ parts joined ─ prefetch thread
                                                        ▼
                                               Batch [B / hosts, S]
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
 from univla_jax.errors import UserError
@@ -31,7 +32,7 @@ from univla_jax.sequences.samples import SampleBuilder
 from univla_jax.sequences.sources import EpisodeSource, Split, open_stores, source_fingerprint
 from univla_jax.tokenizers.assets import Assets
 
-_READS_AHEAD_PER_THREAD = 8
+_PARTS_AHEAD_PER_THREAD = 2
 _NOT_CONTENT = ("stores", "workers", "read_threads", "prefetch_batches")
 """Config fields that change neither the batches nor the place in them."""
 
@@ -66,11 +67,14 @@ def training_batches(
     shares = config.proportions([len(split) for split in splits])
     stream = SampleStream(splits, shares, builder, config.seed)
 
+    parts = max(1, min(config.workers, len(lanes)))
+
     def rows(step: int, places: Sequence[int]) -> grain.DatasetIterator[Row]:
+        pad = assets.vocabulary.pad
         source = RowSource(
-            config, stream, builder, lanes, assets.vocabulary.pad, step=step, places=places
+            config, stream, builder, lanes, pad, step=step, places=places, parts=parts
         )
-        return iter(_batched(config, source, len(lanes)))
+        return iter(_batched(config, source, parts))
 
     return BatchIterator(rows, lanes, _identity(config, assets, sources))
 
@@ -187,17 +191,23 @@ class BatchIterator:
         return self._open[0]
 
 
-def _batched(config: DataConfig, source: RowSource, rows: int) -> grain.IterDataset[Row]:
-    """The rows of a source, made by threads or worker processes, stacked by ``rows``."""
-    ahead = config.read_threads * _READS_AHEAD_PER_THREAD
+def _batched(config: DataConfig, source: RowSource, parts: int) -> grain.IterDataset[Row]:
+    """The rows of a source, made by threads or worker processes, whole batches of ``parts``."""
+    ahead = config.read_threads * _PARTS_AHEAD_PER_THREAD
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.source(source).to_iter_dataset(options)
     if config.workers:
         _let_grain_read_flags()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+    if parts > 1:
+        dataset = dataset.batch(parts, drop_remainder=True, batch_fn=_concatenated)
     return grain.experimental.ThreadPrefetchIterDataset(
-        dataset.batch(rows, drop_remainder=True), prefetch_buffer_size=config.prefetch_batches
+        dataset, prefetch_buffer_size=config.prefetch_batches
     )
+
+
+def _concatenated(parts: Sequence[Row]) -> Row:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _close_all(iterators: list[grain.DatasetIterator[Row]]) -> None:

@@ -4,12 +4,14 @@
     lane i     samples i, i + B, i + 2B, …       which packs its own samples group by group
 
 A lane depends on nothing but the stream, so a row is the same whoever makes it: which host has
-row i, and which of its worker processes builds it, changes nothing.
+row i, and which of its worker processes builds it, changes nothing. A host makes its rows of a
+batch in as many parts as it has workers, so that each worker plans the lanes of its own part only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Sequence
 
@@ -22,14 +24,14 @@ from univla_jax.sequences.packing import Row, join, pack_group
 from univla_jax.sequences.samples import SampleBuilder
 
 PLACE = "place"
-"""Key of a row's bookkeeping: where the group of its lane's next row begins."""
+"""Key of the rows' bookkeeping: where the group of each lane's next row begins."""
 
 _ENDLESS = 1 << 60
 _KEPT = 64  # groups that threads may still ask for
 
 
 class RowSource:
-    """A host's rows in the order of its batches; a data source for Grain."""
+    """A host's rows, batch by batch, each batch in parts; a data source for Grain."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class RowSource:
         *,
         step: int = 0,
         places: Sequence[int] = (),
+        parts: int = 1,
     ) -> None:
         """Starts before batch ``step``.
 
@@ -52,23 +55,25 @@ class RowSource:
           pad: token id of padding.
           step: number of the first batch.
           places: per lane the last ``PLACE``; those of the stream's start when empty.
+          parts: elements of the source that make up this host's rows of one batch.
         """
-        self._config, self._stream, self._builder, self._pad = config, stream, builder, pad
-        self._lanes, self._first = lanes, step
+        self._config, self._builder, self._pad, self._first = config, builder, pad, step
         starts = places or [0] * len(lanes)
-        self._packers = [_Lane(config, stream, i, step, n) for i, n in zip(lanes, starts)]
+        made = [_Lane(config, stream, i, step, n) for i, n in zip(lanes, starts)]
+        edges = [len(lanes) * part // parts for part in range(parts + 1)]
+        self._parts = [made[start:end] for start, end in itertools.pairwise(edges)]
 
     def __len__(self) -> int:
         """Endless for all purposes."""
         return _ENDLESS
 
     def __getitem__(self, index: int) -> Row:
-        """Row ``index`` from the start; ``tokens`` and so on [S], and ``PLACE``."""
-        step, lane = divmod(index, len(self._lanes))
-        drafts, place = self._packers[lane].row(step + self._first)
-        samples = [self._builder.row(draft) for draft in drafts]
-        row = join(samples, length=self._config.sequence_length, pad=self._pad)
-        return {**row, PLACE: np.asarray(place)}
+        """Part ``index`` from the start; ``tokens`` and so on [n, S], and ``PLACE`` [n]."""
+        step, part = divmod(index, len(self._parts))
+        planned = [lane.row(step + self._first) for lane in self._parts[part]]
+        rows = [[self._builder.row(draft) for draft in drafts] for drafts, _ in planned]
+        joined = join(rows, length=self._config.sequence_length, pad=self._pad)
+        return {**joined, PLACE: np.asarray([place for _, place in planned])}
 
 
 class _Lane:

@@ -5,6 +5,8 @@ Axes: T steps, A action dimensions, n tokens.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from univla_jax.data.actions import state_key
@@ -207,8 +209,10 @@ class SampleBuilder:
     def _encode(self, chunks: np.ndarray) -> list[np.ndarray]:
         """Ids per chunk of normalised chunks [N, T, A]."""
         encoded = self._action.encode_batch(chunks)
-        ids = self._lexicon.vocabulary.action_ids(np.concatenate(encoded))
-        return np.split(ids, np.cumsum([len(codes) for codes in encoded[:-1]]))
+        codes = np.fromiter(itertools.chain.from_iterable(encoded), np.int32)
+        ids = self._lexicon.vocabulary.action_ids(codes)
+        ends = itertools.accumulate(map(len, encoded))
+        return [ids[end - len(codes) : end] for codes, end in zip(encoded, ends)]
 
     def _views(self, episode: TokenizedEpisode) -> list[Codes]:
         """Codes [T, h, w] of the configured cameras, of all when none are named."""

@@ -167,10 +167,9 @@ class FastTokenizer:
           UserError: chunks that are not finite; if strict, a chunk that would not decode to
             itself.
         """
-        chunks = checked_chunks(chunks, 3)
         coefficients = self.coefficients(chunks)
         if strict:
-            self._check_coefficients(coefficients, chunks.shape[1])
+            self._check_coefficients(coefficients, coefficients.shape[1])
         shifted = np.maximum(coefficients - self.min_token, 0)
         texts = [_to_text(row) for row in shifted]
         if len(texts) < _THREADED_BATCH:
@@ -268,7 +267,8 @@ def _legal_bound(scale: float, horizon: int) -> int:
 
 
 def _to_text(shifted: np.ndarray) -> str:
-    return "".join(map(chr, shifted.ravel().tolist()))
+    """The characters with these numbers, at most 0x10FFFF."""
+    return shifted.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
 def _new_files(
