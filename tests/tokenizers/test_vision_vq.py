@@ -11,7 +11,7 @@ import pytest
 
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.tokenizers import vision_vq
+from univla_jax.tokenizers import vision_layers, vision_vq
 from univla_jax.tokenizers.vision_config import PRESETS, VisionConfig
 from univla_jax.tokenizers.vision_vq import VisionVQ, fresh_variables, nearest_codes
 
@@ -121,3 +121,20 @@ def test_config_survives_json():
     for config in PRESETS.values():
         assert VisionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert PRESETS["emu3"].factor == 8
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "features", "stride", "padding"),
+    [(40, 3, 8, 1, (1, 1)), (24, 8, 8, 1, (1, 1)), (24, 8, 8, 2, (0, 1)), (7, 8, 16, 1, (1, 1))],
+)
+def test_few_channels_are_convolved_side_by_side_to_the_same_result(
+    width, channels, features, stride, padding
+):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 6, width, channels)).astype(np.float32)
+    kernel = random.normal(size=(3, 3, channels, features)).astype(np.float32)
+    case = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": "highest"}
+    pads, strides = (padding, padding), (stride, stride)
+    ours = vision_layers.beside(x, kernel, strides, pads, **case)
+    plain = jax.lax.conv_general_dilated(x, kernel, strides, pads, **case)
+    np.testing.assert_allclose(ours, plain, atol=1e-5)

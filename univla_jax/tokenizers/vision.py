@@ -31,7 +31,8 @@ __all__ = ["PRESETS", "FrameTokenizer", "VisionConfig", "VisionTokenizer"]
 
 CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.safetensors"
-_ACTIVATIONS_AT_ONCE = 2**26  # floats of one full-resolution layer
+_ACTIVATIONS_AT_ONCE = {"cpu": 2**21}  # floats of one full-resolution layer that a cache holds
+_ACTIVATIONS_IN_MEMORY = 2**26  # the same of processors with fast memory
 
 
 class FrameTokenizer(Protocol):
@@ -205,12 +206,13 @@ class VisionTokenizer:
         return np.concatenate(parts)
 
     def _batch_size(self, method: str, items: np.ndarray) -> int:
-        """The largest power of two up to 256 whose widest activations stay in memory."""
+        """The largest power of two up to 256 whose widest activations the processor holds."""
         time, height, width = items.shape[1:4] if items.ndim == 5 else (1, *items.shape[1:3])
         if method == "decode":
             height, width = (side * self.factor for side in items.shape[-2:])
             time = items.shape[1] * self.config.temporal_downsample_factor if items.ndim == 4 else 1
-        fitting = _ACTIVATIONS_AT_ONCE // (time * height * width * self.config.ch)
+        limit = _ACTIVATIONS_AT_ONCE.get(jax.default_backend(), _ACTIVATIONS_IN_MEMORY)
+        fitting = limit // (time * height * width * self.config.ch)
         return 1 << (min(256, max(1, fitting)).bit_length() - 1)
 
     def _check_frames(self, frames: np.ndarray, ndim: int) -> None:

@@ -8,6 +8,9 @@ one of Emu3's ``modeling_emu3visionvq.py`` (Emu3 paper, section 2.2) under the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,46 @@ def _kernel_init(name: str | None) -> nn.initializers.Initializer:
 def conv(features: int, size: int, name: str) -> nn.Conv:
     """A stride-1 convolution over [N, H, W, C] that keeps H and W."""
     pad = ((size // 2, size // 2),) * 2
-    return nn.Conv(features, (size, size), padding=pad, kernel_init=_kernel_init(name), name=name)
+    return nn.Conv(
+        features,
+        (size, size),
+        padding=pad,
+        kernel_init=_kernel_init(name),
+        name=name,
+        conv_general_dilated=beside,
+    )
+
+
+def beside(
+    x_NHWC: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """``jax.lax.conv_general_dilated`` that is fast for few output channels as well.
+
+    With few of them, several neighbours in a row are computed as channels of one position, by a
+    kernel that holds the small one once for each of them::
+
+        output   0  1  2  3        one position, 4 F channels
+        input  . 0  1  2  3  4     6 columns: the 3 of each output and zeros
+
+    The products are the same and those with zeros added; on CPUs twice to four times as fast.
+    """
+    rows, columns, channels, features = kernel.shape
+    out = x_NHWC.shape[2] // strides[1]
+    # Measured on CPUs: 32 channels are as fast as more, but three input channels need 64.
+    most = (64 if channels < 4 else 32) // features if columns > 1 else 1
+    count = max(n for n in range(1, max(most, 1) + 1) if out % n == 0)
+    if count == 1:
+        return jax.lax.conv_general_dilated(x_NHWC, kernel, strides, padding, **options)
+    shifts = [strides[1] * n for n in range(count)]
+    copies = [jnp.pad(kernel, ((0, 0), (s, shifts[-1] - s), (0, 0), (0, 0))) for s in shifts]
+    wide = jnp.stack(copies, 3).reshape(rows, columns + shifts[-1], channels, count * features)
+    apart = (strides[0], count * strides[1])
+    y_NHWC = jax.lax.conv_general_dilated(x_NHWC, wide, apart, padding, **options)
+    return y_NHWC.reshape(*y_NHWC.shape[:2], out, features)
 
 
 def repeat_grid(x_NHWC: jax.Array, factor: int) -> jax.Array:
@@ -144,6 +186,7 @@ class Downsample(nn.Module):
             padding=((0, 1), (0, 1)),
             kernel_init=conv_init,
             name="conv",
+            conv_general_dilated=beside,
         )
         return halve(x_NHWC)
 
