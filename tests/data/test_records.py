@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 
 import pytest
 from array_record.python import array_record_module
 
+from univla_jax.data import records as module
 from univla_jax.data.records import Records, Shard
 from univla_jax.errors import UserError
 
@@ -84,3 +86,22 @@ def test_a_flipped_bit_is_an_error(tmp_path):
     assert records[1] == contents(2)[1]
     with pytest.raises(UserError, match="record 2 is damaged"):
         records[2]
+
+
+def test_only_the_last_used_shards_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_FILES", 3)
+    monkeypatch.setattr(module, "_open_files", module._OpenFiles())
+    items = contents(20)
+    paths = [write_array_record(tmp_path / f"{n}", items[n : n + 1]) for n in range(20)]
+    stores = [
+        Records([Shard(p, 1) for p in paths[:10]]),
+        Records([Shard(p, 1) for p in paths[10:]]),
+    ]
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert [record for pair in zip(*stores) for record in pair] == [
+            items[n] for pair in zip(range(10), range(10, 20)) for n in pair
+        ]
+        assert len(os.listdir("/proc/self/fd")) == before + 3
+    del stores
+    assert len(os.listdir("/proc/self/fd")) == before

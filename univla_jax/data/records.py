@@ -1,17 +1,21 @@
 """Random access to the records of sharded ArrayRecord and TFRecord files.
 
 Both formats are read without TensorFlow. A shard is opened at its first use and its number of
-records is checked then, so that a truncated file is an error and never a shorter dataset.
+records is checked then, so that a truncated file is an error and never a shorter dataset. However
+many shards there are, only the last used ones stay open.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import itertools
 import os
+import resource
 import struct
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 
 from array_record.python import array_record_module
@@ -21,6 +25,7 @@ from univla_jax.errors import UserError
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _TFRECORD_HEADER = struct.Struct("<QI")
 _TFRECORD_FOOTER = 4
+_MOST_FILES = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,6 @@ class Records:
         self._shards = tuple(shards)
         self._ends = list(itertools.accumulate(len(shard) for shard in self._shards))
         self._readers: dict[int, _ArrayRecordFile | _TfRecordFile] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of records in all shards together."""
@@ -100,10 +104,37 @@ class Records:
             self._reader(number)
 
     def _reader(self, number: int) -> _ArrayRecordFile | _TfRecordFile:
-        with self._lock:
+        with _open_files.lock:
             if number not in self._readers:
                 self._readers[number] = _open(self._shards[number])
+            _open_files.use(self, number)
             return self._readers[number]
+
+
+class _OpenFiles:
+    """The open shards of all ``Records`` of this process, the longest unused first.
+
+    A mixture of corpora has more shards than a process may have files open.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._order: collections.OrderedDict[tuple[weakref.ref[Records], int], None] = (
+            collections.OrderedDict()
+        )
+
+    def use(self, records: Records, number: int) -> None:
+        """Puts a shard last, and closes the first ones where there are too many."""
+        key = (weakref.ref(records), number)
+        self._order[key] = None
+        self._order.move_to_end(key)
+        while len(self._order) > _MOST_FILES:
+            (owner, unused), _ = self._order.popitem(last=False)
+            if (found := owner()) is not None:
+                del found._readers[unused]
+
+
+_open_files = _OpenFiles()
 
 
 def _open(shard: Shard) -> _ArrayRecordFile | _TfRecordFile:
