@@ -18,9 +18,9 @@ def test_the_libero_case_runs_from_disk(tmp_path, capsys):
 def test_the_mixture_holds_every_corpus_of_the_world_model():
     assert {"tabletop", "aloha", "libero_10"}.isdisjoint(data.MIXTURE)
     assert set(data.MIXTURE) <= set(CORPORA)
-    source = data.mixture_source("droid", 1, 40)
-    assert len(source) == 10
-    assert min(len(source[i]) for i in range(10)) == 6 * CORPORA["droid"].frame_spacing
+    source = SyntheticEpisodes("droid", data.mixture_lengths("droid", 0.001))
+    assert len(source) == 76
+    assert min(len(source[i]) for i in range(76)) >= 6 * CORPORA["droid"].frame_spacing
 
 
 def test_synthetic_episodes_take_no_memory():

@@ -66,14 +66,15 @@ MIXTURE = {
     "something_something": (169, 45),
     "1x": (1, 30),
 }
-_WORLD_MODEL_FRAMES = 6
+WORLD_MODEL_FRAMES = 6
+_SHARE = 0.01  # of the episodes, which packing and speed do not depend on
 _PACKED_LENGTHS = (6400, 12_800, 25_600)
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    with _folder(FOLDER.value) as folder:
+    with kept_folder() as folder:
         figures = {"libero": libero(folder, SECONDS.value, WORKERS.value)}
     figures["world_model"] = world_model(SECONDS.value)
     save(figures)
@@ -108,32 +109,37 @@ def libero(folder: pathlib.Path, seconds: float, workers: int, episodes: int = 4
 
 def world_model(seconds: float) -> list[dict]:
     """The mixture of all corpora in memory; one dictionary of figures per case."""
-    sources = [mixture_source(name, *size) for name, size in MIXTURE.items()]
+    sources = [SyntheticEpisodes(name, mixture_lengths(name, _SHARE)) for name in MIXTURE]
     assets = make_assets({})
     rows = []
     for how, length in (("padded", 6400), *(("packed", length) for length in _PACKED_LENGTHS)):
-        config = DataConfig(
-            stores=tuple(MIXTURE),
-            layout="world_model",
-            sequence_length=length,
-            batch_size=64 * 6400 // length,
-            weights=tuple(CORPORA[name].mixture_weight for name in MIXTURE),
-            frames=_WORLD_MODEL_FRAMES,
-            packing=how == "packed",
-            read_threads=0,
-            prefetch_batches=0,
-        )
+        config = mixture_config(length, packing=how == "packed")
         figures = measure(config, assets, sources, seconds, warm_batches=20)
         rows.append({"rows": f"{how} {length}", **figures})
     print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
     return rows
 
 
-def mixture_source(name: str, thousands: int, median: int) -> SyntheticEpisodes:
-    """The episodes of a corpus that are long enough for six frames, ten per thousand."""
-    row = CORPORA[name]
-    least = _WORLD_MODEL_FRAMES * row.frame_spacing
-    return SyntheticEpisodes(name, Lengths(10 * thousands, median, least=least))
+def mixture_config(length: int, *, packing: bool) -> DataConfig:
+    """The world model on all corpora, in rows of ``length`` tokens, 64 x 6,400 a batch."""
+    return DataConfig(
+        stores=tuple(MIXTURE),
+        layout="world_model",
+        sequence_length=length,
+        batch_size=64 * 6400 // length,
+        weights=tuple(CORPORA[name].mixture_weight for name in MIXTURE),
+        frames=WORLD_MODEL_FRAMES,
+        packing=packing,
+        read_threads=0,
+        prefetch_batches=0,
+    )
+
+
+def mixture_lengths(name: str, share: float) -> Lengths:
+    """A share of the corpus' episodes, all long enough for six frames."""
+    thousands, median = MIXTURE[name]
+    least = WORLD_MODEL_FRAMES * CORPORA[name].frame_spacing
+    return Lengths(max(1, round(1000 * share * thousands)), median, least=least)
 
 
 def measure(
@@ -177,10 +183,11 @@ def _bytes_read() -> int:
 
 
 @contextlib.contextmanager
-def _folder(path: str | None) -> Iterator[pathlib.Path]:
-    if path:
-        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-        yield pathlib.Path(path)
+def kept_folder() -> Iterator[pathlib.Path]:
+    """The folder that ``--folder`` names, or a temporary one."""
+    if FOLDER.value:
+        pathlib.Path(FOLDER.value).mkdir(parents=True, exist_ok=True)
+        yield pathlib.Path(FOLDER.value)
         return
     made = pathlib.Path(tempfile.mkdtemp(prefix="univla_benchmark_"))
     try:

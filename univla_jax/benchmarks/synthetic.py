@@ -83,12 +83,28 @@ class SyntheticEpisodes:
 
 
 def write_store(
-    folder: pathlib.Path, corpus: str, lengths: Lengths, views: Sequence[str] = ()
+    folder: pathlib.Path,
+    corpus: str,
+    lengths: Lengths,
+    views: Sequence[str] = (),
+    *,
+    one_code: bool = False,
 ) -> None:
-    """Writes a token store of random codes and smooth actions of seven dimensions."""
+    """Writes a token store of random codes and smooth actions of seven dimensions.
+
+    Args:
+      folder: of the store.
+      corpus: name of the row.
+      lengths: of its episodes.
+      views: cameras; all by default.
+      one_code: True writes a single code per frame, in as many records as the whole frames would
+        take, for stores of which only the size of their index matters.
+    """
     row, rng = CORPORA[corpus], np.random.default_rng(0)
     sizes = grids(row, views)
-    header = _header(row, sizes, lengths.episodes)
+    block = block_steps(sizes)
+    sizes = dict.fromkeys(sizes, (1, 1)) if one_code else sizes
+    header = _header(row, sizes, lengths.episodes, block)
     writer = TokenStoreWriter(folder, header)
     steps = lengths.draw(rng)
     for number in range(header.num_shards):
@@ -130,7 +146,9 @@ def _episode(
     return TokenizedEpisode(instruction, codes, actions, row.control_hz, row.name, str(index))
 
 
-def _header(row: Corpus, sizes: Mapping[str, tuple[int, int]], episodes: int) -> StoreHeader:
+def _header(
+    row: Corpus, sizes: Mapping[str, tuple[int, int]], episodes: int, block: int
+) -> StoreHeader:
     return StoreHeader(
         corpus=row.name,
         split="train",
@@ -144,5 +162,5 @@ def _header(row: Corpus, sizes: Mapping[str, tuple[int, int]], episodes: int) ->
         grids=sizes,
         vision_fingerprint="synthetic",
         codebook_size=CODEBOOK,
-        block_steps=block_steps(sizes),
+        block_steps=block,
     )

@@ -13,29 +13,30 @@ from univla_jax.data.actions import ActionStatistics, sliding_chunks, stream_sta
 from univla_jax.data.corpora import CORPORA
 from univla_jax.data.token_record import TokenizedEpisode
 
+Stores = Sequence[Sequence[TokenizedEpisode]]
+"""Token stores, or lists of episodes."""
 
-def action_statistics(
-    episodes: Sequence[TokenizedEpisode], corpus: str, chunk: int
-) -> ActionStatistics | None:
+
+def action_statistics(stores: Stores, corpus: str, chunk: int) -> ActionStatistics | None:
     """Statistics of the actions as a policy learns them; None where there are none.
 
     Args:
-      episodes: any sequence; read twice.
+      stores: of one corpus; read twice, one episode at a time.
       corpus: name of the row; one with ``chunk_deltas`` gives the statistics of all chunks.
       chunk: steps of such a chunk.
     """
-    if not len(episodes) or not episodes[0].actions.shape[1]:
+    first = next(_all(stores), None)
+    if first is None or not first.actions.shape[1]:
         return None
-    return stream_statistics(
-        lambda: (action_rows(e.actions, corpus, chunk) for e in _all(episodes))
-    )
+    return stream_statistics(lambda: (action_rows(e.actions, corpus, chunk) for e in _all(stores)))
 
 
-def state_statistics(episodes: Sequence[TokenizedEpisode]) -> ActionStatistics | None:
+def state_statistics(stores: Stores) -> ActionStatistics | None:
     """Statistics of the proprioceptive states; None where there are none."""
-    if not len(episodes) or episodes[0].state is None or not episodes[0].state.shape[1]:
+    first = next(_all(stores), None)
+    if first is None or first.state is None or not first.state.shape[1]:
         return None
-    return stream_statistics(lambda: (e.state for e in _all(episodes)))
+    return stream_statistics(lambda: (e.state for e in _all(stores)))
 
 
 def action_rows(actions: np.ndarray, corpus: str, chunk: int) -> np.ndarray:
@@ -46,14 +47,11 @@ def action_rows(actions: np.ndarray, corpus: str, chunk: int) -> np.ndarray:
     return row.chunk_deltas.relative(sliding_chunks([actions], chunk)).reshape(-1, actions.shape[1])
 
 
-def joint_statistics(
-    stores: Sequence[Sequence[TokenizedEpisode]], key: str, chunk: int
-) -> ActionStatistics | None:
+def joint_statistics(stores: Stores, key: str, chunk: int) -> ActionStatistics | None:
     """Statistics of several stores of one corpus together; ``key`` is as in their own."""
-    episodes = [episode for store in stores for episode in _all(store)]
-    corpus = episodes[0].corpus
-    return state_statistics(episodes) if key != corpus else action_statistics(episodes, key, chunk)
+    corpus = next(_all(stores)).corpus
+    return state_statistics(stores) if key != corpus else action_statistics(stores, key, chunk)
 
 
-def _all(episodes: Sequence[TokenizedEpisode]) -> Iterator[TokenizedEpisode]:
-    return (episodes[i] for i in range(len(episodes)))
+def _all(stores: Stores) -> Iterator[TokenizedEpisode]:
+    return (store[i] for store in stores for i in range(len(store)))

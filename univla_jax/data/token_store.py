@@ -102,8 +102,8 @@ class TokenStoreWriter:
             header=self.header,
             episodes=sum(len(s.steps) for s in shards),
             frames=sum(sum(s.steps) for s in shards),
-            statistics=action_statistics(episodes, header.corpus, header.min_frames),
-            state_statistics=state_statistics(episodes),
+            statistics=action_statistics([episodes], header.corpus, header.min_frames),
+            state_statistics=state_statistics([episodes]),
             problems=problems,
             shards=shards,
         )

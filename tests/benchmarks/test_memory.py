@@ -1,0 +1,16 @@
+"""The memory of the pipeline with every corpus open."""
+
+from __future__ import annotations
+
+import pytest
+
+from univla_jax.benchmarks import memory
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_epochs(tmp_path):
+    rows = memory.measure(tmp_path, share=0.003, epochs=8)
+    before, opened, *read = [row["memory MB"] for row in rows]
+    assert len(read) == 10 and rows[-1]["samples"] > 10_000
+    assert opened - before < 100 and max(read) < 2048
+    assert max(read[2:]) - read[1] <= 16  # behind the first places, where buffers grow

@@ -1,0 +1,73 @@
+"""How much memory the data pipeline takes with every corpus open, and over an epoch.
+
+    python -m univla_jax.benchmarks.memory [--share=0.02] [--epochs=1] [--folder=DIR] [--json=FILE]
+
+The world-model mixture is written as token stores with as many episodes, steps, shards and records
+as published (times ``--share``; 1 takes ten minutes and 2 GB of disk). A frame is a single code
+here: what stays in memory is the stores' indices, the order of an epoch and the batches under way,
+which all have their real sizes, and no frame. One process reads the epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from univla_jax import commands
+from univla_jax.benchmarks.data import MIXTURE, kept_folder, mixture_config, mixture_lengths
+from univla_jax.benchmarks.figures import save
+from univla_jax.benchmarks.synthetic import make_assets, write_store
+from univla_jax.data.token_store import TokenStore
+from univla_jax.evaluation.text_table import columns
+from univla_jax.sequences.pipeline import training_batches
+
+SHARE = flags.DEFINE_float("share", 0.02, "Share of the published episodes")
+EPOCHS = flags.DEFINE_float("epochs", 1.0, "Epochs that are read")
+
+_PLACES = 10
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    del argv
+    with kept_folder() as folder:
+        rows = measure(folder, SHARE.value, EPOCHS.value)
+    print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
+    save(rows)
+
+
+def measure(folder: pathlib.Path, share: float, epochs: float) -> list[dict[str, Any]]:
+    """Resident memory before the stores are opened, behind it, and at ten places of the epochs."""
+    for name in MIXTURE:
+        if not (folder / name / "manifest.json").exists():
+            write_store(folder / name, name, mixture_lengths(name, share), one_code=True)
+    assets, config = make_assets({}), mixture_config(6400, packing=False)
+    rows = [_row("before", 0)]
+    stores = [TokenStore(folder / name) for name in MIXTURE]
+    episodes = sum(map(len, stores))
+    rows.append(_row(f"{episodes:,} episodes open", 0))
+    steps = max(_PLACES, round(epochs * episodes / config.batch_size))
+    with contextlib.closing(training_batches(config, assets, stores)) as batches:
+        for step in range(1, steps + 1):
+            batches.next()
+            if step * _PLACES // steps > (step - 1) * _PLACES // steps:
+                rows.append(_row(f"{100 * step // steps} % read", step * config.batch_size))
+    return rows
+
+
+def _row(place: str, samples: int) -> dict[str, Any]:
+    return {"place": place, "samples": samples, "memory MB": _resident() >> 20}
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds now."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    commands.run(main)
