@@ -65,8 +65,11 @@ class ActionChunk:
       valid: False when the generated tokens did not decode to a whole chunk; ``actions`` then
         holds the "no motion" fallback and must be counted, never taken for a prediction.
       reason: why it is not valid, empty when it is.
+      steered: tokens that are not the ones the model thought likeliest, because those would have
+        made no whole chunk; many of them speak of a model that does not know what to do.
     """
 
     actions: np.ndarray
     valid: bool = True
     reason: str = ""
+    steered: int = 0

@@ -59,10 +59,10 @@ COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: -
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in a few lines: success with its 95 % interval, per family, invalid chunks."""
+    """The report in a few lines: success with its 95 % interval, per family, doubtful chunks."""
     conditions = report["conditions"]
     families = list(next(iter(conditions.values()))["families"])
-    heads = ["condition", "success", "95 %", *families, "invalid", "s/call"]
+    heads = ["condition", "success", "95 %", *families, "steered", "invalid", "s/call"]
     rows = [heads]
     for name, summary in conditions.items():
         success = summary["success"]
@@ -72,6 +72,7 @@ def table(report: dict[str, Any]) -> str:
                 _percent(success["rate"]),
                 f"{_percent(success['low'])} - {_percent(success['high'])}",
                 *(_percent(summary["families"][f]["rate"]) for f in families),
+                f"{summary['steered_chunks']}/{summary['chunks']}",
                 f"{summary['invalid_chunks']}/{summary['chunks']}",
                 f"{summary['latency'].get('p50_seconds', 0):.3f}",
             ]

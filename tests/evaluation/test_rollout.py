@@ -60,6 +60,7 @@ def test_chunks_are_executed_whole_and_ended_episodes_leave():
         "success": False,
         "steps": 5,
         "chunks": 2,
+        "steered": 0,
         "invalid": 1,
         "invalid_reason": "garbage",
     }

@@ -27,7 +27,15 @@ def test_an_empty_proportion_is_no_error():
 
 def _record(family, success, told="a", **changes):
     values = {"family": family, "success": success, "instruction": "a", "told": told}
-    return {**values, "told_success": success, "steps": 4, "chunks": 2, "invalid": 1, **changes}
+    return {
+        **values,
+        "told_success": success,
+        "steps": 4,
+        "chunks": 2,
+        "steered": 1,
+        "invalid": 1,
+        **changes,
+    }
 
 
 def test_a_condition_is_summarised_per_family():

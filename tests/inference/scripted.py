@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from univla_jax.inference.continuer import Continuation
+
 
 class ScriptedContinuer:
     """Answers each call with the next list of id rows; remembers the prompts."""
@@ -16,7 +18,7 @@ class ScriptedContinuer:
         self.prompts.append(list(prompts))
         answers = [np.asarray(ids) for ids in self._answers.pop(0)]
         assert all(set(ids.tolist()) <= self._allowed for ids in answers)
-        return [(ids, None) for ids, _ in zip(answers, prompts, strict=True)]
+        return [Continuation(ids, None, 0) for ids, _ in zip(answers, prompts, strict=True)]
 
 
 class ScriptedVision:

@@ -62,34 +62,34 @@ def test_growing_prompts(continuer, alone):
         reused = [continuer.reused(p, m) for p, m in zip(prompts, memories)]
         assert all((n > 0) == (call > 0) for n in reused)
         answers = continuer.answer(prompts, memories)
-        assert [ids.tolist() for ids, _ in answers] == [alone(p) for p in prompts]
-        memories = [memory for _, memory in answers]
+        assert [a.ids.tolist() for a in answers] == [alone(p) for p in prompts]
+        memories = [a.memory for a in answers]
         rest = [_ids(rng, n) for n in (12, 8, 5)]
-        prompts = [_grown(p, ids, r) for p, (ids, _), r in zip(prompts, answers, rest)]
+        prompts = [_grown(p, a.ids, r) for p, a, r in zip(prompts, answers, rest)]
 
 
 def test_new_and_old_rows_in_one_call(continuer, alone):
     rng = np.random.default_rng(1)
     first = _ids(rng, 60)
-    ((ids, memory),) = continuer.answer([first], [None])
-    prompts = [_ids(rng, 50), _grown(first, ids, _ids(rng, 9)), _ids(rng, 10)]
-    answers = continuer.answer(prompts, [None, memory, None])
-    assert [ids.tolist() for ids, _ in answers] == [alone(p) for p in prompts]
-    again = [_grown(p, ids, [1, 2]) for p, (ids, _) in zip(prompts, answers)]
-    kept = continuer.answer(again, [memory for _, memory in answers])
-    assert [ids.tolist() for ids, _ in kept] == [alone(p) for p in again]
+    (known,) = continuer.answer([first], [None])
+    prompts = [_ids(rng, 50), _grown(first, known.ids, _ids(rng, 9)), _ids(rng, 10)]
+    answers = continuer.answer(prompts, [None, known.memory, None])
+    assert [a.ids.tolist() for a in answers] == [alone(p) for p in prompts]
+    again = [_grown(p, a.ids, [1, 2]) for p, a in zip(prompts, answers)]
+    kept = continuer.answer(again, [a.memory for a in answers])
+    assert [a.ids.tolist() for a in kept] == [alone(p) for p in again]
 
 
 def test_only_the_shared_beginning_stays(continuer, alone):
     rng = np.random.default_rng(2)
     first = _ids(rng, 60)
-    ((_, memory),) = continuer.answer([first], [None])
+    memory = continuer.answer([first], [None])[0].memory
     late, early = first.copy(), first.copy()
     late[50], early[2] = late[50] + 1, early[2] + 1
     assert continuer.reused(late, memory) == 50 and continuer.reused(early, memory) == 0
     assert continuer.reused(first, memory) == 59
     answers = continuer.answer([late, early], [memory, memory])
-    assert [ids.tolist() for ids, _ in answers] == [alone(late), alone(early)]
+    assert [a.ids.tolist() for a in answers] == [alone(late), alone(early)]
 
 
 def test_reading_ahead(continuer, alone):
@@ -102,17 +102,17 @@ def test_reading_ahead(continuer, alone):
     reused = [continuer.reused(p, m) for p, m in zip(prompts, memories)]
     assert reused == [70, 45]
     answers = continuer.answer(prompts, memories)
-    assert [ids.tolist() for ids, _ in answers] == [alone(p) for p in prompts]
+    assert [a.ids.tolist() for a in answers] == [alone(p) for p in prompts]
 
 
 def test_prompts_beyond_the_usual_size(continuer, alone):
     rng = np.random.default_rng(4)
     long = _ids(rng, 150)
     answers = continuer.answer([long, long[:40]], [None, None])
-    assert [ids.tolist() for ids, _ in answers] == [alone(long), alone(long[:40])]
-    grown = _grown(long, answers[0][0], [3])
-    ((ids, _),) = continuer.answer([grown], [answers[0][1]])
-    assert ids.tolist() == alone(grown)
+    assert [a.ids.tolist() for a in answers] == [alone(long), alone(long[:40])]
+    grown = _grown(long, answers[0].ids, [3])
+    (grew,) = continuer.answer([grown], [answers[0].memory])
+    assert grew.ids.tolist() == alone(grown)
 
 
 def test_warm_leaves_nothing_to_compile(sampler, continuer):
@@ -125,13 +125,11 @@ def test_warm_leaves_nothing_to_compile(sampler, continuer):
     before, rng = sizes(), np.random.default_rng(5)
     prompt, memory = _ids(rng, 50), None
     for _ in range(2):
-        ((ids, memory),) = continuer.answer([prompt], [memory])
-        prompt = _grown(prompt, ids, _ids(rng, 15))
+        (answer,) = continuer.answer([prompt], [memory])
+        prompt, memory = _grown(prompt, answer.ids, _ids(rng, 15)), answer.memory
     assert sizes() == before
 
 
 def test_drafts_that_could_not_be_verified_are_refused():
-    with pytest.raises(UserError, match="drafts need greedy choice without a grammar"):
-        Rules(RULES.allowed, STOP, 6, grammar=np.full(6, -1), draft=2)
     with pytest.raises(UserError, match="drafts need greedy choice"):
         Rules(RULES.allowed, STOP, 6, sampling=Sampling(1.0), draft=2)

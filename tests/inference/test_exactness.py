@@ -112,8 +112,8 @@ def test_a_cache_kept_from_the_call_before(sampler, prompts, plain):
         opening = np.arange(30, dtype=np.int32)
         rows = [np.concatenate([opening, p]) for p in prompts[start : start + ROWS]]
         first = continuer.answer([row[:-3] for row in rows], [None] * ROWS)
-        kept = continuer.answer(rows, [memory for _, memory in first])
+        kept = continuer.answer(rows, [a.memory for a in first])
         fresh = continuer.answer(rows, [None] * ROWS)
-        assert [ids.tolist() for ids, _ in kept] == [ids.tolist() for ids, _ in fresh]
-        got += [ids.tolist() for ids, _ in kept]
+        assert [a.ids.tolist() for a in kept] == [a.ids.tolist() for a in fresh]
+        got += [a.ids.tolist() for a in kept]
     assert len(got) == PROMPTS

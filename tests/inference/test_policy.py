@@ -61,8 +61,8 @@ def _uncached(trained, prompt, allowed, count):
     return ids[len(prompt) :]
 
 
-def test_generation_is_greedy_over_the_action_ids(trained):
-    policy = Policy(trained, max_new_tokens=9)
+def test_a_free_form_is_greedy_over_the_action_ids(trained):
+    policy = Policy(trained, max_new_tokens=9, free_form=True)
     vocabulary = trained.assets.vocabulary
     allowed = np.sort(policy.head.rules.allowed)
     assert allowed[-1] == vocabulary.eoa and len(allowed) == 300 + 1

@@ -131,9 +131,10 @@ def episode(problem: Problem, calls: int = 4, *, ahead: bool) -> list[tuple[Spen
     for turn in turns:
         kept = [*kept[-2:], turn]
         prompt = np.concatenate([opening, *kept])
-        ((ids, memory),), spent = timed(lambda p=prompt, m=memory: continuer.answer([p], [m]))
-        results.append((spent, ids))
-        kept.append(ids)
+        (answer,), spent = timed(lambda p=prompt, m=memory: continuer.answer([p], [m]))
+        memory = answer.memory
+        results.append((spent, answer.ids))
+        kept.append(answer.ids)
         prefix = np.concatenate([opening, *kept[-2:]])
         if ahead and continuer.worth_reading(prefix, memory):
             (memory,) = continuer.read_ahead([prefix])

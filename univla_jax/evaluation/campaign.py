@@ -91,6 +91,7 @@ class _Seat:
 
     def act(self, chunk: ActionChunk, execute: int) -> None:
         self.counts["chunks"] += 1
+        self.counts["steered"] += chunk.steered > 0
         if not chunk.valid:
             self.counts["invalid"] += 1
             self.reason = self.reason or chunk.reason
@@ -105,7 +106,7 @@ class _Seat:
         self.session = None
 
     def record(self) -> dict[str, Any]:
-        counts = {name: self.counts[name] for name in ("chunks", "invalid")}
+        counts = {name: self.counts[name] for name in ("chunks", "steered", "invalid")}
         return {**counts, "invalid_reason": self.reason}
 
 

@@ -48,6 +48,7 @@ def summary(
         "tasks": task_table(records),
         "mean_steps": round(float(np.mean([r["steps"] for r in records])), 2),
         "chunks": sum(r["chunks"] for r in records),
+        "steered_chunks": sum(r["steered"] for r in records),
         "invalid_chunks": sum(r["invalid"] for r in records),
         "episodes_lost_to_the_simulator": sum("error" in r for r in records),
         "latency": {**latency(calls), "histogram": _histogram([c["seconds"] for c in calls])},
@@ -67,6 +68,7 @@ def page(report: Mapping[str, Any], films: Sequence[pathlib.Path]) -> str:
         _table(["task", "success %", "95 %", "episodes"], map(_row, report["tasks"])),
         _published(report),
         f"<p>{report['invalid_chunks']} of {report['chunks']} chunks did not decode; "
+        f"in {report['steered_chunks']} the grammar overruled the model; "
         f"{report['episodes_lost_to_the_simulator']} episodes were lost to the simulator.</p>",
         "<h2>Latency of the policy</h2>" + _bars(report["latency"]["histogram"]),
     ]

@@ -106,7 +106,8 @@ class RemotePolicy:
         reply = wire.unpack(frame)
         actions = np.asarray(reply["actions"], np.float32)
         valid, reason = reply.get("actions_valid", True), reply.get("actions_invalid_reason", "")
-        return ActionChunk(actions, valid=bool(valid), reason=str(reason))
+        steered = int(reply.get("actions_steered", 0))
+        return ActionChunk(actions, valid=bool(valid), reason=str(reason), steered=steered)
 
 
 def _request(observation: Observation) -> dict[str, Any]:

@@ -67,12 +67,14 @@ class _Run:
     episode: Simulated
     session: Any
     chunks: int = 0
+    steered: int = 0
     invalid: int = 0
     invalid_reason: str = ""
 
     def execute(self, chunk: ActionChunk, steps: int, watch: Watch | None) -> bool:
         """Executes the first ``steps`` actions; returns whether the episode ended."""
         self.chunks += 1
+        self.steered += chunk.steered > 0
         if not chunk.valid:
             self.invalid += 1
             self.invalid_reason = self.invalid_reason or chunk.reason
@@ -86,7 +88,8 @@ class _Run:
 
     def record(self) -> dict[str, Any]:
         """What is written about the episode."""
-        counts = {name: getattr(self, name) for name in ("chunks", "invalid", "invalid_reason")}
+        names = ("chunks", "steered", "invalid", "invalid_reason")
+        counts = {name: getattr(self, name) for name in names}
         return {**self.episode.result(), **counts}
 
 
@@ -114,8 +117,8 @@ def roll_out(
 
     Yields:
       (position in ``episodes``, record) as each ends; the record is the episode's result with
-      ``chunks``, ``invalid`` (chunks that did not decode, replaced by no motion) and
-      ``invalid_reason`` (of the first).
+      ``chunks``, ``steered`` (chunks whose grammar overruled the model), ``invalid`` (chunks that
+      did not decode, replaced by no motion) and ``invalid_reason`` (of the first).
     """
     active = [_Run(i, e, actor.start(e.seed)) for i, e in enumerate(episodes)]
     for run in active if watch else ():

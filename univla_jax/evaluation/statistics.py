@@ -56,6 +56,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         },
         "mean_steps": round(float(np.mean([r["steps"] for r in records])), 2),
         "chunks": sum(r["chunks"] for r in records),
+        "steered_chunks": sum(r["steered"] for r in records),
         "invalid_chunks": sum(r["invalid"] for r in records),
     }
     if any(r["told"] != r["instruction"] for r in records):

@@ -23,6 +23,7 @@ from univla_jax.errors import UserError
 from univla_jax.inference.buckets import length_bucket, row_bucket
 from univla_jax.inference.choosing import GREEDY, Sampling
 from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
+from univla_jax.inference.forms import Form
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.models.kv_cache import KVCache
@@ -52,23 +53,37 @@ class Rules:
       stop_id: ends it.
       max_new_tokens: the most ids chosen.
       sampling: how.
-      grammar: int32 [max_new_tokens], the only id that may stand at each place, negative where any
-        allowed one may; None for no form.
+      form: what whole continuations look like, over the allowed ids; None for any form.
       draft: tokens read per step when guessing ahead (``drafting.py``), 0 for one at a time; only
-        for greedy choice without a grammar.
+        for greedy choice.
     """
 
     allowed: np.ndarray
     stop_id: int
     max_new_tokens: int
     sampling: Sampling = GREEDY
-    grammar: np.ndarray | None = None
+    form: Form | None = None
     draft: int = 0
 
     def __post_init__(self) -> None:
         """Raises UserError for drafts that could not be verified."""
-        if self.draft and (not self.sampling.greedy or self.grammar is not None):
-            raise UserError("drafts need greedy choice without a grammar; set draft=0")
+        if self.draft and not self.sampling.greedy:
+            raise UserError("drafts need greedy choice; set draft=0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """How one sequence went on.
+
+    Attributes:
+      ids: int32 [n] chosen, up to and with the stop id where it was reached.
+      memory: what is left of the sequence.
+      steered: how many of them are not the likeliest, because the form rules that one out.
+    """
+
+    ids: np.ndarray
+    memory: Memory
+    steered: int
 
 
 class Continuer:
@@ -112,7 +127,7 @@ class Continuer:
         *,
         copied: Sequence[np.ndarray] | None = None,
         stopwatch: Stopwatch | None = None,
-    ) -> list[tuple[np.ndarray, Memory]]:
+    ) -> list[Continuation]:
         """Continues every prompt.
 
         Args:
@@ -122,8 +137,7 @@ class Continuer:
           stopwatch: gets the parts ``read`` and ``write``.
 
         Returns:
-          per prompt the ids chosen, int32, up to and with the stop id where it was reached, and
-          the memory behind them.
+          one continuation per prompt.
         """
         stopwatch = stopwatch or Stopwatch()
         with stopwatch.part("read") as results:
@@ -133,10 +147,12 @@ class Continuer:
             generated, state = self._write(state, len(prompts), copied or [])
             results.append(generated.tokens)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
+        steered = np.asarray(generated.steered).tolist()
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
         read = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
         caches = _split(state.rows.cache)
-        return [(ids, Memory(c, r)) for ids, c, r in zip(chosen, caches, read)]
+        memories = [Memory(cache, ids) for cache, ids in zip(caches, read)]
+        return [Continuation(*parts) for parts in zip(chosen, memories, steered)]
 
     def read_ahead(self, prefixes: Sequence[np.ndarray]) -> list[Memory]:
         """Reads the beginnings of prompts that will be asked for later."""
@@ -196,13 +212,12 @@ class Continuer:
             "max_new_tokens": rules.max_new_tokens,
             "allowed": rules.allowed,
             "stop_id": rules.stop_id,
+            "form": rules.form,
             "active": np.arange(rows) < count,
             "window": self._window(state),
         }
         if not rules.draft:
-            return self._sampler.generate(
-                state, sampling=rules.sampling, grammar=rules.grammar, **settings
-            )
+            return self._sampler.generate(state, sampling=rules.sampling, **settings)
         held = np.full((rows, rules.max_new_tokens), NOTHING, np.int32)
         for row, ids in zip(held, copied):
             row[: len(ids)] = ids[: len(row)]

@@ -95,8 +95,10 @@ class Generated:
       tokens: int32 [B, N], the stop id included, -1 behind each row's end.
       lengths: int32 [B], tokens chosen per row.
       stopped: bool [B], whether the row ended with the stop id (else N ran out).
+      steered: int32 [B], how often the likeliest id was one that the form rules out.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     stopped: jax.Array
+    steered: jax.Array

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from univla_jax.inference import int8
 from univla_jax.inference.choosing import choose
 from univla_jax.inference.decode_state import NOTHING, Rows
+from univla_jax.inference.forms import restrict
 from univla_jax.models import few_tokens
 from univla_jax.models.decoder import mask_padding, project
 from univla_jax.models.kv_cache import KVCache
@@ -61,7 +62,7 @@ def _append(model, params, rows, tokens, lengths, window):
     donate_argnames="rows",
 )
 def generate(
-    model, params, layers, rows, ids, stop, keys, active, forced, *,
+    model, params, layers, rows, ids, stop, keys, active, forced, form, *,
     count, sampling, window, guidance,
 ):  # fmt: skip
     """The decode loop: choose, then read what was chosen and choose again until all rows end.
@@ -77,6 +78,7 @@ def generate(
       active: bool [B], rows that take part.
       forced: int32 [N] the only id that may stand at each place, negative where there is a choice;
         or None.
+      form: what whole outputs look like (``forms.Form`` over ``ids``), or None.
       count: N, static.
       sampling: static rules of choice.
       window: static number of leading slots that may be read.
@@ -84,11 +86,12 @@ def generate(
         without their instruction; 1 for rows that have nothing to do with each other.
 
     Returns:
-      rows behind the last choice, tokens int32 [B, N], chosen per row [B], stopped bool [B].
+      rows behind the last choice, tokens int32 [B, N], chosen per row [B], stopped bool [B], ids
+      per row that the form ruled out where they were the likeliest [B].
     """
     head = int8.rows(params["head"], ids, model.config.compute_dtype)
 
-    def pick(hidden, step):
+    def pick(hidden, step, place):
         logits = project(hidden, head)
         if guidance != 1:
             given, without = jnp.split(logits, 2)
@@ -96,33 +99,44 @@ def generate(
         if ids is None:
             logits = mask_padding(logits, model.config.vocab_size)
         drawn = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        choice = choose(logits, sampling, drawn)
-        choice = choice if ids is None else ids[choice]
+        logits, steered = restrict(form, place, logits)
+        column = choose(logits, sampling, drawn)
+        place = None if form is None else form.after(place, column)
+        choice = column if ids is None else ids[column]
         if guidance != 1:
-            choice = jnp.concatenate([choice, choice])
-        return choice if forced is None else jnp.where(forced[step] < 0, choice, forced[step])
+            choice, steered = jnp.tile(choice, 2), jnp.tile(steered, 2)
+        choice = choice if forced is None else jnp.where(forced[step] < 0, choice, forced[step])
+        return choice, place, steered
 
     def take(carry, hidden):
-        slots, lengths, tokens, step, running = carry
-        chosen = jnp.where(running, pick(hidden, step), NOTHING)
+        slots, lengths, tokens, step, running, place, steered = carry
+        choice, place, changed = pick(hidden, step, place)
+        chosen = jnp.where(running, choice, NOTHING)
+        steered = steered + (changed & running)
         running = running & (chosen != stop)
-        return slots, lengths, tokens.at[:, step].set(chosen), step + 1, running, hidden
+        tokens = tokens.at[:, step].set(chosen)
+        return slots, lengths, tokens, step + 1, running, place, steered, hidden
 
     def more(carry):
-        _, _, _, step, running, _ = carry
+        _, _, _, step, running, *_ = carry
         return (step < count) & jnp.any(running)
 
     def advance(carry):
-        slots, lengths, tokens, step, running, hidden = carry
+        slots, lengths, tokens, step, running, place, steered, hidden = carry
         token = jnp.maximum(tokens[:, step - 1], 0)[:, None]
         new, slots = read_tokens(model, params, layers, token, lengths, slots)
         hidden = jnp.where(running[:, None], new[:, 0], hidden)
-        return take((slots, lengths + running, tokens, step, running), hidden)
+        carry = slots, lengths + running, tokens, step, running, place, steered
+        return take(carry, hidden)
 
-    tokens = jnp.full((active.shape[0], count), NOTHING, jnp.int32)
+    batch = active.shape[0]
+    tokens = jnp.full((batch, count), NOTHING, jnp.int32)
+    place = None if form is None else form.start(batch)
+    steered = jnp.zeros(batch, jnp.int32)
     slots = few_tokens.open_slots(rows.cache, window)
-    start = take((slots, rows.lengths, tokens, jnp.int32(0), active), rows.hidden)
-    slots, lengths, tokens, _, running, hidden = jax.lax.while_loop(more, advance, start)
+    start = take((slots, rows.lengths, tokens, jnp.int32(0), active, place, steered), rows.hidden)
+    end = jax.lax.while_loop(more, advance, start)
+    slots, lengths, tokens, _, running, _, steered, hidden = end
     chosen = jnp.sum(tokens != NOTHING, axis=1)
     last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
     rows = Rows(
@@ -131,7 +145,7 @@ def generate(
         hidden,
         jnp.where(chosen > 0, last, rows.pending),
     )
-    return rows, tokens, chosen, active & ~running
+    return rows, tokens, chosen, active & ~running, steered
 
 
 def read_tokens(model, params, layers, tokens, lengths, slots):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from univla_jax.inference import int8
 from univla_jax.inference.decode_state import NOTHING, Rows
 from univla_jax.inference.decode_steps import read_tokens
+from univla_jax.inference.forms import restrict
 from univla_jax.models import few_tokens
 from univla_jax.models.decoder import project
 
@@ -52,7 +53,7 @@ def propose(text: jax.Array, end: jax.Array, first: jax.Array, place: jax.Array,
     jax.jit, static_argnames=("model", "count", "block", "window"), donate_argnames="rows"
 )
 def generate_drafted(
-    model, params, layers, rows, ids, stop, active, copied, *, count, block, window
+    model, params, layers, rows, ids, stop, active, copied, form, *, count, block, window
 ):
     """The greedy decode loop with ``block`` tokens per step; see ``decode_steps.generate``.
 
@@ -65,47 +66,70 @@ def generate_drafted(
       stop: int32 id that ends a row, -1 for none.
       active: bool [B], rows that take part.
       copied: int32 [B, H], what to copy drafts from; negative where nothing is.
+      form: as in ``decode_steps.generate``.
       count: N, static.
       block: K, static.
       window: static number of slots, ``count + block`` beyond the longest row.
 
     Returns:
-      rows, tokens int32 [B, N], chosen per row [B], stopped bool [B], steps taken int32.
+      rows, tokens int32 [B, N], chosen per row [B], stopped bool [B], ids per row that the form
+      ruled out where they were the likeliest [B], steps taken int32.
     """
     head = int8.rows(params["head"], ids, model.config.compute_dtype)
-    most_likely = lambda hidden: ids[jnp.argmax(project(hidden, head), axis=-1)]  # noqa: E731
     batch, held = copied.shape
     guess = jax.vmap(functools.partial(propose, count=block - 1))
+
+    def most_likely(logits, place):
+        logits, steered = restrict(form, place, logits)
+        column = jnp.argmax(logits, axis=-1)
+        return ids[column], None if form is None else form.after(place, column), steered
+
+    def verify(read, first, place, steered):
+        """The likeliest ids behind each token read [B, K], and place and count after each."""
+        logits, found, places, counts = project(read, head), [first], [place], [steered]
+        for k in range(block - 1):  # what comes after a wrong draft is not kept
+            likely, place, changed = most_likely(logits[:, k], places[-1])
+            found, places = [*found, likely], [*places, place]
+            counts.append(counts[-1] + changed)
+        return jnp.stack(found, 1), jax.tree.map(lambda *x: jnp.stack(x, 1), *places), counts
 
     def more(carry):
         return jnp.any(carry[-2])
 
     def advance(carry):
-        slots, lengths, text, chosen, hidden, running, steps = carry
-        first = most_likely(hidden)
+        slots, lengths, text, chosen, hidden, place, steered, running, steps = carry
+        first, behind, changed = most_likely(project(hidden, head), place)
         drafts = guess(text, held + chosen, first, jnp.minimum(chosen, held - 1))
         tokens = jnp.concatenate([first[:, None], drafts], axis=1)
         read, slots = read_tokens(model, params, layers, tokens, lengths, slots)
-        right = jnp.cumprod(tokens[:, 1:] == most_likely(read)[:, :-1], axis=1)
-        kept = 1 + jnp.sum(right, axis=1)
+        likely, places, counts = verify(read, first, behind, steered + changed)
+        kept = 1 + jnp.sum(jnp.cumprod(tokens[:, 1:] == likely[:, 1:], axis=1), axis=1)
         ends = jnp.where(jnp.any(tokens == stop, axis=1), jnp.argmax(tokens == stop, axis=1), block)
         stops = ends < kept
         kept = jnp.minimum(jnp.minimum(kept, ends + 1), count - chosen) * running
-        place = jnp.where(jnp.arange(block) < kept[:, None], held + chosen[:, None], text.shape[1])
-        place += jnp.arange(block)
-        text = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(text, place, tokens)
-        last = jnp.take_along_axis(read, jnp.maximum(kept - 1, 0)[:, None, None], axis=1)[:, 0]
+        target = jnp.where(jnp.arange(block) < kept[:, None], held + chosen[:, None], text.shape[1])
+        target += jnp.arange(block)
+        text = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(text, target, tokens)
+        end = jnp.maximum(kept - 1, 0)
+        last = jnp.take_along_axis(read, end[:, None, None], axis=1)[:, 0]
         hidden = jnp.where(running[:, None], last, hidden)
+        place, steered = jax.tree.map(
+            lambda old, new: jnp.where(running, new[jnp.arange(batch), end], old),
+            (place, steered),
+            (places, jnp.stack(counts, 1)),
+        )
         chosen = chosen + kept
         running = running & ~(stops & (kept == ends + 1)) & (chosen < count)
-        return slots, lengths + kept, text, chosen, hidden, running, steps + 1
+        return slots, lengths + kept, text, chosen, hidden, place, steered, running, steps + 1
 
     text = jnp.concatenate([copied, jnp.full((batch, count), NOTHING, jnp.int32)], axis=1)
     none = jnp.zeros(batch, jnp.int32)
     slots = few_tokens.open_slots(rows.cache, window)
-    start = (slots, rows.lengths, text, none, rows.hidden, active, jnp.int32(0))
-    slots, lengths, text, chosen, hidden, _, steps = jax.lax.while_loop(more, advance, start)
+    place = None if form is None else form.start(batch)
+    start = (slots, rows.lengths, text, none, rows.hidden, place, none, active, jnp.int32(0))
+    end = jax.lax.while_loop(more, advance, start)
+    slots, lengths, text, chosen, hidden, _, steered, _, steps = end
     tokens = text[:, held:]
     last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
     rows = Rows(few_tokens.close_slots(rows.cache, slots), lengths, hidden, rows.pending)
-    return rows, tokens, chosen, active & (chosen > 0) & (last == stop), steps
+    return rows, tokens, chosen, active & (chosen > 0) & (last == stop), steered, steps

@@ -18,6 +18,7 @@ from univla_jax.errors import UserError
 from univla_jax.inference.buckets import length_bucket, pad_prompts
 from univla_jax.inference.continuer import Continuer, Memory, Rules
 from univla_jax.inference.flow import sample_actions
+from univla_jax.inference.forms import Form
 from univla_jax.inference.int8 import restored
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.session import Session
@@ -25,8 +26,6 @@ from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.inference.trained import TrainedModel
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
-from univla_jax.sequences.frames import FREE
-from univla_jax.tokenizers.bins import UniformBins
 from univla_jax.tokenizers.decoded import DecodedActions, invalid
 
 
@@ -38,11 +37,13 @@ class HeadAnswer:
       decoded: normalised actions float64 [T, A], valid or not.
       ids: int32 [n], what the history keeps as this chunk's action.
       memory: what the cache holds now, or None.
+      steered: how many ids are not the likeliest, because those would make no whole chunk.
     """
 
     decoded: DecodedActions
     ids: np.ndarray
     memory: Memory | None = None
+    steered: int = 0
 
 
 class ActionHead(Protocol):
@@ -74,8 +75,8 @@ class ActionHead(Protocol):
 class TokenHead:
     """Greedy action ids up to eoa, decoded by the checkpoint's action tokenizer.
 
-    FAST and text chunks have no fixed length: what does not decode to a whole chunk is not valid.
-    Bins do: a grammar of T * A bins and then eoa leaves no other form.
+    The grammar of FAST and of bins leaves nothing but whole chunks; how often it had to overrule
+    the model is counted. What does not decode to a whole chunk all the same is not valid.
 
     Attributes:
       rules: what may be generated.
@@ -89,6 +90,7 @@ class TokenHead:
         *,
         max_new_tokens: int | None = None,
         draft: int = 0,
+        free_form: bool = False,
     ) -> None:
         """Takes the tokenizer of a checkpoint.
 
@@ -96,21 +98,19 @@ class TokenHead:
           trained: the model and its assets.
           chunk: T and A.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
-            legal chunk needs. Bins always have their own number.
-          draft: tokens read per step when guessing from the chunk before, 0 for one at a time; of
-            no use to bins.
+            legal chunk needs.
+          draft: tokens read per step when guessing from the chunk before, 0 for one at a time.
+          free_form: any action ids in any order, as the reference has it.
         """
         vocabulary, tokenizer = trained.assets.vocabulary, trained.assets.require("action")
         self._vocabulary, self._tokenizer, self._chunk = vocabulary, tokenizer, chunk
         longest = tokenizer.max_tokens(*chunk) + 1
         codes = vocabulary.action_ids(np.arange(tokenizer.vocabulary_size))
-        if isinstance(tokenizer, UniformBins):
-            form = np.append(np.full(longest - 1, FREE), vocabulary.eoa)
-            self.rules = Rules(codes[1:], vocabulary.eoa, longest, grammar=form)
-        else:
-            allowed = np.append(codes, vocabulary.eoa)
-            count = max_new_tokens or longest
-            self.rules = Rules(allowed, vocabulary.eoa, count, draft=draft)
+        grammar = None if free_form else tokenizer.grammar(*chunk)
+        form = None if grammar is None else Form.of(grammar, codes, vocabulary.eoa)
+        allowed = np.append(codes, vocabulary.eoa)
+        count = max_new_tokens or longest
+        self.rules = Rules(allowed, vocabulary.eoa, count, form=form, draft=draft)
         self._sampler = Sampler(trained.model, trained.params)
 
     def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
@@ -126,7 +126,7 @@ class TokenHead:
             session.memory = None  # the call consumes it
         before = [session.last_ids for session in sessions]
         answers = self.continuer.answer(prompts, memories, copied=before, stopwatch=stopwatch)
-        return [HeadAnswer(self.decode(ids), ids, memory) for ids, memory in answers]
+        return [HeadAnswer(self.decode(a.ids), a.ids, a.memory, a.steered) for a in answers]
 
     def decode(self, ids: np.ndarray) -> DecodedActions:
         """The chunk that generated ids [n] mean, their eoa included."""

@@ -3,8 +3,9 @@
     observe → codes → history → prompt → action ids, eoa → decode → unnormalise → ActionChunk
 
 Reproduces ``EmuVLAModel.step`` of UniVLA reference/RoboVLMs/eval/*/model_wrapper*.py in batch,
-except that ids which decode to no whole chunk are reported instead of turned into actions, and
-that the history gets their missing eoa.
+except that only whole chunks can be generated (``free_form`` generates as the reference does), that
+ids which decode to none are reported instead of turned into actions, and that the history gets
+their missing eoa.
 
 Axes: B robots, T steps of a chunk, A action dimensions, R ids that may be generated.
 """
@@ -20,7 +21,7 @@ import numpy as np
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.buckets import row_bucket
-from univla_jax.inference.heads import ActionHead, TokenHead, head_of
+from univla_jax.inference.heads import ActionHead, HeadAnswer, TokenHead, head_of
 from univla_jax.inference.int8 import quantised
 from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.session import Holders, Session
@@ -28,7 +29,6 @@ from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.inference.trained import TrainedModel
 from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
-from univla_jax.tokenizers.decoded import DecodedActions
 
 _LAYOUTS = ("policy_video", "policy_image", "policy_flow")
 _AHEAD_ROWS = 8  # sessions whose next prompts are begun together at most
@@ -55,6 +55,7 @@ class Policy:
         max_new_tokens: int | None = None,
         draft: int = 0,
         memories: int = _MEMORIES,
+        free_form: bool = False,
         head: ActionHead | None = None,
     ) -> None:
         """Prepares a loaded model; see ``load``.
@@ -70,7 +71,9 @@ class Policy:
         self._encoder = ObservationEncoder(assets, layout, self.corpus)
         self._rows = rows
         shape = self.chunk, self.statistics.action_dim
-        self.head = head or head_of(trained, shape, max_new_tokens=max_new_tokens, draft=draft)
+        self.head = head or head_of(
+            trained, shape, max_new_tokens=max_new_tokens, draft=draft, free_form=free_form
+        )
         self.head.prepare(self._lengths(), rows)
         self._holders = Holders(memories)
 
@@ -87,6 +90,7 @@ class Policy:
         draft: int = 0,
         memories: int = _MEMORIES,
         int8: bool = False,
+        free_form: bool = False,
     ) -> Policy:
         """Loads a checkpoint folder and nothing else.
 
@@ -104,6 +108,7 @@ class Policy:
           memories: sessions whose caches are kept between calls, each as large as the cache of a
             whole prompt; the others read their prompts anew.
           int8: weights of eight bits (``int8.py``); the actions are nearly the same.
+          free_form: action ids in any order, as the reference has it; by default only whole chunks.
 
         Raises:
           UserError: no complete checkpoint, changed or missing assets, a checkpoint that is no
@@ -119,6 +124,7 @@ class Policy:
             max_new_tokens=max_new_tokens,
             draft=draft,
             memories=memories,
+            free_form=free_form,
         )
 
     @property
@@ -240,19 +246,20 @@ class Policy:
         answers = self.head.answer(prompts, sessions, stopwatch)
         chunks = []
         for i, (session, answer) in enumerate(zip(sessions, answers)):
-            chunk = self._chunk(answer.decoded, session.last_action)
+            chunk = self._chunk(answer, session.last_action)
             history = histories[i].act(closed(lexicon.vocabulary, answer.ids))
             session.keep(observations[i].instruction, history, chunk, answer.memory)
             chunks.append(chunk)
         self._holders.called(sessions)
         return chunks
 
-    def _chunk(self, decoded: DecodedActions, last_action: np.ndarray | None) -> ActionChunk:
+    def _chunk(self, answer: HeadAnswer, last_action: np.ndarray | None) -> ActionChunk:
         """The chunk of a head's answer in physical units; no motion where it is not valid."""
+        decoded, steered = answer.decoded, answer.steered
         if decoded.valid:
-            return ActionChunk(self.statistics.unnormalise(decoded.actions))
+            return ActionChunk(self.statistics.unnormalise(decoded.actions), steered=steered)
         actions = no_motion(self.chunk, self.statistics.action_dim, last_action)
-        return ActionChunk(actions, valid=False, reason=decoded.reason)
+        return ActionChunk(actions, valid=False, reason=decoded.reason, steered=steered)
 
     def _lengths(self) -> tuple[int, int, int]:
         """New tokens of the usual calls: one observation, with an instruction, a whole prompt."""

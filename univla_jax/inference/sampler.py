@@ -27,6 +27,7 @@ from univla_jax.inference.buckets import length_bucket
 from univla_jax.inference.choosing import GREEDY, Sampling
 from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
 from univla_jax.inference.drafting import generate_drafted
+from univla_jax.inference.forms import Form
 from univla_jax.models import few_tokens
 from univla_jax.models.decoder import Decoder
 
@@ -110,6 +111,7 @@ class Sampler:
         active: np.ndarray | None = None,
         window: int | None = None,
         grammar: np.ndarray | None = None,
+        form: Form | None = None,
         guidance: float = 1.0,
     ) -> tuple[Generated, DecodeState]:
         """Lets every row choose tokens until it stops, in one jitted loop.
@@ -127,6 +129,7 @@ class Sampler:
           grammar: int32 [N], the only id that may stand at each place, or negative where any
             allowed one may (``sequences.frames.video_grammar``); ids it forces need not be
             allowed.
+          form: what whole outputs look like, over the allowed ids in ascending order.
           guidance: weight of classifier-free guidance. Unless 1, the second half of the rows are
             those of the first without their instruction; both get the ids chosen from
             ``without + guidance * (with - without)``.
@@ -136,19 +139,21 @@ class Sampler:
 
         Raises:
           UserError: an id outside the vocabulary, a stop id that is not allowed, no key, a grammar
-            of another length, or guidance of an odd number of rows.
+            of another length, a form of other ids, or guidance of an odd number of rows or with
+            a form.
         """
         if state.has_pending:
             nothing = np.zeros((state.rows.pending.shape[0], 0), np.int32)
             state = self.extend(state, nothing)
         forced = self._forced(grammar, max_new_tokens)
         ids = self._allowed(allowed, stop_id, forced)
+        _check_form(form, ids, guidance)
         batch = state.rows.pending.shape[0]
         if guidance != 1 and batch % 2:
             raise UserError(f"guidance needs rows with and without instruction, got {batch} rows")
         bound = state.bound + max_new_tokens
         rows, window = _make_room(state.rows, read=max(bound, window or 0), write=bound)
-        rows, tokens, lengths, stopped = decode_steps.generate(
+        rows, tokens, lengths, stopped, steered = decode_steps.generate(
             self.model,
             self.params,
             self._layers,
@@ -158,12 +163,14 @@ class Sampler:
             _row_keys(key, batch if guidance == 1 else batch // 2, sampling),
             np.ones(batch, bool) if active is None else np.asarray(active, bool),
             forced,
+            form,
             count=max_new_tokens,
             sampling=sampling,
             window=window,
             guidance=guidance,
         )
-        return Generated(tokens, lengths, stopped), DecodeState(rows, bound, has_pending=True)
+        generated = Generated(tokens, lengths, stopped, steered)
+        return generated, DecodeState(rows, bound, has_pending=True)
 
     def generate_drafted(
         self,
@@ -173,6 +180,7 @@ class Sampler:
         allowed: np.ndarray,
         copied: np.ndarray,
         stop_id: int | None = None,
+        form: Form | None = None,
         active: np.ndarray | None = None,
         window: int | None = None,
         block: int = 4,
@@ -186,6 +194,7 @@ class Sampler:
           copied: int32 [B, H], H at least 1, what drafts are copied from, for example the chunk
             before; negative where nothing is.
           stop_id: as in ``generate``.
+          form: as in ``generate``.
           active: as in ``generate``.
           window: as in ``generate``.
           block: tokens read per step, at least 2.
@@ -206,10 +215,11 @@ class Sampler:
         if state.has_pending:
             state = self.extend(state, np.zeros((batch, 0), np.int32))
         ids = self._allowed(allowed, stop_id, None)
+        _check_form(form, ids)
         bound = state.bound + max_new_tokens
         need = max(bound + block, window or 0)
         rows, window = _make_room(state.rows, read=need, write=need)
-        rows, tokens, lengths, stopped, steps = generate_drafted(
+        rows, tokens, lengths, stopped, steered, steps = generate_drafted(
             self.model,
             self.params,
             self._layers,
@@ -218,11 +228,13 @@ class Sampler:
             np.int32(NOTHING if stop_id is None else stop_id),
             np.ones(batch, bool) if active is None else np.asarray(active, bool),
             copied,
+            form,
             count=max_new_tokens,
             block=block,
             window=window,
         )
-        return Generated(tokens, lengths, stopped), DecodeState(rows, bound), int(steps)
+        generated = Generated(tokens, lengths, stopped, steered)
+        return generated, DecodeState(rows, bound), int(steps)
 
     def _check(
         self, tokens: Any, lengths: Any, *, rows: int | None = None, at_least: int = 0
@@ -265,6 +277,18 @@ class Sampler:
             raise UserError(f"a grammar of shape {forced.shape} for {count} new tokens")
         _check_ids(forced[forced >= 0], self.model.config.vocab_size)
         return forced
+
+
+def _check_form(form: Form | None, ids: np.ndarray | None, guidance: float = 1.0) -> None:
+    if form is None:
+        return
+    columns = form.finishes.shape[1]
+    if ids is None or len(ids) != columns or guidance != 1:
+        allowed = "all" if ids is None else len(ids)
+        raise UserError(
+            f"a form over {columns} ids with {allowed} allowed ids and guidance {guidance}: "
+            "expected the form's own ids and guidance 1"
+        )
 
 
 def _check_ids(ids: np.ndarray, size: int) -> None:

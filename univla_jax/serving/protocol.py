@@ -88,6 +88,7 @@ def write_reply(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, An
         "actions": np.asarray(chunk.actions, np.float32),
         "actions_valid": bool(chunk.valid),
         "actions_invalid_reason": chunk.reason,
+        "actions_steered": int(chunk.steered),
         "policy_timing": dict(timing),
     }
 

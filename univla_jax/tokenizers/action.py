@@ -15,6 +15,7 @@ from etils import epath
 from univla_jax.errors import UserError
 from univla_jax.tokenizers import fast
 from univla_jax.tokenizers.bins import KIND_FILE, NumberText, UniformBins
+from univla_jax.tokenizers.code_grammar import CodeGrammar
 from univla_jax.tokenizers.decoded import DecodedActions
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.files import PathLike, parse_json, read_files
@@ -44,6 +45,9 @@ class ActionTokenizer(Protocol):
 
     def max_tokens(self, horizon: int, action_dim: int) -> int:
         """Upper bound of the ids of a chunk in [-1, 1]."""
+
+    def grammar(self, horizon: int, action_dim: int) -> CodeGrammar | None:
+        """Which codes may follow each other in a whole chunk, None where there is no such rule."""
 
     def encode(self, chunk: np.ndarray) -> list[int]:
         """Codes of one chunk float [T, A], normalised to [-1, 1]."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from univla_jax.errors import UserError
+from univla_jax.tokenizers.code_grammar import CodeGrammar, one_each
 from univla_jax.tokenizers.decoded import DecodedActions, checked_chunks, invalid
 from univla_jax.tokenizers.files import PathLike, dump_json, fingerprint, write_files
 
@@ -51,6 +52,10 @@ class UniformBins:
     def max_tokens(self, horizon: int, action_dim: int) -> int:
         """Ids of a chunk."""
         return horizon * action_dim
+
+    def grammar(self, horizon: int, action_dim: int) -> CodeGrammar:
+        """As many bins as there are numbers; code 0 is none."""
+        return one_each(np.arange(self.vocabulary_size) > 0, horizon * action_dim)
 
     def codes(self, actions: np.ndarray) -> np.ndarray:
         """Codes 1 … bins of any array of numbers, clipped to [-1, 1]; int64, same shape.
@@ -137,6 +142,10 @@ class NumberText:
     def max_tokens(self, horizon: int, action_dim: int) -> int:
         """Upper bound of the ids of a chunk: sign, digit, point, decimals, separator each."""
         return max(horizon * action_dim * (self._decimals + 4) - 1, 0)
+
+    def grammar(self, horizon: int, action_dim: int) -> None:
+        """None: numbers are of unequal length, and what is no number shows in ``decode``."""
+        del horizon, action_dim
 
     def encode(self, chunk: np.ndarray) -> list[int]:
         """Ids of one normalised chunk [T, A]; values beyond [-1, 1] are clipped.

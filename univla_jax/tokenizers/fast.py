@@ -20,7 +20,8 @@ import scipy.fft
 import tokenizers
 
 from univla_jax.errors import UserError
-from univla_jax.tokenizers import fast_bpe
+from univla_jax.tokenizers import code_grammar, fast_bpe
+from univla_jax.tokenizers.code_grammar import CodeGrammar
 from univla_jax.tokenizers.decoded import DecodedActions, checked_chunks, invalid
 from univla_jax.tokenizers.files import (
     PathLike,
@@ -146,6 +147,14 @@ class FastTokenizer:
         """Upper bound of the ids of a legal chunk: one per UTF-8 byte of its characters."""
         highest = max(_legal_bound(self.scale, horizon) - self.min_token, 0)
         return horizon * action_dim * len(chr(highest).encode("utf-8", "surrogatepass"))
+
+    def grammar(self, horizon: int, action_dim: int) -> CodeGrammar:
+        """Codes whose characters are T·A legal coefficients; see ``decode``."""
+        bound = _legal_bound(self.scale, horizon)
+        low, high = max(-bound - self.min_token, 0), bound - self.min_token
+        legal = map(chr, range(low, min(high + 1, fast_bpe.MAX_CHARACTERS)))
+        written = [fast_bpe.written(self._bpe, i) for i in range(self._vocabulary_size)]
+        return code_grammar.of_bytes(written, legal, horizon * action_dim)
 
     def coefficients(self, chunks: np.ndarray) -> np.ndarray:
         """Integers that stand for chunks float [N, T, A]: rounded scaled DCT over time, int64."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import tokenizers
@@ -67,3 +68,21 @@ def parse(content: bytes) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"tokenizer.json: not a BPE tokenizer ({error}); restore it") from error
+
+
+def written(bpe: tokenizers.Tokenizer, code: int) -> bytes | None:
+    """The bytes that one id stands for; None for an id that no text is ever encoded to."""
+    token, symbols = bpe.id_to_token(code), _byte_of_symbol()
+    if token is None or not symbols.keys() >= set(token):  # fits as the reference have such ids
+        return None
+    return bytes(symbols[symbol] for symbol in token)
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, other bytes for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(others)
+    }

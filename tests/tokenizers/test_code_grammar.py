@@ -1,0 +1,77 @@
+"""Which codes make whole chunks: a written-out case, bins, and FAST of any fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from univla_jax.tokenizers.action import FastTokenizer, NumberText, UniformBins
+from univla_jax.tokenizers.code_grammar import ILLEGAL, CodeGrammar, of_bytes
+
+HORIZON, DIMENSIONS = 5, 3
+NO = ILLEGAL
+
+
+def _fit(scale: float, seed: int = 0) -> FastTokenizer:
+    chunks = np.random.default_rng(seed).uniform(-1, 1, (200, HORIZON, DIMENSIONS))
+    return FastTokenizer.fit(chunks, scale, 400)
+
+
+def _legal(grammar: CodeGrammar, left: int, part: int) -> np.ndarray:
+    finishes, begins = grammar.finishes[part], grammar.begins[part]
+    whole = (left - finishes > 0) | ((left == finishes) & (begins == 0))
+    return np.flatnonzero((finishes != ILLEGAL) & whole)
+
+
+def test_codes_that_split_characters():
+    """é is C3 A9, ü is C3 BC; a byte that no legal character has is never legal."""
+    written = ["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"A", None, b""]
+    grammar = of_bytes(written, "éü", 3)
+    assert grammar.finishes.tolist() == [[1, 1, NO, NO, NO, NO], [NO, NO, 1, NO, NO, NO]]
+    assert grammar.begins.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    assert _legal(grammar, 3, 0).tolist() == [0, 1]
+    assert _legal(grammar, 1, 0).tolist() == [0]  # what begins another one would not end
+    assert _legal(grammar, 1, 1).tolist() == [2]
+
+
+def test_bins_are_one_number_each():
+    grammar = UniformBins(4).grammar(2, 3)
+    assert grammar.characters == 6 and grammar.finishes.tolist() == [[NO, 1, 1, 1, 1]]
+    assert NumberText().grammar(2, 3) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1.5, 10.0, 60.0]))
+def test_any_legal_walk_decodes_and_any_chunk_is_a_legal_walk(seed, scale):
+    rng = np.random.default_rng(seed)
+    _check_walks(_fit(scale), HORIZON, DIMENSIONS, rng, rng.uniform(-1, 1, (HORIZON, DIMENSIONS)))
+
+
+@pytest.mark.parametrize(
+    ("name", "horizon"),
+    [("fast", 10), ("fast_calvin_norm_a10_s50", 10), ("fast_bridge_t5_s50", 5)],
+)
+def test_the_published_tokenizers(shared_dir, name, horizon):
+    tokenizer = FastTokenizer.load(shared_dir / "fast_tokenizers" / name)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        chunk = np.clip(rng.normal(size=(horizon, 7)) * 0.5, -1, 1)
+        _check_walks(tokenizer, horizon, 7, rng, chunk)
+
+
+def _check_walks(tokenizer, horizon, dimensions, rng, chunk):
+    grammar = tokenizer.grammar(horizon, dimensions)
+    left, part, codes = grammar.characters, 0, []
+    while left or part:
+        code = int(rng.choice(_legal(grammar, left, part)))
+        codes.append(code)
+        left, part = left - grammar.finishes[part, code], grammar.begins[part, code]
+    decoded = tokenizer.decode(codes, horizon, dimensions)
+    assert decoded.valid, decoded.reason
+    left, part = grammar.characters, 0
+    for code in tokenizer.encode(chunk):
+        assert code in _legal(grammar, left, part)
+        left, part = left - grammar.finishes[part, code], grammar.begins[part, code]
+    assert (left, part) == (0, 0)
