@@ -6,12 +6,23 @@ import pytest
 
 from tests.inference import tiny_checkpoint
 from univla_jax.benchmarks import serve
+from univla_jax.benchmarks.random_policy import random_policy
 from univla_jax.inference.policy import Policy
+
+
+def _check(policy, clients, requests):
+    found = serve.figures(policy, clients, requests)
+    assert found["requests"] == clients * requests
+    for name in ("", "one_at_a_time_"):
+        assert found[name + "dropped"] == found[name + "differing_from_solo"] == 0
 
 
 @pytest.mark.slow
 def test_eight_robots_get_what_each_gets_alone(tmp_path):
     folder = tiny_checkpoint.save(tmp_path, tiny_checkpoint.make_assets(), scale=20)
-    found = serve.figures(Policy.load(folder, max_new_tokens=12), 8, 200)
-    assert found["answers"] == 1600 and found["dropped"] == 0
-    assert found["differing_from_solo"] == found["one_at_a_time_differing"] == 0
+    _check(Policy.load(folder, max_new_tokens=12), 8, 200)
+
+
+@pytest.mark.slow
+def test_the_policy_of_random_weights():
+    _check(random_policy("tiny"), 2, 12)

@@ -53,10 +53,8 @@ def make_problem(
       name: preset of the decoder.
       seed: of weights and prompt.
     """
-    changes = {"dtype": "float32", "remat": "none", "dropout": 0.0}
-    model = Decoder(preset(name, **changes))
     rng = np.random.default_rng(seed)
-    params = random_params(model, rng)
+    model, params = random_decoder(name, rng)
     size = model.config.vocab_size
     last = (model.config.pad_id or size) - 1  # action ids end before the pad id
     allowed = np.arange(last - min(actions, last) + 1, last + 1, dtype=np.int32)
@@ -64,8 +62,12 @@ def make_problem(
     return Problem(Sampler(model, params), allowed, tokens, count)
 
 
-def random_params(model: Decoder, rng: np.random.Generator) -> Any:
-    """Normal matrices and norms of 1, drawn by NumPy: nothing is compiled."""
+def random_decoder(name: str, rng: np.random.Generator, **changes: Any) -> tuple[Decoder, Any]:
+    """A preset with some fields changed, in float32, with normal matrices and norms of 1.
+
+    NumPy draws them: nothing is compiled.
+    """
+    model = Decoder(preset(name, dtype="float32", remat="none", dropout=0.0, **changes))
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens, tokens))["params"]
 
@@ -74,7 +76,7 @@ def random_params(model: Decoder, rng: np.random.Generator) -> Any:
             return jnp.ones(leaf.shape, leaf.dtype)
         return jnp.asarray(0.05 * rng.standard_normal(leaf.shape, dtype=np.float32), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def prefill(problem: Problem, sampler: Sampler | None = None) -> DecodeState:
