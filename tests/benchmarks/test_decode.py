@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from univla_jax.benchmarks import decode_cases as cases
-from univla_jax.benchmarks.clocks import copy_bandwidth, timed
+from univla_jax.benchmarks.clocks import compilations, copy_bandwidth, timed
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,12 @@ def test_time_passes():
     result, spent = timed(lambda: sum(range(10**5)))
     assert result == 4999950000 and min(spent.processor, spent.wall) > 0
     assert copy_bandwidth(1) > 0
+
+
+def test_compilations_are_counted():
+    seen, double = compilations(), jax.jit(lambda x: 2 * x)
+    before = len(seen)
+    double(np.ones(3))
+    assert len(seen) == before + 1
+    double(np.ones(3))
+    assert len(seen) == before + 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.decoders import tiny_decoder
+from univla_jax.benchmarks.clocks import compilations
 from univla_jax.errors import UserError
 from univla_jax.inference.choosing import Sampling
 from univla_jax.inference.continuer import Continuer, Rules
@@ -68,16 +69,29 @@ def test_growing_prompts(continuer, alone):
         prompts = [_grown(p, a.ids, r) for p, a, r in zip(prompts, answers, rest)]
 
 
-def test_new_and_old_rows_in_one_call(continuer, alone):
+@pytest.mark.parametrize("rows", [4, None])
+def test_new_and_old_rows_in_one_call(sampler, alone, rows):
+    """Read together where a batch has places left, else apart and joined."""
+    continuer = Continuer(sampler, RULES, lengths=(TURN, WHOLE), rows=rows)
     rng = np.random.default_rng(1)
     first = _ids(rng, 60)
     (known,) = continuer.answer([first], [None])
-    prompts = [_ids(rng, 50), _grown(first, known.ids, _ids(rng, 9)), _ids(rng, 10)]
+    prompts = [_ids(rng, 50), _grown(first, known.ids, _ids(rng, 9)), _ids(rng, 51)]
     answers = continuer.answer(prompts, [None, known.memory, None])
     assert [a.ids.tolist() for a in answers] == [alone(p) for p in prompts]
     again = [_grown(p, a.ids, [1, 2]) for p, a in zip(prompts, answers)]
     kept = continuer.answer(again, [a.memory for a in answers])
     assert [a.ids.tolist() for a in kept] == [alone(p) for p in again]
+
+
+def test_free_places_of_a_batch_take_rows_of_shorter_groups(sampler):
+    continuer = Continuer(sampler, RULES, lengths=(TURN, WHOLE))
+    prompts = [np.zeros(n, np.int32) for n in (90, 60, 80, 10, 70)]
+    known = [0, 50, 0, 0, 60]
+    assert continuer._grouped(prompts[:4], known) == {96: [0, 2], 32: [1, 3]}
+    assert known == [0, 50, 0, 0, 60]
+    assert continuer._grouped(prompts[:3] + prompts[:1], known) == {96: [0, 1, 2, 3]}
+    assert known == [0, 0, 0, 0, 60]
 
 
 def test_only_the_shared_beginning_stays(continuer, alone):
@@ -115,19 +129,22 @@ def test_prompts_beyond_the_usual_size(continuer, alone):
     assert grew.ids.tolist() == alone(grown)
 
 
-def test_warm_leaves_nothing_to_compile(sampler, continuer):
-    from univla_jax.inference import decode_steps
-
-    continuer.warm(4)
-    sizes = lambda: [  # noqa: E731
-        f._cache_size() for f in (decode_steps.prefill, decode_steps.append, decode_steps.generate)
-    ]
-    before, rng = sizes(), np.random.default_rng(5)
-    prompt, memory = _ids(rng, 50), None
-    for _ in range(2):
-        (answer,) = continuer.answer([prompt], [memory])
-        prompt, memory = _grown(prompt, answer.ids, _ids(rng, 15)), answer.memory
-    assert sizes() == before
+def test_warm_leaves_nothing_to_compile(sampler):
+    """Rows at all places of their episodes, alone and together."""
+    compiled = compilations()
+    continuer = Continuer(sampler, RULES, lengths=(TURN, WHOLE))
+    for rows in (1, 2, 4):
+        continuer.warm(rows)
+    rng, before = np.random.default_rng(5), len(compiled)
+    prompts, memories = [_ids(rng, 50) for _ in range(4)], [None] * 4
+    for members in ([0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 2, 3], [1, 2]):
+        answers = continuer.answer([prompts[i] for i in members], [memories[i] for i in members])
+        for i, answer in zip(members, answers):
+            memories[i] = answer.memory
+            prompts[i] = _grown(prompts[i], answer.ids, _ids(rng, 3))
+        prefix = prompts[members[0]][:40]
+        (memories[members[0]],) = continuer.read_ahead([prefix])
+    assert compiled[before:] == []
 
 
 def test_drafts_that_could_not_be_verified_are_refused():

@@ -12,7 +12,7 @@ from univla_jax.inference.policy import Policy
 
 def _check(policy, clients, requests):
     found = serve.figures(policy, clients, requests)
-    assert found["requests"] == clients * requests
+    assert found["requests"] == clients * requests and found["compiled_while_serving"] == 0
     for name in ("", "one_at_a_time_"):
         assert found[name + "dropped"] == found[name + "differing_from_solo"] == 0
 

@@ -1,12 +1,14 @@
-"""Wall and processor time of repeated work, and how fast memory is copied."""
+"""Wall and processor time of repeated work, what was compiled, and how fast memory is copied."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 _COPIED = 2**28  # bytes; beyond every cache
@@ -39,3 +41,17 @@ def copy_bandwidth(repeats: int = 5) -> float:
     target = np.empty_like(source)
     copies = [timed(lambda: np.copyto(target, source))[1] for _ in range(repeats)]
     return 2 * _COPIED / best(copies).wall
+
+
+@functools.cache
+def compilations() -> list[float]:
+    """The seconds of every compilation since the first call; the list goes on growing."""
+    seen: list[float] = []
+
+    def listen(event: str, seconds: float, **more: Any) -> None:
+        del more
+        if event.endswith("/backend_compile_duration"):
+            seen.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seen

@@ -26,6 +26,7 @@ from absl import flags, logging
 
 from univla_jax import commands
 from univla_jax.benchmarks import robots
+from univla_jax.benchmarks.clocks import compilations
 from univla_jax.benchmarks.figures import save
 from univla_jax.benchmarks.random_policy import random_policy
 from univla_jax.benchmarks.robots import Load
@@ -101,11 +102,16 @@ def mixed_up(load: Load, expected: Sequence[Sequence[ActionChunk]]) -> int:
 def figures(policy: Policy, clients: int, requests: int) -> dict[str, Any]:
     """Everything the command prints."""
     launch.warm(policy, clients, lambda message: None)
+    compiled = compilations()
+    before = len(compiled)
     expected = [alone(policy, robot, requests) for robot in range(clients)]
     with Fleet(clients, requests) as fleet:
         loads = {"": fleet.load(policy, max_batch=clients)}
         loads["one_at_a_time_"] = fleet.load(policy, max_batch=1)
-    found: dict[str, Any] = {"requests": clients * requests}
+    found: dict[str, Any] = {
+        "requests": clients * requests,
+        "compiled_while_serving": len(compiled) - before,
+    }
     for name, load in loads.items():
         found |= {name + key: value for key, value in _summary(load, expected).items()}
     key = "answers_per_second"

@@ -13,35 +13,22 @@ Axes: B rows, S new tokens, M cache slots, W window of slots that are read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.inference.buckets import length_bucket, row_bucket
 from univla_jax.inference.choosing import GREEDY, Sampling
-from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
+from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated
 from univla_jax.inference.forms import Form
+from univla_jax.inference.memory import Memory, common, grown, split, stacked
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.models.kv_cache import KVCache
 
 _ROUNDING = 32  # new tokens are padded by less behind a prompt of the greatest usual length
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """What is left of one sequence.
-
-    Attributes:
-      cache: keys and values of one row.
-      ids: int32 [n], the ids read into its first n slots.
-    """
-
-    cache: KVCache
-    ids: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +137,14 @@ class Continuer:
         steered = np.asarray(generated.steered).tolist()
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
         read = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
-        caches = _split(state.rows.cache)
+        caches = split(state.rows.cache)
         memories = [Memory(cache, ids) for cache, ids in zip(caches, read)]
         return [Continuation(*parts) for parts in zip(chosen, memories, steered)]
 
     def read_ahead(self, prefixes: Sequence[np.ndarray]) -> list[Memory]:
         """Reads the beginnings of prompts that will be asked for later."""
         state = self._read(prefixes, [None] * len(prefixes))
-        return [Memory(c, ids) for c, ids in zip(_split(state.rows.cache), prefixes)]
+        return [Memory(c, ids) for c, ids in zip(split(state.rows.cache), prefixes)]
 
     def warm(self, rows: int) -> None:
         """Compiles what calls with ``rows`` rows use."""
@@ -165,35 +152,35 @@ class Continuer:
         for width in self._lengths:
             rests = [np.zeros(width, np.int32)] * size
             state = self._read_group(rests, [None] * size, [0] * size, width)
-        cache = _split(state.rows.cache)[0]
+        cache = split(state.rows.cache)[0]
         rests = [np.zeros(self._lengths[0], np.int32)] * size
-        state = self._read_group(rests, [cache] * size, [1] * size, self._lengths[0])
+        kept = [cache, *[None] * (size - 1)]
+        state = self._read_group(rests, kept, [1, *[0] * (size - 1)], self._lengths[0])
         self._write(state, 0)
 
     def worth_reading(self, prefix: np.ndarray, memory: Memory | None) -> bool:
         """Whether reading ``prefix`` ahead would spare a later call anything."""
-        held = 0 if memory is None else _common(prefix, memory.ids)
+        held = 0 if memory is None else common(prefix, memory.ids)
         return len(prefix) - held > 1  # the last id chosen is always read with what comes next
 
     def reused(self, prompt: np.ndarray, memory: Memory | None) -> int:
         """How many ids of ``prompt`` need not be read again.
 
-        None where reading the rest alone would take no smaller a bucket than the whole.
+        None where the rest is longer than the shortest of the usual lengths: that would save
+        little, and be one shape more to compile.
         """
         if memory is None:
             return 0
-        shared = min(_common(prompt, memory.ids), len(prompt) - 1)
-        cheaper = self.bucket(len(prompt) - shared) < self.bucket(len(prompt))
-        return shared if cheaper and shared else 0
+        shared = min(common(prompt, memory.ids), len(prompt) - 1)
+        shortest = self._lengths[0]
+        return shared if len(prompt) - shared <= shortest < len(prompt) else 0
 
     def _read(
         self, prompts: Sequence[np.ndarray], memories: Sequence[Memory | None]
     ) -> DecodeState:
         """All prompts read, in order, the batch filled up with repetitions of the first rows."""
         known = [self.reused(p, m) for p, m in zip(prompts, memories)]
-        groups: dict[int, list[int]] = {}
-        for i, (prompt, n) in enumerate(zip(prompts, known)):
-            groups.setdefault(self.bucket(len(prompt) - n), []).append(i)
+        groups = self._grouped(prompts, known)
         states = []
         for width, members in groups.items():
             rests = [prompts[i][known[i] :] for i in members]
@@ -202,6 +189,27 @@ class Continuer:
         if len(states) == 1:
             return states[0]
         return self._merge(states, list(groups.values()), len(prompts))
+
+    def _grouped(self, prompts: Sequence[np.ndarray], known: list[int]) -> dict[int, list[int]]:
+        """Rows by the width of what they read.
+
+        A batch is padded to a bucket of rows. Where it has places left, rows of a shorter group
+        are read there, as a whole: their ``known`` becomes 0, and their group costs nothing.
+        """
+        groups: dict[int, list[int]] = {}
+        for i, (prompt, n) in enumerate(zip(prompts, known)):
+            groups.setdefault(self.bucket(len(prompt) - n), []).append(i)
+        for width in sorted(groups, reverse=True):
+            if width not in groups:
+                continue
+            for shorter in sorted(w for w in groups if w < width):
+                joined = sorted(groups[width] + groups[shorter])
+                fits = all(self.bucket(len(prompts[i])) <= width for i in groups[shorter])
+                if fits and self._size(len(joined)) == self._size(len(groups[width])):
+                    for i in groups.pop(shorter):
+                        known[i] = 0
+                    groups[width] = joined
+        return groups
 
     def _write(
         self, state: DecodeState, count: int, copied: Sequence[np.ndarray] = ()
@@ -255,25 +263,24 @@ class Continuer:
         lengths = np.ones(size, np.int32)
         hidden = np.zeros((size, first.hidden.shape[1]), first.hidden.dtype)
         for state, members in zip(states, groups):
-            parts = _split(_grown(state.rows.cache, slots))
+            parts = split(grown(state.rows.cache, slots))
             held, last = np.asarray(state.rows.lengths), np.asarray(state.rows.hidden)
             for row, i in enumerate(members):
                 caches[i], lengths[i], hidden[i] = parts[row], held[row], last[row]
         caches = [caches[0] if c is None else c for c in caches]
-        none = jnp.full(size, NOTHING, jnp.int32)
-        rows = Rows(_stack(tuple(caches)), jnp.asarray(lengths), jnp.asarray(hidden), none)
-        return DecodeState(rows, bound=int(lengths.max()))
+        return stacked(caches, lengths, hidden)
 
     def _join(self, kept: Sequence[KVCache | None], starts: np.ndarray) -> DecodeState:
         """One batch of single rows, of which the first ``starts`` slots count."""
         slots = max(self._slots, *(c.slots for c in kept if c is not None))
-        empty = KVCache.create(self._sampler.model.config, 1, slots)
-        caches = tuple(empty if c is None else _grown(c, slots) for c in kept)
+        caches = [grown(self._empty if c is None else c, slots) for c in kept]
         config = self._sampler.model.config
-        hidden = jnp.zeros((len(starts), config.hidden_size), config.compute_dtype)
-        none = jnp.full(len(starts), NOTHING, jnp.int32)
-        rows = Rows(_stack(caches), jnp.asarray(starts), hidden, none)
-        return DecodeState(rows, bound=int(starts.max()))
+        hidden = np.zeros((len(starts), config.hidden_size), config.compute_dtype)
+        return stacked(caches, starts, hidden)
+
+    @functools.cached_property
+    def _empty(self) -> KVCache:
+        return KVCache.create(self._sampler.model.config, 1, self._slots)
 
     def _window(self, state: DecodeState) -> int | None:
         """One window for every call, as long as the cache has its usual size."""
@@ -281,25 +288,3 @@ class Continuer:
 
     def _size(self, rows: int) -> int:
         return max(rows, self._rows) if self._rows else row_bucket(rows)
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common beginning of two id lists."""
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
-
-
-def _grown(cache: KVCache, slots: int) -> KVCache:
-    return cache if cache.slots >= slots else cache.grow(slots)
-
-
-@jax.jit
-def _stack(caches: tuple[KVCache, ...]) -> KVCache:
-    return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *caches)
-
-
-@jax.jit
-def _split(cache: KVCache) -> list[KVCache]:
-    rows = cache.keys.shape[1]
-    return [jax.tree.map(lambda x, i=i: x[:, i : i + 1], cache) for i in range(rows)]

@@ -16,10 +16,11 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.inference.buckets import length_bucket, pad_prompts
-from univla_jax.inference.continuer import Continuer, Memory, Rules
+from univla_jax.inference.continuer import Continuer, Rules
 from univla_jax.inference.flow import sample_actions
 from univla_jax.inference.forms import Form
 from univla_jax.inference.int8 import restored
+from univla_jax.inference.memory import Memory
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.session import Session
 from univla_jax.inference.stopwatch import Stopwatch

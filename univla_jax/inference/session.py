@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from univla_jax.episode import ActionChunk
-from univla_jax.inference.continuer import Memory
+from univla_jax.inference.memory import Memory
 from univla_jax.sequences.history import History
 
 
