@@ -10,19 +10,20 @@ from univla_jax.benchmarks.random_policy import random_policy
 from univla_jax.inference.policy import Policy
 
 
-def _check(policy, clients, requests):
-    found = serve.figures(policy, clients, requests)
-    assert found["requests"] == clients * requests and found["compiled_while_serving"] == 0
-    for name in ("", "one_at_a_time_"):
-        assert found[name + "dropped"] == found[name + "differing_from_solo"] == 0
+def _check(policy, clients, requests, compared):
+    found = serve.figures(policy, clients, requests, compared)
+    assert found["compiled_while_serving"] == 0
+    assert found["answers"] == clients * requests
+    assert found["one_at_a_time_answers"] == clients * compared
+    assert found["differing_from_solo"] == found["one_at_a_time_differing_from_solo"] == 0
 
 
 @pytest.mark.slow
 def test_eight_robots_get_what_each_gets_alone(tmp_path):
     folder = tiny_checkpoint.save(tmp_path, tiny_checkpoint.make_assets(), scale=20)
-    _check(Policy.load(folder, max_new_tokens=12), 8, 200)
+    _check(Policy.load(folder, max_new_tokens=12), 8, 200, 50)
 
 
 @pytest.mark.slow
 def test_the_policy_of_random_weights():
-    _check(random_policy("tiny"), 2, 12)
+    _check(random_policy("tiny"), 2, 12, 12)
