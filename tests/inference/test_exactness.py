@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,30 @@ import pytest
 
 from tests.decoders import tiny_decoder
 from univla_jax.inference.continuer import Continuer, Rules
+from univla_jax.inference.forms import Form
 from univla_jax.inference.sampler import Sampler
+from univla_jax.tokenizers.code_grammar import of_bytes
 
 pytestmark = pytest.mark.slow
 
 PROMPTS, ROWS, LONGEST, COUNT = 1000, 50, 24, 8
 ALLOWED, STOP, VOCABULARY = np.arange(20, 60), 25, 100
+CHARACTERS = 3
+BEGINNING = re.compile(rb"(\xc3[\xa9\xbc]){0,2}\xc3?|(\xc3[\xa9\xbc]){3}")  # of a whole chunk
 RULES = {"max_new_tokens": COUNT, "allowed": ALLOWED, "stop_id": STOP}
+
+
+def _pieces():
+    """Each allowed id but the stop writes some bytes of "é" and "ü", whole or not."""
+    rng, single = np.random.default_rng(2), [b"\xc3", b"\xa9", b"\xbc"]
+    ids = [int(i) for i in ALLOWED if i != STOP]
+    texts = ["".join(rng.choice(["é", "ü"], 3)).encode() for _ in ids[len(single) :]]
+    cuts = [sorted(rng.choice(7, 2, replace=False)) for _ in texts]
+    return dict(zip(ids, single + [t[i:j] for t, (i, j) in zip(texts, cuts)]))
+
+
+WRITTEN = _pieces()
+FORM = Form.of(of_bytes(list(WRITTEN.values()), "éü", CHARACTERS), np.array(list(WRITTEN)), STOP)
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +51,46 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def plain(sampler, prompts):
+    return _uncached(sampler, prompts, lambda ids: ALLOWED)
+
+
+@pytest.fixture(scope="module")
+def formed(sampler, prompts):
+    """The likeliest ids that lead to a whole chunk, by the text they write."""
+
+    def legal(ids):
+        text = b"".join(WRITTEN[i] for i in ids)
+        codes = [i for i, more in WRITTEN.items() if BEGINNING.fullmatch(text + more)]
+        return np.array([STOP] if len(text) == 2 * CHARACTERS else codes)
+
+    return _uncached(sampler, prompts, legal)
+
+
+def _uncached(sampler, prompts, legal):
     """No cache, the whole head with all other ids masked, one more token each time."""
 
     @jax.jit
-    def choose(tokens, lengths):
+    def choose(tokens, lengths, mask):
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         variables = {"params": sampler.params}
         hidden, _ = sampler.model.apply(variables, tokens, places)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         logits = sampler.model.apply(variables, last, method="unembed")
-        mask = jnp.full(logits.shape[1], -jnp.inf).at[ALLOWED].set(0)
-        return jnp.argmax(logits + mask, axis=-1)
+        return jnp.argmax(logits[:, :VOCABULARY] + mask, axis=-1)
 
     answers = []
     for start in range(0, PROMPTS, ROWS):
         tokens, lengths = _stack(prompts[start : start + ROWS], LONGEST + COUNT)
+        chosen = [[] for _ in range(ROWS)]
         for _ in range(COUNT):
-            chosen = np.asarray(choose(tokens, lengths))
-            tokens[np.arange(ROWS), lengths] = chosen
+            mask = np.full((ROWS, VOCABULARY), -np.inf, np.float32)
+            for row, ids in zip(mask, chosen):
+                row[ALLOWED if STOP in ids else legal(ids)] = 0
+            for ids, new in zip(chosen, np.asarray(choose(tokens, lengths, mask)).tolist()):
+                ids.append(new)
+            tokens[np.arange(ROWS), lengths] = [ids[-1] for ids in chosen]
             lengths += 1
-        for row, prompt in zip(tokens, prompts[start : start + ROWS]):
-            ids = row[len(prompt) : len(prompt) + COUNT].tolist()
-            answers.append(ids[: ids.index(STOP) + 1] if STOP in ids else ids)
+        answers += [ids[: ids.index(STOP) + 1] if STOP in ids else ids for ids in chosen]
     return answers
 
 
@@ -117,3 +154,29 @@ def test_a_cache_kept_from_the_call_before(sampler, prompts, plain):
         assert [a.ids.tolist() for a in kept] == [a.ids.tolist() for a in fresh]
         got += [a.ids.tolist() for a in kept]
     assert len(got) == PROMPTS
+
+
+def test_a_form_alone_and_in_batches(sampler, prompts, formed):
+    assert all(ids[-1] == STOP for ids in formed) and len({len(ids) for ids in formed}) > 3
+    for size in (1, ROWS):
+        got = []
+        for start in range(0, PROMPTS, size):
+            state = sampler.prefill(*_stack(prompts[start : start + size]), slots=64)
+            got += _lists(sampler.generate(state, form=FORM, **RULES)[0])
+        assert got == formed
+
+
+@pytest.mark.parametrize("form", [None, FORM], ids=["free", "form"])
+def test_drafts_as_a_policy_uses_them(sampler, prompts, plain, formed, form):
+    """Guessed from what was chosen before, over kept caches; each prompt is met twice."""
+    rules = Rules(ALLOWED, STOP, COUNT, form=form, draft=3)
+    continuer = Continuer(sampler, rules, lengths=(8, 64), rows=ROWS)
+    expected, got, before = plain if form is None else formed, [], [np.zeros(0, np.int32)] * ROWS
+    for start in range(0, PROMPTS, ROWS):
+        rows, memories = prompts[start : start + ROWS], [None] * ROWS
+        for _ in range(2):
+            answers = continuer.answer(rows, memories, copied=before)
+            memories, before = [a.memory for a in answers], [a.ids for a in answers]
+            got.append([ids.tolist() for ids in before])
+    assert [ids for batch in got[0::2] for ids in batch] == expected
+    assert [ids for batch in got[1::2] for ids in batch] == expected
