@@ -113,13 +113,14 @@ def bytes_per_token(config: DecoderConfig, rows: int, slots: int, params: Any) -
     return layers + head + cache
 
 
-def episode(problem: Problem, calls: int = 4, *, ahead: bool) -> list[tuple[Spent, np.ndarray]]:
+def episode(problem: Problem, kept: str, calls: int = 4) -> list[tuple[Spent, np.ndarray]]:
     """Calls of a video policy with a window of two; time and ids of each.
 
     Args:
       problem: its prompt is cut into observations.
+      kept: ``"nothing"`` reads every prompt anew; ``"cache"`` keeps what was read for the call
+        before; ``"ahead"`` also reads what is known of the next prompt between calls, not timed.
       calls: how many.
-      ahead: whether what is known of the next prompt is read between calls (not timed).
     """
     rules = Rules(problem.allowed, int(problem.allowed[-1]), problem.count)
     whole = _OPENING + 2 * _TURN + problem.count
@@ -128,17 +129,17 @@ def episode(problem: Problem, calls: int = 4, *, ahead: bool) -> list[tuple[Spen
     rng = np.random.default_rng(1)
     turns = rng.integers(0, _some_ids(problem), (calls, _TURN)).astype(np.int32)
     opening = problem.prompt[0, :_OPENING]
-    kept: list[np.ndarray] = []
+    window: list[np.ndarray] = []
     memory, results = None, []
     for turn in turns:
-        kept = [*kept[-2:], turn]
-        prompt = np.concatenate([opening, *kept])
+        window = [*window[-2:], turn]
+        prompt = np.concatenate([opening, *window])
         (answer,), spent = timed(lambda p=prompt, m=memory: continuer.answer([p], [m]))
-        memory = answer.memory
+        memory = None if kept == "nothing" else answer.memory
         results.append((spent, answer.ids))
-        kept.append(answer.ids)
-        prefix = np.concatenate([opening, *kept[-2:]])
-        if ahead and continuer.worth_reading(prefix, memory):
+        window.append(answer.ids)
+        prefix = np.concatenate([opening, *window[-2:]])
+        if kept == "ahead" and continuer.worth_reading(prefix, memory):
             (memory,) = continuer.read_ahead([prefix])
     return results
 
