@@ -133,11 +133,11 @@ def test_warm_leaves_nothing_to_compile(sampler):
     """Rows at all places of their episodes, alone and together."""
     compiled = compilations()
     continuer = Continuer(sampler, RULES, lengths=(TURN, WHOLE))
-    for rows in (1, 2, 4):
+    for rows in (1, 2):
         continuer.warm(rows)
     rng, before = np.random.default_rng(5), len(compiled)
-    prompts, memories = [_ids(rng, 50) for _ in range(4)], [None] * 4
-    for members in ([0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 2, 3], [1, 2]):
+    prompts, memories = [_ids(rng, 50) for _ in range(3)], [None] * 3
+    for members in ([0], [0, 1], [1, 2], [2, 0], [1]):
         answers = continuer.answer([prompts[i] for i in members], [memories[i] for i in members])
         for i, answer in zip(members, answers):
             memories[i] = answer.memory

@@ -19,6 +19,7 @@ from tests.serving.harness import CountingPolicy, ask, observation, running
 from univla_jax.serving import wire
 
 PIXELS = 8 * 8 * 3
+LONGEST = 2**13  # bytes of a frame that the fuzzed server reads
 
 
 def _memory():
@@ -29,7 +30,7 @@ def _memory():
 
 def _mutated(rng):
     """One message that is wrong somewhere: bytes, structure, values, or nothing at all."""
-    kind = rng.integers(7)
+    kind = rng.integers(8)
     frame = bytearray(wire.pack(observation(1, **{"observation/state": np.zeros(8)})))
     if kind == 0:
         return rng.bytes(rng.integers(0, 400))
@@ -51,6 +52,8 @@ def _mutated(rng):
         message = {b"__ndarray__": True, b"data": rng.bytes(8), b"dtype": "<i8"}
         message[b"shape"] = rng.integers(-3, 2**31, rng.integers(0, 12)).tolist()
         return msgpack.packb({"observation/image": message, "prompt": "go"})
+    if kind == 6:
+        return b"\0" * int(rng.integers(LONGEST, 3 * LONGEST))
     return b"\xdd\x00\x0f\x00\x00" * int(rng.integers(1, 200))
 
 
@@ -70,7 +73,8 @@ def _fuzz(server, count, seed):
 
 
 def _check_fuzzed(count):
-    with running(CountingPolicy(), window_seconds=0.0) as server, server.connect() as good:
+    limits = {"window_seconds": 0.0, "max_message_bytes": LONGEST}
+    with running(CountingPolicy(), **limits) as server, server.connect() as good:
         _fuzz(server, 200, seed=1)
         before = _memory()
         assert _fuzz(server, count, seed=0) > 0
