@@ -4,8 +4,6 @@ nothing."""
 from __future__ import annotations
 
 import contextlib
-import os
-import pathlib
 import socket
 import threading
 import time
@@ -16,16 +14,11 @@ import pytest
 from websockets import exceptions
 
 from tests.serving.harness import CountingPolicy, ask, observation, running
+from univla_jax.benchmarks.clocks import resident_megabytes
 from univla_jax.serving import wire
 
 PIXELS = 8 * 8 * 3
 LONGEST = 2**13  # bytes of a frame that the fuzzed server reads
-
-
-def _memory():
-    """Resident megabytes of this process."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _mutated(rng):
@@ -76,12 +69,12 @@ def _check_fuzzed(count):
     limits = {"window_seconds": 0.0, "max_message_bytes": LONGEST}
     with running(CountingPolicy(), **limits) as server, server.connect() as good:
         _fuzz(server, 200, seed=1)
-        before = _memory()
+        before = resident_megabytes()
         assert _fuzz(server, count, seed=0) > 0
         for i in range(2, 5):
             assert ask(good, observation(1))["actions"][0, 1] == i - 1
         assert server.metric("univla_connections") == 1
-        return _memory() - before
+        return resident_megabytes() - before
 
 
 def test_fuzzed_messages():
@@ -133,7 +126,7 @@ def test_a_robot_that_does_not_read_is_cut_off():
 
         thread = threading.Thread(target=flood, daemon=True)
         thread.start()
-        before = _memory()
+        before = resident_megabytes()
         for _ in range(20):
             assert ask(good, observation(1))["actions_valid"]
             time.sleep(0.02)
@@ -141,7 +134,7 @@ def test_a_robot_that_does_not_read_is_cut_off():
         stop.set()
         raw.socket.close()
         thread.join(10)
-        assert _memory() - before < 50
+        assert resident_megabytes() - before < 50
 
 
 def _until(condition, seconds=10.0):

@@ -1,9 +1,11 @@
-"""Wall and processor time of repeated work, what was compiled, and how fast memory is copied."""
+"""Time of repeated work, memory held, what was compiled, and how fast memory is copied."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +43,12 @@ def copy_bandwidth(repeats: int = 5) -> float:
     target = np.empty_like(source)
     copies = [timed(lambda: np.copyto(target, source))[1] for _ in range(repeats)]
     return 2 * _COPIED / best(copies).wall
+
+
+def resident_megabytes() -> float:
+    """Memory that this process holds now (Linux)."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @functools.cache

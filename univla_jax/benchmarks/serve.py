@@ -27,7 +27,7 @@ from absl import flags, logging
 
 from univla_jax import commands
 from univla_jax.benchmarks import robots
-from univla_jax.benchmarks.clocks import compilations
+from univla_jax.benchmarks.clocks import compilations, resident_megabytes
 from univla_jax.benchmarks.figures import save
 from univla_jax.benchmarks.random_policy import random_policy
 from univla_jax.benchmarks.robots import Load
@@ -107,11 +107,14 @@ def figures(policy: Policy, clients: int, requests: int, compared: int) -> dict[
     compiled = compilations()
     before = len(compiled)
     expected = [alone(policy, robot, requests) for robot in range(clients)]
+    held = resident_megabytes()
     with Fleet(clients) as fleet:
         loads = {"": fleet.load(policy, requests, max_batch=clients)}
         loads["one_at_a_time_"] = fleet.load(policy, compared, max_batch=1)
     found: dict[str, Any] = {
         "compiled_while_serving": len(compiled) - before,
+        "resident_mb_before": held,
+        "resident_mb_after": resident_megabytes(),
     }
     for name, load in loads.items():
         found |= {name + key: value for key, value in _summary(load, expected).items()}
