@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -130,9 +131,10 @@ def test_prompts_beyond_the_usual_size(continuer, alone):
 
 
 def test_warm_leaves_nothing_to_compile(sampler):
-    """Rows at all places of their episodes, alone and together."""
+    """Rows at all places of their episodes, alone and together; parameters as a restored one's."""
     compiled = compilations()
-    continuer = Continuer(sampler, RULES, lengths=(TURN, WHOLE))
+    restored = jax.device_put(sampler.params, jax.devices()[0])
+    continuer = Continuer(Sampler(sampler.model, restored), RULES, lengths=(TURN, WHOLE))
     for rows in (1, 2):
         continuer.warm(rows)
     rng, before = np.random.default_rng(5), len(compiled)

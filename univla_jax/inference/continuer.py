@@ -13,7 +13,6 @@ Axes: B rows, S new tokens, M cache slots, W window of slots that are read.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -271,16 +270,16 @@ class Continuer:
         return stacked(caches, lengths, hidden)
 
     def _join(self, kept: Sequence[KVCache | None], starts: np.ndarray) -> DecodeState:
-        """One batch of single rows, of which the first ``starts`` slots count."""
-        slots = max(self._slots, *(c.slots for c in kept if c is not None))
-        caches = [grown(self._empty if c is None else c, slots) for c in kept]
+        """One batch of single rows, of which the first ``starts`` slots count.
+
+        Rows without a cache get another's, of which nothing counts.
+        """
+        known = [cache for cache in kept if cache is not None]
+        slots = max(self._slots, *(cache.slots for cache in known))
+        caches = [grown(known[0] if cache is None else cache, slots) for cache in kept]
         config = self._sampler.model.config
         hidden = np.zeros((len(starts), config.hidden_size), config.compute_dtype)
         return stacked(caches, starts, hidden)
-
-    @functools.cached_property
-    def _empty(self) -> KVCache:
-        return KVCache.create(self._sampler.model.config, 1, self._slots)
 
     def _window(self, state: DecodeState) -> int | None:
         """One window for every call, as long as the cache has its usual size."""
