@@ -20,9 +20,9 @@ import numpy as np
 from univla_jax.errors import UserError
 from univla_jax.inference.buckets import length_bucket, row_bucket
 from univla_jax.inference.choosing import GREEDY, Sampling
-from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated
+from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
 from univla_jax.inference.forms import Form
-from univla_jax.inference.memory import Memory, common, grown, split, stacked
+from univla_jax.inference.memory import Memory, common, grown, joined, split, stacked
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.models.kv_cache import KVCache
@@ -136,14 +136,13 @@ class Continuer:
         steered = np.asarray(generated.steered).tolist()
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
         read = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
-        caches = split(state.rows.cache)
-        memories = [Memory(cache, ids) for cache, ids in zip(caches, read)]
+        memories = [Memory(row.cache, ids) for row, ids in zip(split(state.rows), read)]
         return [Continuation(*parts) for parts in zip(chosen, memories, steered)]
 
     def read_ahead(self, prefixes: Sequence[np.ndarray]) -> list[Memory]:
         """Reads the beginnings of prompts that will be asked for later."""
         state = self._read(prefixes, [None] * len(prefixes))
-        return [Memory(c, ids) for c, ids in zip(split(state.rows.cache), prefixes)]
+        return [Memory(row.cache, ids) for row, ids in zip(split(state.rows), prefixes)]
 
     def warm(self, rows: int) -> None:
         """Compiles what calls with ``rows`` rows use."""
@@ -151,7 +150,8 @@ class Continuer:
         for width in self._lengths:
             rests = [np.zeros(width, np.int32)] * size
             state = self._read_group(rests, [None] * size, [0] * size, width)
-        cache = split(state.rows.cache)[0]
+        state = self._merge([state], [range(size)], size)
+        cache = split(state.rows)[0].cache
         rests = [np.zeros(self._lengths[0], np.int32)] * size
         kept = [cache, *[None] * (size - 1)]
         state = self._read_group(rests, kept, [1, *[0] * (size - 1)], self._lengths[0])
@@ -256,18 +256,14 @@ class Continuer:
         self, states: Sequence[DecodeState], groups: Sequence[Sequence[int]], count: int
     ) -> DecodeState:
         """One batch of the rows of several, each back at its place."""
-        size, first = self._size(count), states[0].rows
-        slots = max(s.rows.cache.slots for s in states)
-        caches: list[KVCache] = [None] * size
-        lengths = np.ones(size, np.int32)
-        hidden = np.zeros((size, first.hidden.shape[1]), first.hidden.dtype)
+        slots = max(state.rows.cache.slots for state in states)
+        placed: list[Rows | None] = [None] * self._size(count)
         for state, members in zip(states, groups):
-            parts = split(grown(state.rows.cache, slots))
-            held, last = np.asarray(state.rows.lengths), np.asarray(state.rows.hidden)
-            for row, i in enumerate(members):
-                caches[i], lengths[i], hidden[i] = parts[row], held[row], last[row]
-        caches = [caches[0] if c is None else c for c in caches]
-        return stacked(caches, lengths, hidden)
+            rows = state.rows.replace(cache=grown(state.rows.cache, slots))
+            for i, row in zip(members, split(rows)):
+                placed[i] = row
+        filled = tuple(placed[0] if row is None else row for row in placed)
+        return DecodeState(joined(filled), bound=max(state.bound for state in states))
 
     def _join(self, kept: Sequence[KVCache | None], starts: np.ndarray) -> DecodeState:
         """One batch of single rows, of which the first ``starts`` slots count.

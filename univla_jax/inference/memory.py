@@ -41,8 +41,24 @@ def grown(cache: KVCache, slots: int) -> KVCache:
     return cache if cache.slots >= slots else cache.grow(slots)
 
 
+@jax.jit
+def split(rows: Rows) -> list[Rows]:
+    """Each row by itself."""
+    caches = [jax.tree.map(lambda x, i=i: x[:, i : i + 1], rows.cache) for i in _each(rows)]
+    cut = lambda x: [x[i : i + 1] for i in _each(rows)]  # noqa: E731
+    return [Rows(*row) for row in zip(caches, *map(cut, _outside(rows)))]
+
+
+@jax.jit
+def joined(rows: tuple[Rows, ...]) -> Rows:
+    """One batch of single rows with caches of the same slots."""
+    rest = zip(*map(_outside, rows))
+    cache = _stack(tuple(row.cache for row in rows))
+    return Rows(cache, *(jnp.concatenate(parts) for parts in rest))
+
+
 def stacked(caches: Sequence[KVCache], lengths: np.ndarray, hidden: np.ndarray) -> DecodeState:
-    """One batch of single rows.
+    """One batch of caches of one row each, and what else they need.
 
     Args:
       caches: of one row and M slots each.
@@ -59,8 +75,10 @@ def _stack(caches: tuple[KVCache, ...]) -> KVCache:
     return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *caches)
 
 
-@jax.jit
-def split(cache: KVCache) -> list[KVCache]:
-    """The rows of a cache, each by itself."""
-    rows = cache.keys.shape[1]
-    return [jax.tree.map(lambda x, i=i: x[:, i : i + 1], cache) for i in range(rows)]
+def _each(rows: Rows) -> range:
+    return range(len(rows.lengths))
+
+
+def _outside(rows: Rows) -> tuple[jax.Array, ...]:
+    """All but the cache; their first axis is that of the rows."""
+    return rows.lengths, rows.hidden, rows.pending
