@@ -157,6 +157,6 @@ def scripted_policy(
         corpora={"robot": CorpusLayout(5.0, 5, grids)},
     )
     policy = Policy(TrainedModel(pathlib.Path("released"), assets, layout, None, None))
-    answers = [call["generated"] for call in calls]
+    answers = [call["generated"].reshape(1, -1) for call in calls]
     policy.head.continuer = ScriptedContinuer(answers, policy.head.rules.allowed)
     return policy
