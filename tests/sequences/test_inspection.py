@@ -35,6 +35,7 @@ def test_the_page_shows_frames_actions_and_labelled_tokens():
     assert shown.count("<section>") == 3
     assert shown.count("data:image/png;base64,") == 3 * 2 * 2
     assert shown.count("<polyline") == 3 * 2 and "view1 step" in shown
+    assert "action 1: -0.905 to 1" in shown and "steps 0 to 1" in shown
     assert "4 codes <small>0</small>" in shown
     assert 'class="learnt" style="background:#ffd8a8"' in shown
     assert html.escape("<boa>") in shown

@@ -46,6 +46,8 @@ figure img { height: 128px; image-rendering: pixelated; display: block; }
 .tokens span { border-radius: 3px; padding: 1px 3px; margin: 1px; display: inline-block; }
 .tokens .learnt { box-shadow: inset 0 -3px #000; }
 .tokens small { color: #555; }
+.curves span { margin-right: 1em; font-size: 11px; white-space: nowrap; }
+.curves svg { border: 1px solid #ccc; }
 """
 
 
@@ -131,7 +133,17 @@ def _curves(actions: np.ndarray, steps: Sequence[int], chunk: int) -> str:
         )
         for i, column in enumerate(heights.T)
     )
-    return f'<p><svg width="{_WIDTH}" height="{_HEIGHT}">{marks}{lines}</svg></p>'
+    names = "".join(
+        f'<span style="color:{_CURVES[i % len(_CURVES)]}">action {i}: {a:.3g} to {b:.3g}</span>'
+        for i, (a, b) in enumerate(zip(low, high))
+    )
+    shown = (
+        "the chunks of the sample are marked" if chunk else "the frames of the sample are marked"
+    )
+    return (
+        f'<p class=curves><svg width="{_WIDTH}" height="{_HEIGHT}">{marks}{lines}</svg><br>'
+        f"<small>steps 0 to {len(actions) - 1}; {shown}</small><br>{names}</p>"
+    )
 
 
 def _spans(tokens: Tokens, weights: np.ndarray, assets: Assets) -> Iterator[str]:
