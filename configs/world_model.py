@@ -6,6 +6,10 @@
 
 Hyper-parameters of the reference (UniVLA scripts/pretrain/train_video_1node.sh, arXiv 2506.19850):
 global batch 64, 30,000 steps, 6,400 tokens, the loss on every visual token.
+
+Six frames take 3,530 to 6,220 tokens, so no two samples fit into 6,400 and 91 % of a row is useful
+at best. ``--config.data.sequence_length=12800 --config.data.batch_size=32`` packs the same tokens
+to 96 %, at about 10 % more arithmetic for attention where the kernel does not skip other segments.
 """
 
 from __future__ import annotations
