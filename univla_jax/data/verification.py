@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from univla_jax.data.frame_encoder import ViewEncoders
 from univla_jax.data.readers import open_reader
 from univla_jax.data.token_store import TokenStore
 from univla_jax.data.tokenize_config import TokenizeConfig
+from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +88,13 @@ def verify_store(
     return verdict
 
 
-def _equal_codes(episode, store, originals, config, vision) -> float | None:
+def _equal_codes(
+    episode: Episode,
+    store: TokenStore,
+    originals: Mapping[str, int],
+    config: TokenizeConfig,
+    vision: FrameTokenizer,
+) -> float | None:
     """Share of equal codes of one episode; None where the store left it out."""
     if episode.episode_id not in originals:
         return None
