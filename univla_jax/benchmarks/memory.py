@@ -1,11 +1,12 @@
 """How much memory the data pipeline takes with every corpus open, and over an epoch.
 
-    python -m univla_jax.benchmarks.memory [--share=1] [--epochs=0.05] [--folder=DIR] [--json=FILE]
+    python -m univla_jax.benchmarks.memory [--share=1] [--epochs=0.2] [--folder=DIR] [--json=FILE]
 
 The world-model mixture lies on disk as token stores with as many episodes, steps, shards and
 records as published (times ``--share``). A frame is a single code here and the shards of a corpus
 are links to one file: what stays in memory is the stores' indices, the order of an epoch and the
-batches under way, which all have their real sizes, and no frame. One process reads the epochs.
+batches under way, which all have their real sizes, and no frame. One process reads the epochs;
+memory grows until every shard has been opened once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from univla_jax.evaluation.text_table import columns
 from univla_jax.sequences.pipeline import training_batches
 
 SHARE = flags.DEFINE_float("share", 1.0, "Share of the published episodes")
-EPOCHS = flags.DEFINE_float("epochs", 0.05, "Epochs that are read")
+EPOCHS = flags.DEFINE_float("epochs", 0.2, "Epochs that are read")
 
 _PLACES = 10
 
