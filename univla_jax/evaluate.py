@@ -6,6 +6,7 @@
         --episodes_per_task=50 --workers=4 --out=FOLDER
     python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --policy=ws://host:8000 \\
         --out=FOLDER
+    python -m univla_jax.evaluate --offline=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
     python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B
 
 The first scores on the embedded tabletop; ``FOLDER`` gets ``report.json``, ``episodes.jsonl`` (a
@@ -16,6 +17,10 @@ Real benchmarks (``--benchmark=libero``, ``calvin`` or ``simpler``; ``--assets``
 LIBERO's assets or of CALVIN's data set) leave
 ``report.json``, ``report.html``, ``episodes.jsonl``, ``films/`` and more, see
 ``evaluation/campaign.py``. ``--policy=zero`` and ``--policy=random`` are baselines.
+
+``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
+token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
+``offline.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from absl import flags, logging
 from univla_jax import commands
 from univla_jax import config as strict
 from univla_jax.errors import UserError
-from univla_jax.evaluation import calvin, libero, score, simpler, study
+from univla_jax.evaluation import calvin, libero, offline, score, simpler, study
 from univla_jax.evaluation.campaign import Effort
 from univla_jax.evaluation.simulators import Benchmark
 from univla_jax.evaluation.study import EvaluateConfig
@@ -51,6 +56,8 @@ EPISODES = flags.DEFINE_integer(
     "episodes_per_task", None, "initial states of each task (CALVIN: chains); all by default"
 )
 EXECUTE = flags.DEFINE_integer("execute", 0, "actions executed of each chunk; 0 for all")
+OFFLINE = commands.string_flag("offline", "token store of held-out episodes", required=False)
+HELD_OUT = flags.DEFINE_integer("episodes", 0, "episodes of --offline; 0 for all")
 ASSETS = commands.string_flag("assets", "the simulator's assets or data set", required=False)
 WORKERS = flags.DEFINE_integer("workers", 1, "simulators at once")
 HANG_SECONDS = flags.DEFINE_float("hang_seconds", 600.0, "a simulator silent for so long restarts")
@@ -130,6 +137,15 @@ def _run_benchmark() -> None:
     print(f"{OUT.value}/{score.REPORT}\n{OUT.value}/{score.PAGE}")
 
 
+def _run_offline() -> None:
+    _require(CHECKPOINT.value, "--checkpoint=..., a policy or a world model")
+    episodes = HELD_OUT.value
+    report = offline.evaluate(CHECKPOINT.value, OFFLINE.value, OUT.value, episodes=episodes)
+    print(f"{report['layout']} on {report['episodes']} episodes of {report['store']}")
+    print(offline.table(report))
+    print(f"{OUT.value}/{offline.REPORT}")
+
+
 def _run_tabletop() -> None:
     _require(CONFIG.value, "--config=FILE.py[:NAME], or --benchmark=...")
     _require(CHECKPOINT.value, "--checkpoint=..., the policy checkpoint")
@@ -158,7 +174,9 @@ def main(argv: list[str]) -> None:
         print(comparison_table(score.compare(*argv[1:])))
         return
     _require(OUT.value, "--out=..., the folder for the results")
-    if BENCHMARK.value:
+    if OFFLINE.value:
+        _run_offline()
+    elif BENCHMARK.value:
         _run_benchmark()
     else:
         _run_tabletop()
