@@ -9,6 +9,7 @@ absence.
 from __future__ import annotations
 
 import os
+import pathlib
 from typing import Any
 
 from univla_jax.data import files
@@ -57,15 +58,15 @@ def evaluate(
     folder = find_checkpoint(checkpoint)
     source = TokenStore(store)
     identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
-    out = claim(out, _IDENTITY, {**identity, "episodes": episodes})
-    if (out / REPORT).exists():
-        return files.read_json(out / REPORT)
+    identity |= {"episodes": episodes}
+    if (pathlib.Path(out) / REPORT).exists():
+        return files.read_json(claim(out, _IDENTITY, identity) / REPORT)
     if not 0 <= episodes <= len(source):
         raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
     trained = TrainedModel.load(folder)
     (source,) = open_stores(_data_config(trained, store, rows), trained.assets)
     corpus = trained.layout.corpus(source.manifest.header.corpus)
-    count = episodes or len(source)
+    out, count = claim(out, _IDENTITY, identity), episodes or len(source)
     held_out = [source[i] for i in range(count)]
     part = offline_frames if trained.layout.layout == "world_model" else offline_actions
     report = {

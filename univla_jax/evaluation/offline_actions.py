@@ -107,16 +107,23 @@ def _moments(policy: Policy, episode: TokenizedEpisode) -> Iterator[Moment]:
         past = history.prefix(begin)
         history = history.observe(turn)
         prompt = history.prompt(begin)
-        answer = None if written is None else _asked(prompt, written[number], len(past), len(begin))
+        seen = _visual(policy, turn) & (len(past) > len(begin))
+        answer = None if written is None else _asked(prompt, written[number], seen)
         yield Moment(prompt, answer, actions[number], raw[number])
         ids = answer.ids[len(prompt) :] if answer else [lexicon.vocabulary.eoa]
         history = history.act(np.asarray(ids))
 
 
-def _asked(prompt: np.ndarray, chunk: np.ndarray, past: int, begin: int) -> Asked:
-    """The whole sequence; ``past`` ids lie before the newest frame, ``begin`` before the first."""
+def _visual(policy: Policy, ids: np.ndarray) -> np.ndarray:
+    """bool, the shape of ``ids``: visual codes."""
+    vocabulary = policy.trained.assets.vocabulary
+    return (ids >= vocabulary.bov) & (ids <= vocabulary.eov)
+
+
+def _asked(prompt: np.ndarray, chunk: np.ndarray, seen: np.ndarray) -> Asked:
+    """The whole sequence; asked for are the chunk and what ``seen`` marks of the prompt's end."""
     asked = np.zeros(len(prompt) + len(chunk), bool)
-    asked[past : len(prompt) - 1] = past > begin
+    asked[len(prompt) - len(seen) : len(prompt)] = seen
     asked[len(prompt) :] = True
     return Asked(np.concatenate([prompt, chunk]), asked)
 

@@ -63,14 +63,13 @@ def next_token_accuracy(
         right += [float(sums[f"{name}_correct"]) for name in MODALITIES]
         total += [float(sums[f"{name}_tokens"]) for name in MODALITIES]
     shares = zip(MODALITIES, right, total, strict=True)
-    return {name: round(r / t, 4) for name, r, t in shares if t}
+    return {name: round(float(r / t), 4) for name, r, t in shares if t}
 
 
 def _batch(sequences: Sequence[Asked], rows: int, length: int, pad: int) -> Batch:
     samples = [[{"tokens": s.ids, "loss_weight": s.asked.astype(np.float32)}] for s in sequences]
     samples += [[]] * (rows - len(samples))
-    joined = [join(sample, length=length, pad=pad) for sample in samples]
-    return Batch(**{name: np.stack([row[name] for row in joined]) for name in joined[0]})
+    return Batch(**join(samples, length=length, pad=pad))
 
 
 def _count(model: Any, modalities: Modalities, params: Any, batch: Batch) -> dict[str, jax.Array]:
