@@ -55,6 +55,7 @@ TASKS = flags.DEFINE_list("tasks", [], "numbers of tasks in the suite; all by de
 EPISODES = flags.DEFINE_integer(
     "episodes_per_task", None, "initial states of each task (CALVIN: chains); all by default"
 )
+MAX_STEPS = flags.DEFINE_integer("max_steps", 0, "of an episode of LIBERO; 0 as published")
 EXECUTE = flags.DEFINE_integer("execute", 0, "actions executed of each chunk; 0 for all")
 OFFLINE = commands.string_flag("offline", "token store of held-out episodes", required=False)
 HELD_OUT = flags.DEFINE_integer("episodes", 0, "episodes of --offline; 0 for all")
@@ -112,7 +113,8 @@ def _benchmark() -> Benchmark:
     number = {} if EPISODES.value is None else {"episodes_per_task": EPISODES.value}
     execute = {"execute": EXECUTE.value}
     if BENCHMARK.value == "libero":
-        rules = libero.protocol(SUITE.value, **number, **execute)
+        limit = {"max_steps": MAX_STEPS.value} if MAX_STEPS.value else {}
+        rules = libero.protocol(SUITE.value, **number, **execute, **limit)
         return libero.benchmark(rules, tasks=_tasks(), assets=ASSETS.value)
     if BENCHMARK.value == "calvin":
         chains = {"sequences": EPISODES.value} if number else {}

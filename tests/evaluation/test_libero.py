@@ -176,6 +176,7 @@ def test_assets_come_from_the_config_of_libero(assets, tmp_path, monkeypatch):
     [
         (lambda: libero.protocol("libero_gaol"), "--suite: 'libero_gaol'"),
         (lambda: libero.protocol("libero_goal", episodes_per_task=51), "51, expected 1 to 50"),
+        (lambda: libero.protocol("libero_goal", max_steps=-1), "--max_steps: -1"),
         (lambda: libero.protocol("libero_goal", gripper="inverted"), "gripper rule 'inverted'"),
         (
             lambda: libero.benchmark(libero.protocol("libero_goal"), tasks=(10,)),

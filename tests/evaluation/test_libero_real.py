@@ -1,18 +1,25 @@
-"""LIBERO itself; needs ``hf-libero`` and its assets, and minutes."""
+"""LIBERO itself; needs ``hf-libero``, its assets and EGL, and a minute or two."""
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from univla_jax.data.actions import ActionStatistics
 from univla_jax.evaluation import libero, score
-from univla_jax.evaluation.campaign import Effort
+from univla_jax.evaluation.campaign import EPISODES, Effort
 from univla_jax.evaluation.simulators import Job, Turn
+from univla_jax.tokenizers.image import ImageSpec
 
 pytestmark = pytest.mark.slow
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+SIDE = 128
+STAY = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
 
 @pytest.fixture(scope="module")
@@ -20,28 +27,134 @@ def assets(shared_dir):
     """The simulator's meshes and textures."""
     if importlib.util.find_spec("libero") is None:
         pytest.skip("hf-libero is not installed: pip install .[libero]")
+    if ctypes.util.find_library("EGL") is None:
+        pytest.skip("no EGL to draw with: apt-get install libegl1 libgl1 libgl1-mesa-dri")
     folder = shared_dir / "libero_assets"
     if not folder.is_dir():
         pytest.skip(f"no folder {folder.name}/ beside the reference fixtures")
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def simulator(assets):
+    """The suite libero_goal in this process."""
+    return libero.LiberoSimulator(libero.protocol("libero_goal", render_size=SIDE), assets)
+
+
+def _brief(suite, tasks, assets, **changes):
+    """A suite of short episodes in small pictures."""
+    changes = {"max_steps": 3, "render_size": 64, "wait_steps": 2, **changes}
+    return libero.benchmark(libero.protocol(suite, **changes), tasks=tasks, assets=assets)
+
+
 @pytest.mark.parametrize("suite", SUITES)
-def test_all_tasks_reset_step_and_end(assets, suite, tmp_path):
-    rules = libero.protocol(suite, episodes_per_task=1, max_steps=3)
-    effort = Effort(workers=1, films=0, progress=False)
-    report = score.score(libero.benchmark(rules, assets=assets), "zero", tmp_path / "out", effort)
-    assert len(report["tasks"]) == 10 and report["mean_steps"] == 3
-    assert report["episodes_lost_to_the_simulator"] == 0
+def test_a_task_of_every_suite_resets_steps_and_ends(assets, suite, tmp_path):
+    """All 40: ``evaluate --policy=zero --max_steps=3 --episodes_per_task=1``, see the README."""
+    effort = Effort(films=0, progress=False)
+    ready = _brief(suite, (3,), assets, episodes_per_task=1)
+    report = score.score(ready, "zero", tmp_path / "out", effort)
+    assert report["mean_steps"] == 3 and report["episodes_lost_to_the_simulator"] == 0
+    assert report["versions"]["mujoco"].startswith("3.") and report["versions"]["renderer"] == "egl"
 
 
-def test_an_episode_does_not_depend_on_the_one_before(assets):
-    simulator = libero.LiberoSimulator(libero.protocol("libero_goal", max_steps=5), assets)
+def test_the_same_seed_gives_the_same_records(assets, tmp_path):
+    """Whatever the number of workers, whether filmed or not."""
+    records = []
+    for name, effort in (("a", Effort(1, films=1)), ("b", Effort(2, films=0))):
+        ready = _brief("libero_goal", (0,), assets, episodes_per_task=2, max_steps=25)
+        score.score(ready, "random", tmp_path / name, effort)
+        lines = (tmp_path / name / EPISODES).read_text().splitlines()
+        records.append(sorted(map(json.loads, lines), key=lambda line: line["trial"]))
+    assert len(records[0]) == 2 and records[0] == records[1]
+    assert (tmp_path / "a" / "films" / "000_00_failure.gif").exists()
+
+
+def test_what_is_drawn_only_when_looked_at_is_what_was_drawn_always(simulator):
+    """Episode after episode, so that none depends on the one before either."""
     ends = []
-    for job in (Job(0, 1), Job(0, 0), Job(0, 1)):
-        simulator.reset(job)
-        while simulator.step(np.full(7, 0.3)) is not Turn.ENDED:
-            pass
-        ends.append((simulator.env.get_sim_state(), simulator.observe().frames["image"]))
-    assert np.array_equal(ends[0][0], ends[2][0]) and np.array_equal(ends[0][1], ends[2][1])
-    assert not np.array_equal(ends[0][0], ends[1][0])
+    for trial, often in ((1, True), (0, False), (1, False)):
+        simulator.reset(Job(0, trial))
+        rng = np.random.default_rng(0)
+        for step in range(20):
+            simulator.step(rng.uniform(-1, 1, 7), look=often or step == 19)
+        ends.append((simulator.env.get_sim_state(), simulator.observe().frames))
+    (state, frames), (other_state, _), (again_state, again) = ends
+    assert np.array_equal(state, again_state) and not np.array_equal(state, other_state)
+    for view in ("image", "wrist_image"):
+        assert frames[view].std() > 10 and np.array_equal(frames[view], again[view])
+
+
+def test_frames_are_the_cameras_rotated_by_180_degrees(simulator):
+    """A thing that vanishes is missed where the rotated camera has it, and nowhere else."""
+    simulator.reset(Job(0, 0))
+    simulator.step(STAY)
+    before = simulator.observe().frames["image"].astype(int)
+    sim = simulator.env.sim
+    (body,) = [
+        i for i in range(sim.model.nbody) if sim.model.body_id2name(i) == "cream_cheese_1_main"
+    ]
+    row, column = _raw_pixel(sim, sim.data.body_xpos[body].copy())
+    state = simulator.env.get_sim_state().copy()
+    place = 1 + sim.model.get_joint_qpos_addr("cream_cheese_1_joint0")[0]
+    state[place + 2] -= 0.5  # below the table
+    simulator.env.set_init_state(state)
+    simulator.step(STAY)
+    changed = np.abs(simulator.observe().frames["image"] - before).sum(-1) > 60
+    seen = np.argwhere(changed).mean(0)
+    assert changed.sum() > 20
+    np.testing.assert_allclose(seen, [SIDE - 1 - row, SIDE - 1 - column], atol=3)
+    assert min(abs(row - SIDE / 2), abs(column - SIDE / 2)) > 6  # either flip would be seen
+
+
+def _raw_pixel(sim, point):
+    """Row and column of a point in the picture as OpenGL gives it, lowest row first."""
+    camera = sim.model.camera_name2id("agentview")
+    turn = sim.data.cam_xmat[camera].reshape(3, 3)
+    x, y, z = turn.T @ (point - sim.data.cam_xpos[camera])
+    focal = SIDE / 2 / np.tan(np.radians(sim.model.cam_fovy[camera]) / 2)
+    return SIDE / 2 + focal * y / -z, SIDE / 2 + focal * x / -z
+
+
+def test_frames_are_resized_as_the_training_data_were(simulator):
+    simulator.reset(Job(0, 0))
+    frame = simulator.observe().frames["image"]
+    resized = np.asarray(ImageSpec(size=(104, 104)).resize(frame[None]))[0]
+    picture = Image.fromarray(frame)
+    assert np.array_equal(resized, picture.resize((104, 104), Image.Resampling.BICUBIC))
+    for other in (Image.Resampling.BILINEAR, Image.Resampling.LANCZOS):
+        assert not np.array_equal(resized, picture.resize((104, 104), other))
+
+
+def test_a_positive_gripper_closes(simulator):
+    fingers = {}
+    for value in (0.3, -0.3):
+        simulator.reset(Job(0, 0))
+        start = simulator.observe().state[6]
+        for _ in range(8):
+            simulator.step(np.array([0, 0, 0, 0, 0, 0, value]))
+        fingers[value] = simulator.observe().state[6] - start
+    assert fingers[0.3] < -0.01 and fingers[-0.3] > -0.005
+
+
+def test_the_statistics_decide_how_far_the_robot_moves(simulator):
+    """The same normalised action under LIBERO's x quantiles and under CALVIN's."""
+    moved = []
+    for low, high in ((-0.7046, 0.9371), (-0.6996, 0.6764)):
+        ends = (low, *[-1.0] * 6), (high, *[1.0] * 6)
+        statistics = ActionStatistics(mean=ends[0], std=ends[1], q01=ends[0], q99=ends[1])
+        action = statistics.unnormalise(np.array([0.5, 0, 0, 0, 0, 0, -1.0]))
+        simulator.reset(Job(0, 0))
+        start = simulator.observe().state[0]
+        for _ in range(10):
+            simulator.step(action)
+        moved.append(simulator.observe().state[0] - start)
+    assert moved[1] > 0.02
+    assert moved[0] / moved[1] == pytest.approx(0.5266 / 0.3324, rel=0.1)
+
+
+def test_an_episode_ends_with_its_steps(simulator):
+    simulator.reset(Job(0, 0))
+    turns = [simulator.step(STAY, look=False) for _ in range(300)]
+    assert turns == [Turn.GOES_ON] * 299 + [Turn.ENDED]
+    result = simulator.result()
+    assert result["steps"] == 300 and not result["success"]

@@ -87,6 +87,11 @@ class LiberoProtocol:
                 f"--episodes_per_task: {self.episodes_per_task}, expected 1 to {INITIAL_STATES}: "
                 "LIBERO has that many initial states of each task"
             )
+        if self.max_steps < 1 or self.execute < 0:
+            raise UserError(
+                f"--max_steps: {self.max_steps}, --execute: {self.execute}, expected at least 1 "
+                "and at least 0"
+            )
         if self.gripper not in ("sign", "raw") or self.resize != "checkpoint":
             raise UserError(f"unknown gripper rule {self.gripper!r} or resize {self.resize!r}")
 
