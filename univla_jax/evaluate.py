@@ -7,7 +7,7 @@
     python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --policy=ws://host:8000 \\
         --out=FOLDER
     python -m univla_jax.evaluate --offline=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
-    python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B
+    python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B [--out=FOLDER]
 
 The first scores on the embedded tabletop; ``FOLDER`` gets ``report.json``, ``episodes.jsonl`` (a
 line per episode, written at once), ``calls.jsonl`` and ``rollouts.gif``. Killed at any moment and
@@ -173,7 +173,9 @@ def main(argv: list[str]) -> None:
     if COMPARE.value:
         if len(argv) != 3:
             raise UserError("--compare takes two folders of results: --compare A B")
-        print(comparison_table(score.compare(*argv[1:])))
+        print(comparison_table(score.compare(*argv[1:], out=OUT.value)))
+        if OUT.value:
+            print(f"{OUT.value}/{score.COMPARISON}")
         return
     _require(OUT.value, "--out=..., the folder for the results")
     if OFFLINE.value:

@@ -46,6 +46,7 @@ def test_every_episode_is_run_once(whole):
     films = sorted(path.name for path in (out / "films").iterdir())
     assert films == ["000_00_success.gif", "001_00_success.gif"]
     page = (out / score.PAGE).read_text()
+    assert page.count("<rect") > 2 and "median" in page
     assert "task 1" in page and "data:image/gif" in page and "66.7 %" in page
 
 
@@ -151,7 +152,10 @@ def test_only_the_first_actions_of_a_chunk_are_executed(tmp_path):
 
 def test_comparison(whole, tmp_path):
     score.score(countdown(), "zero", tmp_path / "zero", QUIET)
-    found = score.compare(whole[0], tmp_path / "zero")
+    found = score.compare(whole[0], tmp_path / "zero", tmp_path / "both")
+    page = (tmp_path / "both" / score.COMPARISON).read_text()
+    assert "B − A: 0.0 points" in page and page.count("<title>66.7 % (20.8 – 93.8)") == 4
+    assert "<td>policy</td><td>random</td><td>zero</td>" in page
     assert found["tasks"][-1] == ["all", 0.6667, 0.6667] and found["difference"] == 0
     assert found["low"] < 0 < found["high"]
     assert found["differs"] == {"policy": ["random", "zero"]}

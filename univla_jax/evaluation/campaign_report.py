@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from univla_jax.evaluation.report_charts import histogram, success_chart
 from univla_jax.evaluation.statistics import latency, proportion
 
 Record = Mapping[str, Any]
 _BINS = 12
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#1e1e22}"
-    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;"
+    "table{border-collapse:collapse;margin:1em 0}.pairs td{text-align:left}td,th{padding:.2em .8em;text-align:right;vertical-align:top;"
     "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
     "figure{display:inline-block;margin:.5em}figcaption{font-size:80%}"
 )
@@ -65,21 +66,59 @@ def page(report: Mapping[str, Any], films: Sequence[pathlib.Path]) -> str:
     """
     parts = [
         f"<h1>{_text(report['benchmark'])}: {_percent(report['success'])}</h1>",
+        success_chart({"success": report["tasks"]}),
         _table(["task", "success %", "95 %", "episodes"], map(_row, report["tasks"])),
         _published(report),
         f"<p>{report['invalid_chunks']} of {report['chunks']} chunks did not decode; "
         f"in {report['steered_chunks']} the grammar overruled the model; "
         f"{report['episodes_lost_to_the_simulator']} episodes were lost to the simulator.</p>",
-        "<h2>Latency of the policy</h2>" + _bars(report["latency"]["histogram"]),
+        "<h2>Latency of the policy</h2>" + _latency(report["latency"]),
     ]
     for name in ("protocol", "versions", "throughput"):
         rows = sorted(report[name].items())
-        parts.append(f"<h2>{name.capitalize()}</h2>" + _table(["", ""], rows))
+        parts.append(f"<h2>{name.capitalize()}</h2>" + _table(["", ""], rows, "pairs"))
     parts += ["<h2>Episodes</h2>", *map(_figure, films)]
-    head = f"<meta charset='utf-8'><title>{_text(report['benchmark'])}</title>"
-    return f"<!doctype html><html><head>{head}<style>{_STYLE}</style></head><body>" + (
-        "\n".join(parts) + "</body></html>\n"
-    )
+    return _document(str(report["benchmark"]), parts)
+
+
+def comparison_page(
+    names: Sequence[str], reports: Sequence[Mapping[str, Any]], found: Mapping[str, Any]
+) -> str:
+    """One HTML page about two reports.
+
+    Args:
+      names: of the two.
+      reports: of ``summary``, as ``page`` takes them.
+      found: ``comparison`` of them.
+    """
+    common = {row[0] for row in found["tasks"][:-1]}
+    series = {
+        name: [row for row in report["tasks"] if row["task"] in common]
+        for name, report in zip("AB", reports, strict=True)
+    }
+    order = {row["task"]: place for place, row in enumerate(series["A"])}
+    series["B"].sort(key=lambda row: order[row["task"]])
+    ends = " – ".join(f"{100 * found[end]:.1f}" for end in ("low", "high"))
+    parts = [
+        f"<h1>{_text(reports[0]['benchmark'])}</h1>",
+        *(
+            f"<p>{k}: {_text(n)}, {_percent(r['success'])}</p>"
+            for k, n, r in zip("AB", names, reports)
+        ),
+        f"<p>B − A: {100 * found['difference']:.1f} points (95 %: {ends})</p>",
+        success_chart(series) if common else "",
+        "<h2>Settings that differ</h2>",
+        _table(["", "A", "B"], [[key, *pair] for key, pair in found["differs"].items()], "pairs")
+        if found["differs"]
+        else "<p>none</p>",
+    ]
+    return _document(f"comparison: {reports[0]['benchmark']}", parts)
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
+    head = f"<meta charset='utf-8'><title>{_text(title)}</title><style>{_STYLE}</style>"
+    body = "\n".join(parts)
+    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 
 def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,25 +190,23 @@ def _percent(success: Mapping[str, Any]) -> str:
     return f"{100 * success['rate']:.1f} % (95 %: {low:.1f} – {high:.1f})"
 
 
-def _bars(histogram: Mapping[str, Sequence[float]]) -> str:
-    counts, edges = histogram["counts"], histogram["edges"]
-    if not counts:
+def _latency(found: Mapping[str, Any]) -> str:
+    drawn = found["histogram"]
+    if not drawn["counts"]:
         return "<p>no calls</p>"
-    bars = []
-    for i, count in enumerate(counts):
-        height = 100 * count / max(counts)
-        place = f"x='{40 * i}' y='{100 - height:.1f}' width='36' height='{height:.1f}'"
-        label = f"{1000 * edges[i]:.0f} – {1000 * edges[i + 1]:.0f} ms: {count}"
-        bars.append(f"<rect {place} fill='#3a6ea5'><title>{label}</title></rect>")
-    size = f"width='{40 * len(counts)}' height='100'"
-    ends = f"{1000 * edges[0]:.0f} to {1000 * edges[-1]:.0f} ms"
-    return f"<svg {size}>{''.join(bars)}</svg><p>{ends}</p>"
+    numbers = f"median {1000 * found['p50_seconds']:.1f} ms, 95 % below "
+    numbers += f"{1000 * found['p95_seconds']:.1f} ms, {found['calls']} calls"
+    return f"<p>{numbers}</p>" + histogram(drawn["counts"], drawn["edges"])
 
 
-def _table(heads: Sequence[str], rows: Any) -> str:
+def _table(heads: Sequence[str], rows: Any, kind: str = "") -> str:
     head = "".join(f"<th>{_text(h)}</th>" for h in heads)
     body = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{r}</tr>" for r in body) + "</table>"
+    return (
+        f"<table class='{kind}'><tr>{head}</tr>"
+        + "".join(f"<tr>{r}</tr>" for r in body)
+        + "</table>"
+    )
 
 
 def _figure(film: pathlib.Path) -> str:

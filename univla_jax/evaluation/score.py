@@ -24,7 +24,7 @@ from univla_jax.inference.policy import Policy
 from univla_jax.inference.trained import checkpoint_identity
 from univla_jax.training.checkpoint_folder import find_checkpoint
 
-REPORT, PAGE = "report.json", "report.html"
+REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 _IDENTITY = "campaign.json"
 _BASELINE_CHUNK = 10
 _MOST_FILMS = 24
@@ -69,11 +69,20 @@ def score(
     return report
 
 
-def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, Any]:
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
     """``campaign_report.comparison`` of two finished folders.
 
+    Args:
+      first: folder A.
+      second: folder B.
+      out: folder that gets ``comparison.html``; nothing is written by default.
+
     Raises:
-      UserError: a folder without a report of a benchmark.
+      UserError: a folder without a report of a benchmark, or of different ones.
     """
     reports = []
     for folder in (first, second):
@@ -82,7 +91,16 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> di
         if "tasks" not in report:
             raise UserError(f"--compare: {str(folder)!r} holds no finished report of a benchmark")
         reports.append(report)
-    return campaign_report.comparison(*reports)
+    kinds = [report["benchmark"] for report in reports]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"--compare: {first} is of {kinds[0]}, {second} of {kinds[1]}")
+    found = campaign_report.comparison(*reports)
+    if out is not None:
+        names = [os.fspath(folder) for folder in (first, second)]
+        page = campaign_report.comparison_page(names, reports, found)
+        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+        files.write_text(pathlib.Path(out) / COMPARISON, page)
+    return found
 
 
 def _report(
