@@ -17,7 +17,8 @@ Record = Mapping[str, Any]
 _BINS = 12
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#1e1e22}"
-    "table{border-collapse:collapse;margin:1em 0}.pairs td{text-align:left}td,th{padding:.2em .8em;text-align:right;vertical-align:top;"
+    "table{border-collapse:collapse;margin:1em 0}.pairs td{text-align:left}"
+    "td,th{padding:.2em .8em;text-align:right;vertical-align:top;"
     "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
     "figure{display:inline-block;margin:.5em}figcaption{font-size:80%}"
 )
