@@ -154,6 +154,10 @@ def test_a_suite_through_workers_never_asks_anything(assets, tmp_path):
     ]
     assert report["protocol"]["rotate_180"] and report["protocol"]["wait_steps"] == 10
     assert report["versions"]["renderer"] == "egl"
+    assert score.score(suite, "zero", tmp_path / "out", effort) == json.loads(json.dumps(report))
+    longer = libero.benchmark(libero.protocol("libero_goal"), tasks=(1, 5), assets=str(assets))
+    with pytest.raises(UserError, match=r"protocol\.episodes_per_task was 2, is 50; protocol\.max"):
+        score.score(longer, "zero", tmp_path / "out", effort)
 
 
 def test_missing_assets_are_named(assets, tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from univla_jax.data import files
+from univla_jax.data.token_manifest import plain
 from univla_jax.errors import UserError
 
 
@@ -26,20 +27,30 @@ def claim(out: str | os.PathLike[str], name: str, identity: Mapping[str, Any]) -
       UserError: it holds the results of something else; names what differs.
     """
     folder = pathlib.Path(out)
-    path = folder / name
+    path, identity = folder / name, plain(identity)
     if path.exists():
         _check_same(path, files.read_json(path), identity)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, dict(identity))
+    files.write_json(path, identity)
     return folder
 
 
+def _fields(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of each field, those of a mapping inside as ``outer.inner``."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _fields(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, item
+
+
 def _check_same(path: pathlib.Path, found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    before, now = dict(_fields(found)), dict(_fields(mine))
     changed = [
-        f"{key} was {found.get(key)!r}, is {mine.get(key)!r}"
-        for key in sorted(found.keys() | mine.keys())
-        if found.get(key) != mine.get(key)
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
     ]
     if changed:
         raise UserError(
