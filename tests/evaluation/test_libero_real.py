@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from univla_jax.data.actions import ActionStatistics
+from univla_jax.errors import UserError
 from univla_jax.evaluation import libero, score
 from univla_jax.evaluation.campaign import EPISODES, Effort
 from univla_jax.evaluation.simulators import Job, Turn
@@ -158,3 +161,13 @@ def test_an_episode_ends_with_its_steps(simulator):
     assert turns == [Turn.GOES_ON] * 299 + [Turn.ENDED]
     result = simulator.result()
     assert result["steps"] == 300 and not result["success"]
+
+
+def test_a_missing_mesh_is_named(assets, tmp_path):
+    """No score of 0 for want of a file."""
+    copy = tmp_path / "assets"
+    shutil.copytree(assets, copy, copy_function=os.symlink)
+    (copy / "stable_scanned_objects" / "plate" / "visual" / "model_vis.msh").unlink()
+    ready = _brief("libero_goal", (0,), str(copy), episodes_per_task=1)
+    with pytest.raises(UserError, match=r"open_the_middle_drawer.*model_vis\.msh.*--assets"):
+        score.score(ready, "zero", tmp_path / "out", Effort(progress=False))

@@ -73,6 +73,12 @@ def open_environment(bddl: str, side: int, gpu: int) -> Any:
             f"LIBERO task {pathlib.Path(bddl).stem}: {error.filename!r} is missing; give the "
             "folder of LIBERO's assets with --assets"
         ) from error
+    except ValueError as error:  # MuJoCo's own, which names the file
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"LIBERO task {pathlib.Path(bddl).stem}: {reason}; give the folder of LIBERO's assets "
+            "with --assets"
+        ) from error
     except (AttributeError, ImportError, OSError) as error:
         raise UserError(
             f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {type(error).__name__}: {error}; {_DRAWING}"
