@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation import calvin
+from univla_jax.evaluation import calvin, campaign_report
 from univla_jax.evaluation.calvin import CalvinProtocol, CalvinSimulator, chain_summary
 from univla_jax.evaluation.simulators import Job, Turn
 
@@ -128,6 +128,33 @@ def test_mean_length_and_rates():
     assert [found["chain_rates"][n]["rate"] for n in "12345"] == [0.5, 0.25, 0.25, 0.25, 0.25]
     assert found["subtasks"]["open_drawer"]["successes"] == 2
     assert found["subtasks"]["lift_red_block"]["episodes"] == 2
+
+
+def test_the_page_shows_chains_and_kinds_of_tasks():
+    records = [
+        {
+            "number": 0,
+            "task": "chain of five",
+            "success": False,
+            "steps": 400,
+            "chunks": 40,
+            "invalid": 0,
+            "steered": 0,
+            "solved": 1,
+            "subtasks": [["open_drawer", True], ["lift_red_block", False]],
+        }
+    ]
+    report = {
+        **campaign_report.summary(records, [], []),
+        **chain_summary(records),
+        "benchmark": "calvin",
+        "protocol": {},
+        "versions": {},
+        "published": {},
+    }
+    page = campaign_report.page(report, [])
+    assert "1.00 tasks in a row on average" in page
+    assert "<td>open_drawer</td><td>100.0</td>" in page and "<td>2</td><td>0.0</td>" in page
 
 
 def test_mistakes_are_named(tmp_path):

@@ -69,6 +69,7 @@ def page(report: Mapping[str, Any], films: Sequence[pathlib.Path]) -> str:
         f"<h1>{_text(report['benchmark'])}: {_percent(report['success'])}</h1>",
         success_chart({"success": report["tasks"]}),
         _table(["task", "success %", "95 %", "episodes"], map(_row, report["tasks"])),
+        _chains(report),
         _published(report),
         f"<p>{report['invalid_chunks']} of {report['chunks']} chunks did not decode; "
         f"in {report['steered_chunks']} the grammar overruled the model; "
@@ -178,6 +179,17 @@ def _histogram(seconds: Sequence[float]) -> dict[str, list[float]]:
 def _row(task: Mapping[str, Any]) -> list[Any]:
     interval = f"{100 * task['low']:.1f} – {100 * task['high']:.1f}"
     return [task["task"], f"{100 * task['rate']:.1f}", interval, task["episodes"]]
+
+
+def _chains(report: Mapping[str, Any]) -> str:
+    """CALVIN's tables: tasks solved in a row, and each kind of task by itself."""
+    if "chain_rates" not in report:
+        return ""
+    heads = ["success %", "95 %", "tried"]
+    in_a_row = [_row({"task": n, **found}) for n, found in report["chain_rates"].items()]
+    kinds = [_row({"task": name, **found}) for name, found in report["subtasks"].items()]
+    mean = f"<p>{report['mean_length']:.2f} tasks in a row on average</p>"
+    return mean + _table(["tasks in a row", *heads], in_a_row) + _table(["task", *heads], kinds)
 
 
 def _published(report: Mapping[str, Any]) -> str:
