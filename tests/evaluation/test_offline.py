@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from univla_jax.data.token_store import TokenStoreWriter
 from univla_jax.errors import UserError
 from univla_jax.evaluation import offline, offline_actions, offline_frames
 from univla_jax.evaluation.offline_tokens import Asked, next_token_accuracy
+from univla_jax.inference.heads import HeadAnswer
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.trained import TrainedModel
 from univla_jax.inference.world_model import WorldModel
@@ -116,15 +116,15 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
     def answer(prompts, sessions, stopwatch):
         half = DecodedActions(np.full((CHUNK, 7), 0.5))
         bad = invalid("nonsense", CHUNK, 7)
-        return [
-            types.SimpleNamespace(decoded=bad if next(answers) % 3 == 1 else half) for _ in prompts
-        ]
+        chosen = [bad if next(answers) % 3 == 1 else half for _ in prompts]
+        return [HeadAnswer(decoded, np.zeros(0), steered=decoded.valid) for decoded in chosen]
 
     monkeypatch.setattr(offline_actions, "Policy", lambda trained, **_: policy)
     monkeypatch.setattr(policy.head, "answer", answer)
     episodes = [_episode(n) for n in range(2)]
     found = offline_actions.scores(policy.trained, "tabletop", episodes, rows=4, progress=False)
-    assert (found["chunks"], found["invalid_chunks"]) == (6, 2)
+    counts = [found[f"{kind}chunks"] for kind in ("", "invalid_", "steered_")]
+    assert counts == [6, 2, 4]
     kept = np.concatenate([np.delete(e.actions[:9].reshape(3, 3, 7), 1, axis=0) for e in episodes])
     answered = STATISTICS.unnormalise(np.full(7, 0.5))
     *dimensions, whole = found["action_error"]

@@ -92,7 +92,8 @@ def table(report: dict[str, Any]) -> str:
     for entry in report["action_error"]:
         values = [entry[name] for name in _ERROR_COLUMNS]
         rows.append([entry["dimension"], *("-" if v is None else f"{v:.4f}" for v in values)])
-    invalid = f"{report['invalid_chunks']} of {report['chunks']} chunks did not decode"
+    invalid = f"{report['invalid_chunks']} of {report['chunks']} chunks did not decode; in "
+    invalid += f"{report['steered_chunks']} the grammar overruled the model"
     return f"{columns(rows)}\n{_accuracies(report)}\n{invalid}"
 
 

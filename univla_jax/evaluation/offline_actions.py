@@ -25,6 +25,7 @@ from univla_jax.inference.trained import TrainedModel
 from univla_jax.sequences.prompts import opening, turn_prompt
 
 NOTES = {
+    "steered_chunks": "chunks in which the grammar of actions overruled the likeliest token",
     "mean_absolute": "mean absolute error in the corpus' units, over steps of chunks that decoded",
     "normalised": "the same where the 1 % and 99 % quantiles of the training data are -1 and 1",
     "mean_action": "the error of always answering the mean action of the training data",
@@ -78,16 +79,17 @@ def scores(
     answers = []
     for part in tqdm.tqdm(list(batches(moments, rows)), unit="batch", disable=not progress):
         prompts, sessions = [m.prompt for m in part], [policy.start() for _ in part]
-        answers += [a.decoded for a in policy.head.answer(prompts, sessions, Stopwatch())]
-    valid = np.array([answer.valid for answer in answers])
+        answers += policy.head.answer(prompts, sessions, Stopwatch())
+    valid = np.array([answer.decoded.valid for answer in answers])
     written = [moment.written for moment in moments if moment.written is not None]
     return {
         "chunks": len(answers),
         "invalid_chunks": int((~valid).sum()),
+        "steered_chunks": sum(answer.steered > 0 for answer in answers),
         "token_accuracy": next_token_accuracy(trained, written, rows),
         "action_error": _errors(
             policy,
-            np.stack([answer.actions for answer in answers])[valid],
+            np.stack([answer.decoded.actions for answer in answers])[valid],
             np.stack([moment.actions for moment in moments])[valid],
             np.stack([moment.raw for moment in moments])[valid],
         ),
