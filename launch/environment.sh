@@ -40,6 +40,7 @@ install_project() {
   fi
   echo "installing univla_jax ($extras) (several minutes on a first run)"
   "$PROJECT_PYTHON" -m pip install --quiet --upgrade pip
-  "$PROJECT_PYTHON" -m pip install --quiet --editable "$REPOSITORY$([[ $extras == base ]] || echo "[$extras]")"
-  echo "$wanted" >"$stamp"
+  # Joined by &&, so that a failure is one where a caller goes on without the extras as well.
+  "$PROJECT_PYTHON" -m pip install --quiet --editable "$REPOSITORY$([[ $extras == base ]] || echo "[$extras]")" &&
+    echo "$wanted" >"$stamp"
 }
