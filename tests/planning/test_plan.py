@@ -127,7 +127,7 @@ def test_a_small_step_through_the_tpu_compiler():
     assert plan.parameters + plan.optimizer + plan.activations == plan.total
     assert plan.total < plan.full_logits_total
     text = report.describe(plan)
-    assert "fits" in text and "15.75 GiB usable" in text
+    assert "fits" in text and "15.75 GiB usable" in text and "of processor time" in text
     assert json.loads(json.dumps(plan.to_dict()))["lower_bound_seconds"] > 0
 
 
@@ -137,6 +137,17 @@ def test_decoding_through_the_tpu_compiler():
     plan = decode_plan.plan_decoding(config(**SMALL), find_topology("v5e:2x2"), rows=2)
     assert plan.fits and plan.copies == 2 and plan.new_tokens == 8
     assert "2 cop(ies)" in decode_plan.describe(plan)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_search_through_the_tpu_compiler():
+    """Two remat presets of the mesh that exchanges least; the one that repeats less comes first."""
+    plans = search.search(config(**SMALL), find_topology("v5e:2x2"), limit=2)
+    assert [plan.remat for plan in plans] == ["none", "projections"]
+    assert all(plan.fits and plan.mesh == {"fsdp": 4} for plan in plans)
+    assert search.seconds_per_token(plans[0]) <= search.seconds_per_token(plans[1])
+    assert search.table(plans).splitlines()[1].startswith("fsdp 4  16    none")
 
 
 @needs_compiler
