@@ -142,12 +142,12 @@ def test_decoding_through_the_tpu_compiler():
 @needs_compiler
 @pytest.mark.slow
 def test_a_search_through_the_tpu_compiler():
-    """Two remat presets of the mesh that exchanges least; the one that repeats less comes first."""
+    """The mesh that exchanges least, with the two remat presets that repeat nothing."""
     plans = search.search(config(**SMALL), find_topology("v5e:2x2"), limit=2)
-    assert [plan.remat for plan in plans] == ["none", "projections"]
+    assert {plan.remat for plan in plans} == {"none", "projections"}
     assert all(plan.fits and plan.mesh == {"fsdp": 4} for plan in plans)
     assert search.seconds_per_token(plans[0]) <= search.seconds_per_token(plans[1])
-    assert search.table(plans).splitlines()[1].startswith("fsdp 4  16    none")
+    assert search.table(plans).splitlines()[1].startswith("fsdp 4  16 ")
 
 
 @needs_compiler
