@@ -154,7 +154,7 @@ def test_the_page_shows_chains_and_kinds_of_tasks():
     }
     page = campaign_report.page(report, [])
     assert "1.00 tasks in a row on average" in page
-    assert "<td>open_drawer</td><td>100.0</td>" in page and "<td>2</td><td>0.0</td>" in page
+    assert "<td>open drawer</td><td>100.0</td>" in page and "<td>2</td><td>0.0</td>" in page
 
 
 def test_mistakes_are_named(tmp_path):

@@ -17,7 +17,8 @@ Record = Mapping[str, Any]
 _BINS = 12
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#1e1e22}"
-    "table{border-collapse:collapse;margin:1em 0}.pairs td{text-align:left}"
+    "table{border-collapse:collapse;margin:1em 0}td+td,th+th{white-space:nowrap}"
+    ".pairs td{text-align:left;white-space:normal}"
     "td,th{padding:.2em .8em;text-align:right;vertical-align:top;"
     "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
     "figure{display:inline-block;margin:.5em}figcaption{font-size:80%}"
@@ -178,7 +179,7 @@ def _histogram(seconds: Sequence[float]) -> dict[str, list[float]]:
 
 def _row(task: Mapping[str, Any]) -> list[Any]:
     interval = f"{100 * task['low']:.1f} – {100 * task['high']:.1f}"
-    return [task["task"], f"{100 * task['rate']:.1f}", interval, task["episodes"]]
+    return [task["task"].replace("_", " "), f"{100 * task['rate']:.1f}", interval, task["episodes"]]
 
 
 def _chains(report: Mapping[str, Any]) -> str:
