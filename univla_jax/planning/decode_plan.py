@@ -182,14 +182,18 @@ class _Job:
         lowered = decode_steps.generate.lower(
             self.model,
             self.params,
-            self.rows,
-            ids,
-            self._array((), jnp.int32, split=False),
-            None,
-            active,
+            rows=self.rows,
+            layers=None,
+            ids=ids,
+            stop=self._array((), jnp.int32, split=False),
+            keys=None,
+            active=active,
+            forced=None,
+            form=None,
             count=self.count,
             sampling=GREEDY,
             window=self.rows.cache.slots,
+            guidance=1,
         )
         return compile_for(lowered, shard_bytes((self.params, self.rows)))
 
