@@ -110,15 +110,15 @@ def test_packed_rows_lose_and_repeat_nothing():
     assert sum(packed.values()) > 40 and packed <= padded
 
 
-def _resumed(config, sources, before, after):
+def _resumed(config, sources, before, after, **place):
     """Batches after a restart, and the ones an uninterrupted run would have given."""
-    first = training_batches(config, small.assets(), sources)
+    first = training_batches(config, small.assets(), sources, **place)
     for _ in range(before):
         first.next()
     state = first.get_state()
     wanted = [first.next() for _ in range(after)]
     first.close()
-    second = training_batches(config, small.assets(), sources)
+    second = training_batches(config, small.assets(), sources, **place)
     second.set_state(state)
     assert second.get_state() == state
     made = [second.next() for _ in range(after)]
@@ -134,9 +134,10 @@ def test_resume_is_exact(before, changes):
 
 
 @pytest.mark.slow
-def test_resume_with_workers_is_exact():
-    config = small.config(**TWO, workers=2, read_threads=1, prefetch_batches=1)
-    assert_equal(*_resumed(config, stores(), 3, 4))
+@pytest.mark.parametrize(("workers", "host", "hosts"), [(2, 0, 1), (3, 1, 2), (3, 3, 4)])
+def test_resume_with_workers_is_exact(workers, host, hosts):
+    config = small.config(**TWO, batch_size=4, workers=workers, read_threads=1, prefetch_batches=1)
+    assert_equal(*_resumed(config, stores(), 3, 4, host=host, hosts=hosts))
 
 
 def test_workers_may_change_on_resume():
