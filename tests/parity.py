@@ -119,7 +119,8 @@ def assert_parity(folder: pathlib.Path, name: str, *quantities: str) -> None:
     """Fails, naming the worst check, unless the group (or these quantities of it) agrees."""
     result = result_of(folder, name)
     assert not result.problem, f"{name} cannot run: {result.problem}"
-    assert set(quantities) <= result.quantities().keys()
+    unknown = set(quantities) - result.quantities().keys()
+    assert not unknown, f"{name} has {list(result.quantities())}, not {sorted(unknown)}"
     for quantity in quantities or result.quantities():
         worst = result.worst(quantity)
         assert worst.passed, f"{name}: {quantity} of {worst.case}: {_error(worst)}"

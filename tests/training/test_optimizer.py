@@ -14,7 +14,7 @@ from univla_jax.training.optimizer import OptimizerConfig
 
 
 def test_schedule_and_decay_equal_the_reference(golden_dir):
-    assert_parity(golden_dir, "recipe", "learning rates", "learning rates in float32")
+    assert_parity(golden_dir, "recipe", "learning rates", "rates in float32 / highest")
     assert_parity(golden_dir, "recipe", "decay mask")
 
 
