@@ -19,7 +19,7 @@ from univla_jax.evaluation.campaign import EPISODES, Effort
 from univla_jax.evaluation.simulators import Job, Turn
 from univla_jax.tokenizers.image import ImageSpec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.libero]
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 SIDE = 128
 STAY = np.array([0, 0, 0, 0, 0, 0, -1.0])
