@@ -4,8 +4,8 @@
 #   bash launch/quickstart.sh [WORKDIR]        (default: ./quickstart)
 #   bash launch/quickstart.sh --dry_run [WORKDIR]        print the commands, run nothing
 #
-# Run again, it skips finished stages; interrupted anywhere, it resumes. Other sizes:
-#   CONFIG=configs/quickstart_long.py bash launch/quickstart.sh long
+# Run again, it skips finished stages; interrupted anywhere, it resumes. Other recipes for these stages:
+#   CONFIG=configs/mine.py bash launch/quickstart.sh mine
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
