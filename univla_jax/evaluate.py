@@ -6,6 +6,8 @@
         --episodes_per_task=50 --workers=4 --out=FOLDER
     python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --policy=ws://host:8000 \\
         --out=FOLDER
+    python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --policy=expert \\
+        --config=configs/official.py:libero_video --config.action=FAST --out=FOLDER
     python -m univla_jax.evaluate --offline=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
     python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B [--out=FOLDER]
 
@@ -17,6 +19,9 @@ Real benchmarks (``--benchmark=libero``, ``calvin`` or ``simpler``; ``--assets``
 LIBERO's assets or of CALVIN's data set) leave
 ``report.json``, ``report.html``, ``episodes.jsonl``, ``films/`` and more, see
 ``evaluation/campaign.py``. ``--policy=zero`` and ``--policy=random`` are baselines.
+``--policy=expert`` has LIBERO's scripts act, by default in all tasks of the suite that have one;
+with ``--config`` (a recipe of ``configs/official.py``) their actions take the way of a policy's:
+normalised by the recipe's statistics, written as ids of its action tokenizer, and back.
 
 ``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
 token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
@@ -34,9 +39,12 @@ from univla_jax import config as strict
 from univla_jax.errors import UserError
 from univla_jax.evaluation import calvin, libero, offline, score, simpler, study
 from univla_jax.evaluation.campaign import Effort
+from univla_jax.evaluation.expert import ActionPath
 from univla_jax.evaluation.simulators import Benchmark
 from univla_jax.evaluation.study import EvaluateConfig
 from univla_jax.evaluation.text_table import columns
+from univla_jax.interop.hub_assets import ConvertConfig, statistics_of
+from univla_jax.tokenizers.action import load_action_tokenizer
 
 CONFIG = commands.config_flag(required=False)
 CHECKPOINT = commands.string_flag(
@@ -47,7 +55,7 @@ BENCHMARK = flags.DEFINE_enum(
     "benchmark", None, ["libero", "calvin", "simpler"], "a real benchmark"
 )
 POLICY = commands.string_flag(
-    "policy", "instead of --checkpoint: ws://host:port, zero or random", required=False
+    "policy", "instead of --checkpoint: ws://host:port, zero, random or expert", required=False
 )
 CORPUS = commands.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
 SUITE = commands.string_flag("suite", "suite of LIBERO", default="libero_goal")
@@ -63,6 +71,7 @@ ASSETS = commands.string_flag("assets", "the simulator's assets or data set", re
 WORKERS = flags.DEFINE_integer("workers", 1, "simulators at once")
 HANG_SECONDS = flags.DEFINE_float("hang_seconds", 600.0, "a simulator silent for so long restarts")
 FILMS = flags.DEFINE_integer("films", 1, "episodes of each task that are filmed")
+_EXPERT_CHUNK = 10  # actions that a script plans at once
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
 
 
@@ -115,7 +124,10 @@ def _benchmark() -> Benchmark:
     if BENCHMARK.value == "libero":
         limit = {"max_steps": MAX_STEPS.value} if MAX_STEPS.value else {}
         rules = libero.protocol(SUITE.value, **number, **execute, **limit)
-        return libero.benchmark(rules, tasks=_tasks(), assets=ASSETS.value)
+        scripted = _EXPERT_CHUNK if POLICY.value == "expert" else 0
+        return libero.benchmark(rules, tasks=_tasks(), assets=ASSETS.value, scripted=scripted)
+    if POLICY.value == "expert":
+        raise UserError(f"--policy=expert: {BENCHMARK.value} has no scripts, only libero has")
     if BENCHMARK.value == "calvin":
         chains = {"sequences": EPISODES.value} if number else {}
         return calvin.benchmark(calvin.CalvinProtocol(**chains, **execute), dataset=ASSETS.value)
@@ -133,10 +145,25 @@ def _run_benchmark() -> None:
     policy = POLICY.value or CHECKPOINT.value
     _require(policy, "--checkpoint=... or --policy=...")
     effort = Effort(WORKERS.value, HANG_SECONDS.value, FILMS.value)
-    report = score.score(_benchmark(), policy, OUT.value, effort, corpus=CORPUS.value)
+    options = {"corpus": CORPUS.value, "path": _action_path()}
+    report = score.score(_benchmark(), policy, OUT.value, effort, **options)
     print(benchmark_table(report))
     print(" ".join(f"{key} {value}" for key, value in sorted(report["throughput"].items())))
     print(f"{OUT.value}/{score.REPORT}\n{OUT.value}/{score.PAGE}")
+
+
+def _action_path() -> ActionPath | None:
+    """What the expert's actions go through, where a config says it."""
+    if POLICY.value != "expert" or CONFIG.value is None:
+        return None
+    config = strict.build(ConvertConfig, CONFIG.value.to_dict())
+    statistics = statistics_of(config).get(config.corpus)
+    if statistics is None or not config.action or config.action_frames != _EXPERT_CHUNK:
+        raise UserError(
+            "--policy=expert: the config has to name the action tokenizer (--config.action=FAST), "
+            f"statistics and chunks of {_EXPERT_CHUNK}, as configs/official.py:libero_video does"
+        )
+    return ActionPath(statistics, load_action_tokenizer(config.action))
 
 
 def _run_offline() -> None:

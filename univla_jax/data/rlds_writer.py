@@ -5,6 +5,7 @@ Axes: T steps, H/W image height and width, A action dimensions, P state dimensio
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pathlib
@@ -23,6 +24,17 @@ from univla_jax.errors import UserError
 FILE_FORMATS = ("array_record", "tfrecord")
 
 
+@dataclasses.dataclass(frozen=True)
+class SensedEpisode(Episode):
+    """An episode with more in its observations than cameras and state.
+
+    Attributes:
+      sensors: field of the observation -> float32 [T, P].
+    """
+
+    sensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
 def write_rlds(
     folder: str | os.PathLike[str],
     name: str,
@@ -31,6 +43,7 @@ def write_rlds(
     *,
     description: str = "",
     image_format: str = "png",
+    id_field: str = "episode_id",
     fixed_sizes: bool = True,
     file_format: str = "array_record",
     shard_bytes: int = 128 << 20,
@@ -38,11 +51,11 @@ def write_rlds(
 ) -> pathlib.Path:
     """Writes a dataset that ``tfds.builder_from_directory`` opens.
 
-    ``steps`` holds ``observation`` (every view, ``state`` where the episodes have one),
-    ``action``, ``reward`` (1 at the last step), ``discount``, ``language_instruction``,
-    ``is_first``, ``is_last`` and ``is_terminal``; ``episode_metadata`` holds ``episode_id``. The
-    first episode sets views, sizes and dimensions. Everything is written to a hidden folder
-    that is renamed at the end; a complete dataset at the place is left as it is.
+    ``steps`` holds ``observation`` (every view, ``state`` where the episodes have one, the fields
+    of a ``SensedEpisode``), ``action``, ``reward`` (1 at the last step), ``discount``,
+    ``language_instruction``, ``is_first``, ``is_last`` and ``is_terminal``; ``episode_metadata``
+    holds ``id_field``. The first episode sets views, sizes and dimensions. Everything is written to
+    a hidden folder that is renamed at the end; a complete dataset at the place is left as it is.
 
     Args:
       folder: parent; the dataset lies in ``folder/name/version``.
@@ -51,6 +64,7 @@ def write_rlds(
       splits: split name -> episodes, read once and in order.
       description: text of the metadata.
       image_format: ``"png"`` (lossless) or ``"jpeg"``.
+      id_field: name under which the metadata of an episode hold its id.
       fixed_sizes: False declares the image sizes open, for cameras of several sizes.
       file_format: ``"array_record"``, or ``"tfrecord"``, which needs TensorFlow installed.
       shard_bytes: a shard is closed when it reaches this size.
@@ -75,7 +89,7 @@ def write_rlds(
     for split, episodes in splits.items():
         shards = _Shards(partial, name, split, file_format, shard_bytes)
         for episode in tqdm.tqdm(episodes, f"write {split}", unit="episode", disable=not progress):
-            form = form or _Form(episode, image_format, fixed_sizes)
+            form = form or _Form(episode, image_format, fixed_sizes, id_field)
             shards.add(form.serialise(episode))
         infos.append(shards.close())
     _write_metadata(partial, version, form, infos, description)
@@ -86,14 +100,17 @@ def write_rlds(
 class _Form:
     """The feature structure which the first episode sets, and its serialisation."""
 
-    def __init__(self, episode: Episode, image_format: str, fixed_sizes: bool) -> None:
+    def __init__(
+        self, episode: Episode, image_format: str, fixed_sizes: bool, id_field: str
+    ) -> None:
         self._sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
-        self._fixed, self._image_format = fixed_sizes, image_format
-        self._dims = (episode.actions.shape[1], _state_dim(episode))
+        self._fixed, self._image_format, self._id_field = fixed_sizes, image_format, id_field
+        self._dims = _dims(episode)
         self.features = _features(
             {v: size if fixed_sizes else (None, None) for v, size in self._sizes.items()},
             self._dims,
             image_format,
+            id_field,
         )
 
     def serialise(self, episode: Episode) -> bytes:
@@ -101,18 +118,18 @@ class _Form:
         self._check(episode)
         example = {
             "steps": list(self._steps(episode)),
-            "episode_metadata": {"episode_id": episode.episode_id},
+            "episode_metadata": {self._id_field: episode.episode_id},
         }
         return self.features.serialize_example(example)
 
     def _check(self, episode: Episode) -> None:
         sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
         same = sizes == self._sizes if self._fixed else set(sizes) == set(self._sizes)
-        dims = (episode.actions.shape[1], _state_dim(episode))
+        dims = _dims(episode)
         if not same or dims != self._dims:
             raise UserError(
-                f"{episode.episode_id}: image sizes {sizes} and (action, state) dimensions {dims} "
-                f"differ from the first episode's {self._sizes} and {self._dims}"
+                f"{episode.episode_id}: image sizes {sizes} and dimensions {dims} differ from the "
+                f"first episode's {self._sizes} and {self._dims}"
             )
 
     def _steps(self, episode: Episode) -> Iterator[dict[str, Any]]:
@@ -121,8 +138,8 @@ class _Form:
             observation: dict[str, Any] = {
                 view: self._encode(frames[t]) for view, frames in episode.frames.items()
             }
-            if episode.state is not None:
-                observation["state"] = np.asarray(episode.state[t], np.float32)
+            for name, values in _sensors(episode).items():
+                observation[name] = np.asarray(values[t], np.float32)
             yield {
                 "observation": observation,
                 "action": np.asarray(action, np.float32),
@@ -142,14 +159,23 @@ class _Form:
         return buffer
 
 
-def _state_dim(episode: Episode) -> int | None:
-    return None if episode.state is None else episode.state.shape[1]
+def _sensors(episode: Episode) -> dict[str, np.ndarray]:
+    """What an observation holds beside the views."""
+    state = {} if episode.state is None else {"state": episode.state}
+    return state | dict(episode.sensors if isinstance(episode, SensedEpisode) else {})
+
+
+def _dims(episode: Episode) -> dict[str, int]:
+    """Dimensions of the action and of every sensor."""
+    sensors = {name: values.shape[1] for name, values in _sensors(episode).items()}
+    return {"action": episode.actions.shape[1], **sensors}
 
 
 def _features(
     sizes: Mapping[str, tuple[int | None, int | None]],
-    dims: tuple[int, int | None],
+    dims: Mapping[str, int],
     image_format: str,
+    id_field: str,
 ) -> Any:
     import tensorflow_datasets as tfds
 
@@ -158,17 +184,17 @@ def _features(
         view: kinds.Image(shape=(*size, 3), encoding_format=image_format)
         for view, size in sizes.items()
     }
-    if dims[1] is not None:
-        observation["state"] = kinds.Tensor(shape=(dims[1],), dtype=np.float32)
+    vectors = {name: kinds.Tensor(shape=(size,), dtype=np.float32) for name, size in dims.items()}
+    action = vectors.pop("action")
     step = {
-        "observation": observation,
-        "action": kinds.Tensor(shape=(dims[0],), dtype=np.float32),
+        "observation": observation | vectors,
+        "action": action,
         "reward": kinds.Scalar(np.float32),
         "discount": kinds.Scalar(np.float32),
         "language_instruction": kinds.Text(),
         **{flag: kinds.Scalar(np.bool_) for flag in ("is_first", "is_last", "is_terminal")},
     }
-    metadata = {"episode_id": kinds.Text()}
+    metadata = {id_field: kinds.Text()}
     return kinds.FeaturesDict({"steps": kinds.Dataset(step), "episode_metadata": metadata})
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from univla_jax.data.conventions import sign_gripper
+from univla_jax.environments.libero_scripts import SCRIPTS
 from univla_jax.errors import UserError
+from univla_jax.evaluation.libero_expert import ScriptedLibero
 from univla_jax.evaluation.libero_simulator import LiberoSimulator
 from univla_jax.evaluation.simulators import Benchmark, Job
 
@@ -115,30 +117,53 @@ def protocol(suite: str, **changes: Any) -> LiberoProtocol:
 
 
 def benchmark(
-    rules: LiberoProtocol, *, tasks: tuple[int, ...] = (), assets: str | None = None
+    rules: LiberoProtocol,
+    *,
+    tasks: tuple[int, ...] = (),
+    assets: str | None = None,
+    scripted: int = 0,
 ) -> Benchmark:
     """A suite ready for a campaign.
 
     Args:
       rules: the protocol.
-      tasks: numbers of tasks in the suite; all by default.
+      tasks: numbers of tasks in the suite; all by default, and of those that have a script where
+        ``scripted``.
       assets: folder with LIBERO's meshes and textures; by default the one of
         ``$LIBERO_CONFIG_PATH/config.yaml``, or of the package.
+      scripted: actions that the tasks' scripts plan at once, for ``expert.Expert``; 0 runs
+        without scripts.
 
     Raises:
-      UserError: no such task.
+      UserError: no such task, no script for it, or scripts whose plans are not executed whole.
     """
-    count = TASKS[rules.suite]
-    wrong = [task for task in tasks if not 0 <= task < count]
-    if wrong:
-        raise UserError(f"--tasks: {wrong[0]}, {rules.suite} has tasks 0 to {count - 1}")
-    chosen = tasks or range(count)
-    name = rules.suite
+    chosen, name = _chosen(rules, tasks, bool(scripted)), rules.suite
+    if scripted and rules.execute not in (0, scripted):
+        raise UserError(f"--execute: {rules.execute}; the expert's {scripted} actions are all done")
+    make = functools.partial(ScriptedLibero, chunk=scripted) if scripted else LiberoSimulator
     return Benchmark(
         name=name,
         protocol={"benchmark": "libero", **dataclasses.asdict(rules), "tasks": list(chosen)},
         jobs=tuple(Job(t, i) for t in chosen for i in range(rules.episodes_per_task)),
-        make=functools.partial(LiberoSimulator, rules, assets),
+        make=functools.partial(make, rules, assets),
         execute=rules.execute,
         published={name: PUBLISHED[name]} if name in PUBLISHED else {},
     )
+
+
+def _chosen(rules: LiberoProtocol, tasks: tuple[int, ...], scripted: bool) -> tuple[int, ...]:
+    """Numbers of the tasks to run."""
+    count = TASKS[rules.suite]
+    wrong = [task for task in tasks if not 0 <= task < count]
+    if wrong:
+        raise UserError(f"--tasks: {wrong[0]}, {rules.suite} has tasks 0 to {count - 1}")
+    if not scripted:
+        return tasks or tuple(range(count))
+    known = SCRIPTS.get(rules.suite, {})
+    missing = [task for task in tasks if task not in known]
+    if missing or not known:
+        listed = ", ".join(map(str, known)) or "none"
+        raise UserError(
+            f"--tasks: {missing[0] if missing else 'all'}, {rules.suite} has scripts for {listed}"
+        )
+    return tasks or tuple(known)

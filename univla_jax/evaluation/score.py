@@ -16,6 +16,7 @@ from univla_jax.evaluation import campaign_report
 from univla_jax.evaluation.baselines import RandomActions, ZeroActions
 from univla_jax.evaluation.campaign import CALLS, EPISODES, TIMES, Campaign, Effort
 from univla_jax.evaluation.claim import claim
+from univla_jax.evaluation.expert import ActionPath, Expert
 from univla_jax.evaluation.journal import Journal
 from univla_jax.evaluation.remote import RemotePolicy
 from univla_jax.evaluation.rollout import Actor
@@ -26,6 +27,7 @@ from univla_jax.training.checkpoint_folder import find_checkpoint
 
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 _IDENTITY = "campaign.json"
+_NAMES = ("zero", "random", "expert")
 _BASELINE_CHUNK = 10
 _MOST_FILMS = 24
 
@@ -37,15 +39,18 @@ def score(
     effort: Effort,
     *,
     corpus: str | None = None,
+    path: ActionPath | None = None,
 ) -> dict[str, Any]:
     """Runs what is missing of a benchmark and writes ``report.json`` and ``report.html``.
 
     Args:
       benchmark: which episodes.
-      policy: a checkpoint folder or workdir, ``ws://host:port``, ``"zero"`` or ``"random"``.
+      policy: a checkpoint folder or workdir, ``ws://host:port``, ``"zero"``, ``"random"``, or
+        ``"expert"`` where the benchmark's simulator has scripts.
       out: folder of the results; one that holds them already is only reported.
       effort: workers, films and the like.
       corpus: whose cameras and statistics a checkpoint uses; its only one by default.
+      path: what the expert's actions go through; nothing by default.
 
     Returns:
       the report.
@@ -56,10 +61,11 @@ def score(
     """
     folder = pathlib.Path(out)
     identity = {"protocol": benchmark.protocol, "policy": _identity(policy), "corpus": corpus}
+    identity |= {} if path is None else {"action_path": path.identity()}
     claim(folder, _IDENTITY, identity)
     if (folder / REPORT).exists():
         return files.read_json(folder / REPORT)
-    actor, about = _actor(policy, benchmark, effort.workers, corpus)
+    actor, about = _actor(policy, benchmark, effort.workers, corpus, path)
     campaign = Campaign(benchmark, actor, folder, effort)
     campaign.run()
     report = _report(benchmark, folder, {**about, "policy": policy}, _versions(campaign, folder))
@@ -134,7 +140,7 @@ def _versions(campaign: Campaign, folder: pathlib.Path) -> dict[str, str]:
 
 
 def _identity(policy: str) -> str:
-    if policy in ("zero", "random") or _is_address(policy):
+    if policy in _NAMES or _is_address(policy):
         return policy
     return checkpoint_identity(find_checkpoint(policy))
 
@@ -144,13 +150,15 @@ def _is_address(policy: str) -> bool:
 
 
 def _actor(
-    policy: str, benchmark: Benchmark, rows: int, corpus: str | None
+    policy: str, benchmark: Benchmark, rows: int, corpus: str | None, path: ActionPath | None
 ) -> tuple[Actor, dict[str, Any]]:
     """What acts, and what the report says about it."""
     if policy == "zero":
         return ZeroActions(benchmark.action_dim, _BASELINE_CHUNK), {}
     if policy == "random":
         return RandomActions(_range(benchmark), _BASELINE_CHUNK), {}
+    if policy == "expert":
+        return Expert(path), {"action_path": path.identity() if path else "none"}
     if _is_address(policy):
         remote = RemotePolicy(policy)
         return remote, {"server": str(remote.metadata)}

@@ -126,7 +126,7 @@ def make_assets(
         vision=vision,
         action=action,
         image_specs=_image_specs(config, vision),
-        statistics=_statistics(config),
+        statistics=statistics_of(config),
         layout=_layout(config, vision),
         model=dataclasses.asdict(dataclasses.replace(model.decoder, dtype=dtype)),
         action_expert=dataclasses.asdict(model.expert) if model.expert else {},
@@ -171,7 +171,12 @@ def _image_specs(config: ConvertConfig, vision: StoredVision | None) -> dict[str
     }
 
 
-def _statistics(config: ConvertConfig) -> dict[str, ActionStatistics]:
+def statistics_of(config: ConvertConfig) -> dict[str, ActionStatistics]:
+    """Corpus -> statistics of its actions; empty for what does not act.
+
+    Raises:
+      UserError: no such file, or broken statistics.
+    """
     values = config.statistics
     if config.statistics_file:
         file = pathlib.Path(config.statistics_file)

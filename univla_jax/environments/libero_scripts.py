@@ -1,0 +1,206 @@
+"""Scripts that solve LIBERO tasks with the motions of ``arm.py``.
+
+A script reads where things are and yields actions until its task should be solved. ``SCRIPTS``
+says which task is solved by which script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from univla_jax.environments.arm import DOWN, Arm, Motion, Scene, across, pointing_down
+
+UP = np.array([0.0, 0.0, 1.0])
+_TRAVEL = 0.12  # clearance above what is grasped or passed
+_WALL = 0.005  # from a rim's outer edge to the middle of its wall
+_DEPTH = 0.03  # of the fingertips below the top of what is grasped
+_ATTEMPTS = 3
+
+Script = Callable[[Arm], Motion]
+
+
+def above(point: np.ndarray, height: float = _TRAVEL) -> np.ndarray:
+    """``height`` over a point [3]."""
+    return point + height * UP
+
+
+def pick(arm: Arm, name: str, *, depth: float = _DEPTH) -> Motion:
+    """Grasps a thing across its narrower side and lifts it."""
+    box = arm.scene.box(name)
+    point = np.append(box.centre[:2], max(box.top - depth, box.centre[2]))
+    yield from grasp(arm, point, across(box.axes[:, box.narrow]))
+
+
+def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
+    """Grasps the rim of a bowl or plate at its side towards +y (or -y) and lifts it."""
+    box = arm.scene.box(name)
+    reach = max(half for axis, half in enumerate(box.half) if axis != box.upright) - _WALL
+    point = np.array([box.centre[0], box.centre[1] + side * reach, box.top - 0.015])
+    yield from grasp(arm, point, pointing_down())
+
+
+def grasp(arm: Arm, point: np.ndarray, turn: Rotation) -> Motion:
+    """Comes down on a point with open fingers, closes them and lifts."""
+    yield from arm.release(1)
+    yield from arm.go(above(point), turn=turn, near=0.02)
+    yield from arm.go(point)
+    yield from arm.grip()
+    yield from arm.shift(_TRAVEL * UP, near=0.02)
+
+
+def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0.0) -> Motion:
+    """Carries what is held to ``target`` [3], passing ``over`` metres above it, and lets go.
+
+    Args:
+      arm: holds the thing.
+      name: of the thing.
+      target: place of its centre when it is let go.
+      over: height of the passage.
+      lift: metres the hand goes straight up before.
+    """
+    yield from arm.shift(lift * UP, near=0.02)
+    yield from arm.carry(name, above(target, over), near=0.015)
+    yield from arm.carry(name, target)
+    yield from arm.release()
+    yield from arm.shift(_TRAVEL * UP, near=0.03)
+
+
+def bowl_on(bowl: str, target: str, height: float) -> Script:
+    """A bowl on something flat: its centre ``height`` over the target's top."""
+
+    def script(arm: Arm) -> Motion:
+        for attempt in range(_ATTEMPTS):
+            yield from pick_rim(arm, bowl, side=1.0 - 2 * (attempt % 2))
+            place = arm.scene.box(target)
+            goal = np.append(place.centre[:2], place.top + height)
+            yield from put(arm, bowl, goal, over=0.06)
+
+    return script
+
+
+def into_basket(*names: str) -> Script:
+    """Things into the basket, one after another."""
+
+    def script(arm: Arm) -> Motion:
+        for name in names:
+            for _ in range(_ATTEMPTS):
+                yield from pick(arm, name)
+                basket, box = arm.scene.box("basket_1_main"), arm.scene.box(name)
+                tall = box.half[box.upright]
+                goal = np.append(basket.centre[:2], basket.centre[2] + max(tall - 0.04, 0.0))
+                lift = max(0.0, basket.top + tall + 0.02 - box.centre[2])
+                yield from put(arm, name, goal, over=basket.top + tall + 0.02 - goal[2], lift=lift)
+                if np.linalg.norm(arm.scene.box(name).centre[:2] - basket.centre[:2]) < 0.06:
+                    break
+
+    return script
+
+
+def turn_on_stove(arm: Arm) -> Motion:
+    """Takes the ridge of the knob between the fingers and turns it."""
+    knob = arm.scene.box("flat_stove_1_button")
+    point = np.append(arm.scene.place("flat_stove_1_button")[:2], knob.top - 0.02)
+    yield from arm.go(above(point, 0.06), turn=pointing_down(), near=0.015)
+    yield from arm.go(point)
+    yield from arm.grip(6)
+    yield from arm.go(point, turn=pointing_down(1.2), steps=60)
+    yield from arm.release()
+    yield from arm.go(above(point), turn=pointing_down(), near=0.03)
+
+
+def stove_then(rest: Script) -> Script:
+    """Turns the stove on, then something else."""
+
+    def script(arm: Arm) -> Motion:
+        yield from turn_on_stove(arm)
+        yield from rest(arm)
+
+    return script
+
+
+def open_drawer(level: str) -> Script:
+    """Takes the handle from the front, the hand nearly level, and pulls."""
+
+    def script(arm: Arm) -> Motion:
+        box = arm.scene.box(f"wooden_cabinet_1_cabinet_{level}")
+        front = box.centre + box.axes[:, 1] * -box.half[1]
+        handle = front + box.axes[:, 1] * 0.008
+        outward = (front - box.centre) / np.linalg.norm(front - box.centre)
+        level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
+        yield from arm.go(
+            handle + 0.10 * outward + 0.03 * UP, turn=level_hand, near=0.02, steps=140
+        )
+        yield from arm.go(handle)
+        yield from arm.grip()
+        yield from arm.go(handle + 0.22 * outward, steps=80)
+
+    return script
+
+
+def push_plate(arm: Arm) -> Motion:
+    """Pushes the plate from inside its rim with closed fingers, steering as it slides.
+
+    Behind the plate stands the cabinet; and what is pushed at its front follows by itself.
+    """
+    goal = arm.scene.place("main_table_stove_front_region")[:2]
+    height = arm.scene.box("plate_1_main").centre[2]
+    yield from arm.grip(1)
+
+    def ahead(distance: float, lift: float) -> np.ndarray:
+        plate = arm.scene.box("plate_1_main").centre[:2]
+        way = goal - plate
+        return np.append(plate + distance * way / max(np.linalg.norm(way), 0.02), height + lift)
+
+    for _ in range(_ATTEMPTS):
+        yield from arm.go(lambda: ahead(0.03, 0.06), near=0.015)
+        yield from arm.go(lambda: ahead(0.03, 0.0), steps=20)
+        yield from arm.go(lambda: ahead(0.10, 0.0), steps=60, speed=0.6)
+        yield from arm.shift(_TRAVEL * UP, near=0.03)
+
+
+_BOWL, _PLATE = "akita_black_bowl_1_main", "plate_1_main"
+# In the order of the suite's tasks.
+_GROCERIES = (
+    "alphabet_soup",
+    "cream_cheese",
+    "salad_dressing",
+    "bbq_sauce",
+    "ketchup",
+    "tomato_sauce",
+    "butter",
+    "milk",
+    "chocolate_pudding",
+    "orange_juice",
+)
+SCRIPTS: dict[str, dict[int, Script]] = {
+    "libero_goal": {
+        0: open_drawer("middle"),
+        1: bowl_on(_BOWL, "flat_stove_1_burner", 0.03),
+        4: bowl_on(_BOWL, "wooden_cabinet_1_base", 0.03),
+        5: push_plate,
+        7: turn_on_stove,
+        8: bowl_on(_BOWL, _PLATE, 0.03),
+    },
+    "libero_spatial": dict.fromkeys((0, 1, 2, 3, 5, 7, 8, 9), bowl_on(_BOWL, _PLATE, 0.03)),
+    "libero_object": {
+        number: into_basket(f"{name}_1_main")
+        for number, name in enumerate(_GROCERIES)
+        if name != "cream_cheese"
+    },
+    "libero_10": {
+        0: into_basket("alphabet_soup_1_main", "tomato_sauce_1_main"),
+        7: into_basket("alphabet_soup_1_main", "cream_cheese_1_main"),
+    },
+}
+"""Suite -> number of a task in it -> script."""
+
+
+def solve(script: Script, scene: Scene) -> Motion:
+    """The actions of a script in a scene, and rest once it is done; endless."""
+    arm = Arm(scene)
+    yield from script(arm)
+    while True:
+        yield from arm.rest(1)
