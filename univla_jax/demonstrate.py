@@ -1,26 +1,42 @@
-"""Writes demonstrations of the embedded tabletop's scripted expert as an RLDS dataset.
+"""Writes demonstrations of scripted experts as an RLDS dataset.
 
     python -m univla_jax.demonstrate --config=configs/quickstart.py:demonstrations --out=FOLDER
+    python -m univla_jax.demonstrate --benchmark=libero --assets=LIBERO_ASSETS \\
+        --config=configs/libero_scratch.py:demonstrations --out=FOLDER
 
-The dataset lies in ``FOLDER/tabletop/VERSION`` and appears there when it is complete; started
-again, the command leaves it as it is.
+The first are of the embedded tabletop, the second of LIBERO, with the fields of its published data.
+The dataset lies in ``FOLDER/NAME/VERSION`` and appears there when it is complete; started again,
+the command leaves it as it is.
 """
 
 from __future__ import annotations
 
+from absl import flags
+
 from univla_jax import commands
 from univla_jax import config as strict
 from univla_jax.data.demonstrations import DemonstrationsConfig, write_demonstrations
+from univla_jax.evaluation.libero_demonstrations import (
+    LiberoDemonstrationsConfig,
+    write_libero_demonstrations,
+)
 
 CONFIG = commands.config_flag()
 OUT = commands.string_flag("out", "folder for the dataset")
+BENCHMARK = flags.DEFINE_enum("benchmark", "tabletop", ["tabletop", "libero"], "whose experts")
+ASSETS = commands.string_flag("assets", "the simulator's assets", required=False)
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    config = strict.build(DemonstrationsConfig, CONFIG.value.to_dict())
-    folder = write_demonstrations(config, OUT.value)
+    values = CONFIG.value.to_dict()
+    if BENCHMARK.value == "libero":
+        config = strict.build(LiberoDemonstrationsConfig, values)
+        folder = write_libero_demonstrations(config, OUT.value, assets=ASSETS.value)
+    else:
+        config = strict.build(DemonstrationsConfig, values)
+        folder = write_demonstrations(config, OUT.value)
     print(f"{config.train_episodes} + {config.val_episodes} demonstrations in {folder}")
 
 

@@ -68,6 +68,10 @@ class LiberoSimulator:
         state = np.concatenate([seen["robot0_eef_pos"], turn, seen["robot0_gripper_qpos"]])
         return Observation(self._task.language, frames, state.astype(np.float32))
 
+    def joints(self) -> np.ndarray:
+        """Angles of the arm's joints, float32 [7]."""
+        return np.asarray(self._seen["robot0_joint_pos"], np.float32)
+
     def step(self, action: np.ndarray, look: bool = True) -> Turn:
         """Executes one action: position and axis-angle in controller units ±1, gripper."""
         self._shutter.open = look
@@ -100,6 +104,11 @@ class LiberoSimulator:
         """Of the packages that move the score, and the renderer."""
         known = package_versions(_PACKAGES)
         return {**known, "renderer": os.environ.get("MUJOCO_GL", "mujoco's default")}
+
+    @property
+    def suite(self) -> str:
+        """Its name."""
+        return self._rules.suite
 
     @property
     def env(self) -> Any:
