@@ -15,6 +15,7 @@ from univla_jax.data.corpora import find_corpus
 from univla_jax.data.rlds import RldsSource
 from univla_jax.environments import tabletop_expert
 from univla_jax.errors import UserError
+from univla_jax.evaluation.libero_demonstrations import LiberoDemonstrationsConfig
 
 CONFIG = """
 import ml_collections
@@ -48,6 +49,21 @@ def test_numbers_are_checked(changes):
         demonstrations.DemonstrationsConfig(**values)
     with pytest.raises(UserError, match="kept for demonstrations"):
         demonstrations.DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": (2,)}, "config.tasks: .2,., libero_goal has scripts for 0, 1"),
+        ({"suite": "libero_90"}, "libero_90 has scripts for none"),
+        ({"val_episodes": 0}, "val_episodes 0 must be at least 1"),
+        ({"displacement": -0.1}, "displacement -0.1 at least 0"),
+    ],
+)
+def test_mistakes_in_libero_demonstrations_are_named(changes, message):
+    values = {"suite": "libero_goal", "tasks": (7,), "train_episodes": 1, "val_episodes": 1}
+    with pytest.raises(UserError, match=message):
+        LiberoDemonstrationsConfig(**values | changes)
 
 
 def test_the_command_runs_and_names_mistakes(tmp_path):

@@ -6,16 +6,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
+from tests.data import published
 from tests.data.episodes import CORPUS, assert_same, make_episode
+from univla_jax.data.corpora import find_corpus
 from univla_jax.data.rlds import RldsSource
-from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.data.rlds_writer import SensedEpisode, write_rlds
 from univla_jax.errors import UserError
 
 
 def test_tfds_opens_it(tmp_path):
-    import tensorflow_datasets as tfds
-
     episodes = [make_episode(i) for i in range(3)]
     folder = write_rlds(
         tmp_path, "blocks", "1.2.0", {"train": episodes}, description="made up", progress=False
@@ -35,6 +36,34 @@ def test_tfds_opens_it(tmp_path):
     np.testing.assert_array_equal(steps[2]["observation"]["image"], episodes[0].frames["image"][2])
     np.testing.assert_array_equal(steps[1]["action"], episodes[0].actions[1])
     np.testing.assert_array_equal(steps[1]["observation"]["state"], episodes[0].state[1])
+
+
+def test_more_sensors_give_the_published_fields_of_libero(tmp_path):
+    plain = make_episode(0, steps=4, state=np.zeros((4, 8), np.float32), corpus="libero_goal")
+    joints = np.arange(28, dtype=np.float32).reshape(4, 7)
+    values = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+    values["frames"] = dict.fromkeys(("image", "wrist_image"), plain.frames["image"])
+    episode = SensedEpisode(**values, sensors={"joint_state": joints})
+    folder = write_rlds(
+        tmp_path,
+        "libero_goal",
+        "1.0.0",
+        {"train": [episode]},
+        image_format="jpeg",
+        id_field="file_path",
+        progress=False,
+    )
+    made = tfds.builder_from_directory(folder).info.features["steps"].feature
+    observation, action, _ = published.STRUCTURES["libero_spatial"]
+    assert {k: repr(v) for k, v in made["observation"].items()} == {
+        name: repr(feature) for name, feature in observation.items()
+    }
+    assert repr(made["action"]) == repr(action)
+    (record,) = tfds.builder_from_directory(folder).as_data_source("train")
+    assert record["episode_metadata"] == {"file_path": b"blocks-0"}
+    np.testing.assert_array_equal(list(record["steps"])[2]["observation"]["joint_state"], joints[2])
+    (read,) = RldsSource(folder, find_corpus("libero_goal"), "train")
+    np.testing.assert_array_equal(read.actions, episode.actions)
 
 
 def test_reads_back_over_several_shards(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.evaluation import fake_libero
 from univla_jax.data.actions import ActionStatistics
+from univla_jax.environments.libero_scripts import SCRIPTS
 from univla_jax.errors import UserError
 from univla_jax.evaluation import libero, score
 from univla_jax.evaluation.campaign import EPISODES, Effort
@@ -160,6 +161,14 @@ def test_a_suite_through_workers_never_asks_anything(assets, tmp_path):
         score.score(longer, "zero", tmp_path / "out", effort)
 
 
+def test_the_expert_acts_in_the_tasks_that_have_a_script():
+    suite = libero.benchmark(libero.protocol("libero_goal", episodes_per_task=2), scripted=10)
+    assert suite.protocol["tasks"] == list(SCRIPTS["libero_goal"])
+    assert suite.jobs[:2] == (Job(0, 0), Job(0, 1)) and len(suite.jobs) == 2 * len(
+        SCRIPTS["libero_goal"]
+    )
+
+
 def test_missing_assets_are_named(assets, tmp_path):
     rules = libero.protocol("libero_goal", episodes_per_task=1)
     suite = libero.benchmark(rules, assets=str(tmp_path / "void"))
@@ -185,6 +194,18 @@ def test_assets_come_from_the_config_of_libero(assets, tmp_path, monkeypatch):
         (
             lambda: libero.benchmark(libero.protocol("libero_goal"), tasks=(10,)),
             "--tasks: 10, libero_goal has tasks 0 to 9",
+        ),
+        (
+            lambda: libero.benchmark(libero.protocol("libero_goal"), tasks=(2,), scripted=10),
+            "--tasks: 2, libero_goal has scripts for 0, 1",
+        ),
+        (
+            lambda: libero.benchmark(libero.protocol("libero_90"), scripted=10),
+            "--tasks: all, libero_90 has scripts for none",
+        ),
+        (
+            lambda: libero.benchmark(libero.protocol("libero_goal", execute=5), scripted=10),
+            "--execute: 5; the expert's 10 actions are all done",
         ),
     ],
 )

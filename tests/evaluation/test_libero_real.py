@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.util
+import itertools
 import json
 import os
+import runpy
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import REPOSITORY
 from univla_jax.data.actions import ActionStatistics
+from univla_jax.data.corpora import find_corpus
+from univla_jax.data.rlds import RldsSource
+from univla_jax.environments import libero_scripts
 from univla_jax.errors import UserError
 from univla_jax.evaluation import libero, score
 from univla_jax.evaluation.campaign import EPISODES, Effort
+from univla_jax.evaluation.expert import ActionPath
+from univla_jax.evaluation.libero_demonstrations import (
+    LiberoDemonstrationsConfig,
+    write_libero_demonstrations,
+)
+from univla_jax.evaluation.libero_scene import MujocoScene
 from univla_jax.evaluation.simulators import Job, Turn
+from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 
 pytestmark = [pytest.mark.slow, pytest.mark.libero]
@@ -171,3 +184,61 @@ def test_a_missing_mesh_is_named(assets, tmp_path):
     ready = _brief("libero_goal", (0,), str(copy), episodes_per_task=1)
     with pytest.raises(UserError, match=r"open_the_middle_drawer.*model_vis\.msh.*--assets"):
         score.score(ready, "zero", tmp_path / "out", Effort(progress=False))
+
+
+def test_a_plan_done_as_it_is_leads_where_the_script_went(assets):
+    """To the bit: planning leaves no trace in the simulator."""
+    rules = libero.protocol("libero_goal", render_size=64, max_steps=45)
+    ends = []
+    scripted = libero.ScriptedLibero(rules, assets, chunk=10)
+    scripted.reset(Job(8, 0))
+    turn = Turn.GOES_ON
+    while turn is Turn.GOES_ON:
+        for action in scripted.observe().plan[: 45 - scripted.result()["steps"]]:
+            turn = scripted.step(action)
+    ends.append(scripted.env.get_sim_state())
+    plain = libero.LiberoSimulator(rules, assets)
+    plain.reset(Job(8, 0))
+    script = libero_scripts.solve(
+        libero_scripts.SCRIPTS["libero_goal"][8], MujocoScene(plain.env.sim)
+    )
+    for action in itertools.islice(script, 45):
+        plain.step(np.asarray(action, np.float32), look=False)
+    ends.append(plain.env.get_sim_state())
+    assert np.array_equal(*ends)
+
+
+@pytest.mark.parametrize("through", ["nothing", "ids"])
+def test_an_expert_turns_on_the_stove(assets, shared_dir, tmp_path, through):
+    path = None
+    if through == "ids":
+        official = runpy.run_path(str(REPOSITORY / "configs" / "official.py"))
+        path = ActionPath(
+            ActionStatistics.from_dict(official["LIBERO"]),
+            load_action_tokenizer(shared_dir / "fast_tokenizers" / "fast"),
+        )
+    rules = libero.protocol("libero_goal", render_size=64, episodes_per_task=2)
+    ready = libero.benchmark(rules, tasks=(7,), assets=assets, scripted=10)
+    effort = Effort(films=1, progress=False)
+    report = score.score(ready, "expert", tmp_path / "out", effort, path=path)
+    assert report["success"]["successes"] == 2
+    assert (tmp_path / "out" / "films" / "007_00_success.gif").exists()
+    assert (report["protocol"]["action_path"] == "none") == (through == "nothing")
+
+
+def test_demonstrations_read_back_as_libero(assets, tmp_path):
+    config = LiberoDemonstrationsConfig(
+        suite="libero_goal", tasks=(7,), train_episodes=1, val_episodes=1
+    )
+    folder = write_libero_demonstrations(config, tmp_path, assets=assets)
+    (train,) = RldsSource(folder, find_corpus("libero_goal"), "train")
+    (val,) = RldsSource(folder, find_corpus("libero_goal"), "val")
+    for episode in (train, val):
+        assert episode.instruction == "turn on the stove" and 40 < len(episode) < 120
+        assert episode.frames["wrist_image"].shape == (len(episode), 256, 256, 3)
+        assert episode.state.shape == (len(episode), 8)
+        assert set(episode.actions[:, 6]) == {-1.0, 1.0}
+    assert not np.allclose(train.state[0, :3], val.state[0, :3], atol=0.005)
+    # The rotated fixed camera shows the robot above and the table below.
+    image = train.frames["image"][0].astype(int)
+    assert image[:60].mean() + 20 < image[-60:].mean()

@@ -1,0 +1,142 @@
+"""Motions and scripts, in a scene where the arm goes exactly where it is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from univla_jax.environments import libero_scripts
+from univla_jax.environments.arm import (
+    CLOSE,
+    DOWN,
+    LIMITS,
+    METRES,
+    OPEN,
+    RADIANS,
+    Arm,
+    Box,
+    across,
+    pointing_down,
+)
+
+
+class Table:
+    """Things on a table; what lies between fingers that close is held, and falls when let go."""
+
+    def __init__(self, **boxes: tuple):
+        self.centres = {name: np.array(centre, float) for name, (centre, _) in boxes.items()}
+        self.halves = {name: np.array(half, float) for name, (_, half) in boxes.items()}
+        self.position, self.turn, self.held, self.grip = np.array([0, 0, 0.3]), DOWN, None, OPEN
+
+    def hand(self):
+        return self.position.copy(), self.turn
+
+    def place(self, name):
+        return self.centres[name].copy()
+
+    def box(self, name):
+        return Box(self.centres[name].copy(), np.eye(3), self.halves[name])
+
+    def execute(self, action):
+        step = METRES * action[:3]
+        self.position = self.position + step
+        self.turn = Rotation.from_rotvec(RADIANS * action[3:6]) * self.turn
+        if action[6] == CLOSE and self.grip == OPEN:
+            self.held = next((name for name in self.centres if self._between(name)), None)
+        self.grip = action[6]
+        if self.grip == OPEN and self.held:
+            self.centres[self.held][2] = self.halves[self.held][2]
+            self.held = None
+        elif self.held:
+            self.centres[self.held] += step
+
+    def _between(self, name):
+        return np.all(np.abs(self.position - self.centres[name]) <= self.halves[name] + 0.01)
+
+
+def run(motion, table, most=400):
+    """Executes a motion; its actions [steps, 7]."""
+    actions = []
+    for action in motion:
+        table.execute(action)
+        actions.append(action)
+        assert len(actions) < most, "the motion does not end"
+    return np.array(actions)
+
+
+def test_a_motion_arrives_within_the_limits_and_on_a_straight_line():
+    table = Table()
+    target, turn = np.array([0.25, -0.15, 0.1]), pointing_down(0.8)
+    actions = run(Arm(table).go(target, turn=turn), table)
+    assert np.linalg.norm(table.position - target) < 0.008
+    assert (turn * table.turn.inv()).magnitude() < 0.06
+    assert np.all(np.abs(actions[:, :6]) <= LIMITS + 1e-9)
+    way = np.array([0.25, -0.15, -0.2])
+    assert np.allclose(np.cross(actions[0, :3], way), 0, atol=1e-9)
+
+
+def test_a_target_may_move():
+    table = Table(block=((0.2, 0, 0.02), (0.02, 0.02, 0.02)))
+    arm = Arm(table)
+    for count, action in enumerate(arm.go(lambda: table.place("block"), near=0.01)):
+        table.execute(action)
+        table.centres["block"][1] += 0.002 if count < 20 else 0
+    assert np.linalg.norm(table.position - table.place("block")) < 0.01
+
+
+def test_fingers_open_along_an_axis_by_the_shorter_turn():
+    for angle in (0.0, 0.5, 1.2, 2.0, 3.0):
+        axis = np.array([np.cos(angle), np.sin(angle), 0])
+        fingers = across(axis).apply([1, 0, 0])  # they open along x of the hand
+        assert abs(fingers @ axis) == pytest.approx(1, abs=1e-9)
+        assert (across(axis) * DOWN.inv()).magnitude() <= np.pi / 2 + 1e-9
+        assert across(axis).apply([0, 0, 1]) == pytest.approx([0, 0, -1], abs=1e-9)
+
+
+def test_a_thing_is_put_into_the_basket():
+    table = Table(
+        soup_1_main=((0.1, 0.15, 0.05), (0.03, 0.03, 0.05)),
+        basket_1_main=((0.1, -0.2, 0.07), (0.1, 0.1, 0.07)),
+    )
+    actions = run(libero_scripts.into_basket("soup_1_main")(Arm(table)), table)
+    assert np.linalg.norm((table.place("soup_1_main") - table.place("basket_1_main"))[:2]) < 0.02
+    assert set(actions[:, 6]) == {OPEN, CLOSE} and table.grip == OPEN
+
+
+def test_a_dropped_thing_is_picked_up_again():
+    table = Table(
+        soup_1_main=((0.1, 0.15, 0.05), (0.03, 0.03, 0.05)),
+        basket_1_main=((0.1, -0.2, 0.07), (0.1, 0.1, 0.07)),
+    )
+    dropped = False
+    for action in libero_scripts.into_basket("soup_1_main")(Arm(table)):
+        table.execute(action)
+        if table.held and table.position[1] < 0.05 and not dropped:
+            table.held, dropped = None, True
+            table.centres["soup_1_main"][2] = 0.05
+    assert dropped
+    assert np.linalg.norm((table.place("soup_1_main") - table.place("basket_1_main"))[:2]) < 0.02
+
+
+def test_a_script_is_followed_by_rest():
+    table = Table(flat_stove_1_button=((0.1, 0.1, 0.02), (0.02, 0.01, 0.02)))
+    actions = []
+    for action in libero_scripts.solve(libero_scripts.turn_on_stove, table):
+        table.execute(action)
+        actions.append(action)
+        if len(actions) == 300:
+            break
+    actions = np.array(actions)
+    assert not actions[-20:, :6].any() and actions[:, :6].any()
+    assert np.abs(actions[:, 5]).sum() * RADIANS > 2 * 1.1  # turned with the knob, and back
+
+
+def test_scripts_are_for_tasks_that_exist():
+    assert set(libero_scripts.SCRIPTS) == {
+        "libero_goal",
+        "libero_spatial",
+        "libero_object",
+        "libero_10",
+    }
+    assert all(set(tasks) <= set(range(10)) for tasks in libero_scripts.SCRIPTS.values())
