@@ -62,7 +62,7 @@ def action() -> ConfigDict:
 
 def vision() -> ConfigDict:
     """A small video VQ on the frames of both cameras."""
-    values = {"corpus": SUITE, "image_specs": IMAGE_SPECS, "total_steps": 600}
+    values = {"corpus": SUITE, "image_specs": IMAGE_SPECS, "total_steps": 400}
     return complete(VisionFitConfig, values)
 
 

@@ -1,0 +1,42 @@
+"""The recipe that learns a LIBERO task from nothing."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from univla_jax import config as strict
+from univla_jax.data.corpora import find_corpus
+from univla_jax.errors import UserError
+from univla_jax.evaluation.libero_demonstrations import FIRST_STATE, LiberoDemonstrationsConfig
+from univla_jax.training.train_config import TrainConfig
+
+RECIPE = runpy.run_path(str(REPOSITORY / "configs" / "libero_scratch.py"))
+STAGES = ("demonstrations", "text", "action", "vision", "tokens", "policy")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_config(stage):
+    assert RECIPE["get_config"](stage)
+
+
+@pytest.mark.parametrize("stage", ["", "polcy"])
+def test_an_unknown_stage_is_named_beside_the_known_ones(stage):
+    with pytest.raises(UserError, match=f"'{stage}'.*tokens, policy"):
+        RECIPE["get_config"](stage)
+
+
+def test_stages_fit_together():
+    """Same cameras and chunks; no demonstration begins where the 20 scored episodes do."""
+    values = {stage: RECIPE["get_config"](stage).to_dict() for stage in STAGES}
+    demonstrations = strict.build(LiberoDemonstrationsConfig, values["demonstrations"])
+    policy = strict.build(TrainConfig, values["policy"])
+    assert FIRST_STATE >= 20
+    assert {values[stage]["corpus"] for stage in ("text", "action", "vision", "tokens")} == {
+        demonstrations.suite
+    }
+    assert values["action"]["chunk"] == policy.data.action_frames
+    assert set(policy.data.views) == set(values["tokens"]["image_specs"])
+    assert set(policy.data.views) == set(find_corpus(demonstrations.suite).views)
