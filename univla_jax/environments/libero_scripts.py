@@ -19,6 +19,8 @@ _TRAVEL = 0.12  # clearance above what is grasped or passed
 _WALL = 0.005  # from a rim's outer edge to the middle of its wall
 _DEPTH = 0.03  # of the fingertips below the top of what is grasped
 _ATTEMPTS = 3
+_PUSHES = 4  # the fingers may slip over the plate's rim
+_BOWL, _PLATE = "akita_black_bowl_1_main", "plate_1_main"
 
 Script = Callable[[Arm], Motion]
 
@@ -28,10 +30,10 @@ def above(point: np.ndarray, height: float = _TRAVEL) -> np.ndarray:
     return point + height * UP
 
 
-def pick(arm: Arm, name: str, *, depth: float = _DEPTH) -> Motion:
+def pick(arm: Arm, name: str) -> Motion:
     """Grasps a thing across its narrower side and lifts it."""
     box = arm.scene.box(name)
-    point = np.append(box.centre[:2], max(box.top - depth, box.centre[2]))
+    point = np.append(box.centre[:2], max(box.top - _DEPTH, box.centre[2]))
     yield from grasp(arm, point, across(box.axes[:, box.narrow]))
 
 
@@ -69,15 +71,15 @@ def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0
     yield from arm.shift(_TRAVEL * UP, near=0.03)
 
 
-def bowl_on(bowl: str, target: str, height: float) -> Script:
-    """A bowl on something flat: its centre ``height`` over the target's top."""
+def bowl_on(target: str, height: float = 0.03) -> Script:
+    """The bowl on something flat: its centre ``height`` over the target's top."""
 
     def script(arm: Arm) -> Motion:
         for attempt in range(_ATTEMPTS):
-            yield from pick_rim(arm, bowl, side=1.0 - 2 * (attempt % 2))
+            yield from pick_rim(arm, _BOWL, side=1.0 - 2 * (attempt % 2))
             place = arm.scene.box(target)
             goal = np.append(place.centre[:2], place.top + height)
-            yield from put(arm, bowl, goal, over=0.06)
+            yield from put(arm, _BOWL, goal, over=0.06)
 
     return script
 
@@ -112,16 +114,6 @@ def turn_on_stove(arm: Arm) -> Motion:
     yield from arm.go(above(point), turn=pointing_down(), near=0.03)
 
 
-def stove_then(rest: Script) -> Script:
-    """Turns the stove on, then something else."""
-
-    def script(arm: Arm) -> Motion:
-        yield from turn_on_stove(arm)
-        yield from rest(arm)
-
-    return script
-
-
 def open_drawer(level: str) -> Script:
     """Takes the handle from the front, the hand nearly level, and pulls."""
 
@@ -144,28 +136,25 @@ def open_drawer(level: str) -> Script:
 def push_plate(arm: Arm) -> Motion:
     """Pushes the plate from inside its rim with closed fingers, steering as it slides.
 
-    Behind the plate stands the cabinet; and what is pushed at its front follows by itself.
+    The cabinet leaves no room behind it, and what is pushed at its front cannot turn away.
     """
     goal = arm.scene.place("main_table_stove_front_region")[:2]
-    height = arm.scene.box("plate_1_main").centre[2]
+    height = arm.scene.box(_PLATE).centre[2]
     yield from arm.grip(1)
 
     def ahead(distance: float, lift: float) -> np.ndarray:
-        plate = arm.scene.box("plate_1_main").centre[:2]
+        plate = arm.scene.box(_PLATE).centre[:2]
         way = goal - plate
         return np.append(plate + distance * way / max(np.linalg.norm(way), 0.02), height + lift)
 
-    for attempt in range(
-        4
-    ):  # the fingers may slip over the rim; they press harder every other time
-        press = -0.02 * (attempt % 2)
+    for attempt in range(_PUSHES):
+        press = -0.02 * (attempt % 2)  # harder every other time
         yield from arm.go(lambda: ahead(0.03, 0.06), near=0.015)
         yield from arm.go(functools.partial(ahead, 0.03, press), steps=20)
         yield from arm.go(functools.partial(ahead, 0.10, press), steps=45, speed=0.6)
         yield from arm.shift(0.06 * UP, near=0.02)
 
 
-_BOWL, _PLATE = "akita_black_bowl_1_main", "plate_1_main"
 # In the order of the suite's tasks.
 _GROCERIES = (
     "alphabet_soup",
@@ -182,12 +171,12 @@ _GROCERIES = (
 SCRIPTS: dict[str, dict[int, Script]] = {
     "libero_goal": {
         0: open_drawer("middle"),
-        1: bowl_on(_BOWL, "flat_stove_1_burner", 0.03),
+        1: bowl_on("flat_stove_1_burner"),
         5: push_plate,
         7: turn_on_stove,
-        8: bowl_on(_BOWL, _PLATE, 0.03),
+        8: bowl_on(_PLATE),
     },
-    "libero_spatial": dict.fromkeys((0, 1, 2, 3, 5, 7, 8, 9), bowl_on(_BOWL, _PLATE, 0.03)),
+    "libero_spatial": dict.fromkeys((0, 1, 2, 3, 5, 7, 8, 9), bowl_on(_PLATE)),
     "libero_object": {
         number: into_basket(f"{name}_1_main")
         for number, name in enumerate(_GROCERIES)
