@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.models.attention import (
+from univla_jax.models.attention import attention, attention_mask, plain_attention
+from univla_jax.models.attention_blocked import (
     CachedKeys,
-    attention,
-    attention_mask,
+    block_size,
+    blocked_attention,
     cache_mask,
-    plain_attention,
+    dropout_scale,
 )
-from univla_jax.models.attention_blocked import block_size, blocked_attention, dropout_scale
 
 
 def _draw(*shape, seed=0):
@@ -131,6 +131,23 @@ def test_cached_keys_continue_a_sequence():
     )
     part = attention(query[:, 2:], key[:, 2:], value[:, 2:], cached=cached)
     np.testing.assert_allclose(part, whole[:, 2:], atol=1e-6)
+
+
+def test_blocks_behind_caches_of_unequal_length():
+    """Rows with 40 and 3 cached tokens, then 90 new ones in blocks of 32, the last one not full."""
+    starts, new, window = [40, 3], 90, 48
+    query, key, value = _qkv(2, 130)
+
+    def old(x):
+        stale = [jnp.full((window - n, 2, 8), 1e3) for n in starts]
+        return jnp.stack([jnp.concatenate([x[i, :n], stale[i]]) for i, n in enumerate(starts)])
+
+    def fresh(x):
+        return jnp.stack([x[i, n : n + new] for i, n in enumerate(starts)])
+
+    cached = CachedKeys(old(key), old(value), jnp.asarray(starts))
+    part = blocked_attention(fresh(query), fresh(key), fresh(value), cached=cached, block=32)
+    np.testing.assert_allclose(part, fresh(plain_attention(query, key, value)), atol=1e-5)
 
 
 def test_segments_and_a_cache_exclude_each_other():

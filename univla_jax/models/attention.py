@@ -9,8 +9,6 @@ segment id, and sees every cached slot below the position at which the call star
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -18,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from univla_jax.errors import UserError
 from univla_jax.models import remat
-from univla_jax.models.attention_blocked import blocked_attention, dropout_scale
+from univla_jax.models.attention_blocked import CachedKeys, blocked_attention, dropout_scale
 from univla_jax.models.attention_fused import (
     CUDNN_TYPES,
     LANES,
@@ -31,21 +29,6 @@ from univla_jax.models.attention_sharded import Split, platform, split_call
 
 MASKED = -1e30  # score of an invisible key: finite, so that a fully masked row stays finite
 SHORT = 128  # below this many tokens one plain formula is as fast as blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedKeys:
-    """Keys and values of one layer that earlier calls left in the cache.
-
-    Attributes:
-      keys: [B, W, K, C], the first W slots of the layer's cache.
-      values: [B, W, K, C].
-      starts: int32 [B], position of each row's first new token; slots below it are visible.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    starts: jax.Array
 
 
 def attention_mask(
@@ -80,14 +63,6 @@ def attention_mask(
         return visible
     keys = segment_ids if key_segment_ids is None else key_segment_ids
     return visible & (segment_ids[:, :, None] == keys[:, None, :])
-
-
-def cache_mask(starts: jax.Array, window: int) -> jax.Array:
-    """bool [B, W]: True for the slots that lie before each row's first new token.
-
-    ``starts = [3, 0]`` and a window of 4 give ``1 1 1 .`` and ``. . . .``.
-    """
-    return jnp.arange(window)[None] < starts[:, None]
 
 
 def attention(
@@ -132,7 +107,7 @@ def attention(
             raise UserError("attention: segment_ids and a cache exclude each other; pack or decode")
         if not causal:
             raise UserError("attention: a cache needs causal attention")
-        return _cached_attention(query, key, value, cached)
+        return blocked_attention(query, key, value, cached=cached)
     if key_segment_ids is not None or not causal:
         visible = attention_mask(query.shape[1], segment_ids, key_segment_ids, causal=causal)
         return _masked(query, key, value, visible, dropout, dropout_key)
@@ -278,18 +253,3 @@ def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
     grouped = query.reshape(b, s, key.shape[2], n // key.shape[2], c)
     scores = jnp.einsum("bskgc,btkc->bkgst", grouped, key, preferred_element_type=jnp.float32)
     return scores * c**-0.5
-
-
-def _cached_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, cached: CachedKeys
-) -> jax.Array:
-    """One softmax over the cached slots and the new tokens, without joining their keys."""
-    window = cached.keys.shape[1]
-    visible = cache_mask(cached.starts, window)[:, None, None, None]
-    old = jnp.where(visible, _scores(query, cached.keys), MASKED)
-    new = jnp.where(attention_mask(query.shape[1])[:, None, None], _scores(query, key), MASKED)
-    joined = jnp.concatenate([old, new], axis=-1)
-    probabilities = jax.nn.softmax(joined, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bkgst,btkc->bskgc", probabilities[..., :window], cached.values)
-    out += jnp.einsum("bkgst,btkc->bskgc", probabilities[..., window:], value)
-    return out.reshape(query.shape)

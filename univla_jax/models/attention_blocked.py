@@ -3,14 +3,17 @@
 Each block of queries meets only the keys up to its own end, so the upper triangle is never
 computed, and the backward pass rebuilds the probabilities from the saved normaliser instead of
 keeping [S, S] matrices. On CPU this is several times faster than the plain formula; on any platform
-it bounds memory where no fused kernel applies.
+it bounds memory where no fused kernel applies. Behind a cache, each block also meets the cached
+slots; their scores lie in an array of their own, so that no keys are joined.
 
 Axes: B batch, S sequence, N query heads, K key/value heads, G = N / K, C head dim, Q rows of one
-block (G heads times ``block`` tokens), E keys up to the end of the block, I number of blocks.
+block (G heads times ``block`` tokens), E keys up to the end of the block, I number of blocks,
+W cache window.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -25,12 +28,36 @@ _HIDDEN = -1e30
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class CachedKeys:
+    """Keys and values of one layer that earlier calls left in the cache.
+
+    Attributes:
+      keys: [B, W, K, C], the first W slots of the layer's cache.
+      values: [B, W, K, C].
+      starts: int32 [B], position of each row's first new token; slots below it are visible.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    starts: jax.Array
+
+
+def cache_mask(starts: jax.Array, window: int) -> jax.Array:
+    """bool [B, W]: True for the slots that lie before each row's first new token.
+
+    ``starts = [3, 0]`` and a window of 4 give ``1 1 1 .`` and ``. . . .``.
+    """
+    return jnp.arange(window)[None] < starts[:, None]
+
+
 def blocked_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     segment_ids: jax.Array | None = None,
     *,
+    cached: CachedKeys | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     block: int | None = None,
@@ -42,6 +69,7 @@ def blocked_attention(
       key: [B, S, K, C].
       value: [B, S, K, C].
       segment_ids: int32 [B, S] or None.
+      cached: what every token sees besides; without segments and dropout.
       dropout: rate on the probabilities.
       dropout_key: random key, needed when ``dropout`` is not 0.
       block: tokens per query block; by default 64, or an eighth of a long sequence.
@@ -50,14 +78,17 @@ def blocked_attention(
       [B, S, N, C] in the type of ``query``.
     """
     length = query.shape[1]
-    block = block or block_size(length)
+    block = block or min(block_size(length), length)
     extra = -length % block
     if extra:
         pad = lambda x: jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0)))  # noqa: E731
         query, key, value = pad(query), pad(key), pad(value)
         if segment_ids is not None:
             segment_ids = jnp.pad(segment_ids, ((0, 0), (0, extra)), constant_values=-1)
-    out = _blocked(block, dropout, query, key, value, segment_ids, dropout_key)
+    if cached is None:
+        out = _blocked(block, dropout, query, key, value, segment_ids, dropout_key)
+    else:
+        out = _forward(block, 0.0, query, key, value, None, None, cached)[0]
     return out[:, :length]
 
 
@@ -83,18 +114,23 @@ def _blocked(block, dropout, query, key, value, segment_ids, dropout_key):
     return _forward(block, dropout, query, key, value, segment_ids, dropout_key)[0]
 
 
-def _forward(block, dropout, query, key, value, segment_ids, dropout_key):
+def _forward(block, dropout, query, key, value, segment_ids, dropout_key, cached=None):
     groups = query.shape[2] // key.shape[2]
     q, k, v = _to_blocks(query, key.shape[2], block), _heads_first(key), _heads_first(value)
     outs, normalisers = [], []
     for i in range(query.shape[1] // block):
         end = (i + 1) * block
-        scores = _block_scores(q[:, :, i], k[:, :, :end], segment_ids, block, groups)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights *= _block_dropout(dropout, dropout_key, i, weights.shape)
-        outs.append(_dot("bkqe,bkec->bkqc", weights.astype(v.dtype), v[:, :, :end]) / total)
+        scores = [_block_scores(q[:, :, i], k[:, :, :end], segment_ids, block, groups)]
+        values = [v[:, :, :end]]
+        if cached is not None:
+            scores.append(_cached_scores(q[:, :, i], cached))
+            values.append(_heads_first(cached.values))
+        top = functools.reduce(jnp.maximum, (jnp.max(s, -1, keepdims=True) for s in scores))
+        weights = [jnp.exp(s - top) for s in scores]
+        total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+        weights[0] *= _block_dropout(dropout, dropout_key, i, weights[0].shape)
+        mixed = [_dot("bkqe,bkec->bkqc", w.astype(v.dtype), x) for w, x in zip(weights, values)]
+        outs.append(sum(mixed) / total)
         normalisers.append(top + jnp.log(total))
     out = checkpoint_name(_from_blocks(jnp.stack(outs, 2), groups, query), remat.ATTENTION_OUT)
     normaliser = checkpoint_name(jnp.stack(normalisers, 2), remat.ATTENTION_NORMALISER)
@@ -158,6 +194,14 @@ def _block_scores(q_BKQC, k_BKEC, segment_ids, block, groups):
     bias = jnp.broadcast_to(bias, (bias.shape[0], groups, block, end))
     bias = bias.reshape(bias.shape[0], 1, groups * block, end)
     return _dot("bkqc,bkec->bkqe", q_BKQC, k_BKEC) * q_BKQC.shape[-1] ** -0.5 + bias
+
+
+def _cached_scores(q_BKQC, cached):
+    """float32 [B, K, Q, W] scaled products with the cached slots, as ``_block_scores``."""
+    visible = cache_mask(cached.starts, cached.keys.shape[1])
+    bias = jnp.where(visible, 0.0, _HIDDEN)[:, None, None]
+    products = _dot("bkqc,bkwc->bkqw", q_BKQC, _heads_first(cached.keys))
+    return products * q_BKQC.shape[-1] ** -0.5 + bias
 
 
 def _block_dropout(rate, key, index, shape):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from univla_jax.errors import UserError
 from univla_jax.models import axes, remat
-from univla_jax.models.attention import CachedKeys
+from univla_jax.models.attention_blocked import CachedKeys
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.layers import Attention, GatedMLP, OwnKeys, RMSNorm, Rotation, dropout
 from univla_jax.models.presets import DecoderConfig

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from univla_jax.models import axes, remat
-from univla_jax.models.attention import CachedKeys, attention
-from univla_jax.models.attention_blocked import dropout_scale
+from univla_jax.models.attention import attention
+from univla_jax.models.attention_blocked import CachedKeys, dropout_scale
 from univla_jax.models.presets import DecoderConfig
 
 
