@@ -33,12 +33,14 @@ class Load:
       waits: seconds each answer took, over all robots.
       answers: per robot, its chunks in order.
       calls: per answer, the milliseconds of the policy's call by part.
+      processor: seconds of all processors that the server's process spent.
     """
 
     seconds: float
     waits: np.ndarray
     answers: list[list[ActionChunk]]
     calls: list[dict[str, float]]
+    processor: float = 0.0
 
 
 def observe(shapes: Shapes, robot: int, number: int) -> Observation:

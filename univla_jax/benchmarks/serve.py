@@ -1,12 +1,12 @@
 """Many robots at one server: answers per second, waiting times, and whether histories mix.
 
     python -m univla_jax.benchmarks.serve [--checkpoint=WORKDIR] [--clients=8] [--requests=200]
-        [--compared=50] [--json=FILE]
+        [--compared=20] [--turns=2] [--json=FILE]
 
 Each robot has frames, an instruction and episodes of its own (``robots.py``); all run in a second
 process and ask again as soon as they have their answer. Every answer is compared with that of the
-policy alone with this robot. The first ``--compared`` requests of each are then sent again to a
-server that answers one at a time.
+policy alone with this robot. The first ``--compared`` requests of each are then sent again by
+turns to a server that answers in batches and to one that answers one by one.
 
 Batching pays where a call is bound by reading the weights, as choosing tokens is; reading a prompt
 is bound by arithmetic. Without ``--checkpoint`` the policy has random weights around the decoder of
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
+import functools
 import multiprocessing
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +28,7 @@ from absl import flags, logging
 
 from univla_jax import commands
 from univla_jax.benchmarks import robots
-from univla_jax.benchmarks.clocks import compilations, resident_megabytes
+from univla_jax.benchmarks.clocks import compilations, resident_megabytes, timed
 from univla_jax.benchmarks.figures import save
 from univla_jax.benchmarks.random_policy import random_policy
 from univla_jax.benchmarks.robots import Load
@@ -43,7 +45,8 @@ CHECKPOINT = commands.string_flag(
 PRESET = commands.string_flag("preset", "decoder of the policy without checkpoint", default="small")
 CLIENTS = flags.DEFINE_integer("clients", 8, "robots")
 REQUESTS = flags.DEFINE_integer("requests", 200, "requests of each")
-COMPARED = flags.DEFINE_integer("compared", 50, "requests of each that are sent one at a time too")
+COMPARED = flags.DEFINE_integer("compared", 20, "requests of each that are sent one at a time too")
+TURNS = flags.DEFINE_integer("turns", 2, "how often both servers are compared")
 
 
 def alone(policy: Policy, robot: int, requests: int) -> list[ActionChunk]:
@@ -73,7 +76,9 @@ class Fleet:
 
     def load(self, policy: Policy, requests: int, **config: Any) -> Load:
         """Serves the policy to all robots until each got so many answers."""
-        return asyncio.run(self._load(policy, requests, ServerConfig(port=0, **config)))
+        run = functools.partial(self._load, policy, requests, ServerConfig(port=0, **config))
+        load, spent = timed(lambda: asyncio.run(run()))
+        return dataclasses.replace(load, processor=spent.processor)
 
     async def _load(self, policy: Policy, requests: int, config: ServerConfig) -> Load:
         server = PolicyServer(policy, config, metadata={})
@@ -100,37 +105,56 @@ def mixed_up(load: Load, expected: Sequence[Sequence[ActionChunk]]) -> int:
     return len(pairs) - sum(equal)
 
 
-def figures(policy: Policy, clients: int, requests: int, compared: int) -> dict[str, Any]:
+def figures(
+    policy: Policy, clients: int, requests: int, compared: int, turns: int
+) -> dict[str, Any]:
     """Everything the command prints."""
     launch.warm(policy, clients, lambda message: None)
     compiled = compilations()
     before = len(compiled)
     expected = [alone(policy, robot, requests) for robot in range(clients)]
     held = resident_megabytes()
+    phases: dict[int, list[Load]] = {clients: [], 1: []}
     with Fleet(clients) as fleet:
-        loads = {"": fleet.load(policy, requests, max_batch=clients)}
-        loads["one_at_a_time_"] = fleet.load(policy, compared, max_batch=1)
-    found: dict[str, Any] = {
+        whole = fleet.load(policy, requests, max_batch=clients)
+        after = resident_megabytes()
+        for _ in range(turns):
+            for rows, loads in phases.items():
+                loads.append(fleet.load(policy, compared, max_batch=rows))
+    return {
         "compiled_while_serving": len(compiled) - before,
         "resident_mb_before": held,
-        "resident_mb_after": resident_megabytes(),
+        "resident_mb_after": after,
+        **_summary([whole], expected),
+        **_comparison(phases[clients], phases[1], expected),
     }
-    for name, load in loads.items():
-        found |= {name + key: value for key, value in _summary(load, expected).items()}
-    key = "answers_per_second"
-    return found | {"times_faster": found[key] / found["one_at_a_time_" + key]}
 
 
-def _summary(load: Load, expected: Sequence[Sequence[ActionChunk]]) -> dict[str, Any]:
-    answers = sum(map(len, load.answers))
-    parts = {part: np.mean([call[part] for call in load.calls]) for part in load.calls[0]}
+def _comparison(
+    together: Sequence[Load], single: Sequence[Load], expected: Sequence[Sequence[ActionChunk]]
+) -> dict[str, Any]:
+    """Both ways of answering in the same requests, and how many times better the first is."""
+    ways = {"together_": _summary(together, expected), "one_at_a_time_": _summary(single, expected)}
+    found = {way + key: value for way, summary in ways.items() for key, value in summary.items()}
+    batch, one = ways.values()
+    return found | {
+        "times_faster": batch["answers_per_second"] / one["answers_per_second"],
+        "times_less_processor": one["processor_ms_per_answer"] / batch["processor_ms_per_answer"],
+    }
+
+
+def _summary(loads: Sequence[Load], expected: Sequence[Sequence[ActionChunk]]) -> dict[str, Any]:
+    answers = sum(len(chunks) for load in loads for chunks in load.answers)
+    waits = 1e3 * np.concatenate([load.waits for load in loads])
+    calls = [call for load in loads for call in load.calls]
     return {
         "answers": answers,
-        "differing_from_solo": mixed_up(load, expected),
-        "p50_ms": 1e3 * float(np.quantile(load.waits, 0.5)),
-        "p95_ms": 1e3 * float(np.quantile(load.waits, 0.95)),
-        "answers_per_second": answers / load.seconds,
-        **{f"call_{part}": float(spent) for part, spent in parts.items()},
+        "differing_from_solo": sum(mixed_up(load, expected) for load in loads),
+        "p50_ms": float(np.quantile(waits, 0.5)),
+        "p95_ms": float(np.quantile(waits, 0.95)),
+        "answers_per_second": answers / sum(load.seconds for load in loads),
+        "processor_ms_per_answer": 1e3 * sum(load.processor for load in loads) / answers,
+        **{f"call_{part}": float(np.mean([call[part] for call in calls])) for part in calls[0]},
     }
 
 
@@ -139,7 +163,7 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     policy = Policy.load(CHECKPOINT.value) if CHECKPOINT.value else random_policy(PRESET.value)
-    found = figures(policy, CLIENTS.value, REQUESTS.value, COMPARED.value)
+    found = figures(policy, CLIENTS.value, REQUESTS.value, COMPARED.value, TURNS.value)
     rows = [[n, f"{v:,.2f}" if isinstance(v, float) else f"{v:,}"] for n, v in found.items()]
     print(columns([["serving", ""], *rows]))
     save(found)

@@ -101,6 +101,7 @@ class Continuer:
         self._lengths = sorted({length_bucket(n) for n in lengths})
         room = max(rules.max_new_tokens + rules.draft, _ROUNDING)
         self._slots = length_bucket(self._lengths[-1] + room)
+        self._behind = length_bucket(self._lengths[-1] - self._lengths[0])
 
     def bucket(self, length: int) -> int:
         """What ``length`` new tokens are padded to."""
@@ -166,12 +167,15 @@ class Continuer:
         """How many ids of ``prompt`` need not be read again.
 
         None where the rest is longer than the shortest of the usual lengths: that would save
-        little, and be one shape more to compile.
+        little, and be one shape more to compile. Of a usual prompt no more than what stands before
+        such a rest, so that few slots need be seen.
         """
         if memory is None:
             return 0
         shared = min(common(prompt, memory.ids), len(prompt) - 1)
-        shortest = self._lengths[0]
+        shortest, longest = self._lengths[0], self._lengths[-1]
+        if len(prompt) <= longest:
+            shared = min(shared, self._behind)
         return shared if len(prompt) - shared <= shortest < len(prompt) else 0
 
     def _read(
@@ -250,7 +254,7 @@ class Continuer:
         starts = np.zeros(size, np.int32)
         starts[: len(known)] = known
         state = self._join([*kept, *[None] * (size - len(kept))], starts)
-        return self._sampler.extend(state, tokens, lengths, window=self._window(state))
+        return self._sampler.extend(state, tokens, lengths, window=self._behind)
 
     def _merge(
         self, states: Sequence[DecodeState], groups: Sequence[Sequence[int]], count: int
