@@ -27,6 +27,7 @@ from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.models.kv_cache import KVCache
 
+_PACKED_ROWS = 4  # so many rows are worth a shape of their own without padding
 _ROUNDING = 32  # new tokens are padded by less behind a prompt of the greatest usual length
 
 
@@ -149,8 +150,9 @@ class Continuer:
         """Compiles what calls with ``rows`` rows use."""
         size = self._size(rows)
         for width in self._lengths:
-            rests = [np.zeros(width, np.int32)] * size
-            state = self._read_group(rests, [None] * size, [0] * size, width)
+            for length in (width, width // 2) if size >= _PACKED_ROWS else (width,):
+                rests = [np.zeros(length, np.int32)] * size
+                state = self._read_group(rests, [None] * size, [0] * size, width)
         state = self._merge([state], [range(size)], size)
         cache = split(state.rows)[0].cache
         rests = [np.zeros(self._lengths[0], np.int32)] * size
@@ -250,7 +252,8 @@ class Continuer:
             tokens[row, :n], lengths[row] = rest, n
         if not any(known):
             slots = max(self._slots, length_bucket(width + self.rules.max_new_tokens))
-            return self._sampler.prefill(tokens, lengths, slots=slots)
+            packed = _packed(size, width, int(lengths.sum()))
+            return self._sampler.prefill(tokens, lengths, slots=slots, packed=packed)
         starts = np.zeros(size, np.int32)
         starts[: len(known)] = known
         state = self._join([*kept, *[None] * (size - len(kept))], starts)
@@ -287,3 +290,9 @@ class Continuer:
 
     def _size(self, rows: int) -> int:
         return max(rows, self._rows) if self._rows else row_bucket(rows)
+
+
+def _packed(size: int, width: int, total: int) -> int | None:
+    """The tokens as which a batch is read where a quarter of it is padding, else None."""
+    fewer = 3 * size * width // 4
+    return fewer if size >= _PACKED_ROWS and total <= fewer else None

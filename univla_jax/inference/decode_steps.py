@@ -14,7 +14,7 @@ from univla_jax.inference import int8
 from univla_jax.inference.choosing import choose
 from univla_jax.inference.decode_state import NOTHING, Rows
 from univla_jax.inference.forms import restrict
-from univla_jax.models import few_tokens
+from univla_jax.models import few_tokens, packed_rows
 from univla_jax.models.decoder import mask_padding, project
 from univla_jax.models.kv_cache import KVCache
 
@@ -27,6 +27,16 @@ def prefill(model, params, tokens, lengths, *, slots):
     hidden, cache = model.apply(_variables(model, params), tokens, positions, cache=cache, window=0)
     none = jnp.full_like(lengths, NOTHING)
     return Rows(cache, lengths, _at(hidden, lengths - 1), none)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "width", "slots"))
+def prefill_packed(model, params, tokens, lengths, *, width, slots):
+    """``prefill`` of rows that stand one behind the other in tokens [T], none beyond ``width``."""
+    params = _variables(model, params)["params"]
+    hidden, new = packed_rows.read(model, params, tokens, lengths, width)
+    cache = KVCache.create(model.config, len(lengths), slots)
+    cache = cache.write(*new, jnp.zeros_like(lengths))
+    return Rows(cache, lengths, hidden, jnp.full_like(lengths, NOTHING))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "window"), donate_argnames="rows")

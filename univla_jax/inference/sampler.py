@@ -52,7 +52,12 @@ class Sampler:
         self._layers = few_tokens.layer_params(params, model.config.num_layers) if keep else None
 
     def prefill(
-        self, tokens: np.ndarray, lengths: np.ndarray | None = None, *, slots: int | None = None
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray | None = None,
+        *,
+        slots: int | None = None,
+        packed: int | None = None,
     ) -> DecodeState:
         """Reads prompts into a new cache.
 
@@ -60,6 +65,8 @@ class Sampler:
           tokens: int32 [B, S], right-padded with any id.
           lengths: int32 [B] real tokens per row, at least 1; all S by default.
           slots: room per row to reserve now, so that later calls need not move the cache.
+          packed: reads the rows one behind the other, as so many tokens, instead of side by side;
+            at least the sum of the lengths.
 
         Raises:
           UserError: ids outside the vocabulary, or lengths that do not fit.
@@ -67,7 +74,16 @@ class Sampler:
         tokens, lengths = self._check(tokens, lengths, at_least=1)
         tokens = _pad_to_bucket(tokens)
         slots = length_bucket(max(slots or 0, tokens.shape[1]))
-        rows = decode_steps.prefill(self.model, self.params, tokens, lengths, slots=slots)
+        if packed is None:
+            rows = decode_steps.prefill(self.model, self.params, tokens, lengths, slots=slots)
+            return DecodeState(rows, bound=int(lengths.max()))
+        width = tokens.shape[1]
+        real = tokens[np.arange(width) < lengths[:, None]]
+        flat = np.zeros(packed, np.int32)
+        flat[: len(real)] = real
+        rows = decode_steps.prefill_packed(
+            self.model, self.params, flat, lengths, width=width, slots=slots
+        )
         return DecodeState(rows, bound=int(lengths.max()))
 
     def extend(
