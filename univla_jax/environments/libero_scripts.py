@@ -176,7 +176,7 @@ SCRIPTS: dict[str, dict[int, Script]] = {
         7: turn_on_stove,
         8: bowl_on(_PLATE),
     },
-    "libero_spatial": dict.fromkeys((0, 1, 2, 3, 5, 7, 8, 9), bowl_on(_PLATE)),
+    "libero_spatial": dict.fromkeys((0, 1, 2, 3, 5, 7, 8), bowl_on(_PLATE)),
     "libero_object": {
         number: into_basket(f"{name}_1_main")
         for number, name in enumerate(_GROCERIES)
