@@ -160,6 +160,8 @@ def test_bad_calls(sampler):
         sampler.prefill(np.array([[1, 100]]))
     with pytest.raises(UserError, match=r"lengths \[0\]"):
         sampler.prefill(np.array([[1, 2]]), [0])
+    with pytest.raises(UserError, match="packed=3: the rows have 4 tokens"):
+        sampler.prefill(np.array([[1, 2], [3, 4]]), packed=3)
     with pytest.raises(UserError, match="1 rows of tokens for a state of 2"):
         sampler.extend(state, np.array([[1]]))
     with pytest.raises(UserError, match="stop id 9 is not among"):

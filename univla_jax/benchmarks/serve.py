@@ -10,7 +10,7 @@ turns to a server that answers in batches and to one that answers one by one.
 
 Batching pays where a call is bound by reading the weights, as choosing tokens is; reading a prompt
 is bound by arithmetic. Without ``--checkpoint`` the policy has random weights around the decoder of
-``benchmarks.decode`` (110 MB read per token), prompts of about 100 tokens and chunks of about 24.
+``benchmarks.decode`` (110 MB read per token), prompts of about 100 tokens and chunks of about 15.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Sampler:
             at least the sum of the lengths.
 
         Raises:
-          UserError: ids outside the vocabulary, or lengths that do not fit.
+          UserError: ids outside the vocabulary, or lengths that fit neither S nor ``packed``.
         """
         tokens, lengths = self._check(tokens, lengths, at_least=1)
         tokens = _pad_to_bucket(tokens)
@@ -79,6 +79,8 @@ class Sampler:
             return DecodeState(rows, bound=int(lengths.max()))
         width = tokens.shape[1]
         real = tokens[np.arange(width) < lengths[:, None]]
+        if len(real) > packed:
+            raise UserError(f"packed={packed}: the rows have {len(real)} tokens together")
         flat = np.zeros(packed, np.int32)
         flat[: len(real)] = real
         rows = decode_steps.prefill_packed(
