@@ -141,6 +141,7 @@ def episode(problem: Problem, kept: str, calls: int = 4) -> list[tuple[Spent, np
         prefix = np.concatenate([opening, *window[-2:]])
         if kept == "ahead" and continuer.worth_reading(prefix, memory):
             (memory,) = continuer.read_ahead([prefix])
+            jax.block_until_ready(memory.cache)  # done before the next call, so not in its time
     return results
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from univla_jax.errors import UserError
@@ -147,7 +148,7 @@ class Continuer:
         return [Memory(row.cache, ids) for row, ids in zip(split(state.rows), prefixes)]
 
     def warm(self, rows: int) -> None:
-        """Compiles what calls with ``rows`` rows use."""
+        """Compiles what calls with ``rows`` rows use, and waits for what that computes."""
         size = self._size(rows)
         for width in self._lengths:
             for length in (width, width // 2) if size >= _PACKED_ROWS else (width,):
@@ -158,7 +159,8 @@ class Continuer:
         rests = [np.zeros(self._lengths[0], np.int32)] * size
         kept = [cache, *[None] * (size - 1)]
         state = self._read_group(rests, kept, [1, *[0] * (size - 1)], self._lengths[0])
-        self._write(state, 0)
+        _, state = self._write(state, 0)
+        jax.block_until_ready(state.rows)
 
     def worth_reading(self, prefix: np.ndarray, memory: Memory | None) -> bool:
         """Whether reading ``prefix`` ahead would spare a later call anything."""
