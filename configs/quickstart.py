@@ -103,7 +103,7 @@ def policy() -> ConfigDict:
         "packing": False,
         "batch_size": 16,
     }
-    return complete(TrainConfig, training(4500, data) | {"loss": {"max_labelled": 64}})
+    return complete(TrainConfig, training(4200, data) | {"loss": {"max_labelled": 64}})
 
 
 def training(steps: int, data: Values) -> Values:

@@ -40,6 +40,17 @@ def test_demonstrations_read_back_with_disjoint_seeds(tmp_path):
         demonstrations.write_demonstrations(other, tmp_path)
 
 
+def test_several_processes_write_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(demonstrations, "EPISODES_PER_WORKER", 2)
+    monkeypatch.setattr(demonstrations.os, "sched_getaffinity", lambda process: {0, 1})
+    config = demonstrations.DemonstrationsConfig(4, 1, families=("touch", "push", "place"))
+    demonstrations.write_demonstrations(config, tmp_path)
+    read = list(RldsSource(tmp_path, find_corpus("tabletop"), "train"))
+    assert len(read) == 4
+    for seed, (got, family) in enumerate(zip(read, ("touch", "push", "place", "touch"))):
+        assert_same(got, tabletop_expert.demonstrate(seed, family=family))
+
+
 @pytest.mark.parametrize(
     "changes", [{"train_episodes": 0}, {"val_episodes": 0}, {"first_seed": -1}]
 )

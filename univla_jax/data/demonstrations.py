@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from univla_jax.environments.tabletop_expert import DEMONSTRATION_SEEDS, demonst
 from univla_jax.environments.tabletop_tasks import FAMILIES
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
+
+EPISODES_PER_WORKER = 100  # fewer are drawn before another process has started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class DemonstrationsConfig:
 
 
 class _Episodes:
-    """The demonstrations of some seeds, with a length for the progress bar."""
+    """The demonstrations of some seeds in order, made on every core; its length is their number."""
 
     def __init__(self, seeds: range, families: tuple[str, ...]) -> None:
         self._seeds = seeds
@@ -76,8 +80,19 @@ class _Episodes:
         return len(self._seeds)
 
     def __iter__(self) -> Iterator[Episode]:
-        for seed, family in zip(self._seeds, itertools.cycle(self._families)):
-            yield demonstrate(seed, family=family)
+        families = itertools.islice(itertools.cycle(self._families), len(self))
+        workers = min(len(os.sched_getaffinity(0)), len(self) // EPISODES_PER_WORKER)
+        if workers < 2:
+            yield from map(_demonstrate, self._seeds, families)
+            return
+        # Spawned, because a fork of a process with JAX's threads may hang.
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            yield from pool.map(_demonstrate, self._seeds, families, chunksize=16)
+
+
+def _demonstrate(seed: int, family: str | None) -> Episode:
+    return demonstrate(seed, family=family)
 
 
 def write_demonstrations(config: DemonstrationsConfig, out: str | os.PathLike[str]) -> pathlib.Path:
