@@ -25,10 +25,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from univla_jax.config import complete
+from univla_jax.config import complete, of_stage
 from univla_jax.data.tokenization import TokenizeConfig
 from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig
-from univla_jax.errors import UserError
 from univla_jax.evaluation.libero_demonstrations import LiberoDemonstrationsConfig
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.vision_fit import VisionFitConfig
@@ -116,7 +115,4 @@ def get_config(stage: str = "") -> ConfigDict:
     Raises:
       UserError: no such stage.
     """
-    recipes = {function.__name__: function for function in STAGES}
-    if stage not in recipes:
-        raise UserError(f"config stage {stage!r}; name one after a colon: {', '.join(recipes)}")
-    return recipes[stage]()
+    return of_stage(STAGES, stage)

@@ -14,11 +14,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from univla_jax.config import complete
+from univla_jax.config import complete, of_stage
 from univla_jax.data.demonstrations import DemonstrationsConfig
 from univla_jax.data.tokenization import TokenizeConfig
 from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig
-from univla_jax.errors import UserError
 from univla_jax.evaluation.imagination import ImagineConfig
 from univla_jax.evaluation.study import EvaluateConfig
 from univla_jax.training.train_config import TrainConfig
@@ -145,7 +144,4 @@ def get_config(stage: str = "") -> ConfigDict:
     Raises:
       UserError: no such stage.
     """
-    recipes = {function.__name__: function for function in STAGES}
-    if stage not in recipes:
-        raise UserError(f"config stage {stage!r}; name one after a colon: {', '.join(recipes)}")
-    return recipes[stage]()
+    return of_stage(STAGES, stage)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import config_dict
@@ -60,6 +60,24 @@ def complete(cls: type, values: Mapping[str, Any]) -> config_dict.ConfigDict:
       UserError: as :func:`build`.
     """
     return config_dict.ConfigDict(dataclasses.asdict(build(cls, values)), convert_dict=True)
+
+
+def of_stage(
+    recipes: Iterable[Callable[[], config_dict.ConfigDict]], stage: str
+) -> config_dict.ConfigDict:
+    """What a recipe file with one function per stage returns for the name after the colon.
+
+    Args:
+      recipes: functions that make the config of the stage they are named after.
+      stage: name of one of them.
+
+    Raises:
+      UserError: no such stage.
+    """
+    known = {recipe.__name__: recipe for recipe in recipes}
+    if stage not in known:
+        raise UserError(f"config stage {stage!r}; name one after a colon: {', '.join(known)}")
+    return known[stage]()
 
 
 def _unknown(where: str, key: str, known: list[str]) -> str:

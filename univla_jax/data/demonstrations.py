@@ -11,8 +11,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from univla_jax.data import files
-from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.data.rlds_writer import check_description, write_rlds
 from univla_jax.environments.tabletop_expert import DEMONSTRATION_SEEDS, demonstrate
 from univla_jax.environments.tabletop_tasks import FAMILIES
 from univla_jax.episode import Episode
@@ -116,9 +115,5 @@ def write_demonstrations(config: DemonstrationsConfig, out: str | os.PathLike[st
         description=description,
         image_format=config.image_format,
     )
-    found = files.read_json(folder / "dataset_info.json").get("description")
-    if found != description:
-        raise UserError(
-            f"{folder} holds other demonstrations ({found}); use another --out or delete it"
-        )
+    check_description(folder, description)
     return folder

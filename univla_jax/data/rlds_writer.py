@@ -18,6 +18,7 @@ import tqdm
 from array_record.python import array_record_module
 from PIL import Image
 
+from univla_jax.data import files
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
@@ -95,6 +96,23 @@ def write_rlds(
     _write_metadata(partial, version, form, infos, description)
     os.replace(partial, final)
     return final
+
+
+def check_description(folder: pathlib.Path, description: str) -> None:
+    """Makes sure that a dataset is the one that was to be written.
+
+    Args:
+      folder: of the version, as ``write_rlds`` returns it.
+      description: what was given to ``write_rlds``.
+
+    Raises:
+      UserError: the dataset there was written with another description.
+    """
+    found = files.read_json(folder / "dataset_info.json").get("description")
+    if found != description:
+        raise UserError(
+            f"{folder} holds other demonstrations ({found}); use another --out or delete it"
+        )
 
 
 class _Form:

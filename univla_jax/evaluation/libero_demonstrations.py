@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from univla_jax.data import files
-from univla_jax.data.rlds_writer import SensedEpisode, write_rlds
+from univla_jax.data.corpora import Corpus, find_corpus
+from univla_jax.data.rlds_writer import SensedEpisode, check_description, write_rlds
 from univla_jax.environments.arm import Arm
 from univla_jax.environments.libero_scripts import SCRIPTS, Script, solve
 from univla_jax.episode import Observation
@@ -92,8 +92,8 @@ def write_libero_demonstrations(
     description = "Scripted experts of LIBERO: " + json.dumps(
         dataclasses.asdict(config), sort_keys=True
     )
-    info = pathlib.Path(out) / config.suite / config.version / "dataset_info.json"
-    if not info.is_file():
+    folder = pathlib.Path(out) / config.suite / config.version
+    if not (folder / "dataset_info.json").is_file():  # else no simulator is needed
         simulator = LiberoSimulator(protocol(config.suite), assets)
         counts = {"train": config.train_episodes, "val": config.val_episodes}
         splits = {
@@ -103,12 +103,8 @@ def write_libero_demonstrations(
         options = {"image_format": config.image_format, "id_field": "file_path"}
         name, version = config.suite, config.version
         write_rlds(out, name, version, splits, description=description, **options)
-    found = files.read_json(info).get("description")
-    if found != description:
-        raise UserError(
-            f"{info.parent} holds other demonstrations ({found}); use another --out or delete it"
-        )
-    return info.parent
+    check_description(folder, description)
+    return folder
 
 
 class _Episodes:
@@ -149,11 +145,18 @@ class _Episodes:
         offset = rng.uniform(-config.displacement, config.displacement, 3)
         script = SCRIPTS[config.suite][task]
         name = f"{config.suite}/{task}/{state}/{self._seed}-{attempt}"
-        return demonstrate(self._simulator, script, Job(task, state), offset, name)
+        return demonstrate(
+            self._simulator, script, Job(task, state), offset, name, find_corpus(config.suite)
+        )
 
 
 def demonstrate(
-    simulator: LiberoSimulator, script: Script, job: Job, offset: np.ndarray, name: str
+    simulator: LiberoSimulator,
+    script: Script,
+    job: Job,
+    offset: np.ndarray,
+    name: str,
+    corpus: Corpus,
 ) -> SensedEpisode | None:
     """One scripted episode.
 
@@ -163,6 +166,7 @@ def demonstrate(
       job: task and initial state.
       offset: [3], metres the hand is moved before the episode begins.
       name: of the episode.
+      corpus: of the suite.
 
     Returns:
       the episode, None where the script failed.
@@ -185,8 +189,8 @@ def demonstrate(
         instruction=seen[0].instruction,
         frames={view: _stacked(seen, view) for view in seen[0].frames},
         actions=np.stack(actions),
-        control_hz=20.0,
-        corpus=simulator.suite,
+        control_hz=corpus.control_hz,
+        corpus=corpus.name,
         episode_id=name,
         state=np.stack([one.state for one in seen]),
         sensors={"joint_state": np.stack(joints)},

@@ -106,11 +106,6 @@ class LiberoSimulator:
         return {**known, "renderer": os.environ.get("MUJOCO_GL", "mujoco's default")}
 
     @property
-    def suite(self) -> str:
-        """Its name."""
-        return self._rules.suite
-
-    @property
     def env(self) -> Any:
         """LIBERO's own environment of the present task."""
         return self._env
