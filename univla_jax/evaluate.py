@@ -71,8 +71,8 @@ ASSETS = commands.string_flag("assets", "the simulator's assets or data set", re
 WORKERS = flags.DEFINE_integer("workers", 1, "simulators at once")
 HANG_SECONDS = flags.DEFINE_float("hang_seconds", 600.0, "a simulator silent for so long restarts")
 FILMS = flags.DEFINE_integer("films", 1, "episodes of each task that are filmed")
-_EXPERT_CHUNK = 10  # actions that a script plans at once
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
+_EXPERT_CHUNK = 10  # actions that a script plans at once
 
 
 def table(report: dict[str, Any]) -> str:

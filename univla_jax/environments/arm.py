@@ -143,9 +143,8 @@ class Arm:
     def _action(self, offset: np.ndarray, angles: np.ndarray, speed: float = 1.0) -> np.ndarray:
         """Slowed on all axes alike, so that paths stay straight."""
         wanted = _GAIN * np.concatenate([offset / METRES, angles / RADIANS])
-        for part in (slice(0, 3), slice(3, 6)):
-            limit = speed * LIMITS[part] if part.start == 0 else LIMITS[part]
-            wanted[part] /= max(1.0, np.max(np.abs(wanted[part]) / limit))
+        for part, limits in ((wanted[:3], speed * LIMITS[:3]), (wanted[3:], LIMITS[3:])):
+            part /= max(1.0, np.max(np.abs(part) / limits))
         return np.append(wanted, self._grip)
 
 
