@@ -15,6 +15,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation import overview
 
 SUCCESS = {"successes": 9, "episodes": 10, "rate": 0.9, "low": 0.6, "high": 0.98}
+TEXT = {"vocabulary_size": 300, "mean_tokens": 6.2, "distinct_instructions": 24}
 MEANS = {"psnr": 25.0, "ssim": 0.9, "token_accuracy": 0.8}
 
 
@@ -34,6 +35,7 @@ def workdir(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         _write(tmp_path / run / "metrics.jsonl", text)
     conditions = {
+        "another": {"success": SUCCESS, "families": {}},
         "policy": {"success": SUCCESS, "families": {"push": SUCCESS}},
         "random": {"success": {**SUCCESS, "successes": 0, "rate": 0.0}, "families": {}},
     }
@@ -41,7 +43,8 @@ def workdir(tmp_path):
     _write(tmp_path / "evaluation" / "rollouts.gif", "")
     overall = {"imagined": MEANS, "repeat_context": {**MEANS, "psnr": 20.0}}
     _write(tmp_path / "imagination" / "imagine.json", {"overall": overall})
-    _write(tmp_path / "tokenizers" / "vision" / "fit.json", {"report": {"psnr": 28.123456}})
+    vision = {"psnr": {"image": 28.123456, "wrist": 20.0}, "codes_used": 0.5, "perplexity": 90.0}
+    _write(tmp_path / "tokenizers" / "vision" / "fit.json", {"report": vision})
     stages = [
         {"stage": "policy", "seconds": 20.0, "peak_gigabytes": 2.5},
         {"stage": "policy", "seconds": 70.0, "peak_gigabytes": 1.5},
@@ -64,15 +67,17 @@ def test_everything_is_gathered(workdir):
     with Image.open(workdir / "learning_curve.png") as picture:
         assert picture.size[0] > 900
     table = overview.table(report)
-    for words in ("psnr 28.12", "90.0 % (9/10", "25.00 dB", "20.00 dB", "2.0 min, peak 2.50 GB"):
+    vision = "image 28.1 dB, wrist 20.0 dB; 50 % of the codes used"
+    for words in (vision, "90.0 % (9/10", "25.00 dB", "20.00 dB", "2.0 min, peak 2.50 GB"):
         assert words in table
+    assert table.index("success, policy") < table.index("success, another")
 
 
 def test_what_is_absent_is_left_out(tmp_path):
-    _write(tmp_path / "tokenizers" / "text" / "fit.json", {"report": {"pieces": 300}})
+    _write(tmp_path / "tokenizers" / "text" / "fit.json", {"report": TEXT})
     report = overview.write(tmp_path)
     assert set(report) == {"tokenizers", "files"}
-    assert "pieces 300" in overview.table(report)
+    assert "300 ids, 6.2 per instruction (24 different ones)" in overview.table(report)
     with pytest.raises(UserError, match="holds no results"):
         overview.write(tmp_path / "nothing")
 

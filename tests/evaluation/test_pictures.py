@@ -92,3 +92,4 @@ def test_learning_curves(tmp_path):
 def test_columns():
     rows = [("what", "n"), ("a longer name", 12)]
     assert columns(rows) == "what            n\na longer name  12"
+    assert columns(rows, left=2) == "what           n\na longer name  12"

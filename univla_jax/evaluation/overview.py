@@ -18,7 +18,6 @@ from univla_jax.evaluation.text_table import columns
 from univla_jax.training import metrics
 
 REPORT, CURVE, STAGES = "report.json", "learning_curve.png", "stages.jsonl"
-_TOKENIZERS = ("text", "vision", "action")
 _SPLITS = ("train", "val")
 _RUNS = {"world_model": "world model (visual tokens)", "policy": "policy (action tokens)"}
 _TAIL = 10  # a run is described by the mean of the last tenth of its lines
@@ -69,7 +68,7 @@ def table(report: Mapping[str, Any]) -> str:
     """The report in a few lines."""
     rows = [("what", "result"), *_tokenizer_rows(report), *_training_rows(report)]
     rows += [*_evaluation_rows(report), *_imagination_rows(report), *_stage_rows(report)]
-    return columns(rows)
+    return columns(rows, left=2)
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, float]]:
@@ -81,7 +80,7 @@ def _result(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _tokenizers(folder: pathlib.Path) -> dict[str, Any]:
-    found = {name: _result(folder / name / fit_folder.FILE) for name in _TOKENIZERS}
+    found = {name: _result(folder / name / fit_folder.FILE) for name in _FITS}
     return {name: value["report"] for name, value in found.items() if value}
 
 
@@ -142,11 +141,31 @@ def _attempts(path: pathlib.Path) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
+def _text_fit(values: Mapping[str, Any]) -> str:
+    return (
+        f"{values['vocabulary_size']} ids, {values['mean_tokens']:.1f} per instruction"
+        f" ({values['distinct_instructions']} different ones)"
+    )
+
+
+def _vision_fit(values: Mapping[str, Any]) -> str:
+    views = ", ".join(f"{view} {psnr:.1f} dB" for view, psnr in values["psnr"].items())
+    return f"{views}; {100 * values['codes_used']:.0f} % of the codes used"
+
+
+def _action_fit(values: Mapping[str, Any]) -> str:
+    return (
+        f"{values['vocabulary_size']} ids, {values['mean_tokens']:.1f} per chunk"
+        f" (at most {values['max_tokens']})"
+    )
+
+
+_FITS = {"text": _text_fit, "vision": _vision_fit, "action": _action_fit}
+
+
 def _tokenizer_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for name, values in report.get("tokenizers", {}).items():
-        shown = [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, (int, float))]
-        rows.append((f"{name} tokenizer", ", ".join(shown)))
+    fits = report.get("tokenizers", {})
+    rows = [(f"{name} tokenizer", _FITS[name](values)) for name, values in fits.items()]
     for split, store in report.get("tokens", {}).items():
         rows.append((f"tokens {split}", f"{store['episodes']} episodes, {store['frames']} frames"))
     return rows
@@ -163,7 +182,9 @@ def _training_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for name, summary in report.get("evaluation", {}).get("conditions", {}).items():
+    conditions = report.get("evaluation", {}).get("conditions", {})
+    for name in sorted(conditions, key=lambda name: name != "policy"):
+        summary = conditions[name]
         rows.append((f"success, {name.replace('_', ' ')}", _share(summary["success"])))
         if name == "policy":
             rows += [(f"  {family}", _share(s)) for family, s in summary["families"].items()]

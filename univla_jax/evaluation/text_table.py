@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def columns(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as aligned columns: the first to the left, the others to the right.
+def columns(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
+    """Rows as aligned columns: words to the left, numbers to the right.
 
     Args:
       rows: the first is the heading; all of one length.
+      left: how many of the first columns hold words.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
-    for first, *others in cells:
-        parts = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:]))]
+    for row in cells:
+        parts = [c.ljust(w) for c, w in zip(row[:left], widths[:left])]
+        parts += [c.rjust(w) for c, w in zip(row[left:], widths[left:])]
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
