@@ -158,7 +158,7 @@ def test_segments_and_a_cache_exclude_each_other():
 
 
 @pytest.mark.parametrize(
-    ("length", "block"), [(1, 64), (64, 64), (512, 64), (513, 128), (3200, 448)]
+    ("length", "block"), [(1, 8), (64, 64), (65, 40), (112, 56), (512, 64), (513, 72), (3200, 400)]
 )
 def test_block_size(length, block):
     assert block_size(length) == block

@@ -68,6 +68,8 @@ def test_what_the_gpu_kernel_is_asked_for(segments, causal):
         (("gpu", 3200, 128, jnp.dtype("bfloat16")), "cudnn"),
         (("gpu", 3200, 128, jnp.dtype("float32")), "blocked"),
         (("cpu", 3200, 128, jnp.bfloat16), "blocked"),
+        (("cpu", 112, 16, jnp.float32), "blocked"),
+        (("tpu", 112, 128, jnp.bfloat16), "blocked"),
         (("tpu", 64, 128, jnp.bfloat16), "plain"),
     ],
 )

@@ -28,7 +28,8 @@ from univla_jax.models.attention_fused import (
 from univla_jax.models.attention_sharded import Split, platform, split_call
 
 MASKED = -1e30  # score of an invisible key: finite, so that a fully masked row stays finite
-SHORT = 128  # below this many tokens one plain formula is as fast as blocks
+FUSED_FROM = 128  # tokens; below, a fused kernel does not pay
+BLOCKED_FROM = 65  # tokens; below, there is one block, and the plain formula is as fast
 
 
 def attention_mask(
@@ -137,12 +138,12 @@ def choose(
       ``"splash"`` on TPU and ``"cudnn"`` on GPU where the kernel takes these shapes and types;
       else ``"blocked"``, or ``"plain"`` for few tokens.
     """
-    if dropout == 0.0 and length >= SHORT:
+    if dropout == 0.0 and length >= FUSED_FROM:
         if platform == "tpu" and head_dim % LANES == 0:
             return "splash"
         if platform == "gpu" and dtype in CUDNN_TYPES:
             return "cudnn"
-    return "plain" if length < SHORT else "blocked"
+    return "blocked" if length >= BLOCKED_FROM else "plain"
 
 
 def _check_unfused(implementation: str) -> None:

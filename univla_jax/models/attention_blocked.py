@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from univla_jax.models import remat
 
 SMALL_BLOCK = 64
+LANE = 8  # blocks are a multiple of it
 MOST_BLOCKS = 8
 _HIDDEN = -1e30
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -93,9 +94,10 @@ def blocked_attention(
 
 
 def block_size(length: int) -> int:
-    """Tokens per block: at least ``SMALL_BLOCK`` and at most ``MOST_BLOCKS`` blocks."""
-    share = -(-length // MOST_BLOCKS)
-    return -(-share // SMALL_BLOCK) * SMALL_BLOCK
+    """Tokens per block: about ``SMALL_BLOCK``, or an eighth of a long sequence; little padding."""
+    largest = max(SMALL_BLOCK, -(-length // MOST_BLOCKS))
+    share = -(-length // -(-length // largest))
+    return -(-share // LANE) * LANE
 
 
 def dropout_scale(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
