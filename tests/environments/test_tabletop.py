@@ -61,7 +61,7 @@ def test_a_family_can_be_asked_for(family):
 
 
 def test_an_unknown_family_is_named():
-    with pytest.raises(ValueError, match=r"'juggle'.*touch, lift, push, place"):
+    with pytest.raises(ValueError, match=r"'juggle'.*touch, lift, push, place, reach"):
         TabletopEnv().reset(seed=0, options={"family": "juggle"})
 
 
@@ -132,6 +132,7 @@ def test_touching_another_block_first_fails_the_task():
         (Task("lift", "blue", "", (0, 0)), "lift the blue block"),
         (Task("push", "green", "left", (0, 0)), "push the green block to the left"),
         (Task("place", "yellow", "black", (0, 0)), "put the yellow block in the black zone"),
+        (Task("reach", "", "white"), "reach the white zone"),
     ],
 )
 def test_instructions(task, words):
@@ -155,10 +156,27 @@ def test_success_needs_the_distance_the_direction_and_the_release():
     assert place.succeeded(table)
 
 
-def test_the_same_task_can_be_asked_of_another_block():
-    table = scene({"red": (0.5, 0.5), "blue": (0.2, 0.2)})
-    other = Task("push", "red", "left", (0.5, 0.5)).with_block("blue", table)
-    assert other == Task("push", "blue", "left", (0.2, 0.2))
+def test_a_zone_is_reached_low_and_with_no_block_touched():
+    table = scene({"red": (0.5, 0.5)}, gripper_at=(0.82, 0.78), height=0.12, is_open=False)
+    task = Task("reach", "", "white")
+    assert not task.succeeded(table)
+    act(table, dz=-0.05, grip=1.0)
+    assert task.succeeded(table)
+    act(table, dx=-0.1, grip=1.0)
+    assert not task.succeeded(table)
+    act(table, dx=0.1, grip=1.0)
+    table.touched.append(0)
+    assert not task.succeeded(table)
+
+
+def test_the_same_task_can_be_asked_of_every_other_thing():
+    table = scene({"red": (0.5, 0.5), "blue": (0.2, 0.2), "green": (0.8, 0.2)})
+    assert Task("push", "red", "left", (0.5, 0.5)).others(table) == [
+        Task("push", "blue", "left", (0.2, 0.2)),
+        Task("push", "green", "left", (0.8, 0.2)),
+    ]
+    table.zones.append(Zone("black", np.array([0.2, 0.8])))
+    assert Task("reach", "", "white").others(table) == [Task("reach", "", "black")]
 
 
 def test_the_fixed_camera_shows_each_block_where_it_is():

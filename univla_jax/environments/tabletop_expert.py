@@ -34,9 +34,11 @@ def waypoints(task: Task, scene: Scene) -> list[Waypoint]:
     Returns:
       (x, y, height, gripper) in table units; gripper is -1 open or +1 closed.
     """
+    if task.family == "reach":
+        return _down_and_up(scene.zone(task.target).position)
     block = scene.block(task.block).position
     if task.family == "touch":
-        return [(*block, HIGH, CLOSE), (*block, tabletop.BLOCK_TOP, CLOSE), (*block, HIGH, CLOSE)]
+        return _down_and_up(block)
     if task.family == "push":
         return _push_path(block, PUSH_DIRECTIONS[task.target])
     path = [
@@ -54,6 +56,10 @@ def waypoints(task: Task, scene: Scene) -> list[Waypoint]:
             (*zone, HIGH, OPEN),
         ]
     return path
+
+
+def _down_and_up(spot: np.ndarray) -> list[Waypoint]:
+    return [(*spot, HIGH, CLOSE), (*spot, tabletop.BLOCK_TOP, CLOSE), (*spot, HIGH, CLOSE)]
 
 
 def _push_path(block: np.ndarray, direction: np.ndarray) -> list[Waypoint]:

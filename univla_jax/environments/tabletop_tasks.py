@@ -1,7 +1,8 @@
 """Task families of the tabletop: instructions and success predicates.
 
 Every scene holds several blocks and zones of different colours, so only the instruction tells
-which of them is meant. A task counts as failed once another block was touched first.
+which of them is meant. A task counts as failed once another block was touched first; reaching a
+zone touches none.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ BLOCK_RGB = {
     "yellow": (236, 190, 40),
 }
 ZONE_RGB = {"white": (250, 250, 250), "black": (20, 20, 24)}
-FAMILIES = ("touch", "lift", "push", "place")
+FAMILIES = ("touch", "lift", "push", "place", "reach")
 PUSH_DIRECTIONS = {"left": np.array([-1.0, 0.0]), "right": np.array([1.0, 0.0])}
 PUSH_DISTANCE = 0.1
 LIFT_HEIGHT = 0.12
 PLACE_REACH = 0.08
+REACH_HEIGHT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +32,15 @@ class Task:
 
     Attributes:
       family: one of ``FAMILIES``.
-      block: colour of the block meant.
-      target: zone colour (place), direction (push) or empty.
-      origin: (x, y) of the block at the start, table units.
+      block: colour of the block meant; empty for reach.
+      target: zone colour (place, reach), direction (push) or empty.
+      origin: (x, y) of the block at the start, table units; unused by reach.
     """
 
     family: str
     block: str
     target: str
-    origin: tuple[float, float]
+    origin: tuple[float, float] = (0.0, 0.0)
 
     @property
     def instruction(self) -> str:
@@ -47,10 +49,16 @@ class Task:
             return f"push the {self.block} block to the {self.target}"
         if self.family == "place":
             return f"put the {self.block} block in the {self.target} zone"
+        if self.family == "reach":
+            return f"reach the {self.target} zone"
         return f"{self.family} the {self.block} block"
 
     def succeeded(self, scene) -> bool:
         """Whether ``scene`` (a ``tabletop.Scene``) fulfils the task."""
+        if self.family == "reach":
+            return self._in_zone(scene, scene.gripper.position) and (
+                scene.gripper.height < REACH_HEIGHT and not scene.touched
+            )
         index = next(i for i, b in enumerate(scene.blocks) if b.colour == self.block)
         if not scene.touched or scene.touched[0] != index:
             return False
@@ -62,14 +70,23 @@ class Task:
             along = float(moved @ PUSH_DIRECTIONS[self.target])
             return along > PUSH_DISTANCE and abs(moved[1]) < 0.08 and scene.held is None
         if self.family == "place":
-            offset = np.linalg.norm(block.position - scene.zone(self.target).position)
-            return bool(offset < PLACE_REACH) and scene.held is None
+            return self._in_zone(scene, block.position) and scene.held is None
         return True
 
-    def with_block(self, colour: str, scene) -> Task:
-        """The same kind of task for another block of ``scene``."""
-        block = scene.block(colour)
-        return dataclasses.replace(self, block=colour, origin=tuple(map(float, block.position)))
+    def others(self, scene) -> list[Task]:
+        """The same kind of task for each other block of ``scene``, or each other zone (reach)."""
+        if self.family == "reach":
+            zones = [z for z in scene.zones if z.colour != self.target]
+            return [dataclasses.replace(self, target=zone.colour) for zone in zones]
+        blocks = [b for b in scene.blocks if b.colour != self.block]
+        return [
+            dataclasses.replace(self, block=b.colour, origin=tuple(map(float, b.position)))
+            for b in blocks
+        ]
+
+    def _in_zone(self, scene, position: np.ndarray) -> bool:
+        offset = np.linalg.norm(position - scene.zone(self.target).position)
+        return bool(offset < PLACE_REACH)
 
 
 def sample_task(
@@ -97,6 +114,8 @@ def sample_task(
     block = str(rng.choice(block_colours))
     position = scene.block(block).position
     target = ""
+    if family == "reach":
+        return Task(family, "", str(rng.choice(zone_colours)))
     if family == "place":
         target = str(rng.choice(zone_colours))
     elif family == "push":

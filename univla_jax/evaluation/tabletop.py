@@ -19,7 +19,7 @@ from univla_jax.errors import UserError
 
 
 class TabletopEpisode:
-    """One episode; the policy may be told the same kind of task for another block on the table.
+    """One episode; the policy may be told the same kind of task for another thing on the table.
 
     Attributes:
       seed: of the scene and the task.
@@ -36,7 +36,7 @@ class TabletopEpisode:
           seed: of ``TabletopEnv.reset``.
           family: task family.
           max_steps: steps after which the episode ends.
-          other_instruction: tell the policy about another block.
+          other_instruction: tell the policy about another block, or another zone.
         """
         self.seed = seed
         self._env = _Table(max_steps=max_steps)
@@ -55,7 +55,7 @@ class TabletopEpisode:
         """Executes float [7] (gripper > 0 closes); True when the episode ended.
 
         It also ends when the told task is done: that took touching another block first, after
-        which the true task cannot succeed.
+        which the true task cannot succeed, or reaching another zone than the one meant.
         """
         _, _, terminated, truncated, _ = self._env.step(action)
         self._steps += 1
@@ -81,10 +81,8 @@ class TabletopEpisode:
 
     def _other_task(self):
         """The same kind of task for another block, which one depends on the seed alone."""
-        task, scene = self._env.task, self._env.scene
-        others = [b.colour for b in scene.blocks if b.colour != task.block]
-        colour = others[int(np.random.default_rng(self.seed).integers(len(others)))]
-        return task.with_block(colour, scene)
+        others = self._env.task.others(self._env.scene)
+        return others[int(np.random.default_rng(self.seed).integers(len(others)))]
 
 
 class Tabletop:
