@@ -16,6 +16,7 @@ from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy, no_motion
 from univla_jax.inference.trained import TrainedModel, checkpoint_identity
+from univla_jax.sequences import layouts
 from univla_jax.tokenizers.image import ImageSpec
 
 
@@ -198,6 +199,64 @@ def test_bad_observations_are_named_and_change_nothing(trained, observation, mes
     with pytest.raises(UserError, match=f"observation 1: .*{message}"):
         policy.act([_observation(0), observation], sessions)
     assert all(session.chunks == 0 and not session.history.turns for session in sessions)
+
+
+STATE = dataclasses.replace(
+    tiny_checkpoint.STATISTICS, mean=(0.0,) * 3, std=(1.0,) * 3, q01=(-1.0,) * 3, q99=(1.0,) * 3
+)
+
+
+@pytest.fixture
+def shown_states(trained):
+    """The same checkpoint, as if it had been trained with states of three numbers."""
+    statistics = {**trained.assets.statistics, "tabletop/state": STATE}
+    assets = dataclasses.replace(trained.assets, statistics=statistics)
+    layout = dataclasses.replace(trained.layout, state=True)
+    return dataclasses.replace(trained, assets=assets, layout=layout)
+
+
+def test_a_policy_shown_states_reads_its_training_sequence(shown_states):
+    answers = [_ids(shown_states, _chunk(i)) for i in (0, 1)]
+    policy = _scripted(shown_states, [[answer] for answer in answers])
+    session, lexicon = policy.start(), shown_states.lexicon
+    states = [np.array([0.5, -0.25, i], np.float32) for i in (0, 1)]
+    seen = [dataclasses.replace(_observation(i), state=states[i]) for i in (0, 1)]
+    for observation in seen:
+        policy.act([observation], [session])
+    codes = [policy._encoder.encode([o])[0] for o in seen]
+    tokenizer = shown_states.assets.action
+    trained_on = layouts.policy_video(
+        lexicon,
+        seen[0].instruction,
+        [np.concatenate(view) for view in zip(*codes)],
+        [np.array(answer[:-1]) for answer in answers],
+        [lexicon.vocabulary.action_ids(np.array(tokenizer.encode(s[None]))) for s in states],
+    ).ids
+    prompt = policy.head.continuer.prompts[1][0]
+    np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
+    assert trained_on[len(prompt) :][: len(answers[1])].tolist() == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, r"observation 0: no state; this policy was trained with one: send 3 numbers"),
+        (np.zeros(4), r"observation 0: state is \[0.0, 0.0, 0.0, 0.0\], expected 3 finite"),
+        (np.array([0, np.nan, 0]), r"state is \[0.0, nan, 0.0\], expected 3 finite numbers"),
+    ],
+)
+def test_a_state_that_was_not_shown_is_refused(shown_states, state, message):
+    policy = Policy(shown_states)
+    session = policy.start()
+    with pytest.raises(UserError, match=message):
+        policy.act([dataclasses.replace(_observation(0), state=state)], [session])
+    assert not session.history.turns
+
+
+def test_states_need_their_statistics(trained):
+    layout = dataclasses.replace(trained.layout, state=True)
+    with pytest.raises(UserError, match="no action statistics of corpus 'tabletop/state'"):
+        Policy(dataclasses.replace(trained, layout=layout))
 
 
 def test_frames_of_another_size_are_refused_where_the_spec_keeps_the_cameras(trained):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tests.inference import tiny_checkpoint
 from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.policy import Policy
@@ -19,3 +21,12 @@ def test_a_robot_learns_what_to_send_and_what_it_gets(tmp_path):
     assert told["observation_keys"] == shapes
     assert told["action_q01"] == list(tiny_checkpoint.STATISTICS.q01)
     assert len(told["statistics_sha256"]) == 64
+
+
+def test_a_robot_learns_that_its_state_is_wanted(tmp_path):
+    assets = tiny_checkpoint.make_assets(state=True)
+    statistics = {**assets.statistics, "tabletop/state": tiny_checkpoint.STATISTICS}
+    assets = dataclasses.replace(assets, statistics=statistics)
+    policy = Policy.load(tiny_checkpoint.save(tmp_path, assets))
+    told = describe(Executor(policy, Execution("chunk")))
+    assert told["observation_keys"]["observation/state"] == [7]

@@ -103,10 +103,12 @@ def _moments(policy: Policy, episode: TokenizedEpisode) -> Iterator[Moment]:
     raw = _chunks(policy, episode)
     actions = policy.statistics.normalise(raw)
     written = _written(policy, actions)
+    states = _states(policy, episode, len(raw))
     begin, history = opening(lexicon, episode.instruction), policy.start().history
     for number in range(len(raw)):
         step = np.array([number * policy.chunk])
-        turn = turn_prompt(lexicon, [np.asarray(episode.codes[view][step]) for view in views])
+        seen_views = [np.asarray(episode.codes[view][step]) for view in views]
+        turn = turn_prompt(lexicon, seen_views, states[number])
         past = history.prefix(begin)
         history = history.observe(turn)
         prompt = history.prompt(begin)
@@ -115,6 +117,15 @@ def _moments(policy: Policy, episode: TokenizedEpisode) -> Iterator[Moment]:
         yield Moment(prompt, answer, actions[number], raw[number])
         ids = answer.ids[len(prompt) :] if answer else [lexicon.vocabulary.eoa]
         history = history.act(np.asarray(ids))
+
+
+def _states(policy: Policy, episode: TokenizedEpisode, count: int) -> list[np.ndarray | None]:
+    """Ids of the state at the start of each of ``count`` chunks; None where it is not shown."""
+    starts = range(0, count * policy.chunk, policy.chunk)
+    states = [None if episode.state is None else episode.state[start] for start in starts]
+    for state in states:
+        policy.states.check(state, f"episode {episode.corpus}/{episode.episode_id}")
+    return policy.states.encode(states)
 
 
 def _visual(policy: Policy, ids: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""What cameras deliver, checked and turned into visual codes as the training data was.
+"""What cameras and joints deliver, checked and turned into tokens as the training data was.
 
-Axes: N observations, H/W pixels, h/w code grid.
+Axes: N observations, H/W pixels, h/w code grid, P state dimensions.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from univla_jax.data.actions import state_key
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.trained import Layout
+from univla_jax.inference.trained import Layout, TrainedModel
+from univla_jax.sequences.chunks import state_ids
 from univla_jax.tokenizers.assets import Assets
 
 
@@ -112,3 +114,63 @@ class ObservationEncoder:
                 f"{grid} codes; the policy was trained on {self._grids[view]}: send frames of the "
                 "size of the training data"
             )
+
+
+class StateEncoder:
+    """Checks proprioceptive states and writes them as the policy was shown them.
+
+    Attributes:
+      size: state dimensions P; also the most ids of one state, for every id holds at least one.
+    """
+
+    def __init__(self, trained: TrainedModel, corpus: str) -> None:
+        """Takes the state statistics of ``corpus``.
+
+        Raises:
+          UserError: the checkpoint has none.
+        """
+        self._lexicon, self._tokenizer = trained.lexicon, trained.assets.require("action")
+        self._statistics = trained.statistics(state_key(corpus))
+        self.size = self._statistics.action_dim
+
+    def example(self) -> np.ndarray | None:
+        """A state the policy takes: zeros."""
+        return np.zeros(self.size, np.float32)
+
+    def check(self, state: np.ndarray | None, name: str) -> None:
+        """Raises UserError, which calls the observation ``name``, for a state it cannot write."""
+        if state is None:
+            raise UserError(
+                f"{name}: no state; this policy was trained with one: send {self.size} numbers as "
+                "in the training data"
+            )
+        state = np.asarray(state)
+        if state.shape != (self.size,) or not np.isfinite(state).all():
+            raise UserError(
+                f"{name}: state is {state.tolist()}, expected {self.size} finite numbers as in the "
+                "training data"
+            )
+
+    def encode(self, states: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        """int32 ids of each of the checked states, float32 [P]."""
+        stacked = np.asarray(states, np.float32).reshape(-1, self.size)
+        return list(state_ids(self._lexicon, self._tokenizer, self._statistics, stacked))
+
+
+class NoStates(StateEncoder):
+    """Of a policy that was shown no states: whatever an observation brings is left out."""
+
+    def __init__(self) -> None:
+        """Needs nothing."""
+        self.size = 0
+
+    def example(self) -> np.ndarray | None:
+        """None."""
+        return None
+
+    def check(self, state: np.ndarray | None, name: str) -> None:
+        """Anything will do."""
+
+    def encode(self, states: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        """None for each."""
+        return [None] * len(states)

@@ -23,7 +23,7 @@ from univla_jax.errors import UserError
 from univla_jax.inference.buckets import row_bucket
 from univla_jax.inference.heads import ActionHead, HeadAnswer, TokenHead, head_of
 from univla_jax.inference.int8 import quantised
-from univla_jax.inference.observations import ObservationEncoder
+from univla_jax.inference.observations import NoStates, ObservationEncoder, StateEncoder
 from univla_jax.inference.session import Holders, Session
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.inference.trained import TrainedModel
@@ -44,6 +44,7 @@ class Policy:
       corpus: row whose cameras and action statistics are used.
       statistics: of that corpus' actions.
       head: turns prompts into normalised actions.
+      states: checks and writes proprioceptive states, where the policy was shown them.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Policy:
         self.corpus = layout.corpus(corpus)
         self.statistics = trained.statistics(self.corpus)
         self._encoder = ObservationEncoder(assets, layout, self.corpus)
+        self.states = StateEncoder(trained, self.corpus) if layout.state else NoStates()
         self._rows = rows
         shape = self.chunk, self.statistics.action_dim
         self.head = head or head_of(
@@ -163,8 +165,9 @@ class Policy:
           gripper, which stays as it was last commanded.
 
         Raises:
-          UserError: an observation without a view, or with a frame of another dtype or size; a
-            session given twice; an instruction too long. No session is changed then.
+          UserError: an observation without a view, with a frame of another dtype or size, or
+            without the state that the policy was trained with; a session given twice; an
+            instruction too long. No session is changed then.
         """
         if len(observations) != len(sessions):
             raise UserError(f"{len(observations)} observations for {len(sessions)} sessions")
@@ -181,7 +184,7 @@ class Policy:
 
     def example(self) -> Observation:
         """A black observation of a size the policy takes."""
-        return self._encoder.example()
+        return dataclasses.replace(self._encoder.example(), state=self.states.example())
 
     def warm(self, rows: int) -> None:
         """Compiles what calls with ``rows`` robots use."""
@@ -197,9 +200,11 @@ class Policy:
           name: what it is called in messages.
 
         Raises:
-          UserError: a view is missing or has another dtype or size; an instruction too long.
+          UserError: a view is missing or has another dtype or size; a state is missing or has
+            another size; an instruction too long.
         """
         self._encoder.check(observation, name)
+        self.states.check(observation.state, name)
         self._check_instruction(observation.instruction, name)
 
     def work_ahead(self) -> bool:
@@ -235,9 +240,10 @@ class Policy:
         lexicon = self.trained.lexicon
         with stopwatch.part("observe"):
             seen = self._encoder.encode(observations, self._rows or row_bucket(len(observations)))
+            states = self.states.encode([observation.state for observation in observations])
         histories = [
-            session.seeing(observation.instruction, turn_prompt(lexicon, views))
-            for observation, session, views in zip(observations, sessions, seen)
+            session.seeing(observation.instruction, turn_prompt(lexicon, views, state))
+            for observation, session, views, state in zip(observations, sessions, seen, states)
         ]
         prompts = [
             history.prompt(opening(lexicon, observation.instruction))
@@ -266,7 +272,7 @@ class Policy:
         layout, window = self.trained.layout, self.start().history.window
         grids = layout.corpora[self.corpus].grids
         codes = [np.zeros((1, *grids[view]), np.int32) for view in layout.views]
-        turn = len(turn_prompt(self.trained.lexicon, codes))
+        turn = len(turn_prompt(self.trained.lexicon, codes)) + self.states.size
         longest = _USUAL_OPENING + window * turn + (window - 1) * _action_tokens(self.head)
         first = _USUAL_OPENING + turn
         return turn + 1, first, max(first, min(longest, layout.sequence_length))

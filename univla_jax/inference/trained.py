@@ -54,6 +54,7 @@ class Layout:
       sequence_length: the most tokens a training sample had.
       views: cameras in the order they are written.
       corpora: what was shown of each corpus.
+      state: whether the proprioceptive state is written before each chunk.
     """
 
     layout: str
@@ -63,6 +64,7 @@ class Layout:
     sequence_length: int
     views: tuple[str, ...]
     corpora: Mapping[str, Any]
+    state: bool = False
 
     @classmethod
     def of(cls, assets: Assets) -> Layout:
@@ -149,19 +151,19 @@ class TrainedModel:
         """Words to token ids."""
         return Lexicon(self.assets.vocabulary, self.assets.text)
 
-    def statistics(self, corpus: str) -> ActionStatistics:
-        """Of a corpus' actions.
+    def statistics(self, key: str) -> ActionStatistics:
+        """Of a corpus' actions, or under its ``state_key`` of its states.
 
         Raises:
           UserError: the assets hold none of it.
         """
         known = self.assets.statistics
-        if corpus not in known:
+        if key not in known:
             raise UserError(
-                f"{self.folder}: the assets hold no action statistics of corpus {corpus!r}, only "
+                f"{self.folder}: the assets hold no action statistics of corpus {key!r}, only "
                 f"of {', '.join(sorted(known)) or 'none'}"
             )
-        return known[corpus]
+        return known[key]
 
     def require_layout(self, wanted: tuple[str, ...], purpose: str) -> None:
         """Raises UserError unless the model was trained on one of the layouts ``wanted``."""

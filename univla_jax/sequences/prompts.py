@@ -1,7 +1,7 @@
 """What a model is given to continue: the training layouts, cut where generation starts.
 
-    policy     bos text │ fmt(v1) fmt(v2) boa           → action ids, eoa
-    turn                  fmt(v1) fmt(v2) boa           → the same; joined by history.py
+    policy     bos text │ fmt(v1) fmt(v2) [state] boa   → action ids, eoa
+    turn                  fmt(v1) fmt(v2) [state] boa   → the same; joined by history.py
     reasoning  bos text │ fmt(v1) … bot                 → reasoning, eot, boa, action ids, eoa
     imagine    bos text │ fmt(f0) │ … │ boi "1*h*w" img → h*w visual ids, then ``next_frame``
     draw       bos text │ boi "T*h*w" img               → codes as ``video_grammar`` orders them
@@ -38,10 +38,22 @@ def policy_prompt(
 
 
 def turn_prompt(
-    lexicon: Lexicon, views: Sequence[np.ndarray], *, shown: int | None = None
+    lexicon: Lexicon,
+    views: Sequence[np.ndarray],
+    state: np.ndarray | None = None,
+    *,
+    shown: int | None = None,
 ) -> np.ndarray:
-    """One moment of the video policy, no text (modes VLA_Video, VLA2_Video, VLA_VIDEO_ALOHA)."""
-    return _join(_blocks(lexicon, views, shown), [lexicon.vocabulary.boa])
+    """One moment of the video policy, no text (modes VLA_Video, VLA2_Video, VLA_VIDEO_ALOHA).
+
+    Args:
+      lexicon: vocabulary and text tokenizer.
+      views: per camera [T, h, w] codes.
+      state: ids of the state (``chunks.state_ids``), or None where the policy was shown none.
+      shown: frames written of T (``frame_block``).
+    """
+    blocks = _blocks(lexicon, views, shown)
+    return _join(blocks, [] if state is None else state, [lexicon.vocabulary.boa])
 
 
 def reasoning_prompt(

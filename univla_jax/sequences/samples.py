@@ -5,15 +5,14 @@ Axes: T steps, A action dimensions, n tokens.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
-from univla_jax.data.actions import state_key
+from univla_jax.data.actions import ActionStatistics, state_key
 from univla_jax.data.corpora import CORPORA, find_corpus
 from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.sequences import layouts
+from univla_jax.sequences.chunks import chunk_ids, state_ids
 from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.drafts import Draft, by_moment, placeholders
 from univla_jax.sequences.labels import LABELS, loss_weight
@@ -174,7 +173,7 @@ class SampleBuilder:
 
     def _chunks(self, episode: TokenizedEpisode, window: slice) -> list[np.ndarray]:
         """Action ids of each chunk of the window."""
-        return self._encode(self._normalised_chunks(episode, window))
+        return chunk_ids(self._lexicon, self._action, self._normalised_chunks(episode, window))
 
     def _normalised_chunks(self, episode: TokenizedEpisode, window: slice) -> np.ndarray:
         """float32 [N, T, A] as the corpus' chunks are meant, normalised."""
@@ -183,7 +182,7 @@ class SampleBuilder:
         row = CORPORA.get(episode.corpus)
         if row is not None and row.chunk_deltas is not None:
             chunks = row.chunk_deltas.relative(chunks)
-        return self._normalise(episode, chunks)
+        return self._statistics_of(episode.corpus).normalise(chunks)
 
     def _states(self, episode: TokenizedEpisode, steps: range | list[int]) -> list | None:
         """Ids of the state at each step as a chunk of one step; None where states are not shown."""
@@ -191,28 +190,17 @@ class SampleBuilder:
             return None
         if episode.state is None:
             raise UserError("it has no state; set data.state=False or leave its store out")
-        kind = state_key(episode.corpus)
-        states = self._normalise(episode, episode.state[np.asarray(steps)], kind)
-        return self._encode(states[:, None])
+        statistics = self._statistics_of(state_key(episode.corpus))
+        states = episode.state[np.asarray(steps)]
+        return state_ids(self._lexicon, self._action, statistics, states)
 
-    def _normalise(
-        self, episode: TokenizedEpisode, values: np.ndarray, key: str | None = None
-    ) -> np.ndarray:
-        key = key or episode.corpus
+    def _statistics_of(self, key: str) -> ActionStatistics:
         if key not in self._statistics:
             raise UserError(
                 f"no action statistics of its corpus, only of {sorted(self._statistics)}; compute "
                 "them when the assets are made"
             )
-        return self._statistics[key].normalise(values)
-
-    def _encode(self, chunks: np.ndarray) -> list[np.ndarray]:
-        """Ids per chunk of normalised chunks [N, T, A]."""
-        encoded = self._action.encode_batch(chunks)
-        codes = np.fromiter(itertools.chain.from_iterable(encoded), np.int32)
-        ids = self._lexicon.vocabulary.action_ids(codes)
-        ends = itertools.accumulate(map(len, encoded))
-        return [ids[end - len(codes) : end] for codes, end in zip(encoded, ends)]
+        return self._statistics[key]
 
     def _views(self, episode: TokenizedEpisode) -> list[Codes]:
         """Codes [T, h, w] of the configured cameras, of all when none are named."""

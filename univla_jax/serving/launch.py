@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.execution import Executor
 from univla_jax.inference.policy import Policy
@@ -110,12 +111,17 @@ def describe(executor: Executor) -> dict[str, Any]:
         "action_q01": list(statistics.q01),
         "action_q99": list(statistics.q99),
         "statistics_sha256": hashlib.sha256(values.encode()).hexdigest(),
-        "observation_keys": {
-            f"observation/{view}": list(frame.shape)
-            for view, frame in policy.example().frames.items()
-        },
+        "observation_keys": _observation_keys(policy.example()),
         "prompt_key": "prompt",
     }
+
+
+def _observation_keys(example: Observation) -> dict[str, list[int]]:
+    """What a request must hold beside its words, and the shapes."""
+    keys = {f"observation/{view}": list(frame.shape) for view, frame in example.frames.items()}
+    if example.state is not None:
+        keys["observation/state"] = list(example.state.shape)
+    return keys
 
 
 async def serve(

@@ -2,7 +2,8 @@
 
     server → robot   metadata, once after connecting
     robot  → server  {"observation/<view>": uint8 [H, W, 3], …, "prompt": str,
-                      "observation/state": float [P]}, and optionally
+                      "observation/state": float [P]}, the state where the metadata's
+                      "observation_keys" name it, and optionally
                       "reset": True        forget the episode so far, then act
                       "episode_id": value  another value than before does the same
     server → robot   {"actions": float32 [T, A], "actions_valid": bool,

@@ -116,11 +116,11 @@ def layout_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str,
     """What acting and imagining must repeat of the training layout, as JSON values.
 
     Returns:
-      ``layout``, ``frames``, ``action_frames``, ``frame_spacing`` and ``sequence_length`` of the
-      data config; ``views``, the cameras in the order they are written; per corpus
+      ``layout``, ``frames``, ``action_frames``, ``frame_spacing``, ``sequence_length`` and
+      ``state`` of the data config; ``views``, the cameras in the order they are written; per corpus
       ``control_hz``, ``frame_spacing`` in steps and the code grid [h, w] of each view.
     """
-    kept = ("layout", "frames", "action_frames", "frame_spacing", "sequence_length")
+    kept = ("layout", "frames", "action_frames", "frame_spacing", "sequence_length", "state")
     header = stores[0].manifest.header
     return {
         **{name: getattr(data, name) for name in kept},
