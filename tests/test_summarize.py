@@ -45,6 +45,9 @@ def workdir(tmp_path):
     _write(tmp_path / "imagination" / "imagine.json", {"overall": overall})
     vision = {"psnr": {"image": 28.123456, "wrist": 20.0}, "codes_used": 0.5, "perplexity": 90.0}
     _write(tmp_path / "tokenizers" / "vision" / "fit.json", {"report": vision})
+    action = {"vocabulary_size": 384, "mean_tokens": 9.51, "max_tokens": 17}
+    _write(tmp_path / "tokenizers" / "action" / "fit.json", {"report": action})
+    _write(tmp_path / "tokenizers" / "text" / "fit.json", {"report": {}})
     stages = [
         {"stage": "policy", "seconds": 20.0, "peak_gigabytes": 2.5},
         {"stage": "policy", "seconds": 70.0, "peak_gigabytes": 1.5},
@@ -68,7 +71,14 @@ def test_everything_is_gathered(workdir):
         assert picture.size[0] > 900
     table = overview.table(report)
     vision = "image 28.1 dB, wrist 20.0 dB; 50 % of the codes used"
-    for words in (vision, "90.0 % (9/10", "25.00 dB", "20.00 dB", "2.0 min, peak 2.50 GB"):
+    for words in (
+        vision,
+        "384 ids, 9.5 per chunk (at most 17)",
+        "90.0 % (9/10",
+        "25.00 dB",
+        "20.00 dB",
+        "2.0 min, peak 2.50 GB",
+    ):
         assert words in table
     assert table.index("success, policy") < table.index("success, another")
 

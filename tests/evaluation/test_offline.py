@@ -109,6 +109,25 @@ def test_a_policy_is_asked_as_in_training(policy):
         np.testing.assert_array_equal(moment.raw, episode.actions[3 * now : 3 * now + 3])
 
 
+def test_a_policy_shown_states_is_asked_with_the_recorded_ones(policy):
+    trained = policy.trained
+    statistics = {**trained.assets.statistics, "tabletop/state": STATISTICS}
+    trained = dataclasses.replace(
+        trained,
+        assets=dataclasses.replace(trained.assets, statistics=statistics),
+        layout=dataclasses.replace(trained.layout, state=True),
+    )
+    shown, states = Policy(trained, rows=4), np.linspace(-0.1, 0.1, STEPS * 7).reshape(STEPS, 7)
+    episode = dataclasses.replace(_episode(0), state=states.astype(np.float32))
+    boa = trained.assets.vocabulary.boa
+    for now, moment in enumerate(offline_actions._moments(shown, episode)):
+        codes = trained.assets.action.encode(STATISTICS.normalise(states[3 * now][None]))
+        ids = trained.assets.vocabulary.action_ids(np.array(codes)).tolist()
+        assert moment.prompt[-len(ids) - 1 :].tolist() == [*ids, boa]
+    with pytest.raises(UserError, match="tabletop/held-out-0: it has no state"):
+        list(offline_actions._moments(shown, _episode(0)))
+
+
 def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
     """Answers known beforehand: always 0.5, but the second of each episode does not decode."""
     answers = iter(range(100))

@@ -202,7 +202,7 @@ def test_bad_observations_are_named_and_change_nothing(trained, observation, mes
 
 
 STATE = dataclasses.replace(
-    tiny_checkpoint.STATISTICS, mean=(0.0,) * 3, std=(1.0,) * 3, q01=(-1.0,) * 3, q99=(1.0,) * 3
+    tiny_checkpoint.STATISTICS, mean=(0.0,) * 3, std=(1.0,) * 3, q01=(-2.0,) * 3, q99=(4.0,) * 3
 )
 
 
@@ -215,34 +215,59 @@ def shown_states(trained):
     return dataclasses.replace(trained, assets=assets, layout=layout)
 
 
+def _with_state(number: int) -> Observation:
+    return dataclasses.replace(_observation(number), state=np.array([0.5, -1.5, number]))
+
+
+def _state_ids(trained, observation):
+    codes = trained.assets.action.encode(STATE.normalise(observation.state[None]))
+    return trained.lexicon.vocabulary.action_ids(np.array(codes))
+
+
 def test_a_policy_shown_states_reads_its_training_sequence(shown_states):
     answers = [_ids(shown_states, _chunk(i)) for i in (0, 1)]
     policy = _scripted(shown_states, [[answer] for answer in answers])
-    session, lexicon = policy.start(), shown_states.lexicon
-    states = [np.array([0.5, -0.25, i], np.float32) for i in (0, 1)]
-    seen = [dataclasses.replace(_observation(i), state=states[i]) for i in (0, 1)]
+    session, seen = policy.start(), [_with_state(i) for i in (0, 1)]
     for observation in seen:
         policy.act([observation], [session])
-    codes = [policy._encoder.encode([o])[0] for o in seen]
-    tokenizer = shown_states.assets.action
+    codes = [policy._encoder.encode([observation])[0] for observation in seen]
     trained_on = layouts.policy_video(
-        lexicon,
+        shown_states.lexicon,
         seen[0].instruction,
         [np.concatenate(view) for view in zip(*codes)],
         [np.array(answer[:-1]) for answer in answers],
-        [lexicon.vocabulary.action_ids(np.array(tokenizer.encode(s[None]))) for s in states],
+        [_state_ids(shown_states, observation) for observation in seen],
     ).ids
     prompt = policy.head.continuer.prompts[1][0]
     np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
     assert trained_on[len(prompt) :][: len(answers[1])].tolist() == answers[1]
 
 
+def test_an_image_policy_shown_states_reads_its_training_sequence(shown_states):
+    layout = dataclasses.replace(shown_states.layout, layout="policy_image", frames=1)
+    answer, observation = _ids(shown_states, _chunk(0)), _with_state(2)
+    policy = _scripted(dataclasses.replace(shown_states, layout=layout), [[answer]])
+    policy.act([observation], [policy.start()])
+    codes, chunk = policy._encoder.encode([observation])[0], np.array(answer[:-1])
+    state = _state_ids(shown_states, observation)
+    trained_on = layouts.policy_image(
+        shown_states.lexicon, observation.instruction, codes, chunk, state
+    ).ids
+    prompt = policy.head.continuer.prompts[0][0]
+    np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (None, r"observation 0: no state; this policy was trained with one: send 3 numbers"),
-        (np.zeros(4), r"observation 0: state is \[0.0, 0.0, 0.0, 0.0\], expected 3 finite"),
-        (np.array([0, np.nan, 0]), r"state is \[0.0, nan, 0.0\], expected 3 finite numbers"),
+        (None, "observation 0: it has no state; the policy was trained with 3 finite numbers"),
+        (np.zeros(4), r"its state is float64 \[4\]; the policy was trained with 3"),
+        (np.array(["a", "b", "c"]), r"its state is <U1 \[3\]"),
+        ([None, 1, 2], r"its state is object \[3\]"),
+        ([True, False, True], r"its state is bool \[3\]"),
+        ([[1], [2, 3]], "its state is ragged"),
+        ([0.0, np.nan, 0.0], "number 1 of its state is nan"),
+        ([0.0, 0.0, 1e39], r"number 2 of its state is 1e\+39"),
     ],
 )
 def test_a_state_that_was_not_shown_is_refused(shown_states, state, message):
@@ -255,7 +280,7 @@ def test_a_state_that_was_not_shown_is_refused(shown_states, state, message):
 
 def test_states_need_their_statistics(trained):
     layout = dataclasses.replace(trained.layout, state=True)
-    with pytest.raises(UserError, match="no action statistics of corpus 'tabletop/state'"):
+    with pytest.raises(UserError, match="no statistics of 'tabletop/state'"):
         Policy(dataclasses.replace(trained, layout=layout))
 
 
@@ -288,7 +313,7 @@ def test_corpus_and_layout_are_checked(trained, world_model_checkpoint):
     )
     with pytest.raises(UserError, match="corpora other, tabletop; name one"):
         Policy(several)
-    with pytest.raises(UserError, match="no action statistics of corpus 'other'"):
+    with pytest.raises(UserError, match="no statistics of 'other'"):
         Policy(several, corpus="other")
     with pytest.raises(UserError, match="'world_model'; acting needs"):
         Policy.load(world_model_checkpoint)

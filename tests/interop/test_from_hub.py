@@ -154,6 +154,20 @@ def test_a_converted_policy_acts(parts, tmp_path):
     assert len(policy.trained.lexicon.text.encode("the")) == 1
 
 
+def test_a_converted_policy_acts_with_the_state_it_was_trained_with(parts, tmp_path):
+    states = {name: (value,) * 3 for name, value in STATISTICS.items()}
+    convert(parts / "source", tmp_path / "policy", **settings(parts, state_statistics=states))
+    policy = Policy.load(tmp_path / "policy")
+    session, frames = policy.start(), {"image": np.zeros((20, 30, 3), np.uint8)}
+    policy.act([Observation("the red block", frames, np.zeros(3))], [session])
+    turn = session.history.turns[0].tolist()
+    vocabulary = policy.trained.assets.vocabulary
+    state = turn[turn.index(vocabulary.eoi) + 1 : turn.index(vocabulary.boa)]
+    assert len(state) == 3 and len(vocabulary.action_codes(np.array(state))) == 3
+    with pytest.raises(UserError, match="it has no state"):
+        policy.act([Observation("the red block", frames)], [session])
+
+
 @pytest.fixture(scope="module")
 def flow_policy(parts):
     """A converted checkpoint whose action expert acts, without any action tokenizer."""
@@ -238,6 +252,10 @@ def test_a_converted_vision_tokenizer_encodes(parts):
         ({"vision": ""}, "config.vision is empty, but a checkpoint of layout 'policy_video'"),
         ({"action": ""}, "config.action is empty.*FAST tokenizer it was trained with"),
         ({"statistics": {}}, "config.statistics is empty"),
+        (
+            {"layout": "world_model", "state_statistics": STATISTICS},
+            "config.state_statistics: 'world_model' has no place for a state",
+        ),
         ({"layout": "policy"}, "config.layout: 'policy'; expected one of policy_video"),
         ({"views": {"image": {}}}, "config.views.image: no size"),
         ({"views": {"image": {"sizes": 1}}}, "image spec.sizes: unknown key"),

@@ -156,7 +156,7 @@ def test_errors_name_the_episode():
         (short, {}, "episode tabletop/a4: 2 steps are fewer than one chunk of 3"),
         (small.episode(0, 9), {"sequence_length": 20}, r"a0: its sample has \d+ tokens"),
         (small.episode(0, 9), {"views": ("front",)}, "a0: no view 'front'"),
-        (other, {}, "mars/a0: no action statistics"),
+        (other, {}, "mars/a0: no statistics of 'mars'"),
         (other, {"layout": "world_model"}, "unknown corpus 'mars'"),
     ]
     for episode, changes, message in cases:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from tests.training import tiny_run
+from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.assets import Assets
-from univla_jax.training import checkpoint_folder, metrics, run
+from univla_jax.training import checkpoint_folder, metrics, run, run_assets
 from univla_jax.training.batches import GlobalBatches
 from univla_jax.training.run_model import RunModel
 from univla_jax.training.sharding import MeshConfig, make_mesh
@@ -59,6 +60,15 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
         "grids": {"image": [3, 3], "wrist_image": [2, 2]},
     }
     assert set(assets.statistics) == {"tabletop"}
+
+
+def test_the_layout_says_whether_states_are_shown(world):
+    """Only where they are: the layout of a run without them keeps the keys it always had."""
+    data = tiny_run.config(world).data
+    stores = [TokenStore(folder) for folder in data.stores]
+    plain = run_assets.layout_settings(data, stores)
+    shown = run_assets.layout_settings(dataclasses.replace(data, state=True), stores)
+    assert "state" not in plain and shown == {**plain, "state": True}
 
 
 @pytest.mark.parametrize("crash", [1, 5])

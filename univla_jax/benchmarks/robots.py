@@ -21,8 +21,6 @@ from univla_jax.serving import wire
 EPISODE = 10  # requests of one
 _WAIT = 600.0  # seconds for one answer
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Load:
@@ -43,11 +41,11 @@ class Load:
     processor: float = 0.0
 
 
-def observe(shapes: Shapes, robot: int, number: int) -> Observation:
-    """The random frames a robot sends with its ``number``-th request, uint8 of the view's shape."""
+def observe(example: Observation, robot: int, number: int) -> Observation:
+    """What a robot sends with its ``number``-th request: ``example`` with random frames."""
     rng = np.random.default_rng([robot, number])
-    frames = {view: rng.integers(0, 256, shape, np.uint8) for view, shape in shapes.items()}
-    return Observation(f"task {robot}", frames)
+    frames = {v: rng.integers(0, 256, f.shape, np.uint8) for v, f in example.frames.items()}
+    return dataclasses.replace(example, instruction=f"task {robot}", frames=frames)
 
 
 def begins(robot: int, number: int) -> bool:
@@ -55,17 +53,17 @@ def begins(robot: int, number: int) -> bool:
     return number == 0 or (number + robot) % EPISODE == 0
 
 
-def drive(port: int, shapes: Shapes, robots: int, requests: int) -> Load:
+def drive(port: int, example: Observation, robots: int, requests: int) -> Load:
     """Lets robots ask the server on this machine's ``port`` until each has its answers.
 
     Raises:
       RuntimeError: a request was refused.
     """
-    return asyncio.run(_drive(port, shapes, robots, requests))
+    return asyncio.run(_drive(port, example, robots, requests))
 
 
-async def _drive(port: int, shapes: Shapes, robots: int, requests: int) -> Load:
-    messages = [[_message(shapes, i, n) for n in range(requests)] for i in range(robots)]
+async def _drive(port: int, example: Observation, robots: int, requests: int) -> Load:
+    messages = [[_message(example, i, n) for n in range(requests)] for i in range(robots)]
     address, limits = f"ws://127.0.0.1:{port}", {"compression": None, "max_size": None}
     connections = [await connect(address, **limits) for _ in messages]
     for connection in connections:
@@ -81,9 +79,11 @@ async def _drive(port: int, shapes: Shapes, robots: int, requests: int) -> Load:
     return Load(seconds, waits, [[_chunk(reply) for reply in own] for own in replies], calls)
 
 
-def _message(shapes: Shapes, robot: int, number: int) -> bytes:
-    seen = observe(shapes, robot, number)
+def _message(example: Observation, robot: int, number: int) -> bytes:
+    seen = observe(example, robot, number)
     message: dict[str, Any] = {f"observation/{v}": f for v, f in seen.frames.items()}
+    if seen.state is not None:
+        message["observation/state"] = seen.state
     return wire.pack(message | {"prompt": seen.instruction, "reset": begins(robot, number)})
 
 

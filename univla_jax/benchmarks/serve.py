@@ -55,7 +55,7 @@ def alone(policy: Policy, robot: int, requests: int) -> list[ActionChunk]:
     for number in range(requests):
         if robots.begins(robot, number):
             session = policy.start()
-        chunks += policy.act([robots.observe(_shapes(policy), robot, number)], [session])
+        chunks += policy.act([robots.observe(policy.example(), robot, number)], [session])
     return chunks
 
 
@@ -86,16 +86,12 @@ class Fleet:
         serving = asyncio.create_task(server.run(stop, up.set))
         await up.wait()
         loop = asyncio.get_running_loop()
-        arguments = server.port, _shapes(policy), self._robots, requests
+        arguments = server.port, policy.example(), self._robots, requests
         try:
             return await loop.run_in_executor(self._process, robots.drive, *arguments)
         finally:
             stop.set()
             await serving
-
-
-def _shapes(policy: Policy) -> robots.Shapes:
-    return {view: frame.shape for view, frame in policy.example().frames.items()}
 
 
 def mixed_up(load: Load, expected: Sequence[Sequence[ActionChunk]]) -> int:

@@ -20,7 +20,7 @@ EVALUATION_SEEDS = range(1_000_000, 2_000_000)
 HIGH = 0.22  # travelling height, clear of lifted and standing blocks
 OPEN, CLOSE = -1.0, 1.0
 
-# A waypoint: x, y, height, gripper command, and whether x/y must be reached before descending.
+# A waypoint: x, y, height, gripper command.
 Waypoint = tuple[float, float, float, float]
 
 

@@ -22,8 +22,8 @@ FAMILIES = ("touch", "lift", "push", "place", "reach")
 PUSH_DIRECTIONS = {"left": np.array([-1.0, 0.0]), "right": np.array([1.0, 0.0])}
 PUSH_DISTANCE = 0.1
 LIFT_HEIGHT = 0.12
-PLACE_REACH = 0.08
-REACH_HEIGHT = 0.1
+ZONE_REACH = 0.08
+REACH_HEIGHT = 0.1  # above a block's top, to which the expert goes down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Task:
 
     def _in_zone(self, scene, position: np.ndarray) -> bool:
         offset = np.linalg.norm(position - scene.zone(self.target).position)
-        return bool(offset < PLACE_REACH)
+        return bool(offset < ZONE_REACH)
 
 
 def sample_task(
@@ -112,10 +112,10 @@ def sample_task(
         raise ValueError(f"unknown task family {family!r}; known: {', '.join(FAMILIES)}")
     family = family or str(rng.choice(FAMILIES))
     block = str(rng.choice(block_colours))
+    if family == "reach":  # after the block, so that a seed means the same zone as in place
+        return Task(family, "", str(rng.choice(zone_colours)))
     position = scene.block(block).position
     target = ""
-    if family == "reach":
-        return Task(family, "", str(rng.choice(zone_colours)))
     if family == "place":
         target = str(rng.choice(zone_colours))
     elif family == "push":

@@ -53,7 +53,8 @@ def evaluate(
 
     Raises:
       UserError: ``out`` holds something else; the store is of another vision tokenizer, corpus or
-        image size, or all its episodes are too short; more episodes than it has.
+        image size, or has no states where the policy was trained with them, or all its episodes
+        are too short; more episodes than it has.
     """
     folder = find_checkpoint(checkpoint)
     source = TokenStore(store)

@@ -22,6 +22,7 @@ from univla_jax.evaluation.offline_tokens import Asked, batches, next_token_accu
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.stopwatch import Stopwatch
 from univla_jax.inference.trained import TrainedModel
+from univla_jax.sequences.chunks import chunk_ids
 from univla_jax.sequences.prompts import opening, turn_prompt
 
 NOTES = {
@@ -70,7 +71,8 @@ def scores(
       progress: whether to draw a progress bar on standard error.
 
     Raises:
-      UserError: no policy, or all episodes are shorter than a chunk.
+      UserError: no policy; an episode without the state that the policy was trained with; or all
+        are shorter than a chunk.
     """
     policy = Policy(trained, corpus=corpus, rows=rows)
     moments = [moment for episode in episodes for moment in _moments(policy, episode)]
@@ -156,12 +158,9 @@ def _written(policy: Policy, actions: np.ndarray) -> list[np.ndarray] | None:
     trained = policy.trained
     if trained.layout.layout == "policy_flow" or not len(actions):
         return None
-    vocabulary = trained.assets.vocabulary
-    encoded = trained.assets.require("action").encode_batch(actions)
-    return [
-        np.append(vocabulary.action_ids(np.asarray(codes)), vocabulary.eoa).astype(np.int32)
-        for codes in encoded
-    ]
+    eoa = np.int32(trained.assets.vocabulary.eoa)
+    chunks = chunk_ids(trained.lexicon, trained.assets.require("action"), actions)
+    return [np.append(ids, eoa) for ids in chunks]
 
 
 def _errors(

@@ -81,7 +81,7 @@ def _result(path: pathlib.Path) -> dict[str, Any]:
 
 def _tokenizers(folder: pathlib.Path) -> dict[str, Any]:
     found = {name: _result(folder / name / fit_folder.FILE) for name in _FITS}
-    return {name: value["report"] for name, value in found.items() if value}
+    return {name: value["report"] for name, value in found.items() if value.get("report")}
 
 
 def _tokens(folder: pathlib.Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Scenes come from the seeds kept for evaluation, which no demonstration uses; the task families take
 turns, so each has the same number of episodes. An episode succeeds when the predicate of its true
-task holds after any step, and ends there or after ``max_steps``.
+task holds after any step, and ends there, when the task in the policy's words is done, or after
+``max_steps``.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class TabletopEpisode:
     def step(self, action: np.ndarray) -> bool:
         """Executes float [7] (gripper > 0 closes); True when the episode ended.
 
-        It also ends when the told task is done: that took touching another block first, after
-        which the true task cannot succeed, or reaching another zone than the one meant.
+        It also ends when the told task is done. Where that took touching another block, the true
+        task can no longer succeed; where it took reaching another zone, the robot has answered.
         """
         _, _, terminated, truncated, _ = self._env.step(action)
         self._steps += 1
@@ -80,7 +81,7 @@ class TabletopEpisode:
         return self._env.render(size)
 
     def _other_task(self):
-        """The same kind of task for another block, which one depends on the seed alone."""
+        """The same kind of task for another block or zone, which one depends on the seed alone."""
         others = self._env.task.others(self._env.scene)
         return others[int(np.random.default_rng(self.seed).integers(len(others)))]
 

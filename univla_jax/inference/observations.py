@@ -120,7 +120,7 @@ class StateEncoder:
     """Checks proprioceptive states and writes them as the policy was shown them.
 
     Attributes:
-      size: state dimensions P; also the most ids of one state, for every id holds at least one.
+      max_tokens: the most ids of one state.
     """
 
     def __init__(self, trained: TrainedModel, corpus: str) -> None:
@@ -131,46 +131,48 @@ class StateEncoder:
         """
         self._lexicon, self._tokenizer = trained.lexicon, trained.assets.require("action")
         self._statistics = trained.statistics(state_key(corpus))
-        self.size = self._statistics.action_dim
+        self._size = self._statistics.action_dim
+        self.max_tokens = self._tokenizer.max_tokens(1, self._size)
 
-    def example(self) -> np.ndarray | None:
-        """A state the policy takes: zeros."""
-        return np.zeros(self.size, np.float32)
+    def example(self) -> np.ndarray:
+        """A state the policy takes: float32 [P] zeros."""
+        return np.zeros(self._size, np.float32)
 
     def check(self, state: np.ndarray | None, name: str) -> None:
         """Raises UserError, which calls the observation ``name``, for a state it cannot write."""
+        wanted = f"the policy was trained with {self._size} finite numbers of proprioception"
         if state is None:
-            raise UserError(
-                f"{name}: no state; this policy was trained with one: send {self.size} numbers as "
-                "in the training data"
-            )
-        state = np.asarray(state)
-        if state.shape != (self.size,) or not np.isfinite(state).all():
-            raise UserError(
-                f"{name}: state is {state.tolist()}, expected {self.size} finite numbers as in the "
-                "training data"
-            )
+            raise UserError(f"{name}: it has no state; {wanted}")
+        try:
+            numbers = np.asarray(state)
+        except ValueError:
+            raise UserError(f"{name}: its state is ragged; {wanted}") from None
+        if numbers.dtype.kind not in "iuf" or numbers.shape != (self._size,):
+            found = f"{numbers.dtype} {list(numbers.shape)}"
+            raise UserError(f"{name}: its state is {found}; {wanted}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+            broken = np.flatnonzero(~np.isfinite(numbers.astype(np.float32)))
+        if len(broken):
+            what = f"number {broken[0]} of its state is {numbers[broken[0]]}"
+            raise UserError(f"{name}: {what}; {wanted}")
 
-    def encode(self, states: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-        """int32 ids of each of the checked states, float32 [P]."""
-        stacked = np.asarray(states, np.float32).reshape(-1, self.size)
-        return list(state_ids(self._lexicon, self._tokenizer, self._statistics, stacked))
+    def encode(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """int32 ids of each of the checked states, [P]."""
+        stacked = np.asarray(states, np.float32).reshape(-1, self._size)
+        return state_ids(self._lexicon, self._tokenizer, self._statistics, stacked)
 
 
-class NoStates(StateEncoder):
-    """Of a policy that was shown no states: whatever an observation brings is left out."""
+class NoStates:
+    """In its place where a policy was shown no states: what an observation brings is left out."""
 
-    def __init__(self) -> None:
-        """Needs nothing."""
-        self.size = 0
+    max_tokens = 0
 
-    def example(self) -> np.ndarray | None:
-        """None."""
-        return None
+    def example(self) -> None:
+        """No state."""
 
     def check(self, state: np.ndarray | None, name: str) -> None:
         """Anything will do."""
 
-    def encode(self, states: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+    def encode(self, states: Sequence[np.ndarray | None]) -> list[None]:
         """None for each."""
         return [None] * len(states)

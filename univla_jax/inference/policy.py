@@ -1,6 +1,7 @@
 """The policy: observations of several robots in, one action chunk for each out.
 
-    observe → codes → history → prompt → action ids, eoa → decode → unnormalise → ActionChunk
+    observe → codes, state ids → history → prompt → action ids, eoa → decode → unnormalise
+            → ActionChunk
 
 Reproduces ``EmuVLAModel.step`` of UniVLA reference/RoboVLMs/eval/*/model_wrapper*.py in batch,
 except that only whole chunks can be generated (``free_form`` generates as the reference does), that
@@ -272,7 +273,7 @@ class Policy:
         layout, window = self.trained.layout, self.start().history.window
         grids = layout.corpora[self.corpus].grids
         codes = [np.zeros((1, *grids[view]), np.int32) for view in layout.views]
-        turn = len(turn_prompt(self.trained.lexicon, codes)) + self.states.size
+        turn = len(turn_prompt(self.trained.lexicon, codes)) + self.states.max_tokens
         longest = _USUAL_OPENING + window * turn + (window - 1) * _action_tokens(self.head)
         first = _USUAL_OPENING + turn
         return turn + 1, first, max(first, min(longest, layout.sequence_length))

@@ -160,7 +160,7 @@ class TrainedModel:
         known = self.assets.statistics
         if key not in known:
             raise UserError(
-                f"{self.folder}: the assets hold no action statistics of corpus {key!r}, only "
+                f"{self.folder}: the assets hold no statistics of {key!r}, only "
                 f"of {', '.join(sorted(known)) or 'none'}"
             )
         return known[key]

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from univla_jax.data.actions import ActionStatistics
+from univla_jax.data.actions import ActionStatistics, state_key
 from univla_jax.errors import UserError
 from univla_jax.interop.architectures import FLOATS, HubModel
 from univla_jax.interop.hub_folder import SINGLE, HubFolder
@@ -53,6 +53,8 @@ class ConvertConfig:
       views: per camera, in the order they are written, the fields of its ``ImageSpec``.
       statistics: mean, std, q01 and q99 of the raw actions, one number per dimension.
       statistics_file: the reference's ``norm_stats.json`` in their stead.
+      state_statistics: the same numbers of the proprioceptive state, of a policy that was trained
+        with it before each chunk.
     """
 
     text: str = ""
@@ -68,11 +70,14 @@ class ConvertConfig:
     views: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics_file: str = ""
+    state_statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses an unknown layout with a UserError."""
+        """Raises UserError for an unknown layout, or a state in one that has no place for it."""
         if self.layout and self.layout not in LAYOUTS:
             raise UserError(f"config.layout: {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
+        if self.state_statistics and self.layout not in ("policy_video", "policy_image"):
+            raise UserError(f"config.state_statistics: {self.layout!r} has no place for a state")
 
     def require(self) -> None:
         """Checks that a layout comes with what acting and imagining need.
@@ -172,7 +177,7 @@ def _image_specs(config: ConvertConfig, vision: StoredVision | None) -> dict[str
 
 
 def statistics_of(config: ConvertConfig) -> dict[str, ActionStatistics]:
-    """Corpus -> statistics of its actions; empty for what does not act.
+    """Corpus -> statistics of its actions, and of its states; empty for what does not act.
 
     Raises:
       UserError: no such file, or broken statistics.
@@ -185,7 +190,8 @@ def statistics_of(config: ConvertConfig) -> dict[str, ActionStatistics]:
         values = norm_stats(file.read_bytes(), str(file))
     if not values or not config.layout.startswith("policy"):
         return {}
-    return {config.corpus: ActionStatistics.from_dict(values)}
+    found = {config.corpus: values, state_key(config.corpus): config.state_statistics}
+    return {key: ActionStatistics.from_dict(given) for key, given in found.items() if given}
 
 
 def norm_stats(content: bytes, where: str) -> Mapping[str, Any]:
@@ -216,6 +222,7 @@ def _layout(config: ConvertConfig, vision: StoredVision | None) -> dict[str, Any
         "action_frames": config.action_frames,
         "frame_spacing": config.frame_spacing,
         "sequence_length": config.sequence_length,
+        **({"state": True} if config.state_statistics else {}),
         "views": list(config.views),
         "corpora": {
             config.corpus: {

@@ -16,7 +16,12 @@ from jax.sharding import PartitionSpec
 
 from univla_jax.errors import UserError
 from univla_jax.models import remat
-from univla_jax.models.attention_blocked import CachedKeys, blocked_attention, dropout_scale
+from univla_jax.models.attention_blocked import (
+    SMALL_BLOCK,
+    CachedKeys,
+    blocked_attention,
+    dropout_scale,
+)
 from univla_jax.models.attention_fused import (
     CUDNN_TYPES,
     LANES,
@@ -29,7 +34,7 @@ from univla_jax.models.attention_sharded import Split, platform, split_call
 
 MASKED = -1e30  # score of an invisible key: finite, so that a fully masked row stays finite
 FUSED_FROM = 128  # tokens; below, a fused kernel does not pay
-BLOCKED_FROM = 65  # tokens; below, there is one block, and the plain formula is as fast
+BLOCKED_FROM = SMALL_BLOCK + 1  # tokens; below, there is one block: the plain formula's work
 
 
 def attention_mask(

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from univla_jax.models import remat
 
 SMALL_BLOCK = 64
-LANE = 8  # blocks are a multiple of it
+BLOCK_STEP = 8  # blocks are a multiple of it, as vector units have eight lanes of float32
 MOST_BLOCKS = 8
 _HIDDEN = -1e30
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -73,7 +73,7 @@ def blocked_attention(
       cached: what every token sees besides; without segments and dropout.
       dropout: rate on the probabilities.
       dropout_key: random key, needed when ``dropout`` is not 0.
-      block: tokens per query block; by default 64, or an eighth of a long sequence.
+      block: tokens per query block; by default ``block_size`` of the sequence.
 
     Returns:
       [B, S, N, C] in the type of ``query``.
@@ -94,10 +94,13 @@ def blocked_attention(
 
 
 def block_size(length: int) -> int:
-    """Tokens per block: about ``SMALL_BLOCK``, or an eighth of a long sequence; little padding."""
+    """Tokens per block: at most ``SMALL_BLOCK``, or an eighth of a long sequence if that is more.
+
+    A sequence is cut into equal blocks, so that little is padded: 112 tokens into two of 56.
+    """
     largest = max(SMALL_BLOCK, -(-length // MOST_BLOCKS))
     share = -(-length // -(-length // largest))
-    return -(-share // LANE) * LANE
+    return -(-share // BLOCK_STEP) * BLOCK_STEP
 
 
 def dropout_scale(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

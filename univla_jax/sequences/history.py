@@ -23,7 +23,7 @@ class History:
 
     Attributes:
       window: observations kept, 2 in the published policies; 1 is the image policy.
-      turns: int32 ids of each kept observation, oldest first (``turn_prompt``: frames and boa).
+      turns: int32 ids of each kept observation, oldest first (``turn_prompt``: frames, state, boa).
       actions: int32 ids generated after each kept observation but the newest, with their eoa.
     """
 

@@ -197,8 +197,8 @@ class SampleBuilder:
     def _statistics_of(self, key: str) -> ActionStatistics:
         if key not in self._statistics:
             raise UserError(
-                f"no action statistics of its corpus, only of {sorted(self._statistics)}; compute "
-                "them when the assets are made"
+                f"no statistics of {key!r}, only of {sorted(self._statistics)}; compute them when "
+                "the assets are made"
             )
         return self._statistics[key]
 

@@ -116,14 +116,16 @@ def layout_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str,
     """What acting and imagining must repeat of the training layout, as JSON values.
 
     Returns:
-      ``layout``, ``frames``, ``action_frames``, ``frame_spacing``, ``sequence_length`` and
-      ``state`` of the data config; ``views``, the cameras in the order they are written; per corpus
-      ``control_hz``, ``frame_spacing`` in steps and the code grid [h, w] of each view.
+      ``layout``, ``frames``, ``action_frames``, ``frame_spacing`` and ``sequence_length`` of the
+      data config, and ``state`` where it is true; ``views``, the cameras in the order they are
+      written; per corpus ``control_hz``, ``frame_spacing`` in steps and the code grid [h, w] of
+      each view.
     """
-    kept = ("layout", "frames", "action_frames", "frame_spacing", "sequence_length", "state")
+    kept = ("layout", "frames", "action_frames", "frame_spacing", "sequence_length")
     header = stores[0].manifest.header
     return {
         **{name: getattr(data, name) for name in kept},
+        **({"state": True} if data.state else {}),  # absent, older runs keep their fingerprint
         "views": list(data.views) or _all_views(header.corpus, header.grids),
         "corpora": {
             store.manifest.header.corpus: _corpus_settings(data, store.manifest.header)
