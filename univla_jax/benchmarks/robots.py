@@ -16,7 +16,7 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 
 from univla_jax.episode import ActionChunk, Observation
-from univla_jax.serving import wire
+from univla_jax.serving import protocol, wire
 
 EPISODE = 10  # requests of one
 _WAIT = 600.0  # seconds for one answer
@@ -80,11 +80,8 @@ async def _drive(port: int, example: Observation, robots: int, requests: int) ->
 
 
 def _message(example: Observation, robot: int, number: int) -> bytes:
-    seen = observe(example, robot, number)
-    message: dict[str, Any] = {f"observation/{v}": f for v, f in seen.frames.items()}
-    if seen.state is not None:
-        message["observation/state"] = seen.state
-    return wire.pack(message | {"prompt": seen.instruction, "reset": begins(robot, number)})
+    request = protocol.write_request(observe(example, robot, number))
+    return wire.pack(request | {"reset": begins(robot, number)})
 
 
 async def _robot(

@@ -52,10 +52,11 @@ TURNS = flags.DEFINE_integer("turns", 2, "how often both servers are compared")
 def alone(policy: Policy, robot: int, requests: int) -> list[ActionChunk]:
     """What the policy answers to one robot when there is no other."""
     chunks: list[ActionChunk] = []
+    example = policy.example()
     for number in range(requests):
         if robots.begins(robot, number):
             session = policy.start()
-        chunks += policy.act([robots.observe(policy.example(), robot, number)], [session])
+        chunks += policy.act([robots.observe(example, robot, number)], [session])
     return chunks
 
 

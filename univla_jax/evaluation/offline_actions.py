@@ -156,7 +156,7 @@ def _chunks(policy: Policy, episode: TokenizedEpisode) -> np.ndarray:
 def _written(policy: Policy, actions: np.ndarray) -> list[np.ndarray] | None:
     """Ids of each normalised chunk [N, T, A] and its eoa; None for a flow."""
     trained = policy.trained
-    if trained.layout.layout == "policy_flow" or not len(actions):
+    if trained.layout.layout == "policy_flow":
         return None
     eoa = np.int32(trained.assets.vocabulary.eoa)
     chunks = chunk_ids(trained.lexicon, trained.assets.require("action"), actions)

@@ -12,7 +12,7 @@ import numpy as np
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.campaign import PolicyLost
-from univla_jax.serving import wire
+from univla_jax.serving import protocol, wire
 
 _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
 _ANSWER_SECONDS = 300.0
@@ -71,7 +71,7 @@ class RemotePolicy:
 
         try:
             for observation, session in zip(observations, sessions, strict=True):
-                session.send(wire.pack(_request(observation)))
+                session.send(wire.pack(protocol.write_request(observation)))
             frames = [session.recv(timeout=_ANSWER_SECONDS) for session in sessions]
         except (OSError, TimeoutError, WebSocketException) as error:
             self._lost(sessions, error)
@@ -108,11 +108,3 @@ class RemotePolicy:
         valid, reason = reply.get("actions_valid", True), reply.get("actions_invalid_reason", "")
         steered = int(reply.get("actions_steered", 0))
         return ActionChunk(actions, valid=bool(valid), reason=str(reason), steered=steered)
-
-
-def _request(observation: Observation) -> dict[str, Any]:
-    frames = {f"observation/{view}": frame for view, frame in observation.frames.items()}
-    request = {**frames, "prompt": observation.instruction}
-    if observation.state is not None:
-        request["observation/state"] = observation.state
-    return request

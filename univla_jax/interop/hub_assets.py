@@ -18,7 +18,7 @@ from univla_jax.interop.architectures import FLOATS, HubModel
 from univla_jax.interop.hub_folder import SINGLE, HubFolder
 from univla_jax.interop.hub_text import check_vocabulary, load_hub_text, vocabulary_of
 from univla_jax.interop.vision_files import open_vision
-from univla_jax.sequences.data_config import LAYOUTS
+from univla_jax.sequences.data_config import LAYOUTS, WITH_STATE
 from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.files import parse_json
@@ -76,7 +76,7 @@ class ConvertConfig:
         """Raises UserError for an unknown layout, or a state in one that has no place for it."""
         if self.layout and self.layout not in LAYOUTS:
             raise UserError(f"config.layout: {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
-        if self.state_statistics and self.layout not in ("policy_video", "policy_image"):
+        if self.state_statistics and self.layout not in WITH_STATE:
             raise UserError(f"config.state_statistics: {self.layout!r} has no place for a state")
 
     def require(self) -> None:

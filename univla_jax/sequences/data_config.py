@@ -20,6 +20,9 @@ LAYOUTS: Mapping[str, str] = {
 }
 """The layouts of ``layouts.py``, and what each learns unless ``loss_on`` says otherwise."""
 
+WITH_STATE = ("policy_video", "policy_image")
+"""Those that have a place for the proprioceptive state."""
+
 _MOMENTS = ("policy_video", "world_model")
 _UNITS = ("episode", "store")
 
@@ -140,7 +143,7 @@ class DataConfig:
                 f"data.frames: {self.frames}, but {self.layout!r} shows one moment; set frames=1 "
                 "or layout='policy_video'"
             )
-        if self.state and self.layout not in ("policy_video", "policy_image"):
+        if self.state and self.layout not in WITH_STATE:
             raise UserError(f"data.state: the layout {self.layout!r} has no place for it")
         if self.layout == "policy_flow" and self.packing:
             raise UserError(

@@ -112,16 +112,14 @@ def describe(executor: Executor) -> dict[str, Any]:
         "action_q99": list(statistics.q99),
         "statistics_sha256": hashlib.sha256(values.encode()).hexdigest(),
         "observation_keys": _observation_keys(policy.example()),
-        "prompt_key": "prompt",
+        "prompt_key": protocol.PROMPT,
     }
 
 
 def _observation_keys(example: Observation) -> dict[str, list[int]]:
     """What a request must hold beside its words, and the shapes."""
-    keys = {f"observation/{view}": list(frame.shape) for view, frame in example.frames.items()}
-    if example.state is not None:
-        keys["observation/state"] = list(example.state.shape)
-    return keys
+    request = protocol.write_request(example)
+    return {key: list(value.shape) for key, value in request.items() if key != protocol.PROMPT}
 
 
 async def serve(

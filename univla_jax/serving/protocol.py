@@ -28,7 +28,8 @@ from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 
 VERSION = 1
-_VIEW, _STATE, _PROMPT = "observation/", "observation/state", "prompt"
+PROMPT = "prompt"
+_VIEW, _STATE = "observation/", "observation/state"
 _RESET, _EPISODE = "reset", "episode_id"
 _LONGEST_PROMPT = 1_024  # characters
 _MOST_STATE = 4_096  # numbers
@@ -62,7 +63,7 @@ def read_request(message: Any, views: Sequence[str], *, longest_side: int) -> Re
     """
     if not isinstance(message, Mapping):
         raise UserError(f"the message is a {type(message).__name__}, expected a map of keys")
-    known = [_VIEW + view for view in views] + [_STATE, _PROMPT, _RESET, _EPISODE]
+    known = [_VIEW + view for view in views] + [_STATE, PROMPT, _RESET, _EPISODE]
     unknown = [key for key in message if key not in known]
     if unknown:
         name = str(unknown[0])[:60]
@@ -70,12 +71,19 @@ def read_request(message: Any, views: Sequence[str], *, longest_side: int) -> Re
     reset, episode = _reset(message), _episode(message)
     if reset and not message.keys() - {_RESET, _EPISODE}:
         return Request(None, True, episode)
-    missing = [key for key in [*known[: len(views)], _PROMPT] if key not in message]
+    missing = [key for key in [*known[: len(views)], PROMPT] if key not in message]
     if missing:
         has = ", ".join(map(str, message)) or "nothing"
         raise UserError(f"key {missing[0]!r} is missing; the message has {has}")
     frames = {view: _frame(message[_VIEW + view], view, longest_side) for view in views}
     return Request(Observation(_prompt(message), frames, _state(message)), reset, episode)
+
+
+def write_request(observation: Observation) -> dict[str, Any]:
+    """The message of an observation; the state only where it has one."""
+    frames = {_VIEW + view: frame for view, frame in observation.frames.items()}
+    request = {**frames, PROMPT: observation.instruction}
+    return request if observation.state is None else {**request, _STATE: observation.state}
 
 
 def write_reply(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, Any]:
@@ -111,12 +119,12 @@ def _episode(message: Mapping[str, Any]) -> str | int | None:
 
 
 def _prompt(message: Mapping[str, Any]) -> str:
-    value = message[_PROMPT]
+    value = message[PROMPT]
     if not isinstance(value, str):
-        raise UserError(f"{_PROMPT!r} is a {type(value).__name__}, expected text")
+        raise UserError(f"{PROMPT!r} is a {type(value).__name__}, expected text")
     if len(value) > _LONGEST_PROMPT:
         raise UserError(
-            f"{_PROMPT!r} has {len(value)} characters, more than {_LONGEST_PROMPT}; shorten it"
+            f"{PROMPT!r} has {len(value)} characters, more than {_LONGEST_PROMPT}; shorten it"
         )
     return value
 
