@@ -26,11 +26,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from univla_jax.config import complete, of_stage
-from univla_jax.data.tokenization import TokenizeConfig
-from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig
-from univla_jax.evaluation.libero_demonstrations import LiberoDemonstrationsConfig
+from univla_jax.data.tokenize import TokenizeConfig
+from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig
+from univla_jax.simulators.libero.libero_demonstrations import LiberoDemonstrationsConfig
 from univla_jax.training.train_config import TrainConfig
-from univla_jax.training.vision_fit import VisionFitConfig
+from univla_jax.training.vision_training import VisionFitConfig
 
 SUITE, TASK = "libero_goal", 7  # turn on the stove
 ACTION_FRAMES = 10

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from univla_jax.config import complete
 from univla_jax.errors import UserError
-from univla_jax.interop.hub_assets import ConvertConfig
+from univla_jax.interop.hf_assets import ConvertConfig
 
 LIBERO = {
     "mean": (

@@ -15,13 +15,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from univla_jax.config import complete, of_stage
-from univla_jax.data.demonstrations import DemonstrationsConfig
-from univla_jax.data.tokenization import TokenizeConfig
-from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig
-from univla_jax.evaluation.imagination import ImagineConfig
+from univla_jax.data.tokenize import TokenizeConfig
+from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig
+from univla_jax.evaluation.imagined_episodes import ImagineConfig
 from univla_jax.evaluation.study import EvaluateConfig
+from univla_jax.simulators.tabletop.tabletop_expert import DemonstrationsConfig
 from univla_jax.training.train_config import TrainConfig
-from univla_jax.training.vision_fit import VisionFitConfig
+from univla_jax.training.vision_training import VisionFitConfig
 
 CORPUS = "tabletop"
 ACTION_FRAMES = 5  # steps of an action chunk: one second at 5 Hz

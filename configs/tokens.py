@@ -3,7 +3,7 @@
     python -m univla_jax.tokenize_dataset --config=configs/tokens.py:libero \\
         --source=LIBERO_SPATIAL_RLDS --vision=EMU3_VISION_TOKENIZER --out=STORES/spatial
 
-The name after the colon is a row of ``univla_jax/data/corpora.py``: it says how the files are read
+The name after the colon is a row of ``univla_jax/data/datasets.py``: it says how the files are read
 and at which size each camera is tokenised. ``libero`` and ``calvin`` are stored with a randomly
 shifted copy of each episode, as the reference trains on; the world model's corpora keep episodes of
 at least six frames at their spacing.
@@ -14,8 +14,8 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from univla_jax.config import complete
-from univla_jax.data.corpora import find_corpus
-from univla_jax.data.tokenize_config import TokenizeConfig
+from univla_jax.data.datasets import find_corpus
+from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.errors import UserError
 
 POLICIES = {"libero": 10, "calvin": 10, "bridge": 5, "aloha": 20}  # steps of an action chunk

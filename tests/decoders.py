@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from univla_jax.interop.huggingface import config_from_huggingface, decoder_rules
-from univla_jax.interop.key_table import import_state
+from univla_jax.interop.key_table import config_from_huggingface, decoder_rules, import_state
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import preset
+from univla_jax.models.decoder_config import preset
 
 
 def tiny_decoder(*, seed: int = 0, scale: float = 0.2, **changes: Any) -> tuple[Decoder, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
-from univla_jax.models.presets import DecoderConfig, preset
+from univla_jax.models.decoder_config import DecoderConfig, preset
 
 SIZES = {"action_dim": 3, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 24}
 

@@ -24,10 +24,10 @@ def get_config(name="small"):
 """
 COMMAND = """
 import pathlib
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax.errors import UserError
 
-CONFIG = commands.config_flag(DEFAULT)
+CONFIG = cli.config_flag(DEFAULT)
 
 def main(argv):
     del argv
@@ -40,7 +40,7 @@ def main(argv):
     print(CONFIG.value.steps, CONFIG.value.model.width, CONFIG.value.fast)
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)
 """
 
 

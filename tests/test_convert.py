@@ -19,17 +19,17 @@ from tests.conftest import REPOSITORY
 from tests.inference import tiny_checkpoint
 from tests.interop import hub_folders
 from tests.training import tiny_run
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import find_checkpoint, load_params
 from univla_jax.errors import UserError
-from univla_jax.interop.architectures import HubModel
-from univla_jax.interop.from_hub import from_hub
-from univla_jax.interop.hub_assets import ConvertConfig
+from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.interop.hf_config import HubModel
 from univla_jax.interop.key_table import import_state
-from univla_jax.interop.to_hub import to_hub
+from univla_jax.interop.to_hf import to_hub
 from univla_jax.tokenizers.action import UniformBins
-from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.vision import VisionTokenizer
-from univla_jax.training.checkpoint_folder import find_checkpoint, load_params
-from univla_jax.training.run import train
+from univla_jax.training.train_loop import train
 
 SIZES = {
     "hidden_size": 32,
@@ -177,12 +177,12 @@ _RESTORE = """
 import sys
 import jax, numpy as np
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import preset
-from univla_jax.training.checkpoint_folder import load_params
+from univla_jax.models.decoder_config import preset
+from univla_jax.checkpoints import load_params
 from univla_jax.training.optimizer import OptimizerConfig, make_optimizer
-from univla_jax.training.run_model import params_init
+from univla_jax.training.model_setup import params_init
 from univla_jax.training.sharding import MeshConfig, make_mesh
-from univla_jax.training.state import abstract_state
+from univla_jax.training.train_step import abstract_state
 sizes = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
              vocab_pad_multiple=256)
 model = Decoder(preset("tiny", vocab_size=493, param_dtype="float32", **sizes))

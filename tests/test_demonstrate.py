@@ -10,12 +10,11 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.data.episodes import assert_same
-from univla_jax.data import demonstrations
-from univla_jax.data.corpora import find_corpus
+from univla_jax.data.datasets import find_corpus
 from univla_jax.data.rlds import RldsSource
-from univla_jax.environments import tabletop_expert
 from univla_jax.errors import UserError
-from univla_jax.evaluation.libero_demonstrations import LiberoDemonstrationsConfig
+from univla_jax.simulators.libero.libero_demonstrations import LiberoDemonstrationsConfig
+from univla_jax.simulators.tabletop import tabletop_expert
 
 CONFIG = """
 import ml_collections
@@ -26,25 +25,25 @@ def get_config():
 
 
 def test_demonstrations_read_back_with_disjoint_seeds(tmp_path):
-    config = demonstrations.DemonstrationsConfig(train_episodes=2, val_episodes=1, first_seed=40)
-    demonstrations.write_demonstrations(config, tmp_path)
+    config = tabletop_expert.DemonstrationsConfig(train_episodes=2, val_episodes=1, first_seed=40)
+    tabletop_expert.write_demonstrations(config, tmp_path)
     read = []
     for split in ("train", "val"):
         read += RldsSource(tmp_path, find_corpus("tabletop"), split)
     assert len(read) == 3
     for got, seed in zip(read, tabletop_expert.DEMONSTRATION_SEEDS[40:]):
         assert_same(got, tabletop_expert.demonstrate(seed))
-    demonstrations.write_demonstrations(config, tmp_path)
-    other = demonstrations.DemonstrationsConfig(train_episodes=1, val_episodes=1)
+    tabletop_expert.write_demonstrations(config, tmp_path)
+    other = tabletop_expert.DemonstrationsConfig(train_episodes=1, val_episodes=1)
     with pytest.raises(UserError, match="holds other demonstrations"):
-        demonstrations.write_demonstrations(other, tmp_path)
+        tabletop_expert.write_demonstrations(other, tmp_path)
 
 
 def test_several_processes_write_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(demonstrations, "EPISODES_PER_WORKER", 2)
-    monkeypatch.setattr(demonstrations.os, "sched_getaffinity", lambda process: {0, 1})
-    config = demonstrations.DemonstrationsConfig(4, 1, families=("touch", "push", "place"))
-    demonstrations.write_demonstrations(config, tmp_path)
+    monkeypatch.setattr(tabletop_expert, "EPISODES_PER_WORKER", 2)
+    monkeypatch.setattr(tabletop_expert.os, "sched_getaffinity", lambda process: {0, 1})
+    config = tabletop_expert.DemonstrationsConfig(4, 1, families=("touch", "push", "place"))
+    tabletop_expert.write_demonstrations(config, tmp_path)
     read = list(RldsSource(tmp_path, find_corpus("tabletop"), "train"))
     assert len(read) == 4
     for seed, (got, family) in enumerate(zip(read, ("touch", "push", "place", "touch"))):
@@ -57,9 +56,9 @@ def test_several_processes_write_the_same(tmp_path, monkeypatch):
 def test_numbers_are_checked(changes):
     values = {"train_episodes": 1, "val_episodes": 1, **changes}
     with pytest.raises(UserError, match="must be at least"):
-        demonstrations.DemonstrationsConfig(**values)
+        tabletop_expert.DemonstrationsConfig(**values)
     with pytest.raises(UserError, match="kept for demonstrations"):
-        demonstrations.DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
+        tabletop_expert.DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
 
 
 @pytest.mark.parametrize(

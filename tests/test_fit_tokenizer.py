@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
-from univla_jax.data import demonstrations
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.data.corpora import find_corpus
-from univla_jax.data.frame_batches import FrameBatches
+from univla_jax.data.datasets import find_corpus
 from univla_jax.data.rlds import RldsSource
 from univla_jax.errors import UserError
 from univla_jax.fit_tokenizer import fit_tokenizer
+from univla_jax.normalization import ActionStatistics
+from univla_jax.simulators.tabletop import tabletop_expert
 from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.text import load_text_tokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
-from univla_jax.training import vision_fit
+from univla_jax.training import vision_training
+from univla_jax.training.vision_training import FrameBatches
 
 TEXT = {"kind": "text", "corpus": "tabletop", "vocabulary_size": 300}
 ACTION = {"kind": "action", "corpus": "tabletop", "chunk": 5, "vocabulary_size": 300}
@@ -46,8 +46,8 @@ VISION = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rlds")
-    config = demonstrations.DemonstrationsConfig(train_episodes=6, val_episodes=1)
-    return str(demonstrations.write_demonstrations(config, folder))
+    config = tabletop_expert.DemonstrationsConfig(train_episodes=6, val_episodes=1)
+    return str(tabletop_expert.write_demonstrations(config, folder))
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_report_by_hand():
 
     frames = np.zeros((1, 4, 4, 3), np.uint8)
     frames[0, 0, 0] = 1  # that cell decodes to ones: three of sixteen pixels are wrong by one
-    report = vision_fit.measure(Half(), {"image": frames})
+    report = vision_training.measure(Half(), {"image": frames})
     assert report["psnr"]["image"] == pytest.approx(10 * np.log10(255**2 * 16 / 3), abs=0.01)
     assert report["codes_used"] == 0.25
     assert report["perplexity"] == pytest.approx(1.8, abs=0.05)  # 1/4 and 3/4: 0.81 bits

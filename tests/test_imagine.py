@@ -13,11 +13,13 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 from tests.inference import tiny_checkpoint
-from univla_jax.data.demonstrations import DemonstrationsConfig, write_demonstrations
-from univla_jax.data.video_files import read_frames
+from univla_jax.data.video import read_frames
 from univla_jax.errors import UserError
-from univla_jax.evaluation.imagination import ImagineConfig, imagine
-from univla_jax.evaluation.imagined_picture import imagine_picture
+from univla_jax.evaluation.imagined_episodes import ImagineConfig, imagine, imagine_picture
+from univla_jax.simulators.tabletop.tabletop_expert import (
+    DemonstrationsConfig,
+    write_demonstrations,
+)
 
 CONFIG = """
 import ml_collections

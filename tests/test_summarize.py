@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY
+from univla_jax import summarize
 from univla_jax.errors import UserError
-from univla_jax.evaluation import overview
 
 SUCCESS = {"successes": 9, "episodes": 10, "rate": 0.9, "low": 0.6, "high": 0.98}
 TEXT = {"vocabulary_size": 300, "mean_tokens": 6.2, "distinct_instructions": 24}
@@ -59,7 +59,7 @@ def workdir(tmp_path):
 
 
 def test_everything_is_gathered(workdir):
-    report = overview.write(workdir)
+    report = summarize.write_summary(workdir)
     policy = report["training"]["policy"]
     assert policy["steps"] == 40 and policy["held_out"] == {"eval/loss": 0.2}
     assert policy["mean_of_last_tenth"]["action_accuracy"] == pytest.approx(37.5 / 40)
@@ -69,7 +69,7 @@ def test_everything_is_gathered(workdir):
     assert json.loads((workdir / "report.json").read_text()) == report
     with Image.open(workdir / "learning_curve.png") as picture:
         assert picture.size[0] > 900
-    table = overview.table(report)
+    table = summarize.summary_table(report)
     vision = "image 28.1 dB, wrist 20.0 dB; 50 % of the codes used"
     for words in (
         vision,
@@ -85,11 +85,11 @@ def test_everything_is_gathered(workdir):
 
 def test_what_is_absent_is_left_out(tmp_path):
     _write(tmp_path / "tokenizers" / "text" / "fit.json", {"report": TEXT})
-    report = overview.write(tmp_path)
+    report = summarize.write_summary(tmp_path)
     assert set(report) == {"tokenizers", "files"}
-    assert "300 ids, 6.2 per instruction (24 different ones)" in overview.table(report)
+    assert "300 ids, 6.2 per instruction (24 different ones)" in summarize.summary_table(report)
     with pytest.raises(UserError, match="holds no results"):
-        overview.write(tmp_path / "nothing")
+        summarize.write_summary(tmp_path / "nothing")
 
 
 def test_the_command_prints_the_table_and_the_paths(workdir):

@@ -15,11 +15,11 @@ from tests.conftest import REPOSITORY
 from tests.data.test_token_store import content
 from univla_jax import config as strict
 from univla_jax import demonstrate, tokenize_dataset
-from univla_jax.data import demonstrations
-from univla_jax.data.corpora import find_corpus
+from univla_jax.data.datasets import find_corpus
 from univla_jax.data.rlds import RldsSource
 from univla_jax.data.token_store import TokenStore
-from univla_jax.data.tokenization import TokenizeConfig, tokenize
+from univla_jax.data.tokenize import TokenizeConfig, tokenize
+from univla_jax.simulators.tabletop import tabletop_expert
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import fresh_variables
 
@@ -46,8 +46,8 @@ VISION = VisionConfig(
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenize")
     (path / "config.py").write_text(CONFIG)
-    config = demonstrations.DemonstrationsConfig(train_episodes=6, val_episodes=1)
-    demonstrations.write_demonstrations(config, path / "rlds")
+    config = tabletop_expert.DemonstrationsConfig(train_episodes=6, val_episodes=1)
+    tabletop_expert.write_demonstrations(config, path / "rlds")
     VisionTokenizer(VISION, fresh_variables(VISION, seed=0)).save(path / "vision")
     return path
 

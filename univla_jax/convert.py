@@ -21,20 +21,20 @@ import time
 
 from absl import flags, logging
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax import config as strict
 from univla_jax.errors import UserError
-from univla_jax.interop.from_hub import from_hub
-from univla_jax.interop.hub_assets import ConvertConfig
-from univla_jax.interop.hub_folder import HubFolder
-from univla_jax.interop.to_hub import to_hub
+from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.interop.hf_folder import HubFolder
+from univla_jax.interop.to_hf import to_hub
 
-CONFIG = commands.config_flag(required=False)
-FROM_HF = commands.string_flag("from_hf", "model folder as the hub stores it", required=False)
-TO = commands.string_flag("to", "folder for the checkpoint or tokenizer", required=False)
-FROM = commands.string_flag("from", "checkpoint or tokenizer folder", required=False)
-TO_HF = commands.string_flag("to_hf", "folder for the model as the hub stores it", required=False)
-DTYPE = commands.string_flag("dtype", "type of the weights written by --to_hf", default="")
+CONFIG = cli.config_flag(required=False)
+FROM_HF = cli.string_flag("from_hf", "model folder as the hub stores it", required=False)
+TO = cli.string_flag("to", "folder for the checkpoint or tokenizer", required=False)
+FROM = cli.string_flag("from", "checkpoint or tokenizer folder", required=False)
+TO_HF = cli.string_flag("to_hf", "folder for the model as the hub stores it", required=False)
+DTYPE = cli.string_flag("dtype", "type of the weights written by --to_hf", default="")
 WEIGHTS_ONLY = flags.DEFINE_bool(
     "weights_only", False, "Leave out the assets: nothing but converting back needs none"
 )
@@ -71,4 +71,4 @@ def _cost(start: float) -> str:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from absl import flags
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax import config as strict
-from univla_jax.data.demonstrations import DemonstrationsConfig, write_demonstrations
-from univla_jax.evaluation.libero_demonstrations import (
+from univla_jax.simulators.libero.libero_demonstrations import (
     LiberoDemonstrationsConfig,
     write_libero_demonstrations,
 )
+from univla_jax.simulators.tabletop.tabletop_expert import (
+    DemonstrationsConfig,
+    write_demonstrations,
+)
 
-CONFIG = commands.config_flag()
-OUT = commands.string_flag("out", "folder for the dataset")
+CONFIG = cli.config_flag()
+OUT = cli.string_flag("out", "folder for the dataset")
 BENCHMARK = flags.DEFINE_enum("benchmark", "tabletop", ["tabletop", "libero"], "whose experts")
-ASSETS = commands.string_flag("assets", "the simulator's assets", required=False)
+ASSETS = cli.string_flag("assets", "the simulator's assets", required=False)
 
 
 def main(argv: list[str]) -> None:
@@ -41,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -20,7 +20,7 @@ class Episode:
       frames: per view (for example ``"image"``, ``"wrist_image"``) uint8 [T, H, W, 3], RGB.
       actions: float32 [T, A], physical units of the corpus; ``actions[t]`` follows ``frames[t]``.
       control_hz: control rate in steps per second.
-      corpus: name of the row in ``data/corpora.py``.
+      corpus: name of the row in ``data/datasets.py``.
       episode_id: unique inside the corpus, used in error messages and manifests.
       state: float32 [T, P] proprioception, or None where the corpus has none.
       texts: further texts by kind, each one for the whole episode or one per step: ``"reasoning"``

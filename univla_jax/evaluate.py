@@ -18,7 +18,7 @@ started again, the command goes on with the missing episodes; finished, it says 
 Real benchmarks (``--benchmark=libero``, ``calvin`` or ``simpler``; ``--assets`` is the folder of
 LIBERO's assets or of CALVIN's data set) leave
 ``report.json``, ``report.html``, ``episodes.jsonl``, ``films/`` and more, see
-``evaluation/campaign.py``. ``--policy=zero`` and ``--policy=random`` are baselines.
+``evaluation/runner.py``. ``--policy=zero`` and ``--policy=random`` are baselines.
 ``--policy=expert`` has LIBERO's scripts act, by default in all tasks of the suite that have one;
 with ``--config`` (a recipe of ``configs/official.py``) their actions take the way of a policy's:
 normalised by the recipe's statistics, written as ids of its action tokenizer, and back.
@@ -34,40 +34,42 @@ from typing import Any
 
 from absl import flags, logging
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax import config as strict
+from univla_jax.cli import format_table
 from univla_jax.errors import UserError
-from univla_jax.evaluation import calvin, libero, offline, score, simpler, study
-from univla_jax.evaluation.campaign import Effort
-from univla_jax.evaluation.expert import ActionPath
-from univla_jax.evaluation.simulators import Benchmark
+from univla_jax.evaluation import offline, scoring, study
+from univla_jax.evaluation.actors import ActionPath
+from univla_jax.evaluation.runner import Effort
 from univla_jax.evaluation.study import EvaluateConfig
-from univla_jax.evaluation.text_table import columns
-from univla_jax.interop.hub_assets import ConvertConfig, statistics_of
+from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
+from univla_jax.simulators import calvin_simulator, simpler_simulator
+from univla_jax.simulators.base import Benchmark
+from univla_jax.simulators.libero import libero_benchmark
 from univla_jax.tokenizers.action import load_action_tokenizer
 
-CONFIG = commands.config_flag(required=False)
-CHECKPOINT = commands.string_flag(
+CONFIG = cli.config_flag(required=False)
+CHECKPOINT = cli.string_flag(
     "checkpoint", "policy checkpoint, or the workdir of its training", required=False
 )
-OUT = commands.string_flag("out", "folder for the results", required=False)
+OUT = cli.string_flag("out", "folder for the results", required=False)
 BENCHMARK = flags.DEFINE_enum(
     "benchmark", None, ["libero", "calvin", "simpler"], "a real benchmark"
 )
-POLICY = commands.string_flag(
+POLICY = cli.string_flag(
     "policy", "instead of --checkpoint: ws://host:port, zero, random or expert", required=False
 )
-CORPUS = commands.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
-SUITE = commands.string_flag("suite", "suite of LIBERO", default="libero_goal")
+CORPUS = cli.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
+SUITE = cli.string_flag("suite", "suite of LIBERO", default="libero_goal")
 TASKS = flags.DEFINE_list("tasks", [], "numbers of tasks in the suite; all by default")
 EPISODES = flags.DEFINE_integer(
     "episodes_per_task", None, "initial states of each task (CALVIN: chains); all by default"
 )
 MAX_STEPS = flags.DEFINE_integer("max_steps", 0, "of an episode of LIBERO; 0 as published")
 EXECUTE = flags.DEFINE_integer("execute", 0, "actions executed of each chunk; 0 for all")
-OFFLINE = commands.string_flag("offline", "token store of held-out episodes", required=False)
+OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 HELD_OUT = flags.DEFINE_integer("episodes", 0, "episodes of --offline; 0 for all")
-ASSETS = commands.string_flag("assets", "the simulator's assets or data set", required=False)
+ASSETS = cli.string_flag("assets", "the simulator's assets or data set", required=False)
 WORKERS = flags.DEFINE_integer("workers", 1, "simulators at once")
 HANG_SECONDS = flags.DEFINE_float("hang_seconds", 600.0, "a simulator silent for so long restarts")
 FILMS = flags.DEFINE_integer("films", 1, "episodes of each task that are filmed")
@@ -94,7 +96,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{summary['latency'].get('p50_seconds', 0):.3f}",
             ]
         )
-    return columns(rows)
+    return format_table(rows)
 
 
 def _percent(share: float) -> str:
@@ -107,14 +109,17 @@ def benchmark_table(report: dict[str, Any]) -> str:
     for task in [*report["tasks"], {"task": "all", **report["success"]}]:
         interval = f"{_percent(task['low'])} - {_percent(task['high'])}"
         rows.append([task["task"], _percent(task["rate"]), interval, str(task["episodes"])])
-    return columns(rows)
+    return format_table(rows)
 
 
 def comparison_table(found: dict[str, Any]) -> str:
     """Two reports beside each other, and what differs between their protocols."""
     rows = [["task", "A", "B"]] + [[n, _percent(a), _percent(b)] for n, a, b in found["tasks"]]
     interval = f"{_percent(found['low'])} - {_percent(found['high'])}"
-    lines = [columns(rows), f"B - A: {_percent(found['difference'])} points (95 %: {interval})"]
+    lines = [
+        format_table(rows),
+        f"B - A: {_percent(found['difference'])} points (95 %: {interval})",
+    ]
     return "\n".join(lines + [f"{k}: {a!r} | {b!r}" for k, (a, b) in found["differs"].items()])
 
 
@@ -123,15 +128,19 @@ def _benchmark() -> Benchmark:
     execute = {"execute": EXECUTE.value}
     if BENCHMARK.value == "libero":
         limit = {"max_steps": MAX_STEPS.value} if MAX_STEPS.value else {}
-        rules = libero.protocol(SUITE.value, **number, **execute, **limit)
+        rules = libero_benchmark.protocol(SUITE.value, **number, **execute, **limit)
         scripted = _EXPERT_CHUNK if POLICY.value == "expert" else 0
-        return libero.benchmark(rules, tasks=_tasks(), assets=ASSETS.value, scripted=scripted)
+        return libero_benchmark.benchmark(
+            rules, tasks=_tasks(), assets=ASSETS.value, scripted=scripted
+        )
     if POLICY.value == "expert":
         raise UserError(f"--policy=expert: {BENCHMARK.value} has no scripts, only libero has")
     if BENCHMARK.value == "calvin":
         chains = {"sequences": EPISODES.value} if number else {}
-        return calvin.benchmark(calvin.CalvinProtocol(**chains, **execute), dataset=ASSETS.value)
-    return simpler.benchmark(simpler.SimplerProtocol(**number, **execute))
+        return calvin_simulator.benchmark(
+            calvin_simulator.CalvinProtocol(**chains, **execute), dataset=ASSETS.value
+        )
+    return simpler_simulator.benchmark(simpler_simulator.SimplerProtocol(**number, **execute))
 
 
 def _tasks() -> tuple[int, ...]:
@@ -146,10 +155,10 @@ def _run_benchmark() -> None:
     _require(policy, "--checkpoint=... or --policy=...")
     effort = Effort(WORKERS.value, HANG_SECONDS.value, FILMS.value)
     options = {"corpus": CORPUS.value, "path": _action_path()}
-    report = score.score(_benchmark(), policy, OUT.value, effort, **options)
+    report = scoring.score(_benchmark(), policy, OUT.value, effort, **options)
     print(benchmark_table(report))
     print(" ".join(f"{key} {value}" for key, value in sorted(report["throughput"].items())))
-    print(f"{OUT.value}/{score.REPORT}\n{OUT.value}/{score.PAGE}")
+    print(f"{OUT.value}/{scoring.REPORT}\n{OUT.value}/{scoring.PAGE}")
 
 
 def _action_path() -> ActionPath | None:
@@ -200,9 +209,9 @@ def main(argv: list[str]) -> None:
     if COMPARE.value:
         if len(argv) != 3:
             raise UserError("--compare takes two folders of results: --compare A B")
-        print(comparison_table(score.compare(*argv[1:], out=OUT.value)))
+        print(comparison_table(scoring.compare(*argv[1:], out=OUT.value)))
         if OUT.value:
-            print(f"{OUT.value}/{score.COMPARISON}")
+            print(f"{OUT.value}/{scoring.COMPARISON}")
         return
     _require(OUT.value, "--out=..., the folder for the results")
     if OFFLINE.value:
@@ -214,4 +223,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main, arguments=2)
+    cli.run(main, arguments=2)

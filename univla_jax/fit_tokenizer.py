@@ -18,17 +18,16 @@ from typing import Any
 
 from absl import logging
 
-from univla_jax import commands
+from univla_jax import cli, run_dir
 from univla_jax import config as strict
-from univla_jax.data import fit_folder
-from univla_jax.data.tokenizer_fits import ActionFitConfig, TextFitConfig, fit_action, fit_text
+from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig, fit_action, fit_text
 from univla_jax.errors import UserError
 from univla_jax.training.preemption import EXIT_STATUS, Preempted
-from univla_jax.training.vision_fit import FREE, VisionFitConfig, fit_vision
+from univla_jax.training.vision_training import FREE, VisionFitConfig, fit_vision
 
-CONFIG = commands.config_flag()
-SOURCE = commands.string_flag("source", "RLDS dataset folder")
-WORKDIR = commands.string_flag("workdir", "folder for the tokenizer")
+CONFIG = cli.config_flag()
+SOURCE = cli.string_flag("source", "RLDS dataset folder")
+WORKDIR = cli.string_flag("workdir", "folder for the tokenizer")
 
 KINDS: Mapping[str, tuple[type, Callable[..., dict[str, Any]], Collection[str]]] = {
     "text": (TextFitConfig, fit_text, ()),
@@ -58,7 +57,7 @@ def fit_tokenizer(values: Mapping[str, Any], source: str, workdir: str) -> dict[
         raise UserError(f"config.kind: {kind!r}; expected one of {', '.join(KINDS)}")
     cls, fit, free = KINDS[kind]
     config = strict.build(cls, values)
-    report = fit_folder.read_report(workdir, config, free=free)
+    report = run_dir.read_fit_report(workdir, config, free=free)
     if report is not None:
         print(f"{workdir}: the {kind} tokenizer is fitted already", file=sys.stderr)
         return report
@@ -79,4 +78,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -19,21 +19,19 @@ from typing import Any
 
 from absl import logging
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax import config as strict
+from univla_jax.cli import format_table
 from univla_jax.errors import UserError
-from univla_jax.evaluation import imagination, imagined_picture
-from univla_jax.evaluation.imagination import ImagineConfig
-from univla_jax.evaluation.text_table import columns
+from univla_jax.evaluation import imagined_episodes
+from univla_jax.evaluation.imagined_episodes import ImagineConfig
 
-CONFIG = commands.config_flag()
-CHECKPOINT = commands.string_flag("checkpoint", "world-model checkpoint, or its training's workdir")
-SOURCE = commands.string_flag(
-    "source", "RLDS dataset folder with the held-out split", required=False
-)
-IMAGE = commands.string_flag("image", "picture to continue instead", required=False)
-INSTRUCTION = commands.string_flag("instruction", "task for that picture", default="")
-OUT = commands.string_flag("out", "folder for the results")
+CONFIG = cli.config_flag()
+CHECKPOINT = cli.string_flag("checkpoint", "world-model checkpoint, or its training's workdir")
+SOURCE = cli.string_flag("source", "RLDS dataset folder with the held-out split", required=False)
+IMAGE = cli.string_flag("image", "picture to continue instead", required=False)
+INSTRUCTION = cli.string_flag("instruction", "task for that picture", default="")
+OUT = cli.string_flag("out", "folder for the results")
 
 _SHOWN = {
     "imagined": "imagined",
@@ -50,7 +48,7 @@ def table(report: dict[str, Any]) -> str:
         means = report["overall"][name]
         accuracy = f"{100 * means['token_accuracy']:.1f}"
         rows.append([label, f"{means['psnr']:.2f}", f"{means['ssim']:.3f}", accuracy])
-    return columns(rows)
+    return format_table(rows)
 
 
 def main(argv: list[str]) -> None:
@@ -61,18 +59,18 @@ def main(argv: list[str]) -> None:
     if (SOURCE.value is None) == (IMAGE.value is None):
         raise UserError("give either --source (real episodes) or --image (a picture)")
     if IMAGE.value is not None:
-        imagined_picture.imagine_picture(
+        imagined_episodes.imagine_picture(
             config, CHECKPOINT.value, IMAGE.value, INSTRUCTION.value, OUT.value
         )
-        _list(imagination.pictures(config))
+        _list(imagined_episodes.pictures(config))
         return
-    was_finished = imagination.finished(OUT.value)
-    report = imagination.imagine(config, CHECKPOINT.value, SOURCE.value, OUT.value)
+    was_finished = imagined_episodes.finished(OUT.value)
+    report = imagined_episodes.imagine(config, CHECKPOINT.value, SOURCE.value, OUT.value)
     if was_finished:
         print(f"{OUT.value} holds these results already")
     print(f"{report['episodes']} held-out episodes, {report['frames']} frames")
     print(table(report))
-    _list([*imagination.pictures(config), imagination.REPORT])
+    _list([*imagined_episodes.pictures(config), imagined_episodes.REPORT])
 
 
 def _list(names: Sequence[str]) -> None:
@@ -81,4 +79,4 @@ def _list(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -19,15 +19,16 @@ import json
 import jax
 from absl import flags, logging
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax import config as strict
-from univla_jax.planning import decode_plan, report, search
+from univla_jax.planning import decode_plan, training_plan
+from univla_jax.planning.search import search_plans, search_table
 from univla_jax.planning.topologies import find_topology
 from univla_jax.planning.training_plan import plan_training
 from univla_jax.training.train_config import TrainConfig
 
-CONFIG = commands.config_flag()
-TOPOLOGY = commands.string_flag("topology", "slice to plan for, such as v5p:4x4x4")
+CONFIG = cli.config_flag()
+TOPOLOGY = cli.string_flag("topology", "slice to plan for, such as v5p:4x4x4")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text")
 FULL_LOGITS = flags.DEFINE_bool("full_logits", False, "Compare with the loss that holds all logits")
 DECODE = flags.DEFINE_bool("decode", False, "Plan prefill and decoding of the trained policy")
@@ -44,8 +45,8 @@ def main(argv: list[str]) -> int:
     config = strict.build(TrainConfig, CONFIG.value.to_dict())
     topology = find_topology(TOPOLOGY.value)
     if SEARCH.value:
-        plans = search.search(config, topology, limit=LIMIT.value)
-        show, text = [plan.to_dict() for plan in plans], search.table(plans)
+        plans = search_plans(config, topology, limit=LIMIT.value)
+        show, text = [plan.to_dict() for plan in plans], search_table(plans)
         fits = any(plan.fits for plan in plans)
     else:
         if DECODE.value:
@@ -53,11 +54,11 @@ def main(argv: list[str]) -> int:
             text = decode_plan.describe(plan)
         else:
             plan = plan_training(config, topology, full_logits=FULL_LOGITS.value)
-            text = report.describe(plan)
+            text = training_plan.describe_plan(plan)
         show, fits = plan.to_dict(), plan.fits
     print(json.dumps(show) if JSON.value else text)
     return 0 if fits else 1
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -16,19 +16,19 @@ import time
 
 from absl import flags, logging
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax.errors import UserError
 
 _BEGIN = time.perf_counter()
 
-CHECKPOINT = commands.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
-CORPUS = commands.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
-HOST = commands.string_flag("host", "address to listen on", default="127.0.0.1")
+CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
+CORPUS = cli.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
+HOST = cli.string_flag("host", "address to listen on", default="127.0.0.1")
 PORT = flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one")
-API_KEY = commands.string_flag("api_key", "key that robots must send", default="")
-API_KEY_FILE = commands.string_flag("api_key_file", "file with that key", required=False)
-TLS_CERT = commands.string_flag("tls_cert", "PEM certificate", required=False)
-TLS_KEY = commands.string_flag("tls_key", "PEM private key", required=False)
+API_KEY = cli.string_flag("api_key", "key that robots must send", default="")
+API_KEY_FILE = cli.string_flag("api_key_file", "file with that key", required=False)
+TLS_CERT = cli.string_flag("tls_cert", "PEM certificate", required=False)
+TLS_KEY = cli.string_flag("tls_key", "PEM private key", required=False)
 EXECUTION = flags.DEFINE_enum(
     "execution", "chunk", ["chunk", "receding", "ensemble"], "which actions of a chunk are sent"
 )
@@ -43,7 +43,7 @@ QUEUE = flags.DEFINE_integer("queue", 64, "most requests that wait; more are ref
 MAX_CONNECTIONS = flags.DEFINE_integer("max_connections", 64, "most robots connected")
 MAX_MESSAGE_MB = flags.DEFINE_integer("max_message_mb", 16, "longest message read, in MiB")
 DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30.0, "how long a stop waits for requests")
-COMPILED = commands.string_flag(
+COMPILED = cli.string_flag(
     "compiled", "folder that keeps compiled functions", default="~/.cache/univla_jax/compiled"
 )
 
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     try:
-        from univla_jax.serving import launch
-        from univla_jax.serving.contracts import ServerConfig
+        from univla_jax.serving import startup
+        from univla_jax.serving.server import ServerConfig
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs the package {error.name}: pip install .[serve]") from error
     from univla_jax.inference.execution import Execution, Executor
@@ -71,15 +71,15 @@ def main(argv: list[str]) -> None:
         drain_seconds=DRAIN_SECONDS.value,
         api_key=API_KEY.value,
     )
-    config = launch.with_key(config, API_KEY_FILE.value)
-    tls = launch.tls_context(TLS_CERT.value, TLS_KEY.value)
+    config = startup.with_key(config, API_KEY_FILE.value)
+    tls = startup.tls_context(TLS_CERT.value, TLS_KEY.value)
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
-    launch.check_port(config.host, config.port)
-    launch.keep_compiled(COMPILED.value)
+    startup.check_port(config.host, config.port)
+    startup.keep_compiled(COMPILED.value)
     policy = Policy.load(CHECKPOINT.value, corpus=CORPUS.value, draft=DRAFT.value, int8=INT8.value)
     executor = Executor(policy, execution)
-    launch.warm(policy, config.max_batch, _report)
-    asyncio.run(launch.serve(executor, config, tls, _report))
+    startup.warm(policy, config.max_batch, _report)
+    asyncio.run(startup.serve(executor, config, tls, _report))
 
 
 def _report(message: str) -> None:
@@ -87,4 +87,4 @@ def _report(message: str) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -9,20 +9,317 @@ out. Writes ``report.json`` and ``learning_curve.png``.
 
 from __future__ import annotations
 
-from univla_jax import commands
-from univla_jax.evaluation import overview
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-WORKDIR = commands.string_flag("workdir", "folder of the whole quickstart")
+import numpy as np
+
+from univla_jax import cli, io, run_dir
+from univla_jax.cli import format_table
+from univla_jax.data.token_store import MANIFEST, read_manifest
+from univla_jax.errors import UserError
+from univla_jax.evaluation import imagined_episodes, study
+from univla_jax.training import metrics
+
+# ----------------------------------------------------------------------------
+# Learning curves of training stages as one picture.
+
+
+Lines = Sequence[Mapping[str, float]]
+_COLOURS = {"text": "#7a7a7a", "visual": "#1f77b4", "action": "#d62728", "": "#303036"}
+
+
+def write_learning_curves(path: str | os.PathLike[str], stages: Mapping[str, Lines]) -> None:
+    """Draws loss and token accuracies over the steps of each stage, one column per stage.
+
+    Args:
+      path: PNG file.
+      stages: title -> lines of its ``metrics.jsonl``; metrics under ``eval/`` are drawn as dots.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(stages), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(stages), squeeze=False, sharex="col")
+    for column, (title, lines) in enumerate(stages.items()):
+        loss, accuracy = grid[0][column], grid[1][column]
+        loss.set_title(title)
+        _draw(loss, lines, "loss", "", "")
+        _label(loss, "cross-entropy (nats per token)")
+        if np.nanmin(_series(lines, "loss")[1]) > 0:
+            _logarithmic(loss)
+        for modality in ("text", "visual", "action"):
+            _draw(accuracy, lines, f"{modality}_accuracy", f"{modality} tokens, ", modality)
+        _label(accuracy, "next-token accuracy")
+        accuracy.set_ylim(0, 1)
+        accuracy.set_xlabel("optimizer step")
+    FigureCanvasAgg(figure).print_png(os.fspath(path))
+
+
+def _draw(axes, lines: Lines, name: str, what: str, modality: str) -> None:
+    """The metric as it is, thin, its running mean, and the held-out one as dots."""
+    colour = _COLOURS[modality]
+    steps, values = _series(lines, name)
+    if len(steps):
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=f"{what}training")
+    steps, values = _series(lines, f"eval/{name}")
+    if len(steps):
+        axes.plot(steps, values, "o", color=colour, markersize=4, label=f"{what}held out")
+
+
+def _logarithmic(axes) -> None:
+    """Logarithmic with numbers one can read."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _label(axes, quantity: str) -> None:
+    axes.set_ylabel(quantity)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+
+
+def _series(lines: Lines, name: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(line["step"], line[name]) for line in lines if name in line]
+    return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over about a fortieth of the curve."""
+    half = max(1, len(values) // 80)
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+# ----------------------------------------------------------------------------
+# One report over all stages of a workdir; the work of ``univla_jax.summarize``.
+
+
+REPORT, CURVE, STAGES = "report.json", "learning_curve.png", "stages.jsonl"
+_SPLITS = ("train", "val")
+_RUNS = {"world_model": "world model (visual tokens)", "policy": "policy (action tokens)"}
+_TAIL = 10  # a run is described by the mean of the last tenth of its lines
+_PICTURES = {
+    "imagined": ("imagination", imagined_episodes.PICTURE),
+    "rollouts": ("evaluation", study.FILM),
+}
+
+
+def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Gathers, draws the learning curves, writes ``report.json``.
+
+    Args:
+      workdir: the folder of all stages.
+
+    Returns:
+      the report; ``files`` holds the paths of what there is to look at.
+
+    Raises:
+      UserError: nothing there, or a result that is damaged.
+    """
+    root = pathlib.Path(workdir)
+    lines = {name: _lines(root / name / metrics.FILE) for name in _RUNS}
+    lines = {name: found for name, found in lines.items() if found}
+    report = {
+        "tokenizers": _tokenizers(root / "tokenizers"),
+        "tokens": _tokens(root / "tokens"),
+        "training": {name: _final(found) for name, found in lines.items()},
+        "evaluation": _result(root / "evaluation" / study.REPORT),
+        "imagination": _result(root / "imagination" / imagined_episodes.REPORT),
+        "stages": _stages(root / STAGES),
+    }
+    report = {name: value for name, value in report.items() if value}
+    if not report:
+        raise UserError(f"{root} holds no results; give the workdir of the quickstart")
+    paths = {"report": root / REPORT}
+    if lines:
+        paths["learning_curve"] = root / CURVE
+        write_learning_curves(root / CURVE, {_RUNS[name]: found for name, found in lines.items()})
+    pictures = {name: root.joinpath(*parts) for name, parts in _PICTURES.items()}
+    paths |= {name: path for name, path in pictures.items() if path.exists()}
+    report["files"] = {name: str(path) for name, path in paths.items()}
+    io.write_json(root / REPORT, report)
+    return report
+
+
+def summary_table(report: Mapping[str, Any]) -> str:
+    """The report in a few lines."""
+    rows = [("what", "result"), *_tokenizer_rows(report), *_training_rows(report)]
+    rows += [*_evaluation_rows(report), *_imagination_rows(report), *_stage_rows(report)]
+    return format_table(rows, left=2)
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, float]]:
+    return metrics.read_lines(path) if path.exists() else []
+
+
+def _result(path: pathlib.Path) -> dict[str, Any]:
+    return io.read_json(path) if path.exists() else {}
+
+
+def _tokenizers(folder: pathlib.Path) -> dict[str, Any]:
+    found = {name: _result(folder / name / run_dir.FIT_FILE) for name in _FITS}
+    return {name: value["report"] for name, value in found.items() if value.get("report")}
+
+
+def _tokens(folder: pathlib.Path) -> dict[str, Any]:
+    complete = [split for split in _SPLITS if (folder / split / MANIFEST).exists()]
+    return {split: _store(folder / split) for split in complete}
+
+
+def _store(folder: pathlib.Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    return {
+        "episodes": manifest.episodes,
+        "frames": manifest.frames,
+        "broken_episodes": len(manifest.problems),
+        "grids": {view: list(grid) for view, grid in manifest.header.grids.items()},
+    }
+
+
+def _final(lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean of each metric over the last tenth of the run, and its last held-out values."""
+    training = [line for line in lines if "loss" in line]
+    tail = training[-max(1, len(training) // _TAIL) :]
+    names = sorted({n for n in training[-1] if n == "loss" or n.endswith(("_loss", "_accuracy"))})
+    means = {n: _mean([line[n] for line in tail if n in line]) for n in names}
+    held_out = {n: v for line in lines for n, v in line.items() if n.startswith("eval/")}
+    return {
+        "steps": int(training[-1]["step"]) + 1,
+        "final_step": dict(training[-1]),
+        "mean_of_last_tenth": {n: round(v, 5) for n, v in means.items()},
+        **({"held_out": held_out} if held_out else {}),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _stages(path: pathlib.Path) -> dict[str, Any]:
+    """Wall time and peak memory per stage, over all attempts at it."""
+    stages: dict[str, dict[str, float]] = {}
+    for line in _attempts(path):
+        stage = stages.setdefault(line["stage"], {"seconds": 0.0, "peak_gigabytes": 0.0})
+        stage["seconds"] = round(stage["seconds"] + line["seconds"], 2)
+        stage["peak_gigabytes"] = max(stage["peak_gigabytes"], line.get("peak_gigabytes", 0.0))
+    if not stages:
+        return {}
+    return {
+        "seconds": round(sum(s["seconds"] for s in stages.values()), 2),
+        "peak_gigabytes": max(s["peak_gigabytes"] for s in stages.values()),
+        "each": stages,
+    }
+
+
+def _attempts(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The lines of ``launch/stage.py`` but those that a crash cut short."""
+    for text in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(text)
+
+
+def _text_fit(values: Mapping[str, Any]) -> str:
+    return (
+        f"{values['vocabulary_size']} ids, {values['mean_tokens']:.1f} per instruction"
+        f" ({values['distinct_instructions']} different ones)"
+    )
+
+
+def _vision_fit(values: Mapping[str, Any]) -> str:
+    views = ", ".join(f"{view} {psnr:.1f} dB" for view, psnr in values["psnr"].items())
+    return f"{views}; {100 * values['codes_used']:.0f} % of the codes used"
+
+
+def _action_fit(values: Mapping[str, Any]) -> str:
+    return (
+        f"{values['vocabulary_size']} ids, {values['mean_tokens']:.1f} per chunk"
+        f" (at most {values['max_tokens']})"
+    )
+
+
+_FITS = {"text": _text_fit, "vision": _vision_fit, "action": _action_fit}
+
+
+def _tokenizer_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    fits = report.get("tokenizers", {})
+    rows = [(f"{name} tokenizer", _FITS[name](values)) for name, values in fits.items()]
+    for split, store in report.get("tokens", {}).items():
+        rows.append((f"tokens {split}", f"{store['episodes']} episodes, {store['frames']} frames"))
+    return rows
+
+
+def _training_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, run in report.get("training", {}).items():
+        means = {k: v for k, v in run["mean_of_last_tenth"].items() if not k.endswith("_loss")}
+        shown = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in means.items()]
+        rows.append((f"{name.replace('_', ' ')}, {run['steps']} steps", ", ".join(shown)))
+    return rows
+
+
+def _evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    conditions = report.get("evaluation", {}).get("conditions", {})
+    for name in sorted(conditions, key=lambda name: name != "policy"):
+        summary = conditions[name]
+        rows.append((f"success, {name.replace('_', ' ')}", _share(summary["success"])))
+        if name == "policy":
+            rows += [(f"  {family}", _share(s)) for family, s in summary["families"].items()]
+    return rows
+
+
+def _share(success: Mapping[str, Any]) -> str:
+    low, high = 100 * success["low"], 100 * success["high"]
+    count = f"{success['successes']}/{success['episodes']}"
+    return f"{100 * success['rate']:.1f} % ({count}, 95 %: {low:.0f} - {high:.0f})"
+
+
+def _imagination_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    overall = report.get("imagination", {}).get("overall", {})
+    names = {"imagined": "imagined frames", "repeat_context": "repeated frame"}
+    return [
+        (label, f"{m['psnr']:.2f} dB, {100 * m['token_accuracy']:.1f} % of the visual tokens")
+        for name, label in names.items()
+        if (m := overall.get(name))
+    ]
+
+
+def _stage_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    stages = report.get("stages")
+    if not stages:
+        return []
+    rows = [(f"time, {n}", f"{s['seconds']:.0f} s") for n, s in stages["each"].items()]
+    total = f"{stages['seconds'] / 60:.1f} min, peak {stages['peak_gigabytes']:.2f} GB"
+    return [*rows, ("time and memory together", total)]
+
+
+# ----------------------------------------------------------------------------
+
+
+WORKDIR = cli.string_flag("workdir", "folder of the whole quickstart")
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    report = overview.write(WORKDIR.value)
-    print(overview.table(report))
+    report = write_summary(WORKDIR.value)
+    print(summary_table(report))
     for path in report["files"].values():
         print(path)
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -18,21 +18,19 @@ import sys
 
 from absl import flags
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax import config as strict
-from univla_jax.data.problems import describe
-from univla_jax.data.tokenization import Share, tokenize
-from univla_jax.data.tokenize_config import TokenizeConfig
-from univla_jax.data.verification import verify_store
+from univla_jax.data.tokenize import Share, TokenizeConfig, tokenize, verify_store
+from univla_jax.data.validation import describe
 from univla_jax.tokenizers.vision import VisionTokenizer
 
-CONFIG = commands.config_flag()
-SOURCE = commands.string_flag("source", "dataset folder")
-VISION = commands.string_flag("vision", "vision tokenizer folder")
-OUT = commands.string_flag("out", "folder for the stores, one per split")
+CONFIG = cli.config_flag()
+SOURCE = cli.string_flag("source", "dataset folder")
+VISION = cli.string_flag("vision", "vision tokenizer folder")
+OUT = cli.string_flag("out", "folder for the stores, one per split")
 
 
-PART = commands.string_flag("part", "part of the work, such as 0/4", default="0/1")
+PART = cli.string_flag("part", "part of the work, such as 0/4", default="0/1")
 VERIFY = flags.DEFINE_bool("verify", False, "Checks finished stores instead of writing any")
 
 
@@ -70,4 +68,4 @@ def _verify(config: TokenizeConfig, vision: VisionTokenizer) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

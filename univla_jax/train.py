@@ -22,22 +22,47 @@ names, elsewhere those of ``--coordinator=HOST:PORT --processes=N --process=I``.
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import flags, logging
 
-from univla_jax import commands
+from univla_jax import cli
 from univla_jax import config as configs
+from univla_jax.pipeline.inspect import write_page
 from univla_jax.training.distributed import ProcessGroup, join, leaving_with_the_others
-from univla_jax.training.inspect_data import inspect_data
-from univla_jax.training.preemption import EXIT_STATUS, Preempted
-from univla_jax.training.profiling import Window
-from univla_jax.training.run import train
-from univla_jax.training.stalled import StalledData
+from univla_jax.training.metrics import Window
+from univla_jax.training.preemption import EXIT_STATUS, Preempted, StalledData
+from univla_jax.training.run_assets import build_assets
 from univla_jax.training.train_config import TrainConfig
+from univla_jax.training.train_loop import train
 
-_CONFIG = commands.config_flag()
+# ----------------------------------------------------------------------------
+# What a run would train on, as a page to look at.
+
+
+def inspect_data(config: TrainConfig, workdir: str | os.PathLike[str], count: int) -> pathlib.Path:
+    """Writes ``count`` training examples of a run to ``inspect.html`` in its workdir.
+
+    Returns:
+      the page.
+
+    Raises:
+      UserError: something in the config or the data to mend.
+    """
+    folder = pathlib.Path(workdir)
+    page = write_page(config.data, build_assets(config, folder), count)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "inspect.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+# ----------------------------------------------------------------------------
+
+
+_CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train together with other processes")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "With --distributed: process 0, host:port")
@@ -75,4 +100,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    cli.run(main)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from univla_jax.benchmarks import decode_cases as cases
-from univla_jax.benchmarks.clocks import compilations, copy_bandwidth, timed
+from univla_jax.benchmarks import synthetic as cases
+from univla_jax.benchmarks.measure import compilations, copy_bandwidth, timed
 
 
 @pytest.fixture(scope="module")

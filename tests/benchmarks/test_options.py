@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.inference import tiny_checkpoint
-from univla_jax.benchmarks.options import compare, record
+from univla_jax.benchmarks.quantization import compare, record
+from univla_jax.inference.loaded_model import TrainedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.trained import TrainedModel
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from univla_jax.benchmarks import vision
+from univla_jax.benchmarks import vision_speed
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -12,6 +12,6 @@ pytest.importorskip("transformers")
 
 @pytest.mark.slow
 def test_both_encoders_make_as_many_codes():
-    row = vision.compare("quickstart", size=32, batch=2, repeats=1)
+    row = vision_speed.compare("quickstart", size=32, batch=2, repeats=1)
     assert row["preset"] == "quickstart"
     assert row["univla_jax frames/s"] > 0 and row["transformers frames/s"] > 0

@@ -8,9 +8,12 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from univla_jax import config as strict
-from univla_jax.data.corpora import find_corpus
+from univla_jax.data.datasets import find_corpus
 from univla_jax.errors import UserError
-from univla_jax.evaluation.libero_demonstrations import FIRST_STATE, LiberoDemonstrationsConfig
+from univla_jax.simulators.libero.libero_demonstrations import (
+    FIRST_STATE,
+    LiberoDemonstrationsConfig,
+)
 from univla_jax.training.train_config import TrainConfig
 
 RECIPE = runpy.run_path(str(REPOSITORY / "configs" / "libero_scratch.py"))

@@ -9,9 +9,9 @@ import pytest
 
 from tests.configs.test_quickstart import recipe
 from univla_jax import config as strict
-from univla_jax.data.actions import ActionStatistics
 from univla_jax.errors import UserError
-from univla_jax.interop.hub_assets import ConvertConfig
+from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.image import ImageSpec
 
 GRIDS = {

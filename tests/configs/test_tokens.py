@@ -2,8 +2,8 @@ import pytest
 
 from configs import tokens
 from univla_jax import config as strict
-from univla_jax.data.corpora import CORPORA
-from univla_jax.data.tokenize_config import TokenizeConfig
+from univla_jax.data.datasets import CORPORA
+from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.errors import UserError
 
 

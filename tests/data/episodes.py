@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from univla_jax.data.corpora import Corpus
+from univla_jax.data.datasets import Corpus
 from univla_jax.episode import Episode
 
 CORPUS = Corpus(

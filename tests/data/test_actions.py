@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.parity import assert_parity
-from univla_jax.data import actions
+from univla_jax import normalization
 from univla_jax.errors import UserError
 
 
@@ -19,8 +19,8 @@ def test_statistics_match_the_reference(golden_dir):
 
 
 def test_statistics_survive_json():
-    statistics = actions.ActionStatistics((0.0, 1.0), (1.0, 2.0), (-1.0, 0.5), (1.0, 0.5), 7)
-    again = actions.ActionStatistics.from_dict(json.loads(json.dumps(statistics.to_dict())))
+    statistics = normalization.ActionStatistics((0.0, 1.0), (1.0, 2.0), (-1.0, 0.5), (1.0, 0.5), 7)
+    again = normalization.ActionStatistics.from_dict(json.loads(json.dumps(statistics.to_dict())))
     assert again == statistics
 
 
@@ -34,10 +34,10 @@ BATCHES = hnp.arrays(
 @hypothesis.given(BATCHES, hypothesis.strategies.integers(1, 7))
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_streaming_ignores_the_cut_into_batches(rows, size):
-    streamed = actions.stream_statistics(
+    streamed = normalization.stream_statistics(
         lambda: (rows[i : i + size] for i in range(0, len(rows), size))
     )
-    whole = actions.RunningStatistics()
+    whole = normalization.RunningStatistics()
     whole.update(rows)
     whole = whole.statistics()
     np.testing.assert_allclose(streamed.mean, rows.mean(0), atol=1e-9)
@@ -48,7 +48,7 @@ def test_streaming_ignores_the_cut_into_batches(rows, size):
 @hypothesis.given(BATCHES)
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_normalising_is_bounded_and_undone_between_the_quantiles(rows):
-    running = actions.RunningStatistics()
+    running = normalization.RunningStatistics()
     running.update(rows)
     statistics = running.statistics()
     normalised = statistics.normalise(rows)
@@ -70,11 +70,11 @@ def test_normalising_is_bounded_and_undone_between_the_quantiles(rows):
 def test_broken_statistics_are_refused(change, message):
     rows = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "q01": (-1.0, -1.0), "q99": (1.0, 1.0)}
     with pytest.raises(UserError, match=message):
-        actions.ActionStatistics(**{**rows, **change})
+        normalization.ActionStatistics(**{**rows, **change})
 
 
 def test_wrong_batches_are_refused():
-    running = actions.RunningStatistics()
+    running = normalization.RunningStatistics()
     running.update(np.zeros((1, 3)))
     with pytest.raises(UserError, match="at least 2"):
         running.statistics()
@@ -83,6 +83,6 @@ def test_wrong_batches_are_refused():
     with pytest.raises(UserError, match="not finite"):
         running.update(np.full((1, 3), np.nan))
     with pytest.raises(UserError, match="beyond"):
-        actions.RunningStatistics((np.zeros(1), np.ones(1))).update(np.full((2, 1), 2.0))
+        normalization.RunningStatistics((np.zeros(1), np.ones(1))).update(np.full((2, 1), 2.0))
     with pytest.raises(UserError, match="2 dimensions"):
-        actions.ActionStatistics((0, 0), (1, 1), (0, 0), (1, 1)).normalise(np.zeros((4, 3)))
+        normalization.ActionStatistics((0, 0), (1, 1), (0, 0), (1, 1)).normalise(np.zeros((4, 3)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from univla_jax.data.corpora import CORPORA, find_corpus
+from univla_jax.data.datasets import CORPORA, find_corpus
 from univla_jax.errors import UserError
 
 

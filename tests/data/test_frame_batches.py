@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.data.episodes import make_episode
-from univla_jax.data.frame_batches import FrameBatches, collect_frames
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
+from univla_jax.training.vision_training import FrameBatches, collect_frames
 
 SPECS = {"wrist_image": ImageSpec(size=(4, 4), factor=4, min_pixels=16)}
 

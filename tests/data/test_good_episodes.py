@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.data.episodes import CORPUS, make_episode
-from univla_jax.data import corpora
-from univla_jax.data.good_episodes import EpisodesConfig, GoodEpisodes
+from univla_jax.data import datasets
 from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.data.validation import EpisodesConfig, GoodEpisodes
 from univla_jax.errors import UserError
 
 BROKEN = make_episode(2, actions=np.full((5, 7), np.nan, np.float32))
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch):
-    monkeypatch.setitem(corpora.CORPORA, "blocks", CORPUS)
+    monkeypatch.setitem(datasets.CORPORA, "blocks", CORPUS)
 
 
 def ids(folder, **fields):

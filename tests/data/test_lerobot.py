@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_video_folder import levels, write_video
-from univla_jax.data.corpora import CORPORA
-from univla_jax.data.readers import open_reader
+from univla_jax.data.datasets import CORPORA, open_reader
 from univla_jax.errors import UserError
 
 pa = pytest.importorskip("pyarrow")

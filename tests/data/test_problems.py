@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.episodes import make_episode
-from univla_jax.data.problems import Problem, check_share, describe, validate_episode
+from univla_jax.data.validation import Problem, check_share, describe, validate_episode
 from univla_jax.errors import UserError
 
 SIZES = {"image": (16, 24), "wrist_image": (8, 8)}

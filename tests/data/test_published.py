@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data import published
-from univla_jax.data.corpora import CORPORA
-from univla_jax.data.readers import open_reader
+from univla_jax.data.datasets import CORPORA, open_reader
 
 TRIMMED = {"bridge": 2}
 SIGNED = ("libero", "libero_spatial", "libero_10", "fmb", "maniskill", "cmu_play_fusion")

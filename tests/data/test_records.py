@@ -9,8 +9,8 @@ import struct
 import pytest
 from array_record.python import array_record_module
 
-from univla_jax.data import records as module
-from univla_jax.data.records import Records, Shard
+from univla_jax.data import record_files as module
+from univla_jax.data.record_files import Records, Shard
 from univla_jax.errors import UserError
 
 

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from tests.data import published
 from tests.data.episodes import CORPUS, assert_same, make_episode
-from univla_jax.data.corpora import find_corpus
+from univla_jax.data.datasets import find_corpus
 from univla_jax.data.rlds import RldsSource
 from univla_jax.data.rlds_writer import SensedEpisode, write_rlds
 from univla_jax.errors import UserError

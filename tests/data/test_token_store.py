@@ -11,8 +11,7 @@ import pytest
 
 from tests.data.episodes import assert_same
 from tests.data.test_token_record import make_tokens
-from univla_jax.data.token_manifest import StoreHeader
-from univla_jax.data.token_store import TokenStore, TokenStoreWriter
+from univla_jax.data.token_store import StoreHeader, TokenStore, TokenStoreWriter
 from univla_jax.errors import UserError
 
 HEADER = StoreHeader(

@@ -12,12 +12,10 @@ import pytest
 from tests.data.episodes import CORPUS, MeanTokenizer, make_episode
 from tests.data.test_token_store import content
 from univla_jax import config as strict
-from univla_jax.data import corpora
+from univla_jax.data import datasets
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.token_store import TokenStore
-from univla_jax.data.tokenization import Share, tokenize
-from univla_jax.data.tokenize_config import TokenizeConfig
-from univla_jax.data.verification import verify_store
+from univla_jax.data.tokenize import Share, TokenizeConfig, tokenize, verify_store
 from univla_jax.errors import UserError
 
 SPEC = {"min_pixels": 64}
@@ -47,7 +45,7 @@ BROKEN = (0, 3, 4, 11)
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch):
-    monkeypatch.setitem(corpora.CORPORA, "blocks", CORPUS)
+    monkeypatch.setitem(datasets.CORPORA, "blocks", CORPUS)
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +152,12 @@ class SlowTokenizer(MeanTokenizer):
 
 
 def tokenize_slowly(source, out):
-    corpora.CORPORA["blocks"] = CORPUS
+    datasets.CORPORA["blocks"] = CORPUS
     tokenize(ONE_BY_ONE, source, out, SlowTokenizer())
 
 
 def test_killed_at_twenty_random_moments_it_comes_out_the_same(tmp_path, monkeypatch):
-    monkeypatch.setitem(corpora.CORPORA, "blocks", CORPUS)
+    monkeypatch.setitem(datasets.CORPORA, "blocks", CORPUS)
     episodes = [make_episode(i) for i in range(60)]
     source = write_rlds(tmp_path, "blocks", "1.0.0", {"train": episodes}, progress=False)
     tokenize(ONE_BY_ONE, source, tmp_path / "whole", MeanTokenizer())
@@ -235,7 +233,7 @@ def test_a_full_disk_is_named(source, tmp_path, monkeypatch):
 
     message = r"could not be written .*No space left.* MB are free"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
-        patch.setattr("univla_jax.data.token_store.files.sha256", full)
+        patch.setattr("univla_jax.io.sha256", full)
         tokenize(make_config(), source, tmp_path, MeanTokenizer())
     tokenize(make_config(), source, tmp_path, MeanTokenizer())
     assert not list(tmp_path.rglob(".*partial"))

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from univla_jax.data import fit_folder
-from univla_jax.data.tokenizer_fits import TextFitConfig, sliding_chunks
+from univla_jax import run_dir
+from univla_jax.data.tokenizer_fitting import TextFitConfig, sliding_chunks
 from univla_jax.errors import UserError
 
 
@@ -23,13 +23,13 @@ def test_windows_stay_inside_their_episode():
 
 def test_a_folder_is_complete_when_marked(tmp_path):
     config = TextFitConfig("blocks", symbols=("1*2*2",))
-    assert fit_folder.read_report(tmp_path, config) is None
-    fit_folder.finish(tmp_path, config, source="blocks:1.0.0", report={"ids": 3})
-    assert fit_folder.read_report(tmp_path, config) == {"ids": 3}
+    assert run_dir.read_fit_report(tmp_path, config) is None
+    run_dir.write_fit_report(tmp_path, config, source="blocks:1.0.0", report={"ids": 3})
+    assert run_dir.read_fit_report(tmp_path, config) == {"ids": 3}
     other = dataclasses.replace(config, split="val")
     with pytest.raises(UserError, match=r"another config: split was 'train', is 'val'"):
-        fit_folder.read_report(tmp_path, other)
-    assert fit_folder.read_report(tmp_path, other, free=["split"]) == {"ids": 3}
-    (tmp_path / fit_folder.FILE).write_text("{")
+        run_dir.read_fit_report(tmp_path, other)
+    assert run_dir.read_fit_report(tmp_path, other, free=["split"]) == {"ids": 3}
+    (tmp_path / run_dir.FIT_FILE).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        fit_folder.read_report(tmp_path, config)
+        run_dir.read_fit_report(tmp_path, config)

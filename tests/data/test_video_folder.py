@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from univla_jax.data.corpora import CORPORA
-from univla_jax.data.readers import open_reader
-from univla_jax.data.video_files import read_frames
+from univla_jax.data.datasets import CORPORA, open_reader
+from univla_jax.data.video import read_frames
 from univla_jax.errors import UserError
 
 av = pytest.importorskip("av")

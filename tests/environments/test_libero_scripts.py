@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from univla_jax.environments import libero_scripts
-from univla_jax.environments.arm import (
+from univla_jax.simulators.libero import libero_scripts
+from univla_jax.simulators.libero.libero_scripts import (
     CLOSE,
     DOWN,
     LIMITS,

@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from univla_jax.environments import tabletop, tabletop_render
-from univla_jax.environments.tabletop import Block, Gripper, Scene, TabletopEnv, Zone, advance
-from univla_jax.environments.tabletop_tasks import BLOCK_RGB, FAMILIES, Task
+from univla_jax.simulators.tabletop import tabletop_env, tabletop_render
+from univla_jax.simulators.tabletop.tabletop_env import (
+    BLOCK_RGB,
+    FAMILIES,
+    Block,
+    Gripper,
+    Scene,
+    TabletopEnv,
+    Task,
+    Zone,
+    advance,
+)
 
 
 def scene(blocks, gripper_at=(0.5, 0.5), height=0.2, is_open=True) -> Scene:
@@ -48,7 +57,7 @@ def test_objects_start_apart_and_in_different_colours():
     for seed in range(50):
         env.reset(seed=seed)
         things = [*env.scene.blocks, *env.scene.zones]
-        assert len({b.colour for b in env.scene.blocks}) == tabletop.BLOCK_COUNT
+        assert len({b.colour for b in env.scene.blocks}) == tabletop_env.BLOCK_COUNT
         for i, one in enumerate(things):
             for other in things[:i]:
                 assert np.linalg.norm(one.position - other.position) > 0.22
@@ -78,7 +87,7 @@ def test_actions_are_clipped_to_the_action_space():
     env.reset(seed=0)
     before = env.scene.gripper.position.copy()
     env.step(np.array([5.0, 0, 0, 0, 0, 0, -1]))
-    assert env.scene.gripper.position[0] - before[0] <= tabletop.MAX_STEP + 1e-6
+    assert env.scene.gripper.position[0] - before[0] <= tabletop_env.MAX_STEP + 1e-6
 
 
 def test_an_open_gripper_lowers_around_a_block_grasps_it_and_lifts_it():
@@ -97,7 +106,7 @@ def test_an_open_gripper_lowers_around_a_block_grasps_it_and_lifts_it():
 def test_a_closed_gripper_rests_on_a_block_and_touches_it():
     table = scene({"red": (0.5, 0.5)}, is_open=False)
     act(table, dz=-0.1, grip=1.0, times=3)
-    assert table.gripper.height == pytest.approx(tabletop.BLOCK_TOP)
+    assert table.gripper.height == pytest.approx(tabletop_env.BLOCK_TOP)
     assert table.touched == [0] and table.held is None
 
 
@@ -105,7 +114,7 @@ def test_a_low_gripper_pushes_a_block_and_leaves_far_ones():
     table = scene({"red": (0.5, 0.5), "blue": (0.9, 0.9)}, gripper_at=(0.3, 0.5), is_open=False)
     act(table, dz=-0.1, grip=1.0, times=2)
     act(table, dx=0.1, grip=1.0, times=2)
-    np.testing.assert_allclose(table.blocks[0].position, [0.5 + tabletop.PUSH_REACH, 0.5])
+    np.testing.assert_allclose(table.blocks[0].position, [0.5 + tabletop_env.PUSH_REACH, 0.5])
     np.testing.assert_allclose(table.blocks[1].position, [0.9, 0.9])
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from univla_jax.environments.tabletop import MAX_STEP, TabletopEnv
-from univla_jax.environments.tabletop_expert import (
+from univla_jax.simulators.tabletop.tabletop_env import FAMILIES, MAX_STEP, TabletopEnv
+from univla_jax.simulators.tabletop.tabletop_expert import (
     DEMONSTRATION_SEEDS,
     EVALUATION_SEEDS,
     demonstrate,
 )
-from univla_jax.environments.tabletop_tasks import FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)

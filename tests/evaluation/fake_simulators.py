@@ -10,7 +10,7 @@ import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.evaluation.simulators import Benchmark, Job, Turn
+from univla_jax.simulators.base import Benchmark, Job, Turn
 
 
 class Countdown:

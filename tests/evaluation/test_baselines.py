@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.evaluation.baselines import RandomActions, ZeroActions
+from univla_jax.evaluation.actors import RandomActions, ZeroActions
+from univla_jax.normalization import ActionStatistics
 
 STATISTICS = ActionStatistics((0.0,) * 2, (1.0,) * 2, (-1.0, 5.0), (1.0, 6.0))
 

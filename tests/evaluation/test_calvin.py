@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation import calvin, campaign_report
-from univla_jax.evaluation.calvin import CalvinProtocol, CalvinSimulator, chain_summary
-from univla_jax.evaluation.simulators import Job, Turn
+from univla_jax.evaluation import report as campaign_report
+from univla_jax.simulators import calvin_simulator
+from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.calvin_simulator import CalvinProtocol, CalvinSimulator, chain_summary
 
 CHAIN = ["open_drawer", "lift_red_block", "turn_on_led", "move_slider_left", "push_blue_block"]
 
@@ -152,7 +153,7 @@ def test_the_page_shows_chains_and_kinds_of_tasks():
         "versions": {},
         "published": {},
     }
-    page = campaign_report.page(report, [])
+    page = campaign_report.report_page(report, [])
     assert "1.00 tasks in a row on average" in page
     assert "<td>open drawer</td><td>100.0</td>" in page and "<td>2</td><td>0.0</td>" in page
 
@@ -161,9 +162,9 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="1001 sequences"):
         CalvinProtocol(sequences=1001)
     with pytest.raises(UserError, match="no folder 'validation'"):
-        calvin.benchmark(CalvinProtocol(), dataset=str(tmp_path))
+        calvin_simulator.benchmark(CalvinProtocol(), dataset=str(tmp_path))
     (tmp_path / "validation").mkdir()
-    ready = calvin.benchmark(CalvinProtocol(), dataset=str(tmp_path))
+    ready = calvin_simulator.benchmark(CalvinProtocol(), dataset=str(tmp_path))
     assert len(ready.jobs) == 1000 and ready.protocol["steps_per_task"] == 360
     with pytest.raises(UserError, match=r"CALVIN needs the package .*mees/calvin"):
         ready.make()

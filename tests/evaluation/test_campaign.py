@@ -17,8 +17,9 @@ from tests.conftest import REPOSITORY
 from tests.evaluation.fake_simulators import countdown
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.evaluation import campaign, score
-from univla_jax.evaluation.campaign import Effort, sound
+from univla_jax.evaluation import runner as campaign
+from univla_jax.evaluation import scoring
+from univla_jax.evaluation.runner import Effort, sound
 
 QUIET = Effort(workers=2, progress=False)
 
@@ -31,7 +32,7 @@ def _lines(out, name=campaign.EPISODES):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    return out, score.score(countdown(), "random", out, QUIET)
+    return out, scoring.score(countdown(), "random", out, QUIET)
 
 
 def test_every_episode_is_run_once(whole):
@@ -45,19 +46,19 @@ def test_every_episode_is_run_once(whole):
     assert 0 < report["throughput"]["simulator_share"] < 1
     films = sorted(path.name for path in (out / "films").iterdir())
     assert films == ["000_00_success.gif", "001_00_success.gif"]
-    page = (out / score.PAGE).read_text()
+    page = (out / scoring.PAGE).read_text()
     assert page.count("<rect") > 2 and "median" in page
     assert "task 1" in page and "data:image/gif" in page and "66.7 %" in page
 
 
 def test_the_same_again_gives_the_same_records(whole, tmp_path):
-    score.score(countdown(), "random", tmp_path / "out", Effort(workers=1, progress=False))
+    scoring.score(countdown(), "random", tmp_path / "out", Effort(workers=1, progress=False))
     assert _lines(tmp_path / "out") == _lines(whole[0])
 
 
 def test_a_finished_campaign_only_reports(whole):
     out, report = whole
-    assert score.score(countdown("refuse"), "random", out, QUIET) == report
+    assert scoring.score(countdown("refuse"), "random", out, QUIET) == report
 
 
 def test_a_cut_journal_is_completed(whole, tmp_path):
@@ -65,20 +66,20 @@ def test_a_cut_journal_is_completed(whole, tmp_path):
     again.mkdir()
     lines = (out / campaign.EPISODES).read_text().splitlines(keepends=True)
     (again / campaign.EPISODES).write_text("".join(lines[:4]) + '{"number": 1, "tri')
-    report = score.score(countdown(), "random", again, QUIET)
+    report = scoring.score(countdown(), "random", again, QUIET)
     assert _lines(again) == _lines(out) and report["tasks"] == whole[1]["tasks"]
 
 
 @pytest.mark.parametrize("trouble", ["die once", "hang once", "raise once"])
 def test_a_broken_worker_repeats_its_episode(whole, tmp_path, trouble):
     effort = Effort(workers=2, hang_seconds=4, progress=False)
-    report = score.score(countdown(trouble, tmp_path), "random", tmp_path / "out", effort)
+    report = scoring.score(countdown(trouble, tmp_path), "random", tmp_path / "out", effort)
     assert _lines(tmp_path / "out") == _lines(whole[0])
     assert report["episodes_lost_to_the_simulator"] == 0
 
 
 def test_an_episode_that_breaks_twice_is_reported(tmp_path):
-    report = score.score(countdown("raise", tmp_path), "zero", tmp_path / "out", QUIET)
+    report = scoring.score(countdown("raise", tmp_path), "zero", tmp_path / "out", QUIET)
     lines = _lines(tmp_path / "out")
     assert lines[4]["error"].endswith("the physics exploded") and not lines[4]["success"]
     assert len(lines) == 6 and report["episodes_lost_to_the_simulator"] == 1
@@ -87,7 +88,7 @@ def test_an_episode_that_breaks_twice_is_reported(tmp_path):
 
 def test_a_simulator_that_cannot_start_is_named(tmp_path):
     with pytest.raises(UserError, match="no such assets: 'nowhere'"):
-        score.score(countdown("refuse"), "zero", tmp_path / "out", QUIET)
+        scoring.score(countdown("refuse"), "zero", tmp_path / "out", QUIET)
 
 
 def test_a_killed_campaign_goes_on(whole, tmp_path):
@@ -102,7 +103,7 @@ def test_a_killed_campaign_goes_on(whole, tmp_path):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    score.score(countdown("hang once", tmp_path), "random", out, QUIET)
+    scoring.score(countdown("hang once", tmp_path), "random", out, QUIET)
     assert _lines(out) == _lines(whole[0])
 
 
@@ -146,18 +147,18 @@ def test_what_is_sound_passes():
 
 
 def test_only_the_first_actions_of_a_chunk_are_executed(tmp_path):
-    score.score(countdown(tasks=1, trials=1, execute=1), "zero", tmp_path / "out", QUIET)
+    scoring.score(countdown(tasks=1, trials=1, execute=1), "zero", tmp_path / "out", QUIET)
     assert _lines(tmp_path / "out")[0]["chunks"] == 2
 
 
 def test_comparison(whole, tmp_path):
-    score.score(countdown(), "zero", tmp_path / "zero", QUIET)
-    found = score.compare(whole[0], tmp_path / "zero", tmp_path / "both")
-    page = (tmp_path / "both" / score.COMPARISON).read_text()
+    scoring.score(countdown(), "zero", tmp_path / "zero", QUIET)
+    found = scoring.compare(whole[0], tmp_path / "zero", tmp_path / "both")
+    page = (tmp_path / "both" / scoring.COMPARISON).read_text()
     assert "B − A: 0.0 points" in page and page.count("<title>66.7 % (20.8 – 93.8)") == 4
     assert "<td>policy</td><td>random</td><td>zero</td>" in page
     assert found["tasks"][-1] == ["all", 0.6667, 0.6667] and found["difference"] == 0
     assert found["low"] < 0 < found["high"]
     assert found["differs"] == {"policy": ["random", "zero"]}
     with pytest.raises(UserError, match="no finished report"):
-        score.compare(whole[0], tmp_path)
+        scoring.compare(whole[0], tmp_path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.evaluation.expert import ActionPath, Expert, Planned
+from univla_jax.evaluation.actors import ActionPath, Expert
+from univla_jax.normalization import ActionStatistics
+from univla_jax.simulators.base import Planned
 from univla_jax.tokenizers.fast import FastTokenizer
 
 LOW, HIGH = (-0.7, -0.8, -0.9, -0.1, -0.2, -0.2, -1.0), (0.9, 0.9, 0.9, 0.1, 0.2, 0.3, 1.0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation.imagination import ImagineConfig
-from univla_jax.evaluation.imagination_scores import Guess, Scores, table
+from univla_jax.evaluation.frame_scores import Guess, Scores, score_table
+from univla_jax.evaluation.imagined_episodes import ImagineConfig
 
 
 def _guess(levels, codes):
@@ -47,7 +47,7 @@ def test_errors_are_averaged_before_the_logarithm():
 def test_the_table_counts_what_there_is():
     scores = Scores.of(REAL, REAL, VALID)
     both = Scores.join([scores, scores])
-    got = table({"imagined": both}, 0.5)
+    got = score_table({"imagined": both}, 0.5)
     assert (got["episodes"], got["frames"]) == (4, 6)
     assert [(f["seconds"], f["episodes"]) for f in got["per_frame"]] == [(0.5, 4), (1.0, 2)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation.journal import Journal
+from univla_jax.io import Journal
 
 
 def test_lines_come_back(tmp_path):

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from tests.evaluation import fake_libero
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.environments.libero_scripts import SCRIPTS
 from univla_jax.errors import UserError
-from univla_jax.evaluation import libero, score
-from univla_jax.evaluation.campaign import EPISODES, Effort
-from univla_jax.evaluation.simulators import Job, Turn
+from univla_jax.evaluation import scoring
+from univla_jax.evaluation.runner import EPISODES, Effort
+from univla_jax.normalization import ActionStatistics
+from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.libero import libero_benchmark
+from univla_jax.simulators.libero.libero_scripts import SCRIPTS
 from univla_jax.tokenizers.image import ImageSpec
 
 OPEN = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
@@ -41,7 +42,9 @@ def _forget():
 
 
 def _simulator(assets, **changes):
-    simulator = libero.LiberoSimulator(libero.protocol("libero_goal", **changes), str(assets))
+    simulator = libero_benchmark.LiberoSimulator(
+        libero_benchmark.protocol("libero_goal", **changes), str(assets)
+    )
     envs = importlib.import_module("libero.libero.envs")
     return simulator, envs.LOG
 
@@ -111,7 +114,9 @@ def test_an_episode_fails_after_its_steps_wait_not_counted(assets):
 
 
 def test_the_step_limits_are_published_ones():
-    limits = {suite: libero.protocol(suite).max_steps for suite in libero.MAX_STEPS}
+    limits = {
+        suite: libero_benchmark.protocol(suite).max_steps for suite in libero_benchmark.MAX_STEPS
+    }
     assert list(limits.values()) == [220, 280, 300, 520, 400]
 
 
@@ -140,10 +145,10 @@ def test_other_statistics_move_the_robot_elsewhere(assets):
 
 
 def test_a_suite_through_workers_never_asks_anything(assets, tmp_path):
-    rules = libero.protocol("libero_goal", episodes_per_task=2, max_steps=4)
-    suite = libero.benchmark(rules, tasks=(1, 5), assets=str(assets))
+    rules = libero_benchmark.protocol("libero_goal", episodes_per_task=2, max_steps=4)
+    suite = libero_benchmark.benchmark(rules, tasks=(1, 5), assets=str(assets))
     effort = Effort(workers=2, films=0, progress=False)
-    report = score.score(suite, "zero", tmp_path / "out", effort)
+    report = scoring.score(suite, "zero", tmp_path / "out", effort)
     assert report["success"]["episodes"] == 4 and report["success"]["successes"] == 0
     assert [t["task"] for t in report["tasks"]] == ["close_drawer_1", "close_drawer_5"]
     lines = [json.loads(x) for x in (tmp_path / "out" / EPISODES).read_text().splitlines()]
@@ -155,14 +160,18 @@ def test_a_suite_through_workers_never_asks_anything(assets, tmp_path):
     ]
     assert report["protocol"]["rotate_180"] and report["protocol"]["wait_steps"] == 10
     assert report["versions"]["renderer"] == "egl"
-    assert score.score(suite, "zero", tmp_path / "out", effort) == json.loads(json.dumps(report))
-    longer = libero.benchmark(libero.protocol("libero_goal"), tasks=(1, 5), assets=str(assets))
+    assert scoring.score(suite, "zero", tmp_path / "out", effort) == json.loads(json.dumps(report))
+    longer = libero_benchmark.benchmark(
+        libero_benchmark.protocol("libero_goal"), tasks=(1, 5), assets=str(assets)
+    )
     with pytest.raises(UserError, match=r"protocol\.episodes_per_task was 2, is 50; protocol\.max"):
-        score.score(longer, "zero", tmp_path / "out", effort)
+        scoring.score(longer, "zero", tmp_path / "out", effort)
 
 
 def test_the_expert_acts_in_the_tasks_that_have_a_script():
-    suite = libero.benchmark(libero.protocol("libero_goal", episodes_per_task=2), scripted=10)
+    suite = libero_benchmark.benchmark(
+        libero_benchmark.protocol("libero_goal", episodes_per_task=2), scripted=10
+    )
     assert suite.protocol["tasks"] == list(SCRIPTS["libero_goal"])
     assert suite.jobs[:2] == (Job(0, 0), Job(0, 1)) and len(suite.jobs) == 2 * len(
         SCRIPTS["libero_goal"]
@@ -170,41 +179,53 @@ def test_the_expert_acts_in_the_tasks_that_have_a_script():
 
 
 def test_missing_assets_are_named(assets, tmp_path):
-    rules = libero.protocol("libero_goal", episodes_per_task=1)
-    suite = libero.benchmark(rules, assets=str(tmp_path / "void"))
+    rules = libero_benchmark.protocol("libero_goal", episodes_per_task=1)
+    suite = libero_benchmark.benchmark(rules, assets=str(tmp_path / "void"))
     with pytest.raises(UserError, match=r"void/scenes' is no folder.*--assets"):
-        score.score(suite, "zero", tmp_path / "out", Effort(progress=False))
+        scoring.score(suite, "zero", tmp_path / "out", Effort(progress=False))
 
 
 def test_assets_come_from_the_config_of_libero(assets, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "config.yaml").write_text(f"assets: {assets}\n")
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "home"))
-    libero.LiberoSimulator(libero.protocol("libero_10"))
+    libero_benchmark.LiberoSimulator(libero_benchmark.protocol("libero_10"))
     assert importlib.import_module("libero.libero")._assets_path_cache == str(assets)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: libero.protocol("libero_gaol"), "--suite: 'libero_gaol'"),
-        (lambda: libero.protocol("libero_goal", episodes_per_task=51), "51, expected 1 to 50"),
-        (lambda: libero.protocol("libero_goal", max_steps=-1), "--max_steps: -1"),
-        (lambda: libero.protocol("libero_goal", gripper="inverted"), "gripper rule 'inverted'"),
+        (lambda: libero_benchmark.protocol("libero_gaol"), "--suite: 'libero_gaol'"),
         (
-            lambda: libero.benchmark(libero.protocol("libero_goal"), tasks=(10,)),
+            lambda: libero_benchmark.protocol("libero_goal", episodes_per_task=51),
+            "51, expected 1 to 50",
+        ),
+        (lambda: libero_benchmark.protocol("libero_goal", max_steps=-1), "--max_steps: -1"),
+        (
+            lambda: libero_benchmark.protocol("libero_goal", gripper="inverted"),
+            "gripper rule 'inverted'",
+        ),
+        (
+            lambda: libero_benchmark.benchmark(
+                libero_benchmark.protocol("libero_goal"), tasks=(10,)
+            ),
             "--tasks: 10, libero_goal has tasks 0 to 9",
         ),
         (
-            lambda: libero.benchmark(libero.protocol("libero_goal"), tasks=(2,), scripted=10),
+            lambda: libero_benchmark.benchmark(
+                libero_benchmark.protocol("libero_goal"), tasks=(2,), scripted=10
+            ),
             "--tasks: 2, libero_goal has scripts for 0, 1",
         ),
         (
-            lambda: libero.benchmark(libero.protocol("libero_90"), scripted=10),
+            lambda: libero_benchmark.benchmark(libero_benchmark.protocol("libero_90"), scripted=10),
             "--tasks: all, libero_90 has scripts for none",
         ),
         (
-            lambda: libero.benchmark(libero.protocol("libero_goal", execute=5), scripted=10),
+            lambda: libero_benchmark.benchmark(
+                libero_benchmark.protocol("libero_goal", execute=5), scripted=10
+            ),
             "--execute: 5; the expert's 10 actions are all done",
         ),
     ],

@@ -15,20 +15,20 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.data.corpora import find_corpus
+from univla_jax.data.datasets import find_corpus
 from univla_jax.data.rlds import RldsSource
-from univla_jax.environments import libero_scripts
 from univla_jax.errors import UserError
-from univla_jax.evaluation import libero, score
-from univla_jax.evaluation.campaign import EPISODES, Effort
-from univla_jax.evaluation.expert import ActionPath
-from univla_jax.evaluation.libero_demonstrations import (
+from univla_jax.evaluation import scoring
+from univla_jax.evaluation.actors import ActionPath
+from univla_jax.evaluation.runner import EPISODES, Effort
+from univla_jax.normalization import ActionStatistics
+from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.libero import libero_benchmark, libero_scripts
+from univla_jax.simulators.libero.libero_demonstrations import (
     LiberoDemonstrationsConfig,
     write_libero_demonstrations,
 )
-from univla_jax.evaluation.libero_scene import MujocoScene
-from univla_jax.evaluation.simulators import Job, Turn
+from univla_jax.simulators.libero.libero_mujoco import MujocoScene
 from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 
@@ -54,13 +54,17 @@ def assets(shared_dir):
 @pytest.fixture(scope="module")
 def simulator(assets):
     """The suite libero_goal in this process."""
-    return libero.LiberoSimulator(libero.protocol("libero_goal", render_size=SIDE), assets)
+    return libero_benchmark.LiberoSimulator(
+        libero_benchmark.protocol("libero_goal", render_size=SIDE), assets
+    )
 
 
 def _brief(suite, tasks, assets, **changes):
     """A suite of short episodes in small pictures."""
     changes = {"max_steps": 3, "render_size": 64, "wait_steps": 2, **changes}
-    return libero.benchmark(libero.protocol(suite, **changes), tasks=tasks, assets=assets)
+    return libero_benchmark.benchmark(
+        libero_benchmark.protocol(suite, **changes), tasks=tasks, assets=assets
+    )
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -68,7 +72,7 @@ def test_a_task_of_every_suite_resets_steps_and_ends(assets, suite, tmp_path):
     """All 40: ``evaluate --policy=zero --max_steps=3 --episodes_per_task=1``, see the README."""
     effort = Effort(films=0, progress=False)
     ready = _brief(suite, (3,), assets, episodes_per_task=1)
-    report = score.score(ready, "zero", tmp_path / "out", effort)
+    report = scoring.score(ready, "zero", tmp_path / "out", effort)
     assert report["mean_steps"] == 3 and report["episodes_lost_to_the_simulator"] == 0
     assert report["versions"]["mujoco"].startswith("3.") and report["versions"]["renderer"] == "egl"
 
@@ -78,7 +82,7 @@ def test_the_same_seed_gives_the_same_records(assets, tmp_path):
     records = []
     for name, effort in (("a", Effort(1, films=1)), ("b", Effort(2, films=0))):
         ready = _brief("libero_goal", (0,), assets, episodes_per_task=2, max_steps=25)
-        score.score(ready, "random", tmp_path / name, effort)
+        scoring.score(ready, "random", tmp_path / name, effort)
         lines = (tmp_path / name / EPISODES).read_text().splitlines()
         records.append(sorted(map(json.loads, lines), key=lambda line: line["trial"]))
     assert len(records[0]) == 2 and records[0] == records[1]
@@ -183,21 +187,21 @@ def test_a_missing_mesh_is_named(assets, tmp_path):
     (copy / "stable_scanned_objects" / "plate" / "visual" / "model_vis.msh").unlink()
     ready = _brief("libero_goal", (0,), str(copy), episodes_per_task=1)
     with pytest.raises(UserError, match=r"open_the_middle_drawer.*model_vis\.msh.*--assets"):
-        score.score(ready, "zero", tmp_path / "out", Effort(progress=False))
+        scoring.score(ready, "zero", tmp_path / "out", Effort(progress=False))
 
 
 def test_a_plan_done_as_it_is_leads_where_the_script_went(assets):
     """To the bit: planning leaves no trace in the simulator."""
-    rules = libero.protocol("libero_goal", render_size=64, max_steps=45)
+    rules = libero_benchmark.protocol("libero_goal", render_size=64, max_steps=45)
     ends = []
-    scripted = libero.ScriptedLibero(rules, assets, chunk=10)
+    scripted = libero_benchmark.ScriptedLibero(rules, assets, chunk=10)
     scripted.reset(Job(8, 0))
     turn = Turn.GOES_ON
     while turn is Turn.GOES_ON:
         for action in scripted.observe().plan[: 45 - scripted.result()["steps"]]:
             turn = scripted.step(action)
     ends.append(scripted.env.get_sim_state())
-    plain = libero.LiberoSimulator(rules, assets)
+    plain = libero_benchmark.LiberoSimulator(rules, assets)
     plain.reset(Job(8, 0))
     script = libero_scripts.solve(
         libero_scripts.SCRIPTS["libero_goal"][8], MujocoScene(plain.env.sim)
@@ -217,10 +221,10 @@ def test_an_expert_turns_on_the_stove(assets, shared_dir, tmp_path, through):
             ActionStatistics.from_dict(official["LIBERO"]),
             load_action_tokenizer(shared_dir / "fast_tokenizers" / "fast"),
         )
-    rules = libero.protocol("libero_goal", render_size=64, episodes_per_task=2)
-    ready = libero.benchmark(rules, tasks=(7,), assets=assets, scripted=10)
+    rules = libero_benchmark.protocol("libero_goal", render_size=64, episodes_per_task=2)
+    ready = libero_benchmark.benchmark(rules, tasks=(7,), assets=assets, scripted=10)
     effort = Effort(films=1, progress=False)
-    report = score.score(ready, "expert", tmp_path / "out", effort, path=path)
+    report = scoring.score(ready, "expert", tmp_path / "out", effort, path=path)
     assert report["success"]["successes"] == 2
     assert (tmp_path / "out" / "films" / "007_00_success.gif").exists()
     assert (report["protocol"]["action_path"] == "none") == (through == "nothing")

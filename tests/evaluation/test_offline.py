@@ -10,18 +10,17 @@ import pytest
 from tests.inference import tiny_checkpoint
 from tests.inference.tiny_checkpoint import CHUNK, GRIDS, STATISTICS
 from tests.inference.uncached import next_logits
-from univla_jax.data.token_manifest import StoreHeader
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.data.token_store import TokenStoreWriter
+from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.errors import UserError
-from univla_jax.evaluation import offline, offline_actions, offline_frames
-from univla_jax.evaluation.offline_tokens import Asked, next_token_accuracy
-from univla_jax.inference.heads import HeadAnswer
+from univla_jax.evaluation import offline
+from univla_jax.evaluation.offline import Asked, next_token_accuracy
+from univla_jax.inference.action_decoders import HeadAnswer
+from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.loaded_model import TrainedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.trained import TrainedModel
-from univla_jax.inference.world_model import WorldModel
 from univla_jax.sequences import layouts
-from univla_jax.tokenizers.decoded import DecodedActions, invalid
+from univla_jax.tokenizers.constrained import DecodedActions, invalid
 
 STEPS = 11
 
@@ -89,7 +88,7 @@ def dreamer(world_model_checkpoint):
 def test_a_policy_is_asked_as_in_training(policy):
     """Prompt and recorded answer are the training sequence of the same window."""
     episode = _episode(0)
-    moments = list(offline_actions._moments(policy, episode))
+    moments = list(offline._moments(policy, episode))
     assert len(moments) == STEPS // CHUNK
     trained = policy.trained
     vocabulary = trained.assets.vocabulary
@@ -120,12 +119,12 @@ def test_a_policy_shown_states_is_asked_with_the_recorded_ones(policy):
     shown, states = Policy(trained, rows=4), np.linspace(-0.1, 0.1, STEPS * 7).reshape(STEPS, 7)
     episode = dataclasses.replace(_episode(0), state=states.astype(np.float32))
     boa = trained.assets.vocabulary.boa
-    for now, moment in enumerate(offline_actions._moments(shown, episode)):
+    for now, moment in enumerate(offline._moments(shown, episode)):
         codes = trained.assets.action.encode(STATISTICS.normalise(states[3 * now][None]))
         ids = trained.assets.vocabulary.action_ids(np.array(codes)).tolist()
         assert moment.prompt[-len(ids) - 1 :].tolist() == [*ids, boa]
     with pytest.raises(UserError, match="tabletop/held-out-0: it has no state"):
-        list(offline_actions._moments(shown, _episode(0)))
+        list(offline._moments(shown, _episode(0)))
 
 
 def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
@@ -138,10 +137,10 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
         chosen = [bad if next(answers) % 3 == 1 else half for _ in prompts]
         return [HeadAnswer(decoded, np.zeros(0), steered=decoded.valid) for decoded in chosen]
 
-    monkeypatch.setattr(offline_actions, "Policy", lambda trained, **_: policy)
+    monkeypatch.setattr(offline, "Policy", lambda trained, **_: policy)
     monkeypatch.setattr(policy.head, "answer", answer)
     episodes = [_episode(n) for n in range(2)]
-    found = offline_actions.scores(policy.trained, "tabletop", episodes, rows=4, progress=False)
+    found = offline.action_scores(policy.trained, "tabletop", episodes, rows=4, progress=False)
     counts = [found[f"{kind}chunks"] for kind in ("", "invalid_", "steered_")]
     assert counts == [6, 2, 4]
     kept = np.concatenate([np.delete(e.actions[:9].reshape(3, 3, 7), 1, axis=0) for e in episodes])
@@ -165,7 +164,7 @@ def test_token_accuracy_is_that_of_the_likeliest_token(policy):
     actions = {*vocabulary.action_ids(np.arange(300)).tolist(), vocabulary.eoa}
     right = {"text": [], "visual": [], "action": []}
     sequences = []
-    for moment in list(offline_actions._moments(policy, _episode(1)))[:2]:
+    for moment in list(offline._moments(policy, _episode(1)))[:2]:
         ids, asked = moment.written.ids.tolist(), moment.written.asked
         for n, place in enumerate(np.flatnonzero(asked)):
             guess = int(next_logits(policy.trained, ids[:place])[: vocabulary.size].argmax())
@@ -180,13 +179,13 @@ def test_token_accuracy_is_that_of_the_likeliest_token(policy):
 
 def test_frames_are_imagined_after_the_real_ones(dreamer):
     """Spacing 5 leaves 3 frames of an episode: one window."""
-    (window,) = offline_frames._windows(dreamer, _episode(0))
+    (window,) = offline._windows(dreamer, _episode(0))
     np.testing.assert_array_equal(window.codes, _episode(0).codes["image"][np.array([0, 5, 10])])
-    asked = offline_frames._asked(dreamer.trained, window)
+    asked = offline._asked_frames(dreamer.trained, window)
     codes = dreamer.trained.assets.vocabulary.visual_codes(asked.ids[asked.asked])
     np.testing.assert_array_equal(codes, window.codes[1:].ravel())
     episodes = [_episode(n) for n in range(3)]
-    found = offline_frames.scores(dreamer.trained, "tabletop", episodes, rows=4, progress=False)
+    found = offline.frame_scores(dreamer.trained, "tabletop", episodes, rows=4, progress=False)
     assert found["windows"] == 3 and set(found["token_accuracy"]) == {"visual"}
     last = np.stack([e.codes["image"][np.array([5, 10])] for e in episodes])
     same = (last[:, 0] == last[:, 1]).mean()
@@ -201,7 +200,7 @@ def test_nothing_changes_is_right_where_nothing_moves(dreamer):
     still = _episode(0)
     codes = {view: np.repeat(c[:1], STEPS, axis=0) for view, c in still.codes.items()}
     still = dataclasses.replace(still, codes=codes)
-    found = offline_frames.scores(dreamer.trained, "tabletop", [still], rows=4, progress=False)
+    found = offline.frame_scores(dreamer.trained, "tabletop", [still], rows=4, progress=False)
     expected = {"psnr": 99.0, "ssim": 1.0, "token_accuracy": 1.0}
     assert found["frames"]["repeat_context"] == expected
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from univla_jax.evaluation.animation import Clip, Strip, enlarge, write_gif, write_strips
-from univla_jax.evaluation.curves import write_learning_curves
-from univla_jax.evaluation.pictures import psnr, squared_error, ssim
-from univla_jax.evaluation.text_table import columns
+from univla_jax.cli import format_table
+from univla_jax.evaluation.frame_scores import psnr, squared_error, ssim
+from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_strips
+from univla_jax.summarize import write_learning_curves
 
 
 def _pictures(seed=0, count=2, size=(16, 24)):
@@ -91,5 +91,5 @@ def test_learning_curves(tmp_path):
 
 def test_columns():
     rows = [("what", "n"), ("a longer name", 12)]
-    assert columns(rows) == "what            n\na longer name  12"
-    assert columns(rows, left=2) == "what           n\na longer name  12"
+    assert format_table(rows) == "what            n\na longer name  12"
+    assert format_table(rows, left=2) == "what           n\na longer name  12"

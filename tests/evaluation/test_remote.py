@@ -11,9 +11,9 @@ from tests.evaluation.fake_simulators import countdown
 from tests.serving.harness import CountingPolicy, running
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.evaluation import score
-from univla_jax.evaluation.campaign import EPISODES, Effort, PolicyLost
-from univla_jax.evaluation.remote import RemotePolicy
+from univla_jax.evaluation import scoring
+from univla_jax.evaluation.actors import RemotePolicy
+from univla_jax.evaluation.runner import EPISODES, Effort, PolicyLost
 
 QUIET = Effort(workers=2, films=0, progress=False)
 SMALL = {"tasks": 2, "trials": 2, "action_dim": 2, "execute": 0}
@@ -48,9 +48,9 @@ def _lines(out):
 def test_episodes_keep_their_own_history_and_survive_a_break(tmp_path, monkeypatch):
     with running(_Summing()) as server:
         address = f"ws://127.0.0.1:{server.port}"
-        score.score(countdown(**SMALL), address, tmp_path / "a", QUIET)
-        monkeypatch.setattr(score, "RemotePolicy", _Breaking)
-        score.score(countdown(**SMALL), address, tmp_path / "b", QUIET)
+        scoring.score(countdown(**SMALL), address, tmp_path / "a", QUIET)
+        monkeypatch.setattr(scoring, "RemotePolicy", _Breaking)
+        scoring.score(countdown(**SMALL), address, tmp_path / "b", QUIET)
     lines = _lines(tmp_path / "a")
     # frames 4 x 4 x 3 of value n at step n: 48 (0 + 1 + ... ) and calls 1 + 2 + ...
     assert [line["steps"] for line in lines] == [2, 6, 3, 6]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from univla_jax.episode import ActionChunk, Observation
-from univla_jax.evaluation.rollout import Call, roll_out
+from univla_jax.evaluation.runner import Call, roll_out
 
 
 class Countdown:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation import simpler
-from univla_jax.evaluation.simpler import SimplerProtocol, SimplerSimulator
-from univla_jax.evaluation.simulators import Job, Turn
+from univla_jax.simulators import simpler_simulator
+from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.simpler_simulator import SimplerProtocol, SimplerSimulator
 
 
 class _Sink:
@@ -106,7 +106,7 @@ def test_another_instruction_starts_the_policy_anew(log):
 
 
 def test_the_benchmark_and_its_mistakes():
-    ready = simpler.benchmark(SimplerProtocol())
+    ready = simpler_simulator.benchmark(SimplerProtocol())
     assert len(ready.jobs) == 4 * 24
     with pytest.raises(UserError, match="25, expected 1 to 24"):
         SimplerProtocol(episodes_per_task=25)

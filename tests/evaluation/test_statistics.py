@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from univla_jax.evaluation.statistics import latency, proportion, summarise, wilson_interval
+from univla_jax.evaluation.report import latency, proportion, summarise, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.inference import tiny_checkpoint
-from univla_jax.environments.tabletop_tasks import FAMILIES
 from univla_jax.errors import UserError
 from univla_jax.evaluation import study
 from univla_jax.evaluation.study import EvaluateConfig, evaluate
+from univla_jax.simulators.tabletop.tabletop_env import FAMILIES
 
 SMALL = {"episodes": 5, "batch": 2, "max_steps": 7, "film_episodes": 3}
 CONFIG = EvaluateConfig(**SMALL, conditions=("random", "zero"))

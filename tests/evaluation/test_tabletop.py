@@ -5,16 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from univla_jax.environments.tabletop import TabletopEnv
-from univla_jax.environments.tabletop_expert import (
+from univla_jax.errors import UserError
+from univla_jax.simulators.tabletop.tabletop_benchmark import Tabletop
+from univla_jax.simulators.tabletop.tabletop_env import FAMILIES, TabletopEnv
+from univla_jax.simulators.tabletop.tabletop_expert import (
     DEMONSTRATION_SEEDS,
     EVALUATION_SEEDS,
     actions_along,
     waypoints,
 )
-from univla_jax.environments.tabletop_tasks import FAMILIES
-from univla_jax.errors import UserError
-from univla_jax.evaluation.tabletop import Tabletop
 
 
 def _follow(episode, task):

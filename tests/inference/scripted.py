@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from univla_jax.inference.continuer import Continuation
+from univla_jax.inference.prefix_cache import Continuation
 
 
 class ScriptedContinuer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from univla_jax.inference.buckets import length_bucket, pad_prompts, row_bucket
+from univla_jax.inference.sampler import length_bucket, pad_prompts, row_bucket
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.inference.choosing import GREEDY, Sampling, choose, keep_top_p
+from univla_jax.inference.sampling import GREEDY, Sampling, keep_top_p, sample_token
 
 LOGITS = np.log(np.array([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]], np.float32))
 
 
 def _frequencies(sampling, draws=4000):
     keys = jax.vmap(jax.random.key)(jnp.arange(draws))
-    drawn = choose(jnp.broadcast_to(LOGITS[0], (draws, 4)), sampling, keys)
+    drawn = sample_token(jnp.broadcast_to(LOGITS[0], (draws, 4)), sampling, keys)
     return np.bincount(drawn, minlength=4) / draws
 
 
 def test_greedy_takes_the_first_of_the_largest():
     logits = jnp.asarray([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
-    np.testing.assert_array_equal(choose(logits, GREEDY, None), [1, 0])
+    np.testing.assert_array_equal(sample_token(logits, GREEDY, None), [1, 0])
 
 
 @pytest.mark.parametrize(

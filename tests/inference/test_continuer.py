@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.decoders import tiny_decoder
-from univla_jax.benchmarks.clocks import compilations
+from univla_jax.benchmarks.measure import compilations
 from univla_jax.errors import UserError
-from univla_jax.inference.choosing import Sampling
-from univla_jax.inference.continuer import Continuer, Rules
+from univla_jax.inference.prefix_cache import Continuer, Rules
 from univla_jax.inference.sampler import Sampler
+from univla_jax.inference.sampling import Sampling
 
 STOP = 25
 RULES = Rules(np.arange(20, 60), STOP, 6)

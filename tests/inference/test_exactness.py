@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests.decoders import tiny_decoder
-from univla_jax.inference.continuer import Continuer, Rules
-from univla_jax.inference.forms import Form
+from univla_jax.inference.prefix_cache import Continuer, Rules
 from univla_jax.inference.sampler import Sampler
-from univla_jax.tokenizers.code_grammar import of_bytes
+from univla_jax.inference.sampling import Form
+from univla_jax.tokenizers.constrained import of_bytes
 
 pytestmark = pytest.mark.slow
 

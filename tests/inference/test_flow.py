@@ -10,7 +10,7 @@ import pytest
 from tests.experts import draw_inputs, tiny_expert
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.inference.flow import sample_actions
+from univla_jax.inference.action_decoders import sample_actions
 
 
 def test_golden(golden_dir):

@@ -13,11 +13,11 @@ from tests.inference.scripted import PatchVision
 from tests.inference.uncached import next_logits
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.forms import Form
+from univla_jax.inference.loaded_model import TrainedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Sampler
-from univla_jax.inference.trained import TrainedModel
-from univla_jax.tokenizers.code_grammar import of_bytes
+from univla_jax.inference.sampling import Form
+from univla_jax.tokenizers.constrained import of_bytes
 
 STOP = 9
 CODES = np.array([8, 7, 6, 5])  # ids of the codes below

@@ -12,9 +12,9 @@ from tests.experts import tiny_expert
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision
 from univla_jax.episode import Observation
-from univla_jax.inference.heads import FlowHead
+from univla_jax.inference.action_decoders import FlowHead
+from univla_jax.inference.loaded_model import TrainedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.trained import TrainedModel
 from univla_jax.tokenizers.action import NumberText
 
 SHAPE = (tiny_checkpoint.CHUNK, 7)

@@ -11,12 +11,12 @@ import pytest
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision, ScriptedContinuer
 from tests.inference.uncached import next_logits
-from univla_jax.environments.tabletop import TabletopEnv
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
+from univla_jax.inference.loaded_model import TrainedModel, checkpoint_identity
 from univla_jax.inference.policy import Policy, no_motion
-from univla_jax.inference.trained import TrainedModel, checkpoint_identity
 from univla_jax.sequences import layouts
+from univla_jax.simulators.tabletop.tabletop_env import TabletopEnv
 from univla_jax.tokenizers.image import ImageSpec
 
 

@@ -9,8 +9,8 @@ from tests.decoders import tiny_decoder
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.inference import int8
-from univla_jax.inference.choosing import Sampling
 from univla_jax.inference.sampler import Sampler
+from univla_jax.inference.sampling import Sampling
 
 ALLOWED = np.arange(20, 60)
 STOP = 25

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from univla_jax.inference.session import Holders, Session
+from univla_jax.inference.action_decoders import Holders, Session
 from univla_jax.sequences.history import History
 
 

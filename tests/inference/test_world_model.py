@@ -10,9 +10,9 @@ import pytest
 from tests.inference.scripted import PatchVision
 from tests.inference.uncached import next_logits
 from univla_jax.errors import UserError
-from univla_jax.inference.choosing import Sampling
-from univla_jax.inference.trained import TrainedModel
-from univla_jax.inference.world_model import WorldModel
+from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.sampling import Sampling
 from univla_jax.sequences.frames import next_frame
 from univla_jax.sequences.prompts import imagine_prompt
 

@@ -10,19 +10,18 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import preset
+from univla_jax.models.decoder_config import preset
+from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import FastTokenizer, UniformBins
-from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceText
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import fresh_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.checkpoint import Checkpointer
-from univla_jax.training.checkpoint_policy import CheckpointConfig
-from univla_jax.training.run_model import params_init
+from univla_jax.training.model_setup import params_init
 
 GRIDS = {"image": (3, 3), "wrist_image": (2, 2)}
 CHUNK = 3

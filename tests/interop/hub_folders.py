@@ -11,10 +11,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from univla_jax.interop.architectures import HubModel
-from univla_jax.interop.hub_text import vocabulary_of
-from univla_jax.interop.huggingface import decoder_rules
-from univla_jax.interop.key_table import KeyRule
+from univla_jax.interop.hf_assets import vocabulary_of
+from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.key_table import KeyRule, decoder_rules
 from univla_jax.tokenizers.text import TiktokenText
 
 CODES = 16

@@ -10,13 +10,15 @@ import pytest
 from tests.experts import SIZES, abstract, tiny_expert
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.interop.action_expert_keys import (
+from univla_jax.interop.key_table import (
+    check_params,
     expert_config_from_huggingface,
     expert_rules,
+    export_state,
+    import_state,
     joint_rules,
 )
-from univla_jax.interop.key_table import check_params, export_state, import_state
-from univla_jax.models.presets import preset
+from univla_jax.models.decoder_config import preset
 
 VALUES = {
     "action_experts": True,

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from tests.interop import hub_folders
 from univla_jax.errors import UserError
-from univla_jax.interop.from_hub import from_hub
-from univla_jax.interop.hub_assets import ConvertConfig
-from univla_jax.interop.to_hub import to_hub
+from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.interop.to_hf import to_hub
 
 SHARD = "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"

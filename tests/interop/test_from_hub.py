@@ -17,26 +17,25 @@ from safetensors.numpy import load_file
 
 from tests.interop import hub_folders
 from univla_jax import config as strict
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import find_checkpoint, load_params
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
+from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.world_model import WorldModel
-from univla_jax.interop import from_hub as from_hub_module
-from univla_jax.interop.action_expert_keys import joint_rules
-from univla_jax.interop.architectures import HubModel
-from univla_jax.interop.from_hub import from_hub
-from univla_jax.interop.hub_assets import ConvertConfig
-from univla_jax.interop.key_table import import_state
-from univla_jax.interop.safetensor_files import StoredTensor
-from univla_jax.interop.to_hub import to_hub
+from univla_jax.interop import from_hf as from_hf_module
+from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.key_table import import_state, joint_rules
+from univla_jax.interop.tensor_files import StoredTensor
+from univla_jax.interop.to_hf import to_hub
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import DecoderConfig
+from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.sequences import layouts
 from univla_jax.tokenizers.action import UniformBins
-from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.vision import VisionTokenizer
-from univla_jax.training.checkpoint_folder import find_checkpoint, load_params
-from univla_jax.training.run_model import params_init
+from univla_jax.training.model_setup import params_init
 
 EXPERT = {
     "action_experts": True,
@@ -327,7 +326,7 @@ def test_a_full_disk_is_one_message(error, tmp_path, monkeypatch):
     def full(*_):
         raise error("No space left on device")
 
-    monkeypatch.setattr(from_hub_module, "save_source", full)
+    monkeypatch.setattr(from_hf_module, "save_source", full)
     with pytest.raises(UserError, match=r"cannot write .*ours: .*No space left"):
         convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()

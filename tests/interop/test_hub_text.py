@@ -9,7 +9,7 @@ import tokenizers
 
 from tests.interop import hub_folders
 from univla_jax.errors import UserError
-from univla_jax.interop.hub_text import check_vocabulary, load_hub_text, vocabulary_of
+from univla_jax.interop.hf_assets import check_vocabulary, load_hub_text, vocabulary_of
 from univla_jax.tokenizers.text import TiktokenText
 from univla_jax.tokenizers.vocabulary import Vocabulary
 

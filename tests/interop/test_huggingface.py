@@ -7,15 +7,16 @@ import pytest
 from tests.decoders import tiny_decoder
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.interop.huggingface import (
+from univla_jax.interop.key_table import (
     NAMINGS,
     config_from_huggingface,
     config_to_huggingface,
     decoder_rules,
+    export_state,
+    import_state,
     naming_of,
 )
-from univla_jax.interop.key_table import export_state, import_state
-from univla_jax.models.presets import preset
+from univla_jax.models.decoder_config import preset
 
 
 def test_full_size_keys(golden_dir):

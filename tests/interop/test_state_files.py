@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from univla_jax.interop.state_files import PiecedArray, StateReader, state_handler
+from univla_jax.interop.tensor_files import PiecedArray, StateReader, state_handler
 
 VALUE = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 

@@ -25,16 +25,16 @@ from safetensors.torch import save_file
 from tests.decoders import abstract_params
 from tests.inference import tiny_checkpoint
 from tests.interop import hub_folders
+from univla_jax.checkpoints import load_params
 from univla_jax.inference.sampler import Sampler
-from univla_jax.interop.architectures import HubModel
-from univla_jax.interop.from_hub import from_hub
-from univla_jax.interop.hub_assets import ConvertConfig
-from univla_jax.interop.hub_folder import HubFolder
-from univla_jax.interop.to_hub import to_hub
+from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.hf_folder import HubFolder
+from univla_jax.interop.to_hf import to_hub
 from univla_jax.models.decoder import Decoder
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vision_vq import VisionVQ
-from univla_jax.training.checkpoint_folder import load_params
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 TOLERANCE = 1e-4

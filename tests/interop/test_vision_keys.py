@@ -8,7 +8,7 @@ import pytest
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.interop import vision_keys
-from univla_jax.tokenizers.vision_config import VisionConfig
+from univla_jax.tokenizers.vision_vq import VisionConfig
 
 CONFIG = VisionConfig(
     codebook_size=8, ch=4, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(1,), num_groups=2

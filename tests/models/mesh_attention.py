@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from univla_jax.models import axes
+from univla_jax.models import decoder_config
 from univla_jax.models.attention import attention, plain_attention
 from univla_jax.training.sharding import MeshConfig, activation_rules, make_mesh
 
@@ -49,7 +49,10 @@ def main() -> None:
     wanted = run(lambda *qkv: plain_attention(*qkv, segments))
     for name, sizes in MESHES.items():
         mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
-        heads = {axes.ACTIVATION_HEADS: HEADS, axes.ACTIVATION_KV_HEADS: KEY_HEADS}
+        heads = {
+            decoder_config.ACTIVATION_HEADS: HEADS,
+            decoder_config.ACTIVATION_KV_HEADS: KEY_HEADS,
+        }
         for kind in ("blocked", "splash"):
             with jax.set_mesh(mesh), nn.logical_axis_rules(activation_rules(mesh, heads)):
                 got = run(lambda *qkv: attention(*qkv, segment_ids=segments, implementation=kind))  # noqa: B023

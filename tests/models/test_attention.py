@@ -7,7 +7,7 @@ import pytest
 
 from univla_jax.errors import UserError
 from univla_jax.models.attention import attention, attention_mask, plain_attention
-from univla_jax.models.attention_blocked import (
+from univla_jax.models.attention_kernels import (
     CachedKeys,
     block_size,
     blocked_attention,

@@ -10,9 +10,9 @@ from jax.interpreters import partial_eval
 
 from univla_jax.errors import UserError
 from univla_jax.models.attention import attention, attention_mask, choose, plain_attention
-from univla_jax.models.attention_fused import cudnn_attention, splash_block
+from univla_jax.models.attention_kernels import cudnn_attention, splash_block
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import preset
+from univla_jax.models.decoder_config import preset
 
 PACKED = jnp.asarray([[1] * 60 + [2] * 70 + [0] * 20, [1] * 10 + [2] * 140], jnp.int32)
 

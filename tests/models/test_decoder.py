@@ -9,10 +9,10 @@ import pytest
 from tests.decoders import tiny_decoder, tokens_and_positions
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.models import axes
+from univla_jax.models import decoder_config
 from univla_jax.models.decoder import MASKED_LOGIT, Decoder, parameter_count
+from univla_jax.models.decoder_config import preset
 from univla_jax.models.kv_cache import KVCache
-from univla_jax.models.presets import preset
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,14 @@ def test_every_parameter_has_logical_names():
     for box in boxes:
         assert isinstance(box, nn.Partitioned)
         assert len(box.names) == len(box.value.shape)
-        assert set(box.names) <= set(axes.PARAMETER_AXES)
+        assert set(box.names) <= set(decoder_config.PARAMETER_AXES)
     stacked = params["stack"]["layers"]["attention"]["key"]["kernel"]
-    assert stacked.names == (axes.LAYERS, axes.EMBED, axes.KV_HEADS, axes.HEAD_DIM)
+    assert stacked.names == (
+        decoder_config.LAYERS,
+        decoder_config.EMBED,
+        decoder_config.KV_HEADS,
+        decoder_config.HEAD_DIM,
+    )
     assert stacked.value.shape == (2, 32, 2, 8)
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from univla_jax.models.decoder_config import preset
 from univla_jax.models.kv_cache import KVCache
-from univla_jax.models.presets import preset
 
 CONFIG = preset("tiny")
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from univla_jax.models.decoder_config import preset
 from univla_jax.models.layers import RMSNorm, Rotation, linear
-from univla_jax.models.presets import preset
 
 
 def test_rotation_written_out():

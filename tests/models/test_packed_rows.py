@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.decoders import tiny_decoder
-from univla_jax.models import packed_rows
+from univla_jax.inference import decode_step
+from univla_jax.inference.decode_step import PackedRows
 from univla_jax.models.kv_cache import KVCache
-from univla_jax.models.packed_rows import PackedRows
 
 
 def test_where_tokens_stand():
@@ -26,7 +26,9 @@ def test_every_row_is_what_it_is_alone(lengths):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 100, n) for n in lengths]
     tokens = jnp.asarray(np.concatenate([*prompts, np.zeros(48 - sum(lengths), int)]))
-    hidden, (keys, values) = packed_rows.read(model, params, tokens, jnp.asarray(lengths), 12)
+    hidden, (keys, values) = decode_step.read_packed(
+        model, params, tokens, jnp.asarray(lengths), 12
+    )
     for i, prompt in enumerate(prompts):
         n, places = len(prompt), jnp.arange(len(prompt))[None]
         cache = KVCache.create(model.config, 1, n)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.models import remat
+from univla_jax.models import decoder_config
 from univla_jax.models.decoder import parameter_count
-from univla_jax.models.presets import PRESETS, preset
+from univla_jax.models.decoder_config import PRESETS, preset
 
 
 def test_sizes_of_the_presets():
@@ -52,4 +52,7 @@ def test_unknown_preset():
 
 
 def test_remat_presets_name_known_tensors():
-    assert all(set(names) <= set(remat.NAMES) for names in remat.PRESETS.values())
+    assert all(
+        set(names) <= set(decoder_config.REMAT_NAMES)
+        for names in decoder_config.REMAT_PRESETS.values()
+    )

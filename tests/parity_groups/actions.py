@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from tests.parity_groups.checks import Check, Golden, close, equal
-from univla_jax.data import conventions
-from univla_jax.data.actions import ActionStatistics, RunningStatistics
-from univla_jax.interop.hub_assets import norm_stats
-from univla_jax.tokenizers.bins import UniformBins
+from univla_jax.data import action_conventions
+from univla_jax.interop.hf_assets import norm_stats
+from univla_jax.normalization import ActionStatistics, RunningStatistics
+from univla_jax.tokenizers.action import UniformBins
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -130,7 +130,7 @@ def normalise(golden: Golden) -> Iterator[Check]:
         yield close(f"{case}_wrapper", "unnormalised", ours, theirs, NORMALISED)
         if f"{case}_wrapper|after_gripper" in arrays:
             theirs = arrays[f"{case}_wrapper|after_gripper"]
-            ours = conventions.sign_gripper(ours)
+            ours = action_conventions.sign_gripper(ours)
             yield close(f"{case}_wrapper", "gripper rule", ours, theirs, NORMALISED)
 
 
@@ -186,20 +186,20 @@ def gripper(golden: Golden) -> Iterator[Check]:
         function = _CONVENTIONS[kind.partition("|")[0]]
         yield equal(kind, "exact conventions", function(raw), expected)
         if f"invert|{case}|out" in arrays and kind.startswith("binarize|"):
-            inverted = conventions.invert_gripper(raw)
+            inverted = action_conventions.invert_gripper(raw)
             yield close(
                 f"invert|{case}", "rewritten", inverted, arrays[f"invert|{case}|out"], REWRITTEN
             )
     for key in (k for k in arrays if k.endswith("|out_action")):
         case = key.removesuffix("|out_action")
-        ours = conventions.relabel_bridge(arrays[f"{case}|state"], arrays[f"{case}|action"])
+        ours = action_conventions.relabel_bridge(arrays[f"{case}|state"], arrays[f"{case}|action"])
         for what, array in zip(("action", "state"), ours):
             yield close(case, "rewritten", array, arrays[f"{case}|out_{what}"], REWRITTEN)
 
 
 _CONVENTIONS = {
-    "binarize": conventions.binarize_gripper,
-    "rel2abs": conventions.relative_to_absolute_gripper,
-    "rt1": conventions.rt1_actions,
-    "droid": conventions.droid_actions,
+    "binarize": action_conventions.binarize_gripper,
+    "rel2abs": action_conventions.relative_to_absolute_gripper,
+    "rt1": action_conventions.rt1_actions,
+    "droid": action_conventions.droid_actions,
 }

@@ -12,11 +12,10 @@ import numpy as np
 from tests.decoders import golden_decoder
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from univla_jax.inference.sampler import Sampler
-from univla_jax.interop.huggingface import decoder_rules
-from univla_jax.interop.key_table import export_state
+from univla_jax.interop.key_table import decoder_rules, export_state
 from univla_jax.models.decoder import Decoder, layer_states
-from univla_jax.sequences.examples import Batch
-from univla_jax.training.loss import Modalities, weighted_cross_entropy
+from univla_jax.pipeline.batch import Batch
+from univla_jax.training.losses import Modalities, weighted_cross_entropy
 
 ACTIVATIONS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4
 IGNORED = -100

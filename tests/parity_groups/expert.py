@@ -12,13 +12,17 @@ import numpy as np
 
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from tests.parity_groups.decoder import golden_batch, gradient_slices, id_ranges
-from univla_jax.inference.flow import sample_actions
-from univla_jax.interop.action_expert_keys import expert_config_from_huggingface, joint_rules
-from univla_jax.interop.huggingface import config_from_huggingface
-from univla_jax.interop.key_table import export_state, import_state
+from univla_jax.inference.action_decoders import sample_actions
+from univla_jax.interop.key_table import (
+    config_from_huggingface,
+    expert_config_from_huggingface,
+    export_state,
+    import_state,
+    joint_rules,
+)
 from univla_jax.models.action_expert import ActionExpert, embed_tau
 from univla_jax.models.decoder import Decoder
-from univla_jax.training.flow_loss import FLOW_MSE, FlowTarget, flow_loss
+from univla_jax.training.losses import FLOW_MSE, FlowTarget, flow_loss
 
 VELOCITY, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4
 

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 
 from tests.parity_groups.checks import Check, Golden, equal
 from univla_jax.interop import vision_keys
-from univla_jax.interop.action_expert_keys import expert_rules
-from univla_jax.interop.huggingface import decoder_rules
-from univla_jax.interop.key_table import check_params
+from univla_jax.interop.key_table import check_params, decoder_rules, expert_rules
 from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import preset
-from univla_jax.tokenizers.vision_config import PRESETS
-from univla_jax.training.run_model import params_init
+from univla_jax.models.decoder_config import preset
+from univla_jax.tokenizers.vision_vq import PRESETS
+from univla_jax.training.model_setup import params_init
 
 
 def full_size(golden: Golden) -> Iterator[Check]:

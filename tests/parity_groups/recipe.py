@@ -13,16 +13,13 @@ import numpy as np
 from tests.decoders import golden_decoder
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from tests.parity_groups.decoder import golden_batch, id_ranges
-from univla_jax.interop.huggingface import decoder_rules
-from univla_jax.interop.key_table import export_state
+from univla_jax.interop.key_table import decoder_rules, export_state
 from univla_jax.models.decoder import Decoder
 from univla_jax.training import optimizer
-from univla_jax.training.batches import batch_sharding, to_global
-from univla_jax.training.loss import weighted_cross_entropy
-from univla_jax.training.run_model import params_init
-from univla_jax.training.sharding import MeshConfig, make_mesh
-from univla_jax.training.state import abstract_state, state_from_params
-from univla_jax.training.step import make_train_step
+from univla_jax.training.losses import weighted_cross_entropy
+from univla_jax.training.model_setup import params_init
+from univla_jax.training.sharding import MeshConfig, batch_sharding, make_mesh, to_global
+from univla_jax.training.train_step import abstract_state, make_train_step, state_from_params
 
 RATES, LOSS, NORMS, FINAL = 1e-12, 2e-5, 1e-4, 1e-5
 FLOAT32_RATES = 1e-6  # of the highest rate: near the floor a cosine in float32 cancels

@@ -11,8 +11,8 @@ from tests.parity_groups.checks import Check, Golden, equal
 from tests.sequences import reference_samples
 from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_head, next_frame
-from univla_jax.sequences.lexicon import Lexicon
-from univla_jax.tokenizers.bins import UniformBins
+from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.tokenizers.action import UniformBins
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 

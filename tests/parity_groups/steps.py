@@ -12,14 +12,14 @@ from tests.inference.scripted import ScriptedContinuer, ScriptedVision
 from tests.parity_groups.actions import reference_statistics
 from tests.parity_groups.checks import Check, Golden, close, equal
 from tests.parity_groups.sequences import lexicon_of
-from univla_jax.data import conventions
-from univla_jax.data.actions import ActionStatistics
+from univla_jax.assets import Assets
+from univla_jax.data import action_conventions
 from univla_jax.episode import Observation
+from univla_jax.inference.loaded_model import CorpusLayout, Layout, TrainedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.trained import CorpusLayout, Layout, TrainedModel
+from univla_jax.normalization import ActionStatistics
 from univla_jax.sequences import prompts
 from univla_jax.sequences.history import History
-from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -72,12 +72,12 @@ def _actions(
 ) -> Iterator[Check]:
     tolerance = ACTIONS.get(case["wrapper"], OTHERWISE)
     if case["wrapper"] != "simpler":
-        ours = conventions.sign_gripper(ours)
+        ours = action_conventions.sign_gripper(ours)
     yield close(
         name, f"{what} ({tolerance:.0e})", ours, call["action"].reshape(ours.shape), tolerance
     )
     if "env_action" in call:
-        commands = conventions.widowx_commands(ours)
+        commands = action_conventions.widowx_commands(ours)
         theirs = call["env_action"].reshape(commands.shape)
         yield close(name, f"{what}, as commands", commands, theirs, OTHERWISE)
 

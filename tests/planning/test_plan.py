@@ -14,12 +14,11 @@ from tests.configs.test_quickstart import recipe
 from tests.conftest import REPOSITORY
 from univla_jax.config import build
 from univla_jax.errors import UserError
-from univla_jax.planning import decode_plan, report, search
-from univla_jax.planning.compiling import _needed
-from univla_jax.planning.topologies import find_topology
+from univla_jax.planning import decode_plan, search, training_plan
+from univla_jax.planning.topologies import _needed, find_topology
 from univla_jax.planning.training_plan import least_traffic, plan_training, useful_tokens
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.run_model import decoder_config
+from univla_jax.training.model_setup import decoder_config
 from univla_jax.training.train_config import TrainConfig
 
 needs_compiler = pytest.mark.skipif(
@@ -126,7 +125,7 @@ def test_a_small_step_through_the_tpu_compiler():
     assert plan.optimizer == 2 * plan.parameters + 8
     assert plan.parameters + plan.optimizer + plan.activations == plan.total
     assert plan.total < plan.full_logits_total
-    text = report.describe(plan)
+    text = training_plan.describe_plan(plan)
     assert "fits" in text and "15.75 GiB usable" in text and "of processor time" in text
     assert json.loads(json.dumps(plan.to_dict()))["lower_bound_seconds"] > 0
 
@@ -143,11 +142,11 @@ def test_decoding_through_the_tpu_compiler():
 @pytest.mark.slow
 def test_a_search_through_the_tpu_compiler():
     """The mesh that exchanges least, with the two remat presets that repeat nothing."""
-    plans = search.search(config(**SMALL), find_topology("v5e:2x2"), limit=2)
+    plans = search.search_plans(config(**SMALL), find_topology("v5e:2x2"), limit=2)
     assert {plan.remat for plan in plans} == {"none", "projections"}
     assert all(plan.fits and plan.mesh == {"fsdp": 4} for plan in plans)
     assert search.seconds_per_token(plans[0]) <= search.seconds_per_token(plans[1])
-    assert search.table(plans).splitlines()[1].startswith("fsdp 4  16 ")
+    assert search.search_table(plans).splitlines()[1].startswith("fsdp 4  16 ")
 
 
 @needs_compiler

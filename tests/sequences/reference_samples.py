@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from univla_jax.pipeline.batch import Example
 from univla_jax.sequences import layouts, prompts, windows
-from univla_jax.sequences.examples import Example
 from univla_jax.sequences.frames import frame_block, frame_head, picture_grammar, video_grammar
 from univla_jax.sequences.labels import LABELS, label_mask
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.text_encoder import Lexicon
 from univla_jax.sequences.tokens import Role, Tokens
 
 IGNORED = -100

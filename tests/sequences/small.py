@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics
+from univla_jax.assets import Assets
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.sequences.data_config import DataConfig
-from univla_jax.tokenizers.assets import Assets
-from univla_jax.tokenizers.bins import UniformBins
+from univla_jax.normalization import ActionStatistics
+from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.tokenizers.action import UniformBins
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.sequences import small
 from univla_jax.sequences.chunks import chunk_ids, state_ids
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.text_encoder import Lexicon
 
 GIVEN = small.assets()
 LEXICON = Lexicon(GIVEN.vocabulary, GIVEN.text)

@@ -4,7 +4,7 @@ import html
 import numpy as np
 
 from tests.sequences import small
-from univla_jax.sequences.inspection import write_page
+from univla_jax.pipeline.inspect import write_page
 
 
 class Pictures:

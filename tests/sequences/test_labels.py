@@ -6,10 +6,10 @@ import pytest
 from tests.sequences import small
 from tests.sequences.test_layouts import chunk, code
 from univla_jax.errors import UserError
+from univla_jax.pipeline.batch import Batch, Example
 from univla_jax.sequences import layouts
-from univla_jax.sequences.examples import Batch, Example
 from univla_jax.sequences.labels import LABELS, label_mask, labelled_example, loss_weight
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.text_encoder import Lexicon
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from tests.sequences import small
 from univla_jax.errors import UserError
 from univla_jax.sequences import layouts
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.text_encoder import Lexicon
 from univla_jax.sequences.tokens import Role
 
 T, M, V, S, H, A, R = (

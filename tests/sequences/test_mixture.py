@@ -5,7 +5,7 @@ import pytest
 
 from tests.sequences import small
 from univla_jax.errors import UserError
-from univla_jax.sequences.mixture import SampleStream, deal
+from univla_jax.pipeline.mixture import SampleStream, deal
 from univla_jax.sequences.samples import SampleBuilder
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from univla_jax.sequences.packing import join, pack_group
+from univla_jax.pipeline.packing import join, pack_group
 
 PAD = 99
 

@@ -7,7 +7,7 @@ from univla_jax.errors import UserError
 from univla_jax.sequences import layouts, prompts
 from univla_jax.sequences.frames import FREE, next_frame, picture_grammar, video_grammar
 from univla_jax.sequences.history import History, closed
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.text_encoder import Lexicon
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.sequences import small
-from univla_jax.data.conventions import ChunkDeltas
-from univla_jax.data.corpora import CORPORA
+from univla_jax.data.action_conventions import ChunkDeltas
+from univla_jax.data.datasets import CORPORA
 from univla_jax.errors import UserError
 from univla_jax.sequences.samples import SampleBuilder
 

@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 
 from tests.sequences import small
-from univla_jax.data.token_manifest import StoreHeader
-from univla_jax.data.token_store import TokenStoreWriter
+from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.errors import UserError
-from univla_jax.sequences.evaluation import EvaluationBatches
-from univla_jax.sequences.pipeline import training_batches
-from univla_jax.sequences.sources import open_stores, source_fingerprint
+from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
+from univla_jax.pipeline.mixture import open_stores, source_fingerprint
 from univla_jax.tokenizers.image import ImageSpec
 
 SPECS = {view: ImageSpec(size=(80, 80), factor=8) for view in ("image", "wrist_image")}

@@ -14,8 +14,7 @@ from websockets.sync.client import connect
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.serving import wire
-from univla_jax.serving.contracts import ServerConfig
-from univla_jax.serving.server import PolicyServer
+from univla_jax.serving.server import PolicyServer, ServerConfig
 
 SIDE = 8
 

@@ -14,7 +14,7 @@ import pytest
 from websockets import exceptions
 
 from tests.serving.harness import CountingPolicy, ask, observation, running
-from univla_jax.benchmarks.clocks import resident_megabytes
+from univla_jax.benchmarks.measure import resident_megabytes
 from univla_jax.serving import wire
 
 PIXELS = 8 * 8 * 3

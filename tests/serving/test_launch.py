@@ -8,7 +8,7 @@ from tests.inference import tiny_checkpoint
 from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.policy import Policy
 from univla_jax.serving import wire
-from univla_jax.serving.launch import describe
+from univla_jax.serving.startup import describe
 
 
 def test_a_robot_learns_what_to_send_and_what_it_gets(tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.inference import tiny_checkpoint
-from univla_jax.benchmarks import serve
-from univla_jax.benchmarks.random_policy import random_policy
+from univla_jax.benchmarks import serving_speed
+from univla_jax.benchmarks.synthetic import random_policy
 from univla_jax.inference.policy import Policy
 
 
 def _check(policy, clients, requests, compared):
-    found = serve.figures(policy, clients, requests, compared, turns=1)
+    found = serving_speed.figures(policy, clients, requests, compared, turns=1)
     assert found["compiled_while_serving"] == 0
     assert found["answers"] == clients * requests
     for way in ("together_", "one_at_a_time_"):

@@ -17,8 +17,8 @@ from websockets.sync.client import connect
 from tests.serving.harness import CountingPolicy, ask, observation, running
 from univla_jax.errors import UserError
 from univla_jax.serving import wire
-from univla_jax.serving.contracts import ServerConfig
-from univla_jax.serving.launch import check_port, tls_context, with_key
+from univla_jax.serving.server import ServerConfig
+from univla_jax.serving.startup import check_port, tls_context, with_key
 
 PIXELS = 8 * 8 * 3
 

@@ -11,11 +11,11 @@ import types
 import numpy as np
 import pytest
 
-from univla_jax.data.actions import ActionStatistics
+from univla_jax.assets import Assets
 from univla_jax.errors import UserError
+from univla_jax.io import fingerprint, write_files
+from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import UniformBins
-from univla_jax.tokenizers.assets import Assets
-from univla_jax.tokenizers.files import fingerprint, write_files
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceText
 from univla_jax.tokenizers.vocabulary import Vocabulary

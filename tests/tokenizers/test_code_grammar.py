@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univla_jax.tokenizers.action import FastTokenizer, NumberText, UniformBins
-from univla_jax.tokenizers.code_grammar import ILLEGAL, CodeGrammar, of_bytes
+from univla_jax.tokenizers.constrained import ILLEGAL, CodeGrammar, of_bytes
 
 HORIZON, DIMENSIONS = 5, 3
 NO = ILLEGAL

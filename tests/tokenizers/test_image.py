@@ -9,11 +9,7 @@ import pytest
 
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.image import (
-    ImageSpec,
-    to_levels,
-    to_pixels,
-)
+from univla_jax.tokenizers.image import ImageSpec, to_levels, to_pixels
 
 
 def test_the_image_path_matches_the_reference(golden_dir):

@@ -12,8 +12,13 @@ import pytest
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.tokenizers import vision_layers, vision_vq
-from univla_jax.tokenizers.vision_config import PRESETS, VisionConfig
-from univla_jax.tokenizers.vision_vq import VisionVQ, fresh_variables, nearest_codes
+from univla_jax.tokenizers.vision_vq import (
+    PRESETS,
+    VisionConfig,
+    VisionVQ,
+    fresh_variables,
+    nearest_codes,
+)
 
 SMALL = VisionConfig(
     codebook_size=16,

@@ -19,15 +19,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from univla_jax.sequences.data_config import DataConfig
-from univla_jax.sequences.examples import Batch
+from univla_jax.checkpoints import CheckpointConfig, Checkpointer
+from univla_jax.pipeline.batch import Batch
+from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.batches import to_global
-from univla_jax.training.checkpoint import Checkpointer
-from univla_jax.training.checkpoint_policy import CheckpointConfig
+from univla_jax.training.model_setup import RunModel
 from univla_jax.training.optimizer import OptimizerConfig
-from univla_jax.training.run_model import RunModel
-from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training.sharding import MeshConfig, make_mesh, to_global
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
 
 ROWS, LENGTH, STEPS = 16, 32, 3

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from tests.training import toy
+from univla_jax import checkpoints as checkpoint_folder
+from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.errors import UserError
-from univla_jax.training import checkpoint_folder
-from univla_jax.training.checkpoint import Checkpointer
-from univla_jax.training.checkpoint_policy import CheckpointConfig
-from univla_jax.training.state import TrainState
+from univla_jax.training.train_step import TrainState
 
 
 def _write_assets(folder: pathlib.Path) -> None:

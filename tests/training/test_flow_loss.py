@@ -10,8 +10,7 @@ import pytest
 from tests.decoders import Batch, tiny_decoder
 from tests.experts import tiny_expert
 from tests.parity import assert_parity
-from univla_jax.training.flow_loss import FlowTarget, flow_loss
-from univla_jax.training.loss import Modalities, weighted_cross_entropy
+from univla_jax.training.losses import FlowTarget, Modalities, flow_loss, weighted_cross_entropy
 
 RANGES = Modalities(visual=(20, 29), action=(10, 15))
 

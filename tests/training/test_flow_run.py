@@ -13,18 +13,17 @@ from safetensors.numpy import load_file
 from tests.configs.test_quickstart import recipe
 from tests.training import tiny_run
 from univla_jax import config as strict
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy
-from univla_jax.interop.action_expert_keys import joint_rules
-from univla_jax.interop.architectures import HubModel
-from univla_jax.interop.key_table import check_params, import_state
-from univla_jax.interop.to_hub import to_hub
-from univla_jax.tokenizers.assets import Assets
+from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.key_table import check_params, import_state, joint_rules
+from univla_jax.interop.to_hf import to_hub
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training import metrics, run
-from univla_jax.training.checkpoint_folder import assets_folder, find_checkpoint, load_params
-from univla_jax.training.run_model import RunModel
+from univla_jax.training import metrics, train_loop
+from univla_jax.training.model_setup import RunModel
 from univla_jax.training.sharding import MeshConfig, make_mesh
 from univla_jax.training.train_config import TrainConfig
 
@@ -42,7 +41,7 @@ def _config(world: pathlib.Path, **changes):
 def flow(world, tmp_path_factory):
     """The folder of a run that trained decoder and expert."""
     folder = tmp_path_factory.mktemp("runs") / "flow"
-    run.train(_config(world, total_steps=12), folder, progress=False)
+    train_loop.train(_config(world, total_steps=12), folder, progress=False)
     return folder
 
 
@@ -95,7 +94,7 @@ def test_it_goes_to_the_hub_in_the_references_names(flow, tmp_path):
 def test_stages_take_over_what_they_share(world, flow, tmp_path):
     """From a token policy to the flow's, whose expert starts anew; from flow to flow; and back."""
     tokens = tmp_path / "tokens"
-    run.train(tiny_run.config(world, total_steps=1), tokens, progress=False)
+    train_loop.train(tiny_run.config(world, total_steps=1), tokens, progress=False)
     earlier, joint = find_checkpoint(tokens), find_checkpoint(flow)
     model, plain = _model(_config(world), joint), _model(tiny_run.config(world), joint)
     whole = load_params(joint, model.abstract.params)
@@ -113,9 +112,9 @@ def test_what_does_not_do_is_named(world, tmp_path):
     with pytest.raises(UserError, match="'policy_video' has no action expert"):
         tiny_run.config(world, model__action_expert=EXPERT)
     with pytest.raises(UserError, match=r"expert makes 5 dimensions.*'tabletop' have 7"):
-        run.train(_config(world, model__action_expert={"action_dim": 5}), tmp_path / "run")
+        train_loop.train(_config(world, model__action_expert={"action_dim": 5}), tmp_path / "run")
     with pytest.raises(UserError, match=r"model\.action_expert\.layers: unknown key"):
-        run.train(_config(world, model__action_expert={"layers": 5}), tmp_path / "run")
+        train_loop.train(_config(world, model__action_expert={"layers": 5}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from tests.training import toy
+from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.errors import UserError
 from univla_jax.training import metrics
-from univla_jax.training.checkpoint import Checkpointer
-from univla_jax.training.checkpoint_policy import CheckpointConfig
-from univla_jax.training.loop import fit
 from univla_jax.training.metrics import MetricsLogger
 from univla_jax.training.preemption import Preempted, SigtermWatch
+from univla_jax.training.train_loop import fit
 
 TOTAL = 10
 

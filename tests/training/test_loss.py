@@ -11,7 +11,7 @@ from tests.parity import assert_parity
 from tests.parity_groups.checks import Golden
 from tests.parity_groups.decoder import golden_batch, loss_and_gradient
 from univla_jax.errors import UserError
-from univla_jax.training.loss import (
+from univla_jax.training.losses import (
     DROPPED,
     MODALITIES,
     Modalities,

@@ -16,11 +16,11 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import PRESETS
+from univla_jax.models.decoder_config import PRESETS
 from univla_jax.training import sharding
-from univla_jax.training.run_model import params_init
+from univla_jax.training.model_setup import params_init
 from univla_jax.training.sharding import AXES, MeshConfig
-from univla_jax.training.state import TrainState
+from univla_jax.training.train_step import TrainState
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 QUICK = ("data 2 fsdp 2 tensor 2", "fsdp 2 tensor 2 context 2 accumulated")

@@ -12,27 +12,27 @@ import numpy as np
 import pytest
 
 from tests.training import tiny_run
+from univla_jax import checkpoints
+from univla_jax.assets import Assets
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.assets import Assets
-from univla_jax.training import checkpoint_folder, metrics, run, run_assets
-from univla_jax.training.batches import GlobalBatches
-from univla_jax.training.run_model import RunModel
-from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training import metrics, run_assets, train_loop
+from univla_jax.training.model_setup import RunModel
+from univla_jax.training.sharding import GlobalBatches, MeshConfig, make_mesh
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 EVALUATED = {"evaluation__every": 3}
 
 
 def _train(config, folder):
-    run.train(config, folder, progress=False)
+    train_loop.train(config, folder, progress=False)
 
 
 def _params(folder: pathlib.Path, config):
-    checkpoint = checkpoint_folder.find_checkpoint(folder)
-    assets = Assets.load(checkpoint_folder.assets_folder(checkpoint))
+    checkpoint = checkpoints.find_checkpoint(folder)
+    assets = Assets.load(checkpoints.assets_folder(checkpoint))
     model = RunModel.build(config, assets.vocabulary, make_mesh(MeshConfig()))
-    return checkpoint_folder.load_params(checkpoint, model.abstract.params)
+    return checkpoints.load_params(checkpoint, model.abstract.params)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
     assert steps[0]["action_loss"] == steps[0]["loss"] and "visual_loss" not in steps[0]
     assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6]
-    assets = Assets.load(checkpoint_folder.assets_folder(whole / "checkpoints" / "6"))
+    assets = Assets.load(checkpoints.assets_folder(whole / "checkpoints" / "6"))
     assert assets.model["hidden_size"] == 32
     assert assets.model["vocab_size"] == assets.vocabulary.size
     assert assets.layout["views"] == ["image", "wrist_image"]
@@ -116,7 +116,7 @@ def test_a_run_goes_on_without_the_folders_it_was_made_from(world, whole, tmp_pa
         shutil.rmtree(own / gone)
     shutil.rmtree(tmp_path / "run" / "assets" / "text")
     _train(dataclasses.replace(config, total_steps=3), tmp_path / "run")
-    assert checkpoint_folder.find_checkpoint(tmp_path / "run").name == "3"
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == "3"
     shutil.rmtree(own / "store")
     tiny_run.make_store(own / "store", Assets.load(tmp_path / "run/assets").vision.fingerprint, 9)
     with pytest.raises(UserError, match="a token store was changed since the run was begun"):
@@ -226,7 +226,7 @@ def test_a_corpus_in_several_stores_gets_joint_statistics(world, tmp_path):
 
 
 def test_the_config_of_a_workdir_can_be_read_back(world, whole):
-    from univla_jax.training import workdir
+    from univla_jax import run_dir
     from univla_jax.training.train_config import TrainConfig
 
-    assert workdir.read_config(whole, TrainConfig) == tiny_run.config(world, **EVALUATED)
+    assert run_dir.read_config(whole, TrainConfig) == tiny_run.config(world, **EVALUATED)

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from univla_jax.errors import UserError
-from univla_jax.models import axes
-from univla_jax.training import batches, sharding
+from univla_jax.models import decoder_config
+from univla_jax.training import sharding
+from univla_jax.training import sharding as batches
 from univla_jax.training.sharding import AXES, MeshConfig
 
 
@@ -68,7 +69,10 @@ def test_resolve(names, shape, mesh, spec):
 
 
 def test_every_axis_of_the_models_has_a_rule():
-    assert set(dict(sharding.RULES)) == {*axes.PARAMETER_AXES, *axes.ACTIVATION_AXES}
+    assert set(dict(sharding.RULES)) == {
+        *decoder_config.PARAMETER_AXES,
+        *decoder_config.ACTIVATION_AXES,
+    }
 
 
 def test_unknown_logical_name():
@@ -78,11 +82,11 @@ def test_unknown_logical_name():
 
 def test_activations_lose_the_axes_that_do_not_divide_them():
     rules = sharding.activation_rules(
-        _mesh(tensor=4), {axes.ACTIVATION_HEADS: 8, axes.ACTIVATION_KV_HEADS: 2}
+        _mesh(tensor=4), {decoder_config.ACTIVATION_HEADS: 8, decoder_config.ACTIVATION_KV_HEADS: 2}
     )
-    assert dict(rules)[axes.ACTIVATION_HEADS] == ("tensor",)
-    assert dict(rules)[axes.ACTIVATION_KV_HEADS] == ()
-    assert dict(rules)[axes.BATCH] == sharding.BATCH_AXES
+    assert dict(rules)[decoder_config.ACTIVATION_HEADS] == ("tensor",)
+    assert dict(rules)[decoder_config.ACTIVATION_KV_HEADS] == ()
+    assert dict(rules)[decoder_config.BATCH] == sharding.BATCH_AXES
 
 
 def test_batches_that_do_not_divide():

@@ -9,10 +9,14 @@ import optax
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.training.batches import batch_sharding, to_global
-from univla_jax.training.sharding import MeshConfig, make_mesh
-from univla_jax.training.state import abstract_state, init_state, state_from_params
-from univla_jax.training.step import make_eval_step, make_train_step
+from univla_jax.training.sharding import MeshConfig, batch_sharding, make_mesh, to_global
+from univla_jax.training.train_step import (
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_from_params,
+)
 
 OPTIMIZER = optax.sgd(0.1)
 

@@ -11,9 +11,9 @@ import pytest
 
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision import VisionConfig
-from univla_jax.training import vision
+from univla_jax.training import vision_training
 from univla_jax.training.muon import MuonConfig, make_muon, orthogonalise
-from univla_jax.training.vision import VisionLossConfig, initial_state, make_step
+from univla_jax.training.vision_training import VisionLossConfig, initial_state, make_step
 
 CONFIG = VisionConfig(
     codebook_size=32,
@@ -83,7 +83,7 @@ def test_resumed_from_any_state_it_goes_on_to_the_last_bit(run, step):
 
 def test_rows_follow_their_latents_and_dead_ones_move():
     loss = VisionLossConfig(decay=0.5, revive_below=0.3, continuous_steps=0)
-    state = vision.VisionTrainState(
+    state = vision_training.VisionTrainState(
         step=jnp.int32(7),
         params={},
         batch_stats={},
@@ -92,7 +92,9 @@ def test_rows_follow_their_latents_and_dead_ones_move():
         sums=jnp.array([[2.0], [4.0], [3.0]]),
     )
     latents, codes = jnp.array([[5.0], [7.0]]), jnp.array([0, 0])
-    codebook, counts, sums, dead = vision._follow(loss, state, latents, codes, jax.random.key(0))
+    codebook, counts, sums, dead = vision_training._follow(
+        loss, state, latents, codes, jax.random.key(0)
+    )
     # row 0: (2 + 2) / 2 latents of sum (2 + 12) / 2; rows 1 and 2 fall to 0.2 and 0.25
     assert counts.tolist() == [2.0, 1.0, 1.0] and dead.tolist() == [False, True, True]
     assert codebook[0].item() == 3.5 and sums[0].item() == 7.0

@@ -11,13 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.models.presets import preset
-from univla_jax.training import flops
-from univla_jax.training.chips import chip_of
-from univla_jax.training.metrics import MetricsLogger, Speed
-from univla_jax.training.profiling import FOLDER, Profiler, Window
-from univla_jax.training.stalled import StalledData, WatchedBatches
-from univla_jax.training.wandb_board import WandbBoard
+from univla_jax.models.decoder_config import preset
+from univla_jax.training import hardware
+from univla_jax.training.hardware import chip_of
+from univla_jax.training.metrics import FOLDER, MetricsLogger, Profiler, Speed, WandbBoard, Window
+from univla_jax.training.preemption import StalledData, WatchedBatches
 
 
 class Curves:
@@ -74,8 +72,8 @@ def test_operations_of_the_full_model():
     config = preset("emu3_8b")
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     wanted = 6 * (layers + 4096 * 184_622) + 32 * 3 * 2 * 3200 * 4096
-    assert flops.training_flops(config, 3200) == pytest.approx(wanted)
-    few = flops.training_flops(config, 3200, flops.head_share(160, 3200))
+    assert hardware.training_flops(config, 3200) == pytest.approx(wanted)
+    few = hardware.training_flops(config, 3200, hardware.head_share(160, 3200))
     assert few == pytest.approx(wanted - 0.95 * 6 * 4096 * 184_622)
 
 
@@ -84,7 +82,7 @@ def test_operations_of_the_full_model():
 )
 def test_operations_that_remat_repeats(remat, share):
     config = preset("emu3_8b", remat=remat)
-    again = flops.recomputed_flops(config, 3200) / flops.token_flops(config, 3200)
+    again = hardware.recomputed_flops(config, 3200) / hardware.token_flops(config, 3200)
     assert again == pytest.approx(share, abs=0.1)
     assert (again == 0) == (share == 0)
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from univla_jax import config as configs
-from univla_jax.data.token_manifest import StoreHeader
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.data.token_store import TokenStoreWriter
+from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.tokenizers.action import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceText

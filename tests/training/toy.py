@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from univla_jax.training.state import TrainState
+from univla_jax.training.train_step import TrainState
 
 OPTIMIZER = optax.adam(0.05)
 

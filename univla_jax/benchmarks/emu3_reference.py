@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.interop.huggingface import decoder_rules
-from univla_jax.interop.key_table import export_state
-from univla_jax.models.presets import DecoderConfig
+from univla_jax.interop.key_table import decoder_rules, export_state
+from univla_jax.models.decoder_config import DecoderConfig
 
 
 class Emu3Reference:

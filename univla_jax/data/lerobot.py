@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from univla_jax.data import files
-from univla_jax.data.assembly import assemble, split_range
-from univla_jax.data.corpora import Corpus
-from univla_jax.data.video_files import read_frames
+from univla_jax import io as files
+from univla_jax.data.datasets import Corpus, assemble, split_range
+from univla_jax.data.video import read_frames
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 

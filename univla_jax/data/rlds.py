@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from univla_jax.data.assembly import assemble, text
-from univla_jax.data.corpora import Corpus
-from univla_jax.data.records import Records, Shard
+from univla_jax.data.datasets import Corpus, assemble, text
+from univla_jax.data.record_files import Records, Shard
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 

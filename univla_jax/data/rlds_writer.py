@@ -18,7 +18,7 @@ import tqdm
 from array_record.python import array_record_module
 from PIL import Image
 
-from univla_jax.data import files
+from univla_jax import io as files
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 

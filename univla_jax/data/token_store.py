@@ -15,32 +15,205 @@ it and whenever, so an interrupted store is continued shard by shard and comes o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
-from univla_jax import config
-from univla_jax.data import files, records, token_record
-from univla_jax.data.actions import ActionStatistics, state_key
-from univla_jax.data.problems import Problem
-from univla_jax.data.store_statistics import action_statistics, state_statistics
-from univla_jax.data.token_manifest import (
-    HEADER,
-    MANIFEST,
-    Manifest,
-    ShardEntry,
-    StoreHeader,
-    check_header,
-    plain,
-    read_manifest,
-)
+from univla_jax import config, io
+from univla_jax.data import record_files, token_record
+from univla_jax.data.datasets import CORPORA
 from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.data.validation import Problem
 from univla_jax.errors import UserError
+from univla_jax.io import plain
+from univla_jax.normalization import ActionStatistics, sliding_chunks, state_key, stream_statistics
+
+# ----------------------------------------------------------------------------
+# Statistics of a token store's actions and states.
+#
+# Axes: N chunks, T steps, A action dimensions.
+
+
+Stores = Sequence[Sequence[TokenizedEpisode]]
+"""Token stores, or lists of episodes."""
+
+
+def action_statistics(stores: Stores, corpus: str, chunk: int) -> ActionStatistics | None:
+    """Statistics of the actions as a policy learns them; None where there are none.
+
+    Args:
+      stores: of one corpus; read twice, one episode at a time.
+      corpus: name of the row; one with ``chunk_deltas`` gives the statistics of all chunks.
+      chunk: steps of such a chunk.
+    """
+    first = next(_all(stores), None)
+    if first is None or not first.actions.shape[1]:
+        return None
+    return stream_statistics(lambda: (action_rows(e.actions, corpus, chunk) for e in _all(stores)))
+
+
+def state_statistics(stores: Stores) -> ActionStatistics | None:
+    """Statistics of the proprioceptive states; None where there are none."""
+    first = next(_all(stores), None)
+    if first is None or first.state is None or not first.state.shape[1]:
+        return None
+    return stream_statistics(lambda: (e.state for e in _all(stores)))
+
+
+def action_rows(actions: np.ndarray, corpus: str, chunk: int) -> np.ndarray:
+    """[n, A] of an episode's actions: themselves, or the differences in each of its chunks."""
+    row = CORPORA.get(corpus)
+    if row is None or row.chunk_deltas is None:
+        return actions
+    return row.chunk_deltas.relative(sliding_chunks([actions], chunk)).reshape(-1, actions.shape[1])
+
+
+def joint_statistics(stores: Stores, key: str, chunk: int) -> ActionStatistics | None:
+    """Statistics of several stores of one corpus together; ``key`` is as in their own."""
+    corpus = next(_all(stores)).corpus
+    return state_statistics(stores) if key != corpus else action_statistics(stores, key, chunk)
+
+
+def _all(stores: Stores) -> Iterator[TokenizedEpisode]:
+    return (store[i] for store in stores for i in range(len(store)))
+
+
+# ----------------------------------------------------------------------------
+# What a token store says about itself: header, shards, manifest.
+#
+# Axes: T steps, H/W image height and width, h/w code grid.
+
+
+HEADER, MANIFEST = "header.json", "manifest.json"
+FORMAT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreHeader:
+    """What a store is made from and with.
+
+    Attributes:
+      corpus: name of the row in ``data/datasets.py``.
+      split: split of the source, in TFDS notation.
+      control_hz: control rate in steps per second.
+      source: name and version of the source dataset.
+      source_fingerprint: sha256 of the source's metadata.
+      source_episodes: episodes of the split, broken ones included.
+      episodes_per_shard: source episodes per shard.
+      min_frames: shortest episode kept, in frames.
+      image_specs: per view the JSON form of its ``ImageSpec``.
+      grids: per view the code grid (h, w) of a frame.
+      vision_fingerprint: fingerprint of the vision tokenizer.
+      codebook_size: every code is below it.
+      block_steps: steps per record of codes (``token_record.py``).
+      augmented_copies: shifted copies behind each episode.
+      max_shift: of them, as part of the frame's size.
+      format: version of the record format.
+    """
+
+    corpus: str
+    split: str
+    control_hz: float
+    source: str
+    source_fingerprint: str
+    source_episodes: int
+    episodes_per_shard: int
+    min_frames: int
+    image_specs: Mapping[str, Any]
+    grids: Mapping[str, Any]
+    vision_fingerprint: str
+    codebook_size: int
+    block_steps: int
+    augmented_copies: int = 0
+    max_shift: float = 0.0
+    format: int = FORMAT
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards the whole split makes."""
+        return -(-self.source_episodes // self.episodes_per_shard)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardEntry:
+    """One finished shard: its file, the steps T of each episode in it, bytes and sha256."""
+
+    file: str
+    steps: tuple[int, ...]
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The description of a complete store.
+
+    Attributes:
+      header: what it is made from and with.
+      episodes: episodes kept.
+      frames: their steps, summed.
+      statistics: of the actions, None for a corpus without actions.
+      state_statistics: of the proprioceptive state, None where there is none.
+      problems: the broken episodes left out.
+      shards: in order.
+    """
+
+    header: StoreHeader
+    episodes: int
+    frames: int
+    statistics: ActionStatistics | None
+    state_statistics: ActionStatistics | None
+    problems: tuple[Problem, ...]
+    shards: tuple[ShardEntry, ...]
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+    """Reads the manifest of a complete store.
+
+    Raises:
+      UserError: no store there, an unfinished one, or a manifest that is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        state = "an unfinished store" if (folder / HEADER).exists() else "no token store"
+        raise UserError(f"{folder} holds {state}; run univla_jax.tokenize_dataset to its end")
+    value = io.read_json(path)
+    found = value.get("header", {}).get("format")
+    if found not in (None, FORMAT):
+        raise UserError(f"{folder} has the record format {found}, not {FORMAT}; tokenise again")
+    missing = {f.name for f in dataclasses.fields(Manifest)} - set(value)
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
+    value["problems"] = tuple(config.build(Problem, p, where=str(path)) for p in value["problems"])
+    value["shards"] = tuple(config.build(ShardEntry, s, where=str(path)) for s in value["shards"])
+    return config.build(Manifest, value, where=str(path))
+
+
+def check_header(folder: pathlib.Path, header: StoreHeader) -> None:
+    """Compares the header of a store begun in ``folder`` with the wanted one.
+
+    Raises:
+      UserError: they differ; names each difference.
+    """
+    found, wanted = io.read_json(folder / HEADER), plain(header)
+    keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+    if keys:
+        differences = ", ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in keys)
+        raise UserError(
+            f"{folder} was made with other settings ({differences}); use another --out folder or "
+            "delete it"
+        )
+
+
+# ----------------------------------------------------------------------------
+
 
 _SHARDS = "shards"
 _OPTIONS = "group_size:1,uncompressed"  # codes hardly compress; raw records read fastest
@@ -61,7 +234,7 @@ class TokenStoreWriter:
             check_header(self.folder, header)
         (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            files.write_json(path, plain(header))
+            io.write_json(path, plain(header))
 
     @property
     def complete(self) -> bool:
@@ -107,14 +280,14 @@ class TokenStoreWriter:
             problems=problems,
             shards=shards,
         )
-        files.remove_partial(self.folder)
-        files.write_json(self.folder / MANIFEST, plain(manifest))
+        io.remove_partial(self.folder)
+        io.write_json(self.folder / MANIFEST, plain(manifest))
         return manifest
 
     def _collect(self) -> tuple[tuple[ShardEntry, ...], tuple[Problem, ...]]:
         shards, problems = [], []
         for number in range(self.header.num_shards):
-            entry = files.read_json(self._shard_path(number, "json"))
+            entry = io.read_json(self._shard_path(number, "json"))
             shards.append(config.build(ShardEntry, entry["shard"], where="shard"))
             problems += [config.build(Problem, p, where="problem") for p in entry["problems"]]
         return tuple(shards), tuple(problems)
@@ -129,7 +302,7 @@ class ShardWriter:
     def __init__(self, path: pathlib.Path, header: StoreHeader) -> None:
         """Prepares to write ``path``."""
         self._path, self._header = path, header
-        self._partial = files.partial_name(path)
+        self._partial = io.partial_name(path)
         self._steps: list[int] = []
         self._problems: list[Problem] = []
 
@@ -175,15 +348,15 @@ class ShardWriter:
     def _publish(self) -> None:
         """Checks the file and gives it its name, then writes its entry."""
         total = sum(_record_counts(self._steps, self._header.block_steps))
-        records.Records([records.Shard(str(self._partial), total)]).check()
+        record_files.Records([record_files.Shard(str(self._partial), total)]).check()
         entry = ShardEntry(
             file=f"{_SHARDS}/{self._path.name}",
             steps=tuple(self._steps),
             bytes=self._partial.stat().st_size,
-            sha256=files.sha256(self._partial),
+            sha256=io.sha256(self._partial),
         )
         os.replace(self._partial, self._path)
-        files.write_json(
+        io.write_json(
             self._path.with_suffix(".json"),
             {"shard": plain(entry), "problems": [plain(p) for p in self._problems]},
         )
@@ -243,7 +416,7 @@ class TokenStore:
     @property
     def fingerprint(self) -> str:
         """sha256 of the manifest, which in turn holds the sha256 of every shard."""
-        return files.sha256(self.folder / MANIFEST)
+        return io.sha256(self.folder / MANIFEST)
 
     @property
     def statistics(self) -> dict[str, ActionStatistics]:
@@ -264,7 +437,7 @@ class TokenStore:
           UserError: a shard's bytes have changed since it was written.
         """
         for shard in self.manifest.shards:
-            if files.sha256(self.folder / shard.file) != shard.sha256:
+            if io.sha256(self.folder / shard.file) != shard.sha256:
                 raise UserError(
                     f"shard {self.folder / shard.file} has changed since it was written (sha256); "
                     "restore it, or delete the store and tokenise again"
@@ -278,8 +451,8 @@ class _Episodes:
         self, folder: pathlib.Path, shards: tuple[ShardEntry, ...], block_steps: int
     ) -> None:
         counts = [_record_counts(shard.steps, block_steps) for shard in shards]
-        self._records = records.Records(
-            [records.Shard(str(folder / s.file), sum(n)) for s, n in zip(shards, counts)]
+        self._records = record_files.Records(
+            [record_files.Shard(str(folder / s.file), sum(n)) for s, n in zip(shards, counts)]
         )
         self._heads = np.cumsum([0, *itertools.chain.from_iterable(counts)])
 

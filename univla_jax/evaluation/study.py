@@ -26,20 +26,18 @@ from typing import Any
 import jax
 import tqdm
 
-from univla_jax import __version__
-from univla_jax.data import files
-from univla_jax.data.token_manifest import plain
+from univla_jax import __version__, io
+from univla_jax.checkpoints import find_checkpoint
 from univla_jax.errors import UserError
-from univla_jax.evaluation.animation import Clip, write_gif
-from univla_jax.evaluation.baselines import RandomActions, ZeroActions
-from univla_jax.evaluation.claim import claim
-from univla_jax.evaluation.journal import Journal
-from univla_jax.evaluation.rollout import Actor, Call, Watch, roll_out
-from univla_jax.evaluation.statistics import latency, summarise
-from univla_jax.evaluation.tabletop import Tabletop, TabletopEpisode
+from univla_jax.evaluation.actors import RandomActions, ZeroActions
+from univla_jax.evaluation.report import latency, summarise
+from univla_jax.evaluation.runner import Actor, Call, Watch, roll_out
+from univla_jax.evaluation.videos import Clip, write_gif
+from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.trained import checkpoint_identity
-from univla_jax.training.checkpoint_folder import find_checkpoint
+from univla_jax.io import Journal, plain
+from univla_jax.run_dir import claim_results
+from univla_jax.simulators.tabletop.tabletop_benchmark import Tabletop, TabletopEpisode
 
 BENCHMARKS = {Tabletop.name: Tabletop}
 CONDITIONS = ("policy", "other_instruction", "untrained", "random", "zero")
@@ -117,14 +115,14 @@ def evaluate(
       UserError: ``out`` holds another evaluation, or the checkpoint cannot be used.
     """
     folder, out = find_checkpoint(checkpoint), pathlib.Path(out)
-    claim(out, _IDENTITY, _identity(config, checkpoint_identity(folder)))
+    claim_results(out, _IDENTITY, _identity(config, checkpoint_identity(folder)))
     if finished(out):
-        return files.read_json(out / REPORT)
+        return io.read_json(out / REPORT)
     with Journal(out / EPISODES) as episodes, Journal(out / CALLS) as calls:
         study = _Study(config, folder, out, episodes, calls)
         study.run(progress)
         report = study.report()
-    files.write_json(out / REPORT, report)
+    io.write_json(out / REPORT, report)
     return report
 
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation.animation import Clip, write_gif
-from univla_jax.evaluation.simulators import Job, Simulator, Turn
+from univla_jax.evaluation.videos import Clip, write_gif
+from univla_jax.simulators.base import Job, Simulator, Turn
 
 _FILM_EVERY = 4  # steps between the pictures of a film
 

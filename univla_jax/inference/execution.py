@@ -21,7 +21,7 @@ import numpy as np
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.stopwatch import Stopwatch
+from univla_jax.inference.sampler import Stopwatch
 
 MODES = ("chunk", "receding", "ensemble")
 

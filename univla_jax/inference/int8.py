@@ -1,7 +1,7 @@
 """Weights in eight bits (qwix): the layers' matrices and the head, one scale per output channel.
 
 They are stored so and turned back where they are used; activations keep their type. What it
-changes is measured, not promised: ``python -m univla_jax.benchmarks.decode``.
+changes is measured, not promised: ``python -m univla_jax.benchmarks.decode_speed``.
 
 Axes: L layers, D model, N heads, C head dim, F mlp, V vocabulary.
 """

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from univla_jax.data.actions import state_key
+from univla_jax.assets import Assets
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.trained import Layout, TrainedModel
+from univla_jax.inference.loaded_model import Layout, TrainedModel
+from univla_jax.normalization import state_key
 from univla_jax.sequences.chunks import state_ids
-from univla_jax.tokenizers.assets import Assets
 
 
 class ObservationEncoder:

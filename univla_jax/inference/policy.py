@@ -21,13 +21,18 @@ import numpy as np
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.buckets import row_bucket
-from univla_jax.inference.heads import ActionHead, HeadAnswer, TokenHead, head_of
+from univla_jax.inference.action_decoders import (
+    ActionHead,
+    HeadAnswer,
+    Holders,
+    Session,
+    TokenHead,
+    head_of,
+)
 from univla_jax.inference.int8 import quantised
+from univla_jax.inference.loaded_model import TrainedModel
 from univla_jax.inference.observations import NoStates, ObservationEncoder, StateEncoder
-from univla_jax.inference.session import Holders, Session
-from univla_jax.inference.stopwatch import Stopwatch
-from univla_jax.inference.trained import TrainedModel
+from univla_jax.inference.sampler import Stopwatch, row_bucket
 from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
 

@@ -14,7 +14,10 @@ M cache slots, W window of slots that are read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +25,93 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.inference import decode_steps
-from univla_jax.inference.buckets import length_bucket
-from univla_jax.inference.choosing import GREEDY, Sampling
-from univla_jax.inference.decode_state import NOTHING, DecodeState, Generated, Rows
-from univla_jax.inference.drafting import generate_drafted
-from univla_jax.inference.forms import Form
-from univla_jax.models import few_tokens
+from univla_jax.inference import decode_step
+from univla_jax.inference.decode_step import NOTHING, DecodeState, Generated, Rows
+from univla_jax.inference.sampling import GREEDY, Form, Sampling
+from univla_jax.inference.speculative import generate_drafted
 from univla_jax.models.decoder import Decoder
+
+# ----------------------------------------------------------------------------
+# Where the time of a call went.
+
+
+class Stopwatch:
+    """Adds up the milliseconds of named parts; what a part computes is waited for.
+
+    Attributes:
+      milliseconds: part -> time so far.
+    """
+
+    def __init__(self) -> None:
+        """Starts with no parts."""
+        self.milliseconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[list[Any]]:
+        """Times a block; arrays put into the yielded list are waited for."""
+        begin, results = time.perf_counter(), []
+        yield results
+        jax.block_until_ready(results)
+        spent = 1e3 * (time.perf_counter() - begin)
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
+
+
+# ----------------------------------------------------------------------------
+# Few static shapes for inputs of any size, so that nothing is compiled again at every call.
+
+
+_LEAST_LENGTH = 32
+_SMALL_BATCH = 8
+
+
+def length_bucket(length: int) -> int:
+    """The smallest bucket of at least ``length`` tokens.
+
+    Buckets are multiples of 32, and of an eighth of the power of two below: at most an eighth of
+    a long row is padding, and each doubling has eight buckets.
+    """
+    return _up(length, max(_LEAST_LENGTH, _power_below(length) // 8))
+
+
+def row_bucket(rows: int) -> int:
+    """The smallest bucket of at least ``rows`` rows: 1, 2, 4, 8, 16, 24, 32, …"""
+    if rows <= _SMALL_BATCH:
+        return 1 << max(0, rows - 1).bit_length()
+    return _up(rows, _SMALL_BATCH)
+
+
+def pad_prompts(
+    prompts: Sequence[np.ndarray], pad: int, *, rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks prompts of different lengths into one static shape.
+
+    Args:
+      prompts: int32 [n] each.
+      pad: id that fills up on the right.
+      rows: rows wanted, at least the number of prompts; a bucket by default. Missing rows repeat
+        the first prompt.
+
+    Returns:
+      tokens int32 [B, S] and lengths int32 [B].
+    """
+    rows = row_bucket(len(prompts)) if rows is None else rows
+    filled = [*prompts, *[prompts[0]] * (rows - len(prompts))]
+    lengths = np.array([len(p) for p in filled], np.int32)
+    tokens = np.full((rows, length_bucket(int(lengths.max()))), pad, np.int32)
+    for row, prompt in zip(tokens, filled):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+def _up(value: int, step: int) -> int:
+    return -(-max(value, 1) // step) * step
+
+
+def _power_below(value: int) -> int:
+    return 1 << (max(value, 1).bit_length() - 1)
+
+
+# ----------------------------------------------------------------------------
 
 
 class Sampler:
@@ -49,7 +131,7 @@ class Sampler:
         if own_layers is None:
             own_layers = jax.default_backend() == "cpu"
         keep = own_layers and params is not None
-        self._layers = few_tokens.layer_params(params, model.config.num_layers) if keep else None
+        self._layers = decode_step.layer_params(params, model.config.num_layers) if keep else None
 
     def prefill(
         self,
@@ -75,7 +157,7 @@ class Sampler:
         tokens = _pad_to_bucket(tokens)
         slots = length_bucket(max(slots or 0, tokens.shape[1]))
         if packed is None:
-            rows = decode_steps.prefill(self.model, self.params, tokens, lengths, slots=slots)
+            rows = decode_step.prefill(self.model, self.params, tokens, lengths, slots=slots)
             return DecodeState(rows, bound=int(lengths.max()))
         width = tokens.shape[1]
         real = tokens[np.arange(width) < lengths[:, None]]
@@ -83,7 +165,7 @@ class Sampler:
             raise UserError(f"packed={packed}: the rows have {len(real)} tokens together")
         flat = np.zeros(packed, np.int32)
         flat[: len(real)] = real
-        rows = decode_steps.prefill_packed(
+        rows = decode_step.prefill_packed(
             self.model, self.params, flat, lengths, width=width, slots=slots
         )
         return DecodeState(rows, bound=int(lengths.max()))
@@ -113,7 +195,7 @@ class Sampler:
         start = state.bound - int(state.has_pending)
         room = state.bound + padded.shape[1]
         rows, window = _make_room(state.rows, read=max(start, window or 0), write=room)
-        append = decode_steps.append_pending if state.has_pending else decode_steps.append
+        append = decode_step.append_pending if state.has_pending else decode_step.append
         rows = append(self.model, self.params, rows, padded, lengths, window=window)
         return DecodeState(rows, bound=bound)
 
@@ -171,7 +253,7 @@ class Sampler:
             raise UserError(f"guidance needs rows with and without instruction, got {batch} rows")
         bound = state.bound + max_new_tokens
         rows, window = _make_room(state.rows, read=max(bound, window or 0), write=bound)
-        rows, tokens, lengths, stopped, steered = decode_steps.generate(
+        rows, tokens, lengths, stopped, steered = decode_step.generate(
             self.model,
             self.params,
             self._layers,

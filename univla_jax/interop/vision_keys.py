@@ -8,18 +8,28 @@ table and ``_PERMUTATIONS`` the whole layout table; everything else follows from
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
 import jax
 import numpy as np
 
+from univla_jax.assets import StoredVision
 from univla_jax.errors import UserError
 from univla_jax.interop.key_table import KeyRule
-from univla_jax.tokenizers.vision_config import VisionConfig
-from univla_jax.tokenizers.vision_vq import abstract_variables
+from univla_jax.interop.tensor_files import (
+    StoredTensor,
+    make_header,
+    parse_header,
+    read_header,
+    write_safetensors,
+)
+from univla_jax.io import dump_json, parse_json, read_files
+from univla_jax.tokenizers.vision import CONFIG_FILE, PARAMS_FILE, fingerprint_of
+from univla_jax.tokenizers.vision_vq import VisionConfig, abstract_variables
 
 # Our path -> the reference's, applied in order to the "/"-joined path without its collection.
 _RULES = (
@@ -247,3 +257,88 @@ def _check(table: Mapping[str, Entry], found: Mapping[str, tuple[tuple[int, ...]
             "these weights are not a vision tokenizer of the given config "
             f"({len(problems)} differences): " + "; ".join(problems)
         )
+
+
+# ----------------------------------------------------------------------------
+# The vision tokenizer's folder written and fingerprinted tensor by tensor.
+
+
+def write_vision(
+    folder: pathlib.Path,
+    config: VisionConfig,
+    rules: tuple[KeyRule, ...],
+    tensors: Mapping[str, StoredTensor],
+    done: Callable[[int], None],
+) -> None:
+    """Writes what ``VisionTokenizer.load`` reads, in float32.
+
+    Args:
+      folder: empty or absent.
+      config: the tokenizer.
+      rules: place of each tensor.
+      tensors: the tensors, all there and of the right shape.
+      done: called with the bytes read.
+    """
+
+    def pieces() -> Iterator[np.ndarray]:
+        for rule in rules:
+            tensor = tensors[rule.key]
+            yield _write_into(rule, tensor)
+            done(tensor.nbytes)
+
+    header = make_header({r.path: ("I32" if _counts(r) else "F32", r.our_shape) for r in rules})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / PARAMS_FILE, header, pieces())
+    (folder / CONFIG_FILE).write_bytes(dump_json(config.to_dict()))
+
+
+def _counts(rule: KeyRule) -> bool:
+    return rule.path.endswith("/count")
+
+
+def _write_into(rule: KeyRule, tensor: StoredTensor) -> np.ndarray:
+    value = tensor.read()
+    if not _counts(rule):
+        return rule.to_ours(value).astype(np.float32, copy=False)
+    return counter(rule.key, value)
+
+
+def foreign_tensor(rule: KeyRule, tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    """A tensor of our folder as the foreign one of ``dtype``; undoes what ``write_vision`` did.
+
+    Raises:
+      UserError: its values need more than ``dtype`` holds.
+    """
+    value = tensor.read()
+    back = rule.to_foreign(value).astype(dtype)
+    if not np.array_equal(back.astype(value.dtype), rule.to_foreign(value), equal_nan=True):
+        raise UserError(f"{rule.key}: its values do not fit into {dtype}")
+    return back
+
+
+def vision_tensors(folder: pathlib.Path) -> tuple[VisionConfig, dict[str, StoredTensor]]:
+    """Config and tensors of a folder that ``VisionTokenizer.save`` or ``write_vision`` wrote.
+
+    Raises:
+      UserError: a file is missing or broken.
+    """
+    content = read_files(folder, [CONFIG_FILE], what="vision tokenizer")[CONFIG_FILE]
+    config = VisionConfig.from_dict(parse_json(content, where=f"{folder}/{CONFIG_FILE}"))
+    file = folder / PARAMS_FILE
+    return config, parse_header(read_header(file), file)
+
+
+def open_vision(folder: pathlib.Path) -> StoredVision:
+    """The tokenizer in ``folder``, its weights read once for the fingerprint and not kept.
+
+    Raises:
+      UserError: a file is missing or broken.
+    """
+    config, tensors = vision_tensors(folder)
+    values = ((name, tensor.read()) for name, tensor in sorted(tensors.items()))
+    return StoredVision(
+        folder,
+        fingerprint=fingerprint_of(config, values),
+        codebook_size=config.codebook_size,
+        factor=config.factor,
+    )

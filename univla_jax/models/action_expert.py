@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from univla_jax.errors import UserError
-from univla_jax.models import axes
+from univla_jax.models import decoder_config
 from univla_jax.models.decoder import LayerInputs, Stack
+from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.layers import Projection, Rotation
-from univla_jax.models.presets import DecoderConfig
 
 _NORM_EPS = 1e-6  # of the final layer's LayerNorm
 _LONGEST_PERIOD = 10_000.0  # of the embedding of tau
@@ -123,13 +123,13 @@ class ActionProjector(nn.Module):
         def layer(name: str, inputs: int, first: str | None, last: str) -> Projection:
             return Projection(config, (inputs,), (d,), (first, last), use_bias=True, name=name)
 
-        x_BTD = layer("actions", self.action_dim, None, axes.EMBED)(
+        x_BTD = layer("actions", self.action_dim, None, decoder_config.EMBED)(
             actions_BTA.astype(config.compute_dtype)
         )
         tau_BTD = jnp.broadcast_to(tau_BD.astype(x_BTD.dtype)[:, None], x_BTD.shape)
         joined = jnp.concatenate([x_BTD, tau_BTD], axis=-1)
-        mixed = layer("mix", 2 * d, axes.EMBED, axes.MLP)(joined)
-        return layer("out", d, axes.MLP, axes.EMBED)(nn.silu(mixed))
+        mixed = layer("mix", 2 * d, decoder_config.EMBED, decoder_config.MLP)(joined)
+        return layer("out", d, decoder_config.MLP, decoder_config.EMBED)(nn.silu(mixed))
 
 
 class FinalLayer(nn.Module):
@@ -147,7 +147,7 @@ class FinalLayer(nn.Module):
         """[B, T, D] and [B, D] in, float32 [B, T, A] out."""
         config, d = self.config, self.config.hidden_size
         modulation = Projection(
-            config, (d,), (2 * d,), (axes.EMBED, None), use_bias=True, name="modulation"
+            config, (d,), (2 * d,), (decoder_config.EMBED, None), use_bias=True, name="modulation"
         )(nn.silu(tau_BD).astype(config.compute_dtype))
         shift, scale = jnp.split(modulation[:, None].astype(jnp.float32), 2, axis=-1)
         x = x_BTD.astype(jnp.float32)
@@ -156,7 +156,12 @@ class FinalLayer(nn.Module):
         x = (x * (1 + scale) + shift).astype(config.compute_dtype)
         zero = dataclasses.replace(config, initializer_range=0.0)
         out = Projection(
-            zero, (d,), (self.action_dim,), (axes.EMBED, None), use_bias=True, name="linear"
+            zero,
+            (d,),
+            (self.action_dim,),
+            (decoder_config.EMBED, None),
+            use_bias=True,
+            name="linear",
         )(x)
         return out.astype(jnp.float32)
 

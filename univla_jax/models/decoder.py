@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from univla_jax.errors import UserError
-from univla_jax.models import axes, remat
-from univla_jax.models.attention_blocked import CachedKeys
+from univla_jax.models import decoder_config
+from univla_jax.models.attention_kernels import CachedKeys
+from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.layers import Attention, GatedMLP, OwnKeys, RMSNorm, Rotation, dropout
-from univla_jax.models.presets import DecoderConfig
 
 MASKED_LOGIT = -1e30
 
@@ -94,7 +94,9 @@ class Stack(nn.Module):
         config = self.config
         block = Block
         if config.remat != "none":
-            block = nn.remat(Block, policy=remat.policy(config.remat), prevent_cse=False)
+            block = nn.remat(
+                Block, policy=decoder_config.remat_policy(config.remat), prevent_cse=False
+            )
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -102,7 +104,7 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast),
             length=config.num_layers,
             unroll=min(config.scan_unroll, config.num_layers),
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            metadata_params={nn.PARTITION_NAME: decoder_config.LAYERS},
         )
         return scanned(config, name="layers")(x_BSD, jnp.arange(config.num_layers), inputs)
 
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
         """Creates both vocabulary tables even when a call uses only one of them."""
         config = self.config
         shape = (config.padded_vocab_size, config.hidden_size)
-        names = (axes.VOCAB, axes.EMBED)
+        names = (decoder_config.VOCAB, decoder_config.EMBED)
         dtype = config.storage_dtype
         init = nn.with_logical_partitioning(_table_init(config, config.pad_id), names)
         self.embedding = self.param("embedding", init, shape, dtype)
@@ -179,10 +181,10 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """Embeddings [B, S, D] in the compute type; the pad row passes no gradient."""
-        lookup = (axes.LOOKUP_BATCH, axes.LOOKUP_LENGTH)
+        lookup = (decoder_config.LOOKUP_BATCH, decoder_config.LOOKUP_LENGTH)
         tokens_BS = nn.with_logical_constraint(tokens_BS, lookup)
         x_BSD = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.config.compute_dtype)
-        x_BSD = nn.with_logical_constraint(x_BSD, (*lookup, axes.LOOKUP_EMBED))
+        x_BSD = nn.with_logical_constraint(x_BSD, (*lookup, decoder_config.LOOKUP_EMBED))
         if self.config.pad_id is None:
             return x_BSD
         is_pad = (tokens_BS == self.config.pad_id)[..., None]
@@ -281,4 +283,6 @@ def _check_call(tokens_BS, segment_ids_BS, cache, window) -> None:
 
 
 def _constrain(x_BSD: jax.Array) -> jax.Array:
-    return nn.with_logical_constraint(x_BSD, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+    return nn.with_logical_constraint(
+        x_BSD, (decoder_config.BATCH, decoder_config.LENGTH, decoder_config.ACTIVATION_EMBED)
+    )

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from univla_jax.models.presets import DecoderConfig
+from univla_jax.models.decoder_config import DecoderConfig
 
 
 @flax.struct.dataclass

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from univla_jax.models import axes, remat
+from univla_jax.models import decoder_config
 from univla_jax.models.attention import attention
-from univla_jax.models.attention_blocked import CachedKeys, dropout_scale
-from univla_jax.models.presets import DecoderConfig
+from univla_jax.models.attention_kernels import CachedKeys, dropout_scale
+from univla_jax.models.decoder_config import DecoderConfig
 
 
 @flax.struct.dataclass
@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """[B, S, D] in, the same shape out in the compute type."""
         config = self.config
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (axes.NORM,))
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (decoder_config.NORM,))
         scale = self.param("scale", init, (x_BSD.shape[-1],), config.storage_dtype)
         x = x_BSD.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.rms_eps)
@@ -167,14 +167,17 @@ class Attention(nn.Module):
         ``OwnKeys`` hold the new tokens too; then all of them are returned.
         """
         config = self.config
-        query = self._heads("query", config.num_heads, axes.HEADS)(x_BSD)
-        key = self._heads("key", config.num_kv_heads, axes.KV_HEADS)(x_BSD)
-        value = self._heads("value", config.num_kv_heads, axes.KV_HEADS)(x_BSD)
-        query = _constrain(rotation(query), axes.ACTIVATION_HEADS, None)
-        key = _constrain(rotation(key), axes.ACTIVATION_KV_HEADS, None)
-        value = _constrain(value, axes.ACTIVATION_KV_HEADS, None)
-        query = checkpoint_name(query, remat.QUERY)
-        key, value = checkpoint_name(key, remat.KEY), checkpoint_name(value, remat.VALUE)
+        query = self._heads("query", config.num_heads, decoder_config.HEADS)(x_BSD)
+        key = self._heads("key", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
+        value = self._heads("value", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
+        query = _constrain(rotation(query), decoder_config.ACTIVATION_HEADS, None)
+        key = _constrain(rotation(key), decoder_config.ACTIVATION_KV_HEADS, None)
+        value = _constrain(value, decoder_config.ACTIVATION_KV_HEADS, None)
+        query = checkpoint_name(query, decoder_config.QUERY)
+        key, value = (
+            checkpoint_name(key, decoder_config.KEY),
+            checkpoint_name(value, decoder_config.VALUE),
+        )
         rate = config.attention_rate if train else 0.0
         if isinstance(cached, OwnKeys):
             cached = cached.write(key, value)
@@ -192,15 +195,15 @@ class Attention(nn.Module):
                 dropout=rate,
                 dropout_key=self.make_rng("dropout") if rate else None,
             )
-        out = _constrain(out, axes.ACTIVATION_HEADS, None)
-        names = (axes.HEADS, axes.HEAD_DIM, axes.EMBED)
+        out = _constrain(out, decoder_config.ACTIVATION_HEADS, None)
+        names = (decoder_config.HEADS, decoder_config.HEAD_DIM, decoder_config.EMBED)
         heads = (config.num_heads, config.head_dim)
         out = Projection(config, heads, (config.hidden_size,), names, name="out")(out)
-        return checkpoint_name(out, remat.OUTPUT), (key, value)
+        return checkpoint_name(out, decoder_config.OUTPUT), (key, value)
 
     def _heads(self, name: str, count: int, axis: str) -> Projection:
         config = self.config
-        names = (axes.EMBED, axis, axes.HEAD_DIM)
+        names = (decoder_config.EMBED, axis, decoder_config.HEAD_DIM)
         outputs = (count, config.head_dim)
         return Projection(config, (config.hidden_size,), outputs, names, config.qkv_bias, name=name)
 
@@ -215,15 +218,21 @@ class GatedMLP(nn.Module):
         """[B, S, D] in and out."""
         config = self.config
         width, hidden = (config.hidden_size,), (config.mlp_size,)
-        wide, narrow = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED)
+        wide, narrow = (
+            (decoder_config.EMBED, decoder_config.MLP),
+            (decoder_config.MLP, decoder_config.EMBED),
+        )
         gate = Projection(config, width, hidden, wide, name="gate")(x_BSD)
         up = Projection(config, width, hidden, wide, name="up")(x_BSD)
-        gate, up = checkpoint_name(gate, remat.GATE), checkpoint_name(up, remat.UP)
-        mixed = _constrain(nn.silu(gate) * up, axes.ACTIVATION_MLP)
+        gate, up = (
+            checkpoint_name(gate, decoder_config.GATE),
+            checkpoint_name(up, decoder_config.UP),
+        )
+        mixed = _constrain(nn.silu(gate) * up, decoder_config.ACTIVATION_MLP)
         down = Projection(config, hidden, width, narrow, name="down")(mixed)
-        return checkpoint_name(down, remat.DOWN)
+        return checkpoint_name(down, decoder_config.DOWN)
 
 
 def _constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins [B, S, ...] to the mesh axes of (batch, length, *names); a no-op without rules."""
-    return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, *names))
+    return nn.with_logical_constraint(x, (decoder_config.BATCH, decoder_config.LENGTH, *names))

@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univla_jax.inference import decode_steps
-from univla_jax.inference.buckets import length_bucket
-from univla_jax.inference.choosing import GREEDY
+from univla_jax.inference import decode_step
+from univla_jax.inference.sampler import length_bucket
+from univla_jax.inference.sampling import GREEDY
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.presets import DecoderConfig
-from univla_jax.planning.compiling import Compiled, compile_for, shard_bytes
-from univla_jax.planning.report import gib
-from univla_jax.planning.topologies import GIB, Topology
+from univla_jax.models.decoder_config import DecoderConfig
+from univla_jax.planning.topologies import GIB, Compiled, Topology, compile_for, shard_bytes
+from univla_jax.planning.training_plan import gib
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training import flops, sharding
-from univla_jax.training.chips import Chip
-from univla_jax.training.run_model import decoder_config, model_rules, params_init
+from univla_jax.training import hardware, sharding
+from univla_jax.training.hardware import Chip
+from univla_jax.training.model_setup import decoder_config, model_rules, params_init
 from univla_jax.training.sharding import MeshConfig, make_mesh
 from univla_jax.training.train_config import TrainConfig
 
@@ -118,7 +117,7 @@ def prefill_seconds(
     decoder: DecoderConfig, chip: Chip, tokens: int, length: int, parts: int
 ) -> float:
     """Shortest time to read ``tokens`` in rows of ``length`` on ``parts`` chips."""
-    return tokens * flops.token_flops(decoder, length, 0.0) / parts / (chip.teraflops * 1e12)
+    return tokens * hardware.token_flops(decoder, length, 0.0) / parts / (chip.teraflops * 1e12)
 
 
 def token_seconds(job: _Job, decoder: DecoderConfig, chip: Chip, cache: int) -> float:
@@ -158,7 +157,7 @@ class _Job:
         prompt = length_bucket(config.data.sequence_length)
         choices = vocabulary.action_size + 2 if acts else vocabulary.visual_size
         state = jax.eval_shape(
-            lambda: decode_steps.prefill(
+            lambda: decode_step.prefill(
                 model,
                 sharding.unbox(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)),
                 jnp.zeros((rows * mesh.shape["data"], prompt), jnp.int32),
@@ -173,13 +172,13 @@ class _Job:
         lengths = self._array((self._batch,), jnp.int32)
         slots = self.rows.cache.slots
         arguments = (self.model, self.params, tokens, lengths)
-        lowered = decode_steps.prefill.lower(*arguments, slots=slots)
+        lowered = decode_step.prefill.lower(*arguments, slots=slots)
         return compile_for(lowered, shard_bytes(arguments[1:]))
 
     def decode(self) -> Compiled:
         ids = self._array((self.choices,), jnp.int32, split=False)
         active = self._array((self._batch,), bool)
-        lowered = decode_steps.generate.lower(
+        lowered = decode_step.generate.lower(
             self.model,
             self.params,
             rows=self.rows,

@@ -1,4 +1,4 @@
-"""Which mesh, batch and remat preset to take: compiles the most promising ones."""
+"""Plan search: compiles the most promising meshes, batch sizes and remat presets and ranks them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from collections.abc import Iterator
 import tqdm
 
 from univla_jax.errors import UserError
-from univla_jax.models import remat
-from univla_jax.planning.report import gib
+from univla_jax.models import decoder_config as remat
 from univla_jax.planning.topologies import Topology
-from univla_jax.planning.training_plan import TrainingPlan, plan_training
+from univla_jax.planning.training_plan import TrainingPlan, gib, plan_training
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training import flops
-from univla_jax.training.run_model import decoder_config
+from univla_jax.training import hardware
+from univla_jax.training.model_setup import decoder_config
 from univla_jax.training.sharding import MeshConfig
 from univla_jax.training.train_config import TrainConfig
 
 _TENSOR, _CONTEXT, _BATCHES = (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)
 
 
-def search(config: TrainConfig, topology: Topology, *, limit: int) -> list[TrainingPlan]:
+def search_plans(config: TrainConfig, topology: Topology, *, limit: int) -> list[TrainingPlan]:
     """Compiles the ``limit`` candidates that promise most, best first.
 
     Candidates keep the recipe's batch size or multiply it. They are ordered by arithmetic per
@@ -52,7 +51,7 @@ def search(config: TrainConfig, topology: Topology, *, limit: int) -> list[Train
 def candidates(config: TrainConfig, chips: int) -> Iterator[TrainConfig]:
     """Every variation of the recipe that divides evenly over ``chips``."""
     heads = decoder_config(config.model, Vocabulary.emu3()).num_kv_heads
-    choices = itertools.product(_TENSOR, _CONTEXT, _BATCHES, remat.PRESETS)
+    choices = itertools.product(_TENSOR, _CONTEXT, _BATCHES, remat.REMAT_PRESETS)
     for tensor, context, times, preset in choices:
         rows = config.data.batch_size * times
         fsdp, rest = divmod(chips, tensor * context)
@@ -77,7 +76,7 @@ def seconds_per_token(plan: TrainingPlan) -> float:
 
 def _promise(config: TrainConfig) -> tuple[float, int, int]:
     decoder = decoder_config(config.model, Vocabulary.emu3())
-    again = flops.recomputed_flops(decoder, config.data.sequence_length)
+    again = hardware.recomputed_flops(decoder, config.data.sequence_length)
     exchanged = config.mesh.tensor * config.mesh.context
     return again, exchanged, config.data.batch_size
 
@@ -91,7 +90,7 @@ def _spread(found: list[TrainConfig], limit: int) -> list[TrainConfig]:
     return [c for c in itertools.chain.from_iterable(turns) if c is not None][:limit]
 
 
-def table(plans: list[TrainingPlan]) -> str:
+def search_table(plans: list[TrainingPlan]) -> str:
     """One line per plan."""
     lines = ["mesh | rows | remat | total per chip | step at least | us per useful token"]
     for plan in plans:

@@ -9,20 +9,94 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from univla_jax.errors import UserError
-from univla_jax.models import remat
-from univla_jax.models.presets import DecoderConfig
-from univla_jax.planning.compiling import Compiled, compile_for, shard_bytes
-from univla_jax.planning.full_logits import full_logit_loss
-from univla_jax.planning.topologies import GIB, Topology
-from univla_jax.sequences.examples import Batch
+from univla_jax.models import decoder_config
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.decoder_config import DecoderConfig
+from univla_jax.pipeline.batch import Batch
+from univla_jax.planning.topologies import GIB, Compiled, Topology, compile_for, shard_bytes
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training import flops
+from univla_jax.training import hardware
 from univla_jax.training.metrics import host_gigabytes
-from univla_jax.training.run_model import RunModel
+from univla_jax.training.model_setup import RunModel
 from univla_jax.training.sharding import make_mesh
 from univla_jax.training.train_config import TrainConfig
+from univla_jax.training.train_step import LossFn
+
+# ----------------------------------------------------------------------------
+# The loss as it is usually written, with the logits of all positions at once: for comparison.
+
+
+def full_logit_loss(model: Decoder) -> LossFn:
+    """Equals ``training/losses.py`` in value; holds float32 logits [B, S, V] and their gradient."""
+
+    def loss(params: Any, batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
+        hidden_BSD, _ = model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            train=rng is not None,
+            rngs=None if rng is None else {"dropout": rng},
+        )
+        logits_BSV = model.apply({"params": params}, hidden_BSD[:, :-1], method="unembed")
+        weights = batch.loss_weight[:, 1:]
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch.tokens[:, 1:])
+        return jnp.sum(weights * nll), jnp.sum(weights), {}
+
+    return loss
+
+
+# ----------------------------------------------------------------------------
+# Plans as text.
+
+
+def describe_plan(plan: TrainingPlan) -> str:
+    """A plan in a dozen lines."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one chip"
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    share = plan.useful_tokens / plan.tokens
+    lines = [
+        ("slice", f"{plan.topology}, {plan.chips} chips, mesh {mesh}"),
+        (
+            "step",
+            f"{plan.batch_size} rows x {plan.sequence_length} tokens in {plan.accumulation} "
+            f"micro-batch(es), remat {plan.remat!r}",
+        ),
+        ("parameters", gib(plan.parameters)),
+        ("optimizer", gib(plan.optimizer)),
+        ("activations", f"{gib(plan.activations)} with gradients, gathered weights and program"),
+        ("total per chip", f"{gib(plan.total)} of {gib(plan.usable)} usable: {fits}"),
+        (
+            "operations",
+            f"{plan.flops:.3g} per step by our count, {plan.recomputed_flops:.3g} recomputed",
+        ),
+        ("tokens", f"{plan.tokens:,} per step, {plan.useful_tokens:,} useful ({share:.0%})"),
+        (
+            "step time",
+            f"at least {plan.time.lower_bound:.3f} s (arithmetic {plan.time.compute_seconds:.3f}, "
+            f"memory {plan.time.memory_seconds:.3f})",
+        ),
+        (
+            "compilation",
+            f"{plan.compile_seconds:.0f} s ({plan.compile_processor_seconds:.0f} s of processor "
+            f"time), {plan.host_gigabytes:.1f} GB of this machine",
+        ),
+    ]
+    if plan.full_logits_total is not None:
+        usable = "" if plan.full_logits_total <= plan.usable else ", more than the chip has"
+        lines.append(("full-logit loss", f"{gib(plan.full_logits_total)} in total{usable}"))
+    return "\n".join(f"{name:<16}{value}" for name, value in lines)
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f} GiB"
+
+
+# ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +137,7 @@ class TrainingPlan:
       total: bytes at the worst moment.
       usable: bytes which a program may use on this chip.
       fits: whether the compiler placed it.
-      flops: operations of a step by our own count (``training/flops.py``), nothing recomputed.
+      flops: operations of a step by our own count (``training/hardware.py``), nothing recomputed.
       recomputed_flops: operations that the remat preset adds.
       tokens: per step, padding included.
       useful_tokens: per step, by the recipe's ``sample_tokens``.
@@ -80,14 +154,14 @@ class TrainingPlan:
     batch_size: int
     sequence_length: int
     accumulation: int
-    remat: str
+    decoder_config: str
     parameters: int
     optimizer: int
     activations: int
     total: int
     usable: int
     fits: bool
-    flops: float
+    hardware: float
     recomputed_flops: float
     tokens: int
     useful_tokens: int
@@ -121,7 +195,7 @@ def plan_training(
     tokens = config.data.batch_size * config.data.sequence_length
     length = config.data.sequence_length
     work = tokens * run.flops_per_token
-    again = tokens * flops.recomputed_flops(decoder, length)
+    again = tokens * hardware.recomputed_flops(decoder, length)
     parameters = shard_bytes(run.abstract.params)
     optimizer = shard_bytes(run.abstract.opt_state)
     traffic = least_traffic(config, decoder, parameters, optimizer, dict(run.mesh.shape))
@@ -191,7 +265,7 @@ def least_traffic(
     """
     whole = parameters * mesh["fsdp"] * mesh["context"]
     whole *= decoder.compute_dtype.itemsize / decoder.storage_dtype.itemsize
-    passes = 2 if remat.GATE in remat.PRESETS[decoder.remat] else 3
+    passes = 2 if decoder_config.GATE in decoder_config.REMAT_PRESETS[decoder.remat] else 3
     parts = math.prod(mesh[axis] for axis in ("replica", "data", "fsdp", "context"))
     tokens = config.data.batch_size * config.data.sequence_length / parts
     kept = 2 * tokens * decoder.num_layers * decoder.hidden_size * decoder.compute_dtype.itemsize

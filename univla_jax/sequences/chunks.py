@@ -9,8 +9,8 @@ import itertools
 
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.normalization import ActionStatistics
+from univla_jax.sequences.text_encoder import Lexicon
 from univla_jax.tokenizers.action import ActionTokenizer
 
 

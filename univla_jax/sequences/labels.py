@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from univla_jax.sequences.examples import Example
+from univla_jax.pipeline.batch import Example
 from univla_jax.sequences.tokens import Role, Tokens
 
 _EVERYTHING_BUT_STATE = frozenset(Role) - {Role.STATE}

@@ -26,7 +26,7 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_block, frame_blocks, picture_block
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.text_encoder import Lexicon
 from univla_jax.sequences.tokens import Role, Tokens, compose
 
 _CHAT_OPEN = "You are a helpful assistant. USER: "

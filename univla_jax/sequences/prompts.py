@@ -20,7 +20,7 @@ import numpy as np
 
 from univla_jax.sequences.frames import frame_block, frame_blocks, frame_head
 from univla_jax.sequences.layouts import chat, sentence
-from univla_jax.sequences.lexicon import Lexicon
+from univla_jax.sequences.text_encoder import Lexicon
 
 
 def policy_prompt(

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from univla_jax.data.actions import ActionStatistics, state_key
-from univla_jax.data.corpora import CORPORA, find_corpus
+from univla_jax.assets import Assets
+from univla_jax.data.datasets import CORPORA, find_corpus
 from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
+from univla_jax.normalization import ActionStatistics, state_key
+from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences import layouts
 from univla_jax.sequences.chunks import chunk_ids, state_ids
-from univla_jax.sequences.data_config import DataConfig
 from univla_jax.sequences.drafts import Draft, by_moment, placeholders
 from univla_jax.sequences.labels import LABELS, loss_weight
-from univla_jax.sequences.lexicon import Lexicon
-from univla_jax.sequences.packing import Row
+from univla_jax.sequences.text_encoder import Lexicon
 from univla_jax.sequences.windows import draw_start, window_steps
-from univla_jax.tokenizers.assets import Assets
+
+Row = dict[str, np.ndarray]
 
 
 class SampleBuilder:

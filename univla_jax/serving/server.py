@@ -17,8 +17,10 @@ import ssl
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from websockets import exceptions
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
@@ -27,11 +29,159 @@ from websockets.http11 import Response
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.stopwatch import Stopwatch
+from univla_jax.inference.sampler import Stopwatch
 from univla_jax.serving import protocol, wire
 from univla_jax.serving.batching import Answer, Batcher, BusyError
-from univla_jax.serving.contracts import Served, ServerConfig
-from univla_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
+
+# ----------------------------------------------------------------------------
+# What a server needs of a policy, and how it listens.
+
+
+class Served(Protocol):
+    """What a server needs of a policy."""
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The cameras an observation must have."""
+        ...
+
+    def start(self) -> Any:
+        """The memory of a new episode."""
+        ...
+
+    def check(self, observation: Observation, name: str) -> None:
+        """Raises UserError for an observation that ``act`` would refuse."""
+        ...
+
+    def act(
+        self,
+        observations: Sequence[Observation],
+        sessions: Sequence[Any],
+        *,
+        stopwatch: Stopwatch | None = None,
+    ) -> list[ActionChunk]:
+        """The next chunk of every robot."""
+        ...
+
+    def work_ahead(self) -> bool:
+        """Does something useful before the next request; whether there was anything to do."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """How a server listens and what it accepts.
+
+    Attributes:
+      host: address to listen on.
+      port: 0 takes a free one.
+      max_batch: most robots answered in one call of the policy.
+      window_seconds: how long a request waits for others.
+      queue: most requests that wait; more are refused.
+      max_connections: most robots connected.
+      max_message_bytes: longest frame read.
+      longest_side: most pixels along one side of a camera frame.
+      send_seconds: a robot that does not take its answer for so long is cut off.
+      drain_seconds: how long a stop waits for requests that run.
+      api_key: must be in the header ``Authorization: Api-Key <key>`` if not empty.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_batch: int = 8
+    window_seconds: float = 0.005
+    queue: int = 64
+    max_connections: int = 64
+    max_message_bytes: int = 16 * 2**20
+    longest_side: int = 4096
+    send_seconds: float = 10.0
+    drain_seconds: float = 30.0
+    api_key: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value outside its range."""
+        for name in ("max_batch", "queue", "max_connections", "max_message_bytes", "longest_side"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}: {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"--port: {self.port}, expected 0 to 65535")
+        for name in ("window_seconds", "send_seconds", "drain_seconds"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name}: {getattr(self, name)} is negative")
+
+
+# ----------------------------------------------------------------------------
+# What ``/metrics`` shows, in the Prometheus text format.
+
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ROWS = (1, 2, 4, 8, 16, 32)
+
+
+class ServerMetrics:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        """Starts everything at zero."""
+        self._registry = CollectorRegistry()
+        self.connections = Gauge("univla_connections", "Robots connected", registry=self._registry)
+        self.waiting = Gauge(
+            "univla_queue_requests", "Requests waiting for a batch", registry=self._registry
+        )
+        self._requests = Counter(
+            "univla_requests",
+            "Requests by outcome: ok, reset, bad_request, busy, unreadable, error",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self._invalid = Counter(
+            "univla_invalid_chunks",
+            "Answers whose tokens decoded to no whole chunk",
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "univla_request_seconds",
+            "Time from a request's arrival to its answer",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._parts = Counter(
+            "univla_policy_seconds",
+            "Time spent in the policy, by part",
+            ["part"],
+            registry=self._registry,
+        )
+        self._batch = Histogram(
+            "univla_batch_rows",
+            "Requests answered together",
+            buckets=_ROWS,
+            registry=self._registry,
+        )
+
+    def refused(self, outcome: str) -> None:
+        """Counts a request that got no actions."""
+        self._requests.labels(outcome).inc()
+
+    def answered(self, seconds: float, batch: int, *, valid: bool) -> None:
+        """Counts a request that got actions."""
+        self._requests.labels("ok").inc()
+        self._invalid.inc(0 if valid else 1)
+        self._seconds.observe(seconds)
+        self._batch.observe(batch)
+
+    def computed(self, milliseconds: Mapping[str, float]) -> None:
+        """Adds the parts of one call of the policy."""
+        for part, spent in milliseconds.items():
+            self._parts.labels(part).inc(spent / 1e3)
+
+    def text(self) -> bytes:
+        """The page."""
+        return prometheus_client.generate_latest(self._registry)
+
+
+# ----------------------------------------------------------------------------
+
 
 _log = logging.getLogger(__name__)
 _LONGEST_REASON = 123  # bytes, by the protocol

@@ -6,6 +6,7 @@ Axes: T steps, A action dimensions. Codes 0 … vocabulary_size-1 become token i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,12 +14,198 @@ import numpy as np
 from etils import epath
 
 from univla_jax.errors import UserError
+from univla_jax.io import PathLike, dump_json, fingerprint, parse_json, read_files, write_files
 from univla_jax.tokenizers import fast
-from univla_jax.tokenizers.bins import KIND_FILE, NumberText, UniformBins
-from univla_jax.tokenizers.code_grammar import CodeGrammar
-from univla_jax.tokenizers.decoded import DecodedActions
+from univla_jax.tokenizers.constrained import (
+    CodeGrammar,
+    DecodedActions,
+    checked_chunks,
+    invalid,
+    one_each,
+)
 from univla_jax.tokenizers.fast import FastTokenizer
-from univla_jax.tokenizers.files import PathLike, parse_json, read_files
+
+# ----------------------------------------------------------------------------
+# Action tokenizers without fitting: uniform bins, and numbers written as text.
+#
+# Axes: T steps, A action dimensions. Both emit all dimensions of a step before the next step.
+
+
+KIND_FILE = "action_tokenizer.json"
+
+
+class UniformBins:
+    """One code per number: the index of its bin in [-1, 1] (OpenVLA's tokenizer).
+
+    Source: UniVLA models/tokenizer/action_tokenizer.py. With 256 bin edges, codes are 1 … 256 and
+    stand for the 255 bin centres, the last one for both 255 and 256.
+    """
+
+    kind = "uniform_bins"
+
+    def __init__(self, bins: int = 256) -> None:
+        """Bins of equal width over [-1, 1].
+
+        Args:
+          bins: number of edges, at least 2.
+        """
+        if bins < 2:
+            raise UserError(f"uniform bins: bins={bins}, expected at least 2")
+        self._edges = np.linspace(-1.0, 1.0, bins)
+        self._centres = (self._edges[:-1] + self._edges[1:]) / 2
+        self._files = {KIND_FILE: dump_json({"kind": self.kind, "bins": bins})}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Codes 0 … bins; code 0 is never emitted."""
+        return len(self._edges) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the file it is saved as."""
+        return fingerprint(self._files)
+
+    def max_tokens(self, horizon: int, action_dim: int) -> int:
+        """Ids of a chunk."""
+        return horizon * action_dim
+
+    def grammar(self, horizon: int, action_dim: int) -> CodeGrammar:
+        """As many bins as there are numbers; code 0 is none."""
+        return one_each(np.arange(self.vocabulary_size) > 0, horizon * action_dim)
+
+    def codes(self, actions: np.ndarray) -> np.ndarray:
+        """Codes 1 … bins of any array of numbers, clipped to [-1, 1]; int64, same shape.
+
+        Reproduces ``ActionTokenizer.__call__`` (action_tokenizer.py:39); there, the token id is
+        the last text id minus this code.
+        """
+        return np.digitize(np.clip(np.asarray(actions, np.float64), -1.0, 1.0), self._edges)
+
+    def codes_from_zero(self, actions: np.ndarray) -> np.ndarray:
+        """Codes 0 … bins-2 as ``encode_actions_to_ids`` (action_tokenizer.py:113) has them.
+
+        One less than ``codes``, cut to the bins, so that decoding them is off by one bin: for
+        comparisons only.
+        """
+        return np.clip(self.codes(actions) - 1, 0, len(self._centres) - 1)
+
+    def centres(self, codes: np.ndarray) -> np.ndarray:
+        """Numbers of codes (action_tokenizer.py:86), codes beyond the bins clipped; float64."""
+        index = np.asarray(codes, np.int64) - 1
+        return self._centres[np.clip(index, 0, len(self._centres) - 1)]
+
+    def encode(self, chunk: np.ndarray) -> list[int]:
+        """Ids of one normalised chunk [T, A].
+
+        Raises:
+          UserError: another number of axes, or a value that is not finite.
+        """
+        return self.encode_batch(checked_chunks(chunk, 2)[None])[0]
+
+    def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
+        """Ids of normalised chunks [N, T, A]; values beyond [-1, 1] are clipped.
+
+        Raises:
+          UserError: another number of axes, or a value that is not finite.
+        """
+        chunks = checked_chunks(chunks, 3)
+        return self.codes(chunks).reshape(len(chunks), -1).tolist()
+
+    def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
+        """The chunk of ids, or a statement why they are none; never raises on ids."""
+        unknown = [int(i) for i in ids if not 1 <= i < self.vocabulary_size]
+        if unknown:
+            reason = f"action code {unknown[0]} outside [1, {self.vocabulary_size})"
+            return invalid(reason, horizon, action_dim)
+        if len(ids) != horizon * action_dim:
+            reason = f"{len(ids)} bins instead of {horizon * action_dim}"
+            return invalid(reason, horizon, action_dim)
+        return DecodedActions(self.centres(np.asarray(ids)).reshape(horizon, action_dim))
+
+    def save(self, folder: PathLike) -> None:
+        """Writes the kind and the number of bins into ``folder``."""
+        write_files(folder, self._files)
+
+
+class NumberText:
+    """Actions as written numbers, one line per step: ``0.12,-0.30,…``; one id per character.
+
+    The "text" action format of the paper, with a character alphabet of its own so that it is
+    independent of the text tokenizer.
+    """
+
+    kind = "number_text"
+    _characters = "0123456789-.,\n"
+
+    def __init__(self, decimals: int = 2) -> None:
+        """Numbers with ``decimals`` digits after the point, at least 1."""
+        if decimals < 1:
+            raise UserError(f"number text: decimals={decimals}, expected at least 1")
+        self._decimals = decimals
+        self._number = re.compile(rf"-?[01]\.\d{{{decimals}}}")
+        self._files = {KIND_FILE: dump_json({"kind": self.kind, "decimals": decimals})}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of characters, 14."""
+        return len(self._characters)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the file it is saved as."""
+        return fingerprint(self._files)
+
+    def max_tokens(self, horizon: int, action_dim: int) -> int:
+        """Upper bound of the ids of a chunk: sign, digit, point, decimals, separator each."""
+        return max(horizon * action_dim * (self._decimals + 4) - 1, 0)
+
+    def grammar(self, horizon: int, action_dim: int) -> None:
+        """None: numbers are of unequal length, and what is no number shows in ``decode``."""
+        del horizon, action_dim
+
+    def encode(self, chunk: np.ndarray) -> list[int]:
+        """Ids of one normalised chunk [T, A]; values beyond [-1, 1] are clipped.
+
+        Raises:
+          UserError: another number of axes, or a value that is not finite.
+        """
+        # Adding zero turns -0.0 into 0.0.
+        chunk = np.round(np.clip(checked_chunks(chunk, 2), -1, 1), self._decimals) + 0.0
+        lines = (",".join(f"{value:.{self._decimals}f}" for value in row) for row in chunk)
+        return [self._characters.index(c) for c in "\n".join(lines)]
+
+    def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
+        """Ids of normalised chunks [N, T, A]; see ``encode``."""
+        return [self.encode(chunk) for chunk in checked_chunks(chunks, 3)]
+
+    def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
+        """The chunk of ids, or a statement why they are none; never raises on ids."""
+        unknown = [int(i) for i in ids if not 0 <= i < self.vocabulary_size]
+        if unknown:
+            reason = f"action code {unknown[0]} outside [0, {self.vocabulary_size})"
+            return invalid(reason, horizon, action_dim)
+        rows = [line.split(",") for line in self._text(ids).split("\n")]
+        if len(rows) != horizon or any(len(row) != action_dim for row in rows):
+            reason = f"lines of {[len(row) for row in rows]} numbers, not {horizon} of {action_dim}"
+            return invalid(reason, horizon, action_dim)
+        wrong = [word for row in rows for word in row if not self._is_action(word)]
+        if wrong:
+            return invalid(f"{wrong[0]!r} is not a number in [-1, 1]", horizon, action_dim)
+        return DecodedActions(np.array(rows, dtype=np.float64))
+
+    def save(self, folder: PathLike) -> None:
+        """Writes the kind and the number of decimals into ``folder``."""
+        write_files(folder, self._files)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return "".join(self._characters[i] for i in ids)
+
+    def _is_action(self, word: str) -> bool:
+        return bool(self._number.fullmatch(word)) and abs(float(word)) <= 1
+
+
+# ----------------------------------------------------------------------------
+
 
 __all__ = [
     "ActionTokenizer",

@@ -12,25 +12,104 @@ one, or to a number of coefficients other than T·A, was no chunk, and ``decode`
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import scipy.fft
 import tokenizers
 
 from univla_jax.errors import UserError
-from univla_jax.tokenizers import code_grammar, fast_bpe
-from univla_jax.tokenizers.code_grammar import CodeGrammar
-from univla_jax.tokenizers.decoded import DecodedActions, checked_chunks, invalid
-from univla_jax.tokenizers.files import (
-    PathLike,
-    dump_json,
-    fingerprint,
-    parse_json,
-    read_files,
-    write_files,
-)
+from univla_jax.io import PathLike, dump_json, fingerprint, parse_json, read_files, write_files
+from univla_jax.tokenizers import constrained
+from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, checked_chunks, invalid
+
+# ----------------------------------------------------------------------------
+# The byte-level BPE inside the FAST action tokenizer: training and reading it.
+
+
+MAX_CHARACTERS = 0xD800
+"""Coefficient values that can be characters: the surrogates begin here."""
+
+
+def character_alphabet(values: int, vocabulary_size: int, reference: bool) -> list[str]:
+    """The characters that are in the BPE from the start.
+
+    Args:
+      values: number of coefficient values, written as the characters 0 … values-1.
+      vocabulary_size: ids there may be.
+      reference: the characters themselves, as the reference gives them; otherwise all bytes.
+
+    Raises:
+      UserError: they do not fit into the vocabulary, or not into Unicode.
+    """
+    if values >= MAX_CHARACTERS:
+        raise UserError(f"FAST: {values} coefficient values are too many; lower the scale")
+    needed = values if reference else 256
+    if vocabulary_size < needed:
+        raise UserError(
+            f"FAST: vocabulary_size {vocabulary_size} is smaller than the {needed} characters it "
+            "starts from; raise it" + (" or lower the scale" if reference else "")
+        )
+    if reference:
+        return [chr(i) for i in range(values)]
+    return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def train(
+    texts: Iterable[str], vocabulary_size: int, characters: list[str], *, use_regex: bool
+) -> tokenizers.Tokenizer:
+    """Trains a byte-level BPE; with ``use_regex``, merges stay inside GPT-2's word pieces."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    bpe.pre_tokenizer = level
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=characters,
+        max_token_length=10000,
+    )
+    bpe.train_from_iterator(texts, trainer=trainer)
+    return bpe
+
+
+def parse(content: bytes) -> tokenizers.Tokenizer:
+    """Reads the content of ``tokenizer.json``.
+
+    Raises:
+      UserError: it is no tokenizer.
+    """
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer.json: not a BPE tokenizer ({error}); restore it") from error
+
+
+def token_bytes(bpe: tokenizers.Tokenizer, code: int) -> bytes | None:
+    """The bytes that one id stands for; None for an id that no text is ever encoded to."""
+    token, symbols = bpe.id_to_token(code), _byte_of_symbol()
+    if token is None or not symbols.keys() >= set(token):  # fits as the reference have such ids
+        return None
+    return bytes(symbols[symbol] for symbol in token)
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, other bytes for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(others)
+    }
+
+
+# ----------------------------------------------------------------------------
+
 
 CONFIG_FILE = "processor_config.json"
 _BPE_FILE = "tokenizer.json"
@@ -75,7 +154,7 @@ class FastTokenizer:
             raise UserError(f"{CONFIG_FILE}: lacks {sorted(missing)}; restore the file")
         self.scale = float(values["scale"])
         self.min_token = int(values["min_token"])
-        self._bpe = fast_bpe.parse(files[_BPE_FILE])
+        self._bpe = parse(files[_BPE_FILE])
         self._known_ids = self._bpe.get_vocab_size()
         self._vocabulary_size = max(int(values["vocab_size"]), self._known_ids)
         bpe_config = parse_json(files.get(_BPE_CONFIG_FILE, b"{}"), where=_BPE_CONFIG_FILE)
@@ -127,9 +206,9 @@ class FastTokenizer:
         if not reference_alphabet:
             bound = _legal_bound(scale, chunks.shape[1])
             low, high = min(low, -bound), max(high, bound)
-        alphabet = fast_bpe.alphabet(high - low + 1, vocabulary_size, reference_alphabet)
+        alphabet = character_alphabet(high - low + 1, vocabulary_size, reference_alphabet)
         texts = (_to_text(row - low) for row in coefficients)
-        bpe = fast_bpe.train(texts, vocabulary_size, alphabet, use_regex=reference_alphabet)
+        bpe = train(texts, vocabulary_size, alphabet, use_regex=reference_alphabet)
         size = vocabulary_size if reference_alphabet else bpe.get_vocab_size()
         return cls(_new_files(bpe, scale, low, size, chunks.shape[1:]))
 
@@ -152,9 +231,9 @@ class FastTokenizer:
         """Codes whose characters are T·A legal coefficients; see ``decode``."""
         bound = _legal_bound(self.scale, horizon)
         low, high = max(-bound - self.min_token, 0), bound - self.min_token
-        legal = map(chr, range(low, min(high + 1, fast_bpe.MAX_CHARACTERS)))
-        written = [fast_bpe.written(self._bpe, i) for i in range(self._vocabulary_size)]
-        return code_grammar.of_bytes(written, legal, horizon * action_dim)
+        legal = map(chr, range(low, min(high + 1, MAX_CHARACTERS)))
+        written = [token_bytes(self._bpe, i) for i in range(self._vocabulary_size)]
+        return constrained.of_bytes(written, legal, horizon * action_dim)
 
     def coefficients(self, chunks: np.ndarray) -> np.ndarray:
         """Integers that stand for chunks float [N, T, A]: rounded scaled DCT over time, int64."""
@@ -260,7 +339,7 @@ class FastTokenizer:
     def _keeps(self, coefficient: int) -> bool:
         """Whether a coefficient survives encoding and decoding."""
         shifted = coefficient - self.min_token
-        return 0 <= shifted < fast_bpe.MAX_CHARACTERS and (
+        return 0 <= shifted < MAX_CHARACTERS and (
             self._bpe.decode(self._bpe.encode(chr(shifted)).ids) == chr(shifted)
         )
 

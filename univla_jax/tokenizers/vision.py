@@ -24,10 +24,9 @@ import safetensors
 import safetensors.numpy
 
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.files import PathLike, dump_json, parse_json, read_files, write_files
+from univla_jax.io import PathLike, dump_json, parse_json, read_files, write_files
 from univla_jax.tokenizers.image import to_levels, to_pixels
-from univla_jax.tokenizers.vision_config import PRESETS, VisionConfig
-from univla_jax.tokenizers.vision_vq import VisionVQ, abstract_variables
+from univla_jax.tokenizers.vision_vq import PRESETS, VisionConfig, VisionVQ, abstract_variables
 
 __all__ = ["PRESETS", "FrameTokenizer", "VisionConfig", "VisionTokenizer"]
 

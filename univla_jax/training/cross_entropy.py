@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from univla_jax.models import axes
+from univla_jax.models import decoder_config
 from univla_jax.models.decoder import mask_padding, project
 
 LOGITS_PER_CHUNK = 2**22
@@ -54,7 +54,7 @@ def cross_entropy(
     if extra:
         hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
         targets, weights = (jnp.pad(x, ((0, 0), (0, extra))) for x in (targets, weights))
-    head = _pin(head, axes.LOSS_VOCAB, None)
+    head = _pin(head, decoder_config.LOSS_VOCAB, None)
     total, nll, correct = _fused(vocab_size, chunks, hidden, head, targets, weights)
     return total, (nll[:, :p], correct[:, :p])
 
@@ -92,7 +92,7 @@ def _forward(vocab_size, chunks, hidden, head, targets, weights):
         return (total + jnp.sum(w_BJ * nll), d_head_DV), (nll, correct, d_hidden)
 
     parts = _split((hidden, targets, weights), chunks)
-    d_head_DV = _pin(jnp.zeros(head.shape[::-1], jnp.float32), None, axes.LOSS_VOCAB)
+    d_head_DV = _pin(jnp.zeros(head.shape[::-1], jnp.float32), None, decoder_config.LOSS_VOCAB)
     start = (jnp.zeros((), jnp.float32), d_head_DV)
     (total, d_head_DV), kept = jax.lax.scan(step, start, parts)
     nll, correct, d_hidden = _join(kept)
@@ -111,7 +111,9 @@ _fused.defvjp(_forward, _backward)
 def _chunk(vocab_size, h_BJD, head_VD, t_BJ):
     """log-probabilities [B, J, V], nll [B, J] and whether the target is the largest [B, J]."""
     logits = mask_padding(project(h_BJD, head_VD), vocab_size)
-    logits = _pin(logits, axes.LOSS_BATCH, axes.LOSS_LENGTH, axes.LOSS_VOCAB)
+    logits = _pin(
+        logits, decoder_config.LOSS_BATCH, decoder_config.LOSS_LENGTH, decoder_config.LOSS_VOCAB
+    )
     top = jnp.max(logits, axis=-1)
     normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     picked = jnp.take_along_axis(logits, t_BJ[..., None], axis=-1)[..., 0]
@@ -120,7 +122,7 @@ def _chunk(vocab_size, h_BJD, head_VD, t_BJ):
 
 def _gathered(part):
     """Hidden states [B, J, D], targets and weights [B, J] where every device sees all it needs."""
-    rows = (axes.LOSS_BATCH, axes.LOSS_LENGTH)
+    rows = (decoder_config.LOSS_BATCH, decoder_config.LOSS_LENGTH)
     h_BJD, t_BJ, w_BJ = part
     return _pin(h_BJD, *rows, None), _pin(t_BJ, *rows), _pin(w_BJ, *rows)
 

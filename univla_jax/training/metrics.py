@@ -23,18 +23,178 @@ import json
 import math
 import os
 import pathlib
+import re
 import resource
+import socket
 import sys
 import time
+import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 import tqdm
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from univla_jax.errors import UserError
-from univla_jax.training.chips import chip_of
-from univla_jax.training.event_file import EventFile
+from univla_jax.training.hardware import chip_of
+
+# ----------------------------------------------------------------------------
+# A TensorBoard event file of scalars, written without TensorFlow.
+#
+# ``tensorboard.summary.Writer`` opens its file through TensorFlow wherever that is installed, which
+# costs seconds and hundreds of megabytes per process; the records themselves need neither.
+
+
+class EventFile:
+    """One new event file in a folder; TensorBoard joins the files of resumed runs by step."""
+
+    def __init__(self, folder: str | pathlib.Path) -> None:
+        """Makes the folder and opens a file with a name of its own in it."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter((folder / name).open("wb"))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Adds one point to the curve ``tag``."""
+        point = Summary.Value(tag=tag, simple_value=np.float32(value))
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=[point])))
+
+    def flush(self) -> None:
+        """Hands what is buffered to the operating system."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        self._writer.write(event.SerializeToString())
+
+
+# ----------------------------------------------------------------------------
+# Metrics to Weights & Biases, beside TensorBoard.
+
+
+WANDB_FILE = "wandb_id"
+
+
+class WandbBoard:
+    """One run of a project; a workdir that is resumed goes on with its run."""
+
+    def __init__(self, project: str, workdir: pathlib.Path, config: dict[str, Any]) -> None:
+        """Opens the run of ``workdir``.
+
+        Raises:
+          UserError: wandb is not installed.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb needs wandb; pip install 'univla_jax[wandb]'") from error
+        file = workdir / WANDB_FILE
+        if not file.exists():
+            file.write_text(wandb.util.generate_id(), "utf-8")
+        self._run = wandb.init(
+            project=project,
+            dir=workdir,
+            id=file.read_text("utf-8"),
+            name=workdir.name,
+            config=config,
+            resume="allow",
+        )
+        self._step, self._values = -1, {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Adds one point to the curve ``tag``; points of one step are sent together."""
+        if step != self._step:
+            self.flush()
+            self._step = step
+        self._values[tag] = value
+
+    def flush(self) -> None:
+        """Sends what is buffered."""
+        if self._values:
+            self._run.log(self._values, step=self._step)
+        self._values = {}
+
+    def close(self) -> None:
+        """Ends the run."""
+        self.flush()
+        self._run.finish()
+
+
+# ----------------------------------------------------------------------------
+# A trace of some steps, for TensorBoard's profile plugin or Perfetto.
+
+
+FOLDER = "profile"
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Steps to trace: from ``start`` up to, not including, ``stop``."""
+
+    start: int
+    stop: int
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """From ``"START:STOP"``.
+
+        Raises:
+          UserError: not of that form, or empty.
+        """
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise UserError(f"--profile={text}: expected START:STOP, steps with START below STOP")
+        return cls(int(match[1]), int(match[2]))
+
+
+class Profiler:
+    """Called with the number of each step before it runs; traces those of a window."""
+
+    def __init__(self, window: Window | None, workdir: pathlib.Path) -> None:
+        """Writes to ``workdir``/profile; without a window it does nothing."""
+        self._window, self._folder, self._running = window, workdir / FOLDER, False
+
+    def __enter__(self) -> Profiler:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        """Ends a trace that the run ended before."""
+        self._stop()
+
+    def __call__(self, step: int) -> None:
+        """Starts or ends the trace where it is time."""
+        if self._window is None:
+            return
+        if self._running and step >= self._window.stop:
+            self._stop()
+        elif not self._running and self._window.start <= step < self._window.stop:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+# ----------------------------------------------------------------------------
+
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

@@ -10,25 +10,18 @@ from typing import Any
 
 import jax
 
-from univla_jax.data.actions import ActionStatistics
-from univla_jax.data.corpora import CORPORA, find_corpus
-from univla_jax.data.store_statistics import joint_statistics
-from univla_jax.data.token_manifest import StoreHeader
-from univla_jax.data.token_store import TokenStore
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint, newest_checkpoint
+from univla_jax.data.datasets import CORPORA, find_corpus
+from univla_jax.data.token_store import StoreHeader, TokenStore, joint_statistics
 from univla_jax.errors import UserError
-from univla_jax.sequences.data_config import DataConfig
+from univla_jax.normalization import ActionStatistics
+from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
-from univla_jax.tokenizers.assets import Assets
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.batches import barrier
-from univla_jax.training.checkpoint_folder import (
-    assets_folder,
-    find_checkpoint,
-    newest_checkpoint,
-)
 from univla_jax.training.train_config import TrainConfig
 
 _EMU3_ACTIONS = 2048

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from univla_jax.checkpoints import CheckpointConfig
 from univla_jax.errors import UserError
-from univla_jax.sequences.data_config import DataConfig
-from univla_jax.training.checkpoint_policy import CheckpointConfig
-from univla_jax.training.flow_loss import FLOW_WEIGHT
+from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.training.losses import FLOW_WEIGHT
 from univla_jax.training.optimizer import OptimizerConfig
 from univla_jax.training.sharding import MeshConfig
-from univla_jax.training.step import NORMALISATIONS
+from univla_jax.training.train_step import NORMALISATIONS
 
 VOCABULARIES = ("from_scratch", "emu3")
 VISUAL_ROWS = ("random", "codebook")
@@ -23,7 +23,7 @@ class ModelConfig:
     """The decoder, by preset.
 
     Attributes:
-      preset: a name of ``models/presets.py``.
+      preset: a name of ``models/decoder_config.py``.
       overrides: fields of ``DecoderConfig`` to change; vocabulary size and pad id come from the
         vocabulary.
       visual_rows: how the embeddings of visual ids start where no earlier stage gives them:

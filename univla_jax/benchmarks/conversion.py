@@ -1,0 +1,202 @@
+"""Memory and time of a conversion there and back, on a random checkpoint of the released widths.
+
+    python -m univla_jax.benchmarks.conversion --folder=DIR [--layers=8] [--json=FILE]
+
+Writes a sharded bfloat16 model folder (hidden size 4,096, 184,622 ids; 8 layers are 6.5 GB) into
+``--folder``, which needs three times its size, converts it there and back with the ``convert``
+command, restores the checkpoint onto a mesh of eight virtual CPU devices, and compares every file
+that came back. Peak memory is that of each process as the operating system counts it. What was
+written is removed at the end.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+
+from univla_jax import cli
+from univla_jax.benchmarks.measure import save
+from univla_jax.cli import format_table
+from univla_jax.errors import UserError
+from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.hf_folder import INDEX
+from univla_jax.interop.key_table import config_to_huggingface
+from univla_jax.interop.tensor_files import make_header, write_safetensors
+from univla_jax.io import dump_json
+from univla_jax.models.decoder_config import preset
+
+FOLDER = cli.string_flag("folder", "folder to write into; needs three times the model's size")
+LAYERS = flags.DEFINE_integer("layers", 8, "Decoder layers; 436 MB each beside 3 GB of tables")
+
+_SHARD_TENSORS = 24
+_BLOCK = 32 << 20
+_TEXT_IDS, _CODES = 151_643, 32_768
+_DEVICES = 8
+_LIMIT = 1e9  # bytes above the largest tensor
+
+
+def make_model(folder: pathlib.Path, layers: int) -> int:
+    """Writes a model folder of random bits; returns the bytes of its largest tensor."""
+    decoder = preset("emu3_8b", num_layers=layers)
+    config = {
+        "architectures": ["Emu3MoE"],
+        "model_type": "Emu3",
+        **config_to_huggingface(decoder),
+    }
+    folder.mkdir(parents=True)
+    rules = HubModel.of(config, ()).state_rules
+    parts = [rules[i : i + _SHARD_TENSORS] for i in range(0, len(rules), _SHARD_TENSORS)]
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    rng = np.random.default_rng(0)
+    for name, part in zip(names, parts):
+        sizes = [2 * int(np.prod(rule.shape)) for rule in part]
+        header = make_header({rule.key: ("BF16", rule.shape) for rule in part})
+        write_safetensors(folder / name, header, _noise(rng, sum(sizes)))
+    places = {rule.key: name for name, part in zip(names, parts) for rule in part}
+    (folder / INDEX).write_bytes(dump_json({"metadata": {}, "weight_map": places}))
+    for name, content in _text_files().items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_bytes(dump_json(config))
+    return max(2 * int(np.prod(rule.shape)) for rule in rules)
+
+
+def _noise(rng: np.random.Generator, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, size, _BLOCK):
+        yield np.frombuffer(rng.bytes(min(_BLOCK, size - start)), np.uint8)
+
+
+def _text_files() -> dict[str, bytes]:
+    """An Emu3 text tokenizer of the right size: bytes, pairs and some triples of them."""
+    tokens = itertools.chain.from_iterable(
+        map(bytes, itertools.product(range(256), repeat=length)) for length in (1, 2, 3)
+    )
+    lines = (
+        base64.b64encode(token) + f" {rank}\n".encode()
+        for rank, token in enumerate(itertools.islice(tokens, _TEXT_IDS))
+    )
+    names = ["<|image token|>", "<|image start|>", "<|image end|>"]
+    names += [f"<|visual token {i:06d}|>" for i in range(_CODES)]
+    return {
+        "emu3.tiktoken": b"".join(lines),
+        "emu3_vision_tokens.txt": ("\n".join(names) + "\n").encode(),
+    }
+
+
+def measured(*arguments: str, **environment: str) -> dict[str, float]:
+    """Runs a Python process; its wall time in seconds and its peak resident memory in bytes.
+
+    Raises:
+      UserError: it failed.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{' '.join(arguments)} failed: {process.stderr.read().decode()[-2000:]}")
+    return {"seconds": time.monotonic() - start, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def differing(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    """Names of files that two folders do not share bit for bit."""
+    hashes = [{path.name: _sha256(path) for path in folder.iterdir()} for folder in (one, other)]
+    return sorted(name for name, _ in hashes[0].items() ^ hashes[1].items())
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_RESTORE = f"""
+import sys, jax, numpy as np
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.decoder_config import preset
+from univla_jax.checkpoints import load_params
+from univla_jax.training.optimizer import OptimizerConfig, make_optimizer
+from univla_jax.training.model_setup import params_init
+from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training.train_step import abstract_state
+model = Decoder(preset("emu3_8b", num_layers=int(sys.argv[2]), param_dtype="bfloat16"))
+mesh = make_mesh(MeshConfig(fsdp={_DEVICES}))
+optimizer = make_optimizer(OptimizerConfig(), 1)
+params = load_params(sys.argv[1], abstract_state(params_init(model), optimizer, mesh).params)
+assert all(len(x.sharding.device_set) == {_DEVICES} for x in jax.tree.leaves(params))
+"""
+
+
+def benchmark(folder: pathlib.Path, layers: int) -> dict[str, object]:
+    """All steps; returns sizes in bytes, per step seconds and peak bytes, and what differed."""
+    source, ours, back = (folder / name for name in ("source", "ours", "back"))
+    largest = make_model(source, layers)
+    size = sum(path.stat().st_size for path in source.iterdir())
+    command = ("-m", "univla_jax.convert")
+    steps = {
+        "from_hf": measured(*command, f"--from_hf={source}", f"--to={ours}"),
+        "to_hf": measured(*command, f"--from={ours}", f"--to_hf={back}"),
+        "restore": measured(
+            *("-c", _RESTORE, str(ours), str(layers)),
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={_DEVICES}",
+        ),
+    }
+    return {
+        "bytes": size,
+        "largest_tensor_bytes": largest,
+        "steps": steps,
+        "differing_files": differing(source, back),
+        "files": len(list(source.iterdir())),
+    }
+
+
+def table(report: dict) -> str:
+    """The figures in a few lines."""
+    rows = [["step", "seconds", "peak GB", "above the largest tensor"]]
+    for name, step in report["steps"].items():
+        above = step["peak_bytes"] - report["largest_tensor_bytes"]
+        row = [name, f"{step['seconds']:.0f}", f"{step['peak_bytes'] / 1e9:.2f}"]
+        rows.append([*row, "" if name == "restore" else f"{above / 1e9:+.2f} GB"])
+    return format_table(rows)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the benchmark; exit status 1 when files differ or memory exceeds its limit."""
+    del argv
+    folder = pathlib.Path(FOLDER.value).absolute() / "convert-benchmark"
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; remove it")
+    try:
+        report = benchmark(folder, LAYERS.value)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"model folder {report['bytes'] / 1e9:.2f} GB in bfloat16, largest tensor "
+        f"{report['largest_tensor_bytes'] / 1e9:.2f} GB"
+    )
+    print(table(report))
+    wrong = report["differing_files"]
+    same = f"all {report['files']} files identical" if not wrong else f"DIFFERING: {wrong}"
+    print(f"there and back: {same}")
+    print(f"restore: onto {_DEVICES} devices of one process, which hold the whole model together")
+    save(report)
+    limit = report["largest_tensor_bytes"] + _LIMIT
+    exceeded = any(report["steps"][name]["peak_bytes"] > limit for name in ("from_hf", "to_hf"))
+    return int(bool(wrong) or exceeded)
+
+
+if __name__ == "__main__":
+    cli.run(main)

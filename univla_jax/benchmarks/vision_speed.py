@@ -1,0 +1,128 @@
+"""Frames per second of the vision tokenizer's encoder beside that of transformers, in one run.
+
+    python -m univla_jax.benchmarks.vision_speed [--presets=quickstart,emu3] [--size=200]
+        [--batch=64,4] [--repeats=3] [--json=FILE]      # needs the extra [parity]
+
+Both encode the same random frames with random weights of the same widths (``Emu3VQVAE`` has 32
+groups in its norms; for the quickstart's narrow layers it is given ours), on the same processor
+with as many threads, and in turns: 64 frames per call, as ``tokenize_dataset`` hands them over, and
+4 of the large preset, of which the peer computes every frame four times. Compilation is not
+counted. The processor's time is compared as well, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from univla_jax import cli
+from univla_jax.benchmarks.measure import best, save, timed
+from univla_jax.cli import format_table
+from univla_jax.errors import UserError
+from univla_jax.tokenizers.vision import PRESETS, VisionConfig, VisionTokenizer
+from univla_jax.tokenizers.vision_vq import fresh_variables
+
+PRESET_NAMES = flags.DEFINE_list("presets", ["quickstart", "emu3"], "Presets to measure")
+SIZE = flags.DEFINE_integer("size", 200, "Height and width of the frames in pixels")
+BATCH = flags.DEFINE_list("batch", ["64", "4"], "Frames per call, one number for each preset")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Calls of each; the fastest counts")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    del argv
+    unknown = sorted(set(PRESET_NAMES.value) - set(PRESETS))
+    if unknown:
+        raise UserError(f"--presets: {unknown[0]!r} is not one of {', '.join(PRESETS)}")
+    batches = [int(text) for text in BATCH.value]
+    if len(batches) != len(PRESET_NAMES.value):
+        raise UserError(f"--batch: {len(batches)} numbers for {len(PRESET_NAMES.value)} presets")
+    cases = zip(PRESET_NAMES.value, batches)
+    rows = [compare(name, SIZE.value, batch, REPEATS.value) for name, batch in cases]
+    print(format_table([list(rows[0]), *(list(row.values()) for row in rows)]))
+    save(rows)
+
+
+def compare(preset: str, size: int, batch: int, repeats: int) -> dict[str, Any]:
+    """Frames per second of both encoders at one preset."""
+    config = PRESETS[preset]
+    frames = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
+    tokenizer = VisionTokenizer(config, fresh_variables(config, seed=0))
+    calls = {
+        "univla_jax frames/s": lambda: tokenizer.encode_frames(frames),
+        "transformers frames/s": peer(config, frames),
+    }
+    shapes = {name: np.shape(call()) for name, call in calls.items()}  # compiles and warms up
+    if len({int(np.prod(shape)) for shape in shapes.values()}) > 1:
+        raise UserError(f"the encoders disagree on the number of codes: {shapes}")
+    spent = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            spent[name].append(timed(call)[1])
+    ours, theirs = (best(times) for times in spent.values())
+    return {
+        "preset": preset,
+        "frames per call": batch,
+        **{name: round(batch / best(times).wall, 3) for name, times in spent.items()},
+        "times": round(theirs.wall / ours.wall, 2),
+        "times by processor": round(theirs.processor / ours.processor, 2),
+    }
+
+
+def peer(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.ndarray]:
+    """A call that encodes ``frames`` with transformers' Emu3VQVAE of the same widths."""
+    try:
+        import torch
+        from transformers import Emu3VQVAE, Emu3VQVAEConfig
+    except ImportError as error:
+        raise UserError("the comparison needs pip install 'univla_jax[parity]'") from error
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    settings = Emu3VQVAEConfig(
+        codebook_size=config.codebook_size,
+        embed_dim=config.embed_dim,
+        latent_channels=config.z_channels,
+        temporal_downsample_factor=config.temporal_downsample_factor,
+        base_channels=config.ch,
+        channel_multiplier=list(config.ch_mult),
+        num_res_blocks=config.num_res_blocks,
+        attn_resolutions=list(config.attn_resolutions),
+        hidden_size=config.ch * config.ch_mult[-1],
+    )
+    with _groups(torch, config.num_groups):
+        model = Emu3VQVAE(settings).eval()
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    sizes = torch.tensor([frames.shape[1:3]] * len(frames))
+
+    def encode() -> np.ndarray:
+        with torch.inference_mode():
+            codes = model.encode(pixels, sizes)
+        found = getattr(codes, "image_tokens", codes)
+        return np.stack([np.asarray(one) for one in found])
+
+    return encode
+
+
+@contextlib.contextmanager
+def _groups(torch: Any, count: int) -> Iterator[None]:
+    """Every group norm made inside has ``count`` groups."""
+    real = torch.nn.GroupNorm
+
+    class Norm(real):
+        def __init__(self, num_groups: int, num_channels: int, **options: Any) -> None:
+            del num_groups
+            super().__init__(count, num_channels, **options)
+
+    torch.nn.GroupNorm = Norm
+    try:
+        yield
+    finally:
+        torch.nn.GroupNorm = real
+
+
+if __name__ == "__main__":
+    cli.run(main)

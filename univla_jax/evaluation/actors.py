@@ -1,0 +1,215 @@
+"""Actors of an evaluation beside a policy: baselines, scripted experts, a remote server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from univla_jax.episode import ActionChunk, Observation
+from univla_jax.errors import UserError
+from univla_jax.evaluation.runner import PolicyLost
+from univla_jax.normalization import ActionStatistics
+from univla_jax.serving import protocol, wire
+from univla_jax.simulators.base import Planned
+from univla_jax.tokenizers.action import ActionTokenizer
+
+# ----------------------------------------------------------------------------
+# What a score is worth: actors that look at nothing.
+
+
+class RandomActions:
+    """Actions drawn uniformly between the 1 % and 99 % quantiles of the training actions."""
+
+    def __init__(self, statistics: ActionStatistics, chunk: int) -> None:
+        """Takes the range and the length of a chunk.
+
+        Args:
+          statistics: of the corpus, in physical units.
+          chunk: actions per call.
+        """
+        self._low, self._high = np.asarray(statistics.q01), np.asarray(statistics.q99)
+        self._chunk = chunk
+
+    def start(self, seed: int = 0) -> np.random.Generator:
+        """Randomness of one episode."""
+        return np.random.default_rng([seed, 1])
+
+    def act(
+        self, observations: Sequence[Observation], sessions: Sequence[np.random.Generator]
+    ) -> list[ActionChunk]:
+        """One random chunk float32 [chunk, A] per episode."""
+        size = (self._chunk, len(self._low))
+        draws = (rng.uniform(self._low, self._high, size) for rng in sessions)
+        return [ActionChunk(actions.astype(np.float32)) for actions in draws]
+
+
+class ZeroActions:
+    """The action 0 in every dimension."""
+
+    def __init__(self, action_dim: int, chunk: int) -> None:
+        """Takes the shape [chunk, action_dim] of a chunk."""
+        self._shape = chunk, action_dim
+
+    def start(self, seed: int = 0) -> None:
+        """Nothing to remember."""
+
+    def act(
+        self, observations: Sequence[Observation], sessions: Sequence[None]
+    ) -> list[ActionChunk]:
+        """One chunk of zeros per episode."""
+        return [ActionChunk(np.zeros(self._shape, np.float32)) for _ in observations]
+
+
+# ----------------------------------------------------------------------------
+# Scripts as actors: what the simulator's script plans is done, straight or through tokens.
+#
+# Axes: T steps, A action dimensions.
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionPath:
+    """The way of a policy's actions: normalised, ids, and back to physical units.
+
+    Attributes:
+      statistics: of the corpus.
+      tokenizer: of normalised chunks.
+    """
+
+    statistics: ActionStatistics
+    tokenizer: ActionTokenizer
+
+    def __call__(self, actions: np.ndarray) -> ActionChunk:
+        """What is left of a chunk [T, A] when it comes out of the ids it was written as."""
+        ids = self.tokenizer.encode(self.statistics.normalise(actions))
+        decoded = self.tokenizer.decode(ids, *actions.shape)
+        return ActionChunk(
+            self.statistics.unnormalise(decoded.actions), decoded.valid, decoded.reason
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What it consists of, as JSON values."""
+        return {
+            "statistics": self.statistics.to_dict(),
+            "action_tokenizer": self.tokenizer.fingerprint,
+        }
+
+
+class Expert:
+    """Does what is planned."""
+
+    def __init__(self, path: ActionPath | None = None) -> None:
+        """Takes the way of the actions; None executes them as they are."""
+        self._path = path
+
+    def start(self, seed: int = 0) -> None:
+        """Nothing to remember."""
+
+    def act(self, observations: Sequence[Planned], sessions: Sequence[None]) -> list[ActionChunk]:
+        """The plan of every episode."""
+        plans = [seen.plan for seen in observations]
+        return [self._path(plan) if self._path else ActionChunk(plan) for plan in plans]
+
+
+# ----------------------------------------------------------------------------
+# A policy behind a server that speaks openpi's protocol, one connection per episode.
+
+
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
+_ANSWER_SECONDS = 300.0
+
+
+class RemotePolicy:
+    """Asks a server; its episodes are forgotten when their connections break.
+
+    Attributes:
+      address: ``ws://host:port``.
+      metadata: what the server says about itself.
+    """
+
+    def __init__(self, address: str, *, waits: Sequence[float] = _WAITS) -> None:
+        """Connects once to see that the server is there.
+
+        Args:
+          address: ``ws://host:port`` or ``wss://host:port``.
+          waits: seconds before each further attempt to reach the server.
+
+        Raises:
+          UserError: no server, or the package websockets is missing.
+        """
+        self.address, self._waits, self._losses = address, tuple(waits), 0
+        self.metadata: dict[str, Any] = {}
+        self.start().close()
+
+    def start(self, seed: int = 0) -> Any:
+        """A connection, which is the memory of an episode; the server draws nothing at random.
+
+        Raises:
+          UserError: the server stays away.
+        """
+        del seed
+        for wait in (0.0, *self._waits):
+            time.sleep(wait)
+            try:
+                return self._connect()
+            except (OSError, TimeoutError) as error:
+                reason = str(error) or type(error).__name__
+        raise UserError(
+            f"--policy={self.address}: no server after {1 + len(self._waits)} attempts ({reason}); "
+            "start it, then run the same command again to go on"
+        )
+
+    def act(
+        self, observations: Sequence[Observation], sessions: Sequence[Any]
+    ) -> list[ActionChunk]:
+        """The next chunk of every episode; all are asked before the first answer is read.
+
+        Raises:
+          PolicyLost: a connection broke.
+          UserError: the server refuses an observation, or breaks connections again and again.
+        """
+        from websockets.exceptions import WebSocketException
+
+        try:
+            for observation, session in zip(observations, sessions, strict=True):
+                session.send(wire.pack(protocol.write_request(observation)))
+            frames = [session.recv(timeout=_ANSWER_SECONDS) for session in sessions]
+        except (OSError, TimeoutError, WebSocketException) as error:
+            self._lost(sessions, error)
+        self._losses = 0
+        return [self._chunk(frame) for frame in frames]
+
+    def _connect(self) -> Any:
+        try:
+            from websockets.exceptions import WebSocketException
+            from websockets.sync.client import connect
+        except ModuleNotFoundError as error:
+            raise UserError("--policy=ws://... needs websockets: pip install .[serve]") from error
+        try:
+            connection = connect(self.address, max_size=None, compression=None)
+            self.metadata = wire.unpack(connection.recv(timeout=_ANSWER_SECONDS))
+        except (WebSocketException, ValueError) as error:
+            raise OSError(str(error)) from error
+        return connection
+
+    def _lost(self, sessions: Sequence[Any], error: Exception) -> None:
+        for session in sessions:
+            with contextlib.suppress(Exception):
+                session.close()
+        self._losses += 1
+        if self._losses > len(self._waits):
+            raise UserError(f"--policy={self.address}: every connection breaks: {error}") from error
+        raise PolicyLost(str(error)) from error
+
+    def _chunk(self, frame: bytes | str) -> ActionChunk:
+        if isinstance(frame, str):
+            raise UserError(f"--policy={self.address} answers: {frame.strip().splitlines()[-1]}")
+        reply = wire.unpack(frame)
+        actions = np.asarray(reply["actions"], np.float32)
+        valid, reason = reply.get("actions_valid", True), reply.get("actions_invalid_reason", "")
+        steered = int(reply.get("actions_steered", 0))
+        return ActionChunk(actions, valid=bool(valid), reason=str(reason), steered=steered)

@@ -1,0 +1,357 @@
+"""Held-out episodes continued by the world model, scored and drawn; the work of ``imagine``.
+
+Axes: E episodes, C context frames, N frames after them, T = C + N, H/W pixels, h/w code grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from PIL import Image, UnidentifiedImageError
+
+from univla_jax import io
+from univla_jax.checkpoints import find_checkpoint
+from univla_jax.data.datasets import find_corpus
+from univla_jax.data.rlds import RldsSource
+from univla_jax.errors import UserError
+from univla_jax.evaluation.frame_scores import GUESSES, Guess, Scores, score_table
+from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
+from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.loaded_model import checkpoint_identity
+from univla_jax.inference.sampling import Sampling
+from univla_jax.io import plain
+from univla_jax.run_dir import claim_results
+
+PICTURE, FILM, REPORT = "imagined.png", "imagined.gif", "imagine.json"
+VIDEO = "imagined.mp4"
+_IDENTITY = "imagination.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagineConfig:
+    """Which episodes are continued, and how.
+
+    Attributes:
+      corpus: row of ``data/datasets.py``.
+      split: split of the dataset in TFDS notation; held out from training.
+      episodes: how many of it; 0 takes all.
+      frames: frames N to imagine.
+      context: real frames C that are given.
+      view: camera; the first one trained on when empty.
+      temperature: 0 takes the likeliest code, above it codes are drawn.
+      top_k: draw among so many likeliest codes; 0 among all.
+      guidance: weight of classifier-free guidance; 1 for none. It needs a model trained with
+        some empty instructions (``null_prompt_prob``).
+      seed: of the draws.
+      batch: episodes imagined together.
+      shown: episodes in the pictures.
+      picture_size: least height of a drawn frame, in pixels.
+      mp4: whether a video is written beside the animation.
+    """
+
+    corpus: str = "tabletop"
+    split: str = "val"
+    episodes: int = 32
+    frames: int = 3
+    context: int = 1
+    view: str = ""
+    temperature: float = 0.0
+    top_k: int = 0
+    guidance: float = 1.0
+    seed: int = 0
+    batch: int = 16
+    shown: int = 4
+    picture_size: int = 128
+    mp4: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value outside its range."""
+        least = {"episodes": 0, "frames": 1, "context": 1, "temperature": 0, "top_k": 0}
+        least |= {"batch": 1, "shown": 1, "picture_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"config.{name}: {getattr(self, name)}, expected at least {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What really happened.
+
+    Attributes:
+      name: the episode's id.
+      instruction: the task in words.
+      frames: uint8 [n, H, W, 3] at the model's spacing and size, n at most T.
+    """
+
+    name: str
+    instruction: str
+    frames: np.ndarray
+
+
+def imagine(
+    config: ImagineConfig,
+    checkpoint: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Imagines, scores and draws.
+
+    Args:
+      config: what to do.
+      checkpoint: of a world model: its folder, or the workdir whose newest one is taken.
+      source: RLDS dataset folder with the held-out split.
+      out: folder for pictures and report.
+      progress: whether to draw a progress bar on standard error.
+
+    Returns:
+      the report, also where it was finished already.
+
+    Raises:
+      UserError: ``out`` holds other results, the checkpoint is no world model, or no episode of
+        the split is long enough.
+    """
+    folder = find_checkpoint(checkpoint)
+    out = claim_results(out, _IDENTITY, plain(config) | {"checkpoint": checkpoint_identity(folder)})
+    if finished(out):
+        return io.read_json(out / REPORT)
+    model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
+    truths, short = _read(config, model, source)
+    parts = [
+        _imagine_batch(config, model, truths[start : start + config.batch], start)
+        for start in tqdm.trange(0, len(truths), config.batch, unit="batch", disable=not progress)
+    ]
+    scores = {name: Scores.join([p.scores[name] for p in parts]) for name in GUESSES}
+    _draw(config, model, parts, truths, out)
+    report = {
+        "checkpoint": str(folder),
+        "source": str(source),
+        "config": plain(config),
+        "view": model.view,
+        "frame_spacing_steps": model.frame_spacing,
+        "episodes_too_short": short,
+        **score_table(scores, model.seconds_per_frame),
+    }
+    io.write_json(out / REPORT, report)
+    return report
+
+
+def finished(out: str | os.PathLike[str]) -> bool:
+    """Whether ``out`` holds a finished imagination."""
+    return (pathlib.Path(out) / REPORT).exists()
+
+
+def pictures(config: ImagineConfig) -> list[str]:
+    """Names of the picture files that are written."""
+    return [PICTURE, FILM, *([VIDEO] if config.mp4 else [])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One batch: its scores, and its frames uint8 [E, N, H, W, 3]."""
+
+    scores: dict[str, Scores]
+    imagined: np.ndarray
+
+
+def _read(
+    config: ImagineConfig, model: WorldModel, source: str | os.PathLike[str]
+) -> tuple[list[Truth], int]:
+    """The episodes to continue, and how many were too short for a single frame."""
+    row = find_corpus(config.corpus)
+    row = dataclasses.replace(row, views={model.view: row.views[model.view]})
+    episodes = RldsSource(source, row, config.split)
+    wanted = config.episodes or len(episodes)
+    truths, short = [], 0
+    for episode in episodes:
+        if len(truths) == wanted:
+            break
+        spaced = episode.frames[model.view][:: model.frame_spacing]
+        if len(spaced) <= config.context:
+            short += 1
+            continue
+        frames = model.resize(spaced[: config.context + config.frames])
+        truths.append(Truth(episode.episode_id, episode.instruction, frames))
+    if not truths:
+        raise UserError(
+            f"{source}: no episode of split {config.split!r} is longer than {config.context} "
+            f"frame(s) {model.frame_spacing} steps apart; lower config.context"
+        )
+    return truths, short
+
+
+def _imagine_batch(
+    config: ImagineConfig, model: WorldModel, truths: Sequence[Truth], number: int
+) -> _Part:
+    """Continues some episodes; a batch that is not full is filled up with its first."""
+    filled = [*truths, *[truths[0]] * (config.batch - len(truths))]
+    length = config.context + config.frames
+    valid = np.array([[n < len(t.frames) for n in range(config.context, length)] for t in filled])
+    frames = np.stack([_extended(t.frames, length) for t in filled])
+    codes = model.encode(frames)
+    dreamt = model.imagine(
+        [t.instruction for t in filled],
+        codes[:, : config.context],
+        config.frames,
+        sampling=Sampling(temperature=config.temperature, top_k=config.top_k),
+        seed=config.seed + number,
+        guidance=config.guidance,
+    )
+    real = Guess(frames[:, config.context :], codes[:, config.context :])
+    last = config.context - 1
+    guesses = dict(_guesses(model, frames[:, last], codes[:, last:], dreamt))
+    count = len(truths)
+    cut = lambda g: Guess(g.frames[:count], g.codes[:count])  # noqa: E731
+    scores = {n: Scores.of(cut(g), cut(real), valid[:count]) for n, g in guesses.items()}
+    return _Part(scores, guesses["imagined"].frames[:count])
+
+
+def _guesses(
+    model: WorldModel, last: np.ndarray, codes: np.ndarray, dreamt: np.ndarray
+) -> Iterator[tuple[str, Guess]]:
+    """Every way of guessing the frames after the context.
+
+    Args:
+      model: decodes the codes.
+      last: the last context frame, uint8 [E, H, W, 3].
+      codes: of it and of the real frames after it, [E, 1 + N, h, w].
+      dreamt: imagined codes [E, N, h, w].
+    """
+    count = dreamt.shape[1]
+    repeated = _repeat(codes[:, 0], count)
+    rebuilt = model.decode(codes)
+    yield "imagined", Guess(model.decode(dreamt), dreamt)
+    yield "repeat_context", Guess(_repeat(last, count), repeated)
+    yield "repeat_reconstruction", Guess(_repeat(rebuilt[:, 0], count), repeated)
+    yield "real_reconstruction", Guess(rebuilt[:, 1:], codes[:, 1:])
+
+
+def _repeat(x: np.ndarray, count: int) -> np.ndarray:
+    """[E, ...] to [E, count, ...]."""
+    return np.repeat(x[:, None], count, axis=1)
+
+
+def _extended(frames: np.ndarray, length: int) -> np.ndarray:
+    """[n, ...] to [length, ...], the last frame repeated."""
+    return frames[np.minimum(np.arange(length), len(frames) - 1)]
+
+
+def _draw(
+    config: ImagineConfig,
+    model: WorldModel,
+    parts: Sequence[_Part],
+    truths: Sequence[Truth],
+    out: pathlib.Path,
+) -> None:
+    """Writes the strip and the film of the first episodes that are long enough."""
+    imagined = np.concatenate([part.imagined for part in parts])
+    length = config.context + config.frames
+    order = sorted(range(len(truths)), key=lambda i: len(truths[i].frames) < length)
+    shown = sorted(order[: config.shown])
+    strips, clips = [], []
+    for i in shown:
+        real = _extended(truths[i].frames, length)
+        dreamt = np.concatenate([real[: config.context], imagined[i]])
+        factor = -(-config.picture_size // real.shape[1])
+        real, dreamt = enlarge(real, factor), enlarge(dreamt, factor)
+        strips.append(Strip(truths[i].instruction, {"real": real, "imagined": dreamt}))
+        beside = np.concatenate([real, np.full_like(real[:, :, :4], 255), dreamt], axis=2)
+        clips.append(Clip(f"{truths[i].instruction} (real | imagined)", list(beside)))
+    write_strips(out / PICTURE, strips, _headings(config, model.seconds_per_frame))
+    write_films(config, clips, model.seconds_per_frame, out)
+
+
+def write_films(
+    config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: pathlib.Path
+) -> None:
+    """Writes the animation and, if wanted, the video."""
+    settings = {"columns": 2, "fps": 1 / seconds_per_frame, "hold_seconds": 1.5}
+    write_gif(out / FILM, clips, **settings)
+    if config.mp4:
+        write_mp4(out / VIDEO, clips, **settings)
+
+
+def _headings(config: ImagineConfig, seconds: float) -> list[str]:
+    context = [f"given {i * seconds:g} s" for i in range(config.context)]
+    ahead = range(config.context, config.context + config.frames)
+    return context + [f"{i * seconds:g} s" for i in ahead]
+
+
+# ----------------------------------------------------------------------------
+# One picture and an instruction continued by the world model; the work of ``imagine --image``.
+#
+# Axes: E draws, N frames, H/W pixels, h/w code grid.
+
+
+def imagine_picture(
+    config: ImagineConfig,
+    checkpoint: str | os.PathLike[str],
+    image: str | os.PathLike[str],
+    instruction: str,
+    out: str | os.PathLike[str],
+) -> np.ndarray:
+    """Writes the imagined frames beside each other, as a film, and each by itself.
+
+    Args:
+      config: how; with a temperature ``config.shown`` draws are made, else one.
+      checkpoint: of a world model: its folder, or the workdir whose newest one is taken.
+      image: picture file, any size the model's image spec takes.
+      instruction: the task in words.
+      out: folder for the pictures.
+
+    Returns:
+      uint8 [E, N, H, W, 3].
+
+    Raises:
+      UserError: no picture, or the checkpoint is no world model.
+    """
+    model = WorldModel.load(checkpoint, corpus=config.corpus, view=config.view or None)
+    given = model.resize(_read_picture(image)[None])
+    draws = config.shown if config.temperature > 0 else 1
+    codes = model.imagine(
+        [instruction] * draws,
+        np.repeat(model.encode(given[None]), draws, axis=0),
+        config.frames,
+        sampling=Sampling(temperature=config.temperature, top_k=config.top_k),
+        seed=config.seed,
+        guidance=config.guidance,
+    )
+    frames = model.decode(codes)
+    _draw_picture(config, model, given, frames, instruction, pathlib.Path(out))
+    return frames
+
+
+def _read_picture(path: str | os.PathLike[str]) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--image={path} is no picture that can be read: {error}") from error
+
+
+def _draw_picture(
+    config: ImagineConfig,
+    model: WorldModel,
+    given: np.ndarray,
+    frames: np.ndarray,
+    instruction: str,
+    out: pathlib.Path,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for draw, rows in enumerate(frames):
+        for number, frame in enumerate(rows):
+            Image.fromarray(frame).save(out / f"draw{draw}_frame{number + 1}.png")
+    factor = -(-config.picture_size // given.shape[1])
+    films = [enlarge(np.concatenate([given, rows]), factor) for rows in frames]
+    seconds = model.seconds_per_frame
+    headings = ["given", *(f"{(n + 1) * seconds:g} s" for n in range(frames.shape[1]))]
+    strip = Strip(instruction, {f"draw {i + 1}": film for i, film in enumerate(films)})
+    write_strips(out / PICTURE, [strip], headings)
+    write_films(config, [Clip(instruction, list(film)) for film in films], seconds, out)

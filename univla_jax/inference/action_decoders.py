@@ -1,0 +1,399 @@
+"""Action decoders: from prompts to normalized action chunks, by tokens or by flow matching."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from univla_jax.episode import ActionChunk
+from univla_jax.errors import UserError
+from univla_jax.inference.int8 import restored
+from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.prefix_cache import Continuer, Memory, Rules
+from univla_jax.inference.sampler import Sampler, Stopwatch, length_bucket, pad_prompts
+from univla_jax.inference.sampling import Form
+from univla_jax.models.action_expert import ActionExpert
+from univla_jax.models.decoder import Decoder
+from univla_jax.sequences.history import History
+from univla_jax.tokenizers.constrained import DecodedActions, invalid
+
+# ----------------------------------------------------------------------------
+# What a policy remembers of one episode, and of how many it keeps the caches.
+
+
+@dataclasses.dataclass(eq=False)
+class Session:
+    """Made by ``Policy.start``, changed by ``Policy.act``.
+
+    Attributes:
+      history: observations and actions still in the window.
+      seed: of whatever is drawn for this episode.
+      instruction: the task so far; another one empties the history.
+      chunks: chunks given out.
+      invalid: how many of them did not decode.
+      last_action: float32 [A], the end of the last chunk given out.
+      last_ids: int32 [n], what the last chunk was decoded from.
+      memory: keys and values of what was read for the last chunk; only saves time.
+    """
+
+    history: History
+    seed: int = 0
+    instruction: str | None = None
+    chunks: int = 0
+    invalid: int = 0
+    last_action: np.ndarray | None = None
+    last_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    memory: Memory | None = None
+
+    def seeing(self, instruction: str, turn: np.ndarray) -> History:
+        """The history with a new observation; the session itself stays as it is."""
+        same = self.instruction in (None, instruction)
+        history = self.history if same else History(window=self.history.window)
+        return history.observe(turn)
+
+    def keep(
+        self, instruction: str, history: History, chunk: ActionChunk, memory: Memory | None
+    ) -> None:
+        """Remembers a call that succeeded; the history holds its observation and ids."""
+        self.history, self.instruction, self.memory = history, instruction, memory
+        self.last_ids = history.actions[-1]
+        self.chunks += 1
+        self.invalid += not chunk.valid
+        self.last_action = chunk.actions[-1]
+
+
+class Holders:
+    """Sessions that hold a memory, weakly, in the order of their last calls.
+
+    A memory is as large as the cache of a whole prompt, so only so many are kept: the sessions
+    called longest ago lose theirs first and read their next prompt anew.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Keeps ``most`` memories, at least 1."""
+        self._most = most
+        self._waiting: weakref.WeakKeyDictionary[Session, bool] = weakref.WeakKeyDictionary()
+
+    def called(self, sessions: Sequence[Session]) -> None:
+        """These sessions were just answered; their next prompts may be begun."""
+        for session in sessions:
+            self._waiting.pop(session, None)
+            self._waiting[session] = True
+        for session in list(self._waiting)[: -self._most]:
+            session.memory = None
+            del self._waiting[session]
+
+    def take(self, count: int) -> list[Session]:
+        """Up to ``count`` sessions whose next prompts were not begun yet; each is given once."""
+        taken = [session for session, waits in list(self._waiting.items()) if waits][:count]
+        for session in taken:
+            self._waiting[session] = False
+        return taken
+
+
+# ----------------------------------------------------------------------------
+# Action chunks from the action expert: Euler integration from noise to data.
+#
+# Source: reference ``modeling_emu3.py:1710-1733`` (``generate_action``), here for any batch; the
+# reference's works for one row only (golden fact 15).
+#
+# Axes: B batch, S sequence, T steps of the chunk, A action dimensions, D model.
+
+
+def sample_actions(
+    expert: ActionExpert,
+    params: Any,
+    hidden: jax.Array,
+    noise: jax.Array,
+    *,
+    steps: int = 20,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Follows the velocity from tau = 1 to 0: ``z -= velocity(z, i / steps) / steps``.
+
+    A causal expert reads the hidden states once; each step then costs only its T action tokens.
+
+    Args:
+      expert: the expert.
+      params: its parameters.
+      hidden: [B, S, D] of the decoder, right-padded rows.
+      noise: [B, T, A], standard normal.
+      steps: Euler steps, 20 to 30 in the reference.
+      lengths: int32 [B] real tokens per row; all S by default.
+
+    Returns:
+      normalised actions float32 [B, T, A].
+
+    Raises:
+      UserError: no steps, or batches that differ.
+    """
+    if steps < 1 or noise.shape[0] != hidden.shape[0]:
+        raise UserError(
+            f"sampling actions: {steps} steps, noise of {noise.shape[0]} rows for hidden states of "
+            f"{hidden.shape[0]}; expected at least one step and equal rows"
+        )
+    if lengths is None:
+        lengths = jnp.full(hidden.shape[0], hidden.shape[1], jnp.int32)
+    return _integrate(expert, params, hidden, noise, jnp.asarray(lengths, jnp.int32), steps=steps)
+
+
+@functools.partial(jax.jit, static_argnames=("expert", "steps"))
+def _integrate(expert, params, hidden, noise, lengths, *, steps):
+    variables = {"params": params}
+    if expert.config.causal:
+        cache = expert.apply(variables, hidden, method="read")
+
+    def velocity(z_BTA, tau_B):
+        if expert.config.causal:
+            return expert.apply(variables, z_BTA, tau_B, cache, lengths, method="velocity")
+        return expert.apply(variables, z_BTA, tau_B, hidden, lengths)[0]
+
+    def step(z_BTA, i):
+        tau_B = jnp.full(z_BTA.shape[0], i / steps, jnp.float32)
+        return z_BTA - velocity(z_BTA, tau_B) / steps, None
+
+    order = jnp.arange(steps, 0, -1, dtype=jnp.float32)
+    return jax.lax.scan(step, noise.astype(jnp.float32), order)[0]
+
+
+# ----------------------------------------------------------------------------
+# How a policy turns prompts into normalised actions: by choosing tokens, or by following a flow.
+#
+# Axes: B robots, S prompt tokens, T steps of a chunk, A action dimensions, D model.
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadAnswer:
+    """What a head says about one robot.
+
+    Attributes:
+      decoded: normalised actions float64 [T, A], valid or not.
+      ids: int32 [n], what the history keeps as this chunk's action.
+      memory: what the cache holds now, or None.
+      steered: how many ids are not the likeliest, because those would make no whole chunk.
+    """
+
+    decoded: DecodedActions
+    ids: np.ndarray
+    memory: Memory | None = None
+    steered: int = 0
+
+
+class ActionHead(Protocol):
+    """What a policy needs of a head."""
+
+    def answer(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], stopwatch: Stopwatch
+    ) -> list[HeadAnswer]:
+        """One answer per prompt, int32 [n] each, of the sessions in the same order."""
+        ...
+
+    def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
+        """Told once: new tokens of the usual calls, and the rows of every batch if fixed."""
+        ...
+
+    def warm(self, rows: int) -> None:
+        """Compiles what calls with ``rows`` rows use."""
+        ...
+
+    def worth_reading(self, prefix: np.ndarray, session: Session) -> bool:
+        """Whether reading the beginning of a session's next prompt now would save time then."""
+        ...
+
+    def read_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+        """Reads the beginnings of the next prompts."""
+        ...
+
+
+class TokenHead:
+    """Greedy action ids up to eoa, decoded by the checkpoint's action tokenizer.
+
+    The grammar of FAST and of bins leaves nothing but whole chunks; how often it had to overrule
+    the model is counted. What does not decode to a whole chunk all the same is not valid.
+
+    Attributes:
+      rules: what may be generated.
+      continuer: reads and chooses.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        chunk: tuple[int, int],
+        *,
+        max_new_tokens: int | None = None,
+        draft: int = 0,
+        free_form: bool = False,
+    ) -> None:
+        """Takes the tokenizer of a checkpoint.
+
+        Args:
+          trained: the model and its assets.
+          chunk: T and A.
+          max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
+            legal chunk needs.
+          draft: tokens read per step when guessing from the chunk before, 0 for one at a time.
+          free_form: any action ids in any order, as the reference has it.
+        """
+        vocabulary, tokenizer = trained.assets.vocabulary, trained.assets.require("action")
+        self._vocabulary, self._tokenizer, self._chunk = vocabulary, tokenizer, chunk
+        longest = tokenizer.max_tokens(*chunk) + 1
+        codes = vocabulary.action_ids(np.arange(tokenizer.vocabulary_size))
+        grammar = None if free_form else tokenizer.grammar(*chunk)
+        form = None if grammar is None else Form.of(grammar, codes, vocabulary.eoa)
+        allowed = np.append(codes, vocabulary.eoa)
+        count = max_new_tokens or longest
+        self.rules = Rules(allowed, vocabulary.eoa, count, form=form, draft=draft)
+        self._sampler = Sampler(trained.model, trained.params)
+
+    def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
+        """Fixes the shapes; see ``Continuer``."""
+        self.continuer = Continuer(self._sampler, self.rules, lengths=lengths, rows=rows)
+
+    def answer(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], stopwatch: Stopwatch
+    ) -> list[HeadAnswer]:
+        """See ``ActionHead``."""
+        memories = [session.memory for session in sessions]
+        for session in sessions:
+            session.memory = None  # the call consumes it
+        before = [session.last_ids for session in sessions]
+        answers = self.continuer.answer(prompts, memories, copied=before, stopwatch=stopwatch)
+        return [HeadAnswer(self.decode(a.ids), a.ids, a.memory, a.steered) for a in answers]
+
+    def decode(self, ids: np.ndarray) -> DecodedActions:
+        """The chunk that generated ids [n] mean, their eoa included."""
+        if not len(ids) or ids[-1] != self._vocabulary.eoa:
+            return invalid(f"no end of action within {len(ids)} tokens", *self._chunk)
+        codes = self._vocabulary.action_codes(ids[:-1]).tolist()
+        return self._tokenizer.decode(codes, *self._chunk)
+
+    def warm(self, rows: int) -> None:
+        """See ``ActionHead``."""
+        self.continuer.warm(rows)
+
+    def worth_reading(self, prefix: np.ndarray, session: Session) -> bool:
+        """See ``ActionHead``."""
+        return self.continuer.worth_reading(prefix, session.memory)
+
+    def read_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+        """See ``ActionHead``."""
+        for session, memory in zip(sessions, self.continuer.read_ahead(prefixes)):
+            session.memory = memory
+
+
+class FlowHead:
+    """Actions from noise through the action expert, which reads the prompt's hidden states.
+
+    The noise of a robot depends on its session's seed and number of chunks alone, so that a batch
+    gives what each robot gets alone.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        expert: ActionExpert,
+        params: Any,
+        chunk: tuple[int, int],
+        *,
+        steps: int = 20,
+    ) -> None:
+        """Takes an expert trained on top of a decoder.
+
+        Args:
+          trained: the decoder and its assets.
+          expert: the expert.
+          params: its parameters.
+          chunk: T and A.
+          steps: Euler steps from noise to actions.
+        """
+        self._trained, self._expert, self._params = trained, expert, params
+        self._chunk, self._steps = chunk, steps
+
+    def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
+        """Fixes the rows of every batch; prompts are padded to a bucket."""
+        self._rows, self._usual = rows, lengths[1:]
+
+    def answer(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], stopwatch: Stopwatch
+    ) -> list[HeadAnswer]:
+        """See ``ActionHead``; the history keeps an eoa, since there are no action ids."""
+        trained = self._trained
+        tokens, lengths = pad_prompts(prompts, trained.assets.vocabulary.pad, rows=self._rows)
+        with stopwatch.part("read") as results:
+            hidden = _hidden(trained.model, trained.params, tokens)
+            results.append(hidden)
+        with stopwatch.part("write") as results:
+            seeds = [(s.seed, s.chunks) for s in sessions]
+            seeds += seeds[:1] * (len(tokens) - len(seeds))
+            noise = jnp.stack([_noise(*seed, self._chunk) for seed in seeds])
+            actions = sample_actions(
+                self._expert, self._params, hidden, noise, steps=self._steps, lengths=lengths
+            )
+            results.append(actions)
+        closing = np.array([trained.assets.vocabulary.eoa], np.int32)
+        rows = np.asarray(actions, np.float64)[: len(prompts)]
+        return [HeadAnswer(self._checked(row), closing) for row in rows]
+
+    def warm(self, rows: int) -> None:
+        """Compiles the buckets of the usual prompts; the flow has no cache to fix shapes by."""
+        session = Session(history=None)
+        for length in sorted({length_bucket(length) for length in self._usual}):
+            prompt = np.full(length, self._trained.assets.vocabulary.bos, np.int32)
+            self.answer([prompt] * rows, [session] * rows, Stopwatch())
+
+    def worth_reading(self, prefix: np.ndarray, session: Session) -> bool:
+        """Never: the expert reads all hidden states anew."""
+        del prefix, session
+        return False
+
+    def read_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+        """There is nothing to read."""
+
+    def _checked(self, actions: np.ndarray) -> DecodedActions:
+        if not np.isfinite(actions).all():
+            return invalid("the flow left the finite numbers", *self._chunk)
+        return DecodedActions(np.clip(actions, -1, 1))
+
+
+def head_of(trained: TrainedModel, chunk: tuple[int, int], **options: Any) -> ActionHead:
+    """The head that a checkpoint was trained for.
+
+    Args:
+      trained: the model and its assets.
+      chunk: T and A.
+      **options: of ``TokenHead``.
+
+    Raises:
+      UserError: the layout needs an action expert and there is none.
+    """
+    if trained.layout.layout != "policy_flow":
+        return TokenHead(trained, chunk, **options)
+    if trained.expert is None:
+        raise UserError(
+            f"{trained.folder} is of the layout 'policy_flow', but has no action expert; take a "
+            "checkpoint that has one"
+        )
+    if options.get("draft"):
+        raise UserError("draft: guesses tokens, but the action expert writes none; leave it at 0")
+    return FlowHead(trained, trained.expert, trained.expert_params, chunk)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hidden(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
+    """Hidden states [B, S, D]; what stands behind a row's end is not seen by the expert."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    params = restored(params, model.config.compute_dtype)
+    return model.apply({"params": params}, tokens, positions)[0]
+
+
+def _noise(seed: int, number: int, shape: tuple[int, int]) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return jax.random.normal(key, shape)

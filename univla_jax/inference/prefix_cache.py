@@ -1,0 +1,374 @@
+"""Sequences that grow from call to call: what a call shares with the one before is not read again.
+
+    call 0   bos text │ o0 boa               → a0 eoa
+    call 1   bos text │ o0 boa a0 eoa │ o1 boa   → …    only "eoa │ o1 boa" is read
+    call 2   bos text │ o1 boa a1 eoa │ o2 boa   → …    o1 moved: read again, maybe ahead
+
+Every position of the cache depends on all ids before it, so a shared beginning may stay and
+nothing else. The ids chosen are those of a fresh prefill.
+
+Axes: B rows, S new tokens, M cache slots, W window of slots that are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from univla_jax.errors import UserError
+from univla_jax.inference.decode_step import NOTHING, DecodeState, Generated, Rows
+from univla_jax.inference.sampler import Sampler, Stopwatch, length_bucket, row_bucket
+from univla_jax.inference.sampling import GREEDY, Form, Sampling
+from univla_jax.models.kv_cache import KVCache
+
+# ----------------------------------------------------------------------------
+# What is kept of sequences between calls: caches of single rows, and batches of them.
+#
+# Axes: B rows, D model, M cache slots.
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What is left of one sequence.
+
+    Attributes:
+      cache: keys and values of one row.
+      ids: int32 [n], the ids read into its first n slots.
+    """
+
+    cache: KVCache
+    ids: np.ndarray
+
+
+def common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning of two id lists."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def grown(cache: KVCache, slots: int) -> KVCache:
+    """The cache with room for at least ``slots`` tokens per row."""
+    return cache if cache.slots >= slots else cache.grow(slots)
+
+
+@jax.jit
+def split(rows: Rows) -> list[Rows]:
+    """Each row by itself."""
+    caches = [jax.tree.map(lambda x, i=i: x[:, i : i + 1], rows.cache) for i in _each(rows)]
+    cut = lambda x: [x[i : i + 1] for i in _each(rows)]  # noqa: E731
+    return [Rows(*row) for row in zip(caches, *map(cut, _outside(rows)))]
+
+
+@jax.jit
+def joined(rows: tuple[Rows, ...]) -> Rows:
+    """One batch of single rows with caches of the same slots."""
+    rest = zip(*map(_outside, rows))
+    cache = _stack(tuple(row.cache for row in rows))
+    return Rows(cache, *(jnp.concatenate(parts) for parts in rest))
+
+
+def stacked(caches: Sequence[KVCache], lengths: np.ndarray, hidden: np.ndarray) -> DecodeState:
+    """One batch of caches of one row each, and what else they need.
+
+    Args:
+      caches: of one row and M slots each.
+      lengths: int32 [B], tokens that each holds.
+      hidden: [B, D], final hidden state of the last of them.
+    """
+    none = jnp.asarray(np.full(len(lengths), NOTHING, np.int32))
+    rows = Rows(_stack(tuple(caches)), jnp.asarray(lengths), jnp.asarray(hidden), none)
+    return DecodeState(rows, bound=int(lengths.max()))
+
+
+@jax.jit
+def _stack(caches: tuple[KVCache, ...]) -> KVCache:
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *caches)
+
+
+def _each(rows: Rows) -> range:
+    return range(len(rows.lengths))
+
+
+def _outside(rows: Rows) -> tuple[jax.Array, ...]:
+    """All but the cache; their first axis is that of the rows."""
+    return rows.lengths, rows.hidden, rows.pending
+
+
+# ----------------------------------------------------------------------------
+
+
+_PACKED_ROWS = 4  # so many rows are worth a shape of their own without padding
+_ROUNDING = 32  # new tokens are padded by less behind a prompt of the greatest usual length
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a continuation may be.
+
+    Attributes:
+      allowed: ids that may be chosen.
+      stop_id: ends it.
+      max_new_tokens: the most ids chosen.
+      sampling: how.
+      form: what whole continuations look like, over the allowed ids; None for any form.
+      draft: tokens read per step when guessing ahead (``drafting.py``), 0 for one at a time; only
+        for greedy choice.
+    """
+
+    allowed: np.ndarray
+    stop_id: int
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    form: Form | None = None
+    draft: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for drafts that could not be verified."""
+        if self.draft and not self.sampling.greedy:
+            raise UserError("drafts need greedy choice; set draft=0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """How one sequence went on.
+
+    Attributes:
+      ids: int32 [n] chosen, up to and with the stop id where it was reached.
+      memory: what is left of the sequence.
+      steered: how many of them are not the likeliest, because the form rules that one out.
+    """
+
+    ids: np.ndarray
+    memory: Memory
+    steered: int
+
+
+class Continuer:
+    """Reads prompts over what is remembered of them, and continues each until it stops.
+
+    Shapes are few: new tokens are padded to one of ``lengths`` where they fit, rows to a bucket,
+    and caches have one size unless a prompt is too long for it.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        rules: Rules,
+        *,
+        lengths: Sequence[int],
+        rows: int | None = None,
+    ) -> None:
+        """Fixes the shapes.
+
+        Args:
+          sampler: reads and chooses.
+          rules: what may follow.
+          lengths: most new tokens of the usual calls, for example of one observation and of a
+            whole prompt.
+          rows: size of every batch; by default a bucket of what is asked.
+        """
+        self.rules = rules
+        self._sampler, self._rows = sampler, rows
+        self._lengths = sorted({length_bucket(n) for n in lengths})
+        room = max(rules.max_new_tokens + rules.draft, _ROUNDING)
+        self._slots = length_bucket(self._lengths[-1] + room)
+        self._behind = length_bucket(self._lengths[-1] - self._lengths[0])
+
+    def bucket(self, length: int) -> int:
+        """What ``length`` new tokens are padded to."""
+        return next((n for n in self._lengths if length <= n), length_bucket(length))
+
+    def answer(
+        self,
+        prompts: Sequence[np.ndarray],
+        memories: Sequence[Memory | None],
+        *,
+        copied: Sequence[np.ndarray] | None = None,
+        stopwatch: Stopwatch | None = None,
+    ) -> list[Continuation]:
+        """Continues every prompt.
+
+        Args:
+          prompts: int32 [n] each.
+          memories: what is left of the call before, consumed; None where there is nothing.
+          copied: per prompt what drafts are copied from, int32 [h]; nothing by default.
+          stopwatch: gets the parts ``read`` and ``write``.
+
+        Returns:
+          one continuation per prompt.
+        """
+        stopwatch = stopwatch or Stopwatch()
+        with stopwatch.part("read") as results:
+            state = self._read(prompts, memories)
+            results.append(state.rows)
+        with stopwatch.part("write") as results:
+            generated, state = self._write(state, len(prompts), copied or [])
+            results.append(generated.tokens)
+        tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
+        steered = np.asarray(generated.steered).tolist()
+        chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
+        read = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
+        memories = [Memory(row.cache, ids) for row, ids in zip(split(state.rows), read)]
+        return [Continuation(*parts) for parts in zip(chosen, memories, steered)]
+
+    def read_ahead(self, prefixes: Sequence[np.ndarray]) -> list[Memory]:
+        """Reads the beginnings of prompts that will be asked for later."""
+        state = self._read(prefixes, [None] * len(prefixes))
+        return [Memory(row.cache, ids) for row, ids in zip(split(state.rows), prefixes)]
+
+    def warm(self, rows: int) -> None:
+        """Compiles what calls with ``rows`` rows use, and waits for what that computes."""
+        size = self._size(rows)
+        for width in self._lengths:
+            for length in (width, width // 2) if size >= _PACKED_ROWS else (width,):
+                rests = [np.zeros(length, np.int32)] * size
+                state = self._read_group(rests, [None] * size, [0] * size, width)
+        state = self._merge([state], [range(size)], size)
+        cache = split(state.rows)[0].cache
+        rests = [np.zeros(self._lengths[0], np.int32)] * size
+        kept = [cache, *[None] * (size - 1)]
+        state = self._read_group(rests, kept, [1, *[0] * (size - 1)], self._lengths[0])
+        _, state = self._write(state, 0)
+        jax.block_until_ready(state.rows)
+
+    def worth_reading(self, prefix: np.ndarray, memory: Memory | None) -> bool:
+        """Whether reading ``prefix`` ahead would spare a later call anything."""
+        held = 0 if memory is None else common(prefix, memory.ids)
+        return len(prefix) - held > 1  # the last id chosen is always read with what comes next
+
+    def reused(self, prompt: np.ndarray, memory: Memory | None) -> int:
+        """How many ids of ``prompt`` need not be read again.
+
+        None where the rest is longer than the shortest of the usual lengths: that would save
+        little, and be one shape more to compile. Of a usual prompt no more than what stands before
+        such a rest, so that few slots need be seen.
+        """
+        if memory is None:
+            return 0
+        shared = min(common(prompt, memory.ids), len(prompt) - 1)
+        shortest, longest = self._lengths[0], self._lengths[-1]
+        if len(prompt) <= longest:
+            shared = min(shared, self._behind)
+        return shared if len(prompt) - shared <= shortest < len(prompt) else 0
+
+    def _read(
+        self, prompts: Sequence[np.ndarray], memories: Sequence[Memory | None]
+    ) -> DecodeState:
+        """All prompts read, in order, the batch filled up with repetitions of the first rows."""
+        known = [self.reused(p, m) for p, m in zip(prompts, memories)]
+        groups = self._grouped(prompts, known)
+        states = []
+        for width, members in groups.items():
+            rests = [prompts[i][known[i] :] for i in members]
+            kept = [memories[i].cache if known[i] else None for i in members]
+            states.append(self._read_group(rests, kept, [known[i] for i in members], width))
+        if len(states) == 1:
+            return states[0]
+        return self._merge(states, list(groups.values()), len(prompts))
+
+    def _grouped(self, prompts: Sequence[np.ndarray], known: list[int]) -> dict[int, list[int]]:
+        """Rows by the width of what they read.
+
+        A batch is padded to a bucket of rows. Where it has places left, rows of a shorter group
+        are read there, as a whole: their ``known`` becomes 0, and their group costs nothing.
+        """
+        groups: dict[int, list[int]] = {}
+        for i, (prompt, n) in enumerate(zip(prompts, known)):
+            groups.setdefault(self.bucket(len(prompt) - n), []).append(i)
+        for width in sorted(groups, reverse=True):
+            if width not in groups:
+                continue
+            for shorter in sorted(w for w in groups if w < width):
+                joined = sorted(groups[width] + groups[shorter])
+                fits = all(self.bucket(len(prompts[i])) <= width for i in groups[shorter])
+                if fits and self._size(len(joined)) == self._size(len(groups[width])):
+                    for i in groups.pop(shorter):
+                        known[i] = 0
+                    groups[width] = joined
+        return groups
+
+    def _write(
+        self, state: DecodeState, count: int, copied: Sequence[np.ndarray] = ()
+    ) -> tuple[Generated, DecodeState]:
+        """Continues the first ``count`` rows."""
+        rules, rows = self.rules, len(state.rows.pending)
+        settings = {
+            "max_new_tokens": rules.max_new_tokens,
+            "allowed": rules.allowed,
+            "stop_id": rules.stop_id,
+            "form": rules.form,
+            "active": np.arange(rows) < count,
+            "window": self._window(state),
+        }
+        if not rules.draft:
+            return self._sampler.generate(state, sampling=rules.sampling, **settings)
+        held = np.full((rows, rules.max_new_tokens), NOTHING, np.int32)
+        for row, ids in zip(held, copied):
+            row[: len(ids)] = ids[: len(row)]
+        settings |= {"copied": held, "block": rules.draft}
+        generated, state, _ = self._sampler.generate_drafted(state, **settings)
+        return generated, state
+
+    def _read_group(
+        self,
+        rests: Sequence[np.ndarray],
+        kept: Sequence[KVCache | None],
+        known: Sequence[int],
+        width: int,
+    ) -> DecodeState:
+        """Rows whose new tokens share one width."""
+        size = self._size(len(rests))
+        tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+        for row, (rest, n) in enumerate(zip(rests, map(len, rests))):
+            tokens[row, :n], lengths[row] = rest, n
+        if not any(known):
+            slots = max(self._slots, length_bucket(width + self.rules.max_new_tokens))
+            packed = _packed(size, width, int(lengths.sum()))
+            return self._sampler.prefill(tokens, lengths, slots=slots, packed=packed)
+        starts = np.zeros(size, np.int32)
+        starts[: len(known)] = known
+        state = self._join([*kept, *[None] * (size - len(kept))], starts)
+        return self._sampler.extend(state, tokens, lengths, window=self._behind)
+
+    def _merge(
+        self, states: Sequence[DecodeState], groups: Sequence[Sequence[int]], count: int
+    ) -> DecodeState:
+        """One batch of the rows of several, each back at its place."""
+        slots = max(state.rows.cache.slots for state in states)
+        placed: list[Rows | None] = [None] * self._size(count)
+        for state, members in zip(states, groups):
+            rows = state.rows.replace(cache=grown(state.rows.cache, slots))
+            for i, row in zip(members, split(rows)):
+                placed[i] = row
+        filled = tuple(placed[0] if row is None else row for row in placed)
+        return DecodeState(joined(filled), bound=max(state.bound for state in states))
+
+    def _join(self, kept: Sequence[KVCache | None], starts: np.ndarray) -> DecodeState:
+        """One batch of single rows, of which the first ``starts`` slots count.
+
+        Rows without a cache get another's, of which nothing counts.
+        """
+        known = [cache for cache in kept if cache is not None]
+        slots = max(self._slots, *(cache.slots for cache in known))
+        caches = [grown(known[0] if cache is None else cache, slots) for cache in kept]
+        config = self._sampler.model.config
+        hidden = np.zeros((len(starts), config.hidden_size), config.compute_dtype)
+        return stacked(caches, starts, hidden)
+
+    def _window(self, state: DecodeState) -> int | None:
+        """One window for every call, as long as the cache has its usual size."""
+        return self._slots if state.rows.cache.slots == self._slots else None
+
+    def _size(self, rows: int) -> int:
+        return max(rows, self._rows) if self._rows else row_bucket(rows)
+
+
+def _packed(size: int, width: int, total: int) -> int | None:
+    """The tokens as which a batch is read where a quarter of it is padding, else None."""
+    fewer = 3 * size * width // 4
+    return fewer if size >= _PACKED_ROWS and total <= fewer else None

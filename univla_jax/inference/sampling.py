@@ -1,0 +1,175 @@
+"""Sampling of one token: temperature, top-k, top-p, and a grammar mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from univla_jax.errors import UserError
+from univla_jax.tokenizers.constrained import ILLEGAL, CodeGrammar
+
+# ----------------------------------------------------------------------------
+# How one token is chosen from its logits: greedy, or drawn with temperature, top-k and top-p.
+#
+# Axes: B rows, R ids that may be chosen (the whole vocabulary, or a restricted list).
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Rules of choice, applied in this order (as ``transformers`` does).
+
+    Attributes:
+      temperature: 0 takes the most likely id; otherwise logits are divided by it.
+      top_k: only the k most likely ids, 0 for all.
+      top_p: only the smallest set of ids with at least this probability, 1 for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature: {self.temperature} is negative; 0 means greedy")
+        if self.top_k < 0:
+            raise UserError(f"top_k: {self.top_k} is negative; 0 means all ids")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: {self.top_p} is not in (0, 1]; 1 means all ids")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no random number is needed."""
+        return self.temperature == 0
+
+
+GREEDY = Sampling()
+
+
+def sample_token(logits: jax.Array, sampling: Sampling, keys: jax.Array | None) -> jax.Array:
+    """Index of the chosen column of each row.
+
+    Args:
+      logits: float32 [B, R].
+      sampling: static rules.
+      keys: one random key per row [B], so that a row draws the same in any batch; None if greedy.
+
+    Returns:
+      int32 [B]. Of equal logits the first column wins.
+    """
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return _draw(keys, logits)
+    kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    values, columns = jax.lax.top_k(logits, kept)
+    values = keep_top_p(values, sampling.top_p)
+    return jnp.take_along_axis(columns, _draw(keys, values)[:, None], axis=1)[:, 0]
+
+
+def keep_top_p(sorted_logits: jax.Array, top_p: float) -> jax.Array:
+    """Sets to -inf what lies behind the smallest head of at least ``top_p`` probability.
+
+    Args:
+      sorted_logits: float32 [B, R], descending.
+      top_p: in (0, 1]; the first column always stays.
+    """
+    if top_p == 1:
+        return sorted_logits
+    probabilities = jax.nn.softmax(sorted_logits, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    return jnp.where(before < top_p, sorted_logits, -jnp.inf)
+
+
+def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+# ----------------------------------------------------------------------------
+# A grammar over the ids that may be chosen, followed by every row on its own.
+#
+# The likeliest of the legal ids is taken, so whatever is chosen up to the stop id is a whole chunk.
+# A row whose likeliest ids are all legal gets what it would get without; how often another one had
+# to be taken is counted.
+#
+# Axes: B rows, P beginnings of characters, R ids that may be chosen.
+
+
+@flax.struct.dataclass
+class Form:
+    """A ``CodeGrammar`` with the stop id, its columns in ascending order of ids.
+
+    Attributes:
+      finishes: int32 [P, R].
+      begins: int32 [P, R].
+      characters: int32, of a whole chunk.
+    """
+
+    finishes: np.ndarray
+    begins: np.ndarray
+    characters: np.ndarray
+
+    @classmethod
+    def of(cls, grammar: CodeGrammar, ids: np.ndarray, stop_id: int) -> Form:
+        """The form of a grammar.
+
+        Args:
+          grammar: of the codes.
+          ids: int [R], the token id of each code.
+          stop_id: ends a whole chunk, and nothing else.
+        """
+        stop = np.full((len(grammar.finishes), 1), ILLEGAL, np.int32)
+        stop[0] = 0
+        order = np.argsort([*ids, stop_id])
+        finishes = np.append(grammar.finishes, stop, axis=1)[:, order]
+        begins = np.append(grammar.begins, np.zeros_like(stop), axis=1)[:, order]
+        return cls(finishes, begins, np.int32(grammar.characters))
+
+    def start(self, rows: int) -> Place:
+        """Where every row stands before its first id."""
+        return Place(jnp.full(rows, self.characters), jnp.zeros(rows, jnp.int32))
+
+    def legal(self, place: Place) -> jax.Array:
+        """bool [B, R], whether an id leads to a whole chunk. All bytes being codes, one does."""
+        finishes, begins = self.finishes[place.part], self.begins[place.part]
+        left = place.left[:, None] - finishes
+        writes = (finishes > 0) | (begins > 0)
+        fits = (left > 0) | ((left == 0) & (begins == 0))
+        return (finishes != ILLEGAL) & fits & (writes | (left == 0))
+
+    def after(self, place: Place, column: jax.Array) -> Place:
+        """Where the rows stand behind the ids of ``column`` int32 [B]."""
+        finished = jnp.maximum(self.finishes[place.part, column], 0)
+        return Place(place.left - finished, self.begins[place.part, column])
+
+
+class Place(NamedTuple):
+    """Where rows stand in their chunks.
+
+    Attributes:
+      left: int32 [B], characters still to finish.
+      part: int32 [B], number of the beginning that is open, 0 for none.
+    """
+
+    left: jax.Array
+    part: jax.Array
+
+
+def restrict(
+    form: Form | None, place: Place | None, logits: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits float32 [B, R] with -inf for what is not legal, and bool [B] whether that matters.
+
+    It matters where the likeliest id is not legal. Without a form everything is.
+    """
+    if form is None:
+        return logits, jnp.zeros(len(logits), bool)
+    legal = form.legal(place)
+    likeliest = jnp.argmax(logits, axis=-1)
+    steered = ~jnp.take_along_axis(legal, likeliest[:, None], axis=1)[:, 0]
+    return jnp.where(legal, logits, -jnp.inf), steered

@@ -1,0 +1,363 @@
+"""The assets of a converted checkpoint: what a model folder holds, and what has to be added.
+
+The published checkpoints are weights and a text tokenizer. How camera frames become codes, what the
+actions mean and what the sequences look like was code around them; here it is a config
+(``configs/official.py``), and it goes into the checkpoint's assets once.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from univla_jax.assets import Assets, StoredVision
+from univla_jax.errors import UserError
+from univla_jax.interop.hf_config import FLOATS, HubModel
+from univla_jax.interop.hf_folder import SINGLE, HubFolder
+from univla_jax.interop.vision_keys import open_vision
+from univla_jax.io import parse_json
+from univla_jax.normalization import ActionStatistics, state_key
+from univla_jax.pipeline.data_config import LAYOUTS, WITH_STATE
+from univla_jax.tokenizers.action import load_action_tokenizer
+from univla_jax.tokenizers.image import ImageSpec
+from univla_jax.tokenizers.text import RANK_FILE, TextTokenizer, TiktokenText
+from univla_jax.tokenizers.vision import PARAMS_FILE
+from univla_jax.tokenizers.vocabulary import Vocabulary
+
+# ----------------------------------------------------------------------------
+# The text tokenizer and the vocabulary of a model folder of the Emu3 family.
+
+
+TOKENIZER = "tokenizer.json"
+_PLAIN_SPECIALS = 208  # three of the chat format and 205 extras, before the vision tokens
+_FIRST_CODE = "<|visual token 000000|>"
+_CODE = "<|visual token "
+_NAMES = {
+    "pad": "<|endoftext|>",
+    "bot": "<|extra_196|>",
+    "eot": "<|extra_197|>",
+    "boa": "<|extra_198|>",
+    "eoa": "<|extra_199|>",
+    "eol": "<|extra_200|>",
+    "eof": "<|extra_201|>",
+    "bos": "<|extra_203|>",
+    "eos": "<|extra_204|>",
+    "img": "<|image token|>",
+    "boi": "<|image start|>",
+    "eoi": "<|image end|>",
+}
+_ACTIONS = 2048  # of the universal FAST, where the folder's own action tokenizer is not known
+# Ids that a config.json may repeat -> attribute of the vocabulary.
+_REPEATED = {f"{name}_token_id": name for name in (*_NAMES, "bov", "eov")}
+
+
+def load_hub_text(folder: pathlib.Path) -> TiktokenText | None:
+    """The text tokenizer of a folder: Emu3's own two files, else ``tokenizer.json``, else None.
+
+    Raises:
+      UserError: files that are there but broken.
+    """
+    if (folder / RANK_FILE).is_file():
+        return TiktokenText.load(folder)
+    if (folder / TOKENIZER).is_file():
+        return TiktokenText(*_from_tokenizers(folder / TOKENIZER))
+    return None
+
+
+def _from_tokenizers(path: pathlib.Path) -> tuple[bytes, bytes]:
+    """Rank file and vision tokens out of the byte-level BPE that ``transformers`` made of them.
+
+    Ids are ranks there too, so nothing is lost; the pattern that splits words is Emu3's own, which
+    the file does not have.
+    """
+    values = parse_json(path.read_bytes(), where=str(path))
+    try:
+        special = {token["id"]: token["content"] for token in values["added_tokens"]}
+        vocabulary = values["model"]["vocab"]
+        first = min(special)
+        ranked = sorted((rank, token) for token, rank in vocabulary.items() if rank < first)
+        lines = [f"{_base64(token)} {rank}\n" for rank, token in ranked]
+        vision = [special[i] for i in sorted(special) if i >= first + _PLAIN_SPECIALS]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: not the tokenizer of an Emu3 model ({type(error).__name__}: {error}); give a "
+            f"folder with {RANK_FILE} as --config.text"
+        ) from error
+    return "".join(lines).encode(), ("\n".join(vision) + "\n").encode()
+
+
+def _base64(token: str) -> str:
+    """A token in the characters that stand for bytes (GPT-2's table) as base64 of its bytes."""
+    return base64.b64encode(bytes(_BYTES[character] for character in token)).decode()
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the others for the ids from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
+def vocabulary_of(text: TiktokenText, action_size: int | None = None) -> Vocabulary:
+    """The vocabulary that a text tokenizer of the Emu3 family lays out.
+
+    Args:
+      text: for the published files the result is ``Vocabulary.emu3(action_size)``.
+      action_size: codes of the action tokenizer; None leaves room for the universal FAST.
+
+    Raises:
+      UserError: the tokenizer lacks a special token.
+    """
+    ids = text.special_tokens
+    lacking = [name for name in (*_NAMES.values(), _FIRST_CODE) if name not in ids]
+    if lacking:
+        raise UserError(
+            f"the text tokenizer lacks {', '.join(lacking)}; is it that of an Emu3 model?"
+        )
+    return Vocabulary(
+        size=text.total_size,
+        text_size=text.vocabulary_size,
+        visual_start=ids[_FIRST_CODE],
+        visual_size=sum(name.startswith(_CODE) for name in ids),
+        action_size=action_size or min(_ACTIONS, text.vocabulary_size),
+        action_last=text.vocabulary_size - 1,
+        **{name: ids[token] for name, token in _NAMES.items()},
+    )
+
+
+def check_vocabulary(vocabulary: Vocabulary, config: Mapping[str, Any], where: str) -> None:
+    """Compares a tokenizer's vocabulary with the config.json of the weights.
+
+    Raises:
+      UserError: another number of ids, or a special token of another id.
+    """
+    values = config.get("text_config", config)
+    size = values.get("vocab_size", vocabulary.size)
+    if size != vocabulary.size:
+        raise UserError(
+            f"the text tokenizer in {where} has {vocabulary.size} ids, config.json says vocab_size "
+            f"{size}; give the tokenizer of this model as --config.text"
+        )
+    for name, ours in _REPEATED.items():
+        if isinstance(values.get(name), int) and values[name] != getattr(vocabulary, ours):
+            raise UserError(
+                f"config.json says {name} {values[name]}, the text tokenizer in {where} has "
+                f"{getattr(vocabulary, ours)}; give the tokenizer of this model as --config.text"
+            )
+
+
+# ----------------------------------------------------------------------------
+
+
+_HINTS = {
+    "vision": ", the folder of a converted vision tokenizer",
+    "action": ", the folder of the FAST tokenizer it was trained with",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """What a model folder does not say. A base model needs none of it.
+
+    Attributes:
+      text: folder of the text tokenizer; empty takes the model folder's own.
+      vision: folder of a converted vision tokenizer.
+      action: folder of the action tokenizer.
+      layout: ``"policy_video"``, ``"policy_image"``, ``"policy_flow"`` (of a model with an action
+        expert) or ``"world_model"``; empty for a base model, whose checkpoint is there to train
+        from.
+      frames: moments a training sample had; the history of a video policy.
+      action_frames: steps of an action chunk.
+      frame_spacing: steps between two frames of a world model.
+      sequence_length: the most tokens a training sample had.
+      control_hz: control rate in steps per second.
+      corpus: name of the robot data it was trained on.
+      views: per camera, in the order they are written, the fields of its ``ImageSpec``.
+      statistics: mean, std, q01 and q99 of the raw actions, one number per dimension.
+      statistics_file: the reference's ``norm_stats.json`` in their stead.
+      state_statistics: the same numbers of the proprioceptive state, of a policy that was trained
+        with it before each chunk.
+    """
+
+    text: str = ""
+    vision: str = ""
+    action: str = ""
+    layout: str = ""
+    frames: int = 1
+    action_frames: int = 10
+    frame_spacing: int = 10
+    sequence_length: int = 0
+    control_hz: float = 10.0
+    corpus: str = ""
+    views: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    statistics_file: str = ""
+    state_statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown layout, or a state in one that has no place for it."""
+        if self.layout and self.layout not in LAYOUTS:
+            raise UserError(f"config.layout: {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
+        if self.state_statistics and self.layout not in WITH_STATE:
+            raise UserError(f"config.state_statistics: {self.layout!r} has no place for a state")
+
+    def require(self) -> None:
+        """Checks that a layout comes with what acting and imagining need.
+
+        Raises:
+          UserError: naming the field.
+        """
+        needed = ["corpus", "views", "sequence_length", "vision"] if self.layout else []
+        if self.layout.startswith("policy"):
+            needed += [] if self.layout == "policy_flow" else ["action"]
+            needed += [] if self.statistics_file else ["statistics"]
+        for name in needed:
+            if not getattr(self, name):
+                raise UserError(
+                    f"config.{name} is empty, but a checkpoint of layout {self.layout!r} cannot do "
+                    f"without; give --config.{name}=...{_HINTS.get(name, '')}"
+                )
+
+
+def make_assets(
+    folder: HubFolder, model: HubModel, config: ConvertConfig, own_vision: pathlib.Path | None
+) -> Assets:
+    """The assets of a decoder's checkpoint.
+
+    Args:
+      folder: the model folder.
+      model: what it holds.
+      config: what it does not hold.
+      own_vision: the converted vision tokenizer of this very folder, or None.
+
+    Raises:
+      UserError: a tokenizer is missing or belongs to another model, or settings that do not fit.
+    """
+    if own_vision is not None and not config.vision:
+        config = dataclasses.replace(config, vision=str(own_vision))
+    config.require()
+    if config.layout == "policy_flow" and model.expert is None:
+        raise UserError(
+            f"config.layout: 'policy_flow', but {folder.path} has no action expert (config.json: "
+            "action_experts); choose 'policy_image' or 'policy_video'"
+        )
+    text, where = _text(folder, config)
+    action = load_action_tokenizer(config.action) if config.action else None
+    vocabulary = vocabulary_of(text, None if action is None else action.vocabulary_size)
+    check_vocabulary(vocabulary, folder.config, where)
+    vision = _vision(config, own_vision)
+    dtype = FLOATS[folder.tensors[model.state_rules[0].key].dtype]
+    return Assets(
+        vocabulary=vocabulary,
+        text=text,
+        vision=vision,
+        action=action,
+        image_specs=_image_specs(config, vision),
+        statistics=statistics_of(config),
+        layout=_layout(config, vision),
+        model=dataclasses.asdict(dataclasses.replace(model.decoder, dtype=dtype)),
+        action_expert=dataclasses.asdict(model.expert) if model.expert else {},
+    )
+
+
+def _text(folder: HubFolder, config: ConvertConfig) -> tuple[TextTokenizer, str]:
+    place = pathlib.Path(config.text).absolute() if config.text else folder.path
+    text = load_hub_text(place)
+    if text is None:
+        raise UserError(
+            f"{place}: no text tokenizer (emu3.tiktoken and emu3_vision_tokens.txt, or "
+            "tokenizer.json); give the folder that has one as --config.text=DIR, or --weights_only "
+            "for a checkpoint that can only be converted back"
+        )
+    return text, str(place)
+
+
+def _vision(config: ConvertConfig, own: pathlib.Path | None) -> StoredVision | None:
+    if own is not None and config.vision != str(own):
+        raise UserError(
+            f"config.vision is {config.vision!r}, but the model folder has its own vision "
+            "tokenizer; leave config.vision empty"
+        )
+    if not config.vision:
+        return None
+    folder = pathlib.Path(config.vision).absolute()
+    if (folder / SINGLE).is_file() and not (folder / PARAMS_FILE).is_file():
+        raise UserError(
+            f"config.vision: {folder} is as the hub stores it; convert it first "
+            f"(--from_hf={folder} --to=DIR) and give --config.vision=DIR"
+        )
+    return open_vision(folder)
+
+
+def _image_specs(config: ConvertConfig, vision: StoredVision | None) -> dict[str, ImageSpec]:
+    if vision is None:
+        return {}
+    return {
+        view: ImageSpec.from_dict({"factor": vision.factor, **fields})
+        for view, fields in config.views.items()
+    }
+
+
+def statistics_of(config: ConvertConfig) -> dict[str, ActionStatistics]:
+    """Corpus -> statistics of its actions, and of its states; empty for what does not act.
+
+    Raises:
+      UserError: no such file, or broken statistics.
+    """
+    values = config.statistics
+    if config.statistics_file:
+        file = pathlib.Path(config.statistics_file)
+        if not file.is_file():
+            raise UserError(f"config.statistics_file: no file {file}")
+        values = norm_stats(file.read_bytes(), str(file))
+    if not values or not config.layout.startswith("policy"):
+        return {}
+    found = {config.corpus: values, state_key(config.corpus): config.state_statistics}
+    return {key: ActionStatistics.from_dict(given) for key, given in found.items() if given}
+
+
+def norm_stats(content: bytes, where: str) -> Mapping[str, Any]:
+    """mean, std, q01 and q99 of ``{"norm_stats": {<robot>: {...}}}`` (normalize_pi0.py).
+
+    Raises:
+      UserError: not such a file, or one of several robots.
+    """
+    robots = parse_json(content, where=where).get("norm_stats")
+    if not isinstance(robots, dict) or len(robots) != 1:
+        raise UserError(f"{where}: expected norm_stats of one robot, as the reference writes it")
+    return next(iter(robots.values()))
+
+
+def _layout(config: ConvertConfig, vision: StoredVision | None) -> dict[str, Any]:
+    """The record that ``inference.trained.Layout`` reads; empty for a base model."""
+    if not config.layout:
+        return {}
+    specs = _image_specs(config, vision)
+    unsized = [view for view, spec in specs.items() if spec.size is None]
+    if unsized:
+        raise UserError(
+            f"config.views.{unsized[0]}: no size; give the (height, width) it was trained on"
+        )
+    return {
+        "layout": config.layout,
+        "frames": config.frames,
+        "action_frames": config.action_frames,
+        "frame_spacing": config.frame_spacing,
+        "sequence_length": config.sequence_length,
+        **({"state": True} if config.state_statistics else {}),
+        "views": list(config.views),
+        "corpora": {
+            config.corpus: {
+                "control_hz": config.control_hz,
+                "frame_spacing": config.frame_spacing,
+                "grids": {view: list(spec.grid_size(*spec.size)) for view, spec in specs.items()},
+            }
+        },
+    }

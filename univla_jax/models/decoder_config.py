@@ -1,0 +1,306 @@
+"""Decoder configuration: logical axis names, remat presets, and the named sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from univla_jax.errors import UserError
+
+# ----------------------------------------------------------------------------
+# Logical axis names of the decoder: the only words models and sharding rules share.
+#
+# Parameters are created with these names and activations are constrained by them; the table that
+# maps each name to mesh axes lives in ``training/sharding.py``. Without rules in scope every name
+# is a no-op.
+
+
+BATCH = "batch"
+LENGTH = "length"
+LAYERS = "layers"
+EMBED = "embed"
+NORM = "norm"
+HEADS = "heads"
+KV_HEADS = "kv_heads"
+HEAD_DIM = "head_dim"
+MLP = "mlp"
+VOCAB = "vocab"
+ACTIVATION_EMBED = "activation_embed"
+ACTIVATION_HEADS = "activation_heads"
+ACTIVATION_KV_HEADS = "activation_kv_heads"
+ACTIVATION_MLP = "activation_mlp"
+ACTIVATION_VOCAB = "activation_vocab"
+CACHE_LENGTH = "cache_length"
+LOOKUP_BATCH = "lookup_batch"
+LOOKUP_LENGTH = "lookup_length"
+LOOKUP_EMBED = "lookup_embed"
+LOSS_BATCH = "loss_batch"
+LOSS_LENGTH = "loss_length"
+LOSS_VOCAB = "loss_vocab"
+
+PARAMETER_AXES = (LAYERS, EMBED, NORM, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB)
+ACTIVATION_AXES = (
+    BATCH,
+    LENGTH,
+    CACHE_LENGTH,
+    ACTIVATION_EMBED,
+    ACTIVATION_HEADS,
+    ACTIVATION_KV_HEADS,
+    ACTIVATION_MLP,
+    ACTIVATION_VOCAB,
+    LOOKUP_BATCH,
+    LOOKUP_LENGTH,
+    LOOKUP_EMBED,
+    LOSS_BATCH,
+    LOSS_LENGTH,
+    LOSS_VOCAB,
+)
+
+
+# ----------------------------------------------------------------------------
+# What the backward pass keeps of each decoder layer: presets of named tensors.
+#
+# Each layer names its large intermediates with ``jax.ad_checkpoint.checkpoint_name``. A preset
+# lists those that stay in memory; everything else of the layer is computed again in the backward
+# pass. The layer's input is always kept, it is the carry of the scan over layers.
+
+
+QUERY = "query"
+KEY = "key"
+VALUE = "value"
+ATTENTION_OUT = "attention_out"
+ATTENTION_NORMALISER = "attention_normaliser"
+OUTPUT = "attention_projection"
+GATE = "mlp_gate"
+UP = "mlp_up"
+DOWN = "mlp_down"
+
+REMAT_NAMES = (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALISER, OUTPUT, GATE, UP, DOWN)
+
+# From least memory (and most recomputation) to most memory. "none" keeps everything.
+REMAT_PRESETS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "attention": (ATTENTION_OUT, ATTENTION_NORMALISER),
+    "qkv_attention": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALISER),
+    "projections": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALISER, OUTPUT, GATE, UP),
+    "none": REMAT_NAMES,
+}
+
+
+def check_remat(name: str) -> None:
+    """Raises ``UserError`` when ``name`` is not a preset."""
+    if name not in REMAT_PRESETS:
+        raise UserError(f"remat: unknown preset {name!r}; known: {', '.join(REMAT_PRESETS)}")
+
+
+def remat_policy(name: str) -> Callable[..., bool]:
+    """The ``jax.checkpoint`` policy of a preset.
+
+    Raises:
+      UserError: ``name`` is not a preset.
+    """
+    check_remat(name)
+    return jax.checkpoint_policies.save_only_these_names(*REMAT_PRESETS[name])
+
+
+# ----------------------------------------------------------------------------
+# Decoder sizes: one frozen dataclass and the named presets from ``tiny`` to ``emu3_8b``.
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "blocked", "splash", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that shapes the decoder (FACTS §5; reference ``configuration_emu3.py``).
+
+    Attributes:
+      vocab_size: number of real token ids; rows beyond it exist only as padding.
+      hidden_size: D, width of the residual stream.
+      num_layers: number of decoder layers.
+      num_heads: N, query heads.
+      num_kv_heads: K, key and value heads; divides ``num_heads``.
+      head_dim: C, even (rotary pairs).
+      mlp_size: F, width of the gated feed-forward layer.
+      vocab_pad_multiple: embedding and head rows are padded up to a multiple of this.
+      rope_theta: base of the rotary frequencies.
+      rms_eps: epsilon of every RMSNorm.
+      dropout: in training, on embeddings, attention probabilities and both residual branches
+        (the reference's ``attention_dropout``); 0 costs nothing.
+      attention_dropout: the rate on attention probabilities where it differs; fused kernels never
+        form them, so only 0 lets ``"auto"`` choose one.
+      qkv_bias: biases on the query, key and value projections.
+      dtype: compute type of activations; norms, softmax, rotations and logits stay float32.
+      param_dtype: type the parameters are stored in.
+      remat: preset of ``models/decoder_config.py``; what the backward pass keeps of each layer.
+      scan_unroll: layers per iteration of the scan; ``num_layers`` unrolls it (fast on CPU).
+      attention: implementation by name; ``"auto"`` chooses by platform and shape.
+      pad_id: embedding row that starts at zero and never gets a gradient, or None
+        (torch's ``padding_idx``; golden fact 10).
+      initializer_range: standard deviation of every matrix at initialisation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    vocab_pad_multiple: int = 256
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-5
+    dropout: float = 0.1
+    attention_dropout: float | None = None
+    qkv_bias: bool = False
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "full"
+    scan_unroll: int = 1
+    attention: str = "auto"
+    pad_id: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_size",
+            "vocab_pad_multiple",
+            "scan_unroll",
+        ):
+            _require(getattr(self, field) > 0, self, field, "a positive number")
+        groups = self.num_heads % self.num_kv_heads == 0
+        _require(groups, self, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
+        _require(self.head_dim % 2 == 0, self, "head_dim", "an even number (rotary pairs)")
+        _require(0 <= self.dropout < 1, self, "dropout", "a rate in [0, 1)")
+        rate = self.attention_dropout
+        _require(
+            rate is None or 0 <= rate < 1, self, "attention_dropout", "a rate in [0, 1), or None"
+        )
+        _require(self.dtype in DTYPES, self, "dtype", f"one of {DTYPES}")
+        _require(self.param_dtype in DTYPES, self, "param_dtype", f"one of {DTYPES}")
+        known = self.attention in ATTENTION_IMPLEMENTATIONS
+        _require(known, self, "attention", f"one of {ATTENTION_IMPLEMENTATIONS}")
+        inside = self.pad_id is None or 0 <= self.pad_id < self.vocab_size
+        _require(inside, self, "pad_id", f"an id below vocab_size={self.vocab_size}, or None")
+        check_remat(self.remat)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head: ``vocab_size`` rounded up."""
+        return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
+    @property
+    def attention_rate(self) -> float:
+        """Dropout rate on attention probabilities."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """``dtype`` as a JAX type."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        """``param_dtype`` as a JAX type."""
+        return jnp.dtype(self.param_dtype)
+
+
+def _require(true: bool, config: DecoderConfig, field: str, expected: str) -> None:
+    if not true:
+        raise UserError(f"model.{field}: {getattr(config, field)!r} is not {expected}")
+
+
+PRESETS: dict[str, DecoderConfig] = {
+    # Unit tests: everything present, nothing large.
+    "tiny": DecoderConfig(
+        vocab_size=512,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=64,
+        vocab_pad_multiple=64,
+        dropout=0.0,
+        dtype="float32",
+        remat="none",
+    ),
+    # The embedded tabletop on two CPU cores: about one million parameters.
+    "quickstart": DecoderConfig(
+        vocab_size=1152,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=16,
+        mlp_size=384,
+        vocab_pad_multiple=64,
+        dropout=0.0,
+        dtype="float32",
+        remat="none",
+        scan_unroll=4,
+        rope_theta=1e3,  # its sequences are about a hundred tokens long
+        initializer_range=0.08,  # about 1 / sqrt(hidden_size): 0.02 suits a width of thousands
+    ),
+    # One accelerator: 27 M parameters in the layers.
+    "small": DecoderConfig(
+        vocab_size=184_622,
+        hidden_size=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_size=1792,
+        pad_id=151_643,
+    ),
+    # One host of accelerators: 0.5 B parameters in the layers.
+    "base": DecoderConfig(
+        vocab_size=184_622,
+        hidden_size=1536,
+        num_layers=20,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=128,
+        mlp_size=4352,
+        pad_id=151_643,
+        attention_dropout=0.0,
+    ),
+    # Emu3 and every released UniVLA checkpoint: 8,492,011,520 parameters.
+    "emu3_8b": DecoderConfig(
+        vocab_size=184_622,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_size=14_336,
+        pad_id=151_643,
+        attention_dropout=0.0,
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> DecoderConfig:
+    """The preset ``name`` with some fields changed.
+
+    Raises:
+      UserError: unknown preset or unknown field.
+    """
+    if name not in PRESETS:
+        raise UserError(f"model preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    known = {f.name for f in dataclasses.fields(DecoderConfig)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise UserError(f"model.{unknown[0]}: unknown key; known keys: {', '.join(sorted(known))}")
+    return dataclasses.replace(PRESETS[name], **changes)

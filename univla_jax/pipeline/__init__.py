@@ -1,0 +1,1 @@
+"""Input pipeline: from token stores and tasks to global batches."""

@@ -1,0 +1,1 @@
+"""LIBERO: protocol, adapter of `hf-libero`, and scripted experts."""

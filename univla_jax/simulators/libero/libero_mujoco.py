@@ -1,0 +1,229 @@
+"""Opens ``hf-libero``: its files, its assets, its renderer; nothing is asked or downloaded."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from univla_jax.errors import UserError
+from univla_jax.simulators.libero.libero_scripts import Box
+
+_DRAWING = (
+    "drawing without a display needs EGL (Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri) "
+    "or MUJOCO_GL=osmesa (libosmesa6)"
+)
+
+
+def open_suite(suite: str, assets: str | None) -> Any:
+    """LIBERO's suite object; nothing is written outside a temporary folder.
+
+    Args:
+      suite: its name.
+      assets: folder with meshes and textures; by default the one of
+        ``$LIBERO_CONFIG_PATH/config.yaml``, or of the package.
+
+    Raises:
+      UserError: the package or the assets are missing.
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    spec = importlib.util.find_spec("libero")
+    if spec is None:
+        raise UserError("LIBERO needs the package hf-libero: pip install .[libero]")
+    root = pathlib.Path(next(iter(spec.submodule_search_locations or ()))) / "libero"
+    folder = pathlib.Path(assets or _configured_assets() or root / "assets")
+    if not (folder / "scenes").is_dir():
+        raise UserError(
+            f"no LIBERO assets: {str(folder / 'scenes')!r} is no folder; give the folder of "
+            "LIBERO's assets with --assets, or as 'assets' in $LIBERO_CONFIG_PATH/config.yaml"
+        )
+    home = tempfile.mkdtemp(prefix="libero-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    _write_config(pathlib.Path(home), root, folder)
+    os.environ["LIBERO_CONFIG_PATH"] = home
+    import libero.libero
+    from libero.libero import benchmark as suites
+
+    libero.libero._assets_path_cache = str(folder)  # it reads no config and would download
+    return suites.get_benchmark(suite)()
+
+
+def open_environment(bddl: str, side: int, gpu: int) -> Any:
+    """LIBERO's environment of one task.
+
+    Args:
+      bddl: file that describes the task.
+      side: of both cameras, in pixels.
+      gpu: index of the device that draws; -1 leaves it to the renderer.
+
+    Raises:
+      UserError: a mesh or texture is missing, or nothing can draw here.
+    """
+    try:
+        from libero.libero.envs import OffScreenRenderEnv
+
+        return OffScreenRenderEnv(
+            bddl_file_name=bddl, camera_heights=side, camera_widths=side, render_gpu_device_id=gpu
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"LIBERO task {pathlib.Path(bddl).stem}: {error.filename!r} is missing; give the "
+            "folder of LIBERO's assets with --assets"
+        ) from error
+    except ValueError as error:  # MuJoCo's own, which names the file
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"LIBERO task {pathlib.Path(bddl).stem}: {reason}; give the folder of LIBERO's assets "
+            "with --assets"
+        ) from error
+    except (AttributeError, ImportError, OSError) as error:
+        raise UserError(
+            f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {type(error).__name__}: {error}; {_DRAWING}"
+        ) from error
+
+
+def _configured_assets() -> str | None:
+    import yaml
+
+    home = os.environ.get("LIBERO_CONFIG_PATH", os.path.expanduser("~/.libero"))
+    path = pathlib.Path(home) / "config.yaml"
+    if not path.exists():
+        return None
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("assets")
+
+
+def _write_config(home: pathlib.Path, root: pathlib.Path, assets: pathlib.Path) -> None:
+    """The file without which importing LIBERO asks questions."""
+    import yaml
+
+    paths = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": assets,
+    }
+    text = yaml.safe_dump({name: str(path) for name, path in paths.items()})
+    (home / "config.yaml").write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------
+# The state of a robosuite simulation as scripts read it, and how to go back to an earlier one.
+#
+# Axes: N corners.
+
+
+_HAND = "gripper0_grip_site"
+
+
+class MujocoScene:
+    """``Scene`` of a robosuite simulation."""
+
+    def __init__(self, sim: Any) -> None:
+        """Reads ``sim`` whenever it is asked."""
+        self._sim = sim
+        self._shapes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def hand(self) -> tuple[np.ndarray, Rotation]:
+        """Centre between the fingertips [3] and where the hand is turned."""
+        data = self._sim.data
+        turn = Rotation.from_matrix(data.get_site_xmat(_HAND).copy())
+        return data.get_site_xpos(_HAND).copy(), turn
+
+    def place(self, name: str) -> np.ndarray:
+        """Position [3] of a body or site."""
+        data = self._sim.data
+        read = data.get_body_xpos if name in self._sim.model.body_names else data.get_site_xpos
+        return read(name).copy()
+
+    def box(self, name: str) -> Box:
+        """What a body takes up, by the shapes that collide."""
+        if name not in self._shapes:
+            self._shapes[name] = self._measure(name)
+        middle, half = self._shapes[name]
+        axes = self._sim.data.get_body_xmat(name).copy()
+        return Box(self._sim.data.get_body_xpos(name) + axes @ middle, axes, half)
+
+    def _measure(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Middle and half lengths [3] of the box along the axes of a body."""
+        model = self._sim.model._model
+        body = self._sim.model.body_name2id(name)
+        shapes = [
+            shape
+            for shape in range(model.ngeom)
+            if model.geom_bodyid[shape] == body and model.geom_contype[shape]
+        ]
+        corners = np.concatenate([self._corners(shape, body) for shape in shapes])
+        low, high = corners.min(0), corners.max(0)
+        return (low + high) / 2, (high - low) / 2
+
+    def _corners(self, shape: int, body: int) -> np.ndarray:
+        """Points [N, 3] on the box around a collision shape, in the axes of its body."""
+        import mujoco
+
+        model, data = self._sim.model._model, self._sim.data._data
+        axes = data.xmat[body].reshape(3, 3)
+        turn = axes.T @ data.geom_xmat[shape].reshape(3, 3)
+        centre = axes.T @ (data.geom_xpos[shape] - data.xpos[body])
+        kinds = mujoco.mjtGeom
+        kind, half = model.geom_type[shape], model.geom_size[shape].copy()
+        if kind == kinds.mjGEOM_MESH:
+            mesh = model.geom_dataid[shape]
+            first = model.mesh_vertadr[mesh]
+            points = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
+            return points @ turn.T + centre
+        if kind == kinds.mjGEOM_CYLINDER:
+            half = half[[0, 0, 1]]
+        elif kind == kinds.mjGEOM_SPHERE:
+            half = half[[0, 0, 0]]
+        reach = np.abs(turn) @ half
+        return np.stack([centre - reach, centre + reach])
+
+
+def bookmark(env: Any) -> Callable[[], None]:
+    """Remembers where a robosuite environment is.
+
+    Beside MuJoCo's own state that is the controllers' goals, how far the grippers are told to
+    open, and the clock; all else follows from these at the next step.
+
+    Args:
+      env: a robosuite environment.
+
+    Returns:
+      a function that goes back there, to the bit.
+    """
+    import mujoco
+
+    model, data = env.sim.model._model, env.sim.data._data
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, state, kind)
+    holders = [
+        (env, ("timestep", "cur_time", "done")),
+        *((robot.controller, ("goal_pos", "goal_ori", "new_update")) for robot in env.robots),
+        *((robot.gripper, ("current_action",)) for robot in env.robots),
+    ]
+    values = [
+        (holder, name, _copy(getattr(holder, name))) for holder, names in holders for name in names
+    ]
+
+    def back() -> None:
+        mujoco.mj_setState(model, data, state, kind)
+        mujoco.mj_forward(model, data)
+        mujoco.mj_setState(model, data, state, kind)  # the solver's start, which that changed
+        for holder, name, value in values:
+            setattr(holder, name, _copy(value))
+
+    return back
+
+
+def _copy(value: Any) -> Any:
+    return value.copy() if isinstance(value, np.ndarray) else value

@@ -1,0 +1,351 @@
+"""A robot arm with a two-finger gripper, led from waypoint to waypoint by 7-D actions alone.
+
+Every motion is a generator: it reads the scene, yields one action, and goes on once that was
+executed. So a script made of motions is closed-loop, whoever executes the actions and however
+exactly.
+
+Units: metres, radians, world axes with z up. Action float64 [7]: displacement of the fingers'
+centre in units of 0.05 m, axis times angle in units of 0.5 rad, both in world axes and ±1, then
+the gripper (-1 open, +1 closed): robosuite's OSC_POSE controller at 20 Hz, as LIBERO uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+OPEN, CLOSE = -1.0, 1.0
+METRES, RADIANS = 0.05, 0.5
+# Fastest motion per dimension: what the published 1 % and 99 % quantiles of LIBERO's actions keep
+# in both directions, so that normalising them clips nothing.
+LIMITS = np.array([0.70, 0.80, 0.93, 0.114, 0.163, 0.224])
+DOWN = Rotation.from_euler("xz", [np.pi, np.pi / 2])  # fingers point down and open along y
+_GAIN = 1.5  # commanded displacement per remaining one; 1 creeps in, 2 overshoots
+_NEAR, _ALIGNED = 0.008, 0.06
+
+Motion = Iterator[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """What a thing takes up: the box around its collision shape, along the axes of its body.
+
+    Attributes:
+      centre: [3] of the box.
+      axes: [3, 3], a column per axis of the body.
+      half: [3] half lengths along them.
+    """
+
+    centre: np.ndarray
+    axes: np.ndarray
+    half: np.ndarray
+
+    @property
+    def upright(self) -> int:
+        """The axis nearest to the vertical."""
+        return int(np.argmax(np.abs(self.axes[2])))
+
+    @property
+    def narrow(self) -> int:
+        """Of the other two, the one along which it is narrower."""
+        first, second = (axis for axis in range(3) if axis != self.upright)
+        return first if self.half[first] <= self.half[second] else second
+
+    @property
+    def top(self) -> float:
+        """Height of its upper side."""
+        return float(self.centre[2] + self.half[self.upright])
+
+
+class Scene(Protocol):
+    """What a script may know of the simulator's state."""
+
+    def hand(self) -> tuple[np.ndarray, Rotation]:
+        """Centre between the fingertips [3] and where the hand is turned."""
+        ...
+
+    def place(self, name: str) -> np.ndarray:
+        """Position [3] of a body or site."""
+        ...
+
+    def box(self, name: str) -> Box:
+        """What a body takes up."""
+        ...
+
+
+class Arm:
+    """Motions of the arm in a scene.
+
+    Attributes:
+      scene: read anew before every action.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        """Begins with an open gripper pointing down."""
+        self.scene = scene
+        self._grip, self._turn = OPEN, DOWN
+
+    def go(
+        self,
+        target: Callable[[], np.ndarray] | np.ndarray,
+        *,
+        turn: Rotation | None = None,
+        near: float = _NEAR,
+        steps: int = 80,
+        speed: float = 1.0,
+    ) -> Motion:
+        """Straight to a place.
+
+        Args:
+          target: [3], or a function that says where it is now.
+          turn: how the hand is to be turned from now on; as before by default.
+          near: distance at which the motion ends.
+          steps: actions after which it ends at the latest.
+          speed: share of the fastest motion.
+        """
+        self._turn = turn or self._turn
+        for _ in range(steps):
+            position, rotation = self.scene.hand()
+            offset = (target() if callable(target) else target) - position
+            angles = (self._turn * rotation.inv()).as_rotvec()
+            if np.linalg.norm(offset) < near and np.linalg.norm(angles) < _ALIGNED:
+                return
+            yield self._action(offset, angles, speed)
+
+    def rest(self, steps: int) -> Motion:
+        """No motion."""
+        for _ in range(steps):
+            yield self._action(np.zeros(3), np.zeros(3))
+
+    def grip(self, steps: int = 10) -> Motion:
+        """Closes the gripper."""
+        self._grip = CLOSE
+        yield from self.rest(steps)
+
+    def release(self, steps: int = 6) -> Motion:
+        """Opens the gripper."""
+        self._grip = OPEN
+        yield from self.rest(steps)
+
+    def shift(self, offset: np.ndarray, **options) -> Motion:
+        """Straight on by ``offset`` [3] from where the hand is."""
+        yield from self.go(self.scene.hand()[0] + offset, **options)
+
+    def carry(self, name: str, target: np.ndarray, **options) -> Motion:
+        """Moves until the centre of what is held is at ``target`` [3]."""
+        held = self.scene.box(name).centre - self.scene.hand()[0]
+        yield from self.go(target - held, **options)
+
+    def _action(self, offset: np.ndarray, angles: np.ndarray, speed: float = 1.0) -> np.ndarray:
+        """Slowed on all axes alike, so that paths stay straight."""
+        wanted = _GAIN * np.concatenate([offset / METRES, angles / RADIANS])
+        for part, limits in ((wanted[:3], speed * LIMITS[:3]), (wanted[3:], LIMITS[3:])):
+            part /= max(1.0, np.max(np.abs(part) / limits))
+        return np.append(wanted, self._grip)
+
+
+def pointing_down(yaw: float = 0.0) -> Rotation:
+    """The hand over a table, its fingers opening along y turned by ``yaw`` about the vertical."""
+    return Rotation.from_euler("z", yaw) * DOWN
+
+
+def across(axis: np.ndarray) -> Rotation:
+    """The hand over a table, its fingers opening along a horizontal ``axis``; the shorter turn."""
+    yaw = np.arctan2(-axis[0], axis[1])
+    return pointing_down((yaw + np.pi / 2) % np.pi - np.pi / 2)
+
+
+# ----------------------------------------------------------------------------
+# Scripts that solve LIBERO tasks with the motions of ``arm.py``.
+#
+# A script reads where things are and yields actions until its task should be solved. ``SCRIPTS``
+# says which task is solved by which script.
+
+
+UP = np.array([0.0, 0.0, 1.0])
+_TRAVEL = 0.12  # clearance above what is grasped or passed
+_WALL = 0.005  # from a rim's outer edge to the middle of its wall
+_DEPTH = 0.03  # of the fingertips below the top of what is grasped
+_ATTEMPTS = 3
+_PUSHES = 4  # the fingers may slip over the plate's rim
+_BOWL, _PLATE = "akita_black_bowl_1_main", "plate_1_main"
+
+Script = Callable[[Arm], Motion]
+
+
+def above(point: np.ndarray, height: float = _TRAVEL) -> np.ndarray:
+    """``height`` over a point [3]."""
+    return point + height * UP
+
+
+def pick(arm: Arm, name: str) -> Motion:
+    """Grasps a thing across its narrower side and lifts it."""
+    box = arm.scene.box(name)
+    point = np.append(box.centre[:2], max(box.top - _DEPTH, box.centre[2]))
+    yield from grasp(arm, point, across(box.axes[:, box.narrow]))
+
+
+def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
+    """Grasps the rim of a bowl or plate at its side towards +y (or -y) and lifts it."""
+    box = arm.scene.box(name)
+    reach = max(half for axis, half in enumerate(box.half) if axis != box.upright) - _WALL
+    point = np.array([box.centre[0], box.centre[1] + side * reach, box.top - 0.015])
+    yield from grasp(arm, point, pointing_down())
+
+
+def grasp(arm: Arm, point: np.ndarray, turn: Rotation) -> Motion:
+    """Comes down on a point with open fingers, closes them and lifts."""
+    yield from arm.release(1)
+    yield from arm.go(above(point), turn=turn, near=0.02)
+    yield from arm.go(point)
+    yield from arm.grip()
+    yield from arm.shift(_TRAVEL * UP, near=0.02)
+
+
+def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0.0) -> Motion:
+    """Carries what is held to ``target`` [3], passing ``over`` metres above it, and lets go.
+
+    Args:
+      arm: holds the thing.
+      name: of the thing.
+      target: place of its centre when it is let go.
+      over: height of the passage.
+      lift: metres the hand goes straight up before.
+    """
+    yield from arm.shift(lift * UP, near=0.02)
+    yield from arm.carry(name, above(target, over), near=0.015)
+    yield from arm.carry(name, target)
+    yield from arm.release()
+    yield from arm.shift(_TRAVEL * UP, near=0.03)
+
+
+def bowl_on(target: str, height: float = 0.03) -> Script:
+    """The bowl on something flat: its centre ``height`` over the target's top."""
+
+    def script(arm: Arm) -> Motion:
+        for attempt in range(_ATTEMPTS):
+            yield from pick_rim(arm, _BOWL, side=1.0 - 2 * (attempt % 2))
+            place = arm.scene.box(target)
+            goal = np.append(place.centre[:2], place.top + height)
+            yield from put(arm, _BOWL, goal, over=0.06)
+
+    return script
+
+
+def into_basket(*names: str) -> Script:
+    """Things into the basket, one after another."""
+
+    def script(arm: Arm) -> Motion:
+        for name in names:
+            for _ in range(_ATTEMPTS):
+                yield from pick(arm, name)
+                basket, box = arm.scene.box("basket_1_main"), arm.scene.box(name)
+                tall = box.half[box.upright]
+                goal = np.append(basket.centre[:2], basket.centre[2] + max(tall - 0.04, 0.0))
+                lift = max(0.0, basket.top + tall + 0.02 - box.centre[2])
+                yield from put(arm, name, goal, over=basket.top + tall + 0.02 - goal[2], lift=lift)
+                if np.linalg.norm(arm.scene.box(name).centre[:2] - basket.centre[:2]) < 0.06:
+                    break
+
+    return script
+
+
+def turn_on_stove(arm: Arm) -> Motion:
+    """Takes the ridge of the knob between the fingers and turns it."""
+    knob = arm.scene.box("flat_stove_1_button")
+    point = np.append(arm.scene.place("flat_stove_1_button")[:2], knob.top - 0.02)
+    yield from arm.go(above(point, 0.06), turn=pointing_down(), near=0.015)
+    yield from arm.go(point)
+    yield from arm.grip(6)
+    yield from arm.go(point, turn=pointing_down(1.2), steps=60)
+    yield from arm.release()
+    yield from arm.go(above(point), turn=pointing_down(), near=0.03)
+
+
+def open_drawer(level: str) -> Script:
+    """Takes the handle from the front, the hand nearly level, and pulls."""
+
+    def script(arm: Arm) -> Motion:
+        box = arm.scene.box(f"wooden_cabinet_1_cabinet_{level}")
+        front = box.centre + box.axes[:, 1] * -box.half[1]
+        handle = front + box.axes[:, 1] * 0.008
+        outward = (front - box.centre) / np.linalg.norm(front - box.centre)
+        level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
+        yield from arm.go(
+            handle + 0.10 * outward + 0.03 * UP, turn=level_hand, near=0.02, steps=140
+        )
+        yield from arm.go(handle)
+        yield from arm.grip()
+        yield from arm.go(handle + 0.22 * outward, steps=80)
+
+    return script
+
+
+def push_plate(arm: Arm) -> Motion:
+    """Pushes the plate from inside its rim with closed fingers, steering as it slides.
+
+    The cabinet leaves no room behind it, and what is pushed at its front cannot turn away.
+    """
+    goal = arm.scene.place("main_table_stove_front_region")[:2]
+    height = arm.scene.box(_PLATE).centre[2]
+    yield from arm.grip(1)
+
+    def ahead(distance: float, lift: float) -> np.ndarray:
+        plate = arm.scene.box(_PLATE).centre[:2]
+        way = goal - plate
+        return np.append(plate + distance * way / max(np.linalg.norm(way), 0.02), height + lift)
+
+    for attempt in range(_PUSHES):
+        press = -0.02 * (attempt % 2)  # harder every other time
+        yield from arm.go(lambda: ahead(0.03, 0.06), near=0.015)
+        yield from arm.go(functools.partial(ahead, 0.03, press), steps=20)
+        yield from arm.go(functools.partial(ahead, 0.10, press), steps=45, speed=0.6)
+        yield from arm.shift(0.06 * UP, near=0.02)
+
+
+# In the order of the suite's tasks.
+_GROCERIES = (
+    "alphabet_soup",
+    "cream_cheese",
+    "salad_dressing",
+    "bbq_sauce",
+    "ketchup",
+    "tomato_sauce",
+    "butter",
+    "milk",
+    "chocolate_pudding",
+    "orange_juice",
+)
+SCRIPTS: dict[str, dict[int, Script]] = {
+    "libero_goal": {
+        0: open_drawer("middle"),
+        1: bowl_on("flat_stove_1_burner"),
+        5: push_plate,
+        7: turn_on_stove,
+        8: bowl_on(_PLATE),
+    },
+    "libero_spatial": dict.fromkeys((0, 1, 2, 3, 5, 7, 8), bowl_on(_PLATE)),
+    "libero_object": {
+        number: into_basket(f"{name}_1_main")
+        for number, name in enumerate(_GROCERIES)
+        if name != "cream_cheese"
+    },
+    "libero_10": {
+        0: into_basket("alphabet_soup_1_main", "tomato_sauce_1_main"),
+        7: into_basket("alphabet_soup_1_main", "cream_cheese_1_main"),
+    },
+}
+"""Suite -> number of a task in it -> script."""
+
+
+def solve(script: Script, scene: Scene) -> Motion:
+    """The actions of a script in a scene, and rest once it is done; endless."""
+    arm = Arm(scene)
+    yield from script(arm)
+    while True:
+        yield from arm.rest(1)

@@ -1,0 +1,156 @@
+"""SimplerEnv's WidowX tasks for policies trained on Bridge (Li et al. 2024, arXiv 2405.05941).
+
+Follows simpler_env/evaluation/maniskill2_evaluator.py and UniVLA reference/RoboVLMs/eval/simpler;
+``simpler_env`` is imported only inside a worker and used through its gym interface, whose tasks
+bring overlay, camera and robot pose with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from univla_jax.data.action_conventions import widowx_commands
+from univla_jax.episode import Observation
+from univla_jax.errors import UserError
+from univla_jax.simulators.base import Benchmark, Job, Turn, package_versions
+
+MAX_STEPS = {
+    "widowx_spoon_on_towel": 60,
+    "widowx_carrot_on_plate": 60,
+    "widowx_stack_cube": 60,
+    "widowx_put_eggplant_in_basket": 120,
+}
+EPISODES = 24
+_PACKAGES = ("simpler_env", "mani_skill2_real2sim", "sapien", "numpy")
+# Unnormalised range of Bridge actions, for random ones: metres, radians, gripper 0...1.
+_RANGE = (-0.03, -0.04, -0.04, -0.08, -0.08, -0.2, 0.0), (0.03, 0.04, 0.04, 0.08, 0.08, 0.2, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimplerProtocol:
+    """Every choice of a SimplerEnv evaluation.
+
+    Attributes:
+      tasks: of ``MAX_STEPS``, in the order of the report.
+      episodes_per_task: object layouts 0 … n - 1 of the 24 of each task.
+      control_hz: of the simulator.
+      execute: actions executed of each chunk; 0 executes all. The published policy predicts 5.
+      resize: by the image spec in the checkpoint's assets (640 x 480 to 256 x 256, not cropped).
+      rotation: how the rotation is sent.
+      gripper: +1 opens.
+      stop_at_success: whether an episode ends at its first success; officially it goes on, and
+        what counts is the state after the last step.
+    """
+
+    tasks: tuple[str, ...] = tuple(MAX_STEPS)
+    episodes_per_task: int = EPISODES
+    control_hz: int = 5
+    execute: int = 0
+    resize: str = "checkpoint"
+    rotation: str = "axis times angle of the Euler delta"
+    gripper: str = "+1 above 0.5, else -1"
+    stop_at_success: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown task or too many episodes."""
+        for task in self.tasks:
+            if task not in MAX_STEPS:
+                raise UserError(f"simpler: task {task!r}, expected some of {', '.join(MAX_STEPS)}")
+        if not 1 <= self.episodes_per_task <= EPISODES:
+            raise UserError(
+                f"--episodes_per_task: {self.episodes_per_task}, expected 1 to {EPISODES}"
+            )
+
+
+def benchmark(rules: SimplerProtocol) -> Benchmark:
+    """The tasks ready for a campaign."""
+    steps = {task: MAX_STEPS[task] for task in rules.tasks}
+    episodes = range(rules.episodes_per_task)
+    return Benchmark(
+        name="simpler_bridge",
+        protocol={"benchmark": "simpler", **dataclasses.asdict(rules), "max_steps": steps},
+        jobs=tuple(Job(task, i) for task in range(len(rules.tasks)) for i in episodes),
+        make=functools.partial(SimplerSimulator, rules),
+        execute=rules.execute,
+        random_range=_RANGE,
+    )
+
+
+class SimplerSimulator:
+    """The tasks, one environment at a time."""
+
+    def __init__(self, rules: SimplerProtocol) -> None:
+        """Imports the simulator.
+
+        Raises:
+          UserError: ``simpler_env`` is missing.
+        """
+        try:
+            import simpler_env
+            from simpler_env.utils.env import observation_utils
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"SimplerEnv needs the package {error.name}; install it as "
+                "github.com/simpler-env/SimplerEnv says"
+            ) from error
+        self._rules, self._make = rules, simpler_env.make
+        self._image_of = observation_utils.get_image_from_maniskill2_obs_dict
+        self._env: Any = None
+        self._name = ""
+
+    def reset(self, job: Job) -> None:
+        """Begins layout ``job.trial`` of a task."""
+        name = self._rules.tasks[job.task]
+        if name != self._name:
+            if self._env is not None:
+                self._env.close()
+            self._env, self._name = self._make(name), name
+        options = {"obj_init_options": {"episode_id": job.trial}}
+        self._seen, _ = self._env.reset(options=options)
+        self._layout, self._steps, self._success = job.trial, 0, False
+        self._ever, self._stats = False, {}
+        self._words = self._env.get_language_instruction()
+
+    def observe(self) -> Observation:
+        """The third-person camera and the words of now."""
+        return Observation(self._words, {"image": self.picture()})
+
+    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+        """Executes one action of the Bridge corpus [7]: metres, Euler angles, gripper 0...1.
+
+        It is drawn in any case.
+        """
+        del look
+        self._seen, _, done, truncated, info = self._env.step(widowx_commands(action))
+        self._steps += 1
+        self._success = bool(done)
+        self._ever |= self._success
+        self._stats = info.get("episode_stats", {})
+        out_of_time = bool(truncated) or self._steps >= MAX_STEPS[self._name]
+        if out_of_time or (self._success and self._rules.stop_at_success):
+            return Turn.ENDED
+        before, self._words = self._words, self._env.get_language_instruction()
+        return Turn.GOES_ON if before == self._words else Turn.NEXT_TASK
+
+    def result(self) -> dict[str, Any]:
+        """Outcome after the last step, whether it ever succeeded, and the task's own counts."""
+        return {
+            "task": self._name,
+            "layout": self._layout,
+            "success": self._success,
+            "ever_success": self._ever,
+            "steps": self._steps,
+            "stats": {name: float(value) for name, value in self._stats.items()},
+        }
+
+    def picture(self) -> np.ndarray:
+        """The third-person camera, uint8 [480, 640, 3]."""
+        return np.asarray(self._image_of(self._env, self._seen))
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that move the score."""
+        return package_versions(_PACKAGES)

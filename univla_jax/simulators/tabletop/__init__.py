@@ -1,0 +1,1 @@
+"""The embedded tabletop: a small deterministic simulator with scripted demonstrations."""

@@ -1,0 +1,412 @@
+"""A small deterministic tabletop: a gripper, coloured blocks and zones, told what to do in words.
+
+Kinematic and exact: the same seed and actions give the same episode to the last bit. Lengths are
+table units (the table is [0, 1]²), angles radians, one step is 0.2 s (5 Hz).
+
+Actions are float32 [7]: dx, dy, dz (table units, at most ``MAX_STEP`` each), droll, dpitch, dyaw
+(radians, at most ``MAX_TURN``), gripper (> 0 closes, otherwise opens).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+
+from univla_jax.simulators.tabletop import tabletop_render
+
+# ----------------------------------------------------------------------------
+# Task families of the tabletop: instructions and success predicates.
+#
+# Every scene holds several blocks and zones of different colours, so only the instruction tells
+# which of them is meant. A task counts as failed once another block was touched first; reaching a
+# zone touches none.
+
+
+BLOCK_RGB = {
+    "red": (205, 48, 44),
+    "green": (58, 150, 70),
+    "blue": (48, 92, 200),
+    "yellow": (236, 190, 40),
+}
+ZONE_RGB = {"white": (250, 250, 250), "black": (20, 20, 24)}
+FAMILIES = ("touch", "lift", "push", "place", "reach")
+PUSH_DIRECTIONS = {"left": np.array([-1.0, 0.0]), "right": np.array([1.0, 0.0])}
+PUSH_DISTANCE = 0.1
+LIFT_HEIGHT = 0.12
+ZONE_REACH = 0.08
+REACH_HEIGHT = 0.1  # above a block's top, to which the expert goes down
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is asked for in one episode.
+
+    Attributes:
+      family: one of ``FAMILIES``.
+      block: colour of the block meant; empty for reach.
+      target: zone colour (place, reach), direction (push) or empty.
+      origin: (x, y) of the block at the start, table units; unused by reach.
+    """
+
+    family: str
+    block: str
+    target: str
+    origin: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def instruction(self) -> str:
+        """The task in words."""
+        if self.family == "push":
+            return f"push the {self.block} block to the {self.target}"
+        if self.family == "place":
+            return f"put the {self.block} block in the {self.target} zone"
+        if self.family == "reach":
+            return f"reach the {self.target} zone"
+        return f"{self.family} the {self.block} block"
+
+    def succeeded(self, scene) -> bool:
+        """Whether ``scene`` (a ``tabletop.Scene``) fulfils the task."""
+        if self.family == "reach":
+            return self._in_zone(scene, scene.gripper.position) and (
+                scene.gripper.height < REACH_HEIGHT and not scene.touched
+            )
+        index = next(i for i, b in enumerate(scene.blocks) if b.colour == self.block)
+        if not scene.touched or scene.touched[0] != index:
+            return False
+        block = scene.blocks[index]
+        if self.family == "lift":
+            return scene.held == index and block.height > LIFT_HEIGHT
+        if self.family == "push":
+            moved = block.position - np.array(self.origin)
+            along = float(moved @ PUSH_DIRECTIONS[self.target])
+            return along > PUSH_DISTANCE and abs(moved[1]) < 0.08 and scene.held is None
+        if self.family == "place":
+            return self._in_zone(scene, block.position) and scene.held is None
+        return True
+
+    def others(self, scene) -> list[Task]:
+        """The same kind of task for each other block of ``scene``, or each other zone (reach)."""
+        if self.family == "reach":
+            zones = [z for z in scene.zones if z.colour != self.target]
+            return [dataclasses.replace(self, target=zone.colour) for zone in zones]
+        blocks = [b for b in scene.blocks if b.colour != self.block]
+        return [
+            dataclasses.replace(self, block=b.colour, origin=tuple(map(float, b.position)))
+            for b in blocks
+        ]
+
+    def _in_zone(self, scene, position: np.ndarray) -> bool:
+        offset = np.linalg.norm(position - scene.zone(self.target).position)
+        return bool(offset < ZONE_REACH)
+
+
+def sample_task(
+    rng: np.random.Generator,
+    scene,
+    block_colours: list[str],
+    zone_colours: list[str],
+    family: str | None = None,
+) -> Task:
+    """Draws a task that the scene allows.
+
+    Args:
+      rng: source of randomness.
+      scene: a ``tabletop.Scene``, to read the block's place.
+      block_colours: colours on the table.
+      zone_colours: zones on the table.
+      family: one of ``FAMILIES``, or None for any.
+
+    Raises:
+      ValueError: unknown family.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"unknown task family {family!r}; known: {', '.join(FAMILIES)}")
+    family = family or str(rng.choice(FAMILIES))
+    block = str(rng.choice(block_colours))
+    if family == "reach":  # after the block, so that a seed means the same zone as in place
+        return Task(family, "", str(rng.choice(zone_colours)))
+    position = scene.block(block).position
+    target = ""
+    if family == "place":
+        target = str(rng.choice(zone_colours))
+    elif family == "push":
+        # Towards the middle: the gripper needs room behind the block, the block room ahead.
+        target = "right" if position[0] < 0.5 else "left"
+        if 0.35 < position[0] < 0.65:
+            target = str(rng.choice(list(PUSH_DIRECTIONS)))
+    return Task(family, block, target, (float(position[0]), float(position[1])))
+
+
+# ----------------------------------------------------------------------------
+
+
+CONTROL_HZ = 5.0
+MAX_STEP = 0.1
+MAX_TURN = 0.3
+MAX_HEIGHT = 0.35
+MARGIN = 0.05  # how far beyond the table's edge the gripper reaches and the fixed camera sees
+BLOCK_HALF = 0.06
+BLOCK_TOP = 0.08
+ZONE_RADIUS = 0.11
+GRASP_REACH = 0.055
+CONTACT = 0.025  # a closed gripper this little above a block touches it
+PUSH_REACH = 0.09
+SUBSTEPS = 4  # parts of a step, short enough that a pushed block is never passed through
+LOW = 0.07  # the gripper moves blocks aside below this height
+BLOCK_COUNT = 3
+ZONE_COUNT = 2
+HOME = np.array([0.5, 0.0875, 0.22])  # where the gripper starts: at the robot's side, raised
+COLUMNS = (0.0875, 0.3625, 0.6375, 0.9125)  # centres of the cells things lie in; rows are alike
+BLOCK_CELLS = np.array([(x, y) for y in COLUMNS[1:3] for x in COLUMNS])  # the first row is free
+ZONE_CELLS = np.array([(x, COLUMNS[3]) for x in COLUMNS])  # along the far edge
+JITTER = 0.01  # how far things lie from the centre of their cell, along each axis
+
+
+@dataclasses.dataclass
+class Block:
+    """A coloured cube; ``height`` is how far it is lifted off the table."""
+
+    colour: str
+    position: np.ndarray
+    yaw: float = 0.0
+    height: float = 0.0
+    half_size: float = BLOCK_HALF
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """Colour for drawing."""
+        return BLOCK_RGB[self.colour]
+
+
+@dataclasses.dataclass(frozen=True)
+class Zone:
+    """A coloured disc painted on the table."""
+
+    colour: str
+    position: np.ndarray
+    radius: float = ZONE_RADIUS
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """Colour for drawing."""
+        return ZONE_RGB[self.colour]
+
+
+@dataclasses.dataclass
+class Gripper:
+    """Pose of the gripper; ``rotation`` is roll, pitch, yaw in radians."""
+
+    position: np.ndarray
+    height: float
+    rotation: np.ndarray
+    is_open: bool = True
+
+    @property
+    def yaw(self) -> float:
+        """Rotation about the vertical axis, radians."""
+        return float(self.rotation[2])
+
+
+@dataclasses.dataclass
+class Scene:
+    """Everything there is: what success predicates and the scripted expert look at."""
+
+    blocks: list[Block]
+    zones: list[Zone]
+    gripper: Gripper
+    held: int | None = None
+    touched: list[int] = dataclasses.field(default_factory=list)
+
+    def block(self, colour: str) -> Block:
+        """The block of that colour."""
+        return next(b for b in self.blocks if b.colour == colour)
+
+    def zone(self, colour: str) -> Zone:
+        """The zone of that colour."""
+        return next(z for z in self.zones if z.colour == colour)
+
+
+class TabletopEnv(gymnasium.Env):
+    """The tabletop behind the gymnasium interface.
+
+    Observations: ``image`` uint8 [64, 64, 3] (fixed camera), ``wrist_image`` uint8 [32, 32, 3]
+    (carried by the gripper), ``state`` float32 [8] (x, y, z, roll, pitch, yaw, opening, holding).
+    ``info``: ``instruction`` str, ``family`` str, ``success`` bool. The episode terminates on
+    success and is truncated after ``max_steps``.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+    image_size = 64
+    wrist_size = 32
+
+    def __init__(self, *, max_steps: int = 40, render_mode: str | None = None):
+        """Makes an environment; nothing is placed before ``reset``.
+
+        Args:
+          max_steps: steps after which an episode is truncated.
+          render_mode: ``"rgb_array"`` or None.
+        """
+        self.max_steps = max_steps
+        self.render_mode = render_mode
+        box = gymnasium.spaces.Box
+        self.observation_space = gymnasium.spaces.Dict(
+            image=box(0, 255, (self.image_size, self.image_size, 3), np.uint8),
+            wrist_image=box(0, 255, (self.wrist_size, self.wrist_size, 3), np.uint8),
+            state=box(-np.inf, np.inf, (8,), np.float32),
+        )
+        limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3 + [1.0], np.float32)
+        self.action_space = box(-limit, limit, dtype=np.float32)
+        self.scene: Scene
+        self.task: Task
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Places blocks, zones and gripper, and draws a task.
+
+        Args:
+          seed: fixes the whole episode.
+          options: ``family`` restricts the task family.
+
+        Returns:
+          (observation, info).
+        """
+        super().reset(seed=seed)
+        rng = self.np_random
+        self.scene = _place(rng)
+        colours = [b.colour for b in self.scene.blocks], [z.colour for z in self.scene.zones]
+        self.task = sample_task(rng, self.scene, *colours, family=(options or {}).get("family"))
+        self._steps = 0
+        return self._observe(), self._info()
+
+    def step(self, action: np.ndarray):
+        """Moves by one action, clipped to the action space.
+
+        Args:
+          action: float [7].
+
+        Raises:
+          ValueError: the action has another shape or is not finite.
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"action must be 7 finite numbers, got {action}")
+        advance(self.scene, np.clip(action, self.action_space.low, self.action_space.high))
+        self._steps += 1
+        info = self._info()
+        truncated = self._steps >= self.max_steps
+        return self._observe(), float(info["success"]), info["success"], truncated, info
+
+    def render(self, size: int = 256) -> np.ndarray:
+        """The fixed camera at any size, uint8 [size, size, 3]."""
+        return tabletop_render.render_fixed(self.scene, size)
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        gripper = self.scene.gripper
+        state = [*gripper.position, gripper.height, *gripper.rotation]
+        state += [float(gripper.is_open), float(self.scene.held is not None)]
+        return {
+            "image": tabletop_render.render_fixed(self.scene, self.image_size),
+            "wrist_image": tabletop_render.render_wrist(self.scene, self.wrist_size),
+            "state": np.array(state, np.float32),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "instruction": self.task.instruction,
+            "family": self.task.family,
+            "success": self.task.succeeded(self.scene),
+        }
+
+
+def _place(rng: np.random.Generator) -> Scene:
+    """Blocks and zones in different cells, a little off their centres; the gripper at home."""
+    block_colours = rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)
+    zone_colours = rng.choice(list(ZONE_RGB), ZONE_COUNT, replace=False)
+    blocks = [Block(str(c), p) for c, p in zip(block_colours, _spots(rng, BLOCK_CELLS))]
+    zones = [Zone(str(c), p) for c, p in zip(zone_colours, _spots(rng, ZONE_CELLS))]
+    return Scene(blocks, zones, Gripper(HOME[:2].copy(), float(HOME[2]), np.zeros(3)))
+
+
+def _spots(rng: np.random.Generator, cells: np.ndarray) -> np.ndarray:
+    """The cells' centres in random order, a little off, float64 [N, 2]."""
+    return rng.permutation(cells) + rng.uniform(-JITTER, JITTER, cells.shape)
+
+
+def advance(scene: Scene, action: np.ndarray) -> None:
+    """Moves the scene by one step, in place.
+
+    Args:
+      scene: changed.
+      action: float64 [7] inside the action space.
+    """
+    _open_or_close(scene, close=action[6] > 0)
+    for _ in range(SUBSTEPS):
+        _move(scene, action[:6] / SUBSTEPS)
+
+
+def _move(scene: Scene, motion: np.ndarray) -> None:
+    """Moves the gripper, what it holds and what it pushes by float64 [6]."""
+    gripper = scene.gripper
+    before = gripper.position.copy()
+    gripper.position = np.clip(gripper.position + motion[:2], -MARGIN, 1.0 + MARGIN)
+    gripper.height = _new_height(scene, gripper.height + motion[2])
+    gripper.rotation = gripper.rotation + motion[3:]
+    if scene.held is not None:
+        held = scene.blocks[scene.held]
+        held.position = np.clip(held.position + gripper.position - before, 0.0, 1.0)
+        held.height = max(gripper.height - 0.03, 0.0)
+        held.yaw += float(motion[5])
+    _push_aside(scene)
+
+
+def _open_or_close(scene: Scene, close: bool) -> None:
+    gripper = scene.gripper
+    if close and gripper.is_open and gripper.height < LOW:
+        distances = [np.linalg.norm(b.position - gripper.position) for b in scene.blocks]
+        nearest = int(np.argmin(distances))
+        if distances[nearest] < GRASP_REACH:
+            scene.held = nearest
+            _touch(scene, nearest)
+    if not close and scene.held is not None:
+        scene.blocks[scene.held].height = 0.0
+        scene.held = None
+    gripper.is_open = not close
+
+
+def _new_height(scene: Scene, wanted: float) -> float:
+    """A closed empty gripper comes to rest on a block; an open one straddles it."""
+    floor = 0.03
+    gripper = scene.gripper
+    for index, block in enumerate(scene.blocks):
+        if index == scene.held:
+            continue
+        above = np.abs(block.position - gripper.position).max() < block.half_size + 0.02
+        if above and not gripper.is_open and gripper.height >= BLOCK_TOP:
+            floor = max(floor, BLOCK_TOP)
+            if wanted <= BLOCK_TOP + CONTACT:
+                _touch(scene, index)
+    return float(np.clip(wanted, floor, MAX_HEIGHT))
+
+
+def _push_aside(scene: Scene) -> None:
+    """A low gripper pushes blocks out of its way; an open one leaves those between its fingers."""
+    gripper = scene.gripper
+    if gripper.height >= LOW:
+        return
+    for index, block in enumerate(scene.blocks):
+        offset = block.position - gripper.position
+        distance = float(np.linalg.norm(offset))
+        inside = gripper.is_open and distance < GRASP_REACH
+        if index == scene.held or inside or distance >= PUSH_REACH:
+            continue
+        away = offset / distance if distance > 1e-9 else np.array([1.0, 0.0])
+        block.position = np.clip(gripper.position + PUSH_REACH * away, 0.05, 0.95)
+        _touch(scene, index)
+
+
+def _touch(scene: Scene, index: int) -> None:
+    if index not in scene.touched:
+        scene.touched.append(index)

@@ -1,0 +1,125 @@
+"""What one accelerator can do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from univla_jax.models import decoder_config
+from univla_jax.models.decoder_config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU chip or GPU.
+
+    Attributes:
+      name: as topologies are written, ``"v6e"``.
+      kind: how JAX calls its devices, or how those names begin.
+      hbm_gib: GiB a program may use: what the TPU compiler itself refuses to exceed, a little less
+        than the 16, 95 and 32 GB of the data sheets.
+      teraflops: peak in bf16 without sparsity, 10^12 operations per second.
+      gigabytes_per_second: memory bandwidth, 10^9 bytes per second.
+    """
+
+    name: str
+    kind: str
+    hbm_gib: float
+    teraflops: float
+    gigabytes_per_second: float
+
+
+# cloud.google.com/tpu/docs/{v5e,v5p,v6e}, usable memory from the compiler's own messages;
+# nvidia.com, data sheets of the SXM versions.
+_TPUS = (
+    Chip("v5e", "TPU v5 lite", 15.75, 197, 819),
+    Chip("v6e", "TPU v6 lite", 31.25, 918, 1640),
+    Chip("v5p", "TPU v5", 95.74, 459, 2765),
+)
+_GPUS = (
+    Chip("a100", "NVIDIA A100", 80.0, 312, 2039),
+    Chip("h100", "NVIDIA H100", 80.0, 989, 3350),
+    Chip("h200", "NVIDIA H200", 141.0, 989, 4800),
+)
+CHIPS = {chip.name: chip for chip in _TPUS}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The row of a device, None for one that is not in the table, such as a CPU."""
+    for chip in (*_TPUS, *_GPUS):
+        if device.device_kind.startswith(chip.kind):
+            return chip
+    return None
+
+
+# ----------------------------------------------------------------------------
+# Floating-point operations of the decoder, counted by hand.
+#
+# Convention, as in the tables that others publish: a multiply-add is two operations; only matrix
+# products count; causal attention counts half of the square; the embedding look-up counts nothing;
+# the head counts where it runs; the backward pass is twice the forward pass; what is computed again
+# for the backward pass (remat) does not count, except in ``recomputed_flops``.
+
+
+BACKWARD = 2  # operations of the backward pass in units of the forward pass
+
+
+def projection_flops(config: DecoderConfig) -> dict[str, float]:
+    """Forward operations of one layer for one token, by the named tensor each product makes."""
+    width, head = config.hidden_size, config.head_dim
+    query, key = 2.0 * width * config.num_heads * head, 2.0 * width * config.num_kv_heads * head
+    wide = 2.0 * width * config.mlp_size
+    return {
+        decoder_config.QUERY: query,
+        decoder_config.KEY: key,
+        decoder_config.VALUE: key,
+        decoder_config.OUTPUT: query,
+        decoder_config.GATE: wide,
+        decoder_config.UP: wide,
+        decoder_config.DOWN: wide,
+    }
+
+
+def attention_flops(config: DecoderConfig, length: int) -> float:
+    """Forward operations of one layer's attention for one token of a row of ``length`` tokens."""
+    return 2.0 * length * config.num_heads * config.head_dim
+
+
+def head_flops(config: DecoderConfig) -> float:
+    """Forward operations of the head at one position; padding rows of the vocabulary are free."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def token_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> float:
+    """Forward operations per token of a row.
+
+    Args:
+      config: the decoder.
+      length: tokens of the row; packed segments count as one.
+      head_share: share of the positions that the head runs on.
+    """
+    layer = sum(projection_flops(config).values()) + attention_flops(config, length)
+    return config.num_layers * layer + head_share * head_flops(config)
+
+
+def head_share(max_labelled: int, length: int) -> float:
+    """Share of the positions that the head runs on; ``max_labelled`` as ``LossConfig`` has it."""
+    return min(max_labelled or length, length) / length
+
+
+def training_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> float:
+    """Operations per token of one training step, forward and backward."""
+    return (1 + BACKWARD) * token_flops(config, length, head_share)
+
+
+def recomputed_flops(config: DecoderConfig, length: int) -> float:
+    """Operations per token which the remat preset adds to a training step.
+
+    The last product of a layer is never needed again: its result only enters the residual sum.
+    """
+    kept = {*decoder_config.REMAT_PRESETS[config.remat], decoder_config.DOWN}
+    again = sum(flops for name, flops in projection_flops(config).items() if name not in kept)
+    if decoder_config.ATTENTION_OUT not in kept:
+        again += attention_flops(config, length)
+    return config.num_layers * again

@@ -1,0 +1,353 @@
+"""Weighted next-token cross-entropy that never holds the logits of a whole batch.
+
+The loss of a micro-batch is returned as two sums, so that micro-batches, devices and hosts combine
+exactly: ``loss = sum(w * nll) / sum(w)`` over everything (reference ``modeling_emu3.py:1586-1598``
+takes that mean per micro-batch; golden fact 9).
+
+Axes: B batch, S sequence, P predicted positions (S, or the labelled ones), D model, V padded
+vocabulary, I chunks, J positions per chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from univla_jax.errors import UserError
+from univla_jax.models.action_expert import ActionExpert
+from univla_jax.models.decoder import Decoder
+from univla_jax.training.cross_entropy import cross_entropy
+
+MODALITIES = ("text", "visual", "action")
+DROPPED = "dropped_labels"
+
+
+class TokenBatch(Protocol):
+    """What the loss reads of a batch: int32/float32 arrays [B, S].
+
+    ``loss_weight[b, s]`` weighs the prediction of ``tokens[b, s]`` from what precedes it; it is 0
+    on the first token of a segment and on padding.
+    """
+
+    tokens: Any
+    loss_weight: Any
+    positions: Any
+    segment_ids: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Modalities:
+    """Static id ranges (inclusive) that say which modality a label belongs to.
+
+    Attributes:
+      visual: first and last visual id.
+      action: first and last action id.
+      action_marks: further ids counted as action (boa, eoa).
+    """
+
+    visual: tuple[int, int]
+    action: tuple[int, int]
+    action_marks: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, vocabulary: Any) -> Modalities:
+        """From a ``tokenizers.vocabulary.Vocabulary``."""
+        v = vocabulary
+        return cls(
+            visual=(v.visual_start, v.visual_start + v.visual_size - 1),
+            action=(v.action_last - v.action_size + 1, v.action_last),
+            action_marks=(v.boa, v.eoa),
+        )
+
+    def index(self, ids: jax.Array) -> jax.Array:
+        """Position in ``MODALITIES`` of each id, int32, the shape of ``ids``."""
+        visual = (ids >= self.visual[0]) & (ids <= self.visual[1])
+        action = (ids >= self.action[0]) & (ids <= self.action[1])
+        for mark in self.action_marks:
+            action |= ids == mark
+        return jnp.where(visual, 1, jnp.where(action, 2, 0))
+
+
+def weighted_cross_entropy(
+    model: Decoder,
+    params: Any,
+    batch: TokenBatch,
+    modalities: Modalities,
+    *,
+    max_labelled: int | None = None,
+    chunks: int | None = None,
+    train: bool = False,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Sums of the weighted negative log-likelihood of one micro-batch.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      batch: tokens, loss weights, positions and segments [B, S].
+      modalities: id ranges for the metrics.
+      max_labelled: the most labelled tokens a row may have; the hidden states are gathered at
+        those positions before the head. A row with more makes the loss NaN and counts them in
+        ``metrics["dropped_labels"]``; see ``check_labelled``. None computes every position.
+      chunks: parts in which the head is applied, see ``cross_entropy.default_chunks``.
+      train: dropout on.
+      dropout_key: random key, needed when the configuration has dropout and ``train``.
+
+    Returns:
+      sum of w * nll (float32, differentiable), sum of w (float32), and metrics, all of them sums
+      that add up over micro-batches: per modality ``<name>_nll``, ``<name>_correct``,
+      ``<name>_tokens`` (unweighted, over labelled tokens) and ``dropped_labels``. ``averages``
+      turns summed metrics into means.
+    """
+    rngs = {"dropout": dropout_key} if dropout_key is not None else None
+    hidden, _ = model.apply(
+        {"params": params},
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        train=train,
+        rngs=rngs,
+    )
+    return loss_of_hidden(
+        model, params, hidden, batch, modalities, max_labelled=max_labelled, chunks=chunks
+    )
+
+
+def loss_of_hidden(
+    model: Decoder,
+    params: Any,
+    hidden: jax.Array,
+    batch: TokenBatch,
+    modalities: Modalities,
+    *,
+    max_labelled: int | None = None,
+    chunks: int | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """``weighted_cross_entropy`` of hidden states [B, S, D] that are there already."""
+    targets, weights = _shift(batch.tokens), _shift(batch.loss_weight).astype(jnp.float32)
+    dropped = jnp.zeros((), jnp.float32)
+    if max_labelled is not None and max_labelled < targets.shape[1]:
+        hidden, targets, weights, dropped = gather_labelled(hidden, targets, weights, max_labelled)
+    head = model.apply({"params": params}, method="head_rows")
+    total, per_token = cross_entropy(
+        hidden, head, targets, weights, vocab_size=model.config.vocab_size, chunks=chunks
+    )
+    metrics = _modality_sums(modalities, targets, weights, *per_token) | {DROPPED: dropped}
+    return jnp.where(dropped > 0, jnp.nan, total), jnp.sum(weights), metrics
+
+
+def averages(metrics: dict[str, Any]) -> dict[str, float]:
+    """Means from summed metrics: ``<name>_loss`` and ``<name>_accuracy`` of what was labelled."""
+    means = {}
+    for name in MODALITIES:
+        count = float(metrics[f"{name}_tokens"])
+        if count > 0:
+            means[f"{name}_loss"] = float(metrics[f"{name}_nll"]) / count
+            means[f"{name}_accuracy"] = float(metrics[f"{name}_correct"]) / count
+    return means
+
+
+def check_labelled(loss_weight: np.ndarray, max_labelled: int) -> None:
+    """Host-side check that no row labels more tokens than the loss gathers.
+
+    Args:
+      loss_weight: [B, S].
+      max_labelled: the static capacity given to ``weighted_cross_entropy``.
+
+    Raises:
+      UserError: naming the row with the most labels and the value needed.
+    """
+    counts = np.count_nonzero(np.asarray(loss_weight)[:, 1:], axis=1)
+    row = int(np.argmax(counts))
+    if counts[row] > max_labelled:
+        raise UserError(
+            f"max_labelled={max_labelled}, but row {row} of the batch labels {counts[row]} tokens; "
+            f"set it to at least {counts[row]}, or to None to compute every position"
+        )
+
+
+def gather_labelled(
+    hidden: jax.Array, targets: jax.Array, weights: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The labelled positions of each row, in order, padded with weight 0 to ``capacity``.
+
+    Args:
+      hidden: [B, S, D].
+      targets: int32 [B, S].
+      weights: float32 [B, S]; labelled means not 0.
+      capacity: P, static.
+
+    Returns:
+      hidden [B, P, D], targets [B, P], weights [B, P], and how many labels did not fit (float32).
+    """
+    labelled = weights != 0
+    count = jnp.cumsum(labelled, axis=1)  # of labels up to and at each position
+    places = jnp.arange(capacity)
+    # the p-th label stands behind all positions that count at most p labels
+    order = jnp.sum(count[:, None, :] <= places[:, None], axis=2)
+    order = jnp.minimum(order, labelled.shape[1] - 1)
+    dropped = jnp.sum(jnp.maximum(count[:, -1] - capacity, 0))
+    pick = functools.partial(jnp.take_along_axis, indices=order, axis=1)
+    picked = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    real = places < count[:, -1:]
+    return picked, pick(targets), jnp.where(real, pick(weights), 0), dropped.astype(jnp.float32)
+
+
+def _shift(x_BS: jax.Array) -> jax.Array:
+    """What each position predicts: the next column, and 0 at the end."""
+    return jnp.pad(x_BS[:, 1:], ((0, 0), (0, 1)))
+
+
+def _modality_sums(modalities, targets, weights, nll, correct) -> dict[str, jax.Array]:
+    index, labelled = modalities.index(targets), weights != 0
+    sums = {}
+    for i, name in enumerate(MODALITIES):
+        mine = (labelled & (index == i)).astype(jnp.float32)
+        sums[f"{name}_nll"] = jnp.sum(mine * jax.lax.stop_gradient(nll))
+        sums[f"{name}_correct"] = jnp.sum(mine * correct)
+        sums[f"{name}_tokens"] = jnp.sum(mine)
+    return sums
+
+
+# ----------------------------------------------------------------------------
+# Training of the action expert: flow matching beside the decoder's cross-entropy.
+#
+#     x(tau) = (1 - tau) a + tau noise        the expert predicts  noise - a
+#     loss = cross-entropy + weight * mean((velocity - (noise - a)) ** 2)
+#
+# Source: reference ``modeling_emu3.py:1545-1600``, ``noise_schedulers.py``; FACTS §6.
+#
+# Axes: B batch, S sequence, T steps of the chunk, A action dimensions, D model.
+
+
+FLOW_WEIGHT = 5.0  # the reference's action_config.vision_loss_weight
+DECODER, EXPERT = "decoder", "action_expert"  # parts of the joint parameters
+FLOW_MSE = "flow_mse"
+
+
+@flax.struct.dataclass
+class FlowTarget:
+    """Noisy chunks and what the expert should say of them.
+
+    Attributes:
+      actions: the data, normalised, [B, T, A].
+      noise: standard normal, [B, T, A].
+      tau: noise levels [B], 1 is pure noise.
+    """
+
+    actions: jax.Array
+    noise: jax.Array
+    tau: jax.Array
+
+    @classmethod
+    def draw(cls, key: jax.Array, actions: jax.Array, *, largest: float = 1.0) -> FlowTarget:
+        """Draws noise and levels: tau = largest * (1 - Beta(1.5, 1)), whose mean is 0.4.
+
+        Args:
+          key: random key.
+          actions: [B, T, A].
+          largest: upper end of tau.
+        """
+        for_noise, for_tau = jax.random.split(key)
+        noise = jax.random.normal(for_noise, actions.shape, jnp.float32)
+        tau = largest * (1 - jax.random.beta(for_tau, 1.5, 1.0, actions.shape[:1], jnp.float32))
+        return cls(actions, noise, tau)
+
+    @property
+    def noisy(self) -> jax.Array:
+        """x(tau) [B, T, A]."""
+        tau = self.tau[:, None, None]
+        return (1 - tau) * self.actions + tau * self.noise
+
+    @property
+    def velocity(self) -> jax.Array:
+        """noise - data [B, T, A]."""
+        return self.noise - self.actions
+
+
+def flow_matching(
+    expert: ActionExpert,
+    params: Any,
+    hidden: jax.Array,
+    target: FlowTarget,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Squared error of the velocity, float32 [B]: the mean over each row's chunk.
+
+    Args:
+      expert: the expert.
+      params: its parameters.
+      hidden: [B, S, D] of the decoder.
+      target: what to predict.
+      lengths: int32 [B] real tokens per row; None takes all as real.
+    """
+    velocity, _ = expert.apply({"params": params}, target.noisy, target.tau, hidden, lengths)
+    return jnp.mean(jnp.square(velocity - target.velocity), axis=(1, 2))
+
+
+def flow_loss(
+    model: Decoder,
+    expert: ActionExpert,
+    params: Any,
+    batch: TokenBatch,
+    target: FlowTarget,
+    modalities: Modalities,
+    *,
+    weight: float = FLOW_WEIGHT,
+    reference_padding: bool = False,
+    train: bool = False,
+    dropout_key: jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Sums of the weighted cross-entropy and the weighted flow matching of one micro-batch.
+
+    The loss is their quotient. Micro-batches combine by their labelled tokens; in the layout
+    ``policy_flow`` that is one per row (boa), and so the mean over all rows.
+
+    Args:
+      model: the decoder.
+      expert: reads its hidden states.
+      params: ``{"decoder": ..., "action_expert": ...}``.
+      batch: tokens, loss weights, positions and segments [B, S]; one example per row, right-padded
+        (segment ids 1 and 0).
+      target: the rows' action chunks.
+      modalities: id ranges for the metrics.
+      weight: of the flow-matching error.
+      reference_padding: lets the expert see padding, and padding see the row, as the reference
+        with eager or sdpa attention does; by default the padding of a row changes nothing.
+      train: dropout on.
+      dropout_key: random key, needed when the configuration has dropout and ``train``.
+      **options: ``max_labelled`` and ``chunks`` of ``training.loss``.
+
+    Returns:
+      what ``weighted_cross_entropy`` returns, the flow matching added to the first sum; its
+      metrics have ``flow_mse`` besides: the sum over rows that hold data, and their number.
+    """
+    segments = batch.segment_ids
+    padding: dict[str, Any] = {"segment_ids_BS": segments}
+    if reference_padding:
+        padding = {"segment_ids_BS": jnp.ones_like(segments), "key_segment_ids_BS": segments}
+    hidden, _ = model.apply(
+        {"params": params[DECODER]},
+        batch.tokens,
+        batch.positions,
+        **padding,
+        train=train,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    total, weights, metrics = loss_of_hidden(
+        model, params[DECODER], hidden, batch, modalities, **options
+    )
+    real = jnp.sum(segments > 0, axis=1)
+    errors = flow_matching(
+        expert, params[EXPERT], hidden, target, None if reference_padding else real
+    )
+    error, rows = jnp.sum(jnp.where(real > 0, errors, 0)), jnp.sum(real > 0).astype(jnp.float32)
+    flow = weight * error / jnp.maximum(rows, 1)
+    return total + weights * flow, weights, metrics | {FLOW_MSE: (error, rows)}

@@ -1,0 +1,361 @@
+"""The model of a run: config, loss, sharded state and jitted steps, without any data or array."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from univla_jax import checkpoints
+from univla_jax import config as strict
+from univla_jax.errors import UserError
+from univla_jax.models import decoder_config as axes
+from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.decoder_config import DecoderConfig, preset
+from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training import hardware, sharding
+from univla_jax.training import sharding as batches
+from univla_jax.training.losses import (
+    DECODER,
+    EXPERT,
+    FLOW_MSE,
+    MODALITIES,
+    FlowTarget,
+    Modalities,
+    flow_loss,
+    weighted_cross_entropy,
+)
+from univla_jax.training.metrics import TOKENS
+from univla_jax.training.optimizer import make_optimizer, make_schedule
+from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
+from univla_jax.training.train_step import (
+    LossFn,
+    Step,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_from_params,
+)
+
+# ----------------------------------------------------------------------------
+# Embedding rows of visual ids that start where the vision tokenizer already knows likeness.
+#
+# A codebook row is a point in the tokenizer's latent space, where near points look alike. Projected
+# into the decoder's width, near codes start with near embeddings, so that what is learned of one is
+# learned of its neighbours too; from random rows each code is a stranger to all others.
+#
+# Axes: K codes, E latent channels, D model width.
+
+
+def init_visual_embeddings(
+    codebook_KE: np.ndarray, width: int, scale: float, seed: int
+) -> np.ndarray:
+    """Embeddings with the geometry of a codebook.
+
+    Args:
+      codebook_KE: float [K, E].
+      width: D.
+      scale: standard deviation of the result, the decoder's ``initializer_range``.
+      seed: of the projection and of the small part that tells equal rows apart.
+
+    Returns:
+      float32 [K, D].
+    """
+    rng = np.random.default_rng(seed)
+    spread = codebook_KE.std(axis=0)
+    points_KE = (codebook_KE - codebook_KE.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    projection_ED = rng.normal(size=(codebook_KE.shape[1], width)) / codebook_KE.shape[1] ** 0.5
+    own_KD = rng.normal(size=(len(codebook_KE), width))
+    rows_KD = np.sqrt(0.8) * points_KE @ projection_ED + np.sqrt(0.2) * own_KD
+    return (scale * rows_KD).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------
+# The loss of a run as its steps take it: cross-entropy, with an expert flow matching too.
+
+
+def make_loss(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    config: LossConfig,
+    expert: ActionExpert | None = None,
+) -> LossFn:
+    """The weighted cross-entropy as the steps take it, with an expert its flow matching too.
+
+    Its metrics: ``<modality>_loss`` and ``<modality>_accuracy``, unweighted means over the labelled
+    tokens of text, visual and action; ``tokens``, all but padding; with an expert ``flow_mse``.
+    An evaluation draws the same noise for every batch.
+    """
+    modalities = Modalities.of(vocabulary)
+
+    def loss(
+        params: Any, batch: Any, rng: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        options: dict[str, Any] = {
+            "max_labelled": config.max_labelled or None,
+            "chunks": config.chunks or None,
+            "train": rng is not None,
+            "dropout_key": rng if model.config.dropout else None,
+        }
+        if expert is None:
+            total, weight, sums = weighted_cross_entropy(
+                model, params, batch, modalities, **options
+            )
+            return total, weight, _metrics(sums, batch)
+        key = jax.random.key(0) if rng is None else jax.random.fold_in(rng, 1)
+        target = FlowTarget.draw(key, batch.actions)
+        options |= {"weight": config.flow_weight}
+        total, weight, sums = flow_loss(model, expert, params, batch, target, modalities, **options)
+        return total, weight, _metrics(sums, batch) | {FLOW_MSE: sums[FLOW_MSE]}
+
+    return loss
+
+
+def _metrics(sums: dict[str, jax.Array], batch: Any) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    for name in MODALITIES:
+        count = sums[f"{name}_tokens"]
+        metrics[f"{name}_loss"] = sums[f"{name}_nll"], count
+        metrics[f"{name}_accuracy"] = sums[f"{name}_correct"], count
+    return metrics | {TOKENS: jnp.sum(batch.segment_ids > 0).astype(jnp.float32)}
+
+
+# ----------------------------------------------------------------------------
+
+
+_FROM_VOCABULARY = ("vocab_size", "pad_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """What a config says about computation, over a mesh; building it allocates nothing.
+
+    Attributes:
+      config: the run's.
+      model: the decoder.
+      expert: the action expert on top of it, or None.
+      mesh: the devices, also those of a topology that is not here.
+      optimizer: AdamW with the run's schedule.
+      loss: of one batch, as sums.
+      rules: sharding rules that fit decoder and expert.
+      abstract: shapes, dtypes and shardings of the state.
+      batch_sharding: of every array [B, S] of a batch.
+    """
+
+    config: TrainConfig
+    model: Decoder
+    expert: ActionExpert | None
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    loss: LossFn
+    rules: sharding.Rules
+    abstract: TrainState
+    batch_sharding: NamedSharding
+
+    @classmethod
+    def build(cls, config: TrainConfig, vocabulary: Vocabulary, mesh: Mesh) -> RunModel:
+        """Puts the parts together.
+
+        Raises:
+          UserError: the batch does not divide over the mesh, or the model is misconfigured.
+        """
+        data = config.data
+        batches.check_batch(
+            mesh, data.batch_size, accumulation=config.accumulation, length=data.sequence_length
+        )
+        model = Decoder(decoder_config(config.model, vocabulary))
+        expert = None
+        if config.has_expert:
+            expert = ActionExpert(expert_config(config.model, model.config), model.config)
+            if mesh.shape["context"] > 1:
+                raise UserError(
+                    f"mesh.context: {mesh.shape['context']}, but chunks of the layout "
+                    f"{data.layout!r} are not split along time; set it to 1"
+                )
+        optimizer = make_optimizer(config.optimizer, config.total_steps)
+        return cls(
+            config=config,
+            model=model,
+            expert=expert,
+            mesh=mesh,
+            optimizer=optimizer,
+            loss=make_loss(model, vocabulary, config.loss, expert),
+            rules=model_rules(model.config, mesh, expert),
+            abstract=abstract_state(params_init(model, expert), optimizer, mesh),
+            batch_sharding=batches.batch_sharding(mesh, sequence=True),
+        )
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of a training step per token, by the count of ``flops.py``.
+
+        Of an expert those of its layers count, over [hidden ; actions].
+        """
+        length = self.config.data.sequence_length
+        share = hardware.head_share(self.config.loss.max_labelled, length)
+        count = hardware.training_flops(self.model.config, length, share)
+        if self.expert is not None:
+            joint = length + self.config.data.action_frames
+            stack = self.expert.config.stack(self.model.config)
+            count += hardware.training_flops(stack, joint, 0.0) * joint / length
+        return count
+
+    @property
+    def row_share(self) -> batches.RowShare:
+        """The part of every batch that this process reads."""
+        return batches.RowShare.of(self.batch_sharding, self.config.data.batch_size)
+
+    def train_step(self) -> Step:
+        """``step(state, batch) -> (state, metrics)``, not compiled yet."""
+        return make_train_step(
+            self.loss,
+            self.optimizer,
+            self.abstract,
+            self.batch_sharding,
+            schedule=make_schedule(self.config.optimizer, self.config.total_steps),
+            seed=self.config.seed,
+            accumulation=self.config.accumulation,
+            normalisation=self.config.loss.normalisation,
+            rules=self.rules,
+        )
+
+    def eval_step(self) -> Step:
+        """``step(params, batch) -> sums``, not compiled yet."""
+        return make_eval_step(self.loss, self.abstract, self.batch_sharding, rules=self.rules)
+
+    def new_state(self, params: Any = None) -> TrainState:
+        """The state at step 0, around ``params`` (donated) or random ones of the run's seed."""
+        if params is not None:
+            return state_from_params(params, self.optimizer, self.abstract)
+        init = params_init(self.model, self.expert)
+        return init_state(init, self.optimizer, self.config.seed, self.abstract)
+
+    def earlier_params(self, checkpoint: pathlib.Path) -> Any:
+        """The parameters of an earlier stage; an expert that it does not have starts anew.
+
+        Raises:
+          UserError: a checkpoint of another model.
+        """
+        template, joint = self.abstract.params, checkpoints.has_part(checkpoint, EXPERT)
+        load = functools.partial(checkpoints.load_params, checkpoint)
+        if self.expert is None:
+            return load(template, part=DECODER if joint else "")
+        if joint:
+            return load(template)
+        fresh = jax.jit(
+            lambda key: sharding.unbox(params_init(self.model, self.expert)(key)[EXPERT]),
+            out_shardings=sharding.shardings(template[EXPERT]),
+        )
+        return {
+            DECODER: load(template[DECODER]),
+            EXPERT: fresh(jax.random.key(self.config.seed)),
+        }
+
+    def with_visual_rows(self, state: TrainState, codebook: np.ndarray, first: int) -> TrainState:
+        """``state`` (donated) with embeddings of visual ids made from the tokenizer's codebook.
+
+        Args:
+          state: at step 0.
+          codebook: float [K, E].
+          first: id of code 0.
+        """
+        shape = self.model.config
+        rows = init_visual_embeddings(
+            codebook, shape.hidden_size, shape.initializer_range, self.config.seed
+        )
+
+        def place(state: TrainState) -> TrainState:
+            decoder = state.params if self.expert is None else state.params[DECODER]
+            table = decoder["embedding"]
+            table = table.at[first : first + len(rows)].set(rows.astype(table.dtype))
+            decoder = {**decoder, "embedding": table}
+            params = decoder if self.expert is None else {**state.params, DECODER: decoder}
+            return dataclasses.replace(state, params=params)
+
+        return jax.jit(place, out_shardings=sharding.shardings(self.abstract), donate_argnums=0)(
+            state
+        )
+
+
+def decoder_config(model: ModelConfig, vocabulary: Vocabulary) -> DecoderConfig:
+    """The preset with its overrides, sized for the vocabulary.
+
+    Raises:
+      UserError: an unknown preset or field, or one that the vocabulary decides.
+    """
+    for name in _FROM_VOCABULARY:
+        if name in model.overrides:
+            raise UserError(f"model.overrides.{name}: comes from the vocabulary; remove it")
+    return preset(
+        model.preset, **model.overrides, vocab_size=vocabulary.size, pad_id=vocabulary.pad
+    )
+
+
+def expert_config(model: ModelConfig, decoder: DecoderConfig) -> ActionExpertConfig:
+    """The expert's settings: the decoder's heads and the config's changes.
+
+    Raises:
+      UserError: an unknown field, or sizes that do not fit the decoder.
+    """
+    heads = {"num_heads": decoder.num_heads, "num_kv_heads": decoder.num_kv_heads}
+    fields = {**heads, **model.action_expert}
+    config = strict.build(ActionExpertConfig, fields, where="config.model.action_expert")
+    config.stack(decoder)
+    return config
+
+
+def params_init(model: Decoder, expert: ActionExpert | None = None) -> Callable[[jax.Array], Any]:
+    """``init(key)`` of the parameters, boxed with their logical names.
+
+    With an expert they are ``{"decoder": ..., "action_expert": ...}``.
+    """
+
+    def init(key: jax.Array) -> Any:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        decoder = model.init(key, tokens, tokens)["params"]
+        if expert is None:
+            return decoder
+        actions = jnp.zeros((1, 1, expert.config.action_dim))
+        hidden = jnp.zeros((1, 1, model.config.hidden_size))
+        key = jax.random.fold_in(key, 1)
+        return {
+            DECODER: decoder,
+            EXPERT: expert.init(key, actions, jnp.zeros(1), hidden)["params"],
+        }
+
+    return init
+
+
+def model_rules(
+    config: DecoderConfig, mesh: Mesh, expert: ActionExpert | None = None
+) -> sharding.Rules:
+    """Sharding rules without what the heads and widths of decoder and expert do not allow."""
+    sizes = {
+        axes.ACTIVATION_HEADS: config.num_heads,
+        axes.ACTIVATION_KV_HEADS: config.num_kv_heads,
+        axes.ACTIVATION_MLP: config.mlp_size,
+        axes.ACTIVATION_VOCAB: config.padded_vocab_size,
+        axes.LOOKUP_EMBED: config.hidden_size,
+        axes.LOSS_VOCAB: config.padded_vocab_size,
+    }
+    if expert is not None:
+        stack = expert.config.stack(config)
+        others = {
+            axes.ACTIVATION_HEADS: stack.num_heads,
+            axes.ACTIVATION_KV_HEADS: stack.num_kv_heads,
+            axes.ACTIVATION_MLP: stack.mlp_size,
+        }
+        sizes |= {name: math.gcd(sizes[name], size) for name, size in others.items()}
+    return sharding.activation_rules(mesh, sizes)

@@ -1,0 +1,269 @@
+"""One optimizer step and one evaluation step: jitted, with explicit shardings and donation.
+
+The loss of a batch is ``sum(w * nll) / sum(w)`` over all its labelled tokens, over all devices,
+hosts and micro-batches, so that neither the mesh nor the accumulation changes what is optimised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from univla_jax.errors import UserError
+from univla_jax.training import sharding
+from univla_jax.training.optimizer import Schedule
+from univla_jax.training.sharding import batch_parts
+
+# ----------------------------------------------------------------------------
+# What training carries from step to step, sharded from birth.
+
+
+Init = Callable[[jax.Array], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, optimizer state and step; a pytree.
+
+    Random numbers are not carried: each step folds its number into the run's seed.
+
+    Attributes:
+      step: int32 scalar, the number of optimizer steps done.
+      params: the model's parameters.
+      opt_state: the optimizer's state over ``params``.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state at step 0 of a run that starts from ``params``."""
+        return cls(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(init: Init, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state; nothing is allocated.
+
+    Args:
+      init: makes the parameters from a PRNG key, boxed with logical names where they are split.
+      optimizer: its moments are split as the parameters are.
+      mesh: where the state will live.
+
+    Returns:
+      a ``TrainState`` of ``jax.ShapeDtypeStruct`` with ``.sharding``: what restoring needs.
+    """
+    boxed = jax.eval_shape(lambda key: TrainState.create(init(key), optimizer), jax.random.key(0))
+    return sharding.place(boxed, mesh)
+
+
+def init_state(
+    init: Init, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
+) -> TrainState:
+    """Makes the state on the devices that hold it; no host ever has a whole copy.
+
+    Args:
+      init: makes the parameters from a PRNG key.
+      optimizer: initialised from them.
+      seed: of the parameters.
+      abstract: from ``abstract_state``.
+    """
+    create = jax.jit(
+        lambda key: TrainState.create(sharding.unbox(init(key)), optimizer),
+        out_shardings=sharding.shardings(abstract),
+    )
+    return create(jax.random.key(seed))
+
+
+def state_from_params(
+    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The state at step 0 around parameters that were loaded; ``params`` is donated."""
+    create = jax.jit(
+        lambda p: TrainState.create(p, optimizer),
+        out_shardings=sharding.shardings(abstract),
+        donate_argnums=0,
+    )
+    return create(params)
+
+
+# ----------------------------------------------------------------------------
+
+
+Sums = Mapping[str, Any]
+LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, jax.Array, Sums]]
+"""``(params, batch, rng) -> (sum of w * nll, sum of w, sums)``, all float32 scalars.
+
+``sums`` maps a metric's name to ``(sum, count)``, logged as their quotient, or to one scalar,
+logged as its total. ``rng`` is None in evaluation: no dropout.
+"""
+
+NORMALISATIONS = ("global", "per_micro_batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A jitted function that runs with a mesh and the rules of logical names in scope."""
+
+    jitted: Any
+    mesh: Mesh
+    rules: sharding.Rules
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs it."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
+            return self.jitted(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """Lowers it for arguments given as arrays or ``jax.ShapeDtypeStruct``."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
+            return self.jitted.lower(*args)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    batch_sharding: NamedSharding,
+    *,
+    schedule: Schedule,
+    seed: int,
+    accumulation: int = 1,
+    normalisation: str = "global",
+    rules: sharding.Rules = sharding.RULES,
+) -> Step:
+    """Builds ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
+
+    Args:
+      loss_fn: see ``LossFn``.
+      optimizer: applied to the gradient of the loss.
+      abstract: the state's shapes and shardings, from ``abstract_state``.
+      batch_sharding: of every array of the batch; its rows are split into the micro-batches.
+      schedule: learning rate by step, for the metrics.
+      seed: of dropout; each step folds its number into it.
+      accumulation: micro-batches per step, run one after the other.
+      normalisation: ``"global"`` divides the summed loss of all micro-batches by their summed
+        weight; ``"per_micro_batch"`` averages the micro-batches' own means, as the reference does
+        (modeling_emu3.py:1586 under gradient accumulation).
+      rules: for the activations the loss names, see ``sharding.activation_rules``.
+
+    Returns:
+      the step; its metrics are float32 scalars: ``loss``, ``grad_norm`` before clipping,
+      ``learning_rate`` and what ``loss_fn`` sums.
+
+    Raises:
+      UserError: an unknown normalisation.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise UserError(f"normalisation: {normalisation!r}; expected one of {NORMALISATIONS}")
+    mesh, placed = batch_sharding.mesh, sharding.shardings(abstract)
+    per_micro_batch = normalisation == "per_micro_batch"
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        micro = _split(batch, accumulation, batch_sharding)
+        grads, total, weight, sums = _accumulate(
+            _gradient(loss_fn, per_micro_batch), state.params, micro, rng, placed.params
+        )
+        denominator = accumulation if per_micro_batch else weight
+        grads = jax.tree.map(lambda g, p: (g / denominator).astype(p.dtype), grads, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": total / denominator,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.float32(schedule(state.step)),
+            **means(sums),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        step,
+        in_shardings=(placed, batch_sharding),
+        out_shardings=(placed, whole),
+        donate_argnums=0,
+    )
+    return Step(jitted, mesh, rules)
+
+
+def make_eval_step(
+    loss_fn: LossFn,
+    abstract: TrainState,
+    batch_sharding: NamedSharding,
+    *,
+    rules: sharding.Rules = sharding.RULES,
+) -> Step:
+    """Builds ``step(params, batch) -> (sum of w * nll, sum of w, sums)`` without dropout."""
+    mesh = batch_sharding.mesh
+    jitted = jax.jit(
+        lambda params, batch: loss_fn(params, batch, None),
+        in_shardings=(sharding.shardings(abstract.params), batch_sharding),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+    return Step(jitted, mesh, rules)
+
+
+def means(sums: Sums) -> dict[str, Any]:
+    """Quotients of the ``(sum, count)`` pairs, totals as they are; NaN where the count is 0."""
+    return {k: v[0] / v[1] if isinstance(v, tuple) else v for k, v in sums.items()}
+
+
+def _gradient(loss_fn: LossFn, per_micro_batch: bool) -> Callable[..., Any]:
+    """``(params, micro_batch, rng) -> ((total, (weight, sums)), gradient of total)``."""
+
+    def objective(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        total, weight, sums = loss_fn(params, batch, rng)
+        return (total / weight if per_micro_batch else total), (weight, sums)
+
+    return jax.value_and_grad(objective, has_aux=True)
+
+
+def _accumulate(
+    gradient: Callable[..., Any], params: Any, micro: Any, rng: jax.Array, placed: Any
+) -> tuple[Any, jax.Array, jax.Array, Sums]:
+    """Sums gradient, loss, weight and metrics over the leading axis of ``micro``.
+
+    Sums are float32, and gradients stay split as the parameters are.
+    """
+
+    def one(index: jax.Array, batch: Any) -> Any:
+        (total, (weight, sums)), grads = gradient(params, batch, jax.random.fold_in(rng, index))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.lax.with_sharding_constraint(grads, placed), total, weight, sums
+
+    def body(carry: Any, indexed: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, one(*indexed)), None
+
+    indices = jnp.arange(jax.tree.leaves(micro)[0].shape[0])
+    if len(indices) == 1:
+        return one(indices[0], jax.tree.map(lambda x: x[0], micro))
+    shapes = jax.eval_shape(one, indices[0], jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zeros, (indices, micro))[0]
+
+
+def _split(batch: Any, parts: int, batch_sharding: NamedSharding) -> Any:
+    """Makes a leading axis of micro-batches without moving a row to another device.
+
+    Rows [B, ...] become [parts, B / parts, ...]; with D devices along the rows, micro-batch i takes
+    the i-th block of each device's own rows, whose order is kept.
+    """
+    devices = batch_parts(batch_sharding.mesh)
+    spec = PartitionSpec(None, *batch_sharding.spec)
+
+    def leaf(x: jax.Array) -> jax.Array:
+        blocks = x.reshape(devices, parts, x.shape[0] // (devices * parts), *x.shape[1:])
+        micro = blocks.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(micro, NamedSharding(batch_sharding.mesh, spec))
+
+    return jax.tree.map(leaf, batch)
