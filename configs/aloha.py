@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
             "stores": ("TOKEN_STORE",),
             "layout": "policy_image",
             "frames": 1,
-            "action_frames": 20,
+            "chunk_size": 20,
             "sequence_length": 1100,
             "batch_size": 64,
         },
-        "loss": {"max_labelled": 288},
+        "loss": {"max_labeled": 288},
         "optimizer": {
             "learning_rate": 5e-5,
             "min_learning_rate": 5e-6,

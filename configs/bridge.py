@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
             "stores": ("TOKEN_STORE",),
             "layout": "policy_video",
             "frames": 2,
-            "action_frames": 5,
+            "chunk_size": 5,
             "sequence_length": 2400,
             "batch_size": 128,
         },
-        "loss": {"max_labelled": 96},
+        "loss": {"max_labeled": 96},
         "optimizer": {"warmup_steps": 500, "clip_norm": 2.0},
         "sample_tokens": 2150,
     }

@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
             "stores": ("TOKEN_STORE",),
             "layout": "policy_video",
             "frames": 2,
-            "action_frames": 10,
+            "chunk_size": 10,
             "sequence_length": 1700,
             "batch_size": 192,
         },
-        "loss": {"max_labelled": 160},
+        "loss": {"max_labeled": 160},
         "sample_tokens": 1580,
     }
     return complete(TrainConfig, values)

@@ -17,7 +17,7 @@ from univla_jax.config import complete
 from univla_jax.errors import UserError
 from univla_jax.training.train_config import TrainConfig
 
-# layout, frames, row length, most labelled tokens of a row, tokens of a usual sample
+# layout, frames, row length, most labeled tokens of a row, tokens of a usual sample
 RECIPES = {
     "video": ("policy_video", 2, 3200, 160, 2630),
     "image": ("policy_image", 1, 1600, 80, 1330),
@@ -35,7 +35,7 @@ def get_config(recipe: str = "video") -> ConfigDict:
     """
     if recipe not in RECIPES:
         raise UserError(f"config recipe {recipe!r}; name one after a colon: {', '.join(RECIPES)}")
-    layout, frames, length, labelled, sample = RECIPES[recipe]
+    layout, frames, length, labeled, sample = RECIPES[recipe]
     values = {
         "total_steps": 8000,
         "model": {"preset": "emu3_8b"},
@@ -44,12 +44,12 @@ def get_config(recipe: str = "video") -> ConfigDict:
             "stores": ("TOKEN_STORE",),
             "layout": layout,
             "frames": frames,
-            "action_frames": 10,
+            "chunk_size": 10,
             "sequence_length": length,
             "batch_size": 192,
             "packing": recipe != "flow",
         },
-        "loss": {"max_labelled": labelled},
+        "loss": {"max_labeled": labeled},
         "sample_tokens": sample,
     }
     return complete(TrainConfig, values)

@@ -54,7 +54,7 @@ def text() -> ConfigDict:
 
 
 def action() -> ConfigDict:
-    """FAST on the normalised chunks."""
+    """FAST on the normalized chunks."""
     values = {"corpus": SUITE, "chunk": ACTION_FRAMES, "scale": 10.0, "vocabulary_size": 512}
     return complete(ActionFitConfig, values)
 
@@ -83,7 +83,7 @@ def policy() -> ConfigDict:
         "layout": "policy_image",
         "views": ("image", "wrist_image"),
         "frames": 1,
-        "action_frames": ACTION_FRAMES,
+        "chunk_size": ACTION_FRAMES,
         "aligned_windows": 0.3,
         "sequence_length": 192,
         "packing": False,
@@ -92,9 +92,9 @@ def policy() -> ConfigDict:
     }
     values = {
         "total_steps": 2500,
-        "model": {"preset": "quickstart", "visual_rows": "codebook"},
+        "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": data,
-        "loss": {"max_labelled": 80},
+        "loss": {"max_labeled": 80},
         "optimizer": {"learning_rate": 2.5e-3, "min_learning_rate": 1.5e-4, "clip_norm": 1.0},
         "checkpoint": {"every": 500},
         "evaluation": {"every": 500, "batches": 4, "stores": ("TOKEN_STORE",)},

@@ -138,7 +138,7 @@ _IMAGE = {"layout": "policy_image", "frames": 1}
 _LIBERO = {
     "corpus": "libero",
     "control_hz": 20.0,
-    "action_frames": 10,
+    "chunk_size": 10,
     "views": {"image": {"size": (200, 200)}, "wrist_image": {"size": (200, 200)}},
     "statistics": LIBERO,
 }
@@ -160,7 +160,7 @@ RECIPES = {
         **_VIDEO,
         "corpus": "calvin",
         "control_hz": 30.0,
-        "action_frames": 10,
+        "chunk_size": 10,
         "sequence_length": 1700,
         "views": {"image": {"size": (200, 200)}, "wrist_image": {"size": (80, 80)}},
         "statistics": CALVIN,
@@ -169,7 +169,7 @@ RECIPES = {
         **_VIDEO,
         "corpus": "bridge",
         "control_hz": 5.0,
-        "action_frames": 5,
+        "chunk_size": 5,
         "frame_spacing": 5,
         "sequence_length": 2400,
         "views": {"image": {"size": (256, 256)}},

@@ -52,7 +52,7 @@ def text() -> ConfigDict:
 
 
 def action() -> ConfigDict:
-    """FAST on the normalised chunks."""
+    """FAST on the normalized chunks."""
     return complete(
         ActionFitConfig,
         {"corpus": CORPUS, "chunk": ACTION_FRAMES, "scale": 5.0, "vocabulary_size": 384},
@@ -97,20 +97,20 @@ def policy() -> ConfigDict:
         "layout": "policy_video",
         "views": ("image", "wrist_image"),
         "frames": 2,
-        "action_frames": ACTION_FRAMES,
+        "chunk_size": ACTION_FRAMES,
         "aligned_windows": 0.7,
         "sequence_length": 112,
         "packing": False,
         "batch_size": 16,
     }
-    return complete(TrainConfig, training(3600, data) | {"loss": {"max_labelled": 64}})
+    return complete(TrainConfig, training(3600, data) | {"loss": {"max_labeled": 64}})
 
 
 def training(steps: int, data: Values) -> Values:
     """What both training stages have in common."""
     return {
         "total_steps": steps,
-        "model": {"preset": "quickstart", "visual_rows": "codebook"},
+        "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": {"stores": ("TOKEN_STORE",), "read_threads": 1, **data},
         "optimizer": {
             "learning_rate": 2.5e-3,

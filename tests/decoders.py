@@ -29,8 +29,8 @@ def draw_params(model: Decoder, *, seed: int = 0, scale: float = 0.2) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + scale * rng.normal(size=leaf.shape), leaf.dtype)
+        center = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(center + scale * rng.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(model))
 

@@ -22,8 +22,8 @@ def tiny_expert(decoder: DecoderConfig | None = None, **changes: Any) -> tuple[A
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+        center = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(center + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
 
     shapes = nn.unbox(abstract(expert))["params"]
     return expert, jax.tree_util.tree_map_with_path(draw, shapes)

@@ -57,7 +57,7 @@ _FIXED = (
     ),
     Group("6", "fast", ("fast.npz", "fast_encode.json", "fast_decode.json"), actions.fast),
     Group("7", "bins", ("action_bins.npz", "action_bins.json"), actions.bins),
-    Group("8", "normalise", ("normalize.npz", "normalize.json"), actions.normalise),
+    Group("8", "normalize", ("normalize.npz", "normalize.json"), actions.normalize),
     Group("9", "dataset", ("dataset.npz", "dataset.json"), sequences.dataset),
     Group("10a", "prompts", ("prompts.npz", "prompts.json"), sequences.prompts),
     Group("10b", "step", ("step.json",), steps.step),

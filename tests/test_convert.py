@@ -22,12 +22,12 @@ from tests.training import tiny_run
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import find_checkpoint, load_params
 from univla_jax.errors import UserError
-from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.hf_config import HfModel
 from univla_jax.interop.key_table import import_state
-from univla_jax.interop.to_hf import to_hub
-from univla_jax.tokenizers.action import UniformBins
+from univla_jax.interop.to_hf import to_hf
+from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.training.train_loop import train
 
@@ -99,8 +99,8 @@ def test_killed_while_writing(delay, tmp_path):
     assert not (tmp_path / "ours").exists()
     with pytest.raises(UserError, match="no complete checkpoint"):
         find_checkpoint(tmp_path)
-    from_hub(source, tmp_path / "ours", ConvertConfig(), progress=False)
-    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    from_hf(source, tmp_path / "ours", ConvertConfig(), progress=False)
+    to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
     assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "ours", "back"}
 
@@ -112,10 +112,10 @@ def trained(tmp_path_factory):
 
 
 def test_a_model_trained_here_gets_the_references_names(trained, tmp_path):
-    to_hub(trained, tmp_path / "hub", progress=False)
+    to_hf(trained, tmp_path / "hub", progress=False)
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     state = load_file(tmp_path / "hub" / "model.safetensors")
-    model = HubModel.of(config, state)
+    model = HfModel.of(config, state)
     params = import_state(model.state_rules, state)
     step = find_checkpoint(trained)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -131,8 +131,8 @@ def test_a_model_trained_here_gets_the_references_names(trained, tmp_path):
 
 
 def test_another_dtype_on_the_way_out(trained, tmp_path):
-    to_hub(trained, tmp_path / "hub", dtype="bfloat16", progress=False)
-    to_hub(trained, tmp_path / "full", progress=False)
+    to_hf(trained, tmp_path / "hub", dtype="bfloat16", progress=False)
+    to_hf(trained, tmp_path / "full", progress=False)
     for key, value in load_file(tmp_path / "hub" / "model.safetensors").items():
         whole = load_file(tmp_path / "full" / "model.safetensors")[key]
         np.testing.assert_array_equal(value, whole.astype(value.dtype))
@@ -141,8 +141,8 @@ def test_another_dtype_on_the_way_out(trained, tmp_path):
 
 def test_a_vision_tokenizer_fitted_here_goes_out_and_comes_back(tmp_path):
     tiny_run.make_tokenizers(tmp_path / "fitted")
-    to_hub(tmp_path / "fitted" / "vision", tmp_path / "hub", progress=False)
-    from_hub(tmp_path / "hub", tmp_path / "ours", ConvertConfig(), progress=False)
+    to_hf(tmp_path / "fitted" / "vision", tmp_path / "hub", progress=False)
+    from_hf(tmp_path / "hub", tmp_path / "ours", ConvertConfig(), progress=False)
     prints = {VisionTokenizer.load(tmp_path / p).fingerprint for p in ("ours", "fitted/vision")}
     assert len(prints) == 1
 
@@ -150,9 +150,9 @@ def test_a_vision_tokenizer_fitted_here_goes_out_and_comes_back(tmp_path):
 @pytest.mark.slow
 def test_training_starts_from_a_converted_base_and_its_result_goes_out(tmp_path):
     source = hub_folders.decoder_folder(tmp_path / "source", dtype=np.float32)
-    from_hub(source, tmp_path / "base", ConvertConfig(), progress=False)
+    from_hf(source, tmp_path / "base", ConvertConfig(), progress=False)
     world = tiny_run.make_world(tmp_path / "world")
-    UniformBins(16).save(tmp_path / "bins")
+    UniformBinTokenizer(16).save(tmp_path / "bins")
     config = tiny_run.config(
         world,
         total_steps=2,
@@ -163,7 +163,7 @@ def test_training_starts_from_a_converted_base_and_its_result_goes_out(tmp_path)
         optimizer__min_learning_rate=1e-8,
     )
     train(config, tmp_path / "run", progress=False)
-    to_hub(tmp_path / "run", tmp_path / "hub", progress=False)
+    to_hf(tmp_path / "run", tmp_path / "hub", progress=False)
     before = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
     after = load_file(tmp_path / "hub" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -202,7 +202,7 @@ np.savez(sys.argv[2], embedding=params["embedding"], up=up)
 @pytest.mark.slow
 def test_a_converted_checkpoint_is_restored_onto_a_mesh(tmp_path):
     source = hub_folders.decoder_folder(tmp_path / "source")
-    from_hub(source, tmp_path / "ours", ConvertConfig(), progress=False)
+    from_hf(source, tmp_path / "ours", ConvertConfig(), progress=False)
     done = subprocess.run(
         [sys.executable, "-c", _RESTORE, str(tmp_path / "ours"), str(tmp_path / "out.npz")],
         cwd=REPOSITORY,

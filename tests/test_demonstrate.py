@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.data.episodes import assert_same
-from univla_jax.data.datasets import find_corpus
-from univla_jax.data.rlds import RldsSource
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
 from univla_jax.simulators.libero.libero_demonstrations import LiberoDemonstrationsConfig
 from univla_jax.simulators.tabletop import tabletop_expert
@@ -29,7 +29,7 @@ def test_demonstrations_read_back_with_disjoint_seeds(tmp_path):
     tabletop_expert.write_demonstrations(config, tmp_path)
     read = []
     for split in ("train", "val"):
-        read += RldsSource(tmp_path, find_corpus("tabletop"), split)
+        read += RldsReader(tmp_path, find_dataset_config("tabletop"), split)
     assert len(read) == 3
     for got, seed in zip(read, tabletop_expert.DEMONSTRATION_SEEDS[40:]):
         assert_same(got, tabletop_expert.demonstrate(seed))
@@ -44,7 +44,7 @@ def test_several_processes_write_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(tabletop_expert.os, "sched_getaffinity", lambda process: {0, 1})
     config = tabletop_expert.DemonstrationsConfig(4, 1, families=("touch", "push", "place"))
     tabletop_expert.write_demonstrations(config, tmp_path)
-    read = list(RldsSource(tmp_path, find_corpus("tabletop"), "train"))
+    read = list(RldsReader(tmp_path, find_dataset_config("tabletop"), "train"))
     assert len(read) == 4
     for seed, (got, family) in enumerate(zip(read, ("touch", "push", "place", "touch"))):
         assert_same(got, tabletop_expert.demonstrate(seed, family=family))

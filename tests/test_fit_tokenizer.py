@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
-from univla_jax.data.datasets import find_corpus
-from univla_jax.data.rlds import RldsSource
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
 from univla_jax.fit_tokenizer import fit_tokenizer
 from univla_jax.normalization import ActionStatistics
@@ -60,7 +60,7 @@ def test_text(source, tmp_path, capsys):
     report = fit_tokenizer(TEXT, source, tmp_path)
     tokenizer = load_text_tokenizer(tmp_path)
     assert tokenizer.vocabulary_size == report["vocabulary_size"] <= 300
-    for episode in RldsSource(source, find_corpus("tabletop"), "train"):
+    for episode in RldsReader(source, find_dataset_config("tabletop"), "train"):
         ids = tokenizer.encode(episode.instruction)
         assert tokenizer.decode(ids) == episode.instruction
     assert fit_tokenizer(TEXT, source, tmp_path) == report
@@ -72,10 +72,10 @@ def test_action(source, tmp_path):
     tokenizer = load_action_tokenizer(tmp_path)
     values = json.loads((tmp_path / "statistics.json").read_text())["tabletop"]
     statistics = ActionStatistics.from_dict(values)
-    episodes = list(RldsSource(source, find_corpus("tabletop"), "train"))
+    episodes = list(RldsReader(source, find_dataset_config("tabletop"), "train"))
     assert statistics.count == sum(map(len, episodes))
     assert report["chunks"] == sum(len(e) - 4 for e in episodes)
-    chunk = statistics.normalise(episodes[0].actions[:5])
+    chunk = statistics.normalize(episodes[0].actions[:5])
     decoded = tokenizer.decode(tokenizer.encode(chunk), *chunk.shape)
     assert decoded.valid and np.abs(decoded.actions - chunk).max() <= report["max_error"]
 

@@ -91,8 +91,8 @@ def test_a_picture_of_ones_own(checkpoint, tmp_path):
     assert frames.shape[:2] == (2, 2) and not np.array_equal(frames[0], frames[1])
     with Image.open(out / "draw1_frame2.png") as saved:
         np.testing.assert_array_equal(np.asarray(saved), frames[1, 1])
-    film = read_frames(out / "imagined.mp4")
-    assert len(film) >= 3 and (out / "imagined.gif").exists() and (out / "imagined.png").exists()
+    video = read_frames(out / "imagined.mp4")
+    assert len(video) >= 3 and (out / "imagined.gif").exists() and (out / "imagined.png").exists()
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(UserError, match="no picture that can be read"):
         imagine_picture(config, checkpoint, tmp_path / "no.png", "", out)

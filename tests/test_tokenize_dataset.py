@@ -15,8 +15,8 @@ from tests.conftest import REPOSITORY
 from tests.data.test_token_store import content
 from univla_jax import config as strict
 from univla_jax import demonstrate, tokenize_dataset
-from univla_jax.data.datasets import find_corpus
-from univla_jax.data.rlds import RldsSource
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.rlds import RldsReader
 from univla_jax.data.token_store import TokenStore
 from univla_jax.data.tokenize import TokenizeConfig, tokenize
 from univla_jax.simulators.tabletop import tabletop_expert
@@ -81,7 +81,7 @@ def test_killed_and_run_again_it_comes_out_the_same(folder):
     tokenize(config, folder / "rlds", folder / "whole", vision)
     assert content(folder / "killed") == content(folder / "whole")
     store = TokenStore(folder / "whole" / "train")
-    episode = RldsSource(folder / "rlds", find_corpus("tabletop"), "train")[3]
+    episode = RldsReader(folder / "rlds", find_dataset_config("tabletop"), "train")[3]
     assert store[3].episode_id == episode.episode_id
     np.testing.assert_array_equal(store[3].actions, episode.actions)
     assert store[3].codes["wrist_image"].shape == (len(episode), 8, 8)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # A vision tokenizer on disk, whose weights are read only when it is used.
 
 
-class StoredVision:
+class LazyVisionTokenizer:
     """Has the methods of ``VisionTokenizer``; training on stored tokens needs none of its weights.
 
     Attributes:
@@ -116,10 +116,10 @@ class Assets:
       vocabulary: the token ids.
       text: text tokenizer; its ids are the text ids of the vocabulary.
       vision: vision tokenizer, or None where a checkpoint came without one. After ``load`` it is
-        a ``StoredVision``, which has the same methods and reads its weights when first used.
+        a ``LazyVisionTokenizer``, which has the same methods and reads its weights when first used.
       action: action tokenizer, or None for a model without actions.
       image_specs: per view, how camera frames become tokenizer input.
-      statistics: per corpus, the action statistics used for normalisation.
+      statistics: per corpus, the action statistics used for normalization.
       layout: settings of the sequence layout trained with, as JSON values.
       model: settings of the decoder, as JSON values.
       action_expert: settings of the action expert on top of it; empty where there is none.
@@ -127,7 +127,7 @@ class Assets:
 
     vocabulary: Vocabulary
     text: TextTokenizer
-    vision: VisionTokenizer | StoredVision | None
+    vision: VisionTokenizer | LazyVisionTokenizer | None
     action: ActionTokenizer | None
     image_specs: Mapping[str, ImageSpec]
     statistics: Mapping[str, ActionStatistics]
@@ -271,7 +271,7 @@ class Assets:
         _check_files(folder, record["files"])
         vision = None
         if record["vision"] is not None:
-            vision = StoredVision(folder / "vision", **record["vision"])
+            vision = LazyVisionTokenizer(folder / "vision", **record["vision"])
             vision = vision if lazy_vision else vision.load()
         has_action = "action" in record["parts"]
         assets = cls(

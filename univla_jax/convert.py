@@ -24,10 +24,10 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax import config as strict
 from univla_jax.errors import UserError
-from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.hf_folder import HubFolder
-from univla_jax.interop.to_hf import to_hub
+from univla_jax.interop.hf_folder import HfFolder
+from univla_jax.interop.to_hf import to_hf
 
 CONFIG = cli.config_flag(required=False)
 FROM_HF = cli.string_flag("from_hf", "model folder as the hub stores it", required=False)
@@ -48,18 +48,18 @@ def main(argv: list[str]) -> None:
     if FROM_HF.value and TO.value and not FROM.value and not TO_HF.value:
         values = CONFIG.value.to_dict() if CONFIG.value is not None else {}
         config = strict.build(ConvertConfig, values)
-        hub = from_hub(FROM_HF.value, TO.value, config, weights_only=WEIGHTS_ONLY.value)
+        hub = from_hf(FROM_HF.value, TO.value, config, weights_only=WEIGHTS_ONLY.value)
         print(f"{TO.value}: {_size(hub)}, {_cost(start)}")
         if hub.left_out:
             print(f"not converted: {', '.join(hub.left_out)}", file=sys.stderr)
     elif FROM.value and TO_HF.value and not FROM_HF.value and not TO.value:
-        to_hub(FROM.value, TO_HF.value, dtype=DTYPE.value)
-        print(f"{TO_HF.value}: {_size(HubFolder.open(TO_HF.value))}, {_cost(start)}")
+        to_hf(FROM.value, TO_HF.value, dtype=DTYPE.value)
+        print(f"{TO_HF.value}: {_size(HfFolder.open(TO_HF.value))}, {_cost(start)}")
     else:
         raise UserError("give --from_hf=FOLDER and --to=DIR, or --from=DIR and --to_hf=FOLDER")
 
 
-def _size(hub: HubFolder) -> str:
+def _size(hub: HfFolder) -> str:
     sizes = [tensor.nbytes for tensor in hub.tensors.values()]
     return f"{len(sizes)} tensors, {sum(sizes) / 1e9:.2f} GB, the largest {max(sizes) / 1e9:.2f} GB"
 

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """One robot episode as it lies in a corpus, before any tokenisation.
+    """One robot episode as it lies in a corpus, before any tokenization.
 
     Attributes:
       instruction: natural-language task, UTF-8, not empty.
@@ -61,15 +61,15 @@ class ActionChunk:
     """The next actions of one robot.
 
     Attributes:
-      actions: float32 [chunk, A] in physical units (unnormalised).
+      actions: float32 [chunk, A] in physical units (unnormalized).
       valid: False when the generated tokens did not decode to a whole chunk; ``actions`` then
         holds the "no motion" fallback and must be counted, never taken for a prediction.
       reason: why it is not valid, empty when it is.
-      steered: tokens that are not the ones the model thought likeliest, because those would have
+      overridden: tokens that are not the ones the model thought likeliest, because those would have
         made no whole chunk; many of them speak of a model that does not know what to do.
     """
 
     actions: np.ndarray
     valid: bool = True
     reason: str = ""
-    steered: int = 0
+    num_overridden: int = 0

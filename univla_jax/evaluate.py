@@ -17,11 +17,11 @@ started again, the command goes on with the missing episodes; finished, it says 
 
 Real benchmarks (``--benchmark=libero``, ``calvin`` or ``simpler``; ``--assets`` is the folder of
 LIBERO's assets or of CALVIN's data set) leave
-``report.json``, ``report.html``, ``episodes.jsonl``, ``films/`` and more, see
+``report.json``, ``report.html``, ``episodes.jsonl``, ``videos/`` and more, see
 ``evaluation/runner.py``. ``--policy=zero`` and ``--policy=random`` are baselines.
 ``--policy=expert`` has LIBERO's scripts act, by default in all tasks of the suite that have one;
 with ``--config`` (a recipe of ``configs/official.py``) their actions take the way of a policy's:
-normalised by the recipe's statistics, written as ids of its action tokenizer, and back.
+normalized by the recipe's statistics, written as ids of its action tokenizer, and back.
 
 ``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
 token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
@@ -39,8 +39,8 @@ from univla_jax import config as strict
 from univla_jax.cli import format_table
 from univla_jax.errors import UserError
 from univla_jax.evaluation import offline, scoring, study
-from univla_jax.evaluation.actors import ActionPath
-from univla_jax.evaluation.runner import Effort
+from univla_jax.evaluation.actors import ActionRoundTrip
+from univla_jax.evaluation.runner import RunnerConfig
 from univla_jax.evaluation.study import EvaluateConfig
 from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
 from univla_jax.simulators import calvin_simulator, simpler_simulator
@@ -72,7 +72,7 @@ HELD_OUT = flags.DEFINE_integer("episodes", 0, "episodes of --offline; 0 for all
 ASSETS = cli.string_flag("assets", "the simulator's assets or data set", required=False)
 WORKERS = flags.DEFINE_integer("workers", 1, "simulators at once")
 HANG_SECONDS = flags.DEFINE_float("hang_seconds", 600.0, "a simulator silent for so long restarts")
-FILMS = flags.DEFINE_integer("films", 1, "episodes of each task that are filmed")
+VIDEOS = flags.DEFINE_integer("videos", 1, "episodes of each task that are with_video")
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
 _EXPERT_CHUNK = 10  # actions that a script plans at once
 
@@ -81,7 +81,7 @@ def table(report: dict[str, Any]) -> str:
     """The report in a few lines: success with its 95 % interval, per family, doubtful chunks."""
     conditions = report["conditions"]
     families = list(next(iter(conditions.values()))["families"])
-    heads = ["condition", "success", "95 %", *families, "steered", "invalid", "s/call"]
+    heads = ["condition", "success", "95 %", *families, "num_overridden", "invalid", "s/call"]
     rows = [heads]
     for name, summary in conditions.items():
         success = summary["success"]
@@ -91,7 +91,7 @@ def table(report: dict[str, Any]) -> str:
                 _percent(success["rate"]),
                 f"{_percent(success['low'])} - {_percent(success['high'])}",
                 *(_percent(summary["families"][f]["rate"]) for f in families),
-                f"{summary['steered_chunks']}/{summary['chunks']}",
+                f"{summary['overridden_chunks']}/{summary['chunks']}",
                 f"{summary['invalid_chunks']}/{summary['chunks']}",
                 f"{summary['latency'].get('p50_seconds', 0):.3f}",
             ]
@@ -153,7 +153,7 @@ def _tasks() -> tuple[int, ...]:
 def _run_benchmark() -> None:
     policy = POLICY.value or CHECKPOINT.value
     _require(policy, "--checkpoint=... or --policy=...")
-    effort = Effort(WORKERS.value, HANG_SECONDS.value, FILMS.value)
+    effort = RunnerConfig(WORKERS.value, HANG_SECONDS.value, VIDEOS.value)
     options = {"corpus": CORPUS.value, "path": _action_path()}
     report = scoring.score(_benchmark(), policy, OUT.value, effort, **options)
     print(benchmark_table(report))
@@ -161,18 +161,18 @@ def _run_benchmark() -> None:
     print(f"{OUT.value}/{scoring.REPORT}\n{OUT.value}/{scoring.PAGE}")
 
 
-def _action_path() -> ActionPath | None:
+def _action_path() -> ActionRoundTrip | None:
     """What the expert's actions go through, where a config says it."""
     if POLICY.value != "expert" or CONFIG.value is None:
         return None
     config = strict.build(ConvertConfig, CONFIG.value.to_dict())
     statistics = statistics_of(config).get(config.corpus)
-    if statistics is None or not config.action or config.action_frames != _EXPERT_CHUNK:
+    if statistics is None or not config.action or config.chunk_size != _EXPERT_CHUNK:
         raise UserError(
             "--policy=expert: the config has to name the action tokenizer (--config.action=FAST), "
             f"statistics and chunks of {_EXPERT_CHUNK}, as configs/official.py:libero_video does"
         )
-    return ActionPath(statistics, load_action_tokenizer(config.action))
+    return ActionRoundTrip(statistics, load_action_tokenizer(config.action))
 
 
 def _run_offline() -> None:
@@ -195,7 +195,7 @@ def _run_tabletop() -> None:
     episodes = report["protocol"]["episodes_per_condition"]
     print(f"{config.benchmark}, {episodes} episodes each, % success of the true task")
     print(table(report))
-    print(f"{OUT.value}/{study.REPORT}\n{OUT.value}/{study.FILM}")
+    print(f"{OUT.value}/{study.REPORT}\n{OUT.value}/{study.VIDEO_FILE}")
 
 
 def _require(value: object, what: str) -> None:

@@ -174,7 +174,7 @@ def hash_files(folder: PathLike, prefix: str = "") -> dict[str, str]:
 # Lines of JSON that survive a kill: each is on disk before the next thing happens.
 
 
-class Journal:
+class JsonlWriter:
     """A ``.jsonl`` file that is only ever appended to.
 
     Attributes:
@@ -206,7 +206,7 @@ class Journal:
         """Closes the file."""
         self._file.close()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> JsonlWriter:
         """Returns itself."""
         return self
 

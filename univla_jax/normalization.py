@@ -1,4 +1,4 @@
-"""Action statistics and normalisation.
+"""Action statistics and normalization.
 
 Axes: N rows, A action dimensions.
 """
@@ -27,8 +27,8 @@ class ActionStatistics:
     Attributes:
       mean: A values.
       std: A values, population standard deviation.
-      q01: A values, 1 % quantile; ``normalise`` maps it to -1.
-      q99: A values, 99 % quantile; ``normalise`` maps it to 1.
+      q01: A values, 1 % quantile; ``normalize`` maps it to -1.
+      q99: A values, 99 % quantile; ``normalize`` maps it to 1.
       count: steps seen, 0 where it is not known.
     """
 
@@ -54,7 +54,7 @@ class ActionStatistics:
         """Number of action dimensions A."""
         return len(self.mean)
 
-    def normalise(self, actions: np.ndarray, *, clip: bool = True) -> np.ndarray:
+    def normalize(self, actions: np.ndarray, *, clip: bool = True) -> np.ndarray:
         """Maps raw actions [..., A] to float32 in [-1, 1]: 2 (a - q01) / (q99 - q01 + 1e-8) - 1.
 
         Computed in float64 (tools/pickle_gen/pickle_generation_libero.py:84-88).
@@ -70,14 +70,14 @@ class ActionStatistics:
         scaled = 2 * (raw - low) / (span + _DIVISION_GUARD) - 1
         return (np.clip(scaled, -1, 1) if clip else scaled).astype(np.float32)
 
-    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
-        """Maps normalised actions [..., A] to float32 raw units: 0.5 (a + 1) (q99 - q01) + q01.
+    def unnormalize(self, actions: np.ndarray) -> np.ndarray:
+        """Maps normalized actions [..., A] to float32 raw units: 0.5 (a + 1) (q99 - q01) + q01.
 
         Raises:
           UserError: another number of dimensions.
         """
-        low, span, normalised = self._prepare(actions)
-        return (0.5 * (normalised + 1) * span + low).astype(np.float32)
+        low, span, normalized = self._prepare(actions)
+        return (0.5 * (normalized + 1) * span + low).astype(np.float32)
 
     def _prepare(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         array = np.asarray(actions, np.float64)
@@ -243,7 +243,7 @@ def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStat
     return running.statistics()
 
 
-def sliding_chunks(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
+def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
     """All windows of ``length`` steps inside each episode, one step apart.
 
     Args:

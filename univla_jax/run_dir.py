@@ -106,7 +106,7 @@ def _below(key: str, parents: tuple[str, ...]) -> bool:
 # A folder of results belongs to one config and one checkpoint.
 
 
-def claim_results(
+def claim_run_dir(
     out: str | os.PathLike[str], name: str, identity: Mapping[str, Any]
 ) -> pathlib.Path:
     """Makes ``out`` the folder of this job.

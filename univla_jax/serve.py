@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     tls = startup.tls_context(TLS_CERT.value, TLS_KEY.value)
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     startup.check_port(config.host, config.port)
-    startup.keep_compiled(COMPILED.value)
+    startup.enable_compilation_cache(COMPILED.value)
     policy = Policy.load(CHECKPOINT.value, corpus=CORPUS.value, draft=DRAFT.value, int8=INT8.value)
     executor = Executor(policy, execution)
     startup.warm(policy, config.max_batch, _report)

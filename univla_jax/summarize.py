@@ -30,7 +30,7 @@ from univla_jax.training import metrics
 
 
 Lines = Sequence[Mapping[str, float]]
-_COLOURS = {"text": "#7a7a7a", "visual": "#1f77b4", "action": "#d62728", "": "#303036"}
+_COLORS = {"text": "#7a7a7a", "visual": "#1f77b4", "action": "#d62728", "": "#303036"}
 
 
 def write_learning_curves(path: str | os.PathLike[str], stages: Mapping[str, Lines]) -> None:
@@ -62,14 +62,14 @@ def write_learning_curves(path: str | os.PathLike[str], stages: Mapping[str, Lin
 
 def _draw(axes, lines: Lines, name: str, what: str, modality: str) -> None:
     """The metric as it is, thin, its running mean, and the held-out one as dots."""
-    colour = _COLOURS[modality]
+    color = _COLORS[modality]
     steps, values = _series(lines, name)
     if len(steps):
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=f"{what}training")
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(values), color=color, linewidth=1.8, label=f"{what}training")
     steps, values = _series(lines, f"eval/{name}")
     if len(steps):
-        axes.plot(steps, values, "o", color=colour, markersize=4, label=f"{what}held out")
+        axes.plot(steps, values, "o", color=color, markersize=4, label=f"{what}held out")
 
 
 def _logarithmic(axes) -> None:
@@ -113,7 +113,7 @@ _RUNS = {"world_model": "world model (visual tokens)", "policy": "policy (action
 _TAIL = 10  # a run is described by the mean of the last tenth of its lines
 _PICTURES = {
     "imagined": ("imagination", imagined_episodes.PICTURE),
-    "rollouts": ("evaluation", study.FILM),
+    "rollouts": ("evaluation", study.VIDEO_FILE),
 }
 
 

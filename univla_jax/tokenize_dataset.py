@@ -20,7 +20,7 @@ from absl import flags
 
 from univla_jax import cli
 from univla_jax import config as strict
-from univla_jax.data.tokenize import Share, TokenizeConfig, tokenize, verify_store
+from univla_jax.data.tokenize import Partition, TokenizeConfig, tokenize, verify_store
 from univla_jax.data.validation import describe
 from univla_jax.tokenizers.vision import VisionTokenizer
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     if VERIFY.value:
         _verify(config, vision)
         return
-    share = Share.parse(PART.value)
+    share = Partition.parse(PART.value)
     for name, manifest in tokenize(config, SOURCE.value, OUT.value, vision, share).items():
         if manifest is None:
             print(f"{name}: this process is done, others are not")

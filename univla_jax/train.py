@@ -10,10 +10,10 @@ ends. Exit status: 0 done, 2 something to mend (one line on standard error), 83 
 with the current step saved, 84 another process of the run was lost.
 
 ``--profile=START:STOP`` writes a trace of those steps, ``--wandb=PROJECT`` sends the metrics there
-too; TensorBoard gets times, rates, utilisation and memory beside them.
+too; TensorBoard gets times, rates, utilization and memory beside them.
 
 ``--inspect=8`` writes a page with eight training examples to ``WORKDIR/inspect.html``, with frames,
-actions and labelled tokens, and trains nothing: look at the data before training on them.
+actions and labeled tokens, and trains nothing: look at the data before training on them.
 
 With ``--distributed`` the process joins others, on TPU VMs, GKE and Slurm those that the cluster
 names, elsewhere those of ``--coordinator=HOST:PORT --processes=N --process=I``.
@@ -31,9 +31,9 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax import config as configs
 from univla_jax.pipeline.inspect import write_page
-from univla_jax.training.distributed import ProcessGroup, join, leaving_with_the_others
-from univla_jax.training.metrics import Window
-from univla_jax.training.preemption import EXIT_STATUS, Preempted, StalledData
+from univla_jax.training.distributed import ProcessGroupConfig, exit_on_peer_failure, join
+from univla_jax.training.metrics import ProfileWindow
+from univla_jax.training.preemption import EXIT_STATUS, Preempted, StalledDataError
 from univla_jax.training.run_assets import build_assets
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.train_loop import train
@@ -84,16 +84,16 @@ def main(argv: Sequence[str]) -> int:
     if _INSPECT.value:
         print(inspect_data(config, _WORKDIR.value, _INSPECT.value))
         return 0
-    profile = Window.parse(_PROFILE.value) if _PROFILE.value else None
+    profile = ProfileWindow.parse(_PROFILE.value) if _PROFILE.value else None
     if _DISTRIBUTED.value:
-        join(ProcessGroup(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
+        join(ProcessGroupConfig(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     try:
-        with leaving_with_the_others():
+        with exit_on_peer_failure():
             train(config, _WORKDIR.value, profile=profile, wandb=_WANDB.value)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
         return EXIT_STATUS
-    except StalledData as stalled:
+    except StalledDataError as stalled:
         print(f"error: {stalled}", file=sys.stderr, flush=True)
         os._exit(2)  # threads that still wait for the data would keep an ordinary exit from ending
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from univla_jax.benchmarks import data_speed
 from univla_jax.benchmarks.synthetic import Lengths, SyntheticEpisodes
-from univla_jax.data.datasets import CORPORA
+from univla_jax.data.datasets import DATASETS
 
 
 def test_the_libero_case_runs_from_disk(tmp_path, capsys):
@@ -17,10 +17,10 @@ def test_the_libero_case_runs_from_disk(tmp_path, capsys):
 
 def test_the_mixture_holds_every_corpus_of_the_world_model():
     assert {"tabletop", "aloha", "libero_10"}.isdisjoint(data_speed.MIXTURE)
-    assert set(data_speed.MIXTURE) <= set(CORPORA)
+    assert set(data_speed.MIXTURE) <= set(DATASETS)
     source = SyntheticEpisodes("droid", data_speed.mixture_lengths("droid", 0.001))
     assert len(source) == 76
-    assert min(len(source[i]) for i in range(76)) >= 6 * CORPORA["droid"].frame_spacing
+    assert min(len(source[i]) for i in range(76)) >= 6 * DATASETS["droid"].frame_spacing
 
 
 def test_synthetic_episodes_take_no_memory():

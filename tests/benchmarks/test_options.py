@@ -10,14 +10,14 @@ import pytest
 
 from tests.inference import tiny_checkpoint
 from univla_jax.benchmarks.quantization import compare, record
-from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 
 
 @pytest.mark.slow
 def test_drafts_are_equal_and_other_weights_are_not(tmp_path):
     folder = tiny_checkpoint.save(tmp_path, tiny_checkpoint.make_assets(), scale=20)
-    trained = TrainedModel.load(folder)
+    trained = LoadedModel.from_checkpoint(folder)
     moments = record(Policy(trained), 1)
     assert len(moments) > 1 and len(moments[1].session.history.turns) == 1
     same = compare(Policy(trained, draft=3), moments)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from univla_jax import config as strict
-from univla_jax.data.datasets import find_corpus
+from univla_jax.data.datasets import find_dataset_config
 from univla_jax.errors import UserError
 from univla_jax.simulators.libero.libero_demonstrations import (
     FIRST_STATE,
@@ -40,6 +40,6 @@ def test_stages_fit_together():
     assert {values[stage]["corpus"] for stage in ("text", "action", "vision", "tokens")} == {
         demonstrations.suite
     }
-    assert values["action"]["chunk"] == policy.data.action_frames
+    assert values["action"]["chunk"] == policy.data.chunk_size
     assert set(policy.data.views) == set(values["tokens"]["image_specs"])
-    assert set(policy.data.views) == set(find_corpus(demonstrations.suite).views)
+    assert set(policy.data.views) == set(find_dataset_config(demonstrations.suite).views)

@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from univla_jax.data.datasets import Corpus
+from univla_jax.data.datasets import DatasetConfig
 from univla_jax.episode import Episode
 
-CORPUS = Corpus(
+CORPUS = DatasetConfig(
     "blocks",
     views={"image": "observation/image", "wrist_image": "observation/wrist_image"},
     control_hz=5.0,

@@ -15,7 +15,7 @@ from univla_jax.errors import UserError
 
 
 def test_statistics_match_the_reference(golden_dir):
-    assert_parity(golden_dir, "normalise")
+    assert_parity(golden_dir, "normalize")
 
 
 def test_statistics_survive_json():
@@ -47,15 +47,15 @@ def test_streaming_ignores_the_cut_into_batches(rows, size):
 
 @hypothesis.given(BATCHES)
 @hypothesis.settings(max_examples=25, deadline=None)
-def test_normalising_is_bounded_and_undone_between_the_quantiles(rows):
+def test_normalizing_is_bounded_and_undone_between_the_quantiles(rows):
     running = normalization.RunningStatistics()
     running.update(rows)
     statistics = running.statistics()
-    normalised = statistics.normalise(rows)
-    assert np.abs(normalised).max() <= 1
+    normalized = statistics.normalize(rows)
+    assert np.abs(normalized).max() <= 1
     low, high = np.asarray(statistics.q01), np.asarray(statistics.q99)
     np.testing.assert_allclose(
-        statistics.unnormalise(normalised), np.clip(rows, low, high), atol=1e-4
+        statistics.unnormalize(normalized), np.clip(rows, low, high), atol=1e-4
     )
 
 
@@ -85,4 +85,4 @@ def test_wrong_batches_are_refused():
     with pytest.raises(UserError, match="beyond"):
         normalization.RunningStatistics((np.zeros(1), np.ones(1))).update(np.full((2, 1), 2.0))
     with pytest.raises(UserError, match="2 dimensions"):
-        normalization.ActionStatistics((0, 0), (1, 1), (0, 0), (1, 1)).normalise(np.zeros((4, 3)))
+        normalization.ActionStatistics((0, 0), (1, 1), (0, 0), (1, 1)).normalize(np.zeros((4, 3)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from univla_jax.data.datasets import CORPORA, open_reader
+from univla_jax.data.datasets import DATASETS, open_reader
 from univla_jax.errors import UserError
 
 SENTENCES = ("push the button", "open the drawer", "lift the block")
@@ -33,7 +33,7 @@ def write(folder, frames=30, indices=((0, 9), (5, 16), (17, 29)), annotations=No
 
 
 def source(folder, split="train"):
-    return open_reader(folder, CORPORA["calvin"], split)
+    return open_reader(folder, DATASETS["calvin"], split)
 
 
 def test_annotated_stretches_are_episodes(tmp_path):

@@ -42,5 +42,5 @@ def test_aloha_chunks_are_relative_to_their_first_step_and_back():
     np.testing.assert_array_equal(deltas[..., [6, 13]], chunks[..., [6, 13]])
     angles = deltas[..., [3, 4, 5, 10, 11, 12]]
     assert np.abs(angles).max() <= np.pi + 1e-6
-    back = action_conventions.ALOHA_DELTAS.absolute_from(deltas, chunks[:, 0])
+    back = action_conventions.ALOHA_DELTAS.to_absolute(deltas, chunks[:, 0])
     np.testing.assert_allclose(back, chunks, atol=1e-5)

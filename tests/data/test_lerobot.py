@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.data.test_video_folder import levels, write_video
-from univla_jax.data.datasets import CORPORA, open_reader
+from univla_jax.data.datasets import DATASETS, open_reader
 from univla_jax.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-CORPUS = CORPORA["aloha"]
+CORPUS = DATASETS["aloha"]
 CAMERAS = tuple(CORPUS.views.values())
 LENGTHS = (5, 7)
 TASKS = ("fold the towel", "pour the water")

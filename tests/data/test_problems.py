@@ -1,4 +1,4 @@
-"""Broken episodes are recognised and counted."""
+"""Broken episodes are recognized and counted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from tests.data.episodes import make_episode
-from univla_jax.data.validation import Problem, check_share, describe, validate_episode
+from univla_jax.data.validation import (
+    InvalidEpisode,
+    check_invalid_fraction,
+    describe,
+    validate_episode,
+)
 from univla_jax.errors import UserError
 
 SIZES = {"image": (16, 24), "wrist_image": (8, 8)}
@@ -47,13 +52,13 @@ def test_a_broken_episode_has_a_reason(changes, reason):
 
 
 def test_too_many_are_an_error():
-    problems = [Problem(f"e{i}", "is blue") for i in range(5)]
-    check_share(problems, 100, 0.05, "set")
-    check_share([], 1, 0.0, "set")
-    with pytest.raises(UserError, match=r"5 of 50 .*over max_bad_share=0.05.*e0: is blue"):
-        check_share(problems, 50, 0.05, "set")
+    problems = [InvalidEpisode(f"e{i}", "is blue") for i in range(5)]
+    check_invalid_fraction(problems, 100, 0.05, "set")
+    check_invalid_fraction([], 1, 0.0, "set")
+    with pytest.raises(UserError, match=r"5 of 50 .*over max_invalid_fraction=0.05.*e0: is blue"):
+        check_invalid_fraction(problems, 50, 0.05, "set")
     with pytest.raises(UserError, match="all of them"):
-        check_share(problems, 5, 1.0, "set")
+        check_invalid_fraction(problems, 5, 1.0, "set")
     with pytest.raises(UserError, match="no episodes"):
-        check_share([], 0, 1.0, "set")
+        check_invalid_fraction([], 0, 1.0, "set")
     assert describe(problems) == "e0: is blue; e1: is blue; e2: is blue; and 2 more"

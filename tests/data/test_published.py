@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data import published
-from univla_jax.data.datasets import CORPORA, open_reader
+from univla_jax.data.datasets import DATASETS, open_reader
 
 TRIMMED = {"bridge": 2}
 SIGNED = ("libero", "libero_spatial", "libero_10", "fmb", "maniskill", "cmu_play_fusion")
@@ -15,7 +15,7 @@ SIGNED = ("libero", "libero_spatial", "libero_10", "fmb", "maniskill", "cmu_play
 @pytest.mark.parametrize("name", published.STRUCTURES)
 def test_the_published_structure_is_read(name, tmp_path):
     published.write(tmp_path / name, name)
-    corpus = CORPORA[name]
+    corpus = DATASETS[name]
     source = open_reader(tmp_path / name, corpus, "train")
     (episode,) = source
     steps = 14 - TRIMMED.get(name, 0)
@@ -33,13 +33,13 @@ def test_the_published_structure_is_read(name, tmp_path):
 
 
 def test_every_rlds_row_has_a_structure_here():
-    rlds = {name for name, row in CORPORA.items() if row.reader == "rlds"}
+    rlds = {name for name, row in DATASETS.items() if row.reader == "rlds"}
     assert rlds - set(published.STRUCTURES) == {"tabletop", "libero_object", "libero_goal"}
 
 
 def test_bridge_takes_the_reached_movement(tmp_path):
     made = published.write(tmp_path / "bridge", "bridge")
-    (episode,) = open_reader(tmp_path / "bridge", CORPORA["bridge"], "train")
+    (episode,) = open_reader(tmp_path / "bridge", DATASETS["bridge"], "train")
     states = np.stack([step["observation"]["state"] for step in made])
     np.testing.assert_allclose(episode.actions[:, :6], np.diff(states[1:, :6], axis=0), atol=1e-6)
     np.testing.assert_array_equal(episode.state, states[1:-1])
@@ -48,7 +48,7 @@ def test_bridge_takes_the_reached_movement(tmp_path):
 def test_droid_takes_the_first_instruction_there_is(tmp_path):
     written = {"words": "stack the blocks", "blank": ("language_instruction",)}
     published.write(tmp_path / "droid", "droid", **written)
-    (episode,) = open_reader(tmp_path / "droid", CORPORA["droid"], "train")
+    (episode,) = open_reader(tmp_path / "droid", DATASETS["droid"], "train")
     assert episode.instruction == "stack the blocks"
 
 
@@ -70,8 +70,8 @@ def test_weights_spacings_and_sizes_of_the_world_model_mixture():
         "1x": (1.0, 1, (256, 256)),
     }
     for name, values in expected.items():
-        row = CORPORA[name]
+        row = DATASETS[name]
         first = row.sizes[next(iter(row.views))]
         assert (row.mixture_weight, row.frame_spacing, first) == values, name
-    assert (CORPORA["calvin"].mixture_weight, CORPORA["calvin"].frame_spacing) == (0.8, 10)
-    assert CORPORA["libero"].frame_spacing == 10
+    assert (DATASETS["calvin"].mixture_weight, DATASETS["calvin"].frame_spacing) == (0.8, 10)
+    assert DATASETS["libero"].frame_spacing == 10

@@ -48,7 +48,7 @@ def test_reads_a_range(original, split, options, expected):
 
 def test_only_the_views_asked_for_are_read(original):
     corpus = dataclasses.replace(CORPUS, views={"hand": "observation/wrist_image"}, state=None)
-    episode = rlds.RldsSource(original, corpus, "train")[1]
+    episode = rlds.RldsReader(original, corpus, "train")[1]
     np.testing.assert_array_equal(episode.frames["hand"], EPISODES[1].frames["wrist_image"])
     assert list(episode.frames) == ["hand"] and episode.state is None
 
@@ -57,7 +57,7 @@ def test_an_action_function_sees_every_field(original):
     corpus = dataclasses.replace(
         CORPUS, actions=lambda steps: steps["action"][:, :2] + steps["observation/state"][:, :2]
     )
-    episode = rlds.RldsSource(original, corpus, "train")[0]
+    episode = rlds.RldsReader(original, corpus, "train")[0]
     np.testing.assert_allclose(
         episode.actions, EPISODES[0].actions[:, :2] + EPISODES[0].state[:, :2], rtol=1e-6
     )
@@ -98,7 +98,7 @@ BREAKAGES = {
 def test_a_broken_folder_is_named(copy, message):
     BREAKAGES[message](copy)
     with pytest.raises(UserError, match=message):
-        rlds.RldsSource(copy.parent.parent, CORPUS, "train")
+        rlds.RldsReader(copy.parent.parent, CORPUS, "train")
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_a_broken_folder_is_named(copy, message):
 )
 def test_a_row_that_does_not_fit_is_named(original, changes, split, message):
     with pytest.raises(UserError, match=message):
-        rlds.RldsSource(original, dataclasses.replace(CORPUS, **changes), split)
+        rlds.RldsReader(original, dataclasses.replace(CORPUS, **changes), split)
 
 
 def test_an_episode_that_cannot_be_decoded_is_named(original):
     corpus = dataclasses.replace(CORPUS, actions=lambda steps: steps["world_vector"])
-    source = rlds.RldsSource(original, corpus, "train")
+    source = rlds.RldsReader(original, corpus, "train")
     with pytest.raises(UserError, match="train/000002 cannot be decoded: no field 'world_vector'"):
         source[2]

@@ -1,4 +1,4 @@
-"""The bytes of a tokenised episode."""
+"""The bytes of a tokenized episode."""
 
 from __future__ import annotations
 

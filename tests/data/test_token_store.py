@@ -144,10 +144,10 @@ def test_a_broken_manifest_is_named(folder, tmp_path):
             TokenStore(folder)
     old = {**value, "header": {**value["header"], "format": 1}}
     path.write_text(json.dumps(old))
-    with pytest.raises(UserError, match="record format 1, not 2; tokenise again"):
+    with pytest.raises(UserError, match="record format 1, not 2; tokenize again"):
         TokenStore(folder)
-    path.write_text(json.dumps({**value, "colour": 1}))
-    with pytest.raises(UserError, match="colour"):
+    path.write_text(json.dumps({**value, "color": 1}))
+    with pytest.raises(UserError, match="color"):
         TokenStore(folder)
 
 

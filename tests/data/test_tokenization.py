@@ -15,7 +15,7 @@ from univla_jax import config as strict
 from univla_jax.data import datasets
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.token_store import TokenStore
-from univla_jax.data.tokenize import Share, TokenizeConfig, tokenize, verify_store
+from univla_jax.data.tokenize import Partition, TokenizeConfig, tokenize, verify_store
 from univla_jax.errors import UserError
 
 SPEC = {"min_pixels": 64}
@@ -25,7 +25,7 @@ SETTINGS = {
     "splits": {"train": "train[:75%]", "val": "train[75%:]"},
     "batch_frames": 4,
     "episodes_per_shard": 2,
-    "max_bad_share": 0.5,
+    "max_invalid_fraction": 0.5,
 }
 
 
@@ -45,7 +45,7 @@ BROKEN = (0, 3, 4, 11)
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch):
-    monkeypatch.setitem(datasets.CORPORA, "blocks", CORPUS)
+    monkeypatch.setitem(datasets.DATASETS, "blocks", CORPUS)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_an_interrupted_run_comes_out_the_same(source, tmp_path):
 
 def test_too_many_broken_episodes_fail_and_lose_nothing(source, tmp_path):
     with pytest.raises(UserError, match=r"3 of 9 episodes are broken .*blocks-0: action of step"):
-        tokenize(make_config(max_bad_share=0.1), source, tmp_path, MeanTokenizer())
+        tokenize(make_config(max_invalid_fraction=0.1), source, tmp_path, MeanTokenizer())
     tokenize(make_config(), source, tmp_path, MeanTokenizer())
     assert len(TokenStore(tmp_path / "train")) == 6
     with pytest.raises(UserError, match="all 2 episodes of 'bad' are broken"):
@@ -127,7 +127,7 @@ def test_other_settings_need_another_folder(source, tmp_path):
         ({"augmented_copies": -1}, "expected 0 or more"),
         ({"splits": {"train": "training"}}, "no split 'training'"),
         ({"batch_frames": 0}, "expected at least 1"),
-        ({"max_bad_share": 2.0}, "expected 0...1"),
+        ({"max_invalid_fraction": 2.0}, "expected 0...1"),
     ],
 )
 def test_mistakes_in_the_config_are_named(source, tmp_path, changes, message):
@@ -152,12 +152,12 @@ class SlowTokenizer(MeanTokenizer):
 
 
 def tokenize_slowly(source, out):
-    datasets.CORPORA["blocks"] = CORPUS
+    datasets.DATASETS["blocks"] = CORPUS
     tokenize(ONE_BY_ONE, source, out, SlowTokenizer())
 
 
 def test_killed_at_twenty_random_moments_it_comes_out_the_same(tmp_path, monkeypatch):
-    monkeypatch.setitem(datasets.CORPORA, "blocks", CORPUS)
+    monkeypatch.setitem(datasets.DATASETS, "blocks", CORPUS)
     episodes = [make_episode(i) for i in range(60)]
     source = write_rlds(tmp_path, "blocks", "1.0.0", {"train": episodes}, progress=False)
     tokenize(ONE_BY_ONE, source, tmp_path / "whole", MeanTokenizer())
@@ -179,17 +179,17 @@ def test_killed_at_twenty_random_moments_it_comes_out_the_same(tmp_path, monkeyp
 def test_processes_share_the_shards(source, tmp_path):
     tokenize(make_config(), source, tmp_path / "one", MeanTokenizer())
     for number in (2, 0, 1):
-        share = Share(number, 3)
+        share = Partition(number, 3)
         manifests = tokenize(make_config(), source, tmp_path / "three", MeanTokenizer(), share)
         assert (manifests["train"] is None) == (number != 1)
     assert content(tmp_path / "three") == content(tmp_path / "one")
-    assert Share.parse("2/3") == Share(2, 3)
+    assert Partition.parse("2/3") == Partition(2, 3)
     for words, message in (
         ("3/3", r"part 3/3: the number is 0\.\.\.2"),
         ("1 of 2", "NUMBER/PARTS"),
     ):
         with pytest.raises(UserError, match=message):
-            Share.parse(words)
+            Partition.parse(words)
 
 
 def test_augmented_copies_stand_behind_their_episode(source, tmp_path):

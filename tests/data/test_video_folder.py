@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from univla_jax.data.datasets import CORPORA, open_reader
+from univla_jax.data.datasets import DATASETS, open_reader
 from univla_jax.data.video import read_frames
 from univla_jax.errors import UserError
 
@@ -46,13 +46,13 @@ def test_parts_of_a_video_are_read(tmp_path):
         read_frames(path)
 
 
-def test_labelled_videos(tmp_path):
+def test_labeled_videos(tmp_path):
     for name in ("7", "12"):
         write_video(tmp_path / "videos" / f"{name}.mp4", range(0, 240, 10))
     labels = [{"id": "12", "label": "pushing a cup"}, {"id": "7", "label": "folding paper"}]
     (tmp_path / "train.json").write_text(json.dumps(labels))
     (tmp_path / "validation.json").write_text(json.dumps({"99": "tearing paper"}))
-    corpus = CORPORA["something_something"]
+    corpus = DATASETS["something_something"]
     read = open_reader(tmp_path, corpus, "train")
     assert [read[i].instruction for i in range(2)] == ["pushing a cup", "folding paper"]
     assert read[0].actions.shape == (6, 0) and read[0].frames["image"].shape == (6, 16, 32, 3)
@@ -61,9 +61,9 @@ def test_labelled_videos(tmp_path):
         open_reader(tmp_path, corpus, "validation")[0]
 
 
-def test_unlabelled_videos_get_the_default_instruction(tmp_path):
+def test_unlabeled_videos_get_the_default_instruction(tmp_path):
     write_video(tmp_path / "x" / "walk.mp4", range(0, 240, 10))
-    (episode,) = open_reader(tmp_path, CORPORA["1x"], "train")
-    assert episode.instruction == CORPORA["1x"].default_instruction
+    (episode,) = open_reader(tmp_path, DATASETS["1x"], "train")
+    assert episode.instruction == DATASETS["1x"].default_instruction
     with pytest.raises(UserError, match="holds no videos"):
-        open_reader(tmp_path / "x" / "nothing", CORPORA["1x"], "train")
+        open_reader(tmp_path / "x" / "nothing", DATASETS["1x"], "train")

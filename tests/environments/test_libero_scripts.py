@@ -11,7 +11,7 @@ from univla_jax.simulators.libero.libero_scripts import (
     CLOSE,
     DOWN,
     LIMITS,
-    METRES,
+    METERS,
     OPEN,
     RADIANS,
     Arm,
@@ -25,7 +25,7 @@ class Table:
     """Things on a table; what lies between fingers that close is held, and falls when let go."""
 
     def __init__(self, **boxes: tuple):
-        self.centres = {name: np.array(centre, float) for name, (centre, _) in boxes.items()}
+        self.centers = {name: np.array(center, float) for name, (center, _) in boxes.items()}
         self.halves = {name: np.array(half, float) for name, (_, half) in boxes.items()}
         self.position, self.turn, self.held, self.grip = np.array([0, 0, 0.3]), DOWN, None, OPEN
 
@@ -33,26 +33,26 @@ class Table:
         return self.position.copy(), self.turn
 
     def place(self, name):
-        return self.centres[name].copy()
+        return self.centers[name].copy()
 
     def box(self, name):
-        return Box(self.centres[name].copy(), np.eye(3), self.halves[name])
+        return Box(self.centers[name].copy(), np.eye(3), self.halves[name])
 
     def execute(self, action):
-        step = METRES * action[:3]
+        step = METERS * action[:3]
         self.position = self.position + step
         self.turn = Rotation.from_rotvec(RADIANS * action[3:6]) * self.turn
         if action[6] == CLOSE and self.grip == OPEN:
-            self.held = next((name for name in self.centres if self._between(name)), None)
+            self.held = next((name for name in self.centers if self._between(name)), None)
         self.grip = action[6]
         if self.grip == OPEN and self.held:
-            self.centres[self.held][2] = self.halves[self.held][2]
+            self.centers[self.held][2] = self.halves[self.held][2]
             self.held = None
         elif self.held:
-            self.centres[self.held] += step
+            self.centers[self.held] += step
 
     def _between(self, name):
-        return np.all(np.abs(self.position - self.centres[name]) <= self.halves[name] + 0.01)
+        return np.all(np.abs(self.position - self.centers[name]) <= self.halves[name] + 0.01)
 
 
 def run(motion, table, most=400):
@@ -81,7 +81,7 @@ def test_a_target_may_move():
     arm = Arm(table)
     for count, action in enumerate(arm.go(lambda: table.place("block"), near=0.01)):
         table.execute(action)
-        table.centres["block"][1] += 0.002 if count < 20 else 0
+        table.centers["block"][1] += 0.002 if count < 20 else 0
     assert np.linalg.norm(table.position - table.place("block")) < 0.01
 
 
@@ -114,7 +114,7 @@ def test_a_dropped_thing_is_picked_up_again():
         table.execute(action)
         if table.held and table.position[1] < 0.05 and not dropped:
             table.held, dropped = None, True
-            table.centres["soup_1_main"][2] = 0.05
+            table.centers["soup_1_main"][2] = 0.05
     assert dropped
     assert np.linalg.norm((table.place("soup_1_main") - table.place("basket_1_main"))[:2]) < 0.02
 

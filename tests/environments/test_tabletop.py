@@ -14,14 +14,14 @@ from univla_jax.simulators.tabletop.tabletop_env import (
     Gripper,
     Scene,
     TabletopEnv,
-    Task,
+    TabletopTask,
     Zone,
     advance,
 )
 
 
 def scene(blocks, gripper_at=(0.5, 0.5), height=0.2, is_open=True) -> Scene:
-    placed = [Block(colour, np.array(xy, float)) for colour, xy in blocks.items()]
+    placed = [Block(color, np.array(xy, float)) for color, xy in blocks.items()]
     gripper = Gripper(np.array(gripper_at, float), height, np.zeros(3), is_open)
     return Scene(placed, [Zone("white", np.array([0.8, 0.8]))], gripper)
 
@@ -52,12 +52,12 @@ def test_the_same_seed_and_actions_give_the_same_episode():
     assert runs[0][2] == runs[1][2]
 
 
-def test_objects_start_apart_and_in_different_colours():
+def test_objects_start_apart_and_in_different_colors():
     env = TabletopEnv()
     for seed in range(50):
         env.reset(seed=seed)
         things = [*env.scene.blocks, *env.scene.zones]
-        assert len({b.colour for b in env.scene.blocks}) == tabletop_env.BLOCK_COUNT
+        assert len({b.color for b in env.scene.blocks}) == tabletop_env.BLOCK_COUNT
         for i, one in enumerate(things):
             for other in things[:i]:
                 assert np.linalg.norm(one.position - other.position) > 0.22
@@ -126,22 +126,25 @@ def test_closing_above_the_blocks_grasps_nothing():
 
 def test_touching_another_block_first_fails_the_task():
     table = scene({"red": (0.5, 0.5), "blue": (0.2, 0.2)}, is_open=False)
-    task = Task("touch", "blue", "", (0.2, 0.2))
+    task = TabletopTask("touch", "blue", "", (0.2, 0.2))
     act(table, dz=-0.1, grip=1.0, times=3)
     assert table.touched == [0]
     table.touched.append(1)
     assert not task.succeeded(table)
-    assert Task("touch", "red", "", (0.5, 0.5)).succeeded(table)
+    assert TabletopTask("touch", "red", "", (0.5, 0.5)).succeeded(table)
 
 
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        (Task("touch", "red", "", (0, 0)), "touch the red block"),
-        (Task("lift", "blue", "", (0, 0)), "lift the blue block"),
-        (Task("push", "green", "left", (0, 0)), "push the green block to the left"),
-        (Task("place", "yellow", "black", (0, 0)), "put the yellow block in the black zone"),
-        (Task("reach", "", "white"), "reach the white zone"),
+        (TabletopTask("touch", "red", "", (0, 0)), "touch the red block"),
+        (TabletopTask("lift", "blue", "", (0, 0)), "lift the blue block"),
+        (TabletopTask("push", "green", "left", (0, 0)), "push the green block to the left"),
+        (
+            TabletopTask("place", "yellow", "black", (0, 0)),
+            "put the yellow block in the black zone",
+        ),
+        (TabletopTask("reach", "", "white"), "reach the white zone"),
     ],
 )
 def test_instructions(task, words):
@@ -151,13 +154,13 @@ def test_instructions(task, words):
 def test_success_needs_the_distance_the_direction_and_the_release():
     table = scene({"red": (0.5, 0.5)})
     table.touched = [0]
-    push = Task("push", "red", "left", (0.5, 0.5))
+    push = TabletopTask("push", "red", "left", (0.5, 0.5))
     table.blocks[0].position = np.array([0.45, 0.5])
     assert not push.succeeded(table)
     table.blocks[0].position = np.array([0.38, 0.5])
     assert push.succeeded(table)
-    assert not Task("push", "red", "right", (0.5, 0.5)).succeeded(table)
-    place = Task("place", "red", "white", (0.5, 0.5))
+    assert not TabletopTask("push", "red", "right", (0.5, 0.5)).succeeded(table)
+    place = TabletopTask("place", "red", "white", (0.5, 0.5))
     table.blocks[0].position = np.array([0.81, 0.79])
     table.held = 0
     assert not place.succeeded(table)
@@ -167,7 +170,7 @@ def test_success_needs_the_distance_the_direction_and_the_release():
 
 def test_a_zone_is_reached_low_and_with_no_block_touched():
     table = scene({"red": (0.5, 0.5)}, gripper_at=(0.82, 0.78), height=0.12, is_open=False)
-    task = Task("reach", "", "white")
+    task = TabletopTask("reach", "", "white")
     assert not task.succeeded(table)
     act(table, dz=-0.05, grip=1.0)
     assert task.succeeded(table)
@@ -180,12 +183,12 @@ def test_a_zone_is_reached_low_and_with_no_block_touched():
 
 def test_the_same_task_can_be_asked_of_every_other_thing():
     table = scene({"red": (0.5, 0.5), "blue": (0.2, 0.2), "green": (0.8, 0.2)})
-    assert Task("push", "red", "left", (0.5, 0.5)).others(table) == [
-        Task("push", "blue", "left", (0.2, 0.2)),
-        Task("push", "green", "left", (0.8, 0.2)),
+    assert TabletopTask("push", "red", "left", (0.5, 0.5)).others(table) == [
+        TabletopTask("push", "blue", "left", (0.2, 0.2)),
+        TabletopTask("push", "green", "left", (0.8, 0.2)),
     ]
     table.zones.append(Zone("black", np.array([0.2, 0.8])))
-    assert Task("reach", "", "white").others(table) == [Task("reach", "", "black")]
+    assert TabletopTask("reach", "", "white").others(table) == [TabletopTask("reach", "", "black")]
 
 
 def test_the_fixed_camera_shows_each_block_where_it_is():

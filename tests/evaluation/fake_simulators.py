@@ -10,7 +10,7 @@ import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.base import Benchmark, Job, Turn
+from univla_jax.simulators.base import Benchmark, StepResult, Trial
 
 
 class Countdown:
@@ -24,7 +24,7 @@ class Countdown:
     def reset(self, job):
         self.looked = True
         self.job, self.steps, self.total = job, 0, 0.0
-        if job == Job(1, 1) and self.trouble:
+        if job == Trial(1, 1) and self.trouble:
             self._misbehave()
 
     def _misbehave(self):
@@ -46,7 +46,7 @@ class Countdown:
     def step(self, action, look=True):
         self.steps, self.looked = self.steps + 1, look
         self.total += float(action.sum())
-        return Turn.ENDED if self._success() or self.steps == 6 else Turn.GOES_ON
+        return StepResult.ENDED if self._success() or self.steps == 6 else StepResult.CONTINUES
 
     def _success(self):
         return self.job.trial % 2 == 0 and self.steps >= self.job.task + 2
@@ -75,6 +75,6 @@ class MakeCountdown:
 
 def countdown(*arguments, tasks=2, trials=3, **changes):
     """The benchmark of these simulators."""
-    jobs = tuple(Job(t, i) for t in range(tasks) for i in range(trials))
+    jobs = tuple(Trial(t, i) for t in range(tasks) for i in range(trials))
     make = MakeCountdown(*map(str, arguments))
     return Benchmark("countdown", {"benchmark": "countdown"}, jobs, make, **changes)

@@ -11,7 +11,7 @@ import pytest
 from univla_jax.errors import UserError
 from univla_jax.evaluation import report as campaign_report
 from univla_jax.simulators import calvin_simulator
-from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.base import StepResult, Trial
 from univla_jax.simulators.calvin_simulator import CalvinProtocol, CalvinSimulator, chain_summary
 
 CHAIN = ["open_drawer", "lift_red_block", "turn_on_led", "move_slider_left", "push_blue_block"]
@@ -90,7 +90,7 @@ def _action(first, gripper=0.3):
 
 def test_a_chain_is_solved_task_by_task(table):
     simulator = CalvinSimulator(CalvinProtocol(), "data")
-    simulator.reset(Job(0, 3))
+    simulator.reset(Trial(0, 3))
     assert table.resets == [("robot 3", "scene")]
     turns = []
     for place in range(1, 6):
@@ -98,9 +98,9 @@ def test_a_chain_is_solved_task_by_task(table):
         assert seen.instruction == f"please {CHAIN[place - 1]}"
         assert seen.frames["image"].shape == (200, 200, 3)
         assert seen.frames["wrist_image"].shape == (84, 84, 3)
-        assert simulator.step(_action(0)) is Turn.GOES_ON
+        assert simulator.step(_action(0)) is StepResult.CONTINUES
         turns.append(simulator.step(_action(place)))
-    assert turns == [Turn.NEXT_TASK] * 4 + [Turn.ENDED]
+    assert turns == [StepResult.NEXT_TASK] * 4 + [StepResult.ENDED]
     result = simulator.result()
     assert result["success"] and result["solved"] == 5 and result["steps"] == 10
     assert [a[-1] for a in table.actions] == [1.0] * 10
@@ -108,9 +108,15 @@ def test_a_chain_is_solved_task_by_task(table):
 
 def test_a_chain_ends_at_the_first_task_out_of_time(table):
     simulator = CalvinSimulator(CalvinProtocol(steps_per_task=3), "data")
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     turns = [simulator.step(_action(n, gripper=-0.1)) for n in (0, 1, 0, 0, 0)]
-    assert turns == [Turn.GOES_ON, Turn.NEXT_TASK, Turn.GOES_ON, Turn.GOES_ON, Turn.ENDED]
+    assert turns == [
+        StepResult.CONTINUES,
+        StepResult.NEXT_TASK,
+        StepResult.CONTINUES,
+        StepResult.CONTINUES,
+        StepResult.ENDED,
+    ]
     result = simulator.result()
     assert not result["success"] and result["solved"] == 1
     assert result["subtasks"] == [["open_drawer", True], ["lift_red_block", False]]
@@ -140,7 +146,7 @@ def test_the_page_shows_chains_and_kinds_of_tasks():
             "steps": 400,
             "chunks": 40,
             "invalid": 0,
-            "steered": 0,
+            "num_overridden": 0,
             "solved": 1,
             "subtasks": [["open_drawer", True], ["lift_red_block", False]],
         }

@@ -19,9 +19,9 @@ from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.evaluation import runner as campaign
 from univla_jax.evaluation import scoring
-from univla_jax.evaluation.runner import Effort, sound
+from univla_jax.evaluation.runner import RunnerConfig, sanitize_chunk
 
-QUIET = Effort(workers=2, progress=False)
+QUIET = RunnerConfig(workers=2, progress=False)
 
 
 def _lines(out, name=campaign.EPISODES):
@@ -44,15 +44,15 @@ def test_every_episode_is_run_once(whole):
     assert [task["successes"] for task in report["tasks"]] == [2, 2]
     assert report["success"]["rate"] == 0.6667 and report["versions"]["countdown"] == "1"
     assert 0 < report["throughput"]["simulator_share"] < 1
-    films = sorted(path.name for path in (out / "films").iterdir())
-    assert films == ["000_00_success.gif", "001_00_success.gif"]
+    videos = sorted(path.name for path in (out / "videos").iterdir())
+    assert videos == ["000_00_success.gif", "001_00_success.gif"]
     page = (out / scoring.PAGE).read_text()
     assert page.count("<rect") > 2 and "median" in page
     assert "task 1" in page and "data:image/gif" in page and "66.7 %" in page
 
 
 def test_the_same_again_gives_the_same_records(whole, tmp_path):
-    scoring.score(countdown(), "random", tmp_path / "out", Effort(workers=1, progress=False))
+    scoring.score(countdown(), "random", tmp_path / "out", RunnerConfig(workers=1, progress=False))
     assert _lines(tmp_path / "out") == _lines(whole[0])
 
 
@@ -72,7 +72,7 @@ def test_a_cut_journal_is_completed(whole, tmp_path):
 
 @pytest.mark.parametrize("trouble", ["die once", "hang once", "raise once"])
 def test_a_broken_worker_repeats_its_episode(whole, tmp_path, trouble):
-    effort = Effort(workers=2, hang_seconds=4, progress=False)
+    effort = RunnerConfig(workers=2, hang_seconds=4, progress=False)
     report = scoring.score(countdown(trouble, tmp_path), "random", tmp_path / "out", effort)
     assert _lines(tmp_path / "out") == _lines(whole[0])
     assert report["episodes_lost_to_the_simulator"] == 0
@@ -131,11 +131,13 @@ class _Answers:
 )
 def test_chunks_that_cannot_be_executed_become_no_motion(actions, reason, tmp_path):
     last = np.arange(7.0)
-    chunk = sound(ActionChunk(actions), 7, last)
+    chunk = sanitize_chunk(ActionChunk(actions), 7, last)
     assert not chunk.valid and chunk.actions[:, -1].tolist() == [6.0] * len(chunk.actions)
     assert not chunk.actions[:, :-1].any() and len(chunk.actions)
     assert re.search(reason, chunk.reason)
-    runner = campaign.Campaign(countdown(tasks=1, trials=1), _Answers(actions), tmp_path, QUIET)
+    runner = campaign.BenchmarkRunner(
+        countdown(tasks=1, trials=1), _Answers(actions), tmp_path, QUIET
+    )
     runner.run()
     (record,) = _lines(tmp_path)
     assert record["success"] and record["invalid"] == record["chunks"] > 0
@@ -143,7 +145,7 @@ def test_chunks_that_cannot_be_executed_become_no_motion(actions, reason, tmp_pa
 
 def test_what_is_sound_passes():
     chunk = ActionChunk(np.ones((2, 7), np.float32))
-    assert sound(chunk, 7, None) is chunk
+    assert sanitize_chunk(chunk, 7, None) is chunk
 
 
 def test_only_the_first_actions_of_a_chunk_are_executed(tmp_path):

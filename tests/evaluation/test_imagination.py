@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation.frame_scores import Guess, Scores, score_table
+from univla_jax.evaluation.frame_scores import Prediction, Scores, score_table
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
 
 
 def _guess(levels, codes):
-    """One 16 x 16 picture of one grey level and one code per frame."""
+    """One 16 x 16 picture of one gray level and one code per frame."""
     levels = np.array(levels, np.uint8)
     frames = np.broadcast_to(levels[..., None, None, None], (*levels.shape, 16, 16, 3))
-    return Guess(frames, np.array(codes)[..., None, None])
+    return Prediction(frames, np.array(codes)[..., None, None])
 
 
 REAL = _guess([[10, 20], [30, 99]], [[1, 2], [3, 9]])

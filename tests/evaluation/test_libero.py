@@ -13,9 +13,9 @@ from PIL import Image
 from tests.evaluation import fake_libero
 from univla_jax.errors import UserError
 from univla_jax.evaluation import scoring
-from univla_jax.evaluation.runner import EPISODES, Effort
+from univla_jax.evaluation.runner import EPISODES, RunnerConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.base import StepResult, Trial
 from univla_jax.simulators.libero import libero_benchmark
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS
 from univla_jax.tokenizers.image import ImageSpec
@@ -51,18 +51,18 @@ def _simulator(assets, **changes):
 
 def test_an_episode_begins_as_published(assets):
     simulator, log = _simulator(assets)
-    simulator.reset(Job(3, 7))
+    simulator.reset(Trial(3, 7))
     begin = [("open", "task_3.bddl", 256, 256), ("seed", 0), ("reset",), ("state", 37)]
     assert log == [*begin, *[("step", *OPEN)] * 10]
-    simulator.reset(Job(3, 8))
+    simulator.reset(Trial(3, 8))
     assert log[14:18] == [("seed", 0), ("reset",), ("state", 38), ("step", *OPEN)]
-    simulator.reset(Job(4, 0))
+    simulator.reset(Trial(4, 0))
     assert log[27:29] == [("close",), ("open", "task_4.bddl", 256, 256)]
 
 
 def test_both_views_are_rotated_by_180_degrees(assets):
     simulator, _ = _simulator(assets)
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     seen = simulator.observe()
     assert seen.instruction == "close drawer 0" and set(seen.frames) == {"image", "wrist_image"}
     for frame in seen.frames.values():
@@ -71,26 +71,28 @@ def test_both_views_are_rotated_by_180_degrees(assets):
     expected = [0.1, 0.2, 0.3, 0, 0, np.pi, 0.04, -0.04]
     np.testing.assert_allclose(seen.state, expected, atol=1e-6)
     flipped, _ = _simulator(assets, rotate_180=False)
-    flipped.reset(Job(0, 0))
+    flipped.reset(Trial(0, 0))
     assert flipped.observe().frames["image"][0, 0].tolist() == [10, 20, 30]
 
 
 def test_the_gripper_closes_above_zero(assets):
     simulator, log = _simulator(assets)
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     turns = [simulator.step(np.array([0.5, 0, 0, 0, 0, 0, g])) for g in (0.1, 0.0, -0.3, 2, 0.01)]
     assert [entry[-1] for entry in log[-5:]] == [1, -1, -1, 1, 1]
     assert log[-1][1] == 0.5
-    assert turns == [Turn.GOES_ON] * 4 + [Turn.ENDED] and simulator.result()["success"]
+    assert (
+        turns == [StepResult.CONTINUES] * 4 + [StepResult.ENDED] and simulator.result()["success"]
+    )
     raw, log = _simulator(assets, gripper="raw")
-    raw.reset(Job(0, 0))
+    raw.reset(Trial(0, 0))
     raw.step(np.full(7, 0.25))
     assert log[-1][-1] == 0.25
 
 
 def test_nothing_is_shown_of_a_step_made_without_looking(assets):
     simulator, _ = _simulator(assets)
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     simulator.step(np.array(OPEN), look=False)
     for ask in (simulator.observe, simulator.picture):
         with pytest.raises(RuntimeError, match="look=True"):
@@ -101,9 +103,9 @@ def test_nothing_is_shown_of_a_step_made_without_looking(assets):
 
 def test_an_episode_fails_after_its_steps_wait_not_counted(assets):
     simulator, _ = _simulator(assets)
-    simulator.reset(Job(0, 1))
+    simulator.reset(Trial(0, 1))
     turns = [simulator.step(np.array(OPEN)) for _ in range(300)]
-    assert turns[:-1] == [Turn.GOES_ON] * 299 and turns[-1] is Turn.ENDED
+    assert turns[:-1] == [StepResult.CONTINUES] * 299 and turns[-1] is StepResult.ENDED
     assert simulator.result() == {
         "task": "close_drawer_0",
         "instruction": "close drawer 0",
@@ -131,15 +133,15 @@ def test_frames_are_resized_as_in_training():
 
 def test_other_statistics_move_the_robot_elsewhere(assets):
     """The same tokens under the statistics of another corpus are another motion."""
-    normalised = np.array([[0.5, 0, 0, 0, 0, 0, 1.0]], np.float32)
+    normalized = np.array([[0.5, 0, 0, 0, 0, 0, 1.0]], np.float32)
     own = (-0.2,) * 6 + (-1.0,), (0.4,) * 6 + (1.0,)
     other = (-0.4,) * 6 + (-1.0,), (0.2,) * 6 + (-0.2,)
     sent = []
     for low, high in (own, other):
         simulator, log = _simulator(assets)
-        simulator.reset(Job(0, 0))
+        simulator.reset(Trial(0, 0))
         statistics = ActionStatistics(mean=low, std=low, q01=low, q99=high)
-        simulator.step(statistics.unnormalise(normalised)[0])
+        simulator.step(statistics.unnormalize(normalized)[0])
         sent.append((round(log[-1][1], 4), log[-1][-1]))
     assert sent == [(0.25, 1.0), (0.05, -1.0)]
 
@@ -147,7 +149,7 @@ def test_other_statistics_move_the_robot_elsewhere(assets):
 def test_a_suite_through_workers_never_asks_anything(assets, tmp_path):
     rules = libero_benchmark.protocol("libero_goal", episodes_per_task=2, max_steps=4)
     suite = libero_benchmark.benchmark(rules, tasks=(1, 5), assets=str(assets))
-    effort = Effort(workers=2, films=0, progress=False)
+    effort = RunnerConfig(workers=2, videos=0, progress=False)
     report = scoring.score(suite, "zero", tmp_path / "out", effort)
     assert report["success"]["episodes"] == 4 and report["success"]["successes"] == 0
     assert [t["task"] for t in report["tasks"]] == ["close_drawer_1", "close_drawer_5"]
@@ -173,7 +175,7 @@ def test_the_expert_acts_in_the_tasks_that_have_a_script():
         libero_benchmark.protocol("libero_goal", episodes_per_task=2), scripted=10
     )
     assert suite.protocol["tasks"] == list(SCRIPTS["libero_goal"])
-    assert suite.jobs[:2] == (Job(0, 0), Job(0, 1)) and len(suite.jobs) == 2 * len(
+    assert suite.jobs[:2] == (Trial(0, 0), Trial(0, 1)) and len(suite.jobs) == 2 * len(
         SCRIPTS["libero_goal"]
     )
 
@@ -182,7 +184,7 @@ def test_missing_assets_are_named(assets, tmp_path):
     rules = libero_benchmark.protocol("libero_goal", episodes_per_task=1)
     suite = libero_benchmark.benchmark(rules, assets=str(tmp_path / "void"))
     with pytest.raises(UserError, match=r"void/scenes' is no folder.*--assets"):
-        scoring.score(suite, "zero", tmp_path / "out", Effort(progress=False))
+        scoring.score(suite, "zero", tmp_path / "out", RunnerConfig(progress=False))
 
 
 def test_assets_come_from_the_config_of_libero(assets, tmp_path, monkeypatch):

@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY
-from univla_jax.data.datasets import find_corpus
-from univla_jax.data.rlds import RldsSource
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
 from univla_jax.evaluation import scoring
-from univla_jax.evaluation.actors import ActionPath
-from univla_jax.evaluation.runner import EPISODES, Effort
+from univla_jax.evaluation.actors import ActionRoundTrip
+from univla_jax.evaluation.runner import EPISODES, RunnerConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.base import StepResult, Trial
 from univla_jax.simulators.libero import libero_benchmark, libero_scripts
 from univla_jax.simulators.libero.libero_demonstrations import (
     LiberoDemonstrationsConfig,
@@ -70,7 +70,7 @@ def _brief(suite, tasks, assets, **changes):
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_task_of_every_suite_resets_steps_and_ends(assets, suite, tmp_path):
     """All 40: ``evaluate --policy=zero --max_steps=3 --episodes_per_task=1``, see the README."""
-    effort = Effort(films=0, progress=False)
+    effort = RunnerConfig(videos=0, progress=False)
     ready = _brief(suite, (3,), assets, episodes_per_task=1)
     report = scoring.score(ready, "zero", tmp_path / "out", effort)
     assert report["mean_steps"] == 3 and report["episodes_lost_to_the_simulator"] == 0
@@ -78,22 +78,22 @@ def test_a_task_of_every_suite_resets_steps_and_ends(assets, suite, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_records(assets, tmp_path):
-    """Whatever the number of workers, whether filmed or not."""
+    """Whatever the number of workers, whether with_video or not."""
     records = []
-    for name, effort in (("a", Effort(1, films=1)), ("b", Effort(2, films=0))):
+    for name, effort in (("a", RunnerConfig(1, videos=1)), ("b", RunnerConfig(2, videos=0))):
         ready = _brief("libero_goal", (0,), assets, episodes_per_task=2, max_steps=25)
         scoring.score(ready, "random", tmp_path / name, effort)
         lines = (tmp_path / name / EPISODES).read_text().splitlines()
         records.append(sorted(map(json.loads, lines), key=lambda line: line["trial"]))
     assert len(records[0]) == 2 and records[0] == records[1]
-    assert (tmp_path / "a" / "films" / "000_00_failure.gif").exists()
+    assert (tmp_path / "a" / "videos" / "000_00_failure.gif").exists()
 
 
 def test_what_is_drawn_only_when_looked_at_is_what_was_drawn_always(simulator):
     """Episode after episode, so that none depends on the one before either."""
     ends = []
     for trial, often in ((1, True), (0, False), (1, False)):
-        simulator.reset(Job(0, trial))
+        simulator.reset(Trial(0, trial))
         rng = np.random.default_rng(0)
         for step in range(20):
             simulator.step(rng.uniform(-1, 1, 7), look=often or step == 19)
@@ -106,7 +106,7 @@ def test_what_is_drawn_only_when_looked_at_is_what_was_drawn_always(simulator):
 
 def test_frames_are_the_cameras_rotated_by_180_degrees(simulator):
     """A thing that vanishes is missed where the rotated camera has it, and nowhere else."""
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     simulator.step(STAY)
     before = simulator.observe().frames["image"].astype(int)
     sim = simulator.env.sim
@@ -136,7 +136,7 @@ def _raw_pixel(sim, point):
 
 
 def test_frames_are_resized_as_the_training_data_were(simulator):
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     frame = simulator.observe().frames["image"]
     resized = np.asarray(ImageSpec(size=(104, 104)).resize(frame[None]))[0]
     picture = Image.fromarray(frame)
@@ -148,7 +148,7 @@ def test_frames_are_resized_as_the_training_data_were(simulator):
 def test_a_positive_gripper_closes(simulator):
     fingers = {}
     for value in (0.3, -0.3):
-        simulator.reset(Job(0, 0))
+        simulator.reset(Trial(0, 0))
         start = simulator.observe().state[6]
         for _ in range(8):
             simulator.step(np.array([0, 0, 0, 0, 0, 0, value]))
@@ -157,13 +157,13 @@ def test_a_positive_gripper_closes(simulator):
 
 
 def test_the_statistics_decide_how_far_the_robot_moves(simulator):
-    """The same normalised action under LIBERO's x quantiles and under CALVIN's."""
+    """The same normalized action under LIBERO's x quantiles and under CALVIN's."""
     moved = []
     for low, high in ((-0.7046, 0.9371), (-0.6996, 0.6764)):
         ends = (low, *[-1.0] * 6), (high, *[1.0] * 6)
         statistics = ActionStatistics(mean=ends[0], std=ends[1], q01=ends[0], q99=ends[1])
-        action = statistics.unnormalise(np.array([0.5, 0, 0, 0, 0, 0, -1.0]))
-        simulator.reset(Job(0, 0))
+        action = statistics.unnormalize(np.array([0.5, 0, 0, 0, 0, 0, -1.0]))
+        simulator.reset(Trial(0, 0))
         start = simulator.observe().state[0]
         for _ in range(10):
             simulator.step(action)
@@ -173,9 +173,9 @@ def test_the_statistics_decide_how_far_the_robot_moves(simulator):
 
 
 def test_an_episode_ends_with_its_steps(simulator):
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     turns = [simulator.step(STAY, look=False) for _ in range(300)]
-    assert turns == [Turn.GOES_ON] * 299 + [Turn.ENDED]
+    assert turns == [StepResult.CONTINUES] * 299 + [StepResult.ENDED]
     result = simulator.result()
     assert result["steps"] == 300 and not result["success"]
 
@@ -187,7 +187,7 @@ def test_a_missing_mesh_is_named(assets, tmp_path):
     (copy / "stable_scanned_objects" / "plate" / "visual" / "model_vis.msh").unlink()
     ready = _brief("libero_goal", (0,), str(copy), episodes_per_task=1)
     with pytest.raises(UserError, match=r"open_the_middle_drawer.*model_vis\.msh.*--assets"):
-        scoring.score(ready, "zero", tmp_path / "out", Effort(progress=False))
+        scoring.score(ready, "zero", tmp_path / "out", RunnerConfig(progress=False))
 
 
 def test_a_plan_done_as_it_is_leads_where_the_script_went(assets):
@@ -195,14 +195,14 @@ def test_a_plan_done_as_it_is_leads_where_the_script_went(assets):
     rules = libero_benchmark.protocol("libero_goal", render_size=64, max_steps=45)
     ends = []
     scripted = libero_benchmark.ScriptedLibero(rules, assets, chunk=10)
-    scripted.reset(Job(8, 0))
-    turn = Turn.GOES_ON
-    while turn is Turn.GOES_ON:
+    scripted.reset(Trial(8, 0))
+    turn = StepResult.CONTINUES
+    while turn is StepResult.CONTINUES:
         for action in scripted.observe().plan[: 45 - scripted.result()["steps"]]:
             turn = scripted.step(action)
     ends.append(scripted.env.get_sim_state())
     plain = libero_benchmark.LiberoSimulator(rules, assets)
-    plain.reset(Job(8, 0))
+    plain.reset(Trial(8, 0))
     script = libero_scripts.solve(
         libero_scripts.SCRIPTS["libero_goal"][8], MujocoScene(plain.env.sim)
     )
@@ -217,16 +217,16 @@ def test_an_expert_turns_on_the_stove(assets, shared_dir, tmp_path, through):
     path = None
     if through == "ids":
         official = runpy.run_path(str(REPOSITORY / "configs" / "official.py"))
-        path = ActionPath(
+        path = ActionRoundTrip(
             ActionStatistics.from_dict(official["LIBERO"]),
             load_action_tokenizer(shared_dir / "fast_tokenizers" / "fast"),
         )
     rules = libero_benchmark.protocol("libero_goal", render_size=64, episodes_per_task=2)
     ready = libero_benchmark.benchmark(rules, tasks=(7,), assets=assets, scripted=10)
-    effort = Effort(films=1, progress=False)
+    effort = RunnerConfig(videos=1, progress=False)
     report = scoring.score(ready, "expert", tmp_path / "out", effort, path=path)
     assert report["success"]["successes"] == 2
-    assert (tmp_path / "out" / "films" / "007_00_success.gif").exists()
+    assert (tmp_path / "out" / "videos" / "007_00_success.gif").exists()
     assert (report["protocol"]["action_path"] == "none") == (through == "nothing")
 
 
@@ -235,8 +235,8 @@ def test_demonstrations_read_back_as_libero(assets, tmp_path):
         suite="libero_goal", tasks=(7,), train_episodes=1, val_episodes=1
     )
     folder = write_libero_demonstrations(config, tmp_path, assets=assets)
-    (train,) = RldsSource(folder, find_corpus("libero_goal"), "train")
-    (val,) = RldsSource(folder, find_corpus("libero_goal"), "val")
+    (train,) = RldsReader(folder, find_dataset_config("libero_goal"), "train")
+    (val,) = RldsReader(folder, find_dataset_config("libero_goal"), "val")
     for episode in (train, val):
         assert episode.instruction == "turn on the stove" and 40 < len(episode) < 120
         assert episode.frames["wrist_image"].shape == (len(episode), 256, 256, 3)

@@ -15,9 +15,9 @@ from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.errors import UserError
 from univla_jax.evaluation import offline
 from univla_jax.evaluation.offline import Asked, next_token_accuracy
-from univla_jax.inference.action_decoders import HeadAnswer
+from univla_jax.inference.action_decoders import ActionPrediction
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.sequences import layouts
 from univla_jax.tokenizers.constrained import DecodedActions, invalid
@@ -77,12 +77,12 @@ def world_model_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(policy_checkpoint):
-    return Policy(TrainedModel.load(policy_checkpoint), rows=4)
+    return Policy(LoadedModel.from_checkpoint(policy_checkpoint), rows=4)
 
 
 @pytest.fixture(scope="module")
 def dreamer(world_model_checkpoint):
-    return WorldModel(TrainedModel.load(world_model_checkpoint))
+    return WorldModel(LoadedModel.from_checkpoint(world_model_checkpoint))
 
 
 def test_a_policy_is_asked_as_in_training(policy):
@@ -92,14 +92,14 @@ def test_a_policy_is_asked_as_in_training(policy):
     assert len(moments) == STEPS // CHUNK
     trained = policy.trained
     vocabulary = trained.assets.vocabulary
-    chunks = STATISTICS.normalise(episode.actions[:9].reshape(3, CHUNK, 7))
+    chunks = STATISTICS.normalize(episode.actions[:9].reshape(3, CHUNK, 7))
     ids = [vocabulary.action_ids(np.array(c)) for c in trained.assets.action.encode_batch(chunks)]
     for now, moment in enumerate(moments):
         window = range(max(0, now - 1), now + 1)
         steps = np.array(window) * CHUNK
         views = [episode.codes[view][steps] for view in GRIDS]
         words, answers = episode.instruction, [ids[t] for t in window]
-        whole = layouts.policy_video(trained.lexicon, words, views, answers).ids
+        whole = layouts.policy_video(trained.text_encoder, words, views, answers).ids
         assert moment.written.ids.tolist() == whole.tolist()
         asked = whole[moment.written.asked]
         visual = (asked >= vocabulary.bov) & (asked <= vocabulary.eov)
@@ -120,7 +120,7 @@ def test_a_policy_shown_states_is_asked_with_the_recorded_ones(policy):
     episode = dataclasses.replace(_episode(0), state=states.astype(np.float32))
     boa = trained.assets.vocabulary.boa
     for now, moment in enumerate(offline._moments(shown, episode)):
-        codes = trained.assets.action.encode(STATISTICS.normalise(states[3 * now][None]))
+        codes = trained.assets.action.encode(STATISTICS.normalize(states[3 * now][None]))
         ids = trained.assets.vocabulary.action_ids(np.array(codes)).tolist()
         assert moment.prompt[-len(ids) - 1 :].tolist() == [*ids, boa]
     with pytest.raises(UserError, match="tabletop/held-out-0: it has no state"):
@@ -131,11 +131,14 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
     """Answers known beforehand: always 0.5, but the second of each episode does not decode."""
     answers = iter(range(100))
 
-    def answer(prompts, sessions, stopwatch):
+    def answer(prompts, sessions, timer):
         half = DecodedActions(np.full((CHUNK, 7), 0.5))
         bad = invalid("nonsense", CHUNK, 7)
         chosen = [bad if next(answers) % 3 == 1 else half for _ in prompts]
-        return [HeadAnswer(decoded, np.zeros(0), steered=decoded.valid) for decoded in chosen]
+        return [
+            ActionPrediction(decoded, np.zeros(0), num_overridden=decoded.valid)
+            for decoded in chosen
+        ]
 
     monkeypatch.setattr(offline, "Policy", lambda trained, **_: policy)
     monkeypatch.setattr(policy.head, "answer", answer)
@@ -144,7 +147,7 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
     counts = [found[f"{kind}chunks"] for kind in ("", "invalid_", "steered_")]
     assert counts == [6, 2, 4]
     kept = np.concatenate([np.delete(e.actions[:9].reshape(3, 3, 7), 1, axis=0) for e in episodes])
-    answered = STATISTICS.unnormalise(np.full(7, 0.5))
+    answered = STATISTICS.unnormalize(np.full(7, 0.5))
     *dimensions, whole = found["action_error"]
     for i, entry in enumerate(dimensions):
         assert entry["mean_absolute"] == pytest.approx(
@@ -152,9 +155,9 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
         )
         mean = abs(STATISTICS.mean[i] - kept[..., i]).mean()
         assert entry["mean_action"] == pytest.approx(mean, abs=1e-6)
-    normalised = abs(0.5 - STATISTICS.normalise(kept)).mean()
-    assert whole["dimension"] == "all" and whole["normalised"] == pytest.approx(
-        normalised, abs=1e-6
+    normalized = abs(0.5 - STATISTICS.normalize(kept)).mean()
+    assert whole["dimension"] == "all" and whole["normalized"] == pytest.approx(
+        normalized, abs=1e-6
     )
 
 

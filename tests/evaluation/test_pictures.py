@@ -1,4 +1,4 @@
-"""Picture metrics, films and curves."""
+"""Picture metrics, videos and curves."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ def test_a_film_shows_every_step_and_waits(tmp_path):
         Clip("push the red block to the left", list(_pictures(0, 3, (48, 48))), success=True),
         Clip("lift", list(_pictures(1, 2, (48, 48))), success=False),
     ]
-    write_gif(tmp_path / "film.gif", clips, columns=2, fps=10)
-    with Image.open(tmp_path / "film.gif") as film:
-        assert film.n_frames == 3 and film.info["duration"] == 100
-        assert film.size == (2 * 48 + 3 * 8, 48 + 40 + 2 * 8)
-        film.seek(2)
-        assert film.info["duration"] == 2000
-        corner = film.convert("RGB").getpixel((8, 8 + 40))
+    write_gif(tmp_path / "video.gif", clips, columns=2, fps=10)
+    with Image.open(tmp_path / "video.gif") as video:
+        assert video.n_frames == 3 and video.info["duration"] == 100
+        assert video.size == (2 * 48 + 3 * 8, 48 + 40 + 2 * 8)
+        video.seek(2)
+        assert video.info["duration"] == 2000
+        corner = video.convert("RGB").getpixel((8, 8 + 40))
     assert np.abs(np.subtract(corner, (38, 140, 70))).max() < 30
 
 
-def test_small_things_keep_their_colours(tmp_path):
+def test_small_things_keep_their_colors(tmp_path):
     """Of a noisy scene, in frames other than the last."""
     frames = [np.clip(f // 2 + 100, 0, 255).astype(np.uint8) for f in _pictures(3, 4, (96, 96))]
-    colours = {(200, 30, 30): (10, 10), (30, 60, 210): (50, 40), (240, 200, 20): (80, 70)}
-    for colour, (y, x) in colours.items():
-        frames[1][y : y + 6, x : x + 6] = colour
-    write_gif(tmp_path / "film.gif", [Clip("", frames)])
-    with Image.open(tmp_path / "film.gif") as film:
-        film.seek(1)
-        seen = np.asarray(film.convert("RGB"), int)[8 + 40 :, 8:]
-    for colour, (y, x) in colours.items():
-        assert np.abs(seen[y + 3, x + 3] - colour).max() < 32
+    colors = {(200, 30, 30): (10, 10), (30, 60, 210): (50, 40), (240, 200, 20): (80, 70)}
+    for color, (y, x) in colors.items():
+        frames[1][y : y + 6, x : x + 6] = color
+    write_gif(tmp_path / "video.gif", [Clip("", frames)])
+    with Image.open(tmp_path / "video.gif") as video:
+        video.seek(1)
+        seen = np.asarray(video.convert("RGB"), int)[8 + 40 :, 8:]
+    for color, (y, x) in colors.items():
+        assert np.abs(seen[y + 3, x + 3] - color).max() < 32
 
 
 def test_strips(tmp_path):

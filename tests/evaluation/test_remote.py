@@ -13,9 +13,9 @@ from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation import scoring
 from univla_jax.evaluation.actors import RemotePolicy
-from univla_jax.evaluation.runner import EPISODES, Effort, PolicyLost
+from univla_jax.evaluation.runner import EPISODES, PolicyLost, RunnerConfig
 
-QUIET = Effort(workers=2, films=0, progress=False)
+QUIET = RunnerConfig(workers=2, videos=0, progress=False)
 SMALL = {"tasks": 2, "trials": 2, "action_dim": 2, "execute": 0}
 
 

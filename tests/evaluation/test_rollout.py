@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from univla_jax.episode import ActionChunk, Observation
-from univla_jax.evaluation.runner import Call, roll_out
+from univla_jax.evaluation.runner import PolicyCall, rollout
 
 
 class Countdown:
@@ -47,7 +47,7 @@ class Echo:
 
 def test_chunks_are_executed_whole_and_ended_episodes_leave():
     episodes, actor, calls = [Countdown(n) for n in (2, 5, 7)], Echo(), []
-    records = list(roll_out(actor, episodes, on_call=calls.append))
+    records = list(rollout(actor, episodes, on_call=calls.append))
     assert [place for place, _ in records] == [0, 1, 2]
     assert actor.asked == [
         ["2 at 0", "5 at 0", "7 at 0"],
@@ -60,22 +60,22 @@ def test_chunks_are_executed_whole_and_ended_episodes_leave():
         "success": False,
         "steps": 5,
         "chunks": 2,
-        "steered": 0,
+        "num_overridden": 0,
         "invalid": 1,
         "invalid_reason": "garbage",
     }
-    assert [call.rows for call in calls] == [3, 2, 1] and isinstance(calls[0], Call)
+    assert [call.rows for call in calls] == [3, 2, 1] and isinstance(calls[0], PolicyCall)
 
 
 def test_part_of_a_chunk_and_watching():
     seen = []
     episodes = [Countdown(4)]
     watch = lambda place, episode: seen.append((place, len(episode.actions)))  # noqa: E731
-    ((_, record),) = roll_out(Echo(), episodes, execute=2, watch=watch)
+    ((_, record),) = rollout(Echo(), episodes, execute=2, watch=watch)
     assert record["chunks"] == 2
     assert seen == [(0, n) for n in range(5)]
 
 
 def test_the_same_episodes_give_the_same_records():
-    runs = [list(roll_out(Echo(), [Countdown(n) for n in (3, 5)])) for _ in range(2)]
+    runs = [list(rollout(Echo(), [Countdown(n) for n in (3, 5)])) for _ in range(2)]
     assert runs[0] == runs[1]

@@ -10,7 +10,7 @@ import pytest
 
 from univla_jax.errors import UserError
 from univla_jax.simulators import simpler_simulator
-from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.base import StepResult, Trial
 from univla_jax.simulators.simpler_simulator import SimplerProtocol, SimplerSimulator
 
 
@@ -61,12 +61,12 @@ def _action(gripper, euler=(0.0, 0.0, 0.0)):
 
 def test_success_is_that_of_the_last_step(log):
     simulator = SimplerSimulator(SimplerProtocol())
-    simulator.reset(Job(0, 5))
+    simulator.reset(Trial(0, 5))
     assert log == [("widowx_spoon_on_towel", {"obj_init_options": {"episode_id": 5}})]
     assert simulator.observe().instruction == "do widowx_spoon_on_towel"
     assert simulator.observe().frames["image"].shape == (480, 640, 3)
     turns = [simulator.step(_action(1.0)) for _ in range(59)] + [simulator.step(_action(0.2))]
-    assert turns == [Turn.GOES_ON] * 59 + [Turn.ENDED]
+    assert turns == [StepResult.CONTINUES] * 59 + [StepResult.ENDED]
     result = simulator.result()
     assert result["ever_success"] and not result["success"] and result["steps"] == 60
     assert result["stats"] == {"moved_correct_obj": 1.0}
@@ -74,22 +74,22 @@ def test_success_is_that_of_the_last_step(log):
 
 def test_an_episode_may_stop_at_success(log):
     simulator = SimplerSimulator(SimplerProtocol(stop_at_success=True))
-    simulator.reset(Job(1, 0))
-    assert simulator.step(_action(1.0)) is Turn.ENDED and simulator.result()["success"]
+    simulator.reset(Trial(1, 0))
+    assert simulator.step(_action(1.0)) is StepResult.ENDED and simulator.result()["success"]
 
 
 def test_the_eggplant_has_twice_the_time(log):
     simulator = SimplerSimulator(SimplerProtocol())
     for task in (2, 3):
-        simulator.reset(Job(task, 0))
+        simulator.reset(Trial(task, 0))
     assert "closed" in log
     turns = [simulator.step(_action(0.0)) for _ in range(120)]
-    assert turns.index(Turn.ENDED) == 119
+    assert turns.index(StepResult.ENDED) == 119
 
 
 def test_gripper_and_rotation_follow_their_rules(log):
     simulator = SimplerSimulator(SimplerProtocol())
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     for gripper in (0.5, 0.51):
         simulator.step(_action(gripper, euler=(0.0, 0.0, 0.3)))
     sent = np.array(log[1:])
@@ -99,9 +99,9 @@ def test_gripper_and_rotation_follow_their_rules(log):
 
 def test_another_instruction_starts_the_policy_anew(log):
     simulator = SimplerSimulator(SimplerProtocol())
-    simulator.reset(Job(0, 0))
+    simulator.reset(Trial(0, 0))
     simulator._env.words = "now the other one"
-    assert simulator.step(_action(0.0)) is Turn.NEXT_TASK
+    assert simulator.step(_action(0.0)) is StepResult.NEXT_TASK
     assert simulator.observe().instruction == "now the other one"
 
 

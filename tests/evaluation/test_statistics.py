@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from univla_jax.evaluation.report import latency, proportion, summarise, wilson_interval
+from univla_jax.evaluation.report import latency, proportion, summarize_episodes, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -32,19 +32,21 @@ def _record(family, success, told="a", **changes):
         "told_success": success,
         "steps": 4,
         "chunks": 2,
-        "steered": 1,
+        "num_overridden": 1,
         "invalid": 1,
         **changes,
     }
 
 
-def test_a_condition_is_summarised_per_family():
-    summary = summarise([_record("push", True), _record("lift", False), _record("push", False)])
+def test_a_condition_is_summarized_per_family():
+    summary = summarize_episodes(
+        [_record("push", True), _record("lift", False), _record("push", False)]
+    )
     assert summary["success"]["rate"] == pytest.approx(0.3333)
     assert {f: s["successes"] for f, s in summary["families"].items()} == {"lift": 0, "push": 1}
     assert (summary["chunks"], summary["invalid_chunks"], summary["mean_steps"]) == (6, 3, 4.0)
     assert "told_task_success" not in summary
-    told = summarise([_record("push", False, told="b", told_success=True)])
+    told = summarize_episodes([_record("push", False, told="b", told_success=True)])
     assert told["told_task_success"]["successes"] == 1
 
 

@@ -14,7 +14,7 @@ from univla_jax.evaluation import study
 from univla_jax.evaluation.study import EvaluateConfig, evaluate
 from univla_jax.simulators.tabletop.tabletop_env import FAMILIES
 
-SMALL = {"episodes": 5, "batch": 2, "max_steps": 7, "film_episodes": 3}
+SMALL = {"episodes": 5, "batch": 2, "max_steps": 7, "video_episodes": 3}
 CONFIG = EvaluateConfig(**SMALL, conditions=("random", "zero"))
 
 
@@ -53,8 +53,8 @@ def test_every_condition_runs_every_episode(whole):
     assert {f: s["episodes"] for f, s in zero["families"].items()} == dict.fromkeys(FAMILIES, 1)
     assert report["protocol"]["max_steps"] == 7
     assert json.loads((out / study.REPORT).read_text()) == report
-    with Image.open(out / study.FILM) as film:
-        assert film.n_frames == 8  # two episodes of the first batch
+    with Image.open(out / study.VIDEO_FILE) as video:
+        assert video.n_frames == 8  # two episodes of the first batch
 
 
 def test_a_finished_evaluation_is_not_run_again(whole, checkpoint):
@@ -79,7 +79,7 @@ def test_a_killed_evaluation_goes_on(whole, checkpoint, tmp_path, kept):
     for name, summary in resumed["conditions"].items():
         expected = report["conditions"][name]
         assert {**summary, "latency": None} == {**expected, "latency": None}
-    assert (again / study.FILM).read_bytes() == (out / study.FILM).read_bytes()
+    assert (again / study.VIDEO_FILE).read_bytes() == (out / study.VIDEO_FILE).read_bytes()
 
 
 def test_another_config_or_checkpoint_is_refused(whole, checkpoint, tmp_path):

@@ -1,10 +1,10 @@
-"""Parts that compile nothing: a decoder told what to say, vision told what to see, mean colours."""
+"""Parts that compile nothing: a decoder told what to say, vision told what to see, mean colors."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from univla_jax.inference.prefix_cache import Continuation
+from univla_jax.inference.prefix_cache import Completion
 
 
 class ScriptedContinuer:
@@ -14,11 +14,11 @@ class ScriptedContinuer:
         self._answers, self._allowed = list(answers), set(allowed.tolist())
         self.prompts = []
 
-    def answer(self, prompts, memories, *, copied, stopwatch):
+    def answer(self, prompts, memories, *, copied, timer):
         self.prompts.append(list(prompts))
         answers = [np.asarray(ids) for ids in self._answers.pop(0)]
         assert all(set(ids.tolist()) <= self._allowed for ids in answers)
-        return [Continuation(ids, None, 0) for ids, _ in zip(answers, prompts, strict=True)]
+        return [Completion(ids, None, 0) for ids, _ in zip(answers, prompts, strict=True)]
 
 
 class ScriptedVision:
@@ -33,7 +33,7 @@ class ScriptedVision:
 
 
 class PatchVision:
-    """Codes are the mean red of 8 x 8 patches in 16 steps; decodes to grey patches."""
+    """Codes are the mean red of 8 x 8 patches in 16 steps; decodes to gray patches."""
 
     codebook_size, factor, fingerprint = 16, 8, "patches"
 
@@ -43,5 +43,5 @@ class PatchVision:
         return (red.mean((2, 4)) // 16).astype(np.uint16)
 
     def decode_codes(self, codes):
-        grey = (codes * 16 + 8).astype(np.uint8).repeat(8, 1).repeat(8, 2)
-        return np.repeat(grey[..., None], 3, -1)
+        gray = (codes * 16 + 8).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+        return np.repeat(gray[..., None], 3, -1)

@@ -9,12 +9,12 @@ import pytest
 from tests.decoders import tiny_decoder
 from univla_jax.benchmarks.measure import compilations
 from univla_jax.errors import UserError
-from univla_jax.inference.prefix_cache import Continuer, Rules
+from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import Sampling
 
 STOP = 25
-RULES = Rules(np.arange(20, 60), STOP, 6)
+RULES = GenerationRules(np.arange(20, 60), STOP, 6)
 TURN, WHOLE = 20, 96
 
 
@@ -25,7 +25,7 @@ def sampler():
 
 @pytest.fixture(scope="module")
 def continuer(sampler):
-    return Continuer(sampler, RULES, lengths=(TURN, WHOLE), rows=4)
+    return PrefixCache(sampler, RULES, lengths=(TURN, WHOLE), rows=4)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_growing_prompts(continuer, alone):
 @pytest.mark.parametrize("rows", [4, None])
 def test_new_and_old_rows_in_one_call(sampler, alone, rows):
     """Read together where a batch has places left, else apart and joined."""
-    continuer = Continuer(sampler, RULES, lengths=(TURN, WHOLE), rows=rows)
+    continuer = PrefixCache(sampler, RULES, lengths=(TURN, WHOLE), rows=rows)
     rng = np.random.default_rng(1)
     first = _ids(rng, 60)
     (known,) = continuer.answer([first], [None])
@@ -86,7 +86,7 @@ def test_new_and_old_rows_in_one_call(sampler, alone, rows):
 
 
 def test_free_places_of_a_batch_take_rows_of_shorter_groups(sampler):
-    continuer = Continuer(sampler, RULES, lengths=(TURN, WHOLE))
+    continuer = PrefixCache(sampler, RULES, lengths=(TURN, WHOLE))
     prompts = [np.zeros(n, np.int32) for n in (90, 60, 80, 10, 70)]
     known = [0, 50, 0, 0, 60]
     assert continuer._grouped(prompts[:4], known) == {96: [0, 2], 32: [1, 3]}
@@ -110,9 +110,9 @@ def test_only_the_shared_beginning_stays(continuer, alone):
 def test_reading_ahead(continuer, alone):
     rng = np.random.default_rng(3)
     prefixes = [_ids(rng, 70), _ids(rng, 45)]
-    assert continuer.worth_reading(prefixes[0], None)
-    memories = continuer.read_ahead(prefixes)
-    assert not continuer.worth_reading(prefixes[0], memories[0])
+    assert continuer.should_prefill(prefixes[0], None)
+    memories = continuer.prefill_ahead(prefixes)
+    assert not continuer.should_prefill(prefixes[0], memories[0])
     prompts = [np.append(p, _ids(rng, 18)) for p in prefixes]
     reused = [continuer.reused(p, m) for p, m in zip(prompts, memories)]
     assert reused == [WHOLE - 32, 45]  # what stands before a rest of the bucket of TURN tokens
@@ -134,7 +134,7 @@ def test_warm_leaves_nothing_to_compile(sampler):
     """Rows at all places of their episodes, alone and together; parameters as a restored one's."""
     compiled = compilations()
     restored = jax.device_put(sampler.params, jax.devices()[0])
-    continuer = Continuer(Sampler(sampler.model, restored), RULES, lengths=(TURN, WHOLE))
+    continuer = PrefixCache(Sampler(sampler.model, restored), RULES, lengths=(TURN, WHOLE))
     for rows in (1, 2):
         continuer.warm(rows)
     rng, before = np.random.default_rng(5), len(compiled)
@@ -145,10 +145,10 @@ def test_warm_leaves_nothing_to_compile(sampler):
             memories[i] = answer.memory
             prompts[i] = _grown(prompts[i], answer.ids, _ids(rng, 3))
         prefix = prompts[members[0]][:40]
-        (memories[members[0]],) = continuer.read_ahead([prefix])
+        (memories[members[0]],) = continuer.prefill_ahead([prefix])
     assert compiled[before:] == []
 
 
 def test_drafts_that_could_not_be_verified_are_refused():
     with pytest.raises(UserError, match="drafts need greedy choice"):
-        Rules(RULES.allowed, STOP, 6, sampling=Sampling(1.0), draft=2)
+        GenerationRules(RULES.allowed, STOP, 6, sampling=Sampling(1.0), draft=2)

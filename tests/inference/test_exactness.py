@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.decoders import tiny_decoder
-from univla_jax.inference.prefix_cache import Continuer, Rules
+from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
-from univla_jax.inference.sampling import Form
+from univla_jax.inference.sampling import GrammarMask
 from univla_jax.tokenizers.constrained import of_bytes
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,9 @@ def _pieces():
 
 
 WRITTEN = _pieces()
-FORM = Form.of(of_bytes(list(WRITTEN.values()), "éü", CHARACTERS), np.array(list(WRITTEN)), STOP)
+FORM = GrammarMask.of(
+    of_bytes(list(WRITTEN.values()), "éü", CHARACTERS), np.array(list(WRITTEN)), STOP
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_drafts_right_and_wrong(sampler, prompts, plain):
         wrong, _ = _stack([plain[(i + 7) % PROMPTS] for i in members], COUNT)
         copied = np.where(rng.random(right.shape) < 0.8, right, wrong)
         state = sampler.prefill(*_stack(prompts[start : start + ROWS]), slots=64)
-        generated, _, taken = sampler.generate_drafted(state, copied=copied, **RULES)
+        generated, _, taken = sampler.generate_speculative(state, copied=copied, **RULES)
         got += _lists(generated)
         steps += taken
     assert got == plain and steps < COUNT * PROMPTS / ROWS
@@ -141,8 +143,8 @@ def test_drafts_right_and_wrong(sampler, prompts, plain):
 
 def test_a_cache_kept_from_the_call_before(sampler, prompts, plain):
     """Each prompt is met first without its end, then with it."""
-    rules = Rules(ALLOWED, STOP, COUNT)
-    continuer = Continuer(sampler, rules, lengths=(8, 64), rows=ROWS)
+    rules = GenerationRules(ALLOWED, STOP, COUNT)
+    continuer = PrefixCache(sampler, rules, lengths=(8, 64), rows=ROWS)
     got = []
     for start in range(0, PROMPTS, ROWS):
         # a common beginning makes the whole longer than what is new
@@ -169,8 +171,8 @@ def test_a_form_alone_and_in_batches(sampler, prompts, formed):
 @pytest.mark.parametrize("form", [None, FORM], ids=["free", "form"])
 def test_drafts_as_a_policy_uses_them(sampler, prompts, plain, formed, form):
     """Guessed from what was chosen before, over kept caches; each prompt is met twice."""
-    rules = Rules(ALLOWED, STOP, COUNT, form=form, draft=3)
-    continuer = Continuer(sampler, rules, lengths=(8, 64), rows=ROWS)
+    rules = GenerationRules(ALLOWED, STOP, COUNT, form=form, draft=3)
+    continuer = PrefixCache(sampler, rules, lengths=(8, 64), rows=ROWS)
     expected, got, before = plain if form is None else formed, [], [np.zeros(0, np.int32)] * ROWS
     for start in range(0, PROMPTS, ROWS):
         rows, memories = prompts[start : start + ROWS], [None] * ROWS

@@ -23,7 +23,7 @@ class Scripted:
     def start(self, seed=0):
         return seed
 
-    def act(self, observations, sessions, *, stopwatch=None):
+    def act(self, observations, sessions, *, timer=None):
         row = self._rows.pop(0)
         if row is None:
             return [ActionChunk(np.zeros((3, 1), np.float32), valid=False, reason="broken")]

@@ -13,22 +13,22 @@ from tests.inference.scripted import PatchVision
 from tests.inference.uncached import next_logits
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Sampler
-from univla_jax.inference.sampling import Form
+from univla_jax.inference.sampling import GrammarMask
 from univla_jax.tokenizers.constrained import of_bytes
 
 STOP = 9
 CODES = np.array([8, 7, 6, 5])  # ids of the codes below
 GRAMMAR = of_bytes(["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"\xc3"], "éü", 4)
-FORM = Form.of(GRAMMAR, CODES, STOP)
+FORM = GrammarMask.of(GRAMMAR, CODES, STOP)
 ALLOWED = np.sort([*CODES, STOP])  # bc, the first byte, the two codes, then stop
 
 
 @pytest.fixture(scope="module")
 def trained(policy_checkpoint):
-    loaded = TrainedModel.load(policy_checkpoint)
+    loaded = LoadedModel.from_checkpoint(policy_checkpoint)
     return dataclasses.replace(
         loaded, assets=dataclasses.replace(loaded.assets, vision=PatchVision())
     )
@@ -37,15 +37,15 @@ def trained(policy_checkpoint):
 def _by_hand(trained, prompt):
     """The likeliest id that the text so far allows, without a cache, and how often it gave way."""
     written = dict(zip(CODES.tolist(), ["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"\xc3"]))
-    ids, text, steered = list(prompt), b"", 0
+    ids, text, num_overridden = list(prompt), b"", 0
     while ids[-1] != STOP or len(ids) == len(prompt):
         logits = next_logits(trained, ids)[ALLOWED]
         order = [int(i) for i in ALLOWED[np.argsort(-logits, kind="stable")]]
         legal = [i for i in order if _fits(text, written.get(i))]
-        steered += legal[0] != order[0]
+        num_overridden += legal[0] != order[0]
         ids.append(legal[0])
         text += written.get(legal[0], b"")
-    return ids[len(prompt) :], steered
+    return ids[len(prompt) :], num_overridden
 
 
 def _fits(text: bytes, more: bytes | None) -> bool:
@@ -67,14 +67,19 @@ def test_the_likeliest_legal_ids(trained, block):
     rules = {"max_new_tokens": 9, "allowed": ALLOWED, "stop_id": STOP, "form": FORM}
     if block:
         copied = rng.choice(ALLOWED, (8, 9)).astype(np.int32)
-        generated, *_ = sampler.generate_drafted(state, copied=copied, block=block, **rules)
+        generated, *_ = sampler.generate_speculative(state, copied=copied, block=block, **rules)
     else:
         generated, _ = sampler.generate(state, **rules)
     tokens, lengths = np.asarray(generated.tokens), np.asarray(generated.lengths)
     expected = [_by_hand(trained, prompt.tolist()) for prompt in prompts]
     assert [row[:n].tolist() for row, n in zip(tokens, lengths)] == [ids for ids, _ in expected]
-    assert np.asarray(generated.steered).tolist() == [steered for _, steered in expected]
-    assert sum(steered for _, steered in expected) > 0 and np.asarray(generated.stopped).all()
+    assert np.asarray(generated.num_overridden).tolist() == [
+        num_overridden for _, num_overridden in expected
+    ]
+    assert (
+        sum(num_overridden for _, num_overridden in expected) > 0
+        and np.asarray(generated.stopped).all()
+    )
 
 
 def test_a_place_moves_by_what_is_written():
@@ -105,7 +110,7 @@ def test_random_weights_speak_in_whole_chunks(trained, draft):
             for v, (h, w) in tiny_checkpoint.GRIDS.items()
         }
         chunks = policy.act([Observation("touch green", frames)] * 2, sessions)
-        assert all(chunk.valid and chunk.steered > 0 for chunk in chunks)
+        assert all(chunk.valid and chunk.num_overridden > 0 for chunk in chunks)
     free = Policy(trained, rows=2, free_form=True)
     chunk, _ = free.act([Observation("touch green", frames)] * 2, [free.start(), free.start()])
-    assert not chunk.valid and chunk.steered == 0
+    assert not chunk.valid and chunk.num_overridden == 0

@@ -12,17 +12,17 @@ from tests.experts import tiny_expert
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision
 from univla_jax.episode import Observation
-from univla_jax.inference.action_decoders import FlowHead
-from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.action_decoders import FlowActionDecoder
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.tokenizers.action import NumberText
+from univla_jax.tokenizers.action import NumberTextTokenizer
 
 SHAPE = (tiny_checkpoint.CHUNK, 7)
 WORDS = ("touch green", "push the red block to the left", "put the blue block")
 
 
 def _load(folder, assets):
-    trained = TrainedModel.load(tiny_checkpoint.save(folder, assets, scale=20))
+    trained = LoadedModel.from_checkpoint(tiny_checkpoint.save(folder, assets, scale=20))
     changed = dataclasses.replace(trained.assets, vision=PatchVision())
     return dataclasses.replace(trained, assets=changed)
 
@@ -59,7 +59,7 @@ def test_bins_of_any_weights_are_whole_chunks(bins):
 
 
 def test_text_that_is_no_chunk_says_why(bins):
-    assets = dataclasses.replace(bins.assets, action=NumberText())
+    assets = dataclasses.replace(bins.assets, action=NumberTextTokenizer())
     policy = Policy(dataclasses.replace(bins, assets=assets), rows=4, max_new_tokens=4)
     chunks = policy.act(_observations(0), [policy.start() for _ in WORDS])
     assert all(not chunk.valid and chunk.reason for chunk in chunks)
@@ -71,7 +71,7 @@ def test_the_flow_gives_a_batch_what_each_robot_gets_alone(bins):
     image = dataclasses.replace(bins, layout=layout)
 
     def policy():
-        return Policy(image, rows=4, head=FlowHead(image, expert, params, SHAPE, steps=4))
+        return Policy(image, rows=4, head=FlowActionDecoder(image, expert, params, SHAPE, steps=4))
 
     together, alone = policy(), policy()
     sessions = [together.start(seed) for seed in (0, 1, 1)]
@@ -84,13 +84,13 @@ def test_the_flow_gives_a_batch_what_each_robot_gets_alone(bins):
             np.testing.assert_allclose(chunk.actions, one.actions, atol=1e-6)
     other = together.act(_observations(0), [together.start(9) for _ in WORDS])
     assert not np.array_equal(other[0].actions, calls[0][0].actions)
-    assert not together.work_ahead()
+    assert not together.prefill_ahead()
 
 
 def test_a_flow_that_leaves_the_numbers_is_not_valid(bins):
     expert, params = tiny_expert(bins.model.config, action_dim=7)
     broken = jax.tree.map(lambda x: x * np.nan, params)
-    policy = Policy(bins, rows=4, head=FlowHead(bins, expert, broken, SHAPE, steps=4))
+    policy = Policy(bins, rows=4, head=FlowActionDecoder(bins, expert, broken, SHAPE, steps=4))
     chunks = policy.act(_observations(0), [policy.start() for _ in WORDS])
     assert not any(chunk.valid for chunk in chunks)
     assert all("finite" in chunk.reason and not chunk.actions.any() for chunk in chunks)

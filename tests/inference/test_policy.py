@@ -13,7 +13,7 @@ from tests.inference.scripted import PatchVision, ScriptedContinuer
 from tests.inference.uncached import next_logits
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import TrainedModel, checkpoint_identity
+from univla_jax.inference.loaded_model import LoadedModel, checkpoint_identity
 from univla_jax.inference.policy import Policy, no_motion
 from univla_jax.sequences import layouts
 from univla_jax.simulators.tabletop.tabletop_env import TabletopEnv
@@ -22,7 +22,7 @@ from univla_jax.tokenizers.image import ImageSpec
 
 @pytest.fixture(scope="module")
 def trained(policy_checkpoint):
-    loaded = TrainedModel.load(policy_checkpoint)
+    loaded = LoadedModel.from_checkpoint(policy_checkpoint)
     assets = dataclasses.replace(loaded.assets, vision=PatchVision())
     return dataclasses.replace(loaded, assets=assets)
 
@@ -42,8 +42,8 @@ def _scripted(trained, answers):
 def _ids(trained, chunk):
     """The ids, with eoa, of a chunk in physical units."""
     vocabulary = trained.assets.vocabulary
-    normalised = tiny_checkpoint.STATISTICS.normalise(chunk)
-    codes = trained.assets.action.encode(normalised)
+    normalized = tiny_checkpoint.STATISTICS.normalize(chunk)
+    codes = trained.assets.action.encode(normalized)
     return [*vocabulary.action_ids(codes).tolist(), vocabulary.eoa]
 
 
@@ -220,8 +220,8 @@ def _with_state(number: int) -> Observation:
 
 
 def _state_ids(trained, observation):
-    codes = trained.assets.action.encode(STATE.normalise(observation.state[None]))
-    return trained.lexicon.vocabulary.action_ids(np.array(codes))
+    codes = trained.assets.action.encode(STATE.normalize(observation.state[None]))
+    return trained.text_encoder.vocabulary.action_ids(np.array(codes))
 
 
 def test_a_policy_shown_states_reads_its_training_sequence(shown_states):
@@ -232,7 +232,7 @@ def test_a_policy_shown_states_reads_its_training_sequence(shown_states):
         policy.act([observation], [session])
     codes = [policy._encoder.encode([observation])[0] for observation in seen]
     trained_on = layouts.policy_video(
-        shown_states.lexicon,
+        shown_states.text_encoder,
         seen[0].instruction,
         [np.concatenate(view) for view in zip(*codes)],
         [np.array(answer[:-1]) for answer in answers],
@@ -251,7 +251,7 @@ def test_an_image_policy_shown_states_reads_its_training_sequence(shown_states):
     codes, chunk = policy._encoder.encode([observation])[0], np.array(answer[:-1])
     state = _state_ids(shown_states, observation)
     trained_on = layouts.policy_image(
-        shown_states.lexicon, observation.instruction, codes, chunk, state
+        shown_states.text_encoder, observation.instruction, codes, chunk, state
     ).ids
     prompt = policy.head.continuer.prompts[0][0]
     np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
@@ -335,7 +335,9 @@ def test_changed_checkpoints_are_refused(policy_checkpoint, tmp_path):
 
 
 def test_an_untrained_policy_has_other_parameters(policy_checkpoint, trained):
-    seeds = [TrainedModel.load(policy_checkpoint, untrained=True, seed=s) for s in (0, 0, 1)]
+    seeds = [
+        LoadedModel.from_checkpoint(policy_checkpoint, untrained=True, seed=s) for s in (0, 0, 1)
+    ]
     heads = [np.asarray(t.params["head"]) for t in (*seeds, trained)]
     np.testing.assert_array_equal(heads[0], heads[1])
     assert not np.array_equal(heads[0], heads[2]) and not np.array_equal(heads[0], heads[3])

@@ -181,7 +181,7 @@ def test_drafted_tokens_are_the_plain_ones(sampler, uncached):
     copied[2, :4] = [*plain[2][:2], 50, 51][:4]
     state = sampler.prefill(*_stack(prompts))
     rules = {"max_new_tokens": 12, "allowed": ALLOWED, "stop_id": STOP}
-    generated, state, steps = sampler.generate_drafted(state, copied=copied, **rules)
+    generated, state, steps = sampler.generate_speculative(state, copied=copied, **rules)
     assert _lists(generated) == plain and steps <= 12
     assert np.asarray(generated.stopped).tolist() == [row[-1] == STOP for row in plain]
     more, _ = sampler.generate(state, max_new_tokens=2)
@@ -193,7 +193,7 @@ def test_a_right_draft_saves_steps(sampler, uncached):
     plain = uncached(prompt, 12, ALLOWED)
     state = sampler.prefill(np.array([prompt]))
     rules = {"max_new_tokens": 12, "allowed": ALLOWED, "block": 4}
-    generated, _, steps = sampler.generate_drafted(state, copied=[[*plain, 0]], **rules)
+    generated, _, steps = sampler.generate_speculative(state, copied=[[*plain, 0]], **rules)
     assert _lists(generated) == [plain] and steps <= 4
 
 
@@ -249,9 +249,9 @@ def test_without_layers_of_their_own_the_tokens_are_the_same(sampler):
 def test_eight_bits(sampler):
     """Smaller, near the float logits, and the same whether read at once or token by token."""
     pytest.importorskip("qwix")
-    quantised = Sampler(sampler.model, int8.quantised(sampler.params))
-    assert int8.size(quantised.params["stack"]) < 0.4 * int8.size(sampler.params["stack"])
-    restored = int8.restored(quantised.params, np.float32)
+    quantize_params = Sampler(sampler.model, int8.quantize_params(sampler.params))
+    assert int8.size(quantize_params.params["stack"]) < 0.4 * int8.size(sampler.params["stack"])
+    restored = int8.restored(quantize_params.params, np.float32)
     kernel = lambda p: np.asarray(p["stack"]["layers"]["mlp"]["gate"]["kernel"])  # noqa: E731
     step = np.abs(kernel(sampler.params)).max(1, keepdims=True) / 127
     assert (np.abs(kernel(restored) - kernel(sampler.params)) <= 0.51 * step).all()
@@ -259,6 +259,6 @@ def test_eight_bits(sampler):
     floating = Sampler(sampler.model, restored)
     runs = [
         _lists(s.generate(s.prefill(*_stack(prompts)), max_new_tokens=6, allowed=ALLOWED)[0])
-        for s in (quantised, floating)
+        for s in (quantize_params, floating)
     ]
     assert runs[0] == runs[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from univla_jax.inference.action_decoders import Holders, Session
+from univla_jax.inference.action_decoders import Session, SessionLru
 from univla_jax.sequences.history import History
 
 
@@ -16,7 +16,7 @@ def _sessions(count):
 
 
 def test_the_oldest_lose_their_memory():
-    holders, sessions = Holders(2), _sessions(3)
+    holders, sessions = SessionLru(2), _sessions(3)
     holders.called(sessions[:2])
     holders.called([sessions[0]])
     holders.called([sessions[2]])
@@ -24,7 +24,7 @@ def test_the_oldest_lose_their_memory():
 
 
 def test_each_is_taken_once_until_it_is_called_again():
-    holders, sessions = Holders(4), _sessions(3)
+    holders, sessions = SessionLru(4), _sessions(3)
     holders.called(sessions)
     assert holders.take(2) == sessions[:2] and holders.take(2) == sessions[2:]
     assert holders.take(2) == []
@@ -33,7 +33,7 @@ def test_each_is_taken_once_until_it_is_called_again():
 
 
 def test_ended_sessions_are_forgotten():
-    holders, sessions = Holders(4), _sessions(2)
+    holders, sessions = SessionLru(4), _sessions(2)
     holders.called(sessions)
     del sessions[0]
     gc.collect()

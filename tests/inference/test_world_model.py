@@ -11,9 +11,9 @@ from tests.inference.scripted import PatchVision
 from tests.inference.uncached import next_logits
 from univla_jax.errors import UserError
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.sampling import Sampling
-from univla_jax.sequences.frames import next_frame
+from univla_jax.sequences.frames import frame_separator
 from univla_jax.sequences.prompts import imagine_prompt
 
 GRID = (3, 3)
@@ -21,7 +21,7 @@ GRID = (3, 3)
 
 @pytest.fixture(scope="module")
 def model(world_model_checkpoint):
-    loaded = TrainedModel.load(world_model_checkpoint)
+    loaded = LoadedModel.from_checkpoint(world_model_checkpoint)
     assets = dataclasses.replace(loaded.assets, vision=PatchVision())
     return WorldModel(dataclasses.replace(loaded, assets=assets))
 
@@ -33,11 +33,11 @@ def _context(seed, batch=1, frames=1):
 def _uncached(model, words, context, frames):
     """The same with the whole sequence read anew for every token."""
     trained, vocabulary = model.trained, model.trained.assets.vocabulary
-    ids = imagine_prompt(trained.lexicon, words, context).tolist()
+    ids = imagine_prompt(trained.text_encoder, words, context).tolist()
     codes = []
     for frame in range(frames):
         if frame:
-            ids += next_frame(trained.lexicon, *GRID).tolist()
+            ids += frame_separator(trained.text_encoder, *GRID).tolist()
         for _ in range(GRID[0] * GRID[1]):
             visual = next_logits(trained, ids)[vocabulary.bov : vocabulary.eov + 1]
             codes.append(int(visual.argmax()))

@@ -15,9 +15,9 @@ from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
 from univla_jax.normalization import ActionStatistics
-from univla_jax.tokenizers.action import FastTokenizer, UniformBins
+from univla_jax.tokenizers.action import FastTokenizer, UniformBinTokenizer
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.text import SentencePieceText
+from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import fresh_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
@@ -47,10 +47,10 @@ WORDS = ("push the red block to the left", "put the blue block in the white zone
 
 def make_assets(*, bins: bool = False, **layout: Any) -> Assets:
     """Assets of a policy on the tabletop; ``bins`` takes an action tokenizer without BPE."""
-    text = SentencePieceText.fit(WORDS * 4, 320)
+    text = SentencePieceTextTokenizer.fit(WORDS * 4, 320)
     vision = VisionTokenizer(VISION, fresh_variables(VISION, 0))
     chunks = np.random.default_rng(0).uniform(-1, 1, (40, CHUNK, 7))
-    action = UniformBins(16) if bins else FastTokenizer.fit(chunks, 4, 300)
+    action = UniformBinTokenizer(16) if bins else FastTokenizer.fit(chunks, 4, 300)
     corpus = {
         "control_hz": 5.0,
         "frame_spacing": 5,
@@ -70,7 +70,7 @@ def make_assets(*, bins: bool = False, **layout: Any) -> Assets:
         layout={
             "layout": "policy_video",
             "frames": 2,
-            "action_frames": CHUNK,
+            "chunk_size": CHUNK,
             "frame_spacing": 0,
             "sequence_length": 512,
             "views": list(GRIDS),

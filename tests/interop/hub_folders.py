@@ -12,9 +12,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from univla_jax.interop.hf_assets import vocabulary_of
-from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.hf_config import HfModel
 from univla_jax.interop.key_table import KeyRule, decoder_rules
-from univla_jax.tokenizers.text import TiktokenText
+from univla_jax.tokenizers.text import TiktokenTextTokenizer
 
 CODES = 16
 VISION = {
@@ -44,7 +44,7 @@ def text_files(codes: int = CODES) -> dict[str, bytes]:
 
 def decoder_config(text: dict[str, bytes] | None = None, **changes: Any) -> dict[str, Any]:
     """config.json of a UniVLA checkpoint of 2 layers whose ids are those of ``text``."""
-    vocabulary = vocabulary_of(TiktokenText(*(text or text_files()).values()))
+    vocabulary = vocabulary_of(TiktokenTextTokenizer(*(text or text_files()).values()))
     names = ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof", "boa", "bov", "eov")
     return {
         "architectures": ["Emu3MoE"],
@@ -106,7 +106,7 @@ def decoder_folder(
 ) -> pathlib.Path:
     """A UniVLA checkpoint with its text tokenizer."""
     config = decoder_config(**changes)
-    model = HubModel.of(config, ())
+    model = HfModel.of(config, ())
     files = {**text_files(), "generation_config.json": b"{}", "tokenization_emu3.py": b"# code\n"}
     return write(folder, config, draw(model.state_rules, dtype), files, shards=shards)
 
@@ -114,7 +114,7 @@ def decoder_folder(
 def vision_folder(folder: pathlib.Path, **changes: Any) -> pathlib.Path:
     """A vision tokenizer in the reference's names."""
     config = {**VISION, **changes}
-    model = HubModel.of(config, ())
+    model = HfModel.of(config, ())
     return write(
         folder, config, draw(model.vision_rules, np.float32), {"preprocessor_config.json": b"{}"}
     )
@@ -139,8 +139,8 @@ def both_folder(folder: pathlib.Path, naming: str) -> pathlib.Path:
             "hidden_size": 32,
         },
     }
-    lone = dict.fromkeys(r.key for r in decoder_rules(HubModel.of(text, ()).decoder, naming))
-    model = HubModel.of(config, lone)
+    lone = dict.fromkeys(r.key for r in decoder_rules(HfModel.of(text, ()).decoder, naming))
+    model = HfModel.of(config, lone)
     rules = [*model.state_rules, *model.vision_rules]
     return write(folder, config, draw(rules, ml_dtypes.bfloat16), text_files(), shards=2)
 

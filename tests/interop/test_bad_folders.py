@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from tests.interop import hub_folders
 from univla_jax.errors import UserError
-from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.to_hf import to_hub
+from univla_jax.interop.to_hf import to_hf
 
 SHARD = "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -172,7 +172,7 @@ WHOLE = {
 
 def refuse(folder: pathlib.Path, to: pathlib.Path, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        from_hub(folder, to, ConvertConfig(), progress=False)
+        from_hf(folder, to, ConvertConfig(), progress=False)
     assert {p.name for p in to.parent.iterdir()} <= {folder.name}
 
 
@@ -196,7 +196,7 @@ def test_a_remote_folder(tmp_path):
     folder = hub_folders.vision_folder(tmp_path / "source")
     for source, to in ((folder, "gs://bucket/ours"), ("hf://BAAI/Emu3", tmp_path / "ours")):
         with pytest.raises(UserError, match="conversion works on local folders"):
-            from_hub(source, to, ConvertConfig(), progress=False)
+            from_hf(source, to, ConvertConfig(), progress=False)
 
 
 def test_no_folder(tmp_path):
@@ -245,14 +245,14 @@ def test_decoder_settings_that_are_not_implemented(changes, message, tmp_path):
 def test_a_vision_tokenizer_beside_the_folders_own(tmp_path):
     folder = hub_folders.both_folder(tmp_path / "source", "transformers")
     with pytest.raises(UserError, match="has its own vision tokenizer"):
-        from_hub(folder, tmp_path / "ours", ConvertConfig(vision="other"), progress=False)
+        from_hf(folder, tmp_path / "ours", ConvertConfig(vision="other"), progress=False)
 
 
 def test_a_changed_source_record_does_not_go_back(tmp_path):
     folder = hub_folders.vision_folder(tmp_path / "source")
-    from_hub(folder, tmp_path / "ours", ConvertConfig(), progress=False)
+    from_hf(folder, tmp_path / "ours", ConvertConfig(), progress=False)
     record = tmp_path / "ours" / "source" / "files" / "preprocessor_config.json"
     record.write_text("{} ")
     with pytest.raises(UserError, match=r"preprocessor_config.json was changed, removed or added"):
-        to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+        to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
     assert not (tmp_path / "back").exists()

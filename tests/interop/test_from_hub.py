@@ -24,16 +24,16 @@ from univla_jax.errors import UserError
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.policy import Policy
 from univla_jax.interop import from_hf as from_hf_module
-from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.hf_config import HfModel
 from univla_jax.interop.key_table import import_state, joint_rules
 from univla_jax.interop.tensor_files import StoredTensor
-from univla_jax.interop.to_hf import to_hub
+from univla_jax.interop.to_hf import to_hf
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.sequences import layouts
-from univla_jax.tokenizers.action import UniformBins
+from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.training.model_setup import params_init
 
@@ -64,14 +64,14 @@ MAKERS = {
 
 
 def convert(source, to, **config):
-    return from_hub(source, to, ConvertConfig(**config), progress=False)
+    return from_hf(source, to, ConvertConfig(**config), progress=False)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_there_and_back_gives_the_same_files(kind, tmp_path):
     source = MAKERS[kind](tmp_path / "source")
     convert(source, tmp_path / "ours")
-    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
     assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "ours", "back"}
 
@@ -87,7 +87,7 @@ def state_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
 def test_parameters_are_those_of_the_folder(tmp_path):
     source = hub_folders.decoder_folder(tmp_path / "source")
     convert(source, tmp_path / "ours")
-    model = HubModel.of(json.loads((source / "config.json").read_text()), ())
+    model = HfModel.of(json.loads((source / "config.json").read_text()), ())
     expected = import_state(model.state_rules, state_of(source))
     decoder = Decoder(dataclasses.replace(model.decoder, param_dtype="bfloat16"))
     params = load_params(tmp_path / "ours", shapes_of(decoder))
@@ -111,7 +111,7 @@ def test_assets_of_a_base_model(tmp_path):
 def test_a_joint_checkpoint_holds_decoder_and_expert(tmp_path):
     source = hub_folders.decoder_folder(tmp_path / "source", **EXPERT)
     convert(source, tmp_path / "ours")
-    model = HubModel.of(json.loads((source / "config.json").read_text()), ())
+    model = HfModel.of(json.loads((source / "config.json").read_text()), ())
     expected = import_state(joint_rules(model.expert, model.decoder), state_of(source))
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "ours", template), expected)
@@ -122,7 +122,7 @@ def parts(tmp_path_factory):
     """A converted vision tokenizer and an action tokenizer, and a model folder beside them."""
     folder = tmp_path_factory.mktemp("parts")
     convert(hub_folders.vision_folder(folder / "vision_source"), folder / "vision")
-    UniformBins(16).save(folder / "action")
+    UniformBinTokenizer(16).save(folder / "action")
     hub_folders.decoder_folder(folder / "source", dtype=np.float32)
     return folder
 
@@ -133,7 +133,7 @@ def settings(parts: pathlib.Path, **changes):
         "action": str(parts / "action"),
         "layout": "policy_video",
         "frames": 2,
-        "action_frames": 3,
+        "chunk_size": 3,
         "sequence_length": 400,
         "corpus": "robot",
         "views": {"image": {"size": (4, 6), "min_pixels": 16}},
@@ -150,7 +150,7 @@ def test_a_converted_policy_acts(parts, tmp_path):
     for _ in range(2):
         (chunk,) = policy.act([Observation("the red block", {"image": frame})], [session])
         assert chunk.actions.shape == (3, 2) and np.isfinite(chunk.actions).all()
-    assert len(policy.trained.lexicon.text.encode("the")) == 1
+    assert len(policy.trained.text_encoder.text.encode("the")) == 1
 
 
 def test_a_converted_policy_acts_with_the_state_it_was_trained_with(parts, tmp_path):
@@ -197,7 +197,7 @@ def test_its_actions_are_those_of_twenty_euler_steps(flow_policy):
     (chunk,) = policy.act([Observation("the block", {"image": frame})], [session])
     resized = trained.assets.image_specs["image"].resize(frame[None])
     codes = trained.assets.vision.encode_frames(resized)
-    prompt = layouts.policy_flow(trained.lexicon, "the block", [codes]).ids
+    prompt = layouts.policy_flow(trained.text_encoder, "the block", [codes]).ids
     positions = np.arange(len(prompt))[None]
     hidden, _ = jax.jit(trained.model.apply)({"params": trained.params}, prompt[None], positions)
     velocity = jax.jit(functools.partial(trained.expert.apply, {"params": trained.expert_params}))
@@ -205,7 +205,7 @@ def test_its_actions_are_those_of_twenty_euler_steps(flow_policy):
     for i in range(20, 0, -1):
         z -= velocity(z, np.full(1, i / 20, np.float32), hidden)[0] / 20
     expected = np.clip(np.asarray(z[0]), -1, 1)
-    np.testing.assert_allclose(chunk.actions, policy.statistics.unnormalise(expected), atol=1e-5)
+    np.testing.assert_allclose(chunk.actions, policy.statistics.unnormalize(expected), atol=1e-5)
 
 
 def test_an_expert_that_is_not_there_or_of_another_size(parts, tmp_path):
@@ -297,7 +297,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
         find_checkpoint(tmp_path)
     monkeypatch.setattr(StoredTensor, "read", original)
     convert(source, tmp_path / "ours")
-    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
     assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
 
 
@@ -316,7 +316,7 @@ def test_an_existing_folder_is_not_touched(tmp_path):
         convert(source, source)
     convert(source, tmp_path / "ours")
     with pytest.raises(UserError, match="exists already; choose another --to_hf"):
-        to_hub(tmp_path / "ours", source, progress=False)
+        to_hf(tmp_path / "ours", source, progress=False)
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError])
@@ -335,7 +335,7 @@ def test_a_full_disk_is_one_message(error, tmp_path, monkeypatch):
 def test_weights_only_go_back_too(tmp_path):
     source = hub_folders.decoder_folder(tmp_path / "source")
     (source / "emu3.tiktoken").unlink()
-    from_hub(source, tmp_path / "ours", ConvertConfig(), weights_only=True, progress=False)
+    from_hf(source, tmp_path / "ours", ConvertConfig(), weights_only=True, progress=False)
     assert not (tmp_path / "ours" / "assets").exists()
-    to_hub(tmp_path / "ours", tmp_path / "back", progress=False)
+    to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
     assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)

@@ -27,11 +27,11 @@ from tests.inference import tiny_checkpoint
 from tests.interop import hub_folders
 from univla_jax.checkpoints import load_params
 from univla_jax.inference.sampler import Sampler
-from univla_jax.interop.from_hf import from_hub
+from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.hf_config import HubModel
-from univla_jax.interop.hf_folder import HubFolder
-from univla_jax.interop.to_hf import to_hub
+from univla_jax.interop.hf_config import HfModel
+from univla_jax.interop.hf_folder import HfFolder
+from univla_jax.interop.to_hf import to_hf
 from univla_jax.models.decoder import Decoder
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vision_vq import VisionVQ
@@ -79,9 +79,9 @@ def randomize(model: Any, seed: int) -> Any:
 
 def converted(folder: pathlib.Path, **options: Any) -> tuple[Decoder, Any]:
     """The decoder of a model folder, through the converter, in float32."""
-    from_hub(folder, folder.parent / "ours", ConvertConfig(), progress=False, **options)
-    hub = HubFolder.open(folder)
-    config = HubModel.of(hub.config, hub.tensors).decoder
+    from_hf(folder, folder.parent / "ours", ConvertConfig(), progress=False, **options)
+    hub = HfFolder.open(folder)
+    config = HfModel.of(hub.config, hub.tensors).decoder
     model = Decoder(dataclasses.replace(config, dtype="float32", remat="none", dropout=0.0))
     return model, load_params(folder.parent / "ours", abstract_params(model))
 
@@ -150,8 +150,8 @@ def vision_model(request, tmp_path_factory):
     model = randomize(transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**request.param)), 1)
     spread_codebook(model)
     model.save_pretrained(folder / "source")
-    from_hub(folder / "source", folder / "ours", ConvertConfig(), progress=False)
-    to_hub(folder / "ours", folder / "back", progress=False)
+    from_hf(folder / "source", folder / "ours", ConvertConfig(), progress=False)
+    to_hf(folder / "ours", folder / "back", progress=False)
     assert hub_folders.contents(folder / "back") == hub_folders.contents(folder / "source")
     return model, VisionTokenizer.load(folder / "ours")
 
@@ -209,7 +209,7 @@ def test_a_folder_with_both(layout, tmp_path):
         save_file(state, folder / "model.safetensors", {"format": "pt"})
     for name, content in hub_folders.text_files().items():
         (folder / name).write_bytes(content)
-    in_memory = "lm_head.weight" in HubFolder.open(folder).tensors
+    in_memory = "lm_head.weight" in HfFolder.open(folder).tensors
     assert in_memory == (layout == "as in memory")
     assert_same_logits(model, converted(folder), size)
     vision = VisionTokenizer.load(tmp_path / "ours" / "assets" / "vision")
@@ -222,7 +222,7 @@ def test_a_folder_with_both(layout, tmp_path):
 
 def test_what_was_trained_here_runs_there(tmp_path):
     assets = tiny_checkpoint.make_assets(bins=True)
-    to_hub(tiny_checkpoint.save(tmp_path / "run", assets, scale=10), tmp_path / "source")
+    to_hf(tiny_checkpoint.save(tmp_path / "run", assets, scale=10), tmp_path / "source")
     values = json.loads((tmp_path / "source" / "config.json").read_text())
     known = (*TEXT, "vocab_size", "pad_token_id", "bos_token_id")
     config = transformers.Emu3TextConfig(

@@ -26,7 +26,7 @@ def test_every_row_is_what_it_is_alone(lengths):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 100, n) for n in lengths]
     tokens = jnp.asarray(np.concatenate([*prompts, np.zeros(48 - sum(lengths), int)]))
-    hidden, (keys, values) = decode_step.read_packed(
+    hidden, (keys, values) = decode_step.prefill_packed_rows(
         model, params, tokens, jnp.asarray(lengths), 12
     )
     for i, prompt in enumerate(prompts):

@@ -14,12 +14,12 @@ from tests.parity_groups.checks import Check, Golden, close, equal
 from univla_jax.data import action_conventions
 from univla_jax.interop.hf_assets import norm_stats
 from univla_jax.normalization import ActionStatistics, RunningStatistics
-from univla_jax.tokenizers.action import UniformBins
+from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 DECODED = 1e-12
-MOMENTS, QUANTILES, NORMALISED = 1e-10, 1e-9, 1e-6
+MOMENTS, QUANTILES, NORMALIZED = 1e-10, 1e-9, 1e-6
 FLOAT32_MOMENTS, FLOAT32_QUANTILES = 1e-5, 1e-6
 REWRITTEN = 1e-6  # bridge and invert; the other gripper conventions are exact
 
@@ -96,7 +96,7 @@ def _vocab_of(values: Mapping[str, Any]) -> dict[str, Any]:
 def bins(golden: Golden) -> Iterator[Check]:
     """Both of the reference's encoders, and decoding."""
     values, arrays = golden.json("action_bins"), golden.arrays("action_bins")
-    last, tokenizer = values["last_vocab_idx"], UniformBins(values["n_bins"])
+    last, tokenizer = values["last_vocab_idx"], UniformBinTokenizer(values["n_bins"])
     for key in (k for k in arrays if k.split("_")[0] == "actions"):
         suffix = key.removeprefix("actions")
         ours = last - tokenizer.codes(arrays[key])
@@ -108,12 +108,12 @@ def bins(golden: Golden) -> Iterator[Check]:
         ("roundtrip call", "call_ids", "roundtrip_call"),
         ("roundtrip encode", "encode_ids", "roundtrip_encode"),
     ):
-        ours = tokenizer.centres(last - arrays[ids])
+        ours = tokenizer.centers(last - arrays[ids])
         yield close(case, "decoded", ours, arrays[expected], DECODED)
 
 
-def normalise(golden: Golden) -> Iterator[Check]:
-    """Running statistics after each batch, and normalisation with the reference's statistics."""
+def normalize(golden: Golden) -> Iterator[Check]:
+    """Running statistics after each batch, and normalization with the reference's statistics."""
     arrays = golden.arrays("normalize")
     for record in golden.json("normalize"):
         case = record["case"]
@@ -121,17 +121,17 @@ def normalise(golden: Golden) -> Iterator[Check]:
             yield from _running(case, record, arrays)
             yield from _serialized(case, record, arrays)
             if f"{case}|norm_in" in arrays:
-                yield from _normalised(case, record, arrays)
+                yield from _normalized(case, record, arrays)
     for key in (k for k in arrays if k.endswith("_wrapper|in")):
         case = key.removesuffix("_wrapper|in")
         statistics = reference_statistics(arrays, f"config_{case}")
-        ours = statistics.unnormalise(arrays[key])
-        theirs = arrays[f"{case}_wrapper|unnormalised"]
-        yield close(f"{case}_wrapper", "unnormalised", ours, theirs, NORMALISED)
+        ours = statistics.unnormalize(arrays[key])
+        theirs = arrays[f"{case}_wrapper|unnormalized"]
+        yield close(f"{case}_wrapper", "unnormalized", ours, theirs, NORMALIZED)
         if f"{case}_wrapper|after_gripper" in arrays:
             theirs = arrays[f"{case}_wrapper|after_gripper"]
             ours = action_conventions.sign_gripper(ours)
-            yield close(f"{case}_wrapper", "gripper rule", ours, theirs, NORMALISED)
+            yield close(f"{case}_wrapper", "gripper rule", ours, theirs, NORMALIZED)
 
 
 def reference_statistics(arrays: Mapping[str, np.ndarray], prefix: str) -> ActionStatistics:
@@ -167,14 +167,14 @@ def _serialized(case: str, record: Mapping[str, Any], arrays: Mapping) -> Iterat
         yield close(case, "norm_stats.json", getattr(ours, name), theirs, MOMENTS)
 
 
-def _normalised(case: str, record: Mapping[str, Any], arrays: Mapping) -> Iterator[Check]:
+def _normalized(case: str, record: Mapping[str, Any], arrays: Mapping) -> Iterator[Check]:
     statistics = reference_statistics(arrays, f"{case}|after{record['batches'] - 1}")
     raw, clipped = arrays[f"{case}|norm_in"], arrays[f"{case}|norm_clipped"]
-    yield close(case, "normalised", statistics.normalise(raw), clipped, NORMALISED)
-    free, theirs = statistics.normalise(raw, clip=False), arrays[f"{case}|norm_unclipped"]
-    yield close(case, "normalised", free, np.float32(theirs), NORMALISED)
-    back, theirs = statistics.unnormalise(clipped), arrays[f"{case}|unnorm_of_clipped"]
-    yield close(case, "unnormalised", back, np.float32(theirs), NORMALISED)
+    yield close(case, "normalized", statistics.normalize(raw), clipped, NORMALIZED)
+    free, theirs = statistics.normalize(raw, clip=False), arrays[f"{case}|norm_unclipped"]
+    yield close(case, "normalized", free, np.float32(theirs), NORMALIZED)
+    back, theirs = statistics.unnormalize(clipped), arrays[f"{case}|unnorm_of_clipped"]
+    yield close(case, "unnormalized", back, np.float32(theirs), NORMALIZED)
 
 
 def gripper(golden: Golden) -> Iterator[Check]:

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from tests.conftest import REPOSITORY
 from univla_jax.tokenizers.fast import FastTokenizer
-from univla_jax.tokenizers.text import TiktokenText
+from univla_jax.tokenizers.text import TiktokenTextTokenizer
 
 EXACT = 0.0
 
@@ -122,7 +122,7 @@ class Golden:
         """All tensors of ``<name>.safetensors``."""
         return safetensors.numpy.load_file(self.folder / f"{name}.safetensors")
 
-    def text(self) -> TiktokenText:
+    def text(self) -> TiktokenTextTokenizer:
         """The text tokenizer."""
         return _text(self.text_vocabulary)
 
@@ -144,8 +144,8 @@ def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=2)
-def _text(folder: pathlib.Path) -> TiktokenText:
-    return TiktokenText.load(folder)
+def _text(folder: pathlib.Path) -> TiktokenTextTokenizer:
+    return TiktokenTextTokenizer.load(folder)
 
 
 @functools.lru_cache(maxsize=8)

@@ -47,11 +47,11 @@ def golden_batch(data: Mapping[str, np.ndarray], values: Mapping[str, Any], **ro
     """
     data = {**data, **rows}
     ids, labels = data["input_ids"], data["labels"]
-    labelled = labels != IGNORED
-    if (labels != ids)[labelled].any():
+    labeled = labels != IGNORED
+    if (labels != ids)[labeled].any():
         raise ValueError("a label differs from the token at its place")
     visual = (ids >= values["bov_token_id"]) & (ids <= values["eov_token_id"])
-    weight = np.where(visual, values["vision_loss_weight"], 1.0) * labelled
+    weight = np.where(visual, values["vision_loss_weight"], 1.0) * labeled
     weight[:, 0] = 0
     return Batch(
         tokens=ids.astype(np.int32),

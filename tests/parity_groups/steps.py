@@ -15,7 +15,7 @@ from tests.parity_groups.sequences import lexicon_of
 from univla_jax.assets import Assets
 from univla_jax.data import action_conventions
 from univla_jax.episode import Observation
-from univla_jax.inference.loaded_model import CorpusLayout, Layout, TrainedModel
+from univla_jax.inference.loaded_model import CorpusSettings, Layout, LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.normalization import ActionStatistics
 from univla_jax.sequences import prompts
@@ -25,7 +25,7 @@ from univla_jax.tokenizers.vocabulary import Vocabulary
 
 ACTIONS = {"calvin": 1e-5}  # its wrapper computes in float32
 OTHERWISE = 1e-6
-NORMALISERS = {"simpler": "config_bridge"}  # the others are named as their wrapper
+NORMALIZERS = {"simpler": "config_bridge"}  # the others are named as their wrapper
 VIEWS = {"image": "image_codes", "wrist": "gripper_codes"}
 
 
@@ -42,29 +42,29 @@ def step(golden: Golden) -> Iterator[Check]:
         for key in (k for k in arrays if k.startswith(prefix)):
             number, name = key.removeprefix(prefix).split("|")
             calls[int(number)][name] = arrays[key]
-        name = NORMALISERS.get(case["wrapper"], f"config_{case['wrapper']}")
-        normaliser = reference_statistics(statistics, name)
-        yield from _pieces(golden, case, calls, normaliser)
-        yield from _policy_calls(golden, case, calls, normaliser)
+        name = NORMALIZERS.get(case["wrapper"], f"config_{case['wrapper']}")
+        normalizer = reference_statistics(statistics, name)
+        yield from _pieces(golden, case, calls, normalizer)
+        yield from _policy_calls(golden, case, calls, normalizer)
 
 
 def _pieces(
-    golden: Golden, case: Mapping[str, Any], calls: Sequence[Mapping], normaliser: ActionStatistics
+    golden: Golden, case: Mapping[str, Any], calls: Sequence[Mapping], normalizer: ActionStatistics
 ) -> Iterator[Check]:
     """History and lenient decoding; the last generated id is cut whatever it is."""
-    lexicon, tokenizer = lexicon_of(golden), golden.fast(case["fast"])
+    text_encoder, tokenizer = lexicon_of(golden), golden.fast(case["fast"])
     history = History(case["window_size"] if case["video_mode"] else 1)
-    vocabulary = lexicon.vocabulary
+    vocabulary = text_encoder.vocabulary
     for number, call in enumerate(calls):
         name, generated = f"{case['tag']}|{number}", call["generated"].ravel()
         views = [call[key] for key in VIEWS.values() if key in call]
-        history = history.observe(prompts.turn_prompt(lexicon, views))
-        prompt = history.prompt(prompts.opening(lexicon, case["goal"]))
+        history = history.observe(prompts.turn_prompt(text_encoder, views))
+        prompt = history.prompt(prompts.opening(text_encoder, case["goal"]))
         yield equal(name, "prompt ids", prompt, call["prompt_ids"].ravel())
         history = history.act(generated)
         codes = (vocabulary.action_last - generated[:-1]).tolist()
         decoded = tokenizer.decode_lenient(codes, case["time_horizon"], case["action_dim"])
-        yield from _actions(name, "actions", case, normaliser.unnormalise(decoded), call)
+        yield from _actions(name, "actions", case, normalizer.unnormalize(decoded), call)
 
 
 def _actions(
@@ -83,9 +83,9 @@ def _actions(
 
 
 def _policy_calls(
-    golden: Golden, case: Mapping[str, Any], calls: Sequence[Mapping], normaliser: ActionStatistics
+    golden: Golden, case: Mapping[str, Any], calls: Sequence[Mapping], normalizer: ActionStatistics
 ) -> Iterator[Check]:
-    policy = scripted_policy(golden, case, calls, normaliser)
+    policy = scripted_policy(golden, case, calls, normalizer)
     vocabulary = policy.trained.assets.vocabulary
     yield _allowed(case, policy)
     session = policy.start()
@@ -135,7 +135,7 @@ def _observation(case: Mapping, policy: Policy, calls: Sequence[Mapping]) -> Obs
 
 
 def scripted_policy(
-    golden: Golden, case: Mapping[str, Any], calls: Sequence[Mapping], normaliser: ActionStatistics
+    golden: Golden, case: Mapping[str, Any], calls: Sequence[Mapping], normalizer: ActionStatistics
 ) -> Policy:
     """The released policy's assets around a scripted decoder and vision tokenizer."""
     action, grids = golden.fast(case["fast"]), _grids(calls)
@@ -145,18 +145,18 @@ def scripted_policy(
         ScriptedVision([call[VIEWS[view]] for call in calls for view in grids]),
         action,
         {v: ImageSpec(size=(8 * h, 8 * w), min_pixels=64) for v, (h, w) in grids.items()},
-        {"robot": normaliser},
+        {"robot": normalizer},
     )
     layout = Layout(
         layout="policy_video" if case["video_mode"] else "policy_image",
         frames=case["window_size"],
-        action_frames=case["time_horizon"],
+        chunk_size=case["time_horizon"],
         frame_spacing=0,
         sequence_length=max(call["prompt_ids"].size for call in calls) + 1024,
         views=tuple(grids),
-        corpora={"robot": CorpusLayout(5.0, 5, grids)},
+        corpora={"robot": CorpusSettings(5.0, 5, grids)},
     )
-    policy = Policy(TrainedModel(pathlib.Path("released"), assets, layout, None, None))
+    policy = Policy(LoadedModel(pathlib.Path("released"), assets, layout, None, None))
     answers = [call["generated"].reshape(1, -1) for call in calls]
     policy.head.continuer = ScriptedContinuer(answers, policy.head.rules.allowed)
     return policy

@@ -16,7 +16,7 @@ from univla_jax.tokenizers.vision_vq import VisionVQ
 LATENTS = 1e-4
 CLEAR_MARGIN = 1e-4  # a nearer second code is a tie that the order of summation may flip
 PIXELS = 1e-6
-ON_AN_INTEGER = 1e-4  # grey levels this near to an integer may be cut either way
+ON_AN_INTEGER = 1e-4  # gray levels this near to an integer may be cut either way
 
 
 def _latents_and_codes(model: VisionVQ, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:

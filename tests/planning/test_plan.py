@@ -108,7 +108,7 @@ SMALL = {
     "model.overrides": {"head_dim": 128, "dropout": 0.0},
     "data.batch_size": 16,
     "data.sequence_length": 256,
-    "loss.max_labelled": 16,
+    "loss.max_labeled": 16,
     "sample_tokens": 200,
     "mesh.tensor": 2,
 }

@@ -12,16 +12,16 @@ import numpy as np
 
 from univla_jax.pipeline.batch import Example
 from univla_jax.sequences import layouts, prompts, windows
-from univla_jax.sequences.frames import frame_block, frame_head, picture_grammar, video_grammar
+from univla_jax.sequences.frames import frame_block, frame_header, image_grammar, video_grammar
 from univla_jax.sequences.labels import LABELS, label_mask
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.sequences.tokens import Role, Tokens
 
 IGNORED = -100
 ARM_VIEWS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 
 Encode = Callable[[np.ndarray], np.ndarray]
-"""Normalised actions [T, A] to action codes."""
+"""Normalized actions [T, A] to action codes."""
 
 
 class Scene:
@@ -103,35 +103,37 @@ class Scene:
         return entry["reasoning"] if isinstance(entry, dict) else entry
 
 
-def sample_tokens(lexicon: Lexicon, record: Mapping, arrays: Mapping, encode: Encode) -> Tokens:
+def sample_tokens(
+    text_encoder: TextEncoder, record: Mapping, arrays: Mapping, encode: Encode
+) -> Tokens:
     """The token sequence of one record, before padding."""
     scene, args = Scene(record, arrays), record["args"]
 
     def ids(codes: np.ndarray) -> np.ndarray:
-        return lexicon.vocabulary.action_ids(codes)
+        return text_encoder.vocabulary.action_ids(codes)
 
     text = "" if args["without_text"] and "World" in record["dataset"] else scene.text
     views = scene.views()
     acts = args["actions"] and record["dataset"] != "Emu3WorldModelDataset"
     if scene.interleaved:
         if not acts:
-            return layouts.world_model(lexicon, text, views)
+            return layouts.world_model(text_encoder, text, views)
         chunks = [ids(c) for c in scene.chunks(encode)]
-        return layouts.policy_video(lexicon, text, views, chunks)
+        return layouts.policy_video(text_encoder, text, views, chunks)
     if args["VL"]:
         order = next(r for name, *_, r in record["random_calls"] if name == "random")
         layout = layouts.caption if order < 0.5 else layouts.question
-        return layout(lexicon, text, views)
+        return layout(text_encoder, text, views)
     if not acts or args["actions_format"] == "text":
-        return _head_of(layouts.policy_flow(lexicon, text, views))
+        return _head_of(layouts.policy_flow(text_encoder, text, views))
     if args["actions_format"] == "continuous":
-        return layouts.policy_flow(lexicon, text, views)
+        return layouts.policy_flow(text_encoder, text, views)
     (chunk,) = scene.chunks(encode)
     if record["dataset"] == "Emu3CoTDataset":
-        return layouts.chain_of_thought(lexicon, text, views, scene.thought(), ids(chunk))
+        return layouts.chain_of_thought(text_encoder, text, views, scene.thought(), ids(chunk))
     state = scene.state(encode)
     state = None if state is None else ids(state)
-    return layouts.policy_image(lexicon, text, views, ids(chunk), state)
+    return layouts.policy_image(text_encoder, text, views, ids(chunk), state)
 
 
 def _head_of(tokens: Tokens) -> Tokens:
@@ -139,7 +141,7 @@ def _head_of(tokens: Tokens) -> Tokens:
     return Tokens(tokens.ids[:-1], tokens.roles[:-1])
 
 
-def labelled_roles(record: Mapping) -> frozenset[Role]:
+def labeled_roles(record: Mapping) -> frozenset[Role]:
     """The label choice behind the reference's flags (facts 28, 32, 33)."""
     args, dataset = record["args"], record["dataset"]
     only_action = args["apply_loss_on_only_action"]
@@ -147,7 +149,7 @@ def labelled_roles(record: Mapping) -> frozenset[Role]:
     if dataset == "Emu3WorldModelDataset":
         return LABELS["vision"] if only_vision else LABELS["both"]
     if args["video_format"] == "interleave":
-        # Without actions the flag has no effect: every image block is labelled.
+        # Without actions the flag has no effect: every image block is labeled.
         return LABELS["action"] if only_action and args["actions"] else LABELS["both"]
     if only_action and args["actions"] and args["actions_format"] == "fast":
         return LABELS["action"]
@@ -157,7 +159,7 @@ def labelled_roles(record: Mapping) -> frozenset[Role]:
 
 
 def dataset_sample(
-    lexicon: Lexicon, record: Mapping, arrays: Mapping, encode: Encode
+    text_encoder: TextEncoder, record: Mapping, arrays: Mapping, encode: Encode
 ) -> dict[str, np.ndarray]:
     """``input_ids``, ``attention_mask`` and ``labels`` of one record, padded as the reference pads.
 
@@ -167,12 +169,12 @@ def dataset_sample(
     Raises:
       UserError: an episode shorter than a chunk, or an interleaved sample that is too long.
     """
-    tokens = sample_tokens(lexicon, record, arrays, encode)
-    mask = label_mask(tokens, labelled_roles(record))
+    tokens = sample_tokens(text_encoder, record, arrays, encode)
+    mask = label_mask(tokens, labeled_roles(record))
     row = Example.single(tokens.ids, mask.astype(np.float32))
     length = record["max_position_embeddings"]
     if len(tokens) <= length or record["args"]["video_format"] == "interleave":
-        row = row.pad_to(length, lexicon.vocabulary.pad)
+        row = row.pad_to(length, text_encoder.vocabulary.pad)
     sample = {
         "input_ids": row.tokens,
         "attention_mask": (row.segment_ids > 0).astype(np.int32),
@@ -183,7 +185,7 @@ def dataset_sample(
     return sample
 
 
-def prompt_rows(lexicon: Lexicon, record: Mapping, arrays: Mapping) -> list[np.ndarray]:
+def prompt_rows(text_encoder: TextEncoder, record: Mapping, arrays: Mapping) -> list[np.ndarray]:
     """The prompts of one ``prompts.json`` record, one row of ids per text."""
     texts = record["text"] if isinstance(record["text"], list) else [record["text"]]
     video = np.asarray(arrays[f"{record['name']}|video_tokens"])
@@ -191,7 +193,7 @@ def prompt_rows(lexicon: Lexicon, record: Mapping, arrays: Mapping) -> list[np.n
     gripper = arrays.get(f"{record['name']}|gripper_tokens")
     rows = []
     for i, text in enumerate(texts):
-        rows.append(_prompt(lexicon, record, text, video[i], _others(record, gripper, i)))
+        rows.append(_prompt(text_encoder, record, text, video[i], _others(record, gripper, i)))
     return rows
 
 
@@ -210,7 +212,11 @@ def _others(record: Mapping, gripper: np.ndarray | None, row: int) -> list[np.nd
 
 
 def _prompt(
-    lexicon: Lexicon, record: Mapping, text: str, video: np.ndarray, others: list[np.ndarray]
+    text_encoder: TextEncoder,
+    record: Mapping,
+    text: str,
+    video: np.ndarray,
+    others: list[np.ndarray],
 ) -> np.ndarray:
     mode, kwargs = record["mode"], record["kwargs"]
     shown, frames = kwargs.get("context_frames") or None, kwargs.get("frames")
@@ -218,30 +224,32 @@ def _prompt(
         shown = min(shown, len(video))
     views, (height, width) = [video, *others], video.shape[1:]
     if mode in ("VLA", "VLA2", "VLA_ALOHA"):
-        return prompts.policy_prompt(lexicon, text, views, shown=shown)
+        return prompts.policy_prompt(text_encoder, text, views, shown=shown)
     if mode in ("VLA_Video", "VLA2_Video", "VLA_VIDEO_ALOHA"):
-        return prompts.turn_prompt(lexicon, views, shown=shown)
+        return prompts.turn_prompt(text_encoder, views, shown=shown)
     if mode == "VLA_COT":
-        return prompts.reasoning_prompt(lexicon, text, views, shown=shown)
+        return prompts.reasoning_prompt(text_encoder, text, views, shown=shown)
     if mode == "G":
-        return prompts.draw_prompt(lexicon, text, height, width, frames)
+        return prompts.draw_prompt(text_encoder, text, height, width, frames)
     if mode == "U":
-        return prompts.ask_prompt(lexicon, text, views)
+        return prompts.ask_prompt(text_encoder, text, views)
     if mode == "INTERLEAVE" and len(video) == frames == 1:
-        return prompts.imagine_prompt(lexicon, text, video)
-    block = frame_block(lexicon, video, shown=shown)
-    parts = [prompts.opening(lexicon, text), block]
+        return prompts.imagine_prompt(text_encoder, text, video)
+    block = frame_block(text_encoder, video, shown=shown)
+    parts = [prompts.opening(text_encoder, text), block]
     if mode == "INTERLEAVE":
-        parts.append(frame_head(lexicon, height, width, frames))
+        parts.append(frame_header(text_encoder, height, width, frames))
     return np.concatenate(parts)
 
 
-def grammar_rows(lexicon: Lexicon, kind: str, height: int, width: int, frames: int, length: int):
+def grammar_rows(
+    text_encoder: TextEncoder, kind: str, height: int, width: int, frames: int, length: int
+):
     """Rows [count, lowest, highest] of the ids allowed at each place after ``img``."""
     if kind == "video":
-        forced = video_grammar(lexicon, height, width, frames, length)
+        forced = video_grammar(text_encoder, height, width, frames, length)
     else:
-        forced = picture_grammar(lexicon, height, width, length)
-    vocabulary = lexicon.vocabulary
+        forced = image_grammar(text_encoder, height, width, length)
+    vocabulary = text_encoder.vocabulary
     free = [vocabulary.visual_size, vocabulary.bov, vocabulary.eov]
     return np.array([free if i < 0 else [1, i, i] for i in forced])

@@ -8,7 +8,7 @@ from univla_jax.assets import Assets
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.tokenizers.action import UniformBins
+from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 
@@ -33,7 +33,7 @@ class Store(list):
 def assets(action_dim: int = 2) -> Assets:
     row = (0.0,) * action_dim
     statistics = ActionStatistics(row, row, q01=(-1.0,) * action_dim, q99=(1.0,) * action_dim)
-    bins = UniformBins(4)
+    bins = UniformBinTokenizer(4)
     vocabulary = Vocabulary.from_scratch(Letters.vocabulary_size, 12, bins.vocabulary_size)
     return Assets(vocabulary, Letters(), None, bins, {}, {"tabletop": statistics})
 
@@ -62,7 +62,7 @@ def config(**changes) -> DataConfig:
         "sequence_length": 160,
         "batch_size": 2,
         "frames": 2,
-        "action_frames": 3,
+        "chunk_size": 3,
         "packing_bins": 4,
         "read_threads": 0,
         "prefetch_batches": 0,

@@ -7,26 +7,28 @@ import dataclasses
 import numpy as np
 
 from tests.sequences import small
-from univla_jax.sequences.chunks import chunk_ids, state_ids
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.chunks import encode_chunks, encode_states
+from univla_jax.sequences.text_encoder import TextEncoder
 
 GIVEN = small.assets()
-LEXICON = Lexicon(GIVEN.vocabulary, GIVEN.text)
+TEXT_ENCODER = TextEncoder(GIVEN.vocabulary, GIVEN.text)
 
 
 def test_each_chunk_has_its_own_ids():
     chunks = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 3, 2)
-    ids = chunk_ids(LEXICON, GIVEN.action, chunks)
+    ids = encode_chunks(TEXT_ENCODER, GIVEN.action, chunks)
     for written, chunk in zip(ids, chunks, strict=True):
         codes = GIVEN.vocabulary.action_codes(written)
         assert codes.tolist() == GIVEN.action.encode(chunk)
-    assert chunk_ids(LEXICON, GIVEN.action, chunks[:0]) == []
+    assert encode_chunks(TEXT_ENCODER, GIVEN.action, chunks[:0]) == []
 
 
-def test_a_state_is_a_normalised_chunk_of_one_step():
+def test_a_state_is_a_normalized_chunk_of_one_step():
     statistics = dataclasses.replace(GIVEN.statistics["tabletop"], q01=(0.0, 0.0), q99=(2.0, 4.0))
-    (ids,) = state_ids(LEXICON, GIVEN.action, statistics, np.array([[2.0, 0.0]], np.float32))
-    normalised = statistics.normalise(np.array([[2.0, 0.0]], np.float32))
-    np.testing.assert_allclose(normalised, [[1, -1]], atol=1e-5)
+    (ids,) = encode_states(
+        TEXT_ENCODER, GIVEN.action, statistics, np.array([[2.0, 0.0]], np.float32)
+    )
+    normalized = statistics.normalize(np.array([[2.0, 0.0]], np.float32))
+    np.testing.assert_allclose(normalized, [[1, -1]], atol=1e-5)
     codes = GIVEN.vocabulary.action_codes(ids)
-    assert codes.tolist() == GIVEN.action.encode(normalised)
+    assert codes.tolist() == GIVEN.action.encode(normalized)

@@ -8,15 +8,15 @@ from univla_jax.pipeline.inspect import write_page
 
 
 class Pictures:
-    """A vision tokenizer whose frames are grey by their code."""
+    """A vision tokenizer whose frames are gray by their code."""
 
     codebook_size = 12
     factor = 8
     fingerprint = "pictures"
 
     def decode_codes(self, codes):
-        grey = np.kron(codes, np.ones((1, 8, 8))) * 20
-        return np.repeat(grey[..., None], 3, -1).astype(np.uint8)
+        gray = np.kron(codes, np.ones((1, 8, 8))) * 20
+        return np.repeat(gray[..., None], 3, -1).astype(np.uint8)
 
 
 class Words(small.Letters):
@@ -30,7 +30,7 @@ def page(episodes=None, **changes):
     return write_page(small.config(**changes), given, 3, [store])
 
 
-def test_the_page_shows_frames_actions_and_labelled_tokens():
+def test_the_page_shows_frames_actions_and_labeled_tokens():
     shown = page()
     assert shown.count("<section>") == 3
     assert shown.count("data:image/png;base64,") == 3 * 2 * 2

@@ -8,16 +8,16 @@ from tests.sequences.test_layouts import chunk, code
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Batch, Example
 from univla_jax.sequences import layouts
-from univla_jax.sequences.labels import LABELS, label_mask, labelled_example, loss_weight
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.labels import LABELS, label_mask, labeled_example, loss_weight
+from univla_jax.sequences.text_encoder import TextEncoder
 
 
 @pytest.fixture
 def tokens():
     given = small.assets()
-    lexicon = Lexicon(given.vocabulary, given.text)
-    ids = chunk(lexicon, 1)
-    return layouts.policy_image(lexicon, "go", [code(1, 2)], ids, state=ids)
+    text_encoder = TextEncoder(given.vocabulary, given.text)
+    ids = chunk(text_encoder, 1)
+    return layouts.policy_image(text_encoder, "go", [code(1, 2)], ids, state=ids)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_weights_by_role(tokens, choice, expected):
     assert weight.tolist() == [wanted[c] for c in expected.replace(" ", "")]
 
 
-def test_first_token_is_labelled_but_never_learnt(tokens):
+def test_first_token_is_labeled_but_never_learnt(tokens):
     assert label_mask(tokens, LABELS["all"])[0]
     assert loss_weight(tokens, LABELS["all"])[0] == 0
 
@@ -50,7 +50,7 @@ def test_labels_and_weights_agree_for_a_zero_vision_weight(tokens):
 
 
 def test_example_is_one_segment_and_pads_right(tokens):
-    row = labelled_example(tokens, LABELS["action"]).pad_to(20, pad=9)
+    row = labeled_example(tokens, LABELS["action"]).pad_to(20, pad=9)
     used = len(tokens)
     assert row.tokens[used:].tolist() == [9] * (20 - used)
     assert row.segment_ids.tolist() == [1] * used + [0] * (20 - used)
@@ -61,7 +61,7 @@ def test_example_is_one_segment_and_pads_right(tokens):
 
 
 def test_batch_knows_its_valid_rows(tokens):
-    row = labelled_example(tokens, LABELS["action"]).pad_to(20, pad=9)
+    row = labeled_example(tokens, LABELS["action"]).pad_to(20, pad=9)
     nothing = Example.single(np.zeros(0, np.int32), np.zeros(0, np.float32)).pad_to(20, pad=9)
     rows = [dataclasses.asdict(r) for r in (row, nothing)]
     batch = Batch(**{key: np.stack([r[key] for r in rows]) for key in rows[0]})

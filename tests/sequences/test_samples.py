@@ -6,7 +6,7 @@ import pytest
 
 from tests.sequences import small
 from univla_jax.data.action_conventions import ChunkDeltas
-from univla_jax.data.datasets import CORPORA
+from univla_jax.data.datasets import DATASETS
 from univla_jax.errors import UserError
 from univla_jax.sequences.samples import SampleBuilder
 
@@ -39,7 +39,7 @@ def test_all_views_come_in_the_order_of_the_corpus():
     assert visual(build(dataclasses.replace(small.episode(0, 6), codes=renamed))) == [0, 1, 3, 4]
 
 
-def test_actions_are_normalised_and_encoded_chunk_by_chunk():
+def test_actions_are_normalized_and_encoded_chunk_by_chunk():
     episode, given = small.episode(0, 6), small.assets()
     ids = build(episode)["tokens"]
     starts = np.flatnonzero(ids == given.vocabulary.boa)
@@ -47,7 +47,7 @@ def test_actions_are_normalised_and_encoded_chunk_by_chunk():
     for chunk, (start, end) in enumerate(zip(starts, ends)):
         codes = given.vocabulary.action_codes(ids[start + 1 : end])
         raw = episode.actions[3 * chunk : 3 * chunk + 3]
-        normal = given.statistics["tabletop"].normalise(raw)
+        normal = given.statistics["tabletop"].normalize(raw)
         assert codes.tolist() == given.action.encode(normal)
 
 
@@ -109,8 +109,8 @@ def test_states_stand_before_their_chunk():
 
 def test_chunks_of_deltas_start_at_nothing(monkeypatch):
     deltas = ChunkDeltas(absolute=(1,), angles=())
-    row = dataclasses.replace(CORPORA["tabletop"], chunk_deltas=deltas)
-    monkeypatch.setitem(CORPORA, "tabletop", row)
+    row = dataclasses.replace(DATASETS["tabletop"], chunk_deltas=deltas)
+    monkeypatch.setitem(DATASETS, "tabletop", row)
     settings = {"layout": "policy_flow", "frames": 1, "packing": False}
     actions = build(small.episode(0, 3), **settings)["actions"]
     raw = small.episode(0, 3).actions

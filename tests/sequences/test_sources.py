@@ -85,7 +85,7 @@ def test_stores_that_do_not_fit_are_refused(tmp_path):
         (write_store(tmp_path / "other", vision_fingerprint="x"), {}, "another vision tokenizer"),
         (write_store(tmp_path / "sized", specs=sized), {}, "view 'image' was made with"),
         (write_store(tmp_path / "short", min_frames=2), {}, "may hold episodes of 2 frames"),
-        (good, {"layout": "world_model"}, "at least 5; tokenise with min_frames=5"),
+        (good, {"layout": "world_model"}, "at least 5; tokenize with min_frames=5"),
         (good, {"views": ("front",)}, "no view 'front'"),
         (str(tmp_path / "none"), {}, "no token store"),
     ]

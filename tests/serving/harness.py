@@ -35,13 +35,13 @@ class CountingPolicy:
         if observation.frames["image"].shape[0] != SIDE:
             raise UserError(f"{name}: view 'image' has another size")
 
-    def act(self, observations, sessions, *, stopwatch=None):
+    def act(self, observations, sessions, *, timer=None):
         self.running.set()
         time.sleep(self.seconds)
         self.batches.append(len(observations))
         if any(o.instruction == "crash" for o in observations):
             raise RuntimeError("secret details")
-        with stopwatch.part("read"):
+        with timer.section("read"):
             for observation, session in zip(observations, sessions):
                 session.append(int(observation.frames["image"].sum()))
         return [
@@ -49,7 +49,7 @@ class CountingPolicy:
             for s in sessions
         ]
 
-    def work_ahead(self):
+    def prefill_ahead(self):
         self.ahead += 1
         return False
 

@@ -14,8 +14,8 @@ from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.action import (
     FastTokenizer,
-    NumberText,
-    UniformBins,
+    NumberTextTokenizer,
+    UniformBinTokenizer,
     load_action_tokenizer,
 )
 from univla_jax.tokenizers.vocabulary import Vocabulary
@@ -49,7 +49,9 @@ def fitted():
 
 @pytest.fixture(params=["fitted", "bins", "text"])
 def tokenizer(request, fitted):
-    return {"fitted": fitted, "bins": UniformBins(), "text": NumberText()}[request.param]
+    return {"fitted": fitted, "bins": UniformBinTokenizer(), "text": NumberTextTokenizer()}[
+        request.param
+    ]
 
 
 def test_fast_equals_the_reference(golden_dir):
@@ -129,7 +131,7 @@ def test_unusable_fits(chunks, scale, size, words):
 
 
 def test_strict_encoding_refuses_what_would_not_come_back(fitted):
-    with pytest.raises(UserError, match=r"beyond ±23.*normalise"):
+    with pytest.raises(UserError, match=r"beyond ±23.*normalize"):
         fitted.encode(np.full((5, 7), 1.2))
     with pytest.raises(UserError, match="not finite"):
         fitted.encode(np.full((5, 7), np.inf))
@@ -140,7 +142,7 @@ def test_strict_encoding_refuses_what_would_not_come_back(fitted):
 @given(st.lists(st.integers(-5, 3000), max_size=60), st.integers(1, 6), st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
 def test_garbage_never_raises_and_valid_means_in_range(shipped, fitted, ids, horizon, dims):
-    for tokenizer in (*shipped.values(), fitted, UniformBins(), NumberText()):
+    for tokenizer in (*shipped.values(), fitted, UniformBinTokenizer(), NumberTextTokenizer()):
         decoded = tokenizer.decode(ids, horizon, dims)
         assert decoded.actions.shape == (horizon, dims)
         assert np.isfinite(decoded.actions).all()
@@ -159,8 +161,8 @@ def test_round_trip_of_noise(fitted, seed, steps, dims):
     fast_error = 0.5 * np.sqrt(steps) / fitted.scale + 1e-9
     for tokenizer, error in [
         (fitted, fast_error),
-        (UniformBins(), 1 / 255 + 1e-9),
-        (NumberText(3), 0.0005001),
+        (UniformBinTokenizer(), 1 / 255 + 1e-9),
+        (NumberTextTokenizer(3), 0.0005001),
     ]:
         ids = tokenizer.encode(chunk)
         assert ids == tokenizer.encode_batch(chunk[None])[0]
@@ -203,14 +205,14 @@ def test_bins_equal_the_reference(golden_dir):
 
 
 def test_bins_fit_the_emu3_vocabulary():
-    bins = UniformBins()
+    bins = UniformBinTokenizer()
     vocabulary = Vocabulary.emu3(action_size=bins.vocabulary_size)
     ids = vocabulary.action_ids(bins.encode([[-1.0, 1.0]]))
     assert ids.tolist() == [LAST_TEXT_ID - 1, LAST_TEXT_ID - 256]
 
 
 def test_number_text_written_out():
-    text = NumberText()
+    text = NumberTextTokenizer()
     ids = text.encode([[0.124, -0.3], [-0.001, 1.7]])
     assert "".join("0123456789-.,\n"[i] for i in ids) == "0.12,-0.30\n0.00,1.00"
     assert text.decode(ids, 2, 2).actions.tolist() == [[0.12, -0.3], [0.0, 1.0]]

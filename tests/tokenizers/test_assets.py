@@ -15,9 +15,9 @@ from univla_jax.assets import Assets
 from univla_jax.errors import UserError
 from univla_jax.io import fingerprint, write_files
 from univla_jax.normalization import ActionStatistics
-from univla_jax.tokenizers.action import UniformBins
+from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.text import SentencePieceText
+from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 
@@ -58,12 +58,12 @@ def tiny_vision(monkeypatch):
 
 @pytest.fixture(scope="module")
 def text():
-    return SentencePieceText.fit(["pick up the red block"], 300, symbols=["1*8*8"])
+    return SentencePieceTextTokenizer.fit(["pick up the red block"], 300, symbols=["1*8*8"])
 
 
 @pytest.fixture
 def assets(text):
-    action = UniformBins(16)
+    action = UniformBinTokenizer(16)
     row = (0.1, -1e-10)
     return Assets(
         vocabulary=Vocabulary.from_scratch(

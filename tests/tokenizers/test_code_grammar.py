@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from univla_jax.tokenizers.action import FastTokenizer, NumberText, UniformBins
+from univla_jax.tokenizers.action import FastTokenizer, NumberTextTokenizer, UniformBinTokenizer
 from univla_jax.tokenizers.constrained import ILLEGAL, CodeGrammar, of_bytes
 
 HORIZON, DIMENSIONS = 5, 3
@@ -37,9 +37,9 @@ def test_codes_that_split_characters():
 
 
 def test_bins_are_one_number_each():
-    grammar = UniformBins(4).grammar(2, 3)
+    grammar = UniformBinTokenizer(4).grammar(2, 3)
     assert grammar.characters == 6 and grammar.finishes.tolist() == [[NO, 1, 1, 1, 1]]
-    assert NumberText().grammar(2, 3) is None
+    assert NumberTextTokenizer().grammar(2, 3) is None
 
 
 @settings(max_examples=25, deadline=None)

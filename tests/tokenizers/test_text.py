@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.text import (
-    SentencePieceText,
-    TiktokenText,
+    SentencePieceTextTokenizer,
+    TiktokenTextTokenizer,
     load_text_tokenizer,
     pad_right,
 )
@@ -34,7 +34,7 @@ def emu3(shared_dir):
 
 @pytest.fixture(scope="module")
 def small():
-    return SentencePieceText.fit(INSTRUCTIONS, 320, symbols=SIZES)
+    return SentencePieceTextTokenizer.fit(INSTRUCTIONS, 320, symbols=SIZES)
 
 
 def test_emu3_equals_the_reference(golden_dir):
@@ -81,7 +81,7 @@ def test_emu3_round_trip(emu3, text):
 )
 def test_broken_rank_file(ranks, words):
     with pytest.raises(UserError, match=words):
-        TiktokenText(ranks, b"")
+        TiktokenTextTokenizer(ranks, b"")
 
 
 def test_ids_outside_a_text_vocabulary(emu3, small):
@@ -113,15 +113,15 @@ def test_sentencepiece_special_names_are_plain(small):
 
 
 def test_sentencepiece_fit_is_deterministic(small):
-    again = SentencePieceText.fit(INSTRUCTIONS, 320, symbols=SIZES)
+    again = SentencePieceTextTokenizer.fit(INSTRUCTIONS, 320, symbols=SIZES)
     assert again.fingerprint == small.fingerprint
-    other = SentencePieceText.fit(INSTRUCTIONS[:1], 320, symbols=SIZES)
+    other = SentencePieceTextTokenizer.fit(INSTRUCTIONS[:1], 320, symbols=SIZES)
     assert other.fingerprint != small.fingerprint
 
 
 @pytest.mark.parametrize("texts", [["a"], ["go"], ["", "把杯子 👍🏽"], ["x" * 20_000]])
 def test_sentencepiece_fits_tiny_corpora(texts):
-    tokenizer = SentencePieceText.fit(texts, 4000)
+    tokenizer = SentencePieceTextTokenizer.fit(texts, 4000)
     assert tokenizer.vocabulary_size <= 4000
     for text in [*texts, "never seen: é\n\t\0 12"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -129,11 +129,11 @@ def test_sentencepiece_fits_tiny_corpora(texts):
 
 def test_sentencepiece_unusable_requests():
     with pytest.raises(UserError, match="no text to fit"):
-        SentencePieceText.fit(["", " "], 300)
+        SentencePieceTextTokenizer.fit(["", " "], 300)
     with pytest.raises(UserError, match=r"cannot fit 100 ids.*about 266"):
-        SentencePieceText.fit(["abcdefgh"], 100)
+        SentencePieceTextTokenizer.fit(["abcdefgh"], 100)
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        SentencePieceText(b"nonsense")
+        SentencePieceTextTokenizer(b"nonsense")
 
 
 def test_lone_surrogates_become_replacement_characters(emu3, small):

@@ -38,7 +38,7 @@ def test_codes_do_not_depend_on_the_batch(tokenizer):
     np.testing.assert_array_equal(tokenizer.decode_codes(codes[8:]), pictures[8:])
 
 
-def test_latents_are_what_is_quantised(tokenizer):
+def test_latents_are_what_is_quantized(tokenizer):
     latents = tokenizer.latents(frames(2))
     assert latents.shape == (2, 1, 2, 3, 4) and latents.dtype == np.float32
     codebook = np.asarray(tokenizer.variables["params"]["quantize"]["embedding"])

@@ -23,7 +23,7 @@ from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.model_setup import RunModel
+from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.optimizer import OptimizerConfig
 from univla_jax.training.sharding import MeshConfig, make_mesh, to_global
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
@@ -47,20 +47,20 @@ CASES: dict[str, tuple[dict[str, int], int]] = {
 
 
 def packed_batch(seed: int) -> Batch:
-    """Rows of packed random segments of unequal length, some tokens labelled, some padding."""
+    """Rows of packed random segments of unequal length, some tokens labeled, some padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCABULARY.size, (ROWS, LENGTH)).astype(np.int32)
     segments = np.sort(rng.integers(1, 4, (ROWS, LENGTH)), axis=1).astype(np.int32)
     segments[:, LENGTH - 4 :] = 0
     starts = np.diff(segments, axis=1, prepend=0) != 0
     begun = np.maximum.accumulate(np.where(starts, np.arange(LENGTH), 0), axis=1)
-    labelled = (rng.random((ROWS, LENGTH)) < 0.4) & ~starts & (segments > 0)
-    weight = np.where(labelled, rng.choice([0.5, 1.0], (ROWS, LENGTH)), 0).astype(np.float32)
+    labeled = (rng.random((ROWS, LENGTH)) < 0.4) & ~starts & (segments > 0)
+    weight = np.where(labeled, rng.choice([0.5, 1.0], (ROWS, LENGTH)), 0).astype(np.float32)
     positions = np.where(segments > 0, np.arange(LENGTH) - begun, 0).astype(np.int32)
     return Batch(tokens, weight, positions, segments)
 
 
-def build(sizes: dict[str, int], accumulation: int) -> RunModel:
+def build(sizes: dict[str, int], accumulation: int) -> TrainSetup:
     """The tiny decoder on a mesh of the first devices.
 
     With accumulation without dropout, because which rows share a micro-batch, and so a mask,
@@ -71,12 +71,12 @@ def build(sizes: dict[str, int], accumulation: int) -> RunModel:
         model=ModelConfig("tiny", {"qkv_bias": True, "dropout": 0.0 if accumulation > 1 else 0.1}),
         data=DataConfig(stores=(), layout="policy_video", sequence_length=LENGTH, batch_size=ROWS),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=1),
-        loss=LossConfig(max_labelled=24),
+        loss=LossConfig(max_labeled=24),
         mesh=MeshConfig(**{"fsdp": 1, **sizes}),
         accumulation=accumulation,
     )
     count = int(np.prod(list(sizes.values())))
-    return RunModel.build(config, VOCABULARY, make_mesh(config.mesh, jax.devices()[:count]))
+    return TrainSetup.build(config, VOCABULARY, make_mesh(config.mesh, jax.devices()[:count]))
 
 
 def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:

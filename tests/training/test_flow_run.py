@@ -18,12 +18,12 @@ from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy
-from univla_jax.interop.hf_config import HubModel
+from univla_jax.interop.hf_config import HfModel
 from univla_jax.interop.key_table import check_params, import_state, joint_rules
-from univla_jax.interop.to_hf import to_hub
+from univla_jax.interop.to_hf import to_hf
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import metrics, train_loop
-from univla_jax.training.model_setup import RunModel
+from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.sharding import MeshConfig, make_mesh
 from univla_jax.training.train_config import TrainConfig
 
@@ -45,9 +45,9 @@ def flow(world, tmp_path_factory):
     return folder
 
 
-def _model(config: TrainConfig, checkpoint: pathlib.Path) -> RunModel:
+def _model(config: TrainConfig, checkpoint: pathlib.Path) -> TrainSetup:
     vocabulary = Assets.load(assets_folder(checkpoint)).vocabulary
-    return RunModel.build(config, vocabulary, make_mesh(MeshConfig()))
+    return TrainSetup.build(config, vocabulary, make_mesh(MeshConfig()))
 
 
 @pytest.mark.slow
@@ -79,11 +79,11 @@ def test_what_was_trained_acts(flow):
 @pytest.mark.slow
 def test_it_goes_to_the_hub_in_the_references_names(flow, tmp_path):
     checkpoint = find_checkpoint(flow)
-    to_hub(checkpoint, tmp_path / "hub", progress=False)
+    to_hf(checkpoint, tmp_path / "hub", progress=False)
     run_model = _model(_config(flow), checkpoint)
     params = load_params(checkpoint, run_model.abstract.params)
     config = json.loads((tmp_path / "hub" / "config.json").read_text(encoding="utf-8"))
-    written = HubModel.of(config, ())
+    written = HfModel.of(config, ())
     assert written.expert == run_model.expert.config
     state = load_file(tmp_path / "hub" / "model.safetensors")
     rules = joint_rules(written.expert, run_model.model.config)
@@ -120,7 +120,7 @@ def test_what_does_not_do_is_named(world, tmp_path):
 
 def test_the_full_size_recipe_has_the_references_expert(golden_dir):
     config = strict.build(TrainConfig, recipe("libero")("flow"))
-    model = RunModel.build(config, Vocabulary.emu3(), make_mesh(MeshConfig()))
+    model = TrainSetup.build(config, Vocabulary.emu3(), make_mesh(MeshConfig()))
     rules = joint_rules(model.expert.config, model.model.config)
     check_params(rules, model.abstract.params)
     names = json.loads((golden_dir / "full_size_keys.json").read_text(encoding="utf-8"))

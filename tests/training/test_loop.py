@@ -14,7 +14,7 @@ from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.errors import UserError
 from univla_jax.training import metrics
 from univla_jax.training.metrics import MetricsLogger
-from univla_jax.training.preemption import Preempted, SigtermWatch
+from univla_jax.training.preemption import Preempted, SigtermHandler
 from univla_jax.training.train_loop import fit
 
 TOTAL = 10
@@ -75,7 +75,7 @@ def test_sigterm_saves_the_step_at_hand(tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__next__()
 
-    with SigtermWatch() as watch, pytest.raises(Preempted) as stopped:
+    with SigtermHandler() as watch, pytest.raises(Preempted) as stopped:
         _run(tmp_path / "cut", batches=Shoot(), stop=watch)
     assert stopped.value.step == 5
     assert (tmp_path / "cut" / "checkpoints" / "5").is_dir()

@@ -16,8 +16,8 @@ from univla_jax.training.losses import (
     MODALITIES,
     Modalities,
     averages,
-    check_labelled,
-    gather_labelled,
+    check_labeled,
+    gather_labeled,
     weighted_cross_entropy,
 )
 
@@ -34,7 +34,7 @@ def test_golden_loss_gathered_and_in_chunks(golden_dir):
     model, params = golden_decoder(golden_dir)
     batch = golden_batch(data, values)
     most = int(np.count_nonzero(batch.loss_weight, axis=1).max())
-    options = {"max_labelled": most, "chunks": 3}
+    options = {"max_labeled": most, "chunks": 3}
     loss, gradient = loss_and_gradient(model, params, batch, values, **options)
     assert abs(float(loss) - data["loss"]) <= 1e-5
     norm = optax.global_norm(gradient)
@@ -57,7 +57,7 @@ def _run(case, **options):
 
 
 def test_gathering_changes_nothing(case):
-    whole, part = _run(case), _run(case, max_labelled=9)
+    whole, part = _run(case), _run(case, max_labeled=9)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, part)
 
 
@@ -91,7 +91,7 @@ def test_metrics_by_modality(case):
 
 
 def test_too_many_labels_are_never_dropped_in_silence(case):
-    total, _, metrics = _run(case, max_labelled=2)
+    total, _, metrics = _run(case, max_labeled=2)
     counts = np.count_nonzero(np.asarray(case[2].loss_weight)[:, 1:], axis=1)
     assert np.isnan(total)
     assert metrics[DROPPED] == np.maximum(counts - 2, 0).sum() > 0
@@ -100,16 +100,16 @@ def test_too_many_labels_are_never_dropped_in_silence(case):
 def test_host_check_names_the_row_and_the_need():
     weight = np.zeros((3, 6), np.float32)
     weight[1, [0, 2, 3, 5]] = 1  # the first column predicts nothing
-    check_labelled(weight, 3)
+    check_labeled(weight, 3)
     with pytest.raises(UserError, match="row 1 of the batch labels 3 tokens; set it to at least 3"):
-        check_labelled(weight, 2)
+        check_labeled(weight, 2)
 
 
 def test_gathered_positions_keep_their_order():
     weights = jnp.asarray([[0, 1, 0, 2, 0], [0, 0, 0, 0, 3]], jnp.float32)
     targets = jnp.arange(10).reshape(2, 5)
     hidden = targets[..., None].astype(jnp.float32)
-    picked, ids, kept, dropped = gather_labelled(hidden, targets, weights, 3)
+    picked, ids, kept, dropped = gather_labeled(hidden, targets, weights, 3)
     np.testing.assert_array_equal(kept, [[1, 2, 0], [3, 0, 0]])
     np.testing.assert_array_equal(ids, [[1, 3, 4], [9, 9, 9]])
     np.testing.assert_array_equal(picked[..., 0], ids)

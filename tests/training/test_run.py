@@ -17,7 +17,7 @@ from univla_jax.assets import Assets
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.training import metrics, run_assets, train_loop
-from univla_jax.training.model_setup import RunModel
+from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.sharding import GlobalBatches, MeshConfig, make_mesh
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -31,7 +31,7 @@ def _train(config, folder):
 def _params(folder: pathlib.Path, config):
     checkpoint = checkpoints.find_checkpoint(folder)
     assets = Assets.load(checkpoints.assets_folder(checkpoint))
-    model = RunModel.build(config, assets.vocabulary, make_mesh(MeshConfig()))
+    model = TrainSetup.build(config, assets.vocabulary, make_mesh(MeshConfig()))
     return checkpoints.load_params(checkpoint, model.abstract.params)
 
 
@@ -66,8 +66,8 @@ def test_the_layout_says_whether_states_are_shown(world):
     """Only where they are: the layout of a run without them keeps the keys it always had."""
     data = tiny_run.config(world).data
     stores = [TokenStore(folder) for folder in data.stores]
-    plain = run_assets.layout_settings(data, stores)
-    shown = run_assets.layout_settings(dataclasses.replace(data, state=True), stores)
+    plain = run_assets.task_settings(data, stores)
+    shown = run_assets.task_settings(dataclasses.replace(data, state=True), stores)
     assert "state" not in plain and shown == {**plain, "state": True}
 
 
@@ -196,10 +196,10 @@ def test_an_earlier_stage_of_another_size_is_refused(world, world_model, tmp_pat
         ({"init_from": "/nowhere"}, "no complete checkpoint in /nowhere"),
         ({"model__preset": "huge"}, "model preset 'huge' is unknown"),
         ({"model__overrides": {"vocab_size": 3}}, "comes from the vocabulary"),
-        ({"loss__max_labelled": 2}, "max_labelled=2, but row"),
+        ({"loss__max_labeled": 2}, "max_labeled=2, but row"),
         ({"data__held_out_every": 0, "evaluation__every": 2}, "nothing is held out"),
-        ({"loss__normalisation": "local"}, r"loss\.normalisation: 'local'"),
-        ({"optimiser": {}}, r"config\.optimiser: unknown key; did you mean 'optimizer'"),
+        ({"loss__normalization": "local"}, r"loss\.normalization: 'local'"),
+        ({"optimizer": {}}, r"config\.optimizer: unknown key; did you mean 'optimizer'"),
     ],
 )
 def test_what_is_refused(world, tmp_path, changes, message):

@@ -154,10 +154,10 @@ def _row_sharding(*held: tuple[int, int, int]):
     ],
 )
 def test_which_rows_a_process_reads(held, share):
-    found = batches.RowShare.of(_row_sharding(*held), 8)
+    found = batches.HostRows.of(_row_sharding(*held), 8)
     assert (found.index, found.count) == share
 
 
 def test_rows_shared_by_halves_are_refused():
     with pytest.raises(UserError, match="share a part of their rows"):
-        batches.RowShare.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), 8)
+        batches.HostRows.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), 8)

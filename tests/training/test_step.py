@@ -1,4 +1,4 @@
-"""The train and eval step on a toy: what is optimised, accumulation, metrics."""
+"""The train and eval step on a toy: what is optimized, accumulation, metrics."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_accumulation_does_not_change_the_step(accumulation):
 
 
 def test_per_micro_batch_averages_the_means():
-    step, state, batch, _ = _step(accumulation=2, normalisation="per_micro_batch")
+    step, state, batch, _ = _step(accumulation=2, normalization="per_micro_batch")
     w0 = np.array(state.params["w"])
     b = _batch()
     weighted = b["weight"] * (b["x"] @ w0 - b["y"]) ** 2
@@ -122,6 +122,6 @@ def test_state_around_loaded_params():
     np.testing.assert_array_equal(state.params["w"], 1.0)
 
 
-def test_unknown_normalisation():
-    with pytest.raises(UserError, match="normalisation: 'local'"):
-        _step(normalisation="local")
+def test_unknown_normalization():
+    with pytest.raises(UserError, match="normalization: 'local'"):
+        _step(normalization="local")

@@ -12,7 +12,7 @@ import pytest
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision import VisionConfig
 from univla_jax.training import vision_training
-from univla_jax.training.muon import MuonConfig, make_muon, orthogonalise
+from univla_jax.training.muon import MuonConfig, make_muon, orthogonalize
 from univla_jax.training.vision_training import VisionLossConfig, initial_state, make_step
 
 CONFIG = VisionConfig(
@@ -29,7 +29,7 @@ OPTIMIZER = make_muon(MuonConfig(warmup_steps=5), total_steps=40)
 
 
 def batch(step):
-    """Two views of different sizes: a coloured square somewhere on a grey ground."""
+    """Two views of different sizes: a colored square somewhere on a gray ground."""
     random = np.random.default_rng(step)
     views = {}
     for view, size in (("image", 8), ("wrist_image", 4)):
@@ -101,9 +101,9 @@ def test_rows_follow_their_latents_and_dead_ones_move():
     assert {codebook[1].item(), codebook[2].item()} <= {5.0, 7.0}
 
 
-def test_orthogonalise():
+def test_orthogonalize():
     matrix = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
-    values = np.linalg.svd(orthogonalise(jnp.asarray(matrix)), compute_uv=False)
+    values = np.linalg.svd(orthogonalize(jnp.asarray(matrix)), compute_uv=False)
     assert values.shape == (5,) and values.min() > 0.6 and values.max() < 1.3
 
 

@@ -1,4 +1,4 @@
-"""What is watched while training: utilisation, traces, other boards, data that stops coming."""
+"""What is watched while training: utilization, traces, other boards, data that stops coming."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ import pytest
 from univla_jax.errors import UserError
 from univla_jax.models.decoder_config import preset
 from univla_jax.training import hardware
-from univla_jax.training.hardware import chip_of
-from univla_jax.training.metrics import FOLDER, MetricsLogger, Profiler, Speed, WandbBoard, Window
-from univla_jax.training.preemption import StalledData, WatchedBatches
+from univla_jax.training.hardware import find_chip
+from univla_jax.training.metrics import (
+    FOLDER,
+    MetricsLogger,
+    Profiler,
+    ProfileWindow,
+    Throughput,
+    WandbWriter,
+)
+from univla_jax.training.preemption import DataWatchdog, StalledDataError
 
 
 class Curves:
@@ -44,13 +51,13 @@ class Curves:
     ],
 )
 def test_chips_by_the_name_of_their_devices(kind, name):
-    assert chip_of(types.SimpleNamespace(device_kind=kind)).name == name
+    assert find_chip(types.SimpleNamespace(device_kind=kind)).name == name
 
 
-def test_utilisation_of_a_known_time(tmp_path):
+def test_utilization_of_a_known_time(tmp_path):
     """1,000 useful tokens of 1e9 operations in a tenth of a second are 1e13 a second of 1e14."""
     board = Curves()
-    speed = Speed(flops_per_token=1e9, peak=1e14)
+    speed = Throughput(flops_per_token=1e9, peak=1e14)
     logger = MetricsLogger(
         tmp_path, start_step=0, total_steps=2, progress=False, speed=speed, boards=[board]
     )
@@ -63,8 +70,8 @@ def test_utilisation_of_a_known_time(tmp_path):
     assert board.points["memory/host_peak_gb", 0] > 0.05
 
 
-def test_no_utilisation_where_the_peak_is_unknown():
-    assert Speed.of(1e9, jax.devices()).peak == 0
+def test_no_utilization_where_the_peak_is_unknown():
+    assert Throughput.of(1e9, jax.devices()).peak == 0
 
 
 def test_operations_of_the_full_model():
@@ -88,7 +95,7 @@ def test_operations_that_remat_repeats(remat, share):
 
 
 def test_a_window_of_steps_is_traced(tmp_path):
-    with Profiler(Window.parse("1:3"), tmp_path) as profiler:
+    with Profiler(ProfileWindow.parse("1:3"), tmp_path) as profiler:
         for step in range(5):
             profiler(step)
             jnp.ones(3).block_until_ready()
@@ -99,7 +106,7 @@ def test_a_window_of_steps_is_traced(tmp_path):
 @pytest.mark.parametrize("text", ["3", "3:3", "a:b", "-1:2"])
 def test_a_bad_window_is_named(text):
     with pytest.raises(UserError, match="START:STOP"):
-        Window.parse(text)
+        ProfileWindow.parse(text)
 
 
 class Slow:
@@ -117,14 +124,14 @@ class Slow:
 
 
 def test_data_that_stops_coming_stops_the_run():
-    batches = WatchedBatches(Slow(), seconds=0.1)
+    batches = DataWatchdog(Slow(), seconds=0.1)
     assert next(batches) == 0
-    with pytest.raises(StalledData, match=r"no batch for 0\.1 s"):
+    with pytest.raises(StalledDataError, match=r"no batch for 0\.1 s"):
         next(batches)
 
 
 def test_data_that_comes_in_time_passes():
-    assert list(WatchedBatches(Slow(), seconds=30)) == [0, 1, 2]
+    assert list(DataWatchdog(Slow(), seconds=30)) == [0, 1, 2]
 
 
 def test_weights_and_biases_gets_one_call_per_step(tmp_path, monkeypatch):
@@ -144,7 +151,7 @@ def test_weights_and_biases_gets_one_call_per_step(tmp_path, monkeypatch):
     util = types.SimpleNamespace(generate_id=lambda: "abc")
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, util=util))
     for _ in range(2):
-        board = WandbBoard("robots", tmp_path, {"seed": 1})
+        board = WandbWriter("robots", tmp_path, {"seed": 1})
         board.add_scalar("loss", 2.0, 0)
         board.add_scalar("grad_norm", 1.0, 0)
         board.add_scalar("loss", 1.5, 1)
@@ -157,4 +164,4 @@ def test_weights_and_biases_gets_one_call_per_step(tmp_path, monkeypatch):
 def test_weights_and_biases_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"univla_jax\[wandb\]"):
-        WandbBoard("robots", tmp_path, {})
+        WandbWriter("robots", tmp_path, {})

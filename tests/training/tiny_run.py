@@ -13,7 +13,7 @@ from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.tokenizers.action import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.text import SentencePieceText
+from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import fresh_variables
 from univla_jax.training.train_config import TrainConfig
@@ -34,7 +34,7 @@ VISION = VisionConfig(
 
 def make_tokenizers(folder: pathlib.Path) -> None:
     """Fits the three tokenizers into ``folder``/text, vision and action."""
-    SentencePieceText.fit(WORDS * 4, 320).save(folder / "text")
+    SentencePieceTextTokenizer.fit(WORDS * 4, 320).save(folder / "text")
     VisionTokenizer(VISION, fresh_variables(VISION, 0)).save(folder / "vision")
     chunks = np.random.default_rng(0).uniform(-1, 1, (20, 3, 7))
     FastTokenizer.fit(chunks, 5, 300).save(folder / "action")
@@ -97,7 +97,7 @@ def values(world: pathlib.Path, **changes: Any) -> dict[str, Any]:
             "sequence_length": 256,
             "batch_size": 4,
             "frames": 2,
-            "action_frames": 3,
+            "chunk_size": 3,
             "packing_bins": 2,
             "held_out_every": 4,
         },

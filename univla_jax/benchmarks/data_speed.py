@@ -33,7 +33,7 @@ from univla_jax.assets import Assets
 from univla_jax.benchmarks.measure import save
 from univla_jax.benchmarks.synthetic import Lengths, SyntheticEpisodes, make_assets, write_store
 from univla_jax.cli import format_table
-from univla_jax.data.datasets import CORPORA
+from univla_jax.data.datasets import DATASETS
 from univla_jax.data.token_store import TokenStore
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.dataset import BatchIterator, training_batches
@@ -92,7 +92,7 @@ def libero(folder: pathlib.Path, seconds: float, workers: int, episodes: int = 4
             sequence_length=length,
             batch_size=24,
             frames=2,
-            action_frames=10,
+            chunk_size=10,
             packing=packing,
             workers=workers,
             read_threads=0,
@@ -123,7 +123,7 @@ def mixture_config(length: int, *, packing: bool) -> DataConfig:
         layout="world_model",
         sequence_length=length,
         batch_size=64 * 6400 // length,
-        weights=tuple(CORPORA[name].mixture_weight for name in MIXTURE),
+        weights=tuple(DATASETS[name].mixture_weight for name in MIXTURE),
         frames=WORLD_MODEL_FRAMES,
         packing=packing,
         read_threads=0,
@@ -134,7 +134,7 @@ def mixture_config(length: int, *, packing: bool) -> DataConfig:
 def mixture_lengths(name: str, share: float) -> Lengths:
     """A share of the corpus' episodes, all long enough for six frames."""
     thousands, median = MIXTURE[name]
-    least = WORLD_MODEL_FRAMES * CORPORA[name].frame_spacing
+    least = WORLD_MODEL_FRAMES * DATASETS[name].frame_spacing
     return Lengths(max(1, round(1000 * share * thousands)), median, least=least)
 
 

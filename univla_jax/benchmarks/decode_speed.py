@@ -35,7 +35,9 @@ PARTS = flags.DEFINE_list("parts", ["decode", "reuse", "options"], "what is meas
 _FRAMES, _CODES, _ROWS = 6, 64, 8
 
 
-def against_reference(problem: cases.Problem, repeats: int, *, reference: bool) -> dict[str, Any]:
+def against_reference(
+    problem: cases.DecodeProblem, repeats: int, *, reference: bool
+) -> dict[str, Any]:
     """Both decoders in turns on one prompt."""
     times: dict[str, list[Spent]] = {}
     ours = theirs = None
@@ -60,7 +62,10 @@ def against_reference(problem: cases.Problem, repeats: int, *, reference: bool) 
 
 
 def _figures(
-    spent: dict[str, Spent], problem: cases.Problem, ours: np.ndarray, theirs: np.ndarray | None
+    spent: dict[str, Spent],
+    problem: cases.DecodeProblem,
+    ours: np.ndarray,
+    theirs: np.ndarray | None,
 ) -> dict[str, Any]:
     """Milliseconds, ratios, and the share of equal tokens."""
     config, params = problem.sampler.model.config, problem.sampler.params
@@ -97,7 +102,7 @@ def _figures(
     }
 
 
-def reuse(problem: cases.Problem, repeats: int) -> dict[str, Any]:
+def reuse(problem: cases.DecodeProblem, repeats: int) -> dict[str, Any]:
     """Calls of an episode, and a rollout over one cache, beside reading everything anew."""
     found: dict[str, Any] = {}
     answers, later = [], {}
@@ -122,7 +127,7 @@ def reuse(problem: cases.Problem, repeats: int) -> dict[str, Any]:
     return found | _rollouts(problem, repeats)
 
 
-def _rollouts(problem: cases.Problem, repeats: int) -> dict[str, Any]:
+def _rollouts(problem: cases.DecodeProblem, repeats: int) -> dict[str, Any]:
     runs: dict[bool, list[tuple[Spent, Spent, np.ndarray]]] = {False: [], True: []}
     for turn in range(repeats + 1):  # the first one compiles
         for anew, kept in runs.items():
@@ -142,16 +147,16 @@ def _rollouts(problem: cases.Problem, repeats: int) -> dict[str, Any]:
     }
 
 
-def options(problem: cases.Problem, repeats: int) -> dict[str, Any]:
+def options(problem: cases.DecodeProblem, repeats: int) -> dict[str, Any]:
     """int8 weights and drafts, beside plain float32."""
-    eight = Sampler(problem.sampler.model, int8.quantised(problem.sampler.params))
+    eight = Sampler(problem.sampler.model, int8.quantize_params(problem.sampler.params))
     times: dict[str, list[Spent]] = {}
     for turn in range(repeats + 1):
         state = cases.prefill(problem)
         plain, spent = timed(lambda s=state: cases.decode(problem, s))
         tokens = np.asarray(plain.tokens)
         state = cases.prefill(problem, eight)
-        quantised, spent_int8 = timed(lambda s=state: cases.decode(problem, s, eight))
+        quantize_params, spent_int8 = timed(lambda s=state: cases.decode(problem, s, eight))
         state = cases.prefill(problem)
         (drafted, steps), spent_right = timed(
             lambda s=state, t=tokens: cases.decode_drafted(problem, s, t)
@@ -166,7 +171,7 @@ def options(problem: cases.Problem, repeats: int) -> dict[str, Any]:
         "float32_ms_per_token": milliseconds["f"],
         "int8_ms_per_token": milliseconds["q"],
         "int8_same_choice": cases.agreement(problem, eight),
-        "int8_equal_tokens": float(np.mean(np.asarray(quantised.tokens) == tokens)),
+        "int8_equal_tokens": float(np.mean(np.asarray(quantize_params.tokens) == tokens)),
         "drafted_ms_per_token": milliseconds["d"],
         "drafted_steps": steps,
         "drafted_equal_tokens": float(np.mean(drafted == tokens)),

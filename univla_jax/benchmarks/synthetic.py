@@ -14,21 +14,21 @@ import numpy as np
 
 from univla_jax.assets import Assets
 from univla_jax.benchmarks.measure import Spent, timed
-from univla_jax.data.datasets import CORPORA, Corpus
+from univla_jax.data.datasets import DATASETS, DatasetConfig
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.inference import int8
 from univla_jax.inference.decode_step import DecodeState, Generated
-from univla_jax.inference.loaded_model import Layout, TrainedModel
+from univla_jax.inference.loaded_model import Layout, LoadedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.prefix_cache import Continuer, Rules
+from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
 from univla_jax.models.decoder import Decoder, project
 from univla_jax.models.decoder_config import DecoderConfig, preset
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.text import SentencePieceText
+from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import PRESETS, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import fresh_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
@@ -43,9 +43,9 @@ CODEBOOK = 32_768
 _FACTOR = 8
 _ACTIONS = 7
 _INSTRUCTIONS = [
-    f"{verb} the {colour} {thing} {place}"
+    f"{verb} the {color} {thing} {place}"
     for verb in ("pick up", "push", "place", "move")
-    for colour in ("red", "blue", "black", "white")
+    for color in ("red", "blue", "black", "white")
     for thing in ("bowl", "mug", "block", "plate")
     for place in ("on the plate", "into the drawer", "next to the stove")
 ]
@@ -73,7 +73,7 @@ class Lengths:
         return np.maximum(drawn.astype(int), self.least)
 
 
-def grids(corpus: Corpus, views: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+def grids(corpus: DatasetConfig, views: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
     """Code grid (h, w) of the corpus' views at its own sizes."""
     chosen = views or tuple(corpus.sizes)
     return {v: (corpus.sizes[v][0] // _FACTOR, corpus.sizes[v][1] // _FACTOR) for v in chosen}
@@ -84,7 +84,7 @@ class SyntheticEpisodes:
 
     def __init__(self, corpus: str, lengths: Lengths, *, views: Sequence[str] = ()) -> None:
         """Draws the lengths; ``views`` are all by default."""
-        self._corpus = CORPORA[corpus]
+        self._corpus = DATASETS[corpus]
         self._grids = grids(self._corpus, views)
         self._steps = lengths.draw(np.random.default_rng(len(corpus)))
         self.fingerprint = f"synthetic {corpus}"
@@ -119,7 +119,7 @@ def write_store(
       one_code: True writes a single code per frame, in as many records as the whole frames would
         take, for stores of which only the size of their index matters.
     """
-    row, rng = CORPORA[corpus], np.random.default_rng(0)
+    row, rng = DATASETS[corpus], np.random.default_rng(0)
     sizes = grids(row, views)
     block = block_steps(sizes)
     sizes = dict.fromkeys(sizes, (1, 1)) if one_code else sizes
@@ -153,20 +153,20 @@ def make_assets(statistics: Mapping, chunk: int = 10) -> Assets:
     rng = np.random.default_rng(0)
     chunks = np.stack([smooth_actions(rng, chunk) for _ in range(2000)])
     action = FastTokenizer.fit(chunks, scale=10.0, vocabulary_size=2048)
-    text = SentencePieceText.fit(_INSTRUCTIONS, 512)
+    text = SentencePieceTextTokenizer.fit(_INSTRUCTIONS, 512)
     vocabulary = Vocabulary.from_scratch(text.vocabulary_size, CODEBOOK, action.vocabulary_size)
     return Assets(vocabulary, text, None, action, image_specs={}, statistics=statistics)
 
 
 def _episode(
-    row: Corpus, index: int, codes: Mapping[str, np.ndarray], actions: np.ndarray
+    row: DatasetConfig, index: int, codes: Mapping[str, np.ndarray], actions: np.ndarray
 ) -> TokenizedEpisode:
     instruction = _INSTRUCTIONS[index % len(_INSTRUCTIONS)]
     return TokenizedEpisode(instruction, codes, actions, row.control_hz, row.name, str(index))
 
 
 def _header(
-    row: Corpus, sizes: Mapping[str, tuple[int, int]], episodes: int, block: int
+    row: DatasetConfig, sizes: Mapping[str, tuple[int, int]], episodes: int, block: int
 ) -> StoreHeader:
     return StoreHeader(
         corpus=row.name,
@@ -195,7 +195,7 @@ _OPENING, _TURN = 20, 600  # tokens of an instruction and of one observation in 
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class DecodeProblem:
     """One decoder with random weights, and what it continues.
 
     Attributes:
@@ -213,7 +213,7 @@ class Problem:
 
 def make_problem(
     prompt: int, count: int, *, actions: int = 2048, name: str = "small", seed: int = 0
-) -> Problem:
+) -> DecodeProblem:
     """The preset with the action ids of Emu3's vocabulary, batch 1, float32.
 
     Args:
@@ -229,7 +229,7 @@ def make_problem(
     last = (model.config.pad_id or size) - 1  # action ids end before the pad id
     allowed = np.arange(last - min(actions, last) + 1, last + 1, dtype=np.int32)
     tokens = rng.integers(0, min(size, last), (1, prompt)).astype(np.int32)
-    return Problem(Sampler(model, params), allowed, tokens, count)
+    return DecodeProblem(Sampler(model, params), allowed, tokens, count)
 
 
 def random_decoder(name: str, rng: np.random.Generator, **changes: Any) -> tuple[Decoder, Any]:
@@ -249,7 +249,7 @@ def random_decoder(name: str, rng: np.random.Generator, **changes: Any) -> tuple
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def prefill(problem: Problem, sampler: Sampler | None = None) -> DecodeState:
+def prefill(problem: DecodeProblem, sampler: Sampler | None = None) -> DecodeState:
     """The prompt read, with room for what follows."""
     slots = problem.prompt.shape[1] + problem.count + 8
     state = (sampler or problem.sampler).prefill(problem.prompt, slots=slots)
@@ -257,7 +257,7 @@ def prefill(problem: Problem, sampler: Sampler | None = None) -> DecodeState:
     return state
 
 
-def decode(problem: Problem, state: DecodeState, sampler: Sampler | None = None) -> Generated:
+def decode(problem: DecodeProblem, state: DecodeState, sampler: Sampler | None = None) -> Generated:
     """N tokens; ``state`` is consumed."""
     generated, _ = (sampler or problem.sampler).generate(
         state, max_new_tokens=problem.count, allowed=problem.allowed
@@ -266,9 +266,9 @@ def decode(problem: Problem, state: DecodeState, sampler: Sampler | None = None)
     return generated
 
 
-def decode_drafted(problem: Problem, state: DecodeState, copied: np.ndarray) -> tuple:
+def decode_drafted(problem: DecodeProblem, state: DecodeState, copied: np.ndarray) -> tuple:
     """The same N tokens with drafts copied from int32 [B, H]; also the steps it took."""
-    generated, _, steps = problem.sampler.generate_drafted(
+    generated, _, steps = problem.sampler.generate_speculative(
         state, max_new_tokens=problem.count, allowed=problem.allowed, copied=copied
     )
     return np.asarray(generated.tokens), steps
@@ -283,7 +283,7 @@ def bytes_per_token(config: DecoderConfig, rows: int, slots: int, params: Any) -
     return layers + head + cache
 
 
-def episode(problem: Problem, kept: str, calls: int = 4) -> list[tuple[Spent, np.ndarray]]:
+def episode(problem: DecodeProblem, kept: str, calls: int = 4) -> list[tuple[Spent, np.ndarray]]:
     """Calls of a video policy with a window of two; time and ids of each.
 
     Args:
@@ -292,9 +292,9 @@ def episode(problem: Problem, kept: str, calls: int = 4) -> list[tuple[Spent, np
         before; ``"ahead"`` also reads what is known of the next prompt between calls, not timed.
       calls: how many.
     """
-    rules = Rules(problem.allowed, int(problem.allowed[-1]), problem.count)
+    rules = GenerationRules(problem.allowed, int(problem.allowed[-1]), problem.count)
     whole = _OPENING + 2 * _TURN + problem.count
-    continuer = Continuer(problem.sampler, rules, lengths=(_TURN + 1, whole))
+    continuer = PrefixCache(problem.sampler, rules, lengths=(_TURN + 1, whole))
     continuer.warm(1)
     rng = np.random.default_rng(1)
     turns = rng.integers(0, _some_ids(problem), (calls, _TURN)).astype(np.int32)
@@ -309,14 +309,14 @@ def episode(problem: Problem, kept: str, calls: int = 4) -> list[tuple[Spent, np
         results.append((spent, answer.ids))
         window.append(answer.ids)
         prefix = np.concatenate([opening, *window[-2:]])
-        if kept == "ahead" and continuer.worth_reading(prefix, memory):
-            (memory,) = continuer.read_ahead([prefix])
+        if kept == "ahead" and continuer.should_prefill(prefix, memory):
+            (memory,) = continuer.prefill_ahead([prefix])
             jax.block_until_ready(memory.cache)  # done before the next call, so not in its time
     return results
 
 
 def rollout(
-    problem: Problem, frames: int, codes: int, rows: int, *, anew: bool
+    problem: DecodeProblem, frames: int, codes: int, rows: int, *, anew: bool
 ) -> tuple[Spent, Spent, np.ndarray]:
     """Frames of a world model over one cache, or with all read anew for each frame.
 
@@ -361,7 +361,7 @@ def rollout(
     return _total(reading), _total(choosing), np.concatenate(chosen, axis=1)
 
 
-def agreement(problem: Problem, other: Sampler) -> float:
+def agreement(problem: DecodeProblem, other: Sampler) -> float:
     """Share of the prompt's positions at which both choose the same allowed id."""
     places = np.arange(problem.prompt.shape[1])[None]
 
@@ -374,7 +374,7 @@ def agreement(problem: Problem, other: Sampler) -> float:
     return float(np.mean(choices(problem.sampler) == choices(other)))
 
 
-def _some_ids(problem: Problem) -> int:
+def _some_ids(problem: DecodeProblem) -> int:
     return min(1000, problem.sampler.model.config.vocab_size)
 
 
@@ -415,7 +415,7 @@ def random_policy(preset: str, *, seed: int = 0) -> Policy:
         model=dataclasses.asdict(model.config),
     )
     folder = pathlib.Path("random")
-    return Policy(TrainedModel(folder, assets, Layout.of(assets), model, params))
+    return Policy(LoadedModel(folder, assets, Layout.of(assets), model, params))
 
 
 def _layout(factor: int) -> dict:
@@ -423,7 +423,7 @@ def _layout(factor: int) -> dict:
     return {
         "layout": "policy_video",
         "frames": 2,
-        "action_frames": CHUNK,
+        "chunk_size": CHUNK,
         "frame_spacing": 0,
         "sequence_length": 512,
         "views": list(_SIDES),

@@ -4,7 +4,7 @@
 
 Decoder: hidden 512, 8 layers, 8 heads (2 of keys), mlp 1,792, vocabulary 184,622; batch 2 x 512 in
 float32 on the CPU. A step is forward, backward, clipping and AdamW on both sides; the steps take
-turns, so that what else the machine does hits both alike. Once every token is labelled, once 5 %.
+turns, so that what else the machine does hits both alike. Once every token is labeled, once 5 %.
 Needs ``pip install 'univla_jax[parity]'``. The times are medians; the processor time of all threads
 is given beside the clock because it does not depend on other programs.
 """
@@ -28,7 +28,7 @@ from univla_jax.interop.key_table import decoder_rules, export_state
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.model_setup import RunModel
+from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.optimizer import OptimizerConfig
 from univla_jax.training.sharding import MeshConfig, make_mesh, to_global
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
@@ -56,7 +56,7 @@ class Timing:
 
 
 def batch(share: float, seed: int = 0) -> Batch:
-    """Random tokens, ``share`` of which are labelled."""
+    """Random tokens, ``share`` of which are labeled."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, Vocabulary.emu3().pad, (ROWS, LENGTH)).astype(np.int32)
     weight = np.zeros((ROWS, LENGTH), np.float32)
@@ -67,22 +67,22 @@ def batch(share: float, seed: int = 0) -> Batch:
     return Batch(tokens, weight, positions, np.ones_like(tokens))
 
 
-def our_run(share: float) -> RunModel:
+def our_run(share: float) -> TrainSetup:
     """The train step as the train command builds it."""
     overrides = {"dtype": "float32", "dropout": 0.0, "remat": "none", "scan_unroll": 8}
-    labelled = 0 if share == 1 else round(share * LENGTH) + 1
+    labeled = 0 if share == 1 else round(share * LENGTH) + 1
     config = TrainConfig(
         total_steps=1000,
         model=ModelConfig("small", overrides),
         data=DataConfig(stores=(), layout="policy_video", sequence_length=LENGTH, batch_size=ROWS),
         optimizer=OPTIMIZER,
-        loss=LossConfig(max_labelled=labelled),
+        loss=LossConfig(max_labeled=labeled),
         mesh=MeshConfig(fsdp=1),
     )
-    return RunModel.build(config, Vocabulary.emu3(), make_mesh(config.mesh, jax.devices()[:1]))
+    return TrainSetup.build(config, Vocabulary.emu3(), make_mesh(config.mesh, jax.devices()[:1]))
 
 
-def our_step(run: RunModel, data: Batch) -> tuple[Callable[[], float], dict[str, np.ndarray]]:
+def our_step(run: TrainSetup, data: Batch) -> tuple[Callable[[], float], dict[str, np.ndarray]]:
     """A function that runs one step and returns its loss; and the weights before the first."""
     state, step = run.new_state(), run.train_step()
     weights = export_state(decoder_rules(run.model.config), jax.device_get(state.params))
@@ -97,7 +97,7 @@ def our_step(run: RunModel, data: Batch) -> tuple[Callable[[], float], dict[str,
     return once, weights
 
 
-def their_step(run: RunModel, weights: dict[str, np.ndarray], data: Batch) -> Callable[[], float]:
+def their_step(run: TrainSetup, weights: dict[str, np.ndarray], data: Batch) -> Callable[[], float]:
     """The same step of transformers' ``Emu3ForCausalLM``."""
     import torch
     import transformers
@@ -158,7 +158,7 @@ def compare(share: float, steps: int) -> dict[str, Any]:
     first = timed(ours).loss, timed(theirs).loss
     pairs = [(timed(ours), timed(theirs)) for _ in range(steps)]
     median = lambda side, what: statistics.median(getattr(p[side], what) for p in pairs)  # noqa: E731
-    result = {"labelled": share, "loss": first[0], "their_loss": first[1]}
+    result = {"labeled": share, "loss": first[0], "their_loss": first[1]}
     for what in ("clock", "processor"):
         result[f"{what}_seconds"] = median(0, what)
         result[f"their_{what}_seconds"] = median(1, what)
@@ -168,10 +168,10 @@ def compare(share: float, steps: int) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The figures in a few lines."""
-    heads = ["labelled", "ours s", "torch s", "faster", "ours cpu s", "torch cpu s", "faster"]
+    heads = ["labeled", "ours s", "torch s", "faster", "ours cpu s", "torch cpu s", "faster"]
     rows = [[*heads, "loss", "torch loss"]]
     for r in results:
-        cells = [f"{r['labelled']:.0%}"]
+        cells = [f"{r['labeled']:.0%}"]
         for what in ("clock", "processor"):
             cells += [f"{r[f'{what}_seconds']:.2f}", f"{r[f'their_{what}_seconds']:.2f}"]
             cells.append(f"{r[f'{what}_ratio']:.2f} x")

@@ -75,7 +75,7 @@ def relabel_bridge(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray,
 
 
 def sign_gripper(actions: np.ndarray) -> np.ndarray:
-    """Unnormalised actions [..., A] as LIBERO and CALVIN take them: the gripper is +1 or -1.
+    """Unnormalized actions [..., A] as LIBERO and CALVIN take them: the gripper is +1 or -1.
 
     Above 0 is +1 (RoboVLMs/eval/libero/model_wrapper_emu.py:297); dtype and the rest stay.
     """
@@ -85,7 +85,7 @@ def sign_gripper(actions: np.ndarray) -> np.ndarray:
 
 
 def widowx_commands(actions: np.ndarray) -> np.ndarray:
-    """Unnormalised Bridge actions [..., 7] as SimplerEnv's WidowX takes them, float64.
+    """Unnormalized Bridge actions [..., 7] as SimplerEnv's WidowX takes them, float64.
 
     The rotation, fixed-axis Euler angles x, y, z in rad, becomes axis times angle; the gripper is
     +1 (open) above 0.5, else -1 (RoboVLMs/eval/simpler/model_wrapper.py).
@@ -196,7 +196,7 @@ class ChunkDeltas:
         """[..., T, A] poses to float32 differences from step 0 of each chunk."""
         return self._wrapped(np.asarray(chunks, np.float32) - self._origin(chunks[..., :1, :]))
 
-    def absolute_from(self, deltas: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    def to_absolute(self, deltas: np.ndarray, pose: np.ndarray) -> np.ndarray:
         """The poses [..., T, A] of differences, given the pose [..., A] they start from."""
         return self._wrapped(deltas + self._origin(np.asarray(pose, np.float32)[..., None, :]))
 

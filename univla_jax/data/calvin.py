@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from univla_jax import io as files
-from univla_jax.data.datasets import Corpus, assemble, split_range
+from univla_jax.data.datasets import DatasetConfig, assemble, split_range
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
@@ -40,10 +40,10 @@ _HARMLESS = {
 }
 
 
-class CalvinSource:
+class CalvinReader:
     """Random access to the annotated episodes of ``train`` or ``validation``; ``EpisodeReader``."""
 
-    def __init__(self, folder: str | os.PathLike[str], corpus: Corpus, split: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], corpus: DatasetConfig, split: str) -> None:
         """Reads the annotations.
 
         Raises:

@@ -30,15 +30,15 @@ Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
+class DatasetConfig:
     """One row of the table.
 
     Attributes:
-      name: key in ``CORPORA``.
+      name: key in ``DATASETS``.
       views: camera name in this package -> path of its image inside a step.
       control_hz: control rate in steps per second.
       frame_spacing: steps between the frames of a world-model window, about a second.
-      sizes: camera name -> (height, width) in pixels at which its frames are tokenised where a
+      sizes: camera name -> (height, width) in pixels at which its frames are tokenized where a
         recipe says nothing else.
       instruction: paths of the instruction inside the first step; the first that is not empty
         counts.
@@ -84,14 +84,14 @@ _SQUARE = (256, 256)
 
 
 def _views(size: Size = _SQUARE, **fields: str) -> dict[str, Mapping]:
-    """``views`` and ``sizes`` of cameras in the observation, all tokenised at one size."""
+    """``views`` and ``sizes`` of cameras in the observation, all tokenized at one size."""
     paths = {view: f"observation/{field}" for view, field in fields.items()}
     return {"views": paths, "sizes": dict.fromkeys(paths, size)}
 
 
-def _libero(name: str) -> Corpus:
+def _libero(name: str) -> DatasetConfig:
     """LIBERO without its no-op steps, as RLDS; raw actions."""
-    return Corpus(
+    return DatasetConfig(
         name,
         **_views((200, 200), image="image", wrist_image="wrist_image"),
         control_hz=20.0,
@@ -100,9 +100,9 @@ def _libero(name: str) -> Corpus:
     )
 
 
-def _video(name: str, **changes) -> Corpus:
+def _video(name: str, **changes) -> DatasetConfig:
     """A folder of videos, one frame a second."""
-    return Corpus(
+    return DatasetConfig(
         name,
         views={"image": "video"},
         sizes={"image": _SQUARE},
@@ -118,13 +118,13 @@ def _video(name: str, **changes) -> Corpus:
 
 
 _ROWS = (
-    Corpus("tabletop", views=_TWO_VIEWS, control_hz=5.0, frame_spacing=5),
+    DatasetConfig("tabletop", views=_TWO_VIEWS, control_hz=5.0, frame_spacing=5),
     _libero("libero"),  # the four suites as one corpus with joint statistics, as published
     _libero("libero_spatial"),
     _libero("libero_object"),
     _libero("libero_goal"),
     _libero("libero_10"),
-    Corpus(
+    DatasetConfig(
         "calvin",
         views={"image": "rgb_static", "wrist_image": "rgb_gripper"},
         sizes={"image": (200, 200), "wrist_image": (80, 80)},
@@ -136,7 +136,7 @@ _ROWS = (
         mixture_weight=0.8,
         reader="calvin",
     ),
-    Corpus(
+    DatasetConfig(
         "bridge",
         **_views(image="image_0", side_image="image_1"),
         control_hz=5.0,
@@ -144,7 +144,7 @@ _ROWS = (
         actions=action_conventions.bridge,
         trim=(1, 1),
     ),
-    Corpus(
+    DatasetConfig(
         "fractal",
         **_views((192, 240), image="image"),
         control_hz=3.0,
@@ -154,7 +154,7 @@ _ROWS = (
         state="observation/base_pose_tool_reached",
         mixture_weight=0.3,
     ),
-    Corpus(
+    DatasetConfig(
         "droid",
         **_views(
             (144, 256),
@@ -173,7 +173,7 @@ _ROWS = (
         state="observation/cartesian_position",
         mixture_weight=0.2,
     ),
-    Corpus(
+    DatasetConfig(
         "toto",
         **_views(image="image"),
         control_hz=30.0,
@@ -181,7 +181,7 @@ _ROWS = (
         instruction=_IN_OBSERVATION,
         actions=action_conventions.open_gripper,
     ),
-    Corpus(
+    DatasetConfig(
         "taco_play",
         **_views(image="rgb_static", wrist_image="rgb_gripper"),
         control_hz=15.0,
@@ -190,14 +190,14 @@ _ROWS = (
         actions=action_conventions.clipped_world_actions,
         state="observation/robot_obs",
     ),
-    Corpus(
+    DatasetConfig(
         "fmb",
         **_views(image="image_side_1"),
         control_hz=10.0,
         frame_spacing=5,
         state="observation/eef_pose",
     ),
-    Corpus(
+    DatasetConfig(
         "maniskill",
         **_views(image="image", wrist_image="wrist_image"),
         control_hz=20.0,
@@ -205,7 +205,7 @@ _ROWS = (
         mixture_weight=0.5,
         gripper="1 open, -1 closed",
     ),
-    Corpus(
+    DatasetConfig(
         "kuka",
         **_views(image="image"),
         control_hz=10.0,
@@ -215,7 +215,7 @@ _ROWS = (
         state=None,
         mixture_weight=0.1,
     ),
-    Corpus(
+    DatasetConfig(
         "berkeley_autolab_ur5",
         **_views(image="image", wrist_image="hand_image"),
         control_hz=5.0,
@@ -224,7 +224,7 @@ _ROWS = (
         actions=action_conventions.relative_gripper,
         state="observation/robot_state",
     ),
-    Corpus(
+    DatasetConfig(
         "cmu_play_fusion",
         **_views(image="image"),
         control_hz=5.0,
@@ -232,7 +232,7 @@ _ROWS = (
         actions=action_conventions.first_and_last,
         gripper="as commanded",
     ),
-    Corpus(
+    DatasetConfig(
         "viola",
         **_views(image="agentview_rgb", wrist_image="eye_in_hand_rgb"),
         control_hz=20.0,
@@ -241,14 +241,14 @@ _ROWS = (
         actions=action_conventions.inverted_closedness,
         state="observation/joint_states",
     ),
-    Corpus(
+    DatasetConfig(
         "utaustin_mutex",
         **_views(image="image", wrist_image="wrist_image"),
         control_hz=20.0,
         frame_spacing=10,
         actions=action_conventions.inverted_gripper,
     ),
-    Corpus(
+    DatasetConfig(
         "aloha",
         views={
             view: f"observation.images.{view}"
@@ -268,19 +268,19 @@ _ROWS = (
     _video("1x", default_instruction="a robot moves through a building"),
 )
 
-CORPORA: dict[str, Corpus] = {row.name: row for row in _ROWS}
+DATASETS: dict[str, DatasetConfig] = {row.name: row for row in _ROWS}
 
 
-def find_corpus(name: str) -> Corpus:
+def find_dataset_config(name: str) -> DatasetConfig:
     """The row called ``name``.
 
     Raises:
       UserError: there is none; names the nearest one.
     """
-    if name in CORPORA:
-        return CORPORA[name]
-    near = difflib.get_close_matches(name, CORPORA, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CORPORA)}"
+    if name in DATASETS:
+        return DATASETS[name]
+    near = difflib.get_close_matches(name, DATASETS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}"
     raise UserError(f"unknown corpus {name!r}; {hint} Add a row to univla_jax/data/datasets.py")
 
 
@@ -319,7 +319,7 @@ class EpisodeReader(Protocol):
 
 
 def assemble(
-    corpus: Corpus, steps: Steps, frames: Mapping[str, np.ndarray], episode_id: str
+    corpus: DatasetConfig, steps: Steps, frames: Mapping[str, np.ndarray], episode_id: str
 ) -> Episode:
     """An episode in the corpus' conventions.
 
@@ -356,7 +356,7 @@ def text(value: Any) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _instruction(corpus: Corpus, steps: Steps) -> str:
+def _instruction(corpus: DatasetConfig, steps: Steps) -> str:
     found = (text(steps[path][0]) for path in corpus.instruction if path in steps)
     return next((words for words in found if words.strip()), corpus.default_instruction)
 
@@ -396,14 +396,14 @@ def _bound(words: str | None, size: int) -> int | None:
 
 
 _CLASSES = {
-    "rlds": ("univla_jax.data.rlds", "RldsSource"),
-    "calvin": ("univla_jax.data.calvin", "CalvinSource"),
-    "lerobot": ("univla_jax.data.lerobot", "LeRobotSource"),
-    "videos": ("univla_jax.data.video", "VideoFolderSource"),
+    "rlds": ("univla_jax.data.rlds", "RldsReader"),
+    "calvin": ("univla_jax.data.calvin", "CalvinReader"),
+    "lerobot": ("univla_jax.data.lerobot", "LeRobotReader"),
+    "videos": ("univla_jax.data.video", "VideoFolderReader"),
 }
 
 
-def open_reader(folder: str | os.PathLike[str], corpus: Corpus, split: str) -> EpisodeReader:
+def open_reader(folder: str | os.PathLike[str], corpus: DatasetConfig, split: str) -> EpisodeReader:
     """Random access to the episodes of a split.
 
     Args:

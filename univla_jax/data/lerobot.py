@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from univla_jax import io as files
-from univla_jax.data.datasets import Corpus, assemble, split_range
+from univla_jax.data.datasets import DatasetConfig, assemble, split_range
 from univla_jax.data.video import read_frames
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
@@ -56,10 +56,10 @@ class _Entry:
     videos: Mapping[str, tuple[pathlib.Path, float]]
 
 
-class LeRobotSource:
+class LeRobotReader:
     """Random access to the episodes of a split; ``EpisodeReader``."""
 
-    def __init__(self, folder: str | os.PathLike[str], corpus: Corpus, split: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], corpus: DatasetConfig, split: str) -> None:
         """Reads the metadata.
 
         Raises:

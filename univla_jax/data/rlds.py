@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from univla_jax.data.datasets import Corpus, assemble, text
+from univla_jax.data.datasets import DatasetConfig, assemble, text
 from univla_jax.data.record_files import Records, Shard
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
@@ -27,7 +27,7 @@ from univla_jax.errors import UserError
 _INFO, _FEATURES = "dataset_info.json", "features.json"
 
 
-class RldsSource:
+class RldsReader:
     """Random access to the episodes of one split of a TFDS dataset.
 
     Attributes:
@@ -37,7 +37,7 @@ class RldsSource:
       fingerprint: sha256 over the metadata files.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], corpus: Corpus, split: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], corpus: DatasetConfig, split: str) -> None:
         """Opens the dataset and checks every shard's number of records.
 
         Args:
@@ -113,7 +113,7 @@ class RldsSource:
 
 def read_episodes(
     folder: str | os.PathLike[str],
-    corpus: Corpus,
+    corpus: DatasetConfig,
     split: str,
     *,
     start: int = 0,
@@ -123,9 +123,9 @@ def read_episodes(
     """Yields the episodes ``start, start + stride, ...`` below ``stop`` of a split.
 
     Raises:
-      UserError: as ``RldsSource``, at the first episode or at the broken one.
+      UserError: as ``RldsReader``, at the first episode or at the broken one.
     """
-    source = RldsSource(folder, corpus, split)
+    source = RldsReader(folder, corpus, split)
     for index in range(*slice(start, stop, stride).indices(len(source))):
         yield source[index]
 

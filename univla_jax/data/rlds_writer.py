@@ -26,7 +26,7 @@ FILE_FORMATS = ("array_record", "tfrecord")
 
 
 @dataclasses.dataclass(frozen=True)
-class SensedEpisode(Episode):
+class RecordedEpisode(Episode):
     """An episode with more in its observations than cameras and state.
 
     Attributes:
@@ -53,7 +53,7 @@ def write_rlds(
     """Writes a dataset that ``tfds.builder_from_directory`` opens.
 
     ``steps`` holds ``observation`` (every view, ``state`` where the episodes have one, the fields
-    of a ``SensedEpisode``), ``action``, ``reward`` (1 at the last step), ``discount``,
+    of a ``RecordedEpisode``), ``action``, ``reward`` (1 at the last step), ``discount``,
     ``language_instruction``, ``is_first``, ``is_last`` and ``is_terminal``; ``episode_metadata``
     holds ``id_field``. The first episode sets views, sizes and dimensions. Everything is written to
     a hidden folder that is renamed at the end; a complete dataset at the place is left as it is.
@@ -91,7 +91,7 @@ def write_rlds(
         shards = _Shards(partial, name, split, file_format, shard_bytes)
         for episode in tqdm.tqdm(episodes, f"write {split}", unit="episode", disable=not progress):
             form = form or _Form(episode, image_format, fixed_sizes, id_field)
-            shards.add(form.serialise(episode))
+            shards.add(form.serialize(episode))
         infos.append(shards.close())
     _write_metadata(partial, version, form, infos, description)
     os.replace(partial, final)
@@ -116,7 +116,7 @@ def check_description(folder: pathlib.Path, description: str) -> None:
 
 
 class _Form:
-    """The feature structure which the first episode sets, and its serialisation."""
+    """The feature structure which the first episode sets, and its serialization."""
 
     def __init__(
         self, episode: Episode, image_format: str, fixed_sizes: bool, id_field: str
@@ -131,7 +131,7 @@ class _Form:
             id_field,
         )
 
-    def serialise(self, episode: Episode) -> bytes:
+    def serialize(self, episode: Episode) -> bytes:
         """One record; raises UserError when the episode does not fit."""
         self._check(episode)
         example = {
@@ -180,7 +180,7 @@ class _Form:
 def _sensors(episode: Episode) -> dict[str, np.ndarray]:
     """What an observation holds beside the views."""
     state = {} if episode.state is None else {"state": episode.state}
-    return state | dict(episode.sensors if isinstance(episode, SensedEpisode) else {})
+    return state | dict(episode.sensors if isinstance(episode, RecordedEpisode) else {})
 
 
 def _dims(episode: Episode) -> dict[str, int]:

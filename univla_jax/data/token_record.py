@@ -1,4 +1,4 @@
-"""A tokenised episode and its records in a store.
+"""A tokenized episode and its records in a store.
 
 An episode is one head record and, behind it, a record per block of ``n`` steps, so that a window
 of a few frames is read without the rest::
@@ -136,7 +136,7 @@ class TokenizedEpisode:
     Attributes:
       instruction: natural-language task, not empty.
       codes: per view uint16 [T, h, w], indices into the vision tokenizer's codebook.
-      actions: float32 [T, A], physical units of the corpus, not normalised.
+      actions: float32 [T, A], physical units of the corpus, not normalized.
       control_hz: control rate in steps per second.
       corpus: name of the row in ``data/datasets.py``.
       episode_id: unique inside the corpus.

@@ -1,4 +1,4 @@
-"""The token store: tokenised episodes of one corpus' split, ready for training.
+"""The token store: tokenized episodes of one corpus' split, ready for training.
 
 ::
 
@@ -28,12 +28,12 @@ from array_record.python import array_record_module
 
 from univla_jax import config, io
 from univla_jax.data import record_files, token_record
-from univla_jax.data.datasets import CORPORA
+from univla_jax.data.datasets import DATASETS
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.data.validation import Problem
+from univla_jax.data.validation import InvalidEpisode
 from univla_jax.errors import UserError
 from univla_jax.io import plain
-from univla_jax.normalization import ActionStatistics, sliding_chunks, state_key, stream_statistics
+from univla_jax.normalization import ActionStatistics, sliding_windows, state_key, stream_statistics
 
 # ----------------------------------------------------------------------------
 # Statistics of a token store's actions and states.
@@ -69,10 +69,12 @@ def state_statistics(stores: Stores) -> ActionStatistics | None:
 
 def action_rows(actions: np.ndarray, corpus: str, chunk: int) -> np.ndarray:
     """[n, A] of an episode's actions: themselves, or the differences in each of its chunks."""
-    row = CORPORA.get(corpus)
+    row = DATASETS.get(corpus)
     if row is None or row.chunk_deltas is None:
         return actions
-    return row.chunk_deltas.relative(sliding_chunks([actions], chunk)).reshape(-1, actions.shape[1])
+    return row.chunk_deltas.relative(sliding_windows([actions], chunk)).reshape(
+        -1, actions.shape[1]
+    )
 
 
 def joint_statistics(stores: Stores, key: str, chunk: int) -> ActionStatistics | None:
@@ -170,7 +172,7 @@ class Manifest:
     frames: int
     statistics: ActionStatistics | None
     state_statistics: ActionStatistics | None
-    problems: tuple[Problem, ...]
+    problems: tuple[InvalidEpisode, ...]
     shards: tuple[ShardEntry, ...]
 
 
@@ -187,11 +189,13 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     value = io.read_json(path)
     found = value.get("header", {}).get("format")
     if found not in (None, FORMAT):
-        raise UserError(f"{folder} has the record format {found}, not {FORMAT}; tokenise again")
+        raise UserError(f"{folder} has the record format {found}, not {FORMAT}; tokenize again")
     missing = {f.name for f in dataclasses.fields(Manifest)} - set(value)
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
-    value["problems"] = tuple(config.build(Problem, p, where=str(path)) for p in value["problems"])
+    value["problems"] = tuple(
+        config.build(InvalidEpisode, p, where=str(path)) for p in value["problems"]
+    )
     value["shards"] = tuple(config.build(ShardEntry, s, where=str(path)) for s in value["shards"])
     return config.build(Manifest, value, where=str(path))
 
@@ -256,7 +260,7 @@ class TokenStoreWriter:
         """A context manager that takes the shard's episodes; it appears whole at the end."""
         return ShardWriter(self._shard_path(number, "array_record"), self.header)
 
-    def problems(self) -> tuple[Problem, ...]:
+    def problems(self) -> tuple[InvalidEpisode, ...]:
         """The broken episodes of all finished shards, in order."""
         return self._collect()[1]
 
@@ -284,12 +288,14 @@ class TokenStoreWriter:
         io.write_json(self.folder / MANIFEST, plain(manifest))
         return manifest
 
-    def _collect(self) -> tuple[tuple[ShardEntry, ...], tuple[Problem, ...]]:
+    def _collect(self) -> tuple[tuple[ShardEntry, ...], tuple[InvalidEpisode, ...]]:
         shards, problems = [], []
         for number in range(self.header.num_shards):
             entry = io.read_json(self._shard_path(number, "json"))
             shards.append(config.build(ShardEntry, entry["shard"], where="shard"))
-            problems += [config.build(Problem, p, where="problem") for p in entry["problems"]]
+            problems += [
+                config.build(InvalidEpisode, p, where="problem") for p in entry["problems"]
+            ]
         return tuple(shards), tuple(problems)
 
     def _shard_path(self, number: int, ending: str) -> pathlib.Path:
@@ -304,7 +310,7 @@ class ShardWriter:
         self._path, self._header = path, header
         self._partial = io.partial_name(path)
         self._steps: list[int] = []
-        self._problems: list[Problem] = []
+        self._problems: list[InvalidEpisode] = []
 
     def __enter__(self) -> ShardWriter:
         """Opens the file under its temporary name."""
@@ -333,7 +339,7 @@ class ShardWriter:
 
     def skip(self, episode: str, reason: str) -> None:
         """Notes a broken episode that is left out."""
-        self._problems.append(Problem(episode, reason))
+        self._problems.append(InvalidEpisode(episode, reason))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Renames the shard to its final name, or drops it after an error."""
@@ -440,7 +446,7 @@ class TokenStore:
             if io.sha256(self.folder / shard.file) != shard.sha256:
                 raise UserError(
                     f"shard {self.folder / shard.file} has changed since it was written (sha256); "
-                    "restore it, or delete the store and tokenise again"
+                    "restore it, or delete the store and tokenize again"
                 )
 
 
@@ -480,5 +486,5 @@ def _check_size(folder: pathlib.Path, shard: ShardEntry) -> None:
         found = "is missing" if size is None else f"has {size} bytes"
         raise UserError(
             f"shard {path} {found}, the manifest says {shard.bytes} bytes; restore it, or delete "
-            "the store and tokenise again"
+            "the store and tokenize again"
         )

@@ -20,7 +20,7 @@ import tqdm
 from PIL import Image
 
 from univla_jax import config as strict
-from univla_jax.data.datasets import Corpus, EpisodeReader, find_corpus, open_reader
+from univla_jax.data.datasets import DatasetConfig, EpisodeReader, find_dataset_config, open_reader
 from univla_jax.data.frame_encoder import ViewEncoders
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import (
@@ -30,7 +30,7 @@ from univla_jax.data.token_store import (
     TokenStore,
     TokenStoreWriter,
 )
-from univla_jax.data.validation import Problem, check_share, validate_episode
+from univla_jax.data.validation import InvalidEpisode, check_invalid_fraction, validate_episode
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeConfig:
-    """What is tokenised, and how.
+    """What is tokenized, and how.
 
     Attributes:
       corpus: name of the row in ``data/datasets.py``.
@@ -55,7 +55,7 @@ class TokenizeConfig:
       batch_frames: frames per call of the tokenizer.
       episodes_per_shard: source episodes per shard, the unit of work that a kill can lose.
       min_frames: shortest episode kept, in frames; None takes the corpus' own.
-      max_bad_share: share of broken episodes, in 0...1, beyond which a split fails.
+      max_invalid_fraction: share of broken episodes, in 0...1, beyond which a split fails.
       augmented_copies: randomly shifted copies of each episode, stored right behind it.
       max_shift: largest shift of a copy, as part of the frame's size.
       read_threads: threads that read, decode and resize ahead of the tokenizer.
@@ -67,7 +67,7 @@ class TokenizeConfig:
     batch_frames: int = 64
     episodes_per_shard: int = 64
     min_frames: int | None = None
-    max_bad_share: float = 0.05
+    max_invalid_fraction: float = 0.05
     augmented_copies: int = 0
     max_shift: float = 0.1
     read_threads: int = 2
@@ -79,7 +79,7 @@ class TokenizeConfig:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 1")
         if self.augmented_copies < 0:
             raise UserError(f"config.augmented_copies: {self.augmented_copies}, expected 0 or more")
-        for name in ("max_bad_share", "max_shift"):
+        for name in ("max_invalid_fraction", "max_shift"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected 0...1")
         if not self.splits:
@@ -96,7 +96,7 @@ class TokenizeConfig:
                 view: strict.build(ImageSpec, values, where=f"config.image_specs.{view}")
                 for view, values in self.image_specs.items()
             }
-        sizes = find_corpus(self.corpus).sizes
+        sizes = find_dataset_config(self.corpus).sizes
         if not sizes:
             raise UserError(
                 f"config.image_specs: empty, and corpus {self.corpus!r} has no sizes of its own; "
@@ -104,13 +104,13 @@ class TokenizeConfig:
             )
         return {view: ImageSpec(size=size) for view, size in sizes.items()}
 
-    def row(self) -> Corpus:
+    def row(self) -> DatasetConfig:
         """The corpus with the chosen views only.
 
         Raises:
           UserError: unknown corpus, or a view that it does not have.
         """
-        corpus = find_corpus(self.corpus)
+        corpus = find_dataset_config(self.corpus)
         chosen = tuple(self.image_specs) or tuple(corpus.sizes)
         for view in chosen:
             if view not in corpus.views:
@@ -136,7 +136,7 @@ def random_shift(frames: np.ndarray, max_shift: float, rng: np.random.Generator)
     Reproduces ``random_shift`` of UniVLA models/tokenizer/emu3_tokenizer.py:15.
 
     Args:
-      frames: uint8 [T, H, W, 3], at the size they are tokenised.
+      frames: uint8 [T, H, W, 3], at the size they are tokenized.
       max_shift: largest part of width and height, in 0...1.
       rng: draws the two parts.
 
@@ -159,7 +159,7 @@ def random_shift(frames: np.ndarray, max_shift: float, rng: np.random.Generator)
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class Partition:
     """The part of the work that one of several processes does: every ``of``-th shard.
 
     Attributes:
@@ -176,7 +176,7 @@ class Share:
             raise UserError(f"part {self.number}/{self.of}: the number is 0...{self.of - 1}")
 
     @classmethod
-    def parse(cls, words: str) -> Share:
+    def parse(cls, words: str) -> Partition:
         """Reads ``"0/4"``; raises UserError for anything else."""
         found = re.fullmatch(r"(\d+)/(\d+)", words)
         if found is None:
@@ -189,7 +189,7 @@ def tokenize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     vision: FrameTokenizer,
-    share: Share = Share(),
+    share: Partition = Partition(),
 ) -> dict[str, Manifest | None]:
     """Writes or completes the store ``out/<name>`` of every split.
 
@@ -223,12 +223,12 @@ def tokenize(
 
 
 class _Job:
-    """The tokenisation of one split."""
+    """The tokenization of one split."""
 
     def __init__(
         self,
         config: TokenizeConfig,
-        corpus: Corpus,
+        corpus: DatasetConfig,
         specs: Mapping[str, ImageSpec],
         source: EpisodeReader,
         vision: FrameTokenizer,
@@ -238,14 +238,16 @@ class _Job:
         self._source, self._vision, self._split = source, vision, split
         self._sizes, self._action_dim = self._expectations()
 
-    def run(self, folder: pathlib.Path, share: Share) -> Manifest | None:
+    def run(self, folder: pathlib.Path, share: Partition) -> Manifest | None:
         writer = TokenStoreWriter(folder, self._header())
         if not writer.complete:
             self._write_shards(writer, share)
             if not all(map(writer.has_shard, range(writer.header.num_shards))):
                 return None
             total = len(self._source)
-            check_share(writer.problems(), total, self._config.max_bad_share, str(folder))
+            check_invalid_fraction(
+                writer.problems(), total, self._config.max_invalid_fraction, str(folder)
+            )
         return writer.finish()
 
     def _expectations(self) -> tuple[dict[str, tuple[int, int]], int]:
@@ -290,7 +292,7 @@ class _Job:
             max_shift=self._config.max_shift if self._config.augmented_copies else 0.0,
         )
 
-    def _write_shards(self, writer: TokenStoreWriter, share: Share) -> None:
+    def _write_shards(self, writer: TokenStoreWriter, share: Partition) -> None:
         numbers = range(share.number, writer.header.num_shards, share.of)
         done = [n for n in numbers if writer.has_shard(n)]
         bar = tqdm.tqdm(
@@ -317,7 +319,7 @@ class _Job:
         waiting: collections.deque[Episode] = collections.deque()
         for copies in self._read_ahead(indices):
             bar.update()
-            if isinstance(copies, Problem):
+            if isinstance(copies, InvalidEpisode):
                 shard.skip(copies.episode, copies.reason)
                 continue
             for episode in copies:
@@ -329,7 +331,7 @@ class _Job:
         while waiting:
             yield _with_codes(waiting.popleft(), encoders)
 
-    def _read_ahead(self, indices: range) -> Iterator[list[Episode] | Problem]:
+    def _read_ahead(self, indices: range) -> Iterator[list[Episode] | InvalidEpisode]:
         """``_copies`` of each episode in order, made by threads while others are encoded."""
         threads = self._config.read_threads
         pool = concurrent.futures.ThreadPoolExecutor(threads)
@@ -343,10 +345,10 @@ class _Job:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _copies(self, index: int) -> list[Episode] | Problem:
+    def _copies(self, index: int) -> list[Episode] | InvalidEpisode:
         """An episode at the tokenizer's sizes and its augmented copies, or why it is broken."""
         episode = self._read(index)
-        if isinstance(episode, Problem):
+        if isinstance(episode, InvalidEpisode):
             return episode
         frames = {v: s.resize(episode.frames[v], training=True) for v, s in self._specs.items()}
         copies = [dataclasses.replace(episode, frames=frames)]
@@ -360,19 +362,19 @@ class _Job:
             copies.append(dataclasses.replace(episode, frames=moved, episode_id=name))
         return copies
 
-    def _read(self, index: int) -> Episode | Problem:
+    def _read(self, index: int) -> Episode | InvalidEpisode:
         """Reads one episode, or says why it is broken."""
         try:
             episode = self._source[index]
         except UserError as error:
-            return Problem(self._source.episode_id(index), str(error))
+            return InvalidEpisode(self._source.episode_id(index), str(error))
         reason = validate_episode(
             episode,
             min_frames=self._corpus.min_frames,
             sizes=self._sizes,
             action_dim=self._action_dim,
         )
-        return episode if reason is None else Problem(episode.episode_id, reason)
+        return episode if reason is None else InvalidEpisode(episode.episode_id, reason)
 
 
 class _Meter:
@@ -406,11 +408,11 @@ def _with_codes(episode: Episode, encoders: ViewEncoders) -> TokenizedEpisode:
 # Axes: T steps, h/w code grid.
 
 
-_LEAST_EQUAL = 0.99  # other hardware rounds differently, which moves a few codes to a neighbour
+_LEAST_EQUAL = 0.99  # other hardware rounds differently, which moves a few codes to a neighbor
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class VerificationResult:
     """What was compared.
 
     Attributes:
@@ -431,7 +433,7 @@ def verify_store(
     vision: FrameTokenizer,
     *,
     episodes: int = 8,
-) -> Verdict:
+) -> VerificationResult:
     """Recomputes every checksum and encodes evenly spread episodes again.
 
     Args:
@@ -463,11 +465,13 @@ def verify_store(
         if reader.episode_id(i) not in broken
     ]
     shares = [share for share in shares if share is not None]
-    verdict = Verdict(len(store.manifest.shards), len(shares), float(np.mean(shares or [1.0])))
+    verdict = VerificationResult(
+        len(store.manifest.shards), len(shares), float(np.mean(shares or [1.0]))
+    )
     if verdict.equal < _LEAST_EQUAL:
         raise UserError(
             f"{folder}: only {verdict.equal:.1%} of the codes of {len(shares)} episodes are what "
-            "the tokenizer makes of them now; tokenise again"
+            "the tokenizer makes of them now; tokenize again"
         )
     return verdict
 

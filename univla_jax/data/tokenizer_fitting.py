@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from univla_jax import run_dir
-from univla_jax.data.datasets import find_corpus
+from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.token_store import action_rows
-from univla_jax.data.validation import EpisodesConfig, GoodEpisodes
+from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.errors import UserError
 from univla_jax.io import write_json
-from univla_jax.normalization import sliding_chunks, stream_statistics
+from univla_jax.normalization import sliding_windows, stream_statistics
 from univla_jax.tokenizers.fast import FastTokenizer
-from univla_jax.tokenizers.text import SentencePieceText
+from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 
 STATISTICS_FILE = "statistics.json"
 _MEASURED = 1000  # chunks or texts that the reports are taken from
@@ -82,9 +82,11 @@ def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any
     Raises:
       UserError: something wrong with the config, the dataset or the folder.
     """
-    episodes = GoodEpisodes(config, source)
+    episodes = ValidEpisodes(config, source)
     texts = [episode.instruction for episode in episodes]
-    tokenizer = SentencePieceText.fit(texts, config.vocabulary_size, symbols=config.symbols)
+    tokenizer = SentencePieceTextTokenizer.fit(
+        texts, config.vocabulary_size, symbols=config.symbols
+    )
     tokenizer.save(folder)
     report = {
         "vocabulary_size": tokenizer.vocabulary_size,
@@ -97,7 +99,7 @@ def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any
 
 
 def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str, Any]:
-    """Takes the action statistics of a split and fits FAST to its normalised chunks.
+    """Takes the action statistics of a split and fits FAST to its normalized chunks.
 
     Args:
       config: how.
@@ -107,20 +109,20 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
 
     Returns:
       the report: number of ids and chunks, mean and greatest ids per chunk, and the greatest error
-      of a round trip in normalised units.
+      of a round trip in normalized units.
 
     Raises:
       UserError: something wrong with the config, the dataset or the folder, or no episode as long
         as a chunk.
     """
-    episodes = GoodEpisodes(config, source)
+    episodes = ValidEpisodes(config, source)
     actions = [episode.actions for episode in episodes]
     rows = [action_rows(a, config.corpus, config.chunk) for a in actions]
     statistics = stream_statistics(lambda: rows)
-    chunks = sliding_chunks(actions, config.chunk)
+    chunks = sliding_windows(actions, config.chunk)
     chunks = chunks[:: -(-len(chunks) // config.max_chunks)]
-    deltas = find_corpus(config.corpus).chunk_deltas
-    chunks = statistics.normalise(chunks if deltas is None else deltas.relative(chunks))
+    deltas = find_dataset_config(config.corpus).chunk_deltas
+    chunks = statistics.normalize(chunks if deltas is None else deltas.relative(chunks))
     tokenizer = FastTokenizer.fit(chunks, config.scale, config.vocabulary_size)
     tokenizer.save(folder)
     write_json(pathlib.Path(folder) / STATISTICS_FILE, {config.corpus: statistics.to_dict()})

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tqdm
 
-from univla_jax.data.datasets import find_corpus, open_reader
+from univla_jax.data.datasets import find_dataset_config, open_reader
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
@@ -25,7 +25,7 @@ MAX_INSTRUCTION = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class InvalidEpisode:
     """One broken episode.
 
     Attributes:
@@ -95,13 +95,15 @@ def _not_finite(what: str, rows: np.ndarray) -> str | None:
     return f"{what} of step {bad[0]} is not finite: {rows[bad[0]].tolist()}" if len(bad) else None
 
 
-def check_share(problems: Sequence[Problem], total: int, max_bad_share: float, what: str) -> None:
+def check_invalid_fraction(
+    problems: Sequence[InvalidEpisode], total: int, max_invalid_fraction: float, what: str
+) -> None:
     """Fails when too many episodes are broken.
 
     Args:
       problems: the broken ones.
       total: all episodes looked at.
-      max_bad_share: greatest tolerated share in 0...1.
+      max_invalid_fraction: greatest tolerated share in 0...1.
       what: the dataset, for the message.
 
     Raises:
@@ -109,15 +111,19 @@ def check_share(problems: Sequence[Problem], total: int, max_bad_share: float, w
     """
     if not total:
         raise UserError(f"{what}: holds no episodes")
-    if len(problems) == total or len(problems) > max_bad_share * total:
-        limit = "all of them" if len(problems) == total else f"over max_bad_share={max_bad_share}"
+    if len(problems) == total or len(problems) > max_invalid_fraction * total:
+        limit = (
+            "all of them"
+            if len(problems) == total
+            else f"over max_invalid_fraction={max_invalid_fraction}"
+        )
         raise UserError(
             f"{what}: {len(problems)} of {total} episodes are broken ({limit}); "
             f"the first: {describe(problems)}"
         )
 
 
-def describe(problems: Sequence[Problem], limit: int = 3) -> str:
+def describe(problems: Sequence[InvalidEpisode], limit: int = 3) -> str:
     """The first problems in one line."""
     listed = "; ".join(f"{p.episode}: {p.reason}" for p in problems[:limit])
     return listed + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
@@ -137,18 +143,18 @@ class EpisodesConfig:
       corpus: name of the row in ``data/datasets.py``.
       split: split of the dataset in TFDS notation, such as ``"train[:95%]"``.
       min_frames: shortest episode used, in frames; None takes the corpus' own.
-      max_bad_share: share of broken episodes, in 0...1, beyond which reading fails.
+      max_invalid_fraction: share of broken episodes, in 0...1, beyond which reading fails.
       max_episodes: when the split has more, evenly spread ones are read; None reads all.
     """
 
     corpus: str
     split: str = "train"
     min_frames: int | None = None
-    max_bad_share: float = 0.05
+    max_invalid_fraction: float = 0.05
     max_episodes: int | None = None
 
 
-class GoodEpisodes:
+class ValidEpisodes:
     """Iterates over the episodes that are whole; names the broken ones on standard error."""
 
     def __init__(
@@ -162,9 +168,9 @@ class GoodEpisodes:
           views: the only cameras decoded.
 
         Raises:
-          UserError: as ``RldsSource``, or a view that the corpus does not have.
+          UserError: as ``RldsReader``, or a view that the corpus does not have.
         """
-        row = find_corpus(config.corpus)
+        row = find_dataset_config(config.corpus)
         for view in views:
             if view not in row.views:
                 raise UserError(
@@ -173,7 +179,7 @@ class GoodEpisodes:
         self._config = config
         self._corpus = dataclasses.replace(row, views={view: row.views[view] for view in views})
         self.source = open_reader(folder, self._corpus, config.split)
-        self.problems: list[Problem] = []
+        self.problems: list[InvalidEpisode] = []
         most = config.max_episodes or len(self.source)
         self._indices = range(0, len(self.source), -(-len(self.source) // most))
 
@@ -193,7 +199,7 @@ class GoodEpisodes:
             if episode is not None:
                 yield episode
         what = f"{self.source.folder}, split {self._config.split!r}"
-        check_share(self.problems, len(self), self._config.max_bad_share, what)
+        check_invalid_fraction(self.problems, len(self), self._config.max_invalid_fraction, what)
         if self.problems:
             print(
                 f"{what}: {len(self.problems)} broken: {describe(self.problems)}", file=sys.stderr
@@ -204,7 +210,7 @@ class GoodEpisodes:
         try:
             episode = self.source[index]
         except UserError as error:
-            self.problems.append(Problem(self.source.episode_id(index), str(error)))
+            self.problems.append(InvalidEpisode(self.source.episode_id(index), str(error)))
             return None
         reason = validate_episode(
             episode,
@@ -212,6 +218,6 @@ class GoodEpisodes:
             sizes={v: size for v, size in self.source.sizes.items() if size},
         )
         if reason is not None:
-            self.problems.append(Problem(episode.episode_id, reason))
+            self.problems.append(InvalidEpisode(episode.episode_id, reason))
             return None
         return episode

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from univla_jax.data.datasets import Corpus, assemble, split_range
+from univla_jax.data.datasets import DatasetConfig, assemble, split_range
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
@@ -87,10 +87,10 @@ def _av():
 ENDINGS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 
 
-class VideoFolderSource:
+class VideoFolderReader:
     """Random access to the videos of a split; ``EpisodeReader``."""
 
-    def __init__(self, folder: str | os.PathLike[str], corpus: Corpus, split: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], corpus: DatasetConfig, split: str) -> None:
         """Lists the videos.
 
         Raises:

@@ -15,7 +15,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.runner import PolicyLost
 from univla_jax.normalization import ActionStatistics
 from univla_jax.serving import protocol, wire
-from univla_jax.simulators.base import Planned
+from univla_jax.simulators.base import PlannedObservation
 from univla_jax.tokenizers.action import ActionTokenizer
 
 # ----------------------------------------------------------------------------
@@ -72,12 +72,12 @@ class ZeroActions:
 
 
 @dataclasses.dataclass(frozen=True)
-class ActionPath:
-    """The way of a policy's actions: normalised, ids, and back to physical units.
+class ActionRoundTrip:
+    """The way of a policy's actions: normalized, ids, and back to physical units.
 
     Attributes:
       statistics: of the corpus.
-      tokenizer: of normalised chunks.
+      tokenizer: of normalized chunks.
     """
 
     statistics: ActionStatistics
@@ -85,10 +85,10 @@ class ActionPath:
 
     def __call__(self, actions: np.ndarray) -> ActionChunk:
         """What is left of a chunk [T, A] when it comes out of the ids it was written as."""
-        ids = self.tokenizer.encode(self.statistics.normalise(actions))
+        ids = self.tokenizer.encode(self.statistics.normalize(actions))
         decoded = self.tokenizer.decode(ids, *actions.shape)
         return ActionChunk(
-            self.statistics.unnormalise(decoded.actions), decoded.valid, decoded.reason
+            self.statistics.unnormalize(decoded.actions), decoded.valid, decoded.reason
         )
 
     def identity(self) -> dict[str, Any]:
@@ -99,17 +99,19 @@ class ActionPath:
         }
 
 
-class Expert:
+class ScriptedActor:
     """Does what is planned."""
 
-    def __init__(self, path: ActionPath | None = None) -> None:
+    def __init__(self, path: ActionRoundTrip | None = None) -> None:
         """Takes the way of the actions; None executes them as they are."""
         self._path = path
 
     def start(self, seed: int = 0) -> None:
         """Nothing to remember."""
 
-    def act(self, observations: Sequence[Planned], sessions: Sequence[None]) -> list[ActionChunk]:
+    def act(
+        self, observations: Sequence[PlannedObservation], sessions: Sequence[None]
+    ) -> list[ActionChunk]:
         """The plan of every episode."""
         plans = [seen.plan for seen in observations]
         return [self._path(plan) if self._path else ActionChunk(plan) for plan in plans]
@@ -211,5 +213,7 @@ class RemotePolicy:
         reply = wire.unpack(frame)
         actions = np.asarray(reply["actions"], np.float32)
         valid, reason = reply.get("actions_valid", True), reply.get("actions_invalid_reason", "")
-        steered = int(reply.get("actions_steered", 0))
-        return ActionChunk(actions, valid=bool(valid), reason=str(reason), steered=steered)
+        num_overridden = int(reply.get("actions_steered", 0))
+        return ActionChunk(
+            actions, valid=bool(valid), reason=str(reason), num_overridden=num_overridden
+        )

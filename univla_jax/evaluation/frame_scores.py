@@ -54,7 +54,7 @@ def _blur(x: np.ndarray) -> np.ndarray:
 # Axes: E episodes, N frames after the context, H/W pixels, h/w code grid.
 
 
-GUESSES = ("imagined", "repeat_context", "repeat_reconstruction", "real_reconstruction")
+PREDICTIONS = ("imagined", "repeat_context", "repeat_reconstruction", "real_reconstruction")
 NOTES = {
     "imagined": "the world model's frames",
     "repeat_context": "the last context frame itself, unchanged",
@@ -67,7 +67,7 @@ NOTES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Guess:
+class Prediction:
     """What some way of guessing says about the next frames of some episodes.
 
     Attributes:
@@ -94,7 +94,7 @@ class Scores:
     accuracy: np.ndarray
 
     @classmethod
-    def of(cls, guess: Guess, real: Guess, valid: np.ndarray) -> Scores:
+    def of(cls, guess: Prediction, real: Prediction, valid: np.ndarray) -> Scores:
         """Compares a guess with the real frames.
 
         Args:

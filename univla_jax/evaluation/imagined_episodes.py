@@ -17,18 +17,18 @@ from PIL import Image, UnidentifiedImageError
 
 from univla_jax import io
 from univla_jax.checkpoints import find_checkpoint
-from univla_jax.data.datasets import find_corpus
-from univla_jax.data.rlds import RldsSource
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
-from univla_jax.evaluation.frame_scores import GUESSES, Guess, Scores, score_table
+from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
 from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.sampling import Sampling
 from univla_jax.io import plain
-from univla_jax.run_dir import claim_results
+from univla_jax.run_dir import claim_run_dir
 
-PICTURE, FILM, REPORT = "imagined.png", "imagined.gif", "imagine.json"
+PICTURE, VIDEO_FILE, REPORT = "imagined.png", "imagined.gif", "imagine.json"
 VIDEO = "imagined.mp4"
 _IDENTITY = "imagination.json"
 
@@ -80,7 +80,7 @@ class ImagineConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """What really happened.
 
     Attributes:
@@ -119,7 +119,7 @@ def imagine(
         the split is long enough.
     """
     folder = find_checkpoint(checkpoint)
-    out = claim_results(out, _IDENTITY, plain(config) | {"checkpoint": checkpoint_identity(folder)})
+    out = claim_run_dir(out, _IDENTITY, plain(config) | {"checkpoint": checkpoint_identity(folder)})
     if finished(out):
         return io.read_json(out / REPORT)
     model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
@@ -128,7 +128,7 @@ def imagine(
         _imagine_batch(config, model, truths[start : start + config.batch], start)
         for start in tqdm.trange(0, len(truths), config.batch, unit="batch", disable=not progress)
     ]
-    scores = {name: Scores.join([p.scores[name] for p in parts]) for name in GUESSES}
+    scores = {name: Scores.join([p.scores[name] for p in parts]) for name in PREDICTIONS}
     _draw(config, model, parts, truths, out)
     report = {
         "checkpoint": str(folder),
@@ -150,11 +150,11 @@ def finished(out: str | os.PathLike[str]) -> bool:
 
 def pictures(config: ImagineConfig) -> list[str]:
     """Names of the picture files that are written."""
-    return [PICTURE, FILM, *([VIDEO] if config.mp4 else [])]
+    return [PICTURE, VIDEO_FILE, *([VIDEO] if config.mp4 else [])]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _PartialImagination:
     """One batch: its scores, and its frames uint8 [E, N, H, W, 3]."""
 
     scores: dict[str, Scores]
@@ -163,11 +163,11 @@ class _Part:
 
 def _read(
     config: ImagineConfig, model: WorldModel, source: str | os.PathLike[str]
-) -> tuple[list[Truth], int]:
+) -> tuple[list[GroundTruth], int]:
     """The episodes to continue, and how many were too short for a single frame."""
-    row = find_corpus(config.corpus)
+    row = find_dataset_config(config.corpus)
     row = dataclasses.replace(row, views={model.view: row.views[model.view]})
-    episodes = RldsSource(source, row, config.split)
+    episodes = RldsReader(source, row, config.split)
     wanted = config.episodes or len(episodes)
     truths, short = [], 0
     for episode in episodes:
@@ -178,7 +178,7 @@ def _read(
             short += 1
             continue
         frames = model.resize(spaced[: config.context + config.frames])
-        truths.append(Truth(episode.episode_id, episode.instruction, frames))
+        truths.append(GroundTruth(episode.episode_id, episode.instruction, frames))
     if not truths:
         raise UserError(
             f"{source}: no episode of split {config.split!r} is longer than {config.context} "
@@ -188,8 +188,8 @@ def _read(
 
 
 def _imagine_batch(
-    config: ImagineConfig, model: WorldModel, truths: Sequence[Truth], number: int
-) -> _Part:
+    config: ImagineConfig, model: WorldModel, truths: Sequence[GroundTruth], number: int
+) -> _PartialImagination:
     """Continues some episodes; a batch that is not full is filled up with its first."""
     filled = [*truths, *[truths[0]] * (config.batch - len(truths))]
     length = config.context + config.frames
@@ -204,18 +204,18 @@ def _imagine_batch(
         seed=config.seed + number,
         guidance=config.guidance,
     )
-    real = Guess(frames[:, config.context :], codes[:, config.context :])
+    real = Prediction(frames[:, config.context :], codes[:, config.context :])
     last = config.context - 1
     guesses = dict(_guesses(model, frames[:, last], codes[:, last:], dreamt))
     count = len(truths)
-    cut = lambda g: Guess(g.frames[:count], g.codes[:count])  # noqa: E731
+    cut = lambda g: Prediction(g.frames[:count], g.codes[:count])  # noqa: E731
     scores = {n: Scores.of(cut(g), cut(real), valid[:count]) for n, g in guesses.items()}
-    return _Part(scores, guesses["imagined"].frames[:count])
+    return _PartialImagination(scores, guesses["imagined"].frames[:count])
 
 
 def _guesses(
     model: WorldModel, last: np.ndarray, codes: np.ndarray, dreamt: np.ndarray
-) -> Iterator[tuple[str, Guess]]:
+) -> Iterator[tuple[str, Prediction]]:
     """Every way of guessing the frames after the context.
 
     Args:
@@ -227,10 +227,10 @@ def _guesses(
     count = dreamt.shape[1]
     repeated = _repeat(codes[:, 0], count)
     rebuilt = model.decode(codes)
-    yield "imagined", Guess(model.decode(dreamt), dreamt)
-    yield "repeat_context", Guess(_repeat(last, count), repeated)
-    yield "repeat_reconstruction", Guess(_repeat(rebuilt[:, 0], count), repeated)
-    yield "real_reconstruction", Guess(rebuilt[:, 1:], codes[:, 1:])
+    yield "imagined", Prediction(model.decode(dreamt), dreamt)
+    yield "repeat_context", Prediction(_repeat(last, count), repeated)
+    yield "repeat_reconstruction", Prediction(_repeat(rebuilt[:, 0], count), repeated)
+    yield "real_reconstruction", Prediction(rebuilt[:, 1:], codes[:, 1:])
 
 
 def _repeat(x: np.ndarray, count: int) -> np.ndarray:
@@ -246,11 +246,11 @@ def _extended(frames: np.ndarray, length: int) -> np.ndarray:
 def _draw(
     config: ImagineConfig,
     model: WorldModel,
-    parts: Sequence[_Part],
-    truths: Sequence[Truth],
+    parts: Sequence[_PartialImagination],
+    truths: Sequence[GroundTruth],
     out: pathlib.Path,
 ) -> None:
-    """Writes the strip and the film of the first episodes that are long enough."""
+    """Writes the strip and the video of the first episodes that are long enough."""
     imagined = np.concatenate([part.imagined for part in parts])
     length = config.context + config.frames
     order = sorted(range(len(truths)), key=lambda i: len(truths[i].frames) < length)
@@ -265,15 +265,15 @@ def _draw(
         beside = np.concatenate([real, np.full_like(real[:, :, :4], 255), dreamt], axis=2)
         clips.append(Clip(f"{truths[i].instruction} (real | imagined)", list(beside)))
     write_strips(out / PICTURE, strips, _headings(config, model.seconds_per_frame))
-    write_films(config, clips, model.seconds_per_frame, out)
+    write_videos(config, clips, model.seconds_per_frame, out)
 
 
-def write_films(
+def write_videos(
     config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: pathlib.Path
 ) -> None:
     """Writes the animation and, if wanted, the video."""
     settings = {"columns": 2, "fps": 1 / seconds_per_frame, "hold_seconds": 1.5}
-    write_gif(out / FILM, clips, **settings)
+    write_gif(out / VIDEO_FILE, clips, **settings)
     if config.mp4:
         write_mp4(out / VIDEO, clips, **settings)
 
@@ -297,7 +297,7 @@ def imagine_picture(
     instruction: str,
     out: str | os.PathLike[str],
 ) -> np.ndarray:
-    """Writes the imagined frames beside each other, as a film, and each by itself.
+    """Writes the imagined frames beside each other, as a video, and each by itself.
 
     Args:
       config: how; with a temperature ``config.shown`` draws are made, else one.
@@ -349,9 +349,9 @@ def _draw_picture(
         for number, frame in enumerate(rows):
             Image.fromarray(frame).save(out / f"draw{draw}_frame{number + 1}.png")
     factor = -(-config.picture_size // given.shape[1])
-    films = [enlarge(np.concatenate([given, rows]), factor) for rows in frames]
+    videos = [enlarge(np.concatenate([given, rows]), factor) for rows in frames]
     seconds = model.seconds_per_frame
     headings = ["given", *(f"{(n + 1) * seconds:g} s" for n in range(frames.shape[1]))]
-    strip = Strip(instruction, {f"draw {i + 1}": film for i, film in enumerate(films)})
+    strip = Strip(instruction, {f"draw {i + 1}": video for i, video in enumerate(videos)})
     write_strips(out / PICTURE, [strip], headings)
-    write_films(config, [Clip(instruction, list(film)) for film in films], seconds, out)
+    write_videos(config, [Clip(instruction, list(video)) for video in videos], seconds, out)

@@ -23,22 +23,22 @@ import tqdm
 from univla_jax import io
 from univla_jax.checkpoints import find_checkpoint
 from univla_jax.cli import format_table
-from univla_jax.data.datasets import CORPORA
+from univla_jax.data.datasets import DATASETS
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
-from univla_jax.evaluation.frame_scores import Guess, Scores
+from univla_jax.evaluation.frame_scores import Prediction, Scores
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import TrainedModel, checkpoint_identity
+from univla_jax.inference.loaded_model import LoadedModel, checkpoint_identity
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.sampler import Stopwatch, length_bucket
+from univla_jax.inference.sampler import Timer, length_bucket
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import open_stores
 from univla_jax.pipeline.packing import join
-from univla_jax.run_dir import claim_results
+from univla_jax.run_dir import claim_run_dir
 from univla_jax.sequences import layouts
-from univla_jax.sequences.chunks import chunk_ids
+from univla_jax.sequences.chunks import encode_chunks
 from univla_jax.sequences.prompts import opening, turn_prompt
 from univla_jax.sequences.tokens import Role
 from univla_jax.training.losses import MODALITIES, Modalities, weighted_cross_entropy
@@ -71,7 +71,7 @@ def in_batches(items: Sequence[Item], rows: int) -> Iterator[Sequence[Item]]:
 
 
 def next_token_accuracy(
-    trained: TrainedModel, sequences: Sequence[Asked], rows: int
+    trained: LoadedModel, sequences: Sequence[Asked], rows: int
 ) -> dict[str, float]:
     """Share of the tokens asked for that the model holds likeliest after the real ones before them.
 
@@ -116,9 +116,9 @@ def _count(model: Any, modalities: Modalities, params: Any, batch: Batch) -> dic
 
 
 ACTION_NOTES = {
-    "steered_chunks": "chunks in which the grammar of actions overruled the likeliest token",
+    "overridden_chunks": "chunks in which the grammar of actions overruled the likeliest token",
     "mean_absolute": "mean absolute error in the corpus' units, over steps of chunks that decoded",
-    "normalised": "the same where the 1 % and 99 % quantiles of the training data are -1 and 1",
+    "normalized": "the same where the 1 % and 99 % quantiles of the training data are -1 and 1",
     "mean_action": "the error of always answering the mean action of the training data",
     "token_accuracy": "likeliest next token, after the real ones before it; visual: of the newest "
     "frame, which a policy trained on actions alone never learns",
@@ -133,7 +133,7 @@ class Moment:
       prompt: int32 ids up to the boa of the chunk.
       written: prompt and answer; asked for are the newest frame, unless nothing precedes it, and
         the chunk behind its boa. None where actions are not written in tokens.
-      actions: float32 [T, A] recorded chunk, normalised.
+      actions: float32 [T, A] recorded chunk, normalized.
       raw: float32 [T, A] the same in physical units.
     """
 
@@ -144,7 +144,7 @@ class Moment:
 
 
 def action_scores(
-    trained: TrainedModel,
+    trained: LoadedModel,
     corpus: str,
     episodes: Sequence[TokenizedEpisode],
     *,
@@ -171,13 +171,13 @@ def action_scores(
     answers = []
     for part in tqdm.tqdm(list(in_batches(moments, rows)), unit="batch", disable=not progress):
         prompts, sessions = [m.prompt for m in part], [policy.start() for _ in part]
-        answers += policy.head.answer(prompts, sessions, Stopwatch())
+        answers += policy.head.answer(prompts, sessions, Timer())
     valid = np.array([answer.decoded.valid for answer in answers])
     written = [moment.written for moment in moments if moment.written is not None]
     return {
         "chunks": len(answers),
         "invalid_chunks": int((~valid).sum()),
-        "steered_chunks": sum(answer.steered > 0 for answer in answers),
+        "overridden_chunks": sum(answer.num_overridden > 0 for answer in answers),
         "token_accuracy": next_token_accuracy(trained, written, rows),
         "action_error": _errors(
             policy,
@@ -191,23 +191,23 @@ def action_scores(
 
 def _moments(policy: Policy, episode: TokenizedEpisode) -> Iterator[Moment]:
     """One per whole chunk of an episode."""
-    lexicon, views = policy.trained.lexicon, policy.trained.layout.views
+    text_encoder, views = policy.trained.text_encoder, policy.trained.layout.views
     raw = _chunks(policy, episode)
-    actions = policy.statistics.normalise(raw)
+    actions = policy.statistics.normalize(raw)
     written = _written(policy, actions)
     states = _states(policy, episode, len(raw))
-    begin, history = opening(lexicon, episode.instruction), policy.start().history
+    begin, history = opening(text_encoder, episode.instruction), policy.start().history
     for number in range(len(raw)):
         step = np.array([number * policy.chunk])
         seen_views = [np.asarray(episode.codes[view][step]) for view in views]
-        turn = turn_prompt(lexicon, seen_views, states[number])
+        turn = turn_prompt(text_encoder, seen_views, states[number])
         past = history.prefix(begin)
         history = history.observe(turn)
         prompt = history.prompt(begin)
         seen = _visual(policy, turn) & (len(past) > len(begin))
         answer = None if written is None else _asked_chunk(prompt, written[number], seen)
         yield Moment(prompt, answer, actions[number], raw[number])
-        ids = answer.ids[len(prompt) :] if answer else [lexicon.vocabulary.eoa]
+        ids = answer.ids[len(prompt) :] if answer else [text_encoder.vocabulary.eoa]
         history = history.act(np.asarray(ids))
 
 
@@ -239,17 +239,17 @@ def _chunks(policy: Policy, episode: TokenizedEpisode) -> np.ndarray:
     count, size = len(episode) // policy.chunk, policy.chunk
     raw = np.asarray(episode.actions[: count * size])
     raw = raw.reshape(count, size, raw.shape[-1])
-    row = CORPORA.get(policy.corpus)
+    row = DATASETS.get(policy.corpus)
     return row.chunk_deltas.relative(raw) if row and row.chunk_deltas and count else raw
 
 
 def _written(policy: Policy, actions: np.ndarray) -> list[np.ndarray] | None:
-    """Ids of each normalised chunk [N, T, A] and its eoa; None for a flow."""
+    """Ids of each normalized chunk [N, T, A] and its eoa; None for a flow."""
     trained = policy.trained
     if trained.layout.layout == "policy_flow":
         return None
     eoa = np.int32(trained.assets.vocabulary.eoa)
-    chunks = chunk_ids(trained.lexicon, trained.assets.require("action"), actions)
+    chunks = encode_chunks(trained.text_encoder, trained.assets.require("action"), actions)
     return [np.append(ids, eoa) for ids in chunks]
 
 
@@ -260,10 +260,10 @@ def _errors(
     statistics = policy.statistics
     guess = np.asarray(statistics.mean, np.float32)
     errors = {
-        "mean_absolute": np.abs(statistics.unnormalise(answered) - raw),
-        "normalised": np.abs(answered - actions),
+        "mean_absolute": np.abs(statistics.unnormalize(answered) - raw),
+        "normalized": np.abs(answered - actions),
         "mean_action": np.abs(guess - raw),
-        "mean_action_normalised": np.abs(statistics.normalise(guess) - actions),
+        "mean_action_normalized": np.abs(statistics.normalize(guess) - actions),
     }
     rows = [(str(i), i) for i in range(statistics.action_dim)] + [("all", slice(None))]
     return [
@@ -307,7 +307,7 @@ class Window:
 
 
 def frame_scores(
-    trained: TrainedModel,
+    trained: LoadedModel,
     corpus: str,
     episodes: Sequence[TokenizedEpisode],
     *,
@@ -359,9 +359,9 @@ def _windows(model: WorldModel, episode: TokenizedEpisode) -> Iterator[Window]:
             yield Window(episode.instruction, codes[start : start + size])
 
 
-def _asked_frames(trained: TrainedModel, window: Window) -> Asked:
+def _asked_frames(trained: LoadedModel, window: Window) -> Asked:
     """The window as a training sample; asked for are the codes of all frames but the first."""
-    tokens = layouts.world_model(trained.lexicon, window.instruction, [window.codes])
+    tokens = layouts.world_model(trained.text_encoder, window.instruction, [window.codes])
     asked = tokens.roles == Role.VISION
     asked[np.flatnonzero(asked)[: window.codes[0].size]] = False
     return Asked(tokens.ids, asked)
@@ -375,7 +375,7 @@ def _compare(model: WorldModel, windows: Sequence[Window], rows: int) -> dict[st
     shown = [codes[:, -1:], dreamt, codes[:, -2:-1]]
     pictures = model.decode(np.concatenate(shown, axis=1))
     real, *guesses = (
-        Guess(pictures[: len(windows), i : i + 1], part[: len(windows)])
+        Prediction(pictures[: len(windows), i : i + 1], part[: len(windows)])
         for i, part in enumerate(shown)
     )
     there = np.ones((len(windows), 1), bool)
@@ -389,7 +389,7 @@ def _compare(model: WorldModel, windows: Sequence[Window], rows: int) -> dict[st
 REPORT = "offline.json"
 _IDENTITY = "offline_identity.json"
 _FRAME_COLUMNS = (("token_accuracy", 4), ("psnr", 2), ("ssim", 4))
-_ERROR_COLUMNS = ("mean_absolute", "normalised", "mean_action", "mean_action_normalised")
+_ERROR_COLUMNS = ("mean_absolute", "normalized", "mean_action", "mean_action_normalized")
 
 
 def evaluate(
@@ -424,13 +424,13 @@ def evaluate(
     identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
     identity |= {"episodes": episodes}
     if (pathlib.Path(out) / REPORT).exists():
-        return io.read_json(claim_results(out, _IDENTITY, identity) / REPORT)
+        return io.read_json(claim_run_dir(out, _IDENTITY, identity) / REPORT)
     if not 0 <= episodes <= len(source):
         raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
-    trained = TrainedModel.load(folder)
+    trained = LoadedModel.from_checkpoint(folder)
     (source,) = open_stores(_data_config(trained, store, rows), trained.assets)
     corpus = trained.layout.corpus(source.manifest.header.corpus)
-    out, count = claim_results(out, _IDENTITY, identity), episodes or len(source)
+    out, count = claim_run_dir(out, _IDENTITY, identity), episodes or len(source)
     held_out = [source[i] for i in range(count)]
     scores = frame_scores if trained.layout.layout == "world_model" else action_scores
     report = {
@@ -452,12 +452,12 @@ def table(report: dict[str, Any]) -> str:
         for name, m in report["frames"].items():
             rows.append([name, *(f"{m[k]:.{n}f}" for k, n in _FRAME_COLUMNS)])
         return f"{format_table(rows)}\n{_accuracies(report)}"
-    rows = [["dimension", "error", "normalised", "mean action's", "normalised"]]
+    rows = [["dimension", "error", "normalized", "mean action's", "normalized"]]
     for entry in report["action_error"]:
         values = [entry[name] for name in _ERROR_COLUMNS]
         rows.append([entry["dimension"], *("-" if v is None else f"{v:.4f}" for v in values)])
     invalid = f"{report['invalid_chunks']} of {report['chunks']} chunks did not decode; in "
-    invalid += f"{report['steered_chunks']} the grammar overruled the model"
+    invalid += f"{report['overridden_chunks']} the grammar overruled the model"
     return f"{format_table(rows)}\n{_accuracies(report)}\n{invalid}"
 
 
@@ -466,9 +466,9 @@ def _accuracies(report: dict[str, Any]) -> str:
     return ", ".join(f"next {name} token right: {100 * share:.1f} %" for name, share in shares)
 
 
-def _data_config(trained: TrainedModel, store: str | os.PathLike[str], rows: int) -> DataConfig:
+def _data_config(trained: LoadedModel, store: str | os.PathLike[str], rows: int) -> DataConfig:
     """What the checkpoint was trained on, as far as it decides whether a store fits."""
     layout = trained.layout
-    names = ("layout", "sequence_length", "frames", "action_frames", "frame_spacing", "views")
+    names = ("layout", "sequence_length", "frames", "chunk_size", "frame_spacing", "views")
     shared = {name: getattr(layout, name) for name in names}
     return DataConfig(stores=(os.fspath(store),), batch_size=rows, **shared)

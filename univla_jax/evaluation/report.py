@@ -29,9 +29,9 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     if trials == 0:
         return 0.0, 1.0
     share, square = successes / trials, _Z * _Z / trials
-    centre = (share + square / 2) / (1 + square)
+    center = (share + square / 2) / (1 + square)
     half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def proportion(outcomes: Iterable[bool]) -> dict[str, Any]:
@@ -49,11 +49,11 @@ def proportion(outcomes: Iterable[bool]) -> dict[str, Any]:
     }
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarize_episodes(records: Sequence[Record]) -> dict[str, Any]:
     """One condition: success together and per family, steps, chunks that did not decode.
 
     Args:
-      records: of its episodes, as ``rollout.roll_out`` makes them.
+      records: of its episodes, as ``rollout.rollout`` makes them.
     """
     families = sorted({r["family"] for r in records})
     result = {
@@ -63,7 +63,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         },
         "mean_steps": round(float(np.mean([r["steps"] for r in records])), 2),
         "chunks": sum(r["chunks"] for r in records),
-        "steered_chunks": sum(r["steered"] for r in records),
+        "overridden_chunks": sum(r["num_overridden"] for r in records),
         "invalid_chunks": sum(r["invalid"] for r in records),
     }
     if any(r["told"] != r["instruction"] for r in records):
@@ -114,12 +114,12 @@ def success_chart(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         top = _TOP + place * _ROW + 3
         parts.append(_words(_LABEL - 8, top + 13, _short(task), "end"))
         for number, name in enumerate(names):
-            colour = (_BLUE, _ORANGE)[number % 2]
-            parts.append(_bar(series[name][place], top + number * thick, thick, colour))
+            color = (_BLUE, _ORANGE)[number % 2]
+            parts.append(_bar(series[name][place], top + number * thick, thick, color))
     if len(names) > 1:
         for number, name in enumerate(names):
-            colour = (_BLUE, _ORANGE)[number % 2]
-            parts.append(_words(_LABEL + 90 * number, 12, f"■ {name}", "start", colour))
+            color = (_BLUE, _ORANGE)[number % 2]
+            parts.append(_words(_LABEL + 90 * number, 12, f"■ {name}", "start", color))
     return _svg(_LABEL + _WIDTH + 40, _TOP + len(tasks) * _ROW + 22, parts)
 
 
@@ -154,20 +154,20 @@ def _axis(tasks: int) -> str:
     return "".join(parts)
 
 
-def _bar(row: Mapping[str, Any], top: float, thick: float, colour: str) -> str:
+def _bar(row: Mapping[str, Any], top: float, thick: float, color: str) -> str:
     rate, low, high = (_LABEL + _WIDTH * row[key] for key in ("rate", "low", "high"))
     middle = top + thick / 2
     label = f"{100 * row['rate']:.1f} % ({100 * row['low']:.1f} – {100 * row['high']:.1f})"
     return (
         f"<rect x='{_LABEL}' y='{top:.1f}' width='{max(rate - _LABEL, 1):.1f}' "
-        f"height='{thick - 1:.1f}' fill='{colour}'><title>{label}</title></rect>"
+        f"height='{thick - 1:.1f}' fill='{color}'><title>{label}</title></rect>"
         f"<line x1='{low:.1f}' x2='{high:.1f}' y1='{middle:.1f}' y2='{middle:.1f}' "
         f"stroke='{_INK}' stroke-width='1.5'/>"
     )
 
 
-def _words(x: float, y: float, text: str, anchor: str, colour: str = _INK) -> str:
-    place = f"x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='{colour}'"
+def _words(x: float, y: float, text: str, anchor: str, color: str = _INK) -> str:
+    place = f"x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='{color}'"
     return f"<text {place}>{html.escape(text)}</text>"
 
 
@@ -225,7 +225,7 @@ def summary(
         "tasks": task_table(records),
         "mean_steps": round(float(np.mean([r["steps"] for r in records])), 2),
         "chunks": sum(r["chunks"] for r in records),
-        "steered_chunks": sum(r["steered"] for r in records),
+        "overridden_chunks": sum(r["num_overridden"] for r in records),
         "invalid_chunks": sum(r["invalid"] for r in records),
         "episodes_lost_to_the_simulator": sum("error" in r for r in records),
         "latency": {**latency(calls), "histogram": _histogram([c["seconds"] for c in calls])},
@@ -233,12 +233,12 @@ def summary(
     }
 
 
-def report_page(report: Mapping[str, Any], films: Sequence[pathlib.Path]) -> str:
+def report_page(report: Mapping[str, Any], videos: Sequence[pathlib.Path]) -> str:
     """One HTML page that needs no other file.
 
     Args:
       report: of ``summary``, with ``benchmark``, ``protocol``, ``versions`` and ``published``.
-      films: GIF files shown, named by task and outcome.
+      videos: GIF files shown, named by task and outcome.
     """
     parts = [
         f"<h1>{_text(report['benchmark'])}: {_percent(report['success'])}</h1>",
@@ -247,14 +247,14 @@ def report_page(report: Mapping[str, Any], films: Sequence[pathlib.Path]) -> str
         _chains(report),
         _published(report),
         f"<p>{report['invalid_chunks']} of {report['chunks']} chunks did not decode; "
-        f"in {report['steered_chunks']} the grammar overruled the model; "
+        f"in {report['overridden_chunks']} the grammar overruled the model; "
         f"{report['episodes_lost_to_the_simulator']} episodes were lost to the simulator.</p>",
         "<h2>Latency of the policy</h2>" + _latency(report["latency"]),
     ]
     for name in ("protocol", "versions", "throughput"):
         rows = sorted(report[name].items())
         parts.append(f"<h2>{name.capitalize()}</h2>" + _table(["", ""], rows, "pairs"))
-    parts += ["<h2>Episodes</h2>", *map(_figure, films)]
+    parts += ["<h2>Episodes</h2>", *map(_figure, videos)]
     return _document(str(report["benchmark"]), parts)
 
 
@@ -397,11 +397,11 @@ def _table(heads: Sequence[str], rows: Any, kind: str = "") -> str:
     )
 
 
-def _figure(film: pathlib.Path) -> str:
-    data = base64.b64encode(film.read_bytes()).decode()
+def _figure(video: pathlib.Path) -> str:
+    data = base64.b64encode(video.read_bytes()).decode()
     return (
         f"<figure><img src='data:image/gif;base64,{data}'>"
-        f"<figcaption>{_text(film.stem)}</figcaption></figure>"
+        f"<figcaption>{_text(video.stem)}</figcaption></figure>"
     )
 
 

@@ -7,7 +7,7 @@
       episodes.jsonl    one line per finished episode, written at once
       calls.jsonl       wall time of every call to the policy
       times.jsonl       seconds inside the simulator per episode, and of whole runs
-      films/            <task>_<trial>_<success or failure>.gif
+      videos/            <task>_<trial>_<success or failure>.gif
       workers/          what each simulator printed
       report.json       written last
 
@@ -32,8 +32,8 @@ from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.worker import Worker
 from univla_jax.inference.policy import no_motion
-from univla_jax.io import Journal
-from univla_jax.simulators.base import Benchmark, Job
+from univla_jax.io import JsonlWriter
+from univla_jax.simulators.base import Benchmark, Trial
 
 # ----------------------------------------------------------------------------
 # Many episodes stepped together against one policy that answers them in one batch.
@@ -78,7 +78,7 @@ class Simulated(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class PolicyCall:
     """One question to the policy: how many episodes it was for, and how long it took."""
 
     rows: int
@@ -93,14 +93,14 @@ class _Run:
     episode: Simulated
     session: Any
     chunks: int = 0
-    steered: int = 0
+    num_overridden: int = 0
     invalid: int = 0
     invalid_reason: str = ""
 
     def execute(self, chunk: ActionChunk, steps: int, watch: Watch | None) -> bool:
         """Executes the first ``steps`` actions; returns whether the episode ended."""
         self.chunks += 1
-        self.steered += chunk.steered > 0
+        self.num_overridden += chunk.num_overridden > 0
         if not chunk.valid:
             self.invalid += 1
             self.invalid_reason = self.invalid_reason or chunk.reason
@@ -114,7 +114,7 @@ class _Run:
 
     def record(self) -> dict[str, Any]:
         """What is written about the episode."""
-        names = ("chunks", "steered", "invalid", "invalid_reason")
+        names = ("chunks", "num_overridden", "invalid", "invalid_reason")
         counts = {name: getattr(self, name) for name in names}
         return {**self.episode.result(), **counts}
 
@@ -122,12 +122,12 @@ class _Run:
 Watch = Callable[[int, Simulated], None]
 
 
-def roll_out(
+def rollout(
     actor: Actor,
     episodes: Sequence[Simulated],
     *,
     execute: int | None = None,
-    on_call: Callable[[Call], None] | None = None,
+    on_call: Callable[[PolicyCall], None] | None = None,
     watch: Watch | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Runs episodes to their ends.
@@ -143,7 +143,7 @@ def roll_out(
 
     Yields:
       (position in ``episodes``, record) as each ends; the record is the episode's result with
-      ``chunks``, ``steered`` (chunks whose grammar overruled the model), ``invalid`` (chunks that
+      ``chunks``, ``num_overridden`` (chunks whose grammar overruled the model), ``invalid`` (that
       did not decode, replaced by no motion) and ``invalid_reason`` (of the first).
     """
     active = [_Run(i, e, actor.start(e.seed)) for i, e in enumerate(episodes)]
@@ -154,7 +154,7 @@ def roll_out(
         begin = time.perf_counter()
         chunks = actor.act(observations, [run.session for run in active])
         if on_call is not None:
-            on_call(Call(len(active), time.perf_counter() - begin))
+            on_call(PolicyCall(len(active), time.perf_counter() - begin))
         running = []
         for run, chunk in zip(active, chunks, strict=True):
             if run.execute(chunk, execute or len(chunk.actions), watch):
@@ -176,53 +176,53 @@ class PolicyLost(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Effort:
+class RunnerConfig:
     """How a campaign is run; nothing here changes a record.
 
     Attributes:
       workers: simulators at once.
       hang_seconds: a simulator silent for so long is started anew.
-      films: episodes of each task that are filmed.
+      videos: episodes of each task that are with_video.
       progress: whether to draw a progress bar on standard error.
     """
 
     workers: int = 1
     hang_seconds: float = 600.0
-    films: int = 1
+    videos: int = 1
     progress: bool = True
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range."""
-        if self.workers < 1 or self.hang_seconds <= 0 or self.films < 0:
+        if self.workers < 1 or self.hang_seconds <= 0 or self.videos < 0:
             raise UserError(
                 f"--workers {self.workers} must be at least 1, --hang_seconds {self.hang_seconds} "
-                f"above 0, --films {self.films} not negative"
+                f"above 0, --videos {self.videos} not negative"
             )
 
 
 @dataclasses.dataclass
-class _Seat:
+class _WorkerSlot:
     """One worker and the episode it runs."""
 
     number: int
     worker: Worker
     since: float = 0.0
-    job: Job | None = None
+    job: Trial | None = None
     session: Any = None
     seen: Observation | None = None
     last_action: np.ndarray | None = None
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     reason: str = ""
 
-    def begin(self, job: Job, film: pathlib.Path | None) -> None:
+    def begin(self, job: Trial, video: pathlib.Path | None) -> None:
         self.forget()
         self.job, self.seen, self.last_action = job, None, None
         self.counts, self.reason, self.since = collections.Counter(), "", time.monotonic()
-        self.worker.reset(job, film)
+        self.worker.reset(job, video)
 
     def act(self, chunk: ActionChunk, execute: int) -> None:
         self.counts["chunks"] += 1
-        self.counts["steered"] += chunk.steered > 0
+        self.counts["num_overridden"] += chunk.num_overridden > 0
         if not chunk.valid:
             self.counts["invalid"] += 1
             self.reason = self.reason or chunk.reason
@@ -237,11 +237,11 @@ class _Seat:
         self.session = None
 
     def record(self) -> dict[str, Any]:
-        counts = {name: self.counts[name] for name in ("chunks", "steered", "invalid")}
+        counts = {name: self.counts[name] for name in ("chunks", "num_overridden", "invalid")}
         return {**counts, "invalid_reason": self.reason}
 
 
-class Campaign:
+class BenchmarkRunner:
     """The missing episodes of a benchmark, run to the end.
 
     Attributes:
@@ -249,12 +249,12 @@ class Campaign:
     """
 
     def __init__(
-        self, benchmark: Benchmark, actor: Actor, out: pathlib.Path, effort: Effort
+        self, benchmark: Benchmark, actor: Actor, out: pathlib.Path, effort: RunnerConfig
     ) -> None:
         """Opens the journals in ``out``, which must exist."""
         self._benchmark, self._actor, self._out, self._effort = benchmark, actor, out, effort
         self.versions: dict[str, str] = {}
-        for name in ("films", "workers"):
+        for name in ("videos", "workers"):
             (out / name).mkdir(exist_ok=True)
 
     def run(self) -> None:
@@ -265,13 +265,13 @@ class Campaign:
             episodes are kept and the next run goes on.
         """
         names = (EPISODES, CALLS, TIMES)
-        self._episodes, self._calls, self._times = (Journal(self._out / name) for name in names)
-        done = {Job(line["number"], line["trial"]) for line in self._episodes.lines}
+        self._episodes, self._calls, self._times = (JsonlWriter(self._out / name) for name in names)
+        done = {Trial(line["number"], line["trial"]) for line in self._episodes.lines}
         jobs = self._benchmark.jobs
         self._waiting = collections.deque(job for job in jobs if job not in done)
-        self._failures: collections.Counter[Job] = collections.Counter()
+        self._failures: collections.Counter[Trial] = collections.Counter()
         count = min(self._effort.workers, len(self._waiting))
-        self._seats = [_Seat(n, self._start(n)) for n in range(count)]
+        self._seats = [_WorkerSlot(n, self._start(n)) for n in range(count)]
         begin, finished = time.perf_counter(), len(self._episodes.lines)
         hidden = not self._effort.progress
         with tqdm.tqdm(total=len(jobs), initial=len(done), unit="episode", disable=hidden) as bar:
@@ -308,7 +308,7 @@ class Campaign:
         silent = [seat for seat in self._seats if seat.seen is None]
         return len(silent) == len(slow) < len(self._seats)
 
-    def _hear(self, seat: _Seat, message: tuple[Any, ...]) -> None:
+    def _hear(self, seat: _WorkerSlot, message: tuple[Any, ...]) -> None:
         kind, *rest = message
         if kind == "mistake":
             raise UserError(rest[0])
@@ -325,26 +325,26 @@ class Campaign:
         else:
             self._finished(seat, *rest)
 
-    def _finished(self, seat: _Seat, result: dict[str, Any], seconds: float) -> None:
+    def _finished(self, seat: _WorkerSlot, result: dict[str, Any], seconds: float) -> None:
         self._write(seat, {**result, **seat.record()})
         self._times.append({"episode_seconds": round(seconds, 3), "steps": result["steps"]})
         self._next(seat)
 
-    def _write(self, seat: _Seat, record: dict[str, Any]) -> None:
+    def _write(self, seat: _WorkerSlot, record: dict[str, Any]) -> None:
         self._episodes.append({"number": seat.job.task, "trial": seat.job.trial, **record})
         self._bar.update()
 
-    def _next(self, seat: _Seat) -> None:
+    def _next(self, seat: _WorkerSlot) -> None:
         """Gives a worker its next episode, or lets it rest."""
         seat.forget()
         seat.job = None
         if self._waiting:
             job = self._waiting.popleft()
-            filmed = job.trial < self._effort.films
-            film = self._out / "films" / f"{job.task:03d}_{job.trial:02d}" if filmed else None
-            seat.begin(job, film)
+            with_video = job.trial < self._effort.videos
+            video = self._out / "videos" / f"{job.task:03d}_{job.trial:02d}" if with_video else None
+            seat.begin(job, video)
 
-    def _idle(self, seat: _Seat) -> bool:
+    def _idle(self, seat: _WorkerSlot) -> bool:
         """Whether a seat has nothing left to do; its worker is ended then."""
         idle = seat.job is None and bool(self.versions) and not self._waiting
         if idle:
@@ -357,7 +357,7 @@ class Campaign:
             if seat.seen is None and now - seat.since > limit:
                 self._crashed(seat, f"silent for {limit:g} s")
 
-    def _crashed(self, seat: _Seat, how: str) -> None:
+    def _crashed(self, seat: _WorkerSlot, how: str) -> None:
         """Starts a worker anew; its episode is repeated once, then reported as failed."""
         seat.worker.stop()
         if seat.job is None:
@@ -375,7 +375,7 @@ class Campaign:
         seat.worker, seat.job = self._start(seat.number), None
         seat.seen, seat.since = None, time.monotonic()
 
-    def _answer(self, seats: Sequence[_Seat]) -> None:
+    def _answer(self, seats: Sequence[_WorkerSlot]) -> None:
         if not seats:
             return
         begin = time.perf_counter()
@@ -387,7 +387,7 @@ class Campaign:
             return
         self._calls.append({"rows": len(seats), "seconds": time.perf_counter() - begin})
         for seat, chunk in zip(seats, chunks, strict=True):
-            checked = sound(chunk, self._benchmark.action_dim, seat.last_action)
+            checked = sanitize_chunk(chunk, self._benchmark.action_dim, seat.last_action)
             seat.act(checked, self._benchmark.execute)
 
     def _note_run(self, seconds: float, episodes: int) -> None:
@@ -397,7 +397,9 @@ class Campaign:
             self._times.append(run)
 
 
-def sound(chunk: ActionChunk, action_dim: int, last_action: np.ndarray | None) -> ActionChunk:
+def sanitize_chunk(
+    chunk: ActionChunk, action_dim: int, last_action: np.ndarray | None
+) -> ActionChunk:
     """The chunk itself, or no motion, marked as not valid, where it cannot be executed.
 
     Args:

@@ -13,35 +13,42 @@ from univla_jax.checkpoints import find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation import report as campaign_report
 from univla_jax.evaluation.actors import (
-    ActionPath,
-    Expert,
+    ActionRoundTrip,
     RandomActions,
     RemotePolicy,
+    ScriptedActor,
     ZeroActions,
 )
-from univla_jax.evaluation.runner import CALLS, EPISODES, TIMES, Actor, Campaign, Effort
+from univla_jax.evaluation.runner import (
+    CALLS,
+    EPISODES,
+    TIMES,
+    Actor,
+    BenchmarkRunner,
+    RunnerConfig,
+)
 from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.policy import Policy
-from univla_jax.io import Journal
+from univla_jax.io import JsonlWriter
 from univla_jax.normalization import ActionStatistics
-from univla_jax.run_dir import claim_results
+from univla_jax.run_dir import claim_run_dir
 from univla_jax.simulators.base import Benchmark
 
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 _IDENTITY = "campaign.json"
 _NAMES = ("zero", "random", "expert")
 _BASELINE_CHUNK = 10
-_MOST_FILMS = 24
+_MAX_VIDEOS = 24
 
 
 def score(
     benchmark: Benchmark,
     policy: str,
     out: str | os.PathLike[str],
-    effort: Effort,
+    effort: RunnerConfig,
     *,
     corpus: str | None = None,
-    path: ActionPath | None = None,
+    path: ActionRoundTrip | None = None,
 ) -> dict[str, Any]:
     """Runs what is missing of a benchmark and writes ``report.json`` and ``report.html``.
 
@@ -50,7 +57,7 @@ def score(
       policy: a checkpoint folder or workdir, ``ws://host:port``, ``"zero"``, ``"random"``, or
         ``"expert"`` where the benchmark's simulator has scripts.
       out: folder of the results; one that holds them already is only reported.
-      effort: workers, films and the like.
+      effort: workers, videos and the like.
       corpus: whose cameras and statistics a checkpoint uses; its only one by default.
       path: what the expert's actions go through; nothing by default.
 
@@ -64,14 +71,14 @@ def score(
     folder = pathlib.Path(out)
     identity = {"protocol": benchmark.protocol, "policy": _identity(policy), "corpus": corpus}
     identity |= {} if path is None else {"action_path": path.identity()}
-    claim_results(folder, _IDENTITY, identity)
+    claim_run_dir(folder, _IDENTITY, identity)
     if (folder / REPORT).exists():
         return io.read_json(folder / REPORT)
     actor, about = _actor(policy, benchmark, effort.workers, corpus, path)
-    campaign = Campaign(benchmark, actor, folder, effort)
+    campaign = BenchmarkRunner(benchmark, actor, folder, effort)
     campaign.run()
     report = _report(benchmark, folder, {**about, "policy": policy}, _versions(campaign, folder))
-    shown = sorted((folder / "films").glob("*.gif"))[:_MOST_FILMS]
+    shown = sorted((folder / "videos").glob("*.gif"))[:_MAX_VIDEOS]
     io.write_text(folder / PAGE, campaign_report.report_page(report, shown))
     io.write_json(folder / REPORT, report)
     return report
@@ -119,7 +126,7 @@ def _report(
 ) -> dict[str, Any]:
     lines = []
     for name in (EPISODES, CALLS, TIMES):
-        with Journal(folder / name) as journal:
+        with JsonlWriter(folder / name) as journal:
             lines.append(journal.lines)
     extra = benchmark.summary(lines[0]) if benchmark.summary else {}
     return {
@@ -132,7 +139,7 @@ def _report(
     }
 
 
-def _versions(campaign: Campaign, folder: pathlib.Path) -> dict[str, str]:
+def _versions(campaign: BenchmarkRunner, folder: pathlib.Path) -> dict[str, str]:
     """Of everything involved; kept in a file for a run that finds all episodes finished."""
     path = folder / "versions.json"
     if campaign.versions or not path.exists():
@@ -152,7 +159,7 @@ def _is_address(policy: str) -> bool:
 
 
 def _actor(
-    policy: str, benchmark: Benchmark, rows: int, corpus: str | None, path: ActionPath | None
+    policy: str, benchmark: Benchmark, rows: int, corpus: str | None, path: ActionRoundTrip | None
 ) -> tuple[Actor, dict[str, Any]]:
     """What acts, and what the report says about it."""
     if policy == "zero":
@@ -160,7 +167,7 @@ def _actor(
     if policy == "random":
         return RandomActions(_range(benchmark), _BASELINE_CHUNK), {}
     if policy == "expert":
-        return Expert(path), {"action_path": path.identity() if path else "none"}
+        return ScriptedActor(path), {"action_path": path.identity() if path else "none"}
     if _is_address(policy):
         remote = RemotePolicy(policy)
         return remote, {"server": str(remote.metadata)}

@@ -30,20 +30,20 @@ from univla_jax import __version__, io
 from univla_jax.checkpoints import find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation.actors import RandomActions, ZeroActions
-from univla_jax.evaluation.report import latency, summarise
-from univla_jax.evaluation.runner import Actor, Call, Watch, roll_out
+from univla_jax.evaluation.report import latency, summarize_episodes
+from univla_jax.evaluation.runner import Actor, PolicyCall, Watch, rollout
 from univla_jax.evaluation.videos import Clip, write_gif
 from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.policy import Policy
-from univla_jax.io import Journal, plain
-from univla_jax.run_dir import claim_results
+from univla_jax.io import JsonlWriter, plain
+from univla_jax.run_dir import claim_run_dir
 from univla_jax.simulators.tabletop.tabletop_benchmark import Tabletop, TabletopEpisode
 
 BENCHMARKS = {Tabletop.name: Tabletop}
 CONDITIONS = ("policy", "other_instruction", "untrained", "random", "zero")
-EPISODES, CALLS, FILM, REPORT = "episodes.jsonl", "calls.jsonl", "rollouts.gif", "report.json"
+EPISODES, CALLS, VIDEO_FILE, REPORT = "episodes.jsonl", "calls.jsonl", "rollouts.gif", "report.json"
 _IDENTITY = "evaluation.json"
-_FILM_SIZE = 192
+_VIDEO_SIZE = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EvaluateConfig:
       execute: actions executed of each chunk; 0 executes all.
       first_seed: place of the first seed in the range kept for evaluation.
       untrained_seed: of the random parameters.
-      film_episodes: episodes shown in ``rollouts.gif``.
+      video_episodes: episodes shown in ``rollouts.gif``.
     """
 
     benchmark: str = "tabletop"
@@ -72,7 +72,7 @@ class EvaluateConfig:
     execute: int = 0
     first_seed: int = 0
     untrained_seed: int = 0
-    film_episodes: int = 6
+    video_episodes: int = 6
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
@@ -87,7 +87,7 @@ class EvaluateConfig:
                 )
         if not self.conditions or len(set(self.conditions)) != len(self.conditions):
             raise UserError("config.conditions: name at least one condition, each once")
-        least = {"episodes": 1, "batch": 1, "execute": 0, "film_episodes": 1}
+        least = {"episodes": 1, "batch": 1, "execute": 0, "video_episodes": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least {value}")
@@ -115,10 +115,10 @@ def evaluate(
       UserError: ``out`` holds another evaluation, or the checkpoint cannot be used.
     """
     folder, out = find_checkpoint(checkpoint), pathlib.Path(out)
-    claim_results(out, _IDENTITY, _identity(config, checkpoint_identity(folder)))
+    claim_run_dir(out, _IDENTITY, _identity(config, checkpoint_identity(folder)))
     if finished(out):
         return io.read_json(out / REPORT)
-    with Journal(out / EPISODES) as episodes, Journal(out / CALLS) as calls:
+    with JsonlWriter(out / EPISODES) as episodes, JsonlWriter(out / CALLS) as calls:
         study = _Study(config, folder, out, episodes, calls)
         study.run(progress)
         report = study.report()
@@ -139,8 +139,8 @@ class _Study:
         config: EvaluateConfig,
         checkpoint: pathlib.Path,
         out: pathlib.Path,
-        episodes: Journal,
-        calls: Journal,
+        episodes: JsonlWriter,
+        calls: JsonlWriter,
     ) -> None:
         self._config, self._checkpoint, self._out = config, checkpoint, out
         self._episodes, self._calls = episodes, calls
@@ -157,9 +157,9 @@ class _Study:
                 bar.set_description(condition)
                 for batch in self._batches():
                     missing = [i for i in batch if (condition, i) not in done]
-                    film = self._wants_film(condition, batch)
-                    if missing or film:
-                        self._run_batch(condition, batch, set(missing), film, bar)
+                    video = self._wants_video(condition, batch)
+                    if missing or video:
+                        self._run_batch(condition, batch, set(missing), video, bar)
 
     def report(self) -> dict[str, Any]:
         config = self._config
@@ -187,28 +187,28 @@ class _Study:
             [line for line in journal.lines if line["condition"] == condition]
             for journal in (self._episodes, self._calls)
         )
-        return {**summarise(records), "latency": latency(calls)}
+        return {**summarize_episodes(records), "latency": latency(calls)}
 
     def _batches(self) -> Iterator[range]:
         config = self._config
         for start in range(0, config.episodes, config.batch):
             yield range(start, min(start + config.batch, config.episodes))
 
-    def _wants_film(self, condition: str, batch: range) -> bool:
+    def _wants_video(self, condition: str, batch: range) -> bool:
         first = condition == self._config.conditions[0] and batch.start == 0
-        return first and not (self._out / FILM).exists()
+        return first and not (self._out / VIDEO_FILE).exists()
 
     def _run_batch(
-        self, condition: str, batch: range, missing: set[int], film: bool, bar: tqdm.tqdm
+        self, condition: str, batch: range, missing: set[int], video: bool, bar: tqdm.tqdm
     ) -> None:
-        """Runs one batch and writes its missing episodes, and the film where wanted."""
-        clips = _Film(self._config.film_episodes)
-        records = roll_out(
+        """Runs one batch and writes its missing episodes, and the video where wanted."""
+        clips = _VideoRecorder(self._config.video_episodes)
+        records = rollout(
             self._actor(condition),
             [self._episode(condition, index) for index in batch],
             execute=self._config.execute or None,
             on_call=functools.partial(self._note_call, condition),
-            watch=clips.watch if film else None,
+            watch=clips.watch if video else None,
         )
         for place, record in records:
             index = batch[place]
@@ -216,10 +216,10 @@ class _Study:
             if index in missing:
                 self._episodes.append({"condition": condition, "episode": index, **record})
                 bar.update()
-        if film:
-            clips.write(self._out / FILM)
+        if video:
+            clips.write(self._out / VIDEO_FILE)
 
-    def _note_call(self, condition: str, call: Call) -> None:
+    def _note_call(self, condition: str, call: PolicyCall) -> None:
         self._calls.append({"condition": condition, **dataclasses.asdict(call)})
 
     def _episode(self, condition: str, index: int) -> TabletopEpisode:
@@ -250,7 +250,7 @@ class _Study:
         )
 
 
-class _Film:
+class _VideoRecorder:
     """Pictures of the first episodes of a batch."""
 
     def __init__(self, count: int) -> None:
@@ -273,7 +273,7 @@ class _Film:
     def _watch(self, place: int, episode: TabletopEpisode) -> None:
         if place < self._count:
             clip = self._clips.setdefault(place, Clip(episode.told))
-            clip.frames.append(episode.render(_FILM_SIZE))
+            clip.frames.append(episode.render(_VIDEO_SIZE))
 
 
 def _identity(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:

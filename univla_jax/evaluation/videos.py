@@ -1,4 +1,4 @@
-"""Films and strips of pictures, drawn with Pillow.
+"""Videos and strips of pictures, drawn with Pillow.
 
 Axes: T steps, H/W pixels.
 """
@@ -19,17 +19,17 @@ from univla_jax.errors import UserError
 _PAPER, _INK = (255, 255, 255), (30, 30, 34)
 _GOOD, _BAD = (38, 140, 70), (190, 50, 44)
 _MARGIN = 8
-_COLOURS, _LOOKED_AT = 256, 16
+_COLORS, _LOOKED_AT = 256, 16
 
 
 @dataclasses.dataclass
 class Clip:
-    """One film with its caption.
+    """One video with its caption.
 
     Attributes:
       caption: what it shows.
       frames: uint8 [H, W, 3] each.
-      success: colours the border of the last frame; None leaves it.
+      success: colors the border of the last frame; None leaves it.
     """
 
     caption: str
@@ -71,10 +71,10 @@ def write_gif(
 
 
 def _palette(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Colours of the whole film; an octree keeps those of small things too."""
+    """Colors of the whole video; an octree keeps those of small things too."""
     chosen = np.unique(np.linspace(0, len(sheets) - 1, _LOOKED_AT).round().astype(int))
     together = np.concatenate([np.asarray(sheets[i]) for i in chosen])
-    return Image.fromarray(together).quantize(_COLOURS, method=Image.Quantize.FASTOCTREE)
+    return Image.fromarray(together).quantize(_COLORS, method=Image.Quantize.FASTOCTREE)
 
 
 def write_mp4(
@@ -85,7 +85,7 @@ def write_mp4(
     fps: float = 8.0,
     hold_seconds: float = 2.0,
 ) -> None:
-    """Writes what ``write_gif`` writes as a video, in all colours.
+    """Writes what ``write_gif`` writes as a video, in all colors.
 
     Raises:
       UserError: PyAV is not installed.
@@ -151,8 +151,8 @@ def write_strips(
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, heading in enumerate(columns):
-        centre = left + i * (width + 4) + width / 2
-        draw.text((centre, 8), heading, _INK, font=text, anchor="mt")
+        center = left + i * (width + 4) + width / 2
+        draw.text((center, 8), heading, _INK, font=text, anchor="mt")
     for number, strip in enumerate(strips):
         _draw_strip(sheet, draw, strip, (left, 28 + number * block))
     sheet.save(path, format="PNG")
@@ -195,11 +195,11 @@ def _sheet(clips: Sequence[Clip], step: int, columns: int) -> Image.Image:
         sheet.paste(Image.fromarray(frame), (x, y + caption))
         if last and clip.success is not None:
             corner = (x + width - 1, y + caption + height - 1)
-            draw.rectangle(((x, y + caption), corner), outline=_colour(clip.success), width=4)
+            draw.rectangle(((x, y + caption), corner), outline=_color(clip.success), width=4)
     return sheet
 
 
-def _colour(success: bool) -> tuple[int, int, int]:
+def _color(success: bool) -> tuple[int, int, int]:
     return _GOOD if success else _BAD
 
 

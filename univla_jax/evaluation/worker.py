@@ -1,6 +1,6 @@
 """A simulator in a process of its own, and the handle on it.
 
-    campaign → worker   the simulator's factory, once; ("reset", job, film or None);
+    campaign → worker   the simulator's factory, once; ("reset", job, video or None);
                         ("act", actions float32 [n, A])
     worker → campaign   ("ready", versions); ("see", observation, fresh); ("end", result, seconds);
                         ("mistake", message); ("crash", traceback)
@@ -29,9 +29,9 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.evaluation.videos import Clip, write_gif
-from univla_jax.simulators.base import Job, Simulator, Turn
+from univla_jax.simulators.base import Simulator, StepResult, Trial
 
-_FILM_EVERY = 4  # steps between the pictures of a film
+_VIDEO_EVERY = 4  # steps between the pictures of a video
 
 
 class Worker:
@@ -69,9 +69,9 @@ class Worker:
         """Of the process."""
         return self._process.pid
 
-    def reset(self, job: Job, film: pathlib.Path | None = None) -> None:
-        """Begins an episode; ``film`` is where its film goes, less outcome and suffix."""
-        self._tell(("reset", job, film))
+    def reset(self, job: Trial, video: pathlib.Path | None = None) -> None:
+        """Begins an episode; ``video`` is where its video goes, less outcome and suffix."""
+        self._tell(("reset", job, video))
 
     def act(self, actions: np.ndarray) -> None:
         """Executes float32 [n, A], fewer where the episode ends or its task changes before."""
@@ -115,7 +115,7 @@ class _Server:
 
     def __init__(self, connection: Connection, simulator: Simulator) -> None:
         self._connection, self._simulator = connection, simulator
-        self._film: _Film | None = None
+        self._film: _VideoRecorder | None = None
         self._seconds = 0.0
 
     def run(self) -> None:
@@ -127,22 +127,22 @@ class _Server:
             self._seconds += time.perf_counter() - begin
             self._connection.send((*answer, self._seconds) if answer[0] == "end" else answer)
 
-    def _reset(self, job: Job, film: pathlib.Path | None) -> tuple[Any, ...]:
+    def _reset(self, job: Trial, video: pathlib.Path | None) -> tuple[Any, ...]:
         self._seconds = 0.0
         self._simulator.reset(job)
         seen = self._simulator.observe()
-        self._film = _Film(film, seen.instruction) if film else None
+        self._film = _VideoRecorder(video, seen.instruction) if video else None
         return "see", seen, True
 
     def _act(self, actions: np.ndarray) -> tuple[Any, ...]:
         for left, action in zip(reversed(range(len(actions))), actions, strict=True):
-            filmed = self._film is not None and self._film.due()
-            turn = self._simulator.step(action, look=left == 0 or filmed)
-            if filmed:
+            with_video = self._film is not None and self._film.due()
+            turn = self._simulator.step(action, look=left == 0 or with_video)
+            if with_video:
                 self._film.take(self._simulator.picture())
-            if turn is Turn.ENDED:
+            if turn is StepResult.ENDED:
                 return "end", self._end()
-            if turn is Turn.NEXT_TASK:
+            if turn is StepResult.NEXT_TASK:
                 return "see", self._simulator.observe(), True
         return "see", self._simulator.observe(), False
 
@@ -153,7 +153,7 @@ class _Server:
         return result
 
 
-class _Film:
+class _VideoRecorder:
     """Pictures of an episode under way."""
 
     def __init__(self, path: pathlib.Path, caption: str) -> None:
@@ -162,7 +162,7 @@ class _Film:
 
     def due(self) -> bool:
         """Whether the step about to be made is shown."""
-        return next(self._steps) % _FILM_EVERY == 0
+        return next(self._steps) % _VIDEO_EVERY == 0
 
     def take(self, picture: np.ndarray) -> None:
         self._clip.frames.append(np.array(picture))

@@ -15,10 +15,10 @@ import numpy as np
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.inference.int8 import restored
-from univla_jax.inference.loaded_model import TrainedModel
-from univla_jax.inference.prefix_cache import Continuer, Memory, Rules
-from univla_jax.inference.sampler import Sampler, Stopwatch, length_bucket, pad_prompts
-from univla_jax.inference.sampling import Form
+from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.prefix_cache import CachedPrefix, GenerationRules, PrefixCache
+from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prompts
+from univla_jax.inference.sampling import GrammarMask
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
 from univla_jax.sequences.history import History
@@ -50,7 +50,7 @@ class Session:
     invalid: int = 0
     last_action: np.ndarray | None = None
     last_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    memory: Memory | None = None
+    memory: CachedPrefix | None = None
 
     def seeing(self, instruction: str, turn: np.ndarray) -> History:
         """The history with a new observation; the session itself stays as it is."""
@@ -59,7 +59,7 @@ class Session:
         return history.observe(turn)
 
     def keep(
-        self, instruction: str, history: History, chunk: ActionChunk, memory: Memory | None
+        self, instruction: str, history: History, chunk: ActionChunk, memory: CachedPrefix | None
     ) -> None:
         """Remembers a call that succeeded; the history holds its observation and ids."""
         self.history, self.instruction, self.memory = history, instruction, memory
@@ -69,7 +69,7 @@ class Session:
         self.last_action = chunk.actions[-1]
 
 
-class Holders:
+class SessionLru:
     """Sessions that hold a memory, weakly, in the order of their last calls.
 
     A memory is as large as the cache of a whole prompt, so only so many are kept: the sessions
@@ -129,7 +129,7 @@ def sample_actions(
       lengths: int32 [B] real tokens per row; all S by default.
 
     Returns:
-      normalised actions float32 [B, T, A].
+      normalized actions float32 [B, T, A].
 
     Raises:
       UserError: no steps, or batches that differ.
@@ -164,34 +164,34 @@ def _integrate(expert, params, hidden, noise, lengths, *, steps):
 
 
 # ----------------------------------------------------------------------------
-# How a policy turns prompts into normalised actions: by choosing tokens, or by following a flow.
+# How a policy turns prompts into normalized actions: by choosing tokens, or by following a flow.
 #
 # Axes: B robots, S prompt tokens, T steps of a chunk, A action dimensions, D model.
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadAnswer:
+class ActionPrediction:
     """What a head says about one robot.
 
     Attributes:
-      decoded: normalised actions float64 [T, A], valid or not.
+      decoded: normalized actions float64 [T, A], valid or not.
       ids: int32 [n], what the history keeps as this chunk's action.
       memory: what the cache holds now, or None.
-      steered: how many ids are not the likeliest, because those would make no whole chunk.
+      overridden: how many ids are not the likeliest, because those would make no whole chunk.
     """
 
     decoded: DecodedActions
     ids: np.ndarray
-    memory: Memory | None = None
-    steered: int = 0
+    memory: CachedPrefix | None = None
+    num_overridden: int = 0
 
 
-class ActionHead(Protocol):
+class ActionDecoder(Protocol):
     """What a policy needs of a head."""
 
     def answer(
-        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], stopwatch: Stopwatch
-    ) -> list[HeadAnswer]:
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
         """One answer per prompt, int32 [n] each, of the sessions in the same order."""
         ...
 
@@ -203,16 +203,16 @@ class ActionHead(Protocol):
         """Compiles what calls with ``rows`` rows use."""
         ...
 
-    def worth_reading(self, prefix: np.ndarray, session: Session) -> bool:
+    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
         """Whether reading the beginning of a session's next prompt now would save time then."""
         ...
 
-    def read_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
         """Reads the beginnings of the next prompts."""
         ...
 
 
-class TokenHead:
+class TokenActionDecoder:
     """Greedy action ids up to eoa, decoded by the checkpoint's action tokenizer.
 
     The grammar of FAST and of bins leaves nothing but whole chunks; how often it had to overrule
@@ -225,7 +225,7 @@ class TokenHead:
 
     def __init__(
         self,
-        trained: TrainedModel,
+        trained: LoadedModel,
         chunk: tuple[int, int],
         *,
         max_new_tokens: int | None = None,
@@ -247,26 +247,28 @@ class TokenHead:
         longest = tokenizer.max_tokens(*chunk) + 1
         codes = vocabulary.action_ids(np.arange(tokenizer.vocabulary_size))
         grammar = None if free_form else tokenizer.grammar(*chunk)
-        form = None if grammar is None else Form.of(grammar, codes, vocabulary.eoa)
+        form = None if grammar is None else GrammarMask.of(grammar, codes, vocabulary.eoa)
         allowed = np.append(codes, vocabulary.eoa)
         count = max_new_tokens or longest
-        self.rules = Rules(allowed, vocabulary.eoa, count, form=form, draft=draft)
+        self.rules = GenerationRules(allowed, vocabulary.eoa, count, form=form, draft=draft)
         self._sampler = Sampler(trained.model, trained.params)
 
     def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
-        """Fixes the shapes; see ``Continuer``."""
-        self.continuer = Continuer(self._sampler, self.rules, lengths=lengths, rows=rows)
+        """Fixes the shapes; see ``PrefixCache``."""
+        self.continuer = PrefixCache(self._sampler, self.rules, lengths=lengths, rows=rows)
 
     def answer(
-        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], stopwatch: Stopwatch
-    ) -> list[HeadAnswer]:
-        """See ``ActionHead``."""
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
+        """See ``ActionDecoder``."""
         memories = [session.memory for session in sessions]
         for session in sessions:
             session.memory = None  # the call consumes it
         before = [session.last_ids for session in sessions]
-        answers = self.continuer.answer(prompts, memories, copied=before, stopwatch=stopwatch)
-        return [HeadAnswer(self.decode(a.ids), a.ids, a.memory, a.steered) for a in answers]
+        answers = self.continuer.answer(prompts, memories, copied=before, timer=timer)
+        return [
+            ActionPrediction(self.decode(a.ids), a.ids, a.memory, a.num_overridden) for a in answers
+        ]
 
     def decode(self, ids: np.ndarray) -> DecodedActions:
         """The chunk that generated ids [n] mean, their eoa included."""
@@ -276,20 +278,20 @@ class TokenHead:
         return self._tokenizer.decode(codes, *self._chunk)
 
     def warm(self, rows: int) -> None:
-        """See ``ActionHead``."""
+        """See ``ActionDecoder``."""
         self.continuer.warm(rows)
 
-    def worth_reading(self, prefix: np.ndarray, session: Session) -> bool:
-        """See ``ActionHead``."""
-        return self.continuer.worth_reading(prefix, session.memory)
+    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
+        """See ``ActionDecoder``."""
+        return self.continuer.should_prefill(prefix, session.memory)
 
-    def read_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
-        """See ``ActionHead``."""
-        for session, memory in zip(sessions, self.continuer.read_ahead(prefixes)):
+    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+        """See ``ActionDecoder``."""
+        for session, memory in zip(sessions, self.continuer.prefill_ahead(prefixes)):
             session.memory = memory
 
 
-class FlowHead:
+class FlowActionDecoder:
     """Actions from noise through the action expert, which reads the prompt's hidden states.
 
     The noise of a robot depends on its session's seed and number of chunks alone, so that a batch
@@ -298,7 +300,7 @@ class FlowHead:
 
     def __init__(
         self,
-        trained: TrainedModel,
+        trained: LoadedModel,
         expert: ActionExpert,
         params: Any,
         chunk: tuple[int, int],
@@ -322,15 +324,15 @@ class FlowHead:
         self._rows, self._usual = rows, lengths[1:]
 
     def answer(
-        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], stopwatch: Stopwatch
-    ) -> list[HeadAnswer]:
-        """See ``ActionHead``; the history keeps an eoa, since there are no action ids."""
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
+        """See ``ActionDecoder``; the history keeps an eoa, since there are no action ids."""
         trained = self._trained
         tokens, lengths = pad_prompts(prompts, trained.assets.vocabulary.pad, rows=self._rows)
-        with stopwatch.part("read") as results:
+        with timer.section("read") as results:
             hidden = _hidden(trained.model, trained.params, tokens)
             results.append(hidden)
-        with stopwatch.part("write") as results:
+        with timer.section("write") as results:
             seeds = [(s.seed, s.chunks) for s in sessions]
             seeds += seeds[:1] * (len(tokens) - len(seeds))
             noise = jnp.stack([_noise(*seed, self._chunk) for seed in seeds])
@@ -340,21 +342,21 @@ class FlowHead:
             results.append(actions)
         closing = np.array([trained.assets.vocabulary.eoa], np.int32)
         rows = np.asarray(actions, np.float64)[: len(prompts)]
-        return [HeadAnswer(self._checked(row), closing) for row in rows]
+        return [ActionPrediction(self._checked(row), closing) for row in rows]
 
     def warm(self, rows: int) -> None:
         """Compiles the buckets of the usual prompts; the flow has no cache to fix shapes by."""
         session = Session(history=None)
         for length in sorted({length_bucket(length) for length in self._usual}):
             prompt = np.full(length, self._trained.assets.vocabulary.bos, np.int32)
-            self.answer([prompt] * rows, [session] * rows, Stopwatch())
+            self.answer([prompt] * rows, [session] * rows, Timer())
 
-    def worth_reading(self, prefix: np.ndarray, session: Session) -> bool:
+    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
         """Never: the expert reads all hidden states anew."""
         del prefix, session
         return False
 
-    def read_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
         """There is nothing to read."""
 
     def _checked(self, actions: np.ndarray) -> DecodedActions:
@@ -363,19 +365,21 @@ class FlowHead:
         return DecodedActions(np.clip(actions, -1, 1))
 
 
-def head_of(trained: TrainedModel, chunk: tuple[int, int], **options: Any) -> ActionHead:
+def make_action_decoder(
+    trained: LoadedModel, chunk: tuple[int, int], **options: Any
+) -> ActionDecoder:
     """The head that a checkpoint was trained for.
 
     Args:
       trained: the model and its assets.
       chunk: T and A.
-      **options: of ``TokenHead``.
+      **options: of ``TokenActionDecoder``.
 
     Raises:
       UserError: the layout needs an action expert and there is none.
     """
     if trained.layout.layout != "policy_flow":
-        return TokenHead(trained, chunk, **options)
+        return TokenActionDecoder(trained, chunk, **options)
     if trained.expert is None:
         raise UserError(
             f"{trained.folder} is of the layout 'policy_flow', but has no action expert; take a "
@@ -383,7 +387,7 @@ def head_of(trained: TrainedModel, chunk: tuple[int, int], **options: Any) -> Ac
         )
     if options.get("draft"):
         raise UserError("draft: guesses tokens, but the action expert writes none; leave it at 0")
-    return FlowHead(trained, trained.expert, trained.expert_params, chunk)
+    return FlowActionDecoder(trained, trained.expert, trained.expert_params, chunk)
 
 
 @functools.partial(jax.jit, static_argnames="model")

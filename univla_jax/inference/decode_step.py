@@ -27,11 +27,11 @@ from univla_jax.models.layers import Rotation
 # C head dim.
 
 
-NOTHING = -1  # in ``Generated.tokens`` behind a row's end; in ``Rows.pending`` when none is
+NO_TOKEN = -1  # in ``Generated.tokens`` behind a row's end; in ``DecodeBatch.pending`` when none is
 
 
 @flax.struct.dataclass
-class Rows:
+class DecodeBatch:
     """The device arrays of a ``DecodeState``.
 
     Attributes:
@@ -59,14 +59,14 @@ class DecodeState:
       has_pending: whether some row may have a pending token.
     """
 
-    rows: Rows
+    rows: DecodeBatch
     bound: int
     has_pending: bool = False
 
     @property
     def lengths(self) -> jax.Array:
         """int32 [B], tokens of each row, pending ones included."""
-        return self.rows.lengths + (self.rows.pending != NOTHING)
+        return self.rows.lengths + (self.rows.pending != NO_TOKEN)
 
     def copy(self) -> DecodeState:
         """The same state in buffers of its own, to continue one prefix in several ways."""
@@ -75,7 +75,7 @@ class DecodeState:
     def select(self, indices: np.ndarray) -> DecodeState:
         """The rows ``indices`` (int32 [B']) in that order, repeats allowed, in new buffers."""
         indices, rows = jnp.asarray(indices), self.rows
-        kept = Rows(
+        kept = DecodeBatch(
             rows.cache.rows(indices),
             rows.lengths[indices],
             rows.hidden[indices],
@@ -93,7 +93,7 @@ class DecodeState:
         held = np.asarray(self.rows.lengths)
         if lengths.shape != held.shape or (lengths > held).any() or (lengths < 0).any():
             raise UserError(f"rewind to {lengths.tolist()}: the cache holds {held.tolist()} tokens")
-        pending = jnp.full_like(self.rows.pending, NOTHING)
+        pending = jnp.full_like(self.rows.pending, NO_TOKEN)
         rows = self.rows.replace(lengths=jnp.asarray(lengths), pending=pending)
         return DecodeState(rows, bound=int(lengths.max()))
 
@@ -106,13 +106,13 @@ class Generated:
       tokens: int32 [B, N], the stop id included, -1 behind each row's end.
       lengths: int32 [B], tokens chosen per row.
       stopped: bool [B], whether the row ended with the stop id (else N ran out).
-      steered: int32 [B], how often the likeliest id was one that the form rules out.
+      overridden: int32 [B], how often the likeliest id was one that the form rules out.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     stopped: jax.Array
-    steered: jax.Array
+    num_overridden: jax.Array
 
 
 # ----------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def close_slots(cache: KVCache, slots: Sequence[tuple[jax.Array, jax.Array]]) ->
     return KVCache(put(cache.keys, keys), put(cache.values, values))
 
 
-def few_tokens_step(
+def decode_tokens(
     model: Decoder,
     params: Any,
     layers: Sequence[Any],
@@ -282,7 +282,7 @@ class PackedRows:
         return out[self.row, self.place][None]
 
 
-def read_packed(
+def prefill_packed_rows(
     model: Decoder, params: Any, tokens: jax.Array, lengths: jax.Array, width: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Rows of unequal length, equal to ``Decoder.__call__`` on each.
@@ -328,24 +328,24 @@ def prefill(model, params, tokens, lengths, *, slots):
     cache = KVCache.create(model.config, tokens.shape[0], slots)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache = model.apply(_variables(model, params), tokens, positions, cache=cache, window=0)
-    none = jnp.full_like(lengths, NOTHING)
-    return Rows(cache, lengths, _at(hidden, lengths - 1), none)
+    none = jnp.full_like(lengths, NO_TOKEN)
+    return DecodeBatch(cache, lengths, _at(hidden, lengths - 1), none)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width", "slots"))
 def prefill_packed(model, params, tokens, lengths, *, width, slots):
     """``prefill`` of rows that stand one behind the other in tokens [T], none beyond ``width``."""
     params = _variables(model, params)["params"]
-    hidden, new = read_packed(model, params, tokens, lengths, width)
+    hidden, new = prefill_packed_rows(model, params, tokens, lengths, width)
     cache = KVCache.create(model.config, len(lengths), slots)
     cache = cache.write(*new, jnp.zeros_like(lengths))
-    return Rows(cache, lengths, hidden, jnp.full_like(lengths, NOTHING))
+    return DecodeBatch(cache, lengths, hidden, jnp.full_like(lengths, NO_TOKEN))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "window"), donate_argnames="rows")
 def append_pending(model, params, rows, tokens, lengths, *, window):
     """Puts each row's pending token before its new ones [B, S], then appends; consumes ``rows``."""
-    waiting = rows.pending != NOTHING
+    waiting = rows.pending != NO_TOKEN
     joined = jnp.concatenate([rows.pending[:, None], tokens], axis=1)
     column = jnp.arange(joined.shape[1]) + ~waiting[:, None]
     joined = jnp.take_along_axis(joined, jnp.minimum(column, joined.shape[1] - 1), axis=1)
@@ -365,8 +365,8 @@ def _append(model, params, rows, tokens, lengths, window):
         _variables(model, params), tokens, positions, cache=rows.cache, window=window
     )
     last = jnp.where(lengths[:, None] > 0, _at(hidden, lengths - 1), rows.hidden)
-    none = jnp.full_like(rows.pending, NOTHING)
-    return Rows(cache, rows.lengths + lengths, last, none)
+    none = jnp.full_like(rows.pending, NO_TOKEN)
+    return DecodeBatch(cache, rows.lengths + lengths, last, none)
 
 
 @functools.partial(
@@ -391,7 +391,7 @@ def generate(
       active: bool [B], rows that take part.
       forced: int32 [N] the only id that may stand at each place, negative where there is a choice;
         or None.
-      form: what whole outputs look like (``forms.Form`` over ``ids``), or None.
+      form: what whole outputs look like (``forms.GrammarMask`` over ``ids``), or None.
       count: N, static.
       sampling: static rules of choice.
       window: static number of leading slots that may be read.
@@ -412,53 +412,55 @@ def generate(
         if ids is None:
             logits = mask_padding(logits, model.config.vocab_size)
         drawn = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        logits, steered = restrict(form, place, logits)
+        logits, num_overridden = restrict(form, place, logits)
         column = sample_token(logits, sampling, drawn)
         place = None if form is None else form.after(place, column)
         choice = column if ids is None else ids[column]
         if guidance != 1:
-            choice, steered = jnp.tile(choice, 2), jnp.tile(steered, 2)
+            choice, num_overridden = jnp.tile(choice, 2), jnp.tile(num_overridden, 2)
         choice = choice if forced is None else jnp.where(forced[step] < 0, choice, forced[step])
-        return choice, place, steered
+        return choice, place, num_overridden
 
     def take(carry, hidden):
-        slots, lengths, tokens, step, running, place, steered = carry
+        slots, lengths, tokens, step, running, place, num_overridden = carry
         choice, place, changed = pick(hidden, step, place)
-        chosen = jnp.where(running, choice, NOTHING)
-        steered = steered + (changed & running)
+        chosen = jnp.where(running, choice, NO_TOKEN)
+        num_overridden = num_overridden + (changed & running)
         running = running & (chosen != stop)
         tokens = tokens.at[:, step].set(chosen)
-        return slots, lengths, tokens, step + 1, running, place, steered, hidden
+        return slots, lengths, tokens, step + 1, running, place, num_overridden, hidden
 
     def more(carry):
         _, _, _, step, running, *_ = carry
         return (step < count) & jnp.any(running)
 
     def advance(carry):
-        slots, lengths, tokens, step, running, place, steered, hidden = carry
+        slots, lengths, tokens, step, running, place, num_overridden, hidden = carry
         token = jnp.maximum(tokens[:, step - 1], 0)[:, None]
         new, slots = read_tokens(model, params, layers, token, lengths, slots)
         hidden = jnp.where(running[:, None], new[:, 0], hidden)
-        carry = slots, lengths + running, tokens, step, running, place, steered
+        carry = slots, lengths + running, tokens, step, running, place, num_overridden
         return take(carry, hidden)
 
     batch = active.shape[0]
-    tokens = jnp.full((batch, count), NOTHING, jnp.int32)
+    tokens = jnp.full((batch, count), NO_TOKEN, jnp.int32)
     place = None if form is None else form.start(batch)
-    steered = jnp.zeros(batch, jnp.int32)
+    num_overridden = jnp.zeros(batch, jnp.int32)
     slots = open_slots(rows.cache, window)
-    start = take((slots, rows.lengths, tokens, jnp.int32(0), active, place, steered), rows.hidden)
+    start = take(
+        (slots, rows.lengths, tokens, jnp.int32(0), active, place, num_overridden), rows.hidden
+    )
     end = jax.lax.while_loop(more, advance, start)
-    slots, lengths, tokens, _, running, _, steered, hidden = end
-    chosen = jnp.sum(tokens != NOTHING, axis=1)
+    slots, lengths, tokens, _, running, _, num_overridden, hidden = end
+    chosen = jnp.sum(tokens != NO_TOKEN, axis=1)
     last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
-    rows = Rows(
+    rows = DecodeBatch(
         close_slots(rows.cache, slots),
         lengths,
         hidden,
         jnp.where(chosen > 0, last, rows.pending),
     )
-    return rows, tokens, chosen, active & ~running, steered
+    return rows, tokens, chosen, active & ~running, num_overridden
 
 
 def read_tokens(model, params, layers, tokens, lengths, slots):
@@ -469,11 +471,11 @@ def read_tokens(model, params, layers, tokens, lengths, slots):
     """
     layers = layers or layer_params(params, model.config.num_layers)
     layers = int8.restored(layers, model.config.compute_dtype)
-    return few_tokens_step(model, _outside(model, params), layers, tokens, lengths, slots)
+    return decode_tokens(model, _outside(model, params), layers, tokens, lengths, slots)
 
 
 def _variables(model, params):
-    """What ``model.apply`` takes; the head, which no reading uses, may be quantised."""
+    """What ``model.apply`` takes; the head, which no reading uses, may be quantized."""
     stack = int8.restored(params["stack"], model.config.compute_dtype)
     return {"params": {**_outside(model, params), "stack": stack}}
 

@@ -21,7 +21,7 @@ import numpy as np
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.sampler import Stopwatch
+from univla_jax.inference.sampler import Timer
 
 MODES = ("chunk", "receding", "ensemble")
 
@@ -108,20 +108,20 @@ class Executor:
         """Raises UserError for an observation that ``act`` would refuse."""
         self.policy.check(observation, name)
 
-    def work_ahead(self) -> bool:
-        """See ``Policy.work_ahead``."""
-        return self.policy.work_ahead()
+    def prefill_ahead(self) -> bool:
+        """See ``Policy.prefill_ahead``."""
+        return self.policy.prefill_ahead()
 
     def act(
         self,
         observations: Sequence[Observation],
         sessions: Sequence[Plan],
         *,
-        stopwatch: Stopwatch | None = None,
+        timer: Timer | None = None,
     ) -> list[ActionChunk]:
         """What every robot does until it asks again; see ``Policy.act``."""
         inner = [plan.session for plan in sessions]
-        chunks = self.policy.act(observations, inner, stopwatch=stopwatch)
+        chunks = self.policy.act(observations, inner, timer=timer)
         return [self._executed(plan, chunk) for plan, chunk in zip(sessions, chunks)]
 
     def _executed(self, plan: Plan, chunk: ActionChunk) -> ActionChunk:

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
-from univla_jax.sequences.frames import next_frame
+from univla_jax.sequences.frames import frame_separator
 from univla_jax.sequences.prompts import imagine_prompt
 
 
@@ -34,7 +34,7 @@ class WorldModel:
     """
 
     def __init__(
-        self, trained: TrainedModel, *, corpus: str | None = None, view: str | None = None
+        self, trained: LoadedModel, *, corpus: str | None = None, view: str | None = None
     ) -> None:
         """Prepares a loaded model; see ``load``."""
         trained.require_layout(("world_model",), "imagining")
@@ -75,7 +75,7 @@ class WorldModel:
           UserError: no complete checkpoint, changed or missing assets, or a checkpoint that is no
             world model (a policy's makes garbled frames).
         """
-        trained = TrainedModel.load(checkpoint, untrained=untrained, seed=seed)
+        trained = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
         return cls(trained, corpus=corpus, view=view)
 
     @property
@@ -129,12 +129,12 @@ class WorldModel:
         """
         if len(instructions) != len(context):
             raise UserError(f"{len(instructions)} instructions for {len(context)} episodes")
-        lexicon, grid = self.trained.lexicon, context.shape[2:]
-        between = next_frame(lexicon, *grid)
-        prompts = [imagine_prompt(lexicon, t, c) for t, c in zip(instructions, context)]
+        text_encoder, grid = self.trained.text_encoder, context.shape[2:]
+        between = frame_separator(text_encoder, *grid)
+        prompts = [imagine_prompt(text_encoder, t, c) for t, c in zip(instructions, context)]
         if guidance != 1:
-            prompts += [imagine_prompt(lexicon, "", c) for c in context]
-        tokens, lengths = pad_prompts(prompts, lexicon.vocabulary.pad, rows=len(prompts))
+            prompts += [imagine_prompt(text_encoder, "", c) for c in context]
+        tokens, lengths = pad_prompts(prompts, text_encoder.vocabulary.pad, rows=len(prompts))
         size = int(np.prod(grid))
         slots = tokens.shape[1] + frames * (size + len(between))
         state = self._sampler.prefill(tokens, lengths, slots=slots)
@@ -151,7 +151,7 @@ class WorldModel:
                 guidance=guidance,
             )
             imagined.append(np.asarray(generated.tokens)[: len(context)])
-        codes = lexicon.vocabulary.visual_codes(np.stack(imagined, 1))
+        codes = text_encoder.vocabulary.visual_codes(np.stack(imagined, 1))
         return codes.reshape(len(context), frames, *grid).astype(np.uint16)
 
 

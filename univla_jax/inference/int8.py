@@ -18,7 +18,7 @@ from univla_jax.errors import UserError
 _INPUT_AXES = {"out": (1, 2)}  # of stacked kernels [L, inputs, outputs]; one for all others
 
 
-def quantised(params: Any) -> Any:
+def quantize_params(params: Any) -> Any:
     """Parameters whose kernels and head are ``qwix.QArray``.
 
     Raises:
@@ -44,9 +44,9 @@ def quantised(params: Any) -> Any:
 def restored(params: Any, dtype: Any) -> Any:
     """The same parameters as arrays; inside ``jit``, next to where they are used."""
     return jax.tree.map(
-        lambda x: _restored(x).astype(dtype) if _is_quantised(x) else x,
+        lambda x: _restored(x).astype(dtype) if _is_quantized(x) else x,
         params,
-        is_leaf=_is_quantised,
+        is_leaf=_is_quantized,
     )
 
 
@@ -54,7 +54,7 @@ def rows(table: Any, ids: jax.Array | None, dtype: Any) -> jax.Array:
     """Rows [R, D] of a table [V, D], or all of it, in ``dtype``."""
     if ids is not None:
         table = jax.tree.map(lambda x: jnp.take(x, ids, axis=0), table)
-    return (_restored(table) if _is_quantised(table) else table).astype(dtype)
+    return (_restored(table) if _is_quantized(table) else table).astype(dtype)
 
 
 def size(params: Any) -> int:
@@ -62,7 +62,7 @@ def size(params: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-def _is_quantised(x: Any) -> bool:
+def _is_quantized(x: Any) -> bool:
     return hasattr(x, "qvalue")
 
 

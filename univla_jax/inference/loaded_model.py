@@ -20,7 +20,7 @@ from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.training.losses import DECODER, EXPERT
 from univla_jax.training.model_setup import params_init
 
@@ -28,7 +28,7 @@ _IDENTIFYING = ("_CHECKPOINT_METADATA", "state/manifest.ocdbt", "assets/assets.j
 
 
 @dataclasses.dataclass(frozen=True)
-class CorpusLayout:
+class CorpusSettings:
     """What a model was shown of one corpus.
 
     Attributes:
@@ -49,7 +49,7 @@ class Layout:
     Attributes:
       layout: ``"policy_video"``, ``"policy_image"``, ``"policy_flow"`` or ``"world_model"``.
       frames: moments per training sample; the history window of a video policy.
-      action_frames: steps of an action chunk.
+      chunk_size: steps of an action chunk.
       frame_spacing: steps between two frames of a world model; 0 means each corpus' own.
       sequence_length: the most tokens a training sample had.
       views: cameras in the order they are written.
@@ -59,7 +59,7 @@ class Layout:
 
     layout: str
     frames: int
-    action_frames: int
+    chunk_size: int
     frame_spacing: int
     sequence_length: int
     views: tuple[str, ...]
@@ -75,7 +75,7 @@ class Layout:
         """
         layout = strict.build(cls, assets.layout, where="assets.layout")
         corpora = {
-            name: strict.build(CorpusLayout, values, where=f"assets.layout.corpora.{name}")
+            name: strict.build(CorpusSettings, values, where=f"assets.layout.corpora.{name}")
             for name, values in layout.corpora.items()
         }
         return dataclasses.replace(layout, corpora=corpora)
@@ -96,7 +96,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModel:
+class LoadedModel:
     """A decoder ready to generate.
 
     Attributes:
@@ -118,9 +118,9 @@ class TrainedModel:
     expert_params: Any = None
 
     @classmethod
-    def load(
+    def from_checkpoint(
         cls, checkpoint: str | pathlib.Path, *, untrained: bool = False, seed: int = 0
-    ) -> TrainedModel:
+    ) -> LoadedModel:
         """Reads a checkpoint; every file of its assets is verified.
 
         Args:
@@ -147,9 +147,9 @@ class TrainedModel:
         return cls(folder, assets, layout, model, params[DECODER], expert, params[EXPERT])
 
     @functools.cached_property
-    def lexicon(self) -> Lexicon:
+    def text_encoder(self) -> TextEncoder:
         """Words to token ids."""
-        return Lexicon(self.assets.vocabulary, self.assets.text)
+        return TextEncoder(self.assets.vocabulary, self.assets.text)
 
     def statistics(self, key: str) -> ActionStatistics:
         """Of a corpus' actions, or under its ``state_key`` of its states.

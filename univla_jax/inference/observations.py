@@ -12,9 +12,9 @@ import numpy as np
 from univla_jax.assets import Assets
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import Layout, TrainedModel
+from univla_jax.inference.loaded_model import Layout, LoadedModel
 from univla_jax.normalization import state_key
-from univla_jax.sequences.chunks import state_ids
+from univla_jax.sequences.chunks import encode_states
 
 
 class ObservationEncoder:
@@ -123,13 +123,13 @@ class StateEncoder:
       max_tokens: the most ids of one state.
     """
 
-    def __init__(self, trained: TrainedModel, corpus: str) -> None:
+    def __init__(self, trained: LoadedModel, corpus: str) -> None:
         """Takes the state statistics of ``corpus``.
 
         Raises:
           UserError: the checkpoint has none.
         """
-        self._lexicon, self._tokenizer = trained.lexicon, trained.assets.require("action")
+        self._text_encoder, self._tokenizer = trained.text_encoder, trained.assets.require("action")
         self._statistics = trained.statistics(state_key(corpus))
         self._size = self._statistics.action_dim
         self.max_tokens = self._tokenizer.max_tokens(1, self._size)
@@ -159,7 +159,7 @@ class StateEncoder:
     def encode(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
         """int32 ids of each of the checked states, [P]."""
         stacked = np.asarray(states, np.float32).reshape(-1, self._size)
-        return state_ids(self._lexicon, self._tokenizer, self._statistics, stacked)
+        return encode_states(self._text_encoder, self._tokenizer, self._statistics, stacked)
 
 
 class NoStates:

@@ -1,6 +1,6 @@
 """The policy: observations of several robots in, one action chunk for each out.
 
-    observe → codes, state ids → history → prompt → action ids, eoa → decode → unnormalise
+    observe → codes, state ids → history → prompt → action ids, eoa → decode → unnormalize
             → ActionChunk
 
 Reproduces ``EmuVLAModel.step`` of UniVLA reference/RoboVLMs/eval/*/model_wrapper*.py in batch,
@@ -22,17 +22,17 @@ import numpy as np
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import (
-    ActionHead,
-    HeadAnswer,
-    Holders,
+    ActionDecoder,
+    ActionPrediction,
     Session,
-    TokenHead,
-    head_of,
+    SessionLru,
+    TokenActionDecoder,
+    make_action_decoder,
 )
-from univla_jax.inference.int8 import quantised
-from univla_jax.inference.loaded_model import TrainedModel
+from univla_jax.inference.int8 import quantize_params
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.observations import NoStates, ObservationEncoder, StateEncoder
-from univla_jax.inference.sampler import Stopwatch, row_bucket
+from univla_jax.inference.sampler import Timer, row_bucket
 from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
 
@@ -49,13 +49,13 @@ class Policy:
       trained: the model and its assets.
       corpus: row whose cameras and action statistics are used.
       statistics: of that corpus' actions.
-      head: turns prompts into normalised actions.
+      head: turns prompts into normalized actions.
       states: checks and writes proprioceptive states, where the policy was shown them.
     """
 
     def __init__(
         self,
-        trained: TrainedModel,
+        trained: LoadedModel,
         *,
         corpus: str | None = None,
         rows: int | None = None,
@@ -63,7 +63,7 @@ class Policy:
         draft: int = 0,
         memories: int = _MEMORIES,
         free_form: bool = False,
-        head: ActionHead | None = None,
+        head: ActionDecoder | None = None,
     ) -> None:
         """Prepares a loaded model; see ``load``.
 
@@ -79,11 +79,11 @@ class Policy:
         self.states = StateEncoder(trained, self.corpus) if layout.state else NoStates()
         self._rows = rows
         shape = self.chunk, self.statistics.action_dim
-        self.head = head or head_of(
+        self.head = head or make_action_decoder(
             trained, shape, max_new_tokens=max_new_tokens, draft=draft, free_form=free_form
         )
         self.head.prepare(self._lengths(), rows)
-        self._holders = Holders(memories)
+        self._holders = SessionLru(memories)
 
     @classmethod
     def load(
@@ -122,9 +122,9 @@ class Policy:
           UserError: no complete checkpoint, changed or missing assets, a checkpoint that is no
             policy, or several corpora and none named.
         """
-        trained = TrainedModel.load(checkpoint, untrained=untrained, seed=seed)
+        trained = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
         if int8:
-            trained = dataclasses.replace(trained, params=quantised(trained.params))
+            trained = dataclasses.replace(trained, params=quantize_params(trained.params))
         return cls(
             trained,
             corpus=corpus,
@@ -138,7 +138,7 @@ class Policy:
     @property
     def chunk(self) -> int:
         """Steps T of a chunk."""
-        return self.trained.layout.action_frames
+        return self.trained.layout.chunk_size
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -156,14 +156,14 @@ class Policy:
         observations: Sequence[Observation],
         sessions: Sequence[Session],
         *,
-        stopwatch: Stopwatch | None = None,
+        timer: Timer | None = None,
     ) -> list[ActionChunk]:
         """The next chunk of every robot.
 
         Args:
           observations: one per robot.
           sessions: of the same robots, from ``start``; each gets its observation and action added.
-          stopwatch: gets the parts ``observe``, ``read`` and ``write``.
+          timer: gets the parts ``observe``, ``read`` and ``write``.
 
         Returns:
           one chunk per robot, float32 [T, A] in physical units. Ids that decode to no whole chunk
@@ -185,7 +185,7 @@ class Policy:
         chunks: list[ActionChunk] = []
         for start in range(0, len(observations), size):
             part = slice(start, start + size)
-            chunks += self._act(observations[part], sessions[part], stopwatch or Stopwatch())
+            chunks += self._act(observations[part], sessions[part], timer or Timer())
         return chunks
 
     def example(self) -> Observation:
@@ -213,7 +213,7 @@ class Policy:
         self.states.check(observation.state, name)
         self._check_instruction(observation.instruction, name)
 
-    def work_ahead(self) -> bool:
+    def prefill_ahead(self) -> bool:
         """Reads what the next prompts are known to begin with, between calls.
 
         Once the window is full, the observation that stays moves to another position and must be
@@ -227,65 +227,69 @@ class Policy:
         wanted = [
             (session, prefix)
             for session, prefix in zip(sessions, prefixes)
-            if self.head.worth_reading(prefix, session)
+            if self.head.should_prefill(prefix, session)
         ]
         if wanted:
             behind, known = zip(*wanted)
-            self.head.read_ahead(known, behind)
+            self.head.prefill_ahead(known, behind)
         return bool(wanted)
 
     def _prefix(self, session: Session) -> np.ndarray:
-        return session.history.prefix(opening(self.trained.lexicon, session.instruction or ""))
+        return session.history.prefix(opening(self.trained.text_encoder, session.instruction or ""))
 
     def _act(
         self,
         observations: Sequence[Observation],
         sessions: Sequence[Session],
-        stopwatch: Stopwatch,
+        timer: Timer,
     ) -> list[ActionChunk]:
-        lexicon = self.trained.lexicon
-        with stopwatch.part("observe"):
+        text_encoder = self.trained.text_encoder
+        with timer.section("observe"):
             seen = self._encoder.encode(observations, self._rows or row_bucket(len(observations)))
             states = self.states.encode([observation.state for observation in observations])
         histories = [
-            session.seeing(observation.instruction, turn_prompt(lexicon, views, state))
+            session.seeing(observation.instruction, turn_prompt(text_encoder, views, state))
             for observation, session, views, state in zip(observations, sessions, seen, states)
         ]
         prompts = [
-            history.prompt(opening(lexicon, observation.instruction))
+            history.prompt(opening(text_encoder, observation.instruction))
             for observation, history in zip(observations, histories)
         ]
-        answers = self.head.answer(prompts, sessions, stopwatch)
+        answers = self.head.answer(prompts, sessions, timer)
         chunks = []
         for i, (session, answer) in enumerate(zip(sessions, answers)):
             chunk = self._chunk(answer, session.last_action)
-            history = histories[i].act(closed(lexicon.vocabulary, answer.ids))
+            history = histories[i].act(closed(text_encoder.vocabulary, answer.ids))
             session.keep(observations[i].instruction, history, chunk, answer.memory)
             chunks.append(chunk)
         self._holders.called(sessions)
         return chunks
 
-    def _chunk(self, answer: HeadAnswer, last_action: np.ndarray | None) -> ActionChunk:
+    def _chunk(self, answer: ActionPrediction, last_action: np.ndarray | None) -> ActionChunk:
         """The chunk of a head's answer in physical units; no motion where it is not valid."""
-        decoded, steered = answer.decoded, answer.steered
+        decoded, num_overridden = answer.decoded, answer.num_overridden
         if decoded.valid:
-            return ActionChunk(self.statistics.unnormalise(decoded.actions), steered=steered)
+            return ActionChunk(
+                self.statistics.unnormalize(decoded.actions), num_overridden=num_overridden
+            )
         actions = no_motion(self.chunk, self.statistics.action_dim, last_action)
-        return ActionChunk(actions, valid=False, reason=decoded.reason, steered=steered)
+        return ActionChunk(
+            actions, valid=False, reason=decoded.reason, num_overridden=num_overridden
+        )
 
     def _lengths(self) -> tuple[int, int, int]:
         """New tokens of the usual calls: one observation, with an instruction, a whole prompt."""
         layout, window = self.trained.layout, self.start().history.window
         grids = layout.corpora[self.corpus].grids
         codes = [np.zeros((1, *grids[view]), np.int32) for view in layout.views]
-        turn = len(turn_prompt(self.trained.lexicon, codes)) + self.states.max_tokens
+        turn = len(turn_prompt(self.trained.text_encoder, codes)) + self.states.max_tokens
         longest = _USUAL_OPENING + window * turn + (window - 1) * _action_tokens(self.head)
         first = _USUAL_OPENING + turn
         return turn + 1, first, max(first, min(longest, layout.sequence_length))
 
     def _check_instruction(self, instruction: str, name: str) -> None:
         longest = self.trained.layout.sequence_length
-        words = len(opening(self.trained.lexicon, instruction))
+        words = len(opening(self.trained.text_encoder, instruction))
         if words > longest:
             raise UserError(
                 f"{name}: the instruction makes {words} tokens, the policy was trained on "
@@ -293,15 +297,15 @@ class Policy:
             )
 
 
-def _action_tokens(head: ActionHead) -> int:
-    return head.rules.max_new_tokens if isinstance(head, TokenHead) else 1
+def _action_tokens(head: ActionDecoder) -> int:
+    return head.rules.max_new_tokens if isinstance(head, TokenActionDecoder) else 1
 
 
 def no_motion(steps: int, action_dim: int, last_action: np.ndarray | None) -> np.ndarray:
     """Stand still: float32 [steps, action_dim] zeros; the gripper stays as last commanded.
 
     Holds for actions that are displacements with the gripper last, as in every corpus here. The
-    zeros of the normalised range are no such thing: unnormalised they move.
+    zeros of the normalized range are no such thing: unnormalized they move.
 
     Args:
       steps: length of the chunk.

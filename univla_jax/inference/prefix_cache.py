@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.inference.decode_step import NOTHING, DecodeState, Generated, Rows
-from univla_jax.inference.sampler import Sampler, Stopwatch, length_bucket, row_bucket
-from univla_jax.inference.sampling import GREEDY, Form, Sampling
+from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
+from univla_jax.inference.sampler import Sampler, Timer, length_bucket, row_bucket
+from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.kv_cache import KVCache
 
 # ----------------------------------------------------------------------------
@@ -32,7 +32,7 @@ from univla_jax.models.kv_cache import KVCache
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class CachedPrefix:
     """What is left of one sequence.
 
     Attributes:
@@ -57,19 +57,19 @@ def grown(cache: KVCache, slots: int) -> KVCache:
 
 
 @jax.jit
-def split(rows: Rows) -> list[Rows]:
+def split(rows: DecodeBatch) -> list[DecodeBatch]:
     """Each row by itself."""
     caches = [jax.tree.map(lambda x, i=i: x[:, i : i + 1], rows.cache) for i in _each(rows)]
     cut = lambda x: [x[i : i + 1] for i in _each(rows)]  # noqa: E731
-    return [Rows(*row) for row in zip(caches, *map(cut, _outside(rows)))]
+    return [DecodeBatch(*row) for row in zip(caches, *map(cut, _outside(rows)))]
 
 
 @jax.jit
-def joined(rows: tuple[Rows, ...]) -> Rows:
+def joined(rows: tuple[DecodeBatch, ...]) -> DecodeBatch:
     """One batch of single rows with caches of the same slots."""
     rest = zip(*map(_outside, rows))
     cache = _stack(tuple(row.cache for row in rows))
-    return Rows(cache, *(jnp.concatenate(parts) for parts in rest))
+    return DecodeBatch(cache, *(jnp.concatenate(parts) for parts in rest))
 
 
 def stacked(caches: Sequence[KVCache], lengths: np.ndarray, hidden: np.ndarray) -> DecodeState:
@@ -80,8 +80,8 @@ def stacked(caches: Sequence[KVCache], lengths: np.ndarray, hidden: np.ndarray) 
       lengths: int32 [B], tokens that each holds.
       hidden: [B, D], final hidden state of the last of them.
     """
-    none = jnp.asarray(np.full(len(lengths), NOTHING, np.int32))
-    rows = Rows(_stack(tuple(caches)), jnp.asarray(lengths), jnp.asarray(hidden), none)
+    none = jnp.asarray(np.full(len(lengths), NO_TOKEN, np.int32))
+    rows = DecodeBatch(_stack(tuple(caches)), jnp.asarray(lengths), jnp.asarray(hidden), none)
     return DecodeState(rows, bound=int(lengths.max()))
 
 
@@ -90,11 +90,11 @@ def _stack(caches: tuple[KVCache, ...]) -> KVCache:
     return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *caches)
 
 
-def _each(rows: Rows) -> range:
+def _each(rows: DecodeBatch) -> range:
     return range(len(rows.lengths))
 
 
-def _outside(rows: Rows) -> tuple[jax.Array, ...]:
+def _outside(rows: DecodeBatch) -> tuple[jax.Array, ...]:
     """All but the cache; their first axis is that of the rows."""
     return rows.lengths, rows.hidden, rows.pending
 
@@ -107,7 +107,7 @@ _ROUNDING = 32  # new tokens are padded by less behind a prompt of the greatest 
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class GenerationRules:
     """What a continuation may be.
 
     Attributes:
@@ -124,7 +124,7 @@ class Rules:
     stop_id: int
     max_new_tokens: int
     sampling: Sampling = GREEDY
-    form: Form | None = None
+    form: GrammarMask | None = None
     draft: int = 0
 
     def __post_init__(self) -> None:
@@ -134,21 +134,21 @@ class Rules:
 
 
 @dataclasses.dataclass(frozen=True)
-class Continuation:
+class Completion:
     """How one sequence went on.
 
     Attributes:
       ids: int32 [n] chosen, up to and with the stop id where it was reached.
       memory: what is left of the sequence.
-      steered: how many of them are not the likeliest, because the form rules that one out.
+      overridden: how many of them are not the likeliest, because the form rules that one out.
     """
 
     ids: np.ndarray
-    memory: Memory
-    steered: int
+    memory: CachedPrefix
+    num_overridden: int
 
 
-class Continuer:
+class PrefixCache:
     """Reads prompts over what is remembered of them, and continues each until it stops.
 
     Shapes are few: new tokens are padded to one of ``lengths`` where they fit, rows to a bucket,
@@ -158,7 +158,7 @@ class Continuer:
     def __init__(
         self,
         sampler: Sampler,
-        rules: Rules,
+        rules: GenerationRules,
         *,
         lengths: Sequence[int],
         rows: int | None = None,
@@ -186,40 +186,40 @@ class Continuer:
     def answer(
         self,
         prompts: Sequence[np.ndarray],
-        memories: Sequence[Memory | None],
+        memories: Sequence[CachedPrefix | None],
         *,
         copied: Sequence[np.ndarray] | None = None,
-        stopwatch: Stopwatch | None = None,
-    ) -> list[Continuation]:
+        timer: Timer | None = None,
+    ) -> list[Completion]:
         """Continues every prompt.
 
         Args:
           prompts: int32 [n] each.
           memories: what is left of the call before, consumed; None where there is nothing.
           copied: per prompt what drafts are copied from, int32 [h]; nothing by default.
-          stopwatch: gets the parts ``read`` and ``write``.
+          timer: gets the parts ``read`` and ``write``.
 
         Returns:
           one continuation per prompt.
         """
-        stopwatch = stopwatch or Stopwatch()
-        with stopwatch.part("read") as results:
+        timer = timer or Timer()
+        with timer.section("read") as results:
             state = self._read(prompts, memories)
             results.append(state.rows)
-        with stopwatch.part("write") as results:
+        with timer.section("write") as results:
             generated, state = self._write(state, len(prompts), copied or [])
             results.append(generated.tokens)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
-        steered = np.asarray(generated.steered).tolist()
+        num_overridden = np.asarray(generated.num_overridden).tolist()
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
         read = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
-        memories = [Memory(row.cache, ids) for row, ids in zip(split(state.rows), read)]
-        return [Continuation(*parts) for parts in zip(chosen, memories, steered)]
+        memories = [CachedPrefix(row.cache, ids) for row, ids in zip(split(state.rows), read)]
+        return [Completion(*parts) for parts in zip(chosen, memories, num_overridden)]
 
-    def read_ahead(self, prefixes: Sequence[np.ndarray]) -> list[Memory]:
+    def prefill_ahead(self, prefixes: Sequence[np.ndarray]) -> list[CachedPrefix]:
         """Reads the beginnings of prompts that will be asked for later."""
         state = self._read(prefixes, [None] * len(prefixes))
-        return [Memory(row.cache, ids) for row, ids in zip(split(state.rows), prefixes)]
+        return [CachedPrefix(row.cache, ids) for row, ids in zip(split(state.rows), prefixes)]
 
     def warm(self, rows: int) -> None:
         """Compiles what calls with ``rows`` rows use, and waits for what that computes."""
@@ -236,12 +236,12 @@ class Continuer:
         _, state = self._write(state, 0)
         jax.block_until_ready(state.rows)
 
-    def worth_reading(self, prefix: np.ndarray, memory: Memory | None) -> bool:
+    def should_prefill(self, prefix: np.ndarray, memory: CachedPrefix | None) -> bool:
         """Whether reading ``prefix`` ahead would spare a later call anything."""
         held = 0 if memory is None else common(prefix, memory.ids)
         return len(prefix) - held > 1  # the last id chosen is always read with what comes next
 
-    def reused(self, prompt: np.ndarray, memory: Memory | None) -> int:
+    def reused(self, prompt: np.ndarray, memory: CachedPrefix | None) -> int:
         """How many ids of ``prompt`` need not be read again.
 
         None where the rest is longer than the shortest of the usual lengths: that would save
@@ -257,7 +257,7 @@ class Continuer:
         return shared if len(prompt) - shared <= shortest < len(prompt) else 0
 
     def _read(
-        self, prompts: Sequence[np.ndarray], memories: Sequence[Memory | None]
+        self, prompts: Sequence[np.ndarray], memories: Sequence[CachedPrefix | None]
     ) -> DecodeState:
         """All prompts read, in order, the batch filled up with repetitions of the first rows."""
         known = [self.reused(p, m) for p, m in zip(prompts, memories)]
@@ -307,11 +307,11 @@ class Continuer:
         }
         if not rules.draft:
             return self._sampler.generate(state, sampling=rules.sampling, **settings)
-        held = np.full((rows, rules.max_new_tokens), NOTHING, np.int32)
+        held = np.full((rows, rules.max_new_tokens), NO_TOKEN, np.int32)
         for row, ids in zip(held, copied):
             row[: len(ids)] = ids[: len(row)]
         settings |= {"copied": held, "block": rules.draft}
-        generated, state, _ = self._sampler.generate_drafted(state, **settings)
+        generated, state, _ = self._sampler.generate_speculative(state, **settings)
         return generated, state
 
     def _read_group(
@@ -340,7 +340,7 @@ class Continuer:
     ) -> DecodeState:
         """One batch of the rows of several, each back at its place."""
         slots = max(state.rows.cache.slots for state in states)
-        placed: list[Rows | None] = [None] * self._size(count)
+        placed: list[DecodeBatch | None] = [None] * self._size(count)
         for state, members in zip(states, groups):
             rows = state.rows.replace(cache=grown(state.rows.cache, slots))
             for i, row in zip(members, split(rows)):

@@ -26,16 +26,16 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.inference import decode_step
-from univla_jax.inference.decode_step import NOTHING, DecodeState, Generated, Rows
-from univla_jax.inference.sampling import GREEDY, Form, Sampling
-from univla_jax.inference.speculative import generate_drafted
+from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
+from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
+from univla_jax.inference.speculative import generate_speculative
 from univla_jax.models.decoder import Decoder
 
 # ----------------------------------------------------------------------------
 # Where the time of a call went.
 
 
-class Stopwatch:
+class Timer:
     """Adds up the milliseconds of named parts; what a part computes is waited for.
 
     Attributes:
@@ -47,7 +47,7 @@ class Stopwatch:
         self.milliseconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[list[Any]]:
+    def section(self, name: str) -> Iterator[list[Any]]:
         """Times a block; arrays put into the yielded list are waited for."""
         begin, results = time.perf_counter(), []
         yield results
@@ -211,7 +211,7 @@ class Sampler:
         active: np.ndarray | None = None,
         window: int | None = None,
         grammar: np.ndarray | None = None,
-        form: Form | None = None,
+        form: GrammarMask | None = None,
         guidance: float = 1.0,
     ) -> tuple[Generated, DecodeState]:
         """Lets every row choose tokens until it stops, in one jitted loop.
@@ -253,13 +253,13 @@ class Sampler:
             raise UserError(f"guidance needs rows with and without instruction, got {batch} rows")
         bound = state.bound + max_new_tokens
         rows, window = _make_room(state.rows, read=max(bound, window or 0), write=bound)
-        rows, tokens, lengths, stopped, steered = decode_step.generate(
+        rows, tokens, lengths, stopped, num_overridden = decode_step.generate(
             self.model,
             self.params,
             self._layers,
             rows,
             ids,
-            np.int32(NOTHING if stop_id is None else stop_id),
+            np.int32(NO_TOKEN if stop_id is None else stop_id),
             _row_keys(key, batch if guidance == 1 else batch // 2, sampling),
             np.ones(batch, bool) if active is None else np.asarray(active, bool),
             forced,
@@ -269,10 +269,10 @@ class Sampler:
             window=window,
             guidance=guidance,
         )
-        generated = Generated(tokens, lengths, stopped, steered)
+        generated = Generated(tokens, lengths, stopped, num_overridden)
         return generated, DecodeState(rows, bound, has_pending=True)
 
-    def generate_drafted(
+    def generate_speculative(
         self,
         state: DecodeState,
         *,
@@ -280,7 +280,7 @@ class Sampler:
         allowed: np.ndarray,
         copied: np.ndarray,
         stop_id: int | None = None,
-        form: Form | None = None,
+        form: GrammarMask | None = None,
         active: np.ndarray | None = None,
         window: int | None = None,
         block: int = 4,
@@ -319,13 +319,13 @@ class Sampler:
         bound = state.bound + max_new_tokens
         need = max(bound + block, window or 0)
         rows, window = _make_room(state.rows, read=need, write=need)
-        rows, tokens, lengths, stopped, steered, steps = generate_drafted(
+        rows, tokens, lengths, stopped, num_overridden, steps = generate_speculative(
             self.model,
             self.params,
             self._layers,
             rows,
             ids,
-            np.int32(NOTHING if stop_id is None else stop_id),
+            np.int32(NO_TOKEN if stop_id is None else stop_id),
             np.ones(batch, bool) if active is None else np.asarray(active, bool),
             copied,
             form,
@@ -333,7 +333,7 @@ class Sampler:
             block=block,
             window=window,
         )
-        generated = Generated(tokens, lengths, stopped, steered)
+        generated = Generated(tokens, lengths, stopped, num_overridden)
         return generated, DecodeState(rows, bound), int(steps)
 
     def _check(
@@ -379,7 +379,7 @@ class Sampler:
         return forced
 
 
-def _check_form(form: Form | None, ids: np.ndarray | None, guidance: float = 1.0) -> None:
+def _check_form(form: GrammarMask | None, ids: np.ndarray | None, guidance: float = 1.0) -> None:
     if form is None:
         return
     columns = form.finishes.shape[1]
@@ -416,7 +416,7 @@ def _pad_to_bucket(tokens: np.ndarray, extra: int = 0) -> np.ndarray:
     return np.pad(tokens, ((0, 0), (0, bucket - extra - tokens.shape[1])))
 
 
-def _make_room(rows: Rows, *, read: int, write: int) -> tuple[Rows, int]:
+def _make_room(rows: DecodeBatch, *, read: int, write: int) -> tuple[DecodeBatch, int]:
     """A cache of at least ``write`` slots, and a window bucket of at least ``read``."""
     if write > rows.cache.slots:
         rows = rows.replace(cache=rows.cache.grow(length_bucket(write)))

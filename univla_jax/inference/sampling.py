@@ -101,7 +101,7 @@ def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 @flax.struct.dataclass
-class Form:
+class GrammarMask:
     """A ``CodeGrammar`` with the stop id, its columns in ascending order of ids.
 
     Attributes:
@@ -115,7 +115,7 @@ class Form:
     characters: np.ndarray
 
     @classmethod
-    def of(cls, grammar: CodeGrammar, ids: np.ndarray, stop_id: int) -> Form:
+    def of(cls, grammar: CodeGrammar, ids: np.ndarray, stop_id: int) -> GrammarMask:
         """The form of a grammar.
 
         Args:
@@ -130,11 +130,11 @@ class Form:
         begins = np.append(grammar.begins, np.zeros_like(stop), axis=1)[:, order]
         return cls(finishes, begins, np.int32(grammar.characters))
 
-    def start(self, rows: int) -> Place:
+    def start(self, rows: int) -> GrammarState:
         """Where every row stands before its first id."""
-        return Place(jnp.full(rows, self.characters), jnp.zeros(rows, jnp.int32))
+        return GrammarState(jnp.full(rows, self.characters), jnp.zeros(rows, jnp.int32))
 
-    def legal(self, place: Place) -> jax.Array:
+    def legal(self, place: GrammarState) -> jax.Array:
         """bool [B, R], whether an id leads to a whole chunk. All bytes being codes, one does."""
         finishes, begins = self.finishes[place.part], self.begins[place.part]
         left = place.left[:, None] - finishes
@@ -142,13 +142,13 @@ class Form:
         fits = (left > 0) | ((left == 0) & (begins == 0))
         return (finishes != ILLEGAL) & fits & (writes | (left == 0))
 
-    def after(self, place: Place, column: jax.Array) -> Place:
+    def after(self, place: GrammarState, column: jax.Array) -> GrammarState:
         """Where the rows stand behind the ids of ``column`` int32 [B]."""
         finished = jnp.maximum(self.finishes[place.part, column], 0)
-        return Place(place.left - finished, self.begins[place.part, column])
+        return GrammarState(place.left - finished, self.begins[place.part, column])
 
 
-class Place(NamedTuple):
+class GrammarState(NamedTuple):
     """Where rows stand in their chunks.
 
     Attributes:
@@ -161,7 +161,7 @@ class Place(NamedTuple):
 
 
 def restrict(
-    form: Form | None, place: Place | None, logits: jax.Array
+    form: GrammarMask | None, place: GrammarState | None, logits: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Logits float32 [B, R] with -inf for what is not legal, and bool [B] whether that matters.
 
@@ -171,5 +171,5 @@ def restrict(
         return logits, jnp.zeros(len(logits), bool)
     legal = form.legal(place)
     likeliest = jnp.argmax(logits, axis=-1)
-    steered = ~jnp.take_along_axis(legal, likeliest[:, None], axis=1)[:, 0]
-    return jnp.where(legal, logits, -jnp.inf), steered
+    num_overridden = ~jnp.take_along_axis(legal, likeliest[:, None], axis=1)[:, 0]
+    return jnp.where(legal, logits, -jnp.inf), num_overridden

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from univla_jax.inference import decode_step, int8
-from univla_jax.inference.decode_step import NOTHING, Rows, read_tokens
+from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, read_tokens
 from univla_jax.inference.sampling import restrict
 from univla_jax.models.decoder import project
 
 
-def propose(text: jax.Array, end: jax.Array, first: jax.Array, place: jax.Array, count: int):
+def propose_draft(text: jax.Array, end: jax.Array, first: jax.Array, place: jax.Array, count: int):
     """Guesses what follows one row's next token.
 
     Args:
@@ -50,7 +50,7 @@ def propose(text: jax.Array, end: jax.Array, first: jax.Array, place: jax.Array,
 @functools.partial(
     jax.jit, static_argnames=("model", "count", "block", "window"), donate_argnames="rows"
 )
-def generate_drafted(
+def generate_speculative(
     model, params, layers, rows, ids, stop, active, copied, form, *, count, block, window
 ):
     """The greedy decode loop with ``block`` tokens per step; see ``decode_steps.generate``.
@@ -75,16 +75,16 @@ def generate_drafted(
     """
     head = int8.rows(params["head"], ids, model.config.compute_dtype)
     batch, held = copied.shape
-    guess = jax.vmap(functools.partial(propose, count=block - 1))
+    guess = jax.vmap(functools.partial(propose_draft, count=block - 1))
 
     def most_likely(logits, place):
-        logits, steered = restrict(form, place, logits)
+        logits, num_overridden = restrict(form, place, logits)
         column = jnp.argmax(logits, axis=-1)
-        return ids[column], None if form is None else form.after(place, column), steered
+        return ids[column], None if form is None else form.after(place, column), num_overridden
 
-    def verify(read, first, place, steered):
+    def verify(read, first, place, num_overridden):
         """The likeliest ids behind each token read [B, K], and place and count after each."""
-        logits, found, places, counts = project(read, head), [first], [place], [steered]
+        logits, found, places, counts = project(read, head), [first], [place], [num_overridden]
         for k in range(block - 1):  # what comes after a wrong draft is not kept
             likely, place, changed = most_likely(logits[:, k], places[-1])
             found, places = [*found, likely], [*places, place]
@@ -95,12 +95,12 @@ def generate_drafted(
         return jnp.any(carry[-2])
 
     def advance(carry):
-        slots, lengths, text, chosen, hidden, place, steered, running, steps = carry
+        slots, lengths, text, chosen, hidden, place, num_overridden, running, steps = carry
         first, behind, changed = most_likely(project(hidden, head), place)
         drafts = guess(text, held + chosen, first, jnp.minimum(chosen, held - 1))
         tokens = jnp.concatenate([first[:, None], drafts], axis=1)
         read, slots = read_tokens(model, params, layers, tokens, lengths, slots)
-        likely, places, counts = verify(read, first, behind, steered + changed)
+        likely, places, counts = verify(read, first, behind, num_overridden + changed)
         kept = 1 + jnp.sum(jnp.cumprod(tokens[:, 1:] == likely[:, 1:], axis=1), axis=1)
         ends = jnp.where(jnp.any(tokens == stop, axis=1), jnp.argmax(tokens == stop, axis=1), block)
         stops = ends < kept
@@ -111,23 +111,33 @@ def generate_drafted(
         end = jnp.maximum(kept - 1, 0)
         last = jnp.take_along_axis(read, end[:, None, None], axis=1)[:, 0]
         hidden = jnp.where(running[:, None], last, hidden)
-        place, steered = jax.tree.map(
+        place, num_overridden = jax.tree.map(
             lambda old, new: jnp.where(running, new[jnp.arange(batch), end], old),
-            (place, steered),
+            (place, num_overridden),
             (places, jnp.stack(counts, 1)),
         )
         chosen = chosen + kept
         running = running & ~(stops & (kept == ends + 1)) & (chosen < count)
-        return slots, lengths + kept, text, chosen, hidden, place, steered, running, steps + 1
+        return (
+            slots,
+            lengths + kept,
+            text,
+            chosen,
+            hidden,
+            place,
+            num_overridden,
+            running,
+            steps + 1,
+        )
 
-    text = jnp.concatenate([copied, jnp.full((batch, count), NOTHING, jnp.int32)], axis=1)
+    text = jnp.concatenate([copied, jnp.full((batch, count), NO_TOKEN, jnp.int32)], axis=1)
     none = jnp.zeros(batch, jnp.int32)
     slots = decode_step.open_slots(rows.cache, window)
     place = None if form is None else form.start(batch)
     start = (slots, rows.lengths, text, none, rows.hidden, place, none, active, jnp.int32(0))
     end = jax.lax.while_loop(more, advance, start)
-    slots, lengths, text, chosen, hidden, _, steered, _, steps = end
+    slots, lengths, text, chosen, hidden, _, num_overridden, _, steps = end
     tokens = text[:, held:]
     last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
-    rows = Rows(decode_step.close_slots(rows.cache, slots), lengths, hidden, rows.pending)
-    return rows, tokens, chosen, active & (chosen > 0) & (last == stop), steered, steps
+    rows = DecodeBatch(decode_step.close_slots(rows.cache, slots), lengths, hidden, rows.pending)
+    return rows, tokens, chosen, active & (chosen > 0) & (last == stop), num_overridden, steps

@@ -17,8 +17,8 @@ from univla_jax.assets import Assets
 from univla_jax.checkpoints import ASSETS, STATE, FilesHandler, FilesSave
 from univla_jax.errors import UserError
 from univla_jax.interop.hf_assets import ConvertConfig, make_assets
-from univla_jax.interop.hf_config import FLOATS, HubModel
-from univla_jax.interop.hf_folder import SOURCE, HubFolder, local_path, save_source
+from univla_jax.interop.hf_config import FLOATS, HfModel
+from univla_jax.interop.hf_folder import SOURCE, HfFolder, local_path, save_source
 from univla_jax.interop.key_table import KeyRule, padded, stacked_shapes
 from univla_jax.interop.tensor_files import Piece, PiecedArray, StoredTensor, state_handler
 from univla_jax.interop.vision_keys import write_vision
@@ -26,14 +26,14 @@ from univla_jax.interop.vision_keys import write_vision
 Done = Callable[[int], Any]
 
 
-def from_hub(
+def from_hf(
     source: str | pathlib.Path,
     to: str | pathlib.Path,
     config: ConvertConfig,
     *,
     weights_only: bool = False,
     progress: bool = True,
-) -> HubFolder:
+) -> HfFolder:
     """Converts a folder; the result appears whole or not at all.
 
     A decoder becomes a checkpoint (``state/``, ``assets/``, ``source/``), to be given wherever a
@@ -54,8 +54,8 @@ def from_hub(
     Raises:
       UserError: something wrong with the folder or the settings; nothing is written then.
     """
-    hub = HubFolder.open(source)
-    model = HubModel.of(hub.config, hub.tensors)
+    hub = HfFolder.open(source)
+    model = HfModel.of(hub.config, hub.tensors)
     model.check(hub.tensors, str(hub.path))
     to = local_path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -102,13 +102,13 @@ def _clear(to: pathlib.Path, part: pathlib.Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _vision_folder(hub: HubFolder, model: HubModel, part: pathlib.Path, done: Done) -> None:
+def _vision_folder(hub: HfFolder, model: HfModel, part: pathlib.Path, done: Done) -> None:
     write_vision(part, model.vision, model.vision_rules, hub.tensors, done)
     save_source(part / SOURCE, hub)
 
 
 def _checkpoint(
-    hub: HubFolder, model: HubModel, assets: Assets | None, to: pathlib.Path, done: Done
+    hub: HfFolder, model: HfModel, assets: Assets | None, to: pathlib.Path, done: Done
 ) -> None:
     """Writes all parts under Orbax's temporary name; its rename is the commit."""
     items: dict[str, Any] = {
@@ -127,7 +127,7 @@ def _checkpoint(
         raise UserError(f"cannot write {to}: {error}") from error
 
 
-def state_tree(model: HubModel, tensors: Mapping[str, StoredTensor], done: Done) -> dict[str, Any]:
+def state_tree(model: HfModel, tensors: Mapping[str, StoredTensor], done: Done) -> dict[str, Any]:
     """The parameters as arrays still to be read.
 
     Args:

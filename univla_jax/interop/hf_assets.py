@@ -13,17 +13,17 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from univla_jax.assets import Assets, StoredVision
+from univla_jax.assets import Assets, LazyVisionTokenizer
 from univla_jax.errors import UserError
-from univla_jax.interop.hf_config import FLOATS, HubModel
-from univla_jax.interop.hf_folder import SINGLE, HubFolder
+from univla_jax.interop.hf_config import FLOATS, HfModel
+from univla_jax.interop.hf_folder import SINGLE, HfFolder
 from univla_jax.interop.vision_keys import open_vision
 from univla_jax.io import parse_json
 from univla_jax.normalization import ActionStatistics, state_key
 from univla_jax.pipeline.data_config import LAYOUTS, WITH_STATE
 from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.text import RANK_FILE, TextTokenizer, TiktokenText
+from univla_jax.tokenizers.text import RANK_FILE, TextTokenizer, TiktokenTextTokenizer
 from univla_jax.tokenizers.vision import PARAMS_FILE
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -54,16 +54,16 @@ _ACTIONS = 2048  # of the universal FAST, where the folder's own action tokenize
 _REPEATED = {f"{name}_token_id": name for name in (*_NAMES, "bov", "eov")}
 
 
-def load_hub_text(folder: pathlib.Path) -> TiktokenText | None:
+def load_hf_text(folder: pathlib.Path) -> TiktokenTextTokenizer | None:
     """The text tokenizer of a folder: Emu3's own two files, else ``tokenizer.json``, else None.
 
     Raises:
       UserError: files that are there but broken.
     """
     if (folder / RANK_FILE).is_file():
-        return TiktokenText.load(folder)
+        return TiktokenTextTokenizer.load(folder)
     if (folder / TOKENIZER).is_file():
-        return TiktokenText(*_from_tokenizers(folder / TOKENIZER))
+        return TiktokenTextTokenizer(*_from_tokenizers(folder / TOKENIZER))
     return None
 
 
@@ -105,7 +105,7 @@ def _byte_characters() -> dict[str, int]:
 _BYTES = _byte_characters()
 
 
-def vocabulary_of(text: TiktokenText, action_size: int | None = None) -> Vocabulary:
+def vocabulary_of(text: TiktokenTextTokenizer, action_size: int | None = None) -> Vocabulary:
     """The vocabulary that a text tokenizer of the Emu3 family lays out.
 
     Args:
@@ -174,7 +174,7 @@ class ConvertConfig:
         expert) or ``"world_model"``; empty for a base model, whose checkpoint is there to train
         from.
       frames: moments a training sample had; the history of a video policy.
-      action_frames: steps of an action chunk.
+      chunk_size: steps of an action chunk.
       frame_spacing: steps between two frames of a world model.
       sequence_length: the most tokens a training sample had.
       control_hz: control rate in steps per second.
@@ -191,7 +191,7 @@ class ConvertConfig:
     action: str = ""
     layout: str = ""
     frames: int = 1
-    action_frames: int = 10
+    chunk_size: int = 10
     frame_spacing: int = 10
     sequence_length: int = 0
     control_hz: float = 10.0
@@ -227,7 +227,7 @@ class ConvertConfig:
 
 
 def make_assets(
-    folder: HubFolder, model: HubModel, config: ConvertConfig, own_vision: pathlib.Path | None
+    folder: HfFolder, model: HfModel, config: ConvertConfig, own_vision: pathlib.Path | None
 ) -> Assets:
     """The assets of a decoder's checkpoint.
 
@@ -267,9 +267,9 @@ def make_assets(
     )
 
 
-def _text(folder: HubFolder, config: ConvertConfig) -> tuple[TextTokenizer, str]:
+def _text(folder: HfFolder, config: ConvertConfig) -> tuple[TextTokenizer, str]:
     place = pathlib.Path(config.text).absolute() if config.text else folder.path
-    text = load_hub_text(place)
+    text = load_hf_text(place)
     if text is None:
         raise UserError(
             f"{place}: no text tokenizer (emu3.tiktoken and emu3_vision_tokens.txt, or "
@@ -279,7 +279,7 @@ def _text(folder: HubFolder, config: ConvertConfig) -> tuple[TextTokenizer, str]
     return text, str(place)
 
 
-def _vision(config: ConvertConfig, own: pathlib.Path | None) -> StoredVision | None:
+def _vision(config: ConvertConfig, own: pathlib.Path | None) -> LazyVisionTokenizer | None:
     if own is not None and config.vision != str(own):
         raise UserError(
             f"config.vision is {config.vision!r}, but the model folder has its own vision "
@@ -296,7 +296,7 @@ def _vision(config: ConvertConfig, own: pathlib.Path | None) -> StoredVision | N
     return open_vision(folder)
 
 
-def _image_specs(config: ConvertConfig, vision: StoredVision | None) -> dict[str, ImageSpec]:
+def _image_specs(config: ConvertConfig, vision: LazyVisionTokenizer | None) -> dict[str, ImageSpec]:
     if vision is None:
         return {}
     return {
@@ -335,7 +335,7 @@ def norm_stats(content: bytes, where: str) -> Mapping[str, Any]:
     return next(iter(robots.values()))
 
 
-def _layout(config: ConvertConfig, vision: StoredVision | None) -> dict[str, Any]:
+def _layout(config: ConvertConfig, vision: LazyVisionTokenizer | None) -> dict[str, Any]:
     """The record that ``inference.trained.Layout`` reads; empty for a base model."""
     if not config.layout:
         return {}
@@ -348,7 +348,7 @@ def _layout(config: ConvertConfig, vision: StoredVision | None) -> dict[str, Any
     return {
         "layout": config.layout,
         "frames": config.frames,
-        "action_frames": config.action_frames,
+        "chunk_size": config.chunk_size,
         "frame_spacing": config.frame_spacing,
         "sequence_length": config.sequence_length,
         **({"state": True} if config.state_statistics else {}),

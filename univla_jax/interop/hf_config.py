@@ -36,7 +36,7 @@ COUNTER = "I64"
 
 
 @dataclasses.dataclass(frozen=True)
-class HubModel:
+class HfModel:
     """The parts of a folder and the place of each of its tensors.
 
     Attributes:
@@ -54,7 +54,7 @@ class HubModel:
     vision_rules: tuple[KeyRule, ...] = ()
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], keys: Iterable[str]) -> HubModel:
+    def of(cls, config: Mapping[str, Any], keys: Iterable[str]) -> HfModel:
         """Reads a parsed config.json.
 
         Args:
@@ -84,7 +84,7 @@ class HubModel:
         return cls(decoder, None, vision, tuple(decoder_rules(decoder, naming)), rules)
 
     @classmethod
-    def _decoder(cls, config: Mapping[str, Any]) -> HubModel:
+    def _decoder(cls, config: Mapping[str, Any]) -> HfModel:
         decoder = config_from_huggingface(config)
         if not config.get("action_experts"):
             return cls(decoder, None, None, tuple(decoder_rules(decoder)))

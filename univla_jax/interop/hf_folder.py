@@ -25,7 +25,7 @@ _LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class HubFolder:
+class HfFolder:
     """A checked folder.
 
     Attributes:
@@ -41,7 +41,7 @@ class HubFolder:
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
-    def open(cls, folder: str | pathlib.Path) -> HubFolder:
+    def open(cls, folder: str | pathlib.Path) -> HfFolder:
         """Reads the config, the index and the headers.
 
         Raises:
@@ -199,7 +199,7 @@ class SourceRecord:
         return cls(_read_record(folder / "headers"), _read_record(folder / "files"))
 
 
-def save_source(folder: pathlib.Path, hub: HubFolder) -> None:
+def save_source(folder: pathlib.Path, hub: HfFolder) -> None:
     """Writes the record of a model folder."""
     write_files(folder / "headers", hub.headers)
     write_files(folder / "files", hub.small_files)

@@ -22,7 +22,7 @@ from univla_jax import config as strict
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import ASSETS, STATE, find_checkpoint, saved_shapes
 from univla_jax.errors import UserError
-from univla_jax.interop.hf_config import FLOATS, HubModel
+from univla_jax.interop.hf_config import FLOATS, HfModel
 from univla_jax.interop.hf_folder import CONFIG, INDEX, SINGLE, SOURCE, SourceRecord, local_path
 from univla_jax.interop.key_table import (
     KeyRule,
@@ -55,7 +55,7 @@ _VISION_HEAD = {"architectures": ["Emu3VisionVQModel"], "model_type": "Emu3Visio
 _DECODER_HEAD = {"architectures": ["Emu3MoE"], "model_type": "Emu3"}
 
 
-def to_hub(
+def to_hf(
     source: str | pathlib.Path,
     to: str | pathlib.Path,
     *,
@@ -157,7 +157,7 @@ def _again(folder: pathlib.Path, record: SourceRecord) -> Export:
     """The very folder that was converted."""
     config = parse_json(record.files[CONFIG], where=f"{folder}/{SOURCE}/files/{CONFIG}")
     parts = [parse_header(header, folder / name) for name, header in record.headers.items()]
-    model = HubModel.of(config, [key for part in parts for key in part])
+    model = HfModel.of(config, [key for part in parts for key in part])
     state = _open_state(folder, model.state_rules) if model.state_rules else None
     vision: dict[str, StoredTensor] = {}
     if model.vision is not None:

@@ -17,7 +17,7 @@ import flax
 import jax
 import numpy as np
 
-from univla_jax.assets import StoredVision
+from univla_jax.assets import LazyVisionTokenizer
 from univla_jax.errors import UserError
 from univla_jax.interop.key_table import KeyRule
 from univla_jax.interop.tensor_files import (
@@ -328,7 +328,7 @@ def vision_tensors(folder: pathlib.Path) -> tuple[VisionConfig, dict[str, Stored
     return config, parse_header(read_header(file), file)
 
 
-def open_vision(folder: pathlib.Path) -> StoredVision:
+def open_vision(folder: pathlib.Path) -> LazyVisionTokenizer:
     """The tokenizer in ``folder``, its weights read once for the fingerprint and not kept.
 
     Raises:
@@ -336,7 +336,7 @@ def open_vision(folder: pathlib.Path) -> StoredVision:
     """
     config, tensors = vision_tensors(folder)
     values = ((name, tensor.read()) for name, tensor in sorted(tensors.items()))
-    return StoredVision(
+    return LazyVisionTokenizer(
         folder,
         fingerprint=fingerprint_of(config, values),
         codebook_size=config.codebook_size,

@@ -9,7 +9,7 @@ Reproduces the reference's optional ``action_experts`` (``modeling_emu3.py:1364-
         refined hidden [B, S, D] <── split ── final layer (shift and scale from tau) ──> velocity
 
 tau = 1 is noise and tau = 0 is data. Attention over [hidden ; actions] is causal, as the reference
-is configured (``flash_attention_2`` without a mask); ``causal=False`` is its ``eager`` behaviour.
+is configured (``flash_attention_2`` without a mask); ``causal=False`` is its ``eager`` behavior.
 
 Axes: B batch, S sequence of the decoder, T steps of the chunk, A action dimensions, D model.
 """
@@ -194,7 +194,7 @@ class ActionExpert(nn.Module):
         """Velocity and refined hidden states (``forward_action``, ``:1676-1708``).
 
         Args:
-          actions_BTA: noisy normalised actions [B, T, A].
+          actions_BTA: noisy normalized actions [B, T, A].
           tau_B: [B] noise levels, 1 is pure noise.
           hidden_BSD: [B, S, D] from the decoder, after its final norm.
           lengths_B: int32 [B] real tokens per row; what follows is invisible and the actions take

@@ -23,7 +23,7 @@ from univla_jax.models import decoder_config
 # Causal attention in query blocks with a hand-written backward pass, in plain XLA.
 #
 # Each block of queries meets only the keys up to its own end, so the upper triangle is never
-# computed, and the backward pass rebuilds the probabilities from the saved normaliser instead of
+# computed, and the backward pass rebuilds the probabilities from the saved normalizer instead of
 # keeping [S, S] matrices. On CPU this is several times faster than the plain formula; on any
 # platform it bounds memory where no fused kernel applies. Behind a cache, each block also meets
 # the cached slots; their scores lie in an array of their own, so that no keys are joined.
@@ -133,7 +133,7 @@ def _blocked(block, dropout, query, key, value, segment_ids, dropout_key):
 def _forward(block, dropout, query, key, value, segment_ids, dropout_key, cached=None):
     groups = query.shape[2] // key.shape[2]
     q, k, v = _to_blocks(query, key.shape[2], block), _heads_first(key), _heads_first(value)
-    outs, normalisers = [], []
+    outs, normalizers = [], []
     for i in range(query.shape[1] // block):
         end = (i + 1) * block
         scores = [_block_scores(q[:, :, i], k[:, :, :end], segment_ids, block, groups)]
@@ -147,17 +147,17 @@ def _forward(block, dropout, query, key, value, segment_ids, dropout_key, cached
         weights[0] *= _block_dropout(dropout, dropout_key, i, weights[0].shape)
         mixed = [_dot("bkqe,bkec->bkqc", w.astype(v.dtype), x) for w, x in zip(weights, values)]
         outs.append(sum(mixed) / total)
-        normalisers.append(top + jnp.log(total))
+        normalizers.append(top + jnp.log(total))
     out = checkpoint_name(
         _from_blocks(jnp.stack(outs, 2), groups, query), decoder_config.ATTENTION_OUT
     )
-    normaliser = checkpoint_name(jnp.stack(normalisers, 2), decoder_config.ATTENTION_NORMALISER)
-    return out, (query, key, value, segment_ids, dropout_key, out, normaliser)
+    normalizer = checkpoint_name(jnp.stack(normalizers, 2), decoder_config.ATTENTION_NORMALIZER)
+    return out, (query, key, value, segment_ids, dropout_key, out, normalizer)
 
 
 def _backward(block, dropout, saved, d_out):
     """Gradients of query, key and value; probabilities are rebuilt block by block."""
-    query, key, value, segment_ids, dropout_key, out, normaliser = saved
+    query, key, value, segment_ids, dropout_key, out, normalizer = saved
     heads, groups, dtype = key.shape[2], query.shape[2] // key.shape[2], query.dtype
     q, k, v = _to_blocks(query, heads, block), _heads_first(key), _heads_first(value)
     d_o = _to_blocks(d_out, heads, block)
@@ -169,7 +169,7 @@ def _backward(block, dropout, saved, d_out):
         end = (i + 1) * block
         q_i, o_i, k_i, v_i = q[:, :, i], d_o[:, :, i], k[:, :, :end], v[:, :, :end]
         scores = _block_scores(q_i, k_i, segment_ids, block, groups)
-        weights = jnp.exp(scores - normaliser[:, :, i])
+        weights = jnp.exp(scores - normalizer[:, :, i])
         kept = _block_dropout(dropout, dropout_key, i, weights.shape)
         d_weights = _dot("bkqc,bkec->bkqe", o_i, v_i) * kept
         d_scores = (weights * (d_weights - row[:, :, i]) * scale).astype(dtype)

@@ -73,20 +73,20 @@ QUERY = "query"
 KEY = "key"
 VALUE = "value"
 ATTENTION_OUT = "attention_out"
-ATTENTION_NORMALISER = "attention_normaliser"
+ATTENTION_NORMALIZER = "attention_normalizer"
 OUTPUT = "attention_projection"
 GATE = "mlp_gate"
 UP = "mlp_up"
 DOWN = "mlp_down"
 
-REMAT_NAMES = (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALISER, OUTPUT, GATE, UP, DOWN)
+REMAT_NAMES = (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER, OUTPUT, GATE, UP, DOWN)
 
 # From least memory (and most recomputation) to most memory. "none" keeps everything.
 REMAT_PRESETS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "attention": (ATTENTION_OUT, ATTENTION_NORMALISER),
-    "qkv_attention": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALISER),
-    "projections": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALISER, OUTPUT, GATE, UP),
+    "attention": (ATTENTION_OUT, ATTENTION_NORMALIZER),
+    "qkv_attention": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER),
+    "projections": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER, OUTPUT, GATE, UP),
     "none": REMAT_NAMES,
 }
 
@@ -142,7 +142,7 @@ class DecoderConfig:
       attention: implementation by name; ``"auto"`` chooses by platform and shape.
       pad_id: embedding row that starts at zero and never gets a gradient, or None
         (torch's ``padding_idx``; golden fact 10).
-      initializer_range: standard deviation of every matrix at initialisation.
+      initializer_range: standard deviation of every matrix at initialization.
     """
 
     vocab_size: int

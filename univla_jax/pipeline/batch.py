@@ -77,7 +77,7 @@ class Batch:
       loss_weight: float32 [B, S].
       positions: int32 [B, S].
       segment_ids: int32 [B, S]; a row of zeros is padding of an evaluation's last batch.
-      actions: float32 [B, T, A] normalised chunks for the flow expert, None for other layouts.
+      actions: float32 [B, T, A] normalized chunks for the flow expert, None for other layouts.
     """
 
     tokens: np.ndarray

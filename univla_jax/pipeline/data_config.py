@@ -42,7 +42,7 @@ class DataConfig:
         proportion to its weight alone.
       frames: moments per sample: chunks of the video policy, frames of the world model; 1 for all
         other layouts.
-      action_frames: steps of an action chunk.
+      chunk_size: steps of an action chunk.
       state: whether policies see the proprioceptive state, written before each chunk.
       views: cameras in the order they are written; empty takes all, in the order of the corpus'
         row. The world model shows one: the first when empty, else by chance one of those named
@@ -53,7 +53,7 @@ class DataConfig:
         episodes the first chunk, which only the instruction decides, would else be rare.
       loss_on: key of ``labels.LABELS``; empty takes the layout's own. "both" with a vision weight
         is the composite loss of the action's accuracy and the predicted frames' consistency.
-      vision_weight: loss weight of a visual id; other labelled ids weigh 1.
+      vision_weight: loss weight of a visual id; other labeled ids weigh 1.
       null_prompt_prob: share of samples with an empty instruction, for guidance.
       packing: True packs samples first-fit; False pads each to a row of its own.
       packing_bins: rows packed together for each row of the batch; more fill better and hold more
@@ -73,7 +73,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     weight_unit: str = "episode"
     frames: int = 2
-    action_frames: int = 10
+    chunk_size: int = 10
     state: bool = False
     views: tuple[str, ...] = ()
     frame_spacing: int = 0
@@ -94,7 +94,7 @@ class DataConfig:
         _one_of("layout", self.layout, tuple(LAYOUTS))
         _one_of("loss_on", self.loss_on, ("", *LABELS))
         _one_of("weight_unit", self.weight_unit, _UNITS)
-        for name in ("sequence_length", "batch_size", "frames", "action_frames", "packing_bins"):
+        for name in ("sequence_length", "batch_size", "frames", "chunk_size", "packing_bins"):
             _at_least(name, getattr(self, name), 1)
         for name in ("frame_spacing", "workers", "read_threads", "prefetch_batches", "seed"):
             _at_least(name, getattr(self, name), 0)
@@ -113,7 +113,7 @@ class DataConfig:
         self._check_layout()
 
     @property
-    def labelled(self) -> str:
+    def labeled(self) -> str:
         """The label choice, with the default of the layout filled in."""
         return self.loss_on or LAYOUTS[self.layout]
 
@@ -128,7 +128,7 @@ class DataConfig:
         return self.acts and self.layout != "policy_flow"
 
     def proportions(self, episodes: list[int]) -> list[float]:
-        """Share of each store in the stream, unnormalised.
+        """Share of each store in the stream, unnormalized.
 
         Args:
           episodes: training episodes per store.

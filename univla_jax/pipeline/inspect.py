@@ -1,7 +1,7 @@
 """A page to look at training examples before training on them.
 
 Per example: the instruction, the frames decoded from their codes, the episode's actions as curves
-with the window marked, and the token sequence coloured by role with the loss weight of each token.
+with the window marked, and the token sequence colored by role with the loss weight of each token.
 
 Axes: T steps, A action dimensions, n tokens.
 """
@@ -21,12 +21,12 @@ from univla_jax.assets import Assets
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import EpisodeSource, SampleStream, Split, open_stores
-from univla_jax.sequences.drafts import Draft
+from univla_jax.sequences.drafts import SampleSpec
 from univla_jax.sequences.labels import LABELS, loss_weight
 from univla_jax.sequences.samples import SampleBuilder
 from univla_jax.sequences.tokens import Role, Tokens
 
-_COLOURS = {
+_COLORS = {
     Role.TEXT: "#dbe7ff",
     Role.MARKUP: "#e8e8e8",
     Role.VISION: "#d8f3dc",
@@ -75,32 +75,34 @@ def write_page(
     drawn = [stream.draw(number) for number in range(count)]
     examples = [_example(e, builder.draft(e, rng), config, assets) for e, rng in drawn]
     legend = "".join(
-        f'<span style="background:{colour}">{role.name.lower()}</span>'
-        for role, colour in _COLOURS.items()
+        f'<span style="background:{color}">{role.name.lower()}</span>'
+        for role, color in _COLORS.items()
     )
     return (
         f"<!doctype html><meta charset=utf-8><title>{config.layout}</title><style>{_STYLE}</style>"
-        f"<h1>{count} examples of {config.layout}, loss on {config.labelled}</h1>"
+        f"<h1>{count} examples of {config.layout}, loss on {config.labeled}</h1>"
         f'<p class=tokens>{legend}<span class="learnt">learnt</span> '
         f"(vision weighs {config.vision_weight:g})</p>{''.join(examples)}"
     )
 
 
-def _example(episode: TokenizedEpisode, draft: Draft, config: DataConfig, assets: Assets) -> str:
+def _example(
+    episode: TokenizedEpisode, draft: SampleSpec, config: DataConfig, assets: Assets
+) -> str:
     tokens = draft.fill(assets.vocabulary)
-    weights = loss_weight(tokens, LABELS[config.labelled], config.vision_weight)
+    weights = loss_weight(tokens, LABELS[config.labeled], config.vision_weight)
     steps = sorted({step for _, step in draft.shown})
     return (
         f"<section><h2>{html.escape(episode.instruction)}</h2>"
         f"<p>{html.escape(f'{episode.corpus}/{episode.episode_id}')}, {len(episode)} steps at "
         f"{episode.control_hz:g} Hz; {len(tokens)} tokens, {int((weights > 0).sum())} learnt</p>"
         f"{''.join(_frames(draft, episode, assets))}"
-        f"{_curves(episode.actions, steps, config.action_frames if config.acts else 0)}"
+        f"{_curves(episode.actions, steps, config.chunk_size if config.acts else 0)}"
         f"<p class=tokens>{''.join(_spans(tokens, weights, assets))}</p></section>"
     )
 
 
-def _frames(draft: Draft, episode: TokenizedEpisode, assets: Assets) -> Iterator[str]:
+def _frames(draft: SampleSpec, episode: TokenizedEpisode, assets: Assets) -> Iterator[str]:
     """Each shown frame as a picture with its view and step."""
     vision = assets.require("vision")
     names = {id(codes): view for view, codes in episode.codes.items()}
@@ -155,7 +157,7 @@ def _spans(tokens: Tokens, weights: np.ndarray, assets: Assets) -> Iterator[str]
         words = f"{len(ids)} codes" if role == Role.VISION else _spell(ids, Role(role), assets)
         learnt = ' class="learnt"' if weight else ""
         yield (
-            f'<span{learnt} style="background:{_COLOURS[Role(role)]}" title="tokens {start} to '
+            f'<span{learnt} style="background:{_COLORS[Role(role)]}" title="tokens {start} to '
             f'{end - 1}, weight {weight:g}">{html.escape(words)} <small>{weight:g}</small></span>'
         )
         start = end

@@ -18,17 +18,17 @@ from typing import Protocol
 import numpy as np
 
 from univla_jax.assets import Assets
-from univla_jax.data.datasets import find_corpus
+from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.sequences.drafts import Draft
+from univla_jax.sequences.drafts import SampleSpec
 from univla_jax.sequences.samples import SampleBuilder
 from univla_jax.tokenizers.image import ImageSpec
 
 # ----------------------------------------------------------------------------
-# Random access to tokenised episodes: the store's interface, and the split by episode.
+# Random access to tokenized episodes: the store's interface, and the split by episode.
 
 
 class EpisodeSource(Protocol):
@@ -102,13 +102,13 @@ def _checked_store(folder: str, config: DataConfig, assets: Assets) -> TokenStor
 
 
 def _check_shortest(min_frames: int, corpus: str, config: DataConfig, where: str) -> None:
-    needed = config.action_frames if config.acts else 1
+    needed = config.chunk_size if config.acts else 1
     if config.layout == "world_model":
-        needed = config.frame_spacing or find_corpus(corpus).frame_spacing
+        needed = config.frame_spacing or find_dataset_config(corpus).frame_spacing
     if min_frames < needed:
         raise UserError(
             f"{where}: may hold episodes of {min_frames} frames, a sample takes at least {needed}; "
-            f"tokenise with min_frames={needed}, or take smaller chunks"
+            f"tokenize with min_frames={needed}, or take smaller chunks"
         )
 
 
@@ -159,7 +159,7 @@ class SampleStream:
         """Samples after which the proportions are exact; with equal weights, one epoch of all."""
         return sum(self._cards)
 
-    def draft(self, number: int) -> Draft:
+    def draft(self, number: int) -> SampleSpec:
         """Sample ``number``, its codes not yet read; raises as ``SampleBuilder.draft``."""
         episode, rng = self.draw(number)
         return self._builder.draft(episode, rng)

@@ -17,7 +17,7 @@ import numpy as np
 
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import SampleStream
-from univla_jax.sequences.drafts import Draft
+from univla_jax.sequences.drafts import SampleSpec
 from univla_jax.sequences.samples import SampleBuilder
 
 Row = dict[str, np.ndarray]
@@ -186,10 +186,10 @@ class _Lane:
         self._newest = self._split(step)[0] - 1
         self._next = start
         self._groups: dict[int, _Group] = {}
-        self._drafts: dict[int, Draft] = {}
+        self._drafts: dict[int, SampleSpec] = {}
         self._lock = threading.Lock()
 
-    def row(self, step: int) -> tuple[list[Draft], int]:
+    def row(self, step: int) -> tuple[list[SampleSpec], int]:
         """The drafts of the lane's row in batch ``step``, and where the next row's group begins."""
         if not self._config.packing:
             return [self._draft(step)], 0
@@ -231,7 +231,7 @@ class _Lane:
             self._drafts[number] = self._draft(number)
         return len(self._drafts[number])
 
-    def _draft(self, number: int) -> Draft:
+    def _draft(self, number: int) -> SampleSpec:
         return self._stream.draft(number * self._config.batch_size + self._lane)
 
     def __getstate__(self) -> dict:

@@ -152,8 +152,8 @@ class _Job:
         boxed = jax.eval_shape(params_init(model), jax.random.key(0))
         params = sharding.place(boxed, mesh)
         acts = config.data.layout != "world_model"
-        labelled = config.loss.max_labelled or config.data.sequence_length
-        count = -(-labelled // config.data.frames)
+        labeled = config.loss.max_labeled or config.data.sequence_length
+        count = -(-labeled // config.data.frames)
         prompt = length_bucket(config.data.sequence_length)
         choices = vocabulary.action_size + 2 if acts else vocabulary.visual_size
         state = jax.eval_shape(

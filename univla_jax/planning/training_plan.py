@@ -20,7 +20,7 @@ from univla_jax.planning.topologies import GIB, Compiled, Topology, compile_for,
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware
 from univla_jax.training.metrics import host_gigabytes
-from univla_jax.training.model_setup import RunModel
+from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.sharding import make_mesh
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.train_step import LossFn
@@ -189,7 +189,7 @@ def plan_training(
     Raises:
       UserError: mesh, batch and slice do not fit together.
     """
-    run = RunModel.build(config, Vocabulary.emu3(), make_mesh(config.mesh, topology.devices))
+    run = TrainSetup.build(config, Vocabulary.emu3(), make_mesh(config.mesh, topology.devices))
     compiled = _compile(run)
     decoder, chip = run.model.config, topology.chip
     tokens = config.data.batch_size * config.data.sequence_length
@@ -229,7 +229,7 @@ def plan_training(
     )
 
 
-def with_full_logits(run: RunModel) -> RunModel:
+def with_full_logits(run: TrainSetup) -> TrainSetup:
     """The same run with the loss that holds all logits.
 
     Raises:
@@ -273,18 +273,18 @@ def least_traffic(
     return 2 * (parameters + optimizer + gradients) + config.accumulation * passes * whole + kept
 
 
-def _compile(run: RunModel) -> Compiled:
+def _compile(run: TrainSetup) -> Compiled:
     batch = _abstract_batch(run)
     lowered = run.train_step().lower(run.abstract, batch)
     return compile_for(lowered, shard_bytes((run.abstract, batch)))
 
 
-def _abstract_batch(run: RunModel) -> Batch:
+def _abstract_batch(run: TrainSetup) -> Batch:
     shape = (run.config.data.batch_size, run.config.data.sequence_length)
     place = functools.partial(jax.ShapeDtypeStruct, sharding=run.batch_sharding)
     ids, weight = place(shape, jnp.int32), place(shape, jnp.float32)
     actions = None
     if run.expert is not None:
-        steps, dimensions = run.config.data.action_frames, run.expert.config.action_dim
+        steps, dimensions = run.config.data.chunk_size, run.expert.config.action_dim
         actions = place((shape[0], steps, dimensions), jnp.float32)
     return Batch(ids, weight, positions=ids, segment_ids=ids, actions=actions)

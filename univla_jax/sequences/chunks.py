@@ -1,4 +1,4 @@
-"""Normalised action chunks and states as token ids.
+"""Normalized action chunks and states as token ids.
 
 Axes: N chunks, T steps, A action dimensions, P state dimensions.
 """
@@ -10,29 +10,31 @@ import itertools
 import numpy as np
 
 from univla_jax.normalization import ActionStatistics
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.tokenizers.action import ActionTokenizer
 
 
-def chunk_ids(lexicon: Lexicon, tokenizer: ActionTokenizer, chunks: np.ndarray) -> list[np.ndarray]:
+def encode_chunks(
+    text_encoder: TextEncoder, tokenizer: ActionTokenizer, chunks: np.ndarray
+) -> list[np.ndarray]:
     """int32 ids of each chunk, without boa and eoa.
 
     Args:
-      lexicon: whose vocabulary the ids are of.
-      tokenizer: of normalised chunks.
-      chunks: float32 [N, T, A], normalised.
+      text_encoder: whose vocabulary the ids are of.
+      tokenizer: of normalized chunks.
+      chunks: float32 [N, T, A], normalized.
     """
     if not len(chunks):
         return []
     encoded = tokenizer.encode_batch(chunks)
     codes = np.fromiter(itertools.chain.from_iterable(encoded), np.int32)
-    ids = lexicon.vocabulary.action_ids(codes)
+    ids = text_encoder.vocabulary.action_ids(codes)
     ends = itertools.accumulate(map(len, encoded))
     return [ids[end - len(codes) : end] for codes, end in zip(encoded, ends)]
 
 
-def state_ids(
-    lexicon: Lexicon,
+def encode_states(
+    text_encoder: TextEncoder,
     tokenizer: ActionTokenizer,
     statistics: ActionStatistics,
     states: np.ndarray,
@@ -42,9 +44,9 @@ def state_ids(
     Source: ``state`` of the real-robot recipe, UniVLA reference/Emu3/emu3/mllm/processing_emu3.py.
 
     Args:
-      lexicon: whose vocabulary the ids are of.
-      tokenizer: of normalised chunks.
+      text_encoder: whose vocabulary the ids are of.
+      tokenizer: of normalized chunks.
       statistics: of the corpus' states.
       states: float32 [N, P], in physical units.
     """
-    return chunk_ids(lexicon, tokenizer, statistics.normalise(states)[:, None])
+    return encode_chunks(text_encoder, tokenizer, statistics.normalize(states)[:, None])

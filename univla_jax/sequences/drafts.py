@@ -19,13 +19,13 @@ Shown = tuple[Codes, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
+class SampleSpec:
     """One sequence whose visual ids all stand for code 0 until ``fill``.
 
     Attributes:
       tokens: the sequence, n tokens.
       shown: the frames in the order of their codes in the sequence.
-      actions: float32 [T, A] normalised chunk for the flow expert, None for other layouts.
+      actions: float32 [T, A] normalized chunk for the flow expert, None for other layouts.
       name: the episode, for messages.
     """
 

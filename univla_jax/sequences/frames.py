@@ -15,17 +15,19 @@ import functools
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.text_encoder import TextEncoder
 
 FREE = -1
 """Entry of a grammar where any visual id may stand."""
 
 
-def frame_block(lexicon: Lexicon, codes: np.ndarray, *, shown: int | None = None) -> np.ndarray:
+def frame_block(
+    text_encoder: TextEncoder, codes: np.ndarray, *, shown: int | None = None
+) -> np.ndarray:
     """``fmt(frames)``: frames in the video format (UniVLA train/datasets.py:401-433).
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       codes: integer [T, h, w] visual codes.
       shown: write only the first so many frames while the header still says T, as the reference's
         ``context_frames`` does (processing_emu3.py:548-560); all by default.
@@ -36,8 +38,8 @@ def frame_block(lexicon: Lexicon, codes: np.ndarray, *, shown: int | None = None
     Raises:
       UserError: codes of another rank, or outside the codebook.
     """
-    vocabulary, (frames, height, width) = lexicon.vocabulary, _frame_shape(codes)
-    head = frame_head(lexicon, height, width, frames)
+    vocabulary, (frames, height, width) = text_encoder.vocabulary, _frame_shape(codes)
+    head = frame_header(text_encoder, height, width, frames)
     count = frames if shown is None else shown
     cells = height * width + 1
     block = np.empty(len(head) + count * cells + 1, np.int32)
@@ -49,22 +51,22 @@ def frame_block(lexicon: Lexicon, codes: np.ndarray, *, shown: int | None = None
     return block
 
 
-def frame_blocks(lexicon: Lexicon, codes: np.ndarray) -> np.ndarray:
+def frame_blocks(text_encoder: TextEncoder, codes: np.ndarray) -> np.ndarray:
     """Each frame in a block of its own, ``fmt`` of one frame at a time.
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       codes: integer [T, h, w] visual codes.
 
     Returns:
-      int32 [T, n]: row t is ``frame_block(lexicon, codes[t : t + 1])``.
+      int32 [T, n]: row t is ``frame_block(text_encoder, codes[t : t + 1])``.
 
     Raises:
       UserError: codes of another rank, or outside the codebook.
     """
     frames, height, width = _frame_shape(codes)
-    vocabulary = lexicon.vocabulary
-    head = frame_head(lexicon, height, width)
+    vocabulary = text_encoder.vocabulary
+    head = frame_header(text_encoder, height, width)
     blocks = np.empty((frames, len(head) + height * width + 2), np.int32)
     blocks[:, : len(head)] = head
     blocks[:, len(head) : -2] = vocabulary.visual_ids(codes).reshape(frames, -1)
@@ -73,33 +75,37 @@ def frame_blocks(lexicon: Lexicon, codes: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(256)
-def frame_head(lexicon: Lexicon, height: int, width: int, frames: int | None = 1) -> np.ndarray:
+def frame_header(
+    text_encoder: TextEncoder, height: int, width: int, frames: int | None = 1
+) -> np.ndarray:
     """The opening of a block: boi, "T*h*w" (or "h*w" with ``frames=None``), img; int32.
 
     Generation of a frame starts after it (processing_emu3.py:537-546, "null prompt").
     """
     size = f"{height}*{width}" if frames is None else f"{frames}*{height}*{width}"
-    vocabulary = lexicon.vocabulary
-    head = _join([vocabulary.boi], lexicon.words(size), [vocabulary.img])
+    vocabulary = text_encoder.vocabulary
+    head = _join([vocabulary.boi], text_encoder.encode(size), [vocabulary.img])
     head.setflags(write=False)  # it is remembered
     return head
 
 
-def next_frame(lexicon: Lexicon, height: int, width: int, frames: int = 1) -> np.ndarray:
+def frame_separator(
+    text_encoder: TextEncoder, height: int, width: int, frames: int = 1
+) -> np.ndarray:
     """What stands between two frames of their own: eof, eoi and the head of the next; int32.
 
     The world model is fed these ids, not asked for them (processing_emu3.py:527-535).
     """
-    vocabulary = lexicon.vocabulary
-    head = frame_head(lexicon, height, width, frames)
+    vocabulary = text_encoder.vocabulary
+    head = frame_header(text_encoder, height, width, frames)
     return _join([vocabulary.eof, vocabulary.eoi], head)
 
 
-def picture_block(lexicon: Lexicon, codes: np.ndarray) -> np.ndarray:
+def image_block(text_encoder: TextEncoder, codes: np.ndarray) -> np.ndarray:
     """A picture in Emu3's image format, with an eol after each row (processing_emu3.py:494-507).
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       codes: integer [h, w] visual codes.
 
     Returns:
@@ -110,22 +116,22 @@ def picture_block(lexicon: Lexicon, codes: np.ndarray) -> np.ndarray:
     """
     if codes.ndim != 2 or not codes.size:
         raise UserError(f"visual codes of shape {codes.shape}, expected non-empty [h, w]")
-    vocabulary, (height, width) = lexicon.vocabulary, codes.shape
+    vocabulary, (height, width) = text_encoder.vocabulary, codes.shape
     rows = np.full((height, width + 1), vocabulary.eol, np.int32)
     rows[:, :-1] = vocabulary.visual_ids(codes)
-    head = frame_head(lexicon, height, width, None)
+    head = frame_header(text_encoder, height, width, None)
     return _join(head, rows.ravel(), [vocabulary.eof, vocabulary.eoi])
 
 
 def video_grammar(
-    lexicon: Lexicon, height: int, width: int, frames: int, length: int | None = None
+    text_encoder: TextEncoder, height: int, width: int, frames: int, length: int | None = None
 ) -> np.ndarray:
     """Which id must follow ``img`` at each place of a generated video block.
 
     Reproduces Emu3PrefixConstrainedVideoLogitsHelper (utils_emu3.py:75-135), also past the end.
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       height: code rows.
       width: code columns.
       frames: frames of the block.
@@ -134,7 +140,7 @@ def video_grammar(
     Returns:
       int32 [length]: the only allowed id, or ``FREE`` for any visual id.
     """
-    vocabulary, cells = lexicon.vocabulary, height * width + 1
+    vocabulary, cells = text_encoder.vocabulary, height * width + 1
     end = cells * frames + 2
     place = np.arange(1, (length or end) + 1)
     cases = [place == end - 1, place % cells == 0, place == end, place > end]
@@ -142,8 +148,8 @@ def video_grammar(
     return np.select(cases, forced, FREE).astype(np.int32)
 
 
-def picture_grammar(
-    lexicon: Lexicon, height: int, width: int, length: int | None = None
+def image_grammar(
+    text_encoder: TextEncoder, height: int, width: int, length: int | None = None
 ) -> np.ndarray:
     """Which id must follow ``img`` at each place of a generated picture (image format).
 
@@ -151,7 +157,7 @@ def picture_grammar(
     every row" comes first, so pictures narrower than three codes have no proper end there.
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       height: code rows.
       width: code columns.
       length: entries wanted; by default up to and including the closing eos.
@@ -159,7 +165,7 @@ def picture_grammar(
     Returns:
       int32 [length]: the only allowed id, or ``FREE`` for any visual id.
     """
-    vocabulary, cells = lexicon.vocabulary, (width + 1) * height
+    vocabulary, cells = text_encoder.vocabulary, (width + 1) * height
     place = np.arange(1, (length or cells + 3) + 1)
     cases = [place % (width + 1) == 0, *(place == cells + i for i in (1, 2, 3)), place > cells]
     ends = [vocabulary.eol, vocabulary.eof, vocabulary.eoi, vocabulary.eos, vocabulary.pad]

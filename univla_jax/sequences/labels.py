@@ -39,40 +39,38 @@ LABELS: Mapping[str, frozenset[Role]] = {
 """
 
 
-def label_mask(tokens: Tokens, labelled: frozenset[Role]) -> np.ndarray:
-    """bool [S]: the tokens of the labelled roles."""
-    return _table(labelled, 1.0)[tokens.roles] > 0
+def label_mask(tokens: Tokens, labeled: frozenset[Role]) -> np.ndarray:
+    """bool [S]: the tokens of the labeled roles."""
+    return _table(labeled, 1.0)[tokens.roles] > 0
 
 
-def loss_weight(
-    tokens: Tokens, labelled: frozenset[Role], vision_weight: float = 1.0
-) -> np.ndarray:
+def loss_weight(tokens: Tokens, labeled: frozenset[Role], vision_weight: float = 1.0) -> np.ndarray:
     """Weight of predicting each token from those before it.
 
     Args:
       tokens: a sequence.
-      labelled: roles to learn, for example ``LABELS["both"]``.
-      vision_weight: weight of a visual id; every other labelled id weighs 1.
+      labeled: roles to learn, for example ``LABELS["both"]``.
+      vision_weight: weight of a visual id; every other labeled id weighs 1.
 
     Returns:
-      float32 [S]; 0 where unlabelled and at the first token.
+      float32 [S]; 0 where unlabeled and at the first token.
     """
-    weight = _table(labelled, vision_weight)[tokens.roles]
+    weight = _table(labeled, vision_weight)[tokens.roles]
     weight[:1] = 0.0
     return weight
 
 
-def labelled_example(
-    tokens: Tokens, labelled: frozenset[Role], vision_weight: float = 1.0
+def labeled_example(
+    tokens: Tokens, labeled: frozenset[Role], vision_weight: float = 1.0
 ) -> Example:
     """The training example of one sequence: a single segment, positions from 0."""
-    return Example.single(tokens.ids, loss_weight(tokens, labelled, vision_weight))
+    return Example.single(tokens.ids, loss_weight(tokens, labeled, vision_weight))
 
 
 @functools.lru_cache(64)
-def _table(labelled: frozenset[Role], vision_weight: float) -> np.ndarray:
+def _table(labeled: frozenset[Role], vision_weight: float) -> np.ndarray:
     """float32 weight per role."""
     table = np.zeros(len(Role), np.float32)
-    table[list(labelled)] = 1.0
+    table[list(labeled)] = 1.0
     table[Role.VISION] *= vision_weight
     return table

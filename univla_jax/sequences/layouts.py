@@ -25,8 +25,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.sequences.frames import frame_block, frame_blocks, picture_block
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.frames import frame_block, frame_blocks, image_block
+from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.sequences.tokens import Role, Tokens, compose
 
 _CHAT_OPEN = "You are a helpful assistant. USER: "
@@ -36,7 +36,7 @@ Piece = tuple[Role, np.ndarray]
 
 
 def policy_video(
-    lexicon: Lexicon,
+    text_encoder: TextEncoder,
     instruction: str,
     views: Sequence[np.ndarray],
     chunks: Sequence[np.ndarray],
@@ -47,7 +47,7 @@ def policy_video(
         bos text │ fmt(v1 t=0) fmt(v2 t=0) [state 0] boa a a a eoa │ fmt(v1 t=1) … eoa │ …
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       instruction: the task in words.
       views: per camera integer [T, h, w] codes, one frame per chunk.
       chunks: T arrays of action ids; chunk t follows frame t.
@@ -59,18 +59,18 @@ def policy_video(
     moments = _moments(views)
     if len(chunks) != moments or (state is not None and len(state) != moments):
         raise UserError(f"{len(chunks)} action chunks for {moments} moments of frames")
-    pieces = [sentence(lexicon, instruction)]
-    blocks = [frame_blocks(lexicon, view) for view in views]
+    pieces = [sentence(text_encoder, instruction)]
+    blocks = [frame_blocks(text_encoder, view) for view in views]
     for t in range(moments):
         pieces += [(Role.MARKUP, block[t]) for block in blocks]
         if state is not None:
             pieces.append((Role.STATE, _ids(state[t])))
-        pieces.append(action_block(lexicon, chunks[t]))
-    return compose(lexicon.vocabulary, pieces)
+        pieces.append(action_block(text_encoder, chunks[t]))
+    return compose(text_encoder.vocabulary, pieces)
 
 
 def policy_image(
-    lexicon: Lexicon,
+    text_encoder: TextEncoder,
     instruction: str,
     views: Sequence[np.ndarray],
     chunk: np.ndarray,
@@ -84,20 +84,20 @@ def policy_image(
     chunk without wrapper tokens (UniVLA train/datasets.py:732-744).
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       instruction: the task in words.
       views: per camera integer [T, h, w] codes; T is 1 in the published recipes.
       chunk: action ids.
       state: state ids, written before boa, or None.
     """
     _moments(views)
-    pieces = [sentence(lexicon, instruction), *_frames(lexicon, views)]
+    pieces = [sentence(text_encoder, instruction), *_frames(text_encoder, views)]
     if state is not None:
         pieces.append((Role.STATE, _ids(state)))
-    return compose(lexicon.vocabulary, [*pieces, action_block(lexicon, chunk)])
+    return compose(text_encoder.vocabulary, [*pieces, action_block(text_encoder, chunk)])
 
 
-def policy_flow(lexicon: Lexicon, instruction: str, views: Sequence[np.ndarray]) -> Tokens:
+def policy_flow(text_encoder: TextEncoder, instruction: str, views: Sequence[np.ndarray]) -> Tokens:
     """Image policy whose actions come from the flow expert: it ends with boa.
 
         bos text │ fmt(v1) fmt(v2) │ boa
@@ -105,30 +105,34 @@ def policy_flow(lexicon: Lexicon, instruction: str, views: Sequence[np.ndarray])
     Source: UniVLA train/datasets.py:341-345, 369-378 (``actions_format="continuous"``).
     """
     _moments(views)
-    boa = np.array([lexicon.vocabulary.boa], np.int32)
-    pieces = [sentence(lexicon, instruction), *_frames(lexicon, views), (Role.ACTION, boa)]
-    return compose(lexicon.vocabulary, pieces)
+    boa = np.array([text_encoder.vocabulary.boa], np.int32)
+    pieces = [
+        sentence(text_encoder, instruction),
+        *_frames(text_encoder, views),
+        (Role.ACTION, boa),
+    ]
+    return compose(text_encoder.vocabulary, pieces)
 
 
-def world_model(lexicon: Lexicon, instruction: str, views: Sequence[np.ndarray]) -> Tokens:
+def world_model(text_encoder: TextEncoder, instruction: str, views: Sequence[np.ndarray]) -> Tokens:
     """World model: each frame in a block of its own, no actions; more views interleave.
 
         bos text │ fmt(v t=0) │ fmt(v t=1) │ … │ fmt(v t=T-1)
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       instruction: the task in words; "" trains without text.
       views: usually one, integer [T, h, w] codes, frames about a second apart.
     """
-    pieces = [sentence(lexicon, instruction)]
-    blocks = [frame_blocks(lexicon, view) for view in views]
+    pieces = [sentence(text_encoder, instruction)]
+    blocks = [frame_blocks(text_encoder, view) for view in views]
     for t in range(_moments(views)):
         pieces += [(Role.MARKUP, block[t]) for block in blocks]
-    return compose(lexicon.vocabulary, pieces)
+    return compose(text_encoder.vocabulary, pieces)
 
 
 def chain_of_thought(
-    lexicon: Lexicon,
+    text_encoder: TextEncoder,
     instruction: str,
     views: Sequence[np.ndarray],
     reasoning: str,
@@ -139,29 +143,31 @@ def chain_of_thought(
     bos text │ fmt(v1) … │ bot reasoning eot │ boa a a a eoa
     """
     _moments(views)
-    vocabulary = lexicon.vocabulary
-    thought = np.concatenate([[vocabulary.bot], lexicon.words(reasoning), [vocabulary.eot]])
+    vocabulary = text_encoder.vocabulary
+    thought = np.concatenate([[vocabulary.bot], text_encoder.encode(reasoning), [vocabulary.eot]])
     pieces = [
-        sentence(lexicon, instruction),
-        *_frames(lexicon, views),
+        sentence(text_encoder, instruction),
+        *_frames(text_encoder, views),
         (Role.THOUGHT, _ids(thought)),
-        action_block(lexicon, chunk),
+        action_block(text_encoder, chunk),
     ]
     return compose(vocabulary, pieces)
 
 
-def caption(lexicon: Lexicon, text: str, views: Sequence[np.ndarray]) -> Tokens:
+def caption(text_encoder: TextEncoder, text: str, views: Sequence[np.ndarray]) -> Tokens:
     """Text, then what it describes (UniVLA train/datasets.py:300-303, ``VL``).
 
     bos text │ fmt(v1) … │ eos
     """
     _moments(views)
-    eos = np.array([lexicon.vocabulary.eos], np.int32)
-    pieces = [sentence(lexicon, text), *_frames(lexicon, views), (Role.TEXT, eos)]
-    return compose(lexicon.vocabulary, pieces)
+    eos = np.array([text_encoder.vocabulary.eos], np.int32)
+    pieces = [sentence(text_encoder, text), *_frames(text_encoder, views), (Role.TEXT, eos)]
+    return compose(text_encoder.vocabulary, pieces)
 
 
-def question(lexicon: Lexicon, text: str, views: Sequence[np.ndarray], answer: str = "") -> Tokens:
+def question(
+    text_encoder: TextEncoder, text: str, views: Sequence[np.ndarray], answer: str = ""
+) -> Tokens:
     """Visual question answering and captioning in Emu3's chat template.
 
         bos "You are a helpful assistant. USER: " fmt(v1) … text ". ASSISTANT:" answer eos
@@ -169,53 +175,55 @@ def question(lexicon: Lexicon, text: str, views: Sequence[np.ndarray], answer: s
     Source: UniVLA train/datasets.py:33, 304-306, where there is no answer.
     """
     _moments(views)
-    reply = np.append(lexicon.words(answer), lexicon.vocabulary.eos)
-    pieces = [*chat(lexicon, text, views), (Role.ANSWER, _ids(reply))]
-    return compose(lexicon.vocabulary, pieces)
+    reply = np.append(text_encoder.encode(answer), text_encoder.vocabulary.eos)
+    pieces = [*chat(text_encoder, text, views), (Role.ANSWER, _ids(reply))]
+    return compose(text_encoder.vocabulary, pieces)
 
 
-def text_to_image(lexicon: Lexicon, text: str, codes: np.ndarray) -> Tokens:
+def text_to_image(text_encoder: TextEncoder, text: str, codes: np.ndarray) -> Tokens:
     """A description, then the picture in Emu3's image format.
 
         bos text │ boi "h*w" img row eol row eol … eof eoi │ eos
 
     Args:
-      lexicon: vocabulary and text tokenizer.
+      text_encoder: vocabulary and text tokenizer.
       text: what to draw.
       codes: integer [h, w] codes.
     """
-    eos = np.array([lexicon.vocabulary.eos], np.int32)
-    picture = (Role.MARKUP, picture_block(lexicon, codes))
-    return compose(lexicon.vocabulary, [sentence(lexicon, text), picture, (Role.TEXT, eos)])
+    eos = np.array([text_encoder.vocabulary.eos], np.int32)
+    picture = (Role.MARKUP, image_block(text_encoder, codes))
+    return compose(
+        text_encoder.vocabulary, [sentence(text_encoder, text), picture, (Role.TEXT, eos)]
+    )
 
 
-def sentence(lexicon: Lexicon, text: str) -> Piece:
+def sentence(text_encoder: TextEncoder, text: str) -> Piece:
     """The opening of every sequence: bos and the words."""
-    words = lexicon.words(text)
+    words = text_encoder.encode(text)
     ids = np.empty(len(words) + 1, np.int32)
-    ids[0], ids[1:] = lexicon.vocabulary.bos, words
+    ids[0], ids[1:] = text_encoder.vocabulary.bos, words
     return Role.TEXT, ids
 
 
-def chat(lexicon: Lexicon, text: str, views: Sequence[np.ndarray]) -> list[Piece]:
+def chat(text_encoder: TextEncoder, text: str, views: Sequence[np.ndarray]) -> list[Piece]:
     """Emu3's chat template up to and including "ASSISTANT:"."""
     return [
-        sentence(lexicon, _CHAT_OPEN),
-        *_frames(lexicon, views),
-        (Role.TEXT, lexicon.words(text + _CHAT_CLOSE)),
+        sentence(text_encoder, _CHAT_OPEN),
+        *_frames(text_encoder, views),
+        (Role.TEXT, text_encoder.encode(text + _CHAT_CLOSE)),
     ]
 
 
-def action_block(lexicon: Lexicon, chunk: np.ndarray) -> Piece:
+def action_block(text_encoder: TextEncoder, chunk: np.ndarray) -> Piece:
     """boa, the ids of one chunk, eoa (UniVLA train/datasets.py:380-399)."""
-    vocabulary = lexicon.vocabulary
+    vocabulary = text_encoder.vocabulary
     ids = np.empty(len(chunk) + 2, np.int32)
     ids[0], ids[1:-1], ids[-1] = vocabulary.boa, chunk, vocabulary.eoa
     return Role.ACTION, ids
 
 
-def _frames(lexicon: Lexicon, views: Sequence[np.ndarray]) -> list[Piece]:
-    return [(Role.MARKUP, frame_block(lexicon, view)) for view in views]
+def _frames(text_encoder: TextEncoder, views: Sequence[np.ndarray]) -> list[Piece]:
+    return [(Role.MARKUP, frame_block(text_encoder, view)) for view in views]
 
 
 def _ids(values: np.ndarray) -> np.ndarray:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import numpy as np
 
 from univla_jax.assets import Assets
-from univla_jax.data.datasets import CORPORA, find_corpus
+from univla_jax.data.datasets import DATASETS, find_dataset_config
 from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics, state_key
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences import layouts
-from univla_jax.sequences.chunks import chunk_ids, state_ids
-from univla_jax.sequences.drafts import Draft, by_moment, placeholders
+from univla_jax.sequences.chunks import encode_chunks, encode_states
+from univla_jax.sequences.drafts import SampleSpec, by_moment, placeholders
 from univla_jax.sequences.labels import LABELS, loss_weight
-from univla_jax.sequences.text_encoder import Lexicon
+from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.sequences.windows import draw_start, window_steps
 
 Row = dict[str, np.ndarray]
@@ -35,8 +35,8 @@ class SampleBuilder:
             without actions use the first two alone.
         """
         self._config = config
-        self._lexicon = Lexicon(assets.vocabulary, assets.text)
-        self._labelled = LABELS[config.labelled]
+        self._text_encoder = TextEncoder(assets.vocabulary, assets.text)
+        self._labeled = LABELS[config.labeled]
         self._layout = getattr(self, f"_{config.layout}")
         self._action = assets.require("action") if config.writes_actions else None
         self._statistics = dict(assets.statistics) if config.acts else {}
@@ -45,7 +45,7 @@ class SampleBuilder:
         """One training sample; see ``draft`` and ``row``."""
         return self.row(self.draft(episode, rng))
 
-    def draft(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Draft:
+    def draft(self, episode: TokenizedEpisode, rng: np.random.Generator) -> SampleSpec:
         """A sample of which no code has been read.
 
         Args:
@@ -65,9 +65,9 @@ class SampleBuilder:
             self._check_length(draft)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        return Draft(draft.tokens, draft.shown, draft.actions, name)
+        return SampleSpec(draft.tokens, draft.shown, draft.actions, name)
 
-    def row(self, draft: Draft) -> Row:
+    def row(self, draft: SampleSpec) -> Row:
         """The sample with its codes.
 
         Returns:
@@ -78,91 +78,93 @@ class SampleBuilder:
           UserError: names the episode whose record is damaged or has a code outside the vocabulary.
         """
         try:
-            tokens = draft.fill(self._lexicon.vocabulary)
+            tokens = draft.fill(self._text_encoder.vocabulary)
         except UserError as error:
             raise UserError(f"{draft.name}: {error}") from error
-        weight = loss_weight(tokens, self._labelled, self._config.vision_weight)
+        weight = loss_weight(tokens, self._labeled, self._config.vision_weight)
         row = {"tokens": tokens.ids, "loss_weight": weight}
         return row if draft.actions is None else {**row, "actions": draft.actions}
 
     def _policy_video(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
-        size = self._config.action_frames
+    ) -> SampleSpec:
+        size = self._config.chunk_size
         window = self._draw(episode, self._config.frames, size, rng)
         views, steps = self._views(episode), range(window.start, window.stop, size)
         tokens = layouts.policy_video(
-            self._lexicon,
+            self._text_encoder,
             instruction,
             [placeholders(view, len(steps)) for view in views],
             self._chunks(episode, window),
             self._states(episode, steps),
         )
-        return Draft(tokens, by_moment(views, steps))
+        return SampleSpec(tokens, by_moment(views, steps))
 
     def _policy_image(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
-        window = self._draw(episode, 1, self._config.action_frames, rng)
+    ) -> SampleSpec:
+        window = self._draw(episode, 1, self._config.chunk_size, rng)
         views = self._views(episode)
         (chunk,) = self._chunks(episode, window)
         states = self._states(episode, [window.start])
         tokens = layouts.policy_image(
-            self._lexicon, instruction, _one_frame(views), chunk, states and states[0]
+            self._text_encoder, instruction, _one_frame(views), chunk, states and states[0]
         )
-        return Draft(tokens, by_moment(views, [window.start]))
+        return SampleSpec(tokens, by_moment(views, [window.start]))
 
     def _policy_flow(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
-        window = self._draw(episode, 1, self._config.action_frames, rng)
+    ) -> SampleSpec:
+        window = self._draw(episode, 1, self._config.chunk_size, rng)
         views = self._views(episode)
-        tokens = layouts.policy_flow(self._lexicon, instruction, _one_frame(views))
-        (actions,) = self._normalised_chunks(episode, window)
-        return Draft(tokens, by_moment(views, [window.start]), actions)
+        tokens = layouts.policy_flow(self._text_encoder, instruction, _one_frame(views))
+        (actions,) = self._normalized_chunks(episode, window)
+        return SampleSpec(tokens, by_moment(views, [window.start]), actions)
 
     def _chain_of_thought(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
-        window = self._draw(episode, 1, self._config.action_frames, rng)
+    ) -> SampleSpec:
+        window = self._draw(episode, 1, self._config.chunk_size, rng)
         views, reasoning = self._views(episode), _text(episode, "reasoning", window.start)
         (chunk,) = self._chunks(episode, window)
         tokens = layouts.chain_of_thought(
-            self._lexicon, instruction, _one_frame(views), reasoning, chunk
+            self._text_encoder, instruction, _one_frame(views), reasoning, chunk
         )
-        return Draft(tokens, by_moment(views, [window.start]))
+        return SampleSpec(tokens, by_moment(views, [window.start]))
 
     def _world_model(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
-        spacing = self._config.frame_spacing or find_corpus(episode.corpus).frame_spacing
+    ) -> SampleSpec:
+        spacing = self._config.frame_spacing or find_dataset_config(episode.corpus).frame_spacing
         window = self._draw(episode, self._config.frames, spacing, rng)
         view, steps = self._camera(episode, rng), range(window.start, window.stop, spacing)
-        tokens = layouts.world_model(self._lexicon, instruction, [placeholders(view, len(steps))])
-        return Draft(tokens, by_moment([view], steps))
+        tokens = layouts.world_model(
+            self._text_encoder, instruction, [placeholders(view, len(steps))]
+        )
+        return SampleSpec(tokens, by_moment([view], steps))
 
     def _question(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
+    ) -> SampleSpec:
         views, step = self._views(episode), self._draw(episode, 1, 1, rng).start
         asked = _text(episode, "question", step) if "question" in episode.texts else instruction
         answer = _text(episode, "answer", step)
-        tokens = layouts.question(self._lexicon, asked, _one_frame(views), answer)
-        return Draft(tokens, by_moment(views, [step]))
+        tokens = layouts.question(self._text_encoder, asked, _one_frame(views), answer)
+        return SampleSpec(tokens, by_moment(views, [step]))
 
     def _caption(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
+    ) -> SampleSpec:
         views, step = self._views(episode), self._draw(episode, 1, 1, rng).start
-        tokens = layouts.caption(self._lexicon, instruction, _one_frame(views))
-        return Draft(tokens, by_moment(views, [step]))
+        tokens = layouts.caption(self._text_encoder, instruction, _one_frame(views))
+        return SampleSpec(tokens, by_moment(views, [step]))
 
     def _text_to_image(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
-    ) -> Draft:
+    ) -> SampleSpec:
         view, step = self._camera(episode, rng), self._draw(episode, 1, 1, rng).start
-        tokens = layouts.text_to_image(self._lexicon, instruction, placeholders(view, 1)[0])
-        return Draft(tokens, by_moment([view], [step]))
+        tokens = layouts.text_to_image(self._text_encoder, instruction, placeholders(view, 1)[0])
+        return SampleSpec(tokens, by_moment([view], [step]))
 
     def _draw(
         self, episode: TokenizedEpisode, frames: int, spacing: int, rng: np.random.Generator
@@ -174,16 +176,18 @@ class SampleBuilder:
 
     def _chunks(self, episode: TokenizedEpisode, window: slice) -> list[np.ndarray]:
         """Action ids of each chunk of the window."""
-        return chunk_ids(self._lexicon, self._action, self._normalised_chunks(episode, window))
+        return encode_chunks(
+            self._text_encoder, self._action, self._normalized_chunks(episode, window)
+        )
 
-    def _normalised_chunks(self, episode: TokenizedEpisode, window: slice) -> np.ndarray:
-        """float32 [N, T, A] as the corpus' chunks are meant, normalised."""
+    def _normalized_chunks(self, episode: TokenizedEpisode, window: slice) -> np.ndarray:
+        """float32 [N, T, A] as the corpus' chunks are meant, normalized."""
         actions = episode.actions[window]
-        chunks = actions.reshape(-1, self._config.action_frames, actions.shape[-1])
-        row = CORPORA.get(episode.corpus)
+        chunks = actions.reshape(-1, self._config.chunk_size, actions.shape[-1])
+        row = DATASETS.get(episode.corpus)
         if row is not None and row.chunk_deltas is not None:
             chunks = row.chunk_deltas.relative(chunks)
-        return self._statistics_of(episode.corpus).normalise(chunks)
+        return self._statistics_of(episode.corpus).normalize(chunks)
 
     def _states(self, episode: TokenizedEpisode, steps: range | list[int]) -> list | None:
         """Ids of the state at each step as a chunk of one step; None where states are not shown."""
@@ -193,7 +197,7 @@ class SampleBuilder:
             raise UserError("it has no state; set data.state=False or leave its store out")
         statistics = self._statistics_of(state_key(episode.corpus))
         states = episode.state[np.asarray(steps)]
-        return state_ids(self._lexicon, self._action, statistics, states)
+        return encode_states(self._text_encoder, self._action, statistics, states)
 
     def _statistics_of(self, key: str) -> ActionStatistics:
         if key not in self._statistics:
@@ -220,7 +224,7 @@ class SampleBuilder:
             raise UserError(f"none of the views {self._config.views}, only {sorted(episode.codes)}")
         return episode.codes[present[int(rng.integers(len(present)))]]
 
-    def _check_length(self, draft: Draft) -> None:
+    def _check_length(self, draft: SampleSpec) -> None:
         if len(draft) > self._config.sequence_length:
             raise UserError(
                 f"its sample has {len(draft)} tokens, more than "
@@ -243,6 +247,6 @@ def _text(episode: TokenizedEpisode, kind: str, step: int) -> str:
 
 def _all_views(episode: TokenizedEpisode) -> list[str]:
     """The cameras of an episode: in the order of its corpus' row, then any others."""
-    row = CORPORA.get(episode.corpus)
+    row = DATASETS.get(episode.corpus)
     known = [name for name in (row.views if row else ()) if name in episode.codes]
     return known + [name for name in episode.codes if name not in known]

@@ -13,11 +13,11 @@ from univla_jax.tokenizers.vocabulary import Vocabulary
 _REMEMBERED_TEXTS = 65_536
 
 
-class Lexicon:
+class TextEncoder:
     """A vocabulary with its text tokenizer; every text is encoded once and remembered.
 
     A training sample repeats an instruction of few kinds and headers such as "1*25*25", so the
-    cache takes text tokenisation out of the data pipeline (the reference re-tokenises its whole
+    cache takes text tokenization out of the data pipeline (the reference re-tokenizes its whole
     sample as a string, UniVLA train/datasets.py:232-251).
     """
 
@@ -38,7 +38,7 @@ class Lexicon:
         self.special_text = special_text
         self._remembered = functools.lru_cache(_REMEMBERED_TEXTS)(self._encode)
 
-    def words(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """Token ids of ``text``, int32 [n], read-only; empty text has none.
 
         Raises:
@@ -48,7 +48,7 @@ class Lexicon:
 
     def __reduce__(self) -> tuple:
         """Pickles without the cache, for the worker processes of the pipeline."""
-        return functools.partial(Lexicon, special_text=self.special_text), (
+        return functools.partial(TextEncoder, special_text=self.special_text), (
             self.vocabulary,
             self.text,
         )

@@ -21,7 +21,7 @@ def window_steps(steps: int, frames: int, spacing: int) -> int:
     Args:
       steps: length of the episode.
       frames: chunks wanted.
-      spacing: steps of a chunk (``action_frames``), or between two frames of a world model.
+      spacing: steps of a chunk (``chunk_size``), or between two frames of a world model.
 
     Raises:
       UserError: the episode is shorter than one chunk.

@@ -83,7 +83,7 @@ class Batcher:
         return len(self._queue)
 
     async def submit(self, item: Any) -> Answer:
-        """Waits for the answer to one item; a waiter that is cancelled is skipped.
+        """Waits for the answer to one item; a waiter that is canceled is skipped.
 
         Raises:
           BusyError: the queue is full.
@@ -97,7 +97,7 @@ class Batcher:
         return await future
 
     async def run(self) -> None:
-        """Answers until cancelled."""
+        """Answers until canceled."""
         while True:
             await self._rest()
             await self._gather()

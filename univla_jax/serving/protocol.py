@@ -97,7 +97,7 @@ def write_reply(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, An
         "actions": np.asarray(chunk.actions, np.float32),
         "actions_valid": bool(chunk.valid),
         "actions_invalid_reason": chunk.reason,
-        "actions_steered": int(chunk.steered),
+        "actions_steered": int(chunk.num_overridden),
         "policy_timing": dict(timing),
     }
 

@@ -29,7 +29,7 @@ from websockets.http11 import Response
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.sampler import Stopwatch
+from univla_jax.inference.sampler import Timer
 from univla_jax.serving import protocol, wire
 from univla_jax.serving.batching import Answer, Batcher, BusyError
 
@@ -37,7 +37,7 @@ from univla_jax.serving.batching import Answer, Batcher, BusyError
 # What a server needs of a policy, and how it listens.
 
 
-class Served(Protocol):
+class ServedPolicy(Protocol):
     """What a server needs of a policy."""
 
     @property
@@ -58,12 +58,12 @@ class Served(Protocol):
         observations: Sequence[Observation],
         sessions: Sequence[Any],
         *,
-        stopwatch: Stopwatch | None = None,
+        timer: Timer | None = None,
     ) -> list[ActionChunk]:
         """The next chunk of every robot."""
         ...
 
-    def work_ahead(self) -> bool:
+    def prefill_ahead(self) -> bool:
         """Does something useful before the next request; whether there was anything to do."""
         ...
 
@@ -212,7 +212,7 @@ class PolicyServer:
 
     def __init__(
         self,
-        policy: Served,
+        policy: ServedPolicy,
         config: ServerConfig,
         *,
         metadata: Mapping[str, Any],
@@ -249,7 +249,7 @@ class PolicyServer:
             max_batch=config.max_batch,
             window_seconds=config.window_seconds,
             capacity=config.queue,
-            idle=self._policy.work_ahead,
+            idle=self._policy.prefill_ahead,
             others=lambda: len(self._robots),
         )
         batches = asyncio.create_task(self._batcher.run())
@@ -395,11 +395,11 @@ class PolicyServer:
     def _act(self, items: Sequence[tuple[Observation, Any]]) -> list[tuple[ActionChunk, dict]]:
         """One call of the policy; runs on the batcher's thread."""
         observations, sessions = zip(*items)
-        stopwatch, begin = Stopwatch(), time.perf_counter()
-        chunks = self._policy.act(observations, sessions, stopwatch=stopwatch)
-        self.metrics.computed(stopwatch.milliseconds)
+        timer, begin = Timer(), time.perf_counter()
+        chunks = self._policy.act(observations, sessions, timer=timer)
+        self.metrics.computed(timer.milliseconds)
         whole = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
-        parts = {f"{name}_ms": spent for name, spent in stopwatch.milliseconds.items()}
+        parts = {f"{name}_ms": spent for name, spent in timer.milliseconds.items()}
         return [(chunk, whole | parts) for chunk in chunks]
 
     async def _refuse(self, robot: _Robot, outcome: str, message: str) -> None:

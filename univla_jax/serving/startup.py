@@ -25,7 +25,7 @@ from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 
-def keep_compiled(folder: str | os.PathLike[str]) -> None:
+def enable_compilation_cache(folder: str | os.PathLike[str]) -> None:
     """Lets later starts find what this one compiles.
 
     Args:

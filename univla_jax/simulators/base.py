@@ -17,7 +17,7 @@ from univla_jax.episode import Observation
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Job:
+class Trial:
     """One episode of a benchmark: which task, which of its initial states."""
 
     task: int
@@ -25,7 +25,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned(Observation):
+class PlannedObservation(Observation):
     """An observation by a simulator that has a script.
 
     Attributes:
@@ -35,10 +35,10 @@ class Planned(Observation):
     plan: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 7), np.float32))
 
 
-class Turn(enum.Enum):
+class StepResult(enum.Enum):
     """What an action led to."""
 
-    GOES_ON = "the episode goes on"
+    CONTINUES = "the episode goes on"
     NEXT_TASK = "another instruction holds from now on; the policy forgets and is asked again"
     ENDED = "the episode is over"
 
@@ -46,7 +46,7 @@ class Turn(enum.Enum):
 class Simulator(Protocol):
     """Runs one episode after another, in a worker process."""
 
-    def reset(self, job: Job) -> None:
+    def reset(self, job: Trial) -> None:
         """Begins an episode; what follows depends on ``job`` and the actions alone."""
         ...
 
@@ -54,7 +54,7 @@ class Simulator(Protocol):
         """What the policy sees now."""
         ...
 
-    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
         """Executes one action.
 
         Args:
@@ -69,7 +69,7 @@ class Simulator(Protocol):
         ...
 
     def picture(self) -> np.ndarray:
-        """What a film shows now, uint8 [H, W, 3]."""
+        """What a video shows now, uint8 [H, W, 3]."""
         ...
 
     def versions(self) -> dict[str, str]:
@@ -95,7 +95,7 @@ class Benchmark:
 
     name: str
     protocol: dict[str, Any]
-    jobs: tuple[Job, ...]
+    jobs: tuple[Trial, ...]
     make: Callable[[], Simulator]
     execute: int = 0
     action_dim: int = 7

@@ -19,7 +19,7 @@ from univla_jax.data.action_conventions import sign_gripper
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.report import proportion
-from univla_jax.simulators.base import Benchmark, Job, Turn, package_versions
+from univla_jax.simulators.base import Benchmark, StepResult, Trial, package_versions
 
 CHAIN = 5
 SEQUENCES = 1000
@@ -73,7 +73,7 @@ def benchmark(rules: CalvinProtocol, *, dataset: str | None) -> Benchmark:
     return Benchmark(
         name="calvin",
         protocol={"benchmark": "calvin", **dataclasses.asdict(rules)},
-        jobs=tuple(Job(0, trial) for trial in range(rules.sequences)),
+        jobs=tuple(Trial(0, trial) for trial in range(rules.sequences)),
         make=functools.partial(CalvinSimulator, rules, dataset),
         execute=rules.execute,
         summary=chain_summary,
@@ -124,7 +124,7 @@ class CalvinSimulator:
         self._initial = utils.get_env_state_for_initial_condition
         self._env = get_env(pathlib.Path(dataset) / "validation", show_gui=False)
 
-    def reset(self, job: Job) -> None:
+    def reset(self, job: Trial) -> None:
         """Begins chain ``job.trial``."""
         initial, self._chain = self._sequences[job.trial]
         robot, scene = self._initial(initial)
@@ -140,7 +140,7 @@ class CalvinSimulator:
         state = np.asarray(self._seen["robot_obs"], np.float32)
         return Observation(str(self._words[self._task][0]), frames, state)
 
-    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
         """Executes one relative action [7]; asks the oracle after it. It is drawn in any case."""
         del look
         command = sign_gripper(action) if self._rules.gripper == "sign" else action
@@ -150,10 +150,10 @@ class CalvinSimulator:
         if self._oracle.get_task_info_for_set(self._start, info, {self._task}):
             self._solved += 1
             if self._solved == len(self._chain):
-                return Turn.ENDED
+                return StepResult.ENDED
             self._begin_task()
-            return Turn.NEXT_TASK
-        return Turn.GOES_ON if self._left else Turn.ENDED
+            return StepResult.NEXT_TASK
+        return StepResult.CONTINUES if self._left else StepResult.ENDED
 
     def result(self) -> dict[str, Any]:
         """How many tasks of the chain were solved in a row."""

@@ -16,7 +16,7 @@ import numpy as np
 from univla_jax.data.action_conventions import widowx_commands
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.base import Benchmark, Job, Turn, package_versions
+from univla_jax.simulators.base import Benchmark, StepResult, Trial, package_versions
 
 MAX_STEPS = {
     "widowx_spoon_on_towel": 60,
@@ -26,7 +26,7 @@ MAX_STEPS = {
 }
 EPISODES = 24
 _PACKAGES = ("simpler_env", "mani_skill2_real2sim", "sapien", "numpy")
-# Unnormalised range of Bridge actions, for random ones: metres, radians, gripper 0...1.
+# Unnormalized range of Bridge actions, for random ones: meters, radians, gripper 0...1.
 _RANGE = (-0.03, -0.04, -0.04, -0.08, -0.08, -0.2, 0.0), (0.03, 0.04, 0.04, 0.08, 0.08, 0.2, 1.0)
 
 
@@ -73,7 +73,7 @@ def benchmark(rules: SimplerProtocol) -> Benchmark:
     return Benchmark(
         name="simpler_bridge",
         protocol={"benchmark": "simpler", **dataclasses.asdict(rules), "max_steps": steps},
-        jobs=tuple(Job(task, i) for task in range(len(rules.tasks)) for i in episodes),
+        jobs=tuple(Trial(task, i) for task in range(len(rules.tasks)) for i in episodes),
         make=functools.partial(SimplerSimulator, rules),
         execute=rules.execute,
         random_range=_RANGE,
@@ -102,7 +102,7 @@ class SimplerSimulator:
         self._env: Any = None
         self._name = ""
 
-    def reset(self, job: Job) -> None:
+    def reset(self, job: Trial) -> None:
         """Begins layout ``job.trial`` of a task."""
         name = self._rules.tasks[job.task]
         if name != self._name:
@@ -119,8 +119,8 @@ class SimplerSimulator:
         """The third-person camera and the words of now."""
         return Observation(self._words, {"image": self.picture()})
 
-    def step(self, action: np.ndarray, look: bool = True) -> Turn:
-        """Executes one action of the Bridge corpus [7]: metres, Euler angles, gripper 0...1.
+    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
+        """Executes one action of the Bridge corpus [7]: meters, Euler angles, gripper 0...1.
 
         It is drawn in any case.
         """
@@ -132,9 +132,9 @@ class SimplerSimulator:
         self._stats = info.get("episode_stats", {})
         out_of_time = bool(truncated) or self._steps >= MAX_STEPS[self._name]
         if out_of_time or (self._success and self._rules.stop_at_success):
-            return Turn.ENDED
+            return StepResult.ENDED
         before, self._words = self._words, self._env.get_language_instruction()
-        return Turn.GOES_ON if before == self._words else Turn.NEXT_TASK
+        return StepResult.CONTINUES if before == self._words else StepResult.NEXT_TASK
 
     def result(self) -> dict[str, Any]:
         """Outcome after the last step, whether it ever succeeded, and the task's own counts."""

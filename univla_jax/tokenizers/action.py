@@ -19,9 +19,9 @@ from univla_jax.tokenizers import fast
 from univla_jax.tokenizers.constrained import (
     CodeGrammar,
     DecodedActions,
-    checked_chunks,
+    check_chunks,
     invalid,
-    one_each,
+    one_code_per_value,
 )
 from univla_jax.tokenizers.fast import FastTokenizer
 
@@ -34,11 +34,11 @@ from univla_jax.tokenizers.fast import FastTokenizer
 KIND_FILE = "action_tokenizer.json"
 
 
-class UniformBins:
+class UniformBinTokenizer:
     """One code per number: the index of its bin in [-1, 1] (OpenVLA's tokenizer).
 
     Source: UniVLA models/tokenizer/action_tokenizer.py. With 256 bin edges, codes are 1 … 256 and
-    stand for the 255 bin centres, the last one for both 255 and 256.
+    stand for the 255 bin centers, the last one for both 255 and 256.
     """
 
     kind = "uniform_bins"
@@ -52,7 +52,7 @@ class UniformBins:
         if bins < 2:
             raise UserError(f"uniform bins: bins={bins}, expected at least 2")
         self._edges = np.linspace(-1.0, 1.0, bins)
-        self._centres = (self._edges[:-1] + self._edges[1:]) / 2
+        self._centers = (self._edges[:-1] + self._edges[1:]) / 2
         self._files = {KIND_FILE: dump_json({"kind": self.kind, "bins": bins})}
 
     @property
@@ -71,7 +71,7 @@ class UniformBins:
 
     def grammar(self, horizon: int, action_dim: int) -> CodeGrammar:
         """As many bins as there are numbers; code 0 is none."""
-        return one_each(np.arange(self.vocabulary_size) > 0, horizon * action_dim)
+        return one_code_per_value(np.arange(self.vocabulary_size) > 0, horizon * action_dim)
 
     def codes(self, actions: np.ndarray) -> np.ndarray:
         """Codes 1 … bins of any array of numbers, clipped to [-1, 1]; int64, same shape.
@@ -87,28 +87,28 @@ class UniformBins:
         One less than ``codes``, cut to the bins, so that decoding them is off by one bin: for
         comparisons only.
         """
-        return np.clip(self.codes(actions) - 1, 0, len(self._centres) - 1)
+        return np.clip(self.codes(actions) - 1, 0, len(self._centers) - 1)
 
-    def centres(self, codes: np.ndarray) -> np.ndarray:
+    def centers(self, codes: np.ndarray) -> np.ndarray:
         """Numbers of codes (action_tokenizer.py:86), codes beyond the bins clipped; float64."""
         index = np.asarray(codes, np.int64) - 1
-        return self._centres[np.clip(index, 0, len(self._centres) - 1)]
+        return self._centers[np.clip(index, 0, len(self._centers) - 1)]
 
     def encode(self, chunk: np.ndarray) -> list[int]:
-        """Ids of one normalised chunk [T, A].
+        """Ids of one normalized chunk [T, A].
 
         Raises:
           UserError: another number of axes, or a value that is not finite.
         """
-        return self.encode_batch(checked_chunks(chunk, 2)[None])[0]
+        return self.encode_batch(check_chunks(chunk, 2)[None])[0]
 
     def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
-        """Ids of normalised chunks [N, T, A]; values beyond [-1, 1] are clipped.
+        """Ids of normalized chunks [N, T, A]; values beyond [-1, 1] are clipped.
 
         Raises:
           UserError: another number of axes, or a value that is not finite.
         """
-        chunks = checked_chunks(chunks, 3)
+        chunks = check_chunks(chunks, 3)
         return self.codes(chunks).reshape(len(chunks), -1).tolist()
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
@@ -120,14 +120,14 @@ class UniformBins:
         if len(ids) != horizon * action_dim:
             reason = f"{len(ids)} bins instead of {horizon * action_dim}"
             return invalid(reason, horizon, action_dim)
-        return DecodedActions(self.centres(np.asarray(ids)).reshape(horizon, action_dim))
+        return DecodedActions(self.centers(np.asarray(ids)).reshape(horizon, action_dim))
 
     def save(self, folder: PathLike) -> None:
         """Writes the kind and the number of bins into ``folder``."""
         write_files(folder, self._files)
 
 
-class NumberText:
+class NumberTextTokenizer:
     """Actions as written numbers, one line per step: ``0.12,-0.30,…``; one id per character.
 
     The "text" action format of the paper, with a character alphabet of its own so that it is
@@ -164,19 +164,19 @@ class NumberText:
         del horizon, action_dim
 
     def encode(self, chunk: np.ndarray) -> list[int]:
-        """Ids of one normalised chunk [T, A]; values beyond [-1, 1] are clipped.
+        """Ids of one normalized chunk [T, A]; values beyond [-1, 1] are clipped.
 
         Raises:
           UserError: another number of axes, or a value that is not finite.
         """
         # Adding zero turns -0.0 into 0.0.
-        chunk = np.round(np.clip(checked_chunks(chunk, 2), -1, 1), self._decimals) + 0.0
+        chunk = np.round(np.clip(check_chunks(chunk, 2), -1, 1), self._decimals) + 0.0
         lines = (",".join(f"{value:.{self._decimals}f}" for value in row) for row in chunk)
         return [self._characters.index(c) for c in "\n".join(lines)]
 
     def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
-        """Ids of normalised chunks [N, T, A]; see ``encode``."""
-        return [self.encode(chunk) for chunk in checked_chunks(chunks, 3)]
+        """Ids of normalized chunks [N, T, A]; see ``encode``."""
+        return [self.encode(chunk) for chunk in check_chunks(chunks, 3)]
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
         """The chunk of ids, or a statement why they are none; never raises on ids."""
@@ -211,12 +211,15 @@ __all__ = [
     "ActionTokenizer",
     "DecodedActions",
     "FastTokenizer",
-    "NumberText",
-    "UniformBins",
+    "NumberTextTokenizer",
+    "UniformBinTokenizer",
     "load_action_tokenizer",
 ]
 
-_KINDS = {UniformBins.kind: UniformBins, NumberText.kind: NumberText}
+_KINDS = {
+    UniformBinTokenizer.kind: UniformBinTokenizer,
+    NumberTextTokenizer.kind: NumberTextTokenizer,
+}
 
 
 class ActionTokenizer(Protocol):
@@ -237,10 +240,10 @@ class ActionTokenizer(Protocol):
         """Which codes may follow each other in a whole chunk, None where there is no such rule."""
 
     def encode(self, chunk: np.ndarray) -> list[int]:
-        """Codes of one chunk float [T, A], normalised to [-1, 1]."""
+        """Codes of one chunk float [T, A], normalized to [-1, 1]."""
 
     def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
-        """Codes of chunks float [N, T, A], normalised to [-1, 1]."""
+        """Codes of chunks float [N, T, A], normalized to [-1, 1]."""
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
         """The chunk of codes, or why they are none; never raises on codes."""

@@ -39,7 +39,7 @@ class CodeGrammar:
     characters: int
 
 
-def one_each(legal: Sequence[bool], characters: int) -> CodeGrammar:
+def one_code_per_value(legal: Sequence[bool], characters: int) -> CodeGrammar:
     """The grammar of codes that are one character each; ``legal`` [R] says which mean something."""
     finishes = np.where(np.asarray(legal, bool), 1, ILLEGAL).astype(np.int32)[None]
     return CodeGrammar(finishes, np.zeros_like(finishes), characters)
@@ -89,7 +89,7 @@ class DecodedActions:
     """A decoded chunk, or the statement that the tokens were none.
 
     Attributes:
-      actions: float64 [T, A], normalised. All zeros when not valid: a placeholder of the right
+      actions: float64 [T, A], normalized. All zeros when not valid: a placeholder of the right
         shape, not a prediction and not "no motion".
       valid: whether the tokens were exactly one chunk.
       reason: why not, empty when valid.
@@ -105,7 +105,7 @@ def invalid(reason: str, horizon: int, action_dim: int) -> DecodedActions:
     return DecodedActions(np.zeros((horizon, action_dim)), valid=False, reason=reason)
 
 
-def checked_chunks(chunks: np.ndarray, ndim: int) -> np.ndarray:
+def check_chunks(chunks: np.ndarray, ndim: int) -> np.ndarray:
     """Chunks [N, T, A] (``ndim`` 3) or one chunk [T, A] (``ndim`` 2) as float64.
 
     Raises:

@@ -23,7 +23,7 @@ import tokenizers
 from univla_jax.errors import UserError
 from univla_jax.io import PathLike, dump_json, fingerprint, parse_json, read_files, write_files
 from univla_jax.tokenizers import constrained
-from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, checked_chunks, invalid
+from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, check_chunks, invalid
 
 # ----------------------------------------------------------------------------
 # The byte-level BPE inside the FAST action tokenizer: training and reading it.
@@ -182,14 +182,14 @@ class FastTokenizer:
         *,
         reference_alphabet: bool = False,
     ) -> FastTokenizer:
-        """Fits the BPE to normalised action chunks.
+        """Fits the BPE to normalized action chunks.
 
         By default every chunk in [-1, 1] can be encoded, whatever was seen: the alphabet holds all
         256 bytes, ``min_token`` is the least legal coefficient, merges may span all characters,
         and ``vocabulary_size`` of the result counts the ids there really are.
 
         Args:
-          chunks: float [N, T, A], normalised to [-1, 1]; sliding windows over the episodes.
+          chunks: float [N, T, A], normalized to [-1, 1]; sliding windows over the episodes.
           scale: factor from coefficients to integers; larger is finer and longer.
           vocabulary_size: upper limit of ids.
           reference_alphabet: fits as pretrain/fast/processing_action_tokenizer.py:110-186 does,
@@ -198,7 +198,7 @@ class FastTokenizer:
         Raises:
           UserError: chunks of another shape or not finite, or a vocabulary too small.
         """
-        chunks = checked_chunks(chunks, 3)
+        chunks = check_chunks(chunks, 3)
         if not chunks.size or not scale > 0:
             raise UserError(f"FAST: chunks of shape {chunks.shape}, scale {scale}: nothing to fit")
         coefficients = _coefficients(chunks, scale)
@@ -237,14 +237,14 @@ class FastTokenizer:
 
     def coefficients(self, chunks: np.ndarray) -> np.ndarray:
         """Integers that stand for chunks float [N, T, A]: rounded scaled DCT over time, int64."""
-        return _coefficients(checked_chunks(chunks, 3), self.scale)
+        return _coefficients(check_chunks(chunks, 3), self.scale)
 
     def encode(self, chunk: np.ndarray, *, strict: bool = True) -> list[int]:
-        """Ids of one normalised chunk [T, A]; see ``encode_batch``."""
-        return self.encode_batch(checked_chunks(chunk, 2)[None], strict=strict)[0]
+        """Ids of one normalized chunk [T, A]; see ``encode_batch``."""
+        return self.encode_batch(check_chunks(chunk, 2)[None], strict=strict)[0]
 
     def encode_batch(self, chunks: np.ndarray, *, strict: bool = True) -> list[list[int]]:
-        """Ids of normalised chunks, computed in float64.
+        """Ids of normalized chunks, computed in float64.
 
         Args:
           chunks: float [N, T, A] in [-1, 1].
@@ -326,7 +326,7 @@ class FastTokenizer:
             value = int(coefficients.flat[np.argmax(np.abs(coefficients))])
             raise UserError(
                 f"action chunk has the coefficient {value} beyond ±{bound}: its actions leave "
-                "[-1, 1]; normalise them with the corpus' statistics and clip"
+                "[-1, 1]; normalize them with the corpus' statistics and clip"
             )
         kept = self._lossless[bound][coefficients + bound]
         if not kept.all():

@@ -2,7 +2,7 @@
 
 The reference resizes frames with ``PIL.Image.resize`` (bicubic) to the recipe's size, then its
 image processor (``image_processing_emu3visionvq.py``) rounds both sides to multiples of the
-tokenizer's factor and maps 0..255 to -1..1. Another filter moves pixels by several grey levels and
+tokenizer's factor and maps 0..255 to -1..1. Another filter moves pixels by several gray levels and
 with them the codes, so the whole path is one ``ImageSpec``, saved beside every checkpoint.
 
 Axes: N frames, H/W input rows and columns, h/w output rows and columns.
@@ -30,7 +30,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# The reference's arithmetic per grey level: / 255 in float64, then (x - 0.5) / 0.5 in float32.
+# The reference's arithmetic per gray level: / 255 in float64, then (x - 0.5) / 0.5 in float32.
 _LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 
 
@@ -173,7 +173,7 @@ class ImageSpec:
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 grey [H, W] or [H, W, 1], RGB or RGBA [H, W, 3 or 4] -> RGB uint8 [H, W, 3]."""
+    """uint8 gray [H, W] or [H, W, 1], RGB or RGBA [H, W, 3 or 4] -> RGB uint8 [H, W, 3]."""
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
     return np.asarray(Image.fromarray(image).convert("RGB"))

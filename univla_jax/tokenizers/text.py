@@ -23,7 +23,7 @@ from univla_jax.errors import UserError
 from univla_jax.io import PathLike, dump_json, fingerprint, parse_json, read_files, write_files
 
 # ----------------------------------------------------------------------------
-# What every text tokenizer does alike: normalisation before, range check after.
+# What every text tokenizer does alike: normalization before, range check after.
 
 
 def clean(text: str) -> str:
@@ -61,7 +61,7 @@ _PATTERN = (
 )
 
 
-class TiktokenText:
+class TiktokenTextTokenizer:
     """Emu3's byte-level BPE (Emu3 mllm/tokenization_emu3.py), read from its own two files.
 
     Ids 0 … 151,642 are the BPE ranks; special tokens and visual tokens follow. The rank file lies
@@ -86,7 +86,7 @@ class TiktokenText:
         )
 
     @classmethod
-    def load(cls, folder: PathLike) -> TiktokenText:
+    def load(cls, folder: PathLike) -> TiktokenTextTokenizer:
         """Reads ``emu3.tiktoken`` and ``emu3_vision_tokens.txt`` from ``folder``.
 
         Raises:
@@ -192,7 +192,7 @@ _MODEL_FILE = "sentencepiece.model"
 _SPACE = "\u2581"
 
 
-class SentencePieceText:
+class SentencePieceTextTokenizer:
     """A SentencePiece BPE model fitted to the instructions of one's own corpus.
 
     Every text encodes (unknown characters fall back to bytes) and decodes to its NFC form; only
@@ -200,7 +200,7 @@ class SentencePieceText:
     """
 
     def __init__(self, model: bytes) -> None:
-        """Reads a serialised model.
+        """Reads a serialized model.
 
         Raises:
           UserError: the bytes are no SentencePiece model.
@@ -217,7 +217,7 @@ class SentencePieceText:
     @classmethod
     def fit(
         cls, texts: Iterable[str], vocabulary_size: int, *, symbols: Sequence[str] = ()
-    ) -> SentencePieceText:
+    ) -> SentencePieceTextTokenizer:
         """Trains a model; the same texts in the same order give the same bytes.
 
         Args:
@@ -266,7 +266,7 @@ class SentencePieceText:
         return cls(model.getvalue())
 
     @classmethod
-    def load(cls, folder: PathLike) -> SentencePieceText:
+    def load(cls, folder: PathLike) -> SentencePieceTextTokenizer:
         """Reads what ``save`` wrote.
 
         Raises:
@@ -311,9 +311,9 @@ class SentencePieceText:
 
 
 __all__ = [
-    "SentencePieceText",
+    "SentencePieceTextTokenizer",
     "TextTokenizer",
-    "TiktokenText",
+    "TiktokenTextTokenizer",
     "load_text_tokenizer",
     "pad_right",
 ]
@@ -347,12 +347,12 @@ def load_text_tokenizer(folder: PathLike) -> TextTokenizer:
       UserError: none, an unknown kind, or broken files.
     """
     if (epath.Path(folder) / RANK_FILE).is_file():
-        return TiktokenText.load(folder)
+        return TiktokenTextTokenizer.load(folder)
     content = read_files(folder, [KIND_FILE], what=f"text tokenizer (nor {RANK_FILE})")
     kind = parse_json(content[KIND_FILE], where=f"{folder}/{KIND_FILE}").get("kind")
     if kind != KIND:
         raise UserError(f"{folder}/{KIND_FILE}: unknown kind {kind!r}, expected {KIND!r}")
-    return SentencePieceText.load(folder)
+    return SentencePieceTextTokenizer.load(folder)
 
 
 def pad_right(

@@ -133,7 +133,7 @@ class VisionTokenizer:
         return self._batched("encode", to_pixels, frames).astype(np.uint16)
 
     def latents(self, frames: np.ndarray) -> np.ndarray:
-        """What is quantised: float32 [N, 1, h, w, E] of images or [B, t, h, w, E] of videos."""
+        """What is quantized: float32 [N, 1, h, w, E] of images or [B, t, h, w, E] of videos."""
         self._check_frames(frames, frames.ndim)
         return self._batched("latents", to_pixels, frames)
 

@@ -1,7 +1,7 @@
 """Layers of the video VQ, as pure flax.linen modules, channels last.
 
 Axes: B videos, T frames, N = B * T frames taken one by one, H/W rows and columns, C channels,
-E = ``embed_dim`` channels of the quantised latent, h/w its rows and columns. Every layer is the
+E = ``embed_dim`` channels of the quantized latent, h/w its rows and columns. Every layer is the
 one of Emu3's ``modeling_emu3visionvq.py`` (Emu3 paper, section 2.2) under the same name, so that
 ``interop/vision_keys.py`` stays a list of spelling rules.
 """
@@ -51,7 +51,7 @@ def beside(
 ) -> jax.Array:
     """``jax.lax.conv_general_dilated`` that is fast for few output channels as well.
 
-    With few of them, several neighbours in a row are computed as channels of one position, by a
+    With few of them, several neighbors in a row are computed as channels of one position, by a
     kernel that holds the small one once for each of them::
 
         output   0  1  2  3        one position, 4 F channels
@@ -80,7 +80,7 @@ def repeat_grid(x_NHWC: jax.Array, factor: int) -> jax.Array:
 
 
 class GroupNorm(nn.Module):
-    """Normalises groups of neighbouring channels over [H, W], two passes, float32.
+    """Normalizes groups of neighboring channels over [H, W], two passes, float32.
 
     Attributes:
       groups: number of channel groups; divides C.
@@ -95,10 +95,10 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         mean_NC = self._group_mean(x_NHWC.mean((1, 2)))
-        centred = x_NHWC - mean_NC[:, None, None]
-        variance_NC = self._group_mean(jnp.square(centred).mean((1, 2)))
+        centered = x_NHWC - mean_NC[:, None, None]
+        variance_NC = self._group_mean(jnp.square(centered).mean((1, 2)))
         gain_NC = jax.lax.rsqrt(variance_NC + SPATIAL_EPS) * scale
-        return centred * gain_NC[:, None, None] + bias
+        return centered * gain_NC[:, None, None] + bias
 
     def _group_mean(self, x_NC: jax.Array) -> jax.Array:
         grouped = x_NC.reshape(x_NC.shape[0], self.groups, -1).mean(-1)
@@ -106,7 +106,7 @@ class GroupNorm(nn.Module):
 
 
 class SpatialNorm(nn.Module):
-    """Group norm whose scale and shift are read off the quantised latent (MoVQ).
+    """Group norm whose scale and shift are read off the quantized latent (MoVQ).
 
     ``norm(x) * conv_y(zq) + conv_b(zq)`` with ``zq`` resized to ``x``. Both convolutions are 1x1,
     so they run on the small grid and their results are resized: the same numbers, fewer of them.
@@ -137,7 +137,7 @@ def norm(name: str, groups: int, x_NHWC: jax.Array, zq_NhwE: jax.Array | None) -
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut, 1x1 where the width changes."""
+    """Two normalized 3x3 convolutions beside a shortcut, 1x1 where the width changes."""
 
     features: int
     groups: int
@@ -245,7 +245,7 @@ class CausalConv(nn.Module):
         return jnp.concatenate(views, axis=-1)
 
 
-class StoredNorm(nn.Module):
+class FrozenBatchNorm(nn.Module):
     """Batch norm with stored statistics, in evaluation and in training.
 
     Collection ``batch_stats`` holds ``mean``, ``var`` and the reference's ``count`` of batches
@@ -265,13 +265,13 @@ class StoredNorm(nn.Module):
 
 
 class TemporalResBlock(nn.Module):
-    """Two normalised causal 3x3x3 convolutions beside a shortcut; the width stays."""
+    """Two normalized causal 3x3x3 convolutions beside a shortcut; the width stays."""
 
     @nn.compact
     def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
         """Returns an array of the same shape."""
         channels = x_BTHWC.shape[-1]
-        h_BTHWC = nn.silu(StoredNorm(name="norm1")(x_BTHWC))
+        h_BTHWC = nn.silu(FrozenBatchNorm(name="norm1")(x_BTHWC))
         h_BTHWC = CausalConv(channels, name="conv1")(h_BTHWC)
-        h_BTHWC = nn.silu(StoredNorm(name="norm2")(h_BTHWC))
+        h_BTHWC = nn.silu(FrozenBatchNorm(name="norm2")(h_BTHWC))
         return x_BTHWC + CausalConv(channels, name=LAST_CONV)(h_BTHWC)

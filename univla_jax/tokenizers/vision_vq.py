@@ -2,7 +2,7 @@
 
 A convolutional encoder halves each frame ``len(ch_mult) - 1`` times, causal convolutions merge
 ``temporal_downsample_factor`` frames into one latent frame, the nearest row of a codebook is its
-code, and a decoder conditioned on the quantised latent (MoVQ) goes back. An image is the video of
+code, and a decoder conditioned on the quantized latent (MoVQ) goes back. An image is the video of
 one picture repeated: its spatial encoder runs once, and its decoder renders frame 0 only.
 Source: Emu3 ``modeling_emu3visionvq.py`` and the Emu3 paper, section 2.2.
 
@@ -38,11 +38,11 @@ class VisionConfig:
     Attributes:
       codebook_size: rows of the codebook K, at most 65,536 (codes are stored as uint16).
       embed_dim: channels of a codebook row E.
-      z_channels: channels between encoder and quantiser; equals ``embed_dim``, because the decoder
+      z_channels: channels between encoder and quantizer; equals ``embed_dim``, because the decoder
         sends both through the same temporal layers.
       double_z: only False; kept so that reference configs load.
-      in_channels: colour channels of the input.
-      out_channels: colour channels of the output.
+      in_channels: color channels of the input.
+      out_channels: color channels of the output.
       temporal_downsample_factor: frames per latent frame, a power of two.
       ch: channels at full resolution.
       ch_mult: channel multiple per level; each level but the last halves H and W.
@@ -79,7 +79,7 @@ class VisionConfig:
         widths = [self.ch * m for m in (1, *self.ch_mult)]
         levels = range(len(self.ch_mult))
         return {
-            "double_z must be False (a quantiser has no variance)": not self.double_z,
+            "double_z must be False (a quantizer has no variance)": not self.double_z,
             "z_channels must equal embed_dim": self.z_channels == self.embed_dim,
             "codebook_size must lie in 1..65536": 0 < self.codebook_size <= 65536,
             "temporal_downsample_factor must be a power of two": frames > 0
@@ -135,7 +135,7 @@ _DISTANCES_AT_ONCE = 2**26
 
 
 class Encoder(nn.Module):
-    """Frames to unquantised latents."""
+    """Frames to unquantized latents."""
 
     config: VisionConfig
 
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Quantised latents to frames."""
+    """Quantized latents to frames."""
 
     config: VisionConfig
 
@@ -192,8 +192,8 @@ class Decoder(nn.Module):
         """Decodes videos.
 
         Args:
-          z_BTHWC: [B, t, h, w, z_channels], quantised latents after ``post_quant_conv``.
-          zq_BTHWC: [B, t, h, w, E], the quantised latents, which condition the norms.
+          z_BTHWC: [B, t, h, w, z_channels], quantized latents after ``post_quant_conv``.
+          zq_BTHWC: [B, t, h, w, E], the quantized latents, which condition the norms.
           first_only: render only frame 0; t must be 1. No layer sees a later frame, so the frames
             are never made.
 
@@ -301,7 +301,7 @@ class VisionVQ(nn.Module):
         return self.decode(self.encode(pixels))
 
     def latents(self, pixels: jax.Array) -> jax.Array:
-        """What is quantised: float32 [B, t, h, w, E]; t = 1 for images."""
+        """What is quantized: float32 [B, t, h, w, E]; t = 1 for images."""
         if pixels.ndim == 4:
             hidden = self.encoder(pixels[:, None], self.config.temporal_downsample_factor)
         else:

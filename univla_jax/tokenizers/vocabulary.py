@@ -42,7 +42,7 @@ class Vocabulary:
     Attributes:
       size: number of ids V; every id lies in [0, size).
       text_size: ids 0 … text_size-1 come from the text tokenizer.
-      pad: padding, right of a row; never labelled.
+      pad: padding, right of a row; never labeled.
       bos: begin of sequence.
       eos: end of sequence.
       bot: begin of thought (reasoning text).

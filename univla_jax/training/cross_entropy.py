@@ -115,9 +115,9 @@ def _chunk(vocab_size, h_BJD, head_VD, t_BJ):
         logits, decoder_config.LOSS_BATCH, decoder_config.LOSS_LENGTH, decoder_config.LOSS_VOCAB
     )
     top = jnp.max(logits, axis=-1)
-    normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
+    normalizer = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     picked = jnp.take_along_axis(logits, t_BJ[..., None], axis=-1)[..., 0]
-    return logits - normaliser[..., None], normaliser - picked, picked >= top
+    return logits - normalizer[..., None], normalizer - picked, picked >= top
 
 
 def _gathered(part):

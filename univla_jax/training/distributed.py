@@ -22,7 +22,7 @@ _LOST_SIGNS = ("gloo", "connection closed", "coordination", "heartbeat", "unavai
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessGroup:
+class ProcessGroupConfig:
     """Who trains together.
 
     Attributes:
@@ -54,7 +54,7 @@ class ProcessGroup:
             )
 
 
-def join(group: ProcessGroup) -> None:
+def join(group: ProcessGroupConfig) -> None:
     """Makes this process one of a group; must come before anything else of JAX.
 
     Raises:
@@ -76,7 +76,7 @@ def join(group: ProcessGroup) -> None:
 
 
 @contextlib.contextmanager
-def leaving_with_the_others() -> Iterator[None]:
+def exit_on_peer_failure() -> Iterator[None]:
     """Ends this process with ``LOST_STATUS`` and one line when another one is lost.
 
     What is still waiting for the lost process would keep an ordinary exit from ending, so the
@@ -86,7 +86,7 @@ def leaving_with_the_others() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the lost connection surfaces as several types of several layers
-        if jax.process_count() == 1 or not is_loss(error):
+        if jax.process_count() == 1 or not is_peer_failure(error):
             raise
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} stops because another "
@@ -100,7 +100,7 @@ def leaving_with_the_others() -> Iterator[None]:
         os._exit(LOST_STATUS)
 
 
-def is_loss(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an error, or one of its causes, says that another process went away."""
     while error is not None:
         text = f"{type(error).__name__} {error}".lower()

@@ -45,7 +45,7 @@ _GPUS = (
 CHIPS = {chip.name: chip for chip in _TPUS}
 
 
-def chip_of(device: jax.Device) -> Chip | None:
+def find_chip(device: jax.Device) -> Chip | None:
     """The row of a device, None for one that is not in the table, such as a CPU."""
     for chip in (*_TPUS, *_GPUS):
         if device.device_kind.startswith(chip.kind):
@@ -103,9 +103,9 @@ def token_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> 
     return config.num_layers * layer + head_share * head_flops(config)
 
 
-def head_share(max_labelled: int, length: int) -> float:
-    """Share of the positions that the head runs on; ``max_labelled`` as ``LossConfig`` has it."""
-    return min(max_labelled or length, length) / length
+def head_share(max_labeled: int, length: int) -> float:
+    """Share of the positions that the head runs on; ``max_labeled`` as ``LossConfig`` has it."""
+    return min(max_labeled or length, length) / length
 
 
 def training_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> float:

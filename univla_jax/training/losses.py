@@ -4,7 +4,7 @@ The loss of a micro-batch is returned as two sums, so that micro-batches, device
 exactly: ``loss = sum(w * nll) / sum(w)`` over everything (reference ``modeling_emu3.py:1586-1598``
 takes that mean per micro-batch; golden fact 9).
 
-Axes: B batch, S sequence, P predicted positions (S, or the labelled ones), D model, V padded
+Axes: B batch, S sequence, P predicted positions (S, or the labeled ones), D model, V padded
 vocabulary, I chunks, J positions per chunk.
 """
 
@@ -80,7 +80,7 @@ def weighted_cross_entropy(
     batch: TokenBatch,
     modalities: Modalities,
     *,
-    max_labelled: int | None = None,
+    max_labeled: int | None = None,
     chunks: int | None = None,
     train: bool = False,
     dropout_key: jax.Array | None = None,
@@ -92,9 +92,9 @@ def weighted_cross_entropy(
       params: its parameters.
       batch: tokens, loss weights, positions and segments [B, S].
       modalities: id ranges for the metrics.
-      max_labelled: the most labelled tokens a row may have; the hidden states are gathered at
+      max_labeled: the most labeled tokens a row may have; the hidden states are gathered at
         those positions before the head. A row with more makes the loss NaN and counts them in
-        ``metrics["dropped_labels"]``; see ``check_labelled``. None computes every position.
+        ``metrics["dropped_labels"]``; see ``check_labeled``. None computes every position.
       chunks: parts in which the head is applied, see ``cross_entropy.default_chunks``.
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
@@ -102,7 +102,7 @@ def weighted_cross_entropy(
     Returns:
       sum of w * nll (float32, differentiable), sum of w (float32), and metrics, all of them sums
       that add up over micro-batches: per modality ``<name>_nll``, ``<name>_correct``,
-      ``<name>_tokens`` (unweighted, over labelled tokens) and ``dropped_labels``. ``averages``
+      ``<name>_tokens`` (unweighted, over labeled tokens) and ``dropped_labels``. ``averages``
       turns summed metrics into means.
     """
     rngs = {"dropout": dropout_key} if dropout_key is not None else None
@@ -115,7 +115,7 @@ def weighted_cross_entropy(
         rngs=rngs,
     )
     return loss_of_hidden(
-        model, params, hidden, batch, modalities, max_labelled=max_labelled, chunks=chunks
+        model, params, hidden, batch, modalities, max_labeled=max_labeled, chunks=chunks
     )
 
 
@@ -126,14 +126,14 @@ def loss_of_hidden(
     batch: TokenBatch,
     modalities: Modalities,
     *,
-    max_labelled: int | None = None,
+    max_labeled: int | None = None,
     chunks: int | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """``weighted_cross_entropy`` of hidden states [B, S, D] that are there already."""
     targets, weights = _shift(batch.tokens), _shift(batch.loss_weight).astype(jnp.float32)
     dropped = jnp.zeros((), jnp.float32)
-    if max_labelled is not None and max_labelled < targets.shape[1]:
-        hidden, targets, weights, dropped = gather_labelled(hidden, targets, weights, max_labelled)
+    if max_labeled is not None and max_labeled < targets.shape[1]:
+        hidden, targets, weights, dropped = gather_labeled(hidden, targets, weights, max_labeled)
     head = model.apply({"params": params}, method="head_rows")
     total, per_token = cross_entropy(
         hidden, head, targets, weights, vocab_size=model.config.vocab_size, chunks=chunks
@@ -143,7 +143,7 @@ def loss_of_hidden(
 
 
 def averages(metrics: dict[str, Any]) -> dict[str, float]:
-    """Means from summed metrics: ``<name>_loss`` and ``<name>_accuracy`` of what was labelled."""
+    """Means from summed metrics: ``<name>_loss`` and ``<name>_accuracy`` of what was labeled."""
     means = {}
     for name in MODALITIES:
         count = float(metrics[f"{name}_tokens"])
@@ -153,45 +153,45 @@ def averages(metrics: dict[str, Any]) -> dict[str, float]:
     return means
 
 
-def check_labelled(loss_weight: np.ndarray, max_labelled: int) -> None:
+def check_labeled(loss_weight: np.ndarray, max_labeled: int) -> None:
     """Host-side check that no row labels more tokens than the loss gathers.
 
     Args:
       loss_weight: [B, S].
-      max_labelled: the static capacity given to ``weighted_cross_entropy``.
+      max_labeled: the static capacity given to ``weighted_cross_entropy``.
 
     Raises:
       UserError: naming the row with the most labels and the value needed.
     """
     counts = np.count_nonzero(np.asarray(loss_weight)[:, 1:], axis=1)
     row = int(np.argmax(counts))
-    if counts[row] > max_labelled:
+    if counts[row] > max_labeled:
         raise UserError(
-            f"max_labelled={max_labelled}, but row {row} of the batch labels {counts[row]} tokens; "
+            f"max_labeled={max_labeled}, but row {row} of the batch labels {counts[row]} tokens; "
             f"set it to at least {counts[row]}, or to None to compute every position"
         )
 
 
-def gather_labelled(
+def gather_labeled(
     hidden: jax.Array, targets: jax.Array, weights: jax.Array, capacity: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The labelled positions of each row, in order, padded with weight 0 to ``capacity``.
+    """The labeled positions of each row, in order, padded with weight 0 to ``capacity``.
 
     Args:
       hidden: [B, S, D].
       targets: int32 [B, S].
-      weights: float32 [B, S]; labelled means not 0.
+      weights: float32 [B, S]; labeled means not 0.
       capacity: P, static.
 
     Returns:
       hidden [B, P, D], targets [B, P], weights [B, P], and how many labels did not fit (float32).
     """
-    labelled = weights != 0
-    count = jnp.cumsum(labelled, axis=1)  # of labels up to and at each position
+    labeled = weights != 0
+    count = jnp.cumsum(labeled, axis=1)  # of labels up to and at each position
     places = jnp.arange(capacity)
     # the p-th label stands behind all positions that count at most p labels
     order = jnp.sum(count[:, None, :] <= places[:, None], axis=2)
-    order = jnp.minimum(order, labelled.shape[1] - 1)
+    order = jnp.minimum(order, labeled.shape[1] - 1)
     dropped = jnp.sum(jnp.maximum(count[:, -1] - capacity, 0))
     pick = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     picked = jnp.take_along_axis(hidden, order[..., None], axis=1)
@@ -205,10 +205,10 @@ def _shift(x_BS: jax.Array) -> jax.Array:
 
 
 def _modality_sums(modalities, targets, weights, nll, correct) -> dict[str, jax.Array]:
-    index, labelled = modalities.index(targets), weights != 0
+    index, labeled = modalities.index(targets), weights != 0
     sums = {}
     for i, name in enumerate(MODALITIES):
-        mine = (labelled & (index == i)).astype(jnp.float32)
+        mine = (labeled & (index == i)).astype(jnp.float32)
         sums[f"{name}_nll"] = jnp.sum(mine * jax.lax.stop_gradient(nll))
         sums[f"{name}_correct"] = jnp.sum(mine * correct)
         sums[f"{name}_tokens"] = jnp.sum(mine)
@@ -236,7 +236,7 @@ class FlowTarget:
     """Noisy chunks and what the expert should say of them.
 
     Attributes:
-      actions: the data, normalised, [B, T, A].
+      actions: the data, normalized, [B, T, A].
       noise: standard normal, [B, T, A].
       tau: noise levels [B], 1 is pure noise.
     """
@@ -307,7 +307,7 @@ def flow_loss(
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """Sums of the weighted cross-entropy and the weighted flow matching of one micro-batch.
 
-    The loss is their quotient. Micro-batches combine by their labelled tokens; in the layout
+    The loss is their quotient. Micro-batches combine by their labeled tokens; in the layout
     ``policy_flow`` that is one per row (boa), and so the mean over all rows.
 
     Args:
@@ -323,7 +323,7 @@ def flow_loss(
         with eager or sdpa attention does; by default the padding of a row changes nothing.
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
-      **options: ``max_labelled`` and ``chunks`` of ``training.loss``.
+      **options: ``max_labeled`` and ``chunks`` of ``training.loss``.
 
     Returns:
       what ``weighted_cross_entropy`` returns, the flow matching added to the first sum; its

@@ -7,7 +7,7 @@ bar:
     time/step_seconds        wall clock of a step, everything included
     time/data_seconds        of it, waiting for the batch
     time/tokens_per_second   tokens that are no padding, over all devices
-    time/mfu                 model FLOP/s utilisation: operations of those tokens by the count of
+    time/mfu                 model FLOP/s utilization: operations of those tokens by the count of
                              ``flops.py`` (padding and recomputation count nothing, causal attention
                              half) over the bf16 peak of all devices; absent where the peak is
                              unknown, as on CPU
@@ -40,7 +40,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from univla_jax.errors import UserError
-from univla_jax.training.hardware import chip_of
+from univla_jax.training.hardware import find_chip
 
 # ----------------------------------------------------------------------------
 # A TensorBoard event file of scalars, written without TensorFlow.
@@ -49,7 +49,7 @@ from univla_jax.training.hardware import chip_of
 # costs seconds and hundreds of megabytes per process; the records themselves need neither.
 
 
-class EventFile:
+class TensorBoardWriter:
     """One new event file in a folder; TensorBoard joins the files of resumed runs by step."""
 
     def __init__(self, folder: str | pathlib.Path) -> None:
@@ -84,7 +84,7 @@ class EventFile:
 WANDB_FILE = "wandb_id"
 
 
-class WandbBoard:
+class WandbWriter:
     """One run of a project; a workdir that is resumed goes on with its run."""
 
     def __init__(self, project: str, workdir: pathlib.Path, config: dict[str, Any]) -> None:
@@ -137,14 +137,14 @@ FOLDER = "profile"
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class ProfileWindow:
     """Steps to trace: from ``start`` up to, not including, ``stop``."""
 
     start: int
     stop: int
 
     @classmethod
-    def parse(cls, text: str) -> Window:
+    def parse(cls, text: str) -> ProfileWindow:
         """From ``"START:STOP"``.
 
         Raises:
@@ -159,7 +159,7 @@ class Window:
 class Profiler:
     """Called with the number of each step before it runs; traces those of a window."""
 
-    def __init__(self, window: Window | None, workdir: pathlib.Path) -> None:
+    def __init__(self, window: ProfileWindow | None, workdir: pathlib.Path) -> None:
         """Writes to ``workdir``/profile; without a window it does nothing."""
         self._window, self._folder, self._running = window, workdir / FOLDER, False
 
@@ -201,7 +201,7 @@ TENSORBOARD = "tensorboard"
 TOKENS = "tokens"
 
 
-class Board(Protocol):
+class MetricWriter(Protocol):
     """Where curves are shown."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -215,8 +215,8 @@ class Board(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Speed:
-    """What turns tokens per second into utilisation.
+class Throughput:
+    """What turns tokens per second into utilization.
 
     Attributes:
       flops_per_token: of a training step, ``flops.training_flops``.
@@ -227,9 +227,9 @@ class Speed:
     peak: float
 
     @classmethod
-    def of(cls, flops_per_token: float, devices: Sequence[jax.Device]) -> Speed:
+    def of(cls, flops_per_token: float, devices: Sequence[jax.Device]) -> Throughput:
         """On ``devices``, which are all of one kind."""
-        chip = chip_of(devices[0])
+        chip = find_chip(devices[0])
         return cls(flops_per_token, 0.0 if chip is None else chip.teraflops * 1e12 * len(devices))
 
 
@@ -244,8 +244,8 @@ class MetricsLogger:
         total_steps: int,
         every: int = 1,
         progress: bool = True,
-        speed: Speed | None = None,
-        boards: Sequence[Board] = (),
+        speed: Throughput | None = None,
+        boards: Sequence[MetricWriter] = (),
     ) -> None:
         """Opens the files, and drops the lines of steps that will be done again.
 
@@ -255,21 +255,21 @@ class MetricsLogger:
           total_steps: where training ends, for the ETA.
           every: steps between two written lines.
           progress: whether to draw the bar on standard error.
-          speed: for the utilisation; None leaves it out.
+          speed: for the utilization; None leaves it out.
           boards: beside TensorBoard; closed with the logger.
         """
         self._folder, self._every, self._total = pathlib.Path(workdir), every, total_steps
         self._primary = jax.process_index() == 0
         self._clock = _Clock(speed)
         self._file = self._bar = None
-        self._boards: list[Board] = []
+        self._boards: list[MetricWriter] = []
         if not self._primary:
             return
         path = self._folder / FILE
         self._folder.mkdir(parents=True, exist_ok=True)
         drop_lines_from(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._boards = [EventFile(self._folder / TENSORBOARD), *boards]
+        self._boards = [TensorBoardWriter(self._folder / TENSORBOARD), *boards]
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -350,7 +350,7 @@ class MetricsLogger:
 class _Clock:
     """Times and counts since the last line."""
 
-    def __init__(self, speed: Speed | None) -> None:
+    def __init__(self, speed: Throughput | None) -> None:
         self._speed = speed
         self._reset()
 

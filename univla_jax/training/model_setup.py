@@ -54,7 +54,7 @@ from univla_jax.training.train_step import (
 #
 # A codebook row is a point in the tokenizer's latent space, where near points look alike. Projected
 # into the decoder's width, near codes start with near embeddings, so that what is learned of one is
-# learned of its neighbours too; from random rows each code is a stranger to all others.
+# learned of its neighbors too; from random rows each code is a stranger to all others.
 #
 # Axes: K codes, E latent channels, D model width.
 
@@ -94,7 +94,7 @@ def make_loss(
 ) -> LossFn:
     """The weighted cross-entropy as the steps take it, with an expert its flow matching too.
 
-    Its metrics: ``<modality>_loss`` and ``<modality>_accuracy``, unweighted means over the labelled
+    Its metrics: ``<modality>_loss`` and ``<modality>_accuracy``, unweighted means over the labeled
     tokens of text, visual and action; ``tokens``, all but padding; with an expert ``flow_mse``.
     An evaluation draws the same noise for every batch.
     """
@@ -104,7 +104,7 @@ def make_loss(
         params: Any, batch: Any, rng: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         options: dict[str, Any] = {
-            "max_labelled": config.max_labelled or None,
+            "max_labeled": config.max_labeled or None,
             "chunks": config.chunks or None,
             "train": rng is not None,
             "dropout_key": rng if model.config.dropout else None,
@@ -139,7 +139,7 @@ _FROM_VOCABULARY = ("vocab_size", "pad_id")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunModel:
+class TrainSetup:
     """What a config says about computation, over a mesh; building it allocates nothing.
 
     Attributes:
@@ -160,12 +160,12 @@ class RunModel:
     mesh: Mesh
     optimizer: optax.GradientTransformation
     loss: LossFn
-    rules: sharding.Rules
+    rules: sharding.ShardingRules
     abstract: TrainState
     batch_sharding: NamedSharding
 
     @classmethod
-    def build(cls, config: TrainConfig, vocabulary: Vocabulary, mesh: Mesh) -> RunModel:
+    def build(cls, config: TrainConfig, vocabulary: Vocabulary, mesh: Mesh) -> TrainSetup:
         """Puts the parts together.
 
         Raises:
@@ -204,18 +204,18 @@ class RunModel:
         Of an expert those of its layers count, over [hidden ; actions].
         """
         length = self.config.data.sequence_length
-        share = hardware.head_share(self.config.loss.max_labelled, length)
+        share = hardware.head_share(self.config.loss.max_labeled, length)
         count = hardware.training_flops(self.model.config, length, share)
         if self.expert is not None:
-            joint = length + self.config.data.action_frames
+            joint = length + self.config.data.chunk_size
             stack = self.expert.config.stack(self.model.config)
             count += hardware.training_flops(stack, joint, 0.0) * joint / length
         return count
 
     @property
-    def row_share(self) -> batches.RowShare:
+    def host_slice(self) -> batches.HostRows:
         """The part of every batch that this process reads."""
-        return batches.RowShare.of(self.batch_sharding, self.config.data.batch_size)
+        return batches.HostRows.of(self.batch_sharding, self.config.data.batch_size)
 
     def train_step(self) -> Step:
         """``step(state, batch) -> (state, metrics)``, not compiled yet."""
@@ -227,7 +227,7 @@ class RunModel:
             schedule=make_schedule(self.config.optimizer, self.config.total_steps),
             seed=self.config.seed,
             accumulation=self.config.accumulation,
-            normalisation=self.config.loss.normalisation,
+            normalization=self.config.loss.normalization,
             rules=self.rules,
         )
 
@@ -263,7 +263,7 @@ class RunModel:
             EXPERT: fresh(jax.random.key(self.config.seed)),
         }
 
-    def with_visual_rows(self, state: TrainState, codebook: np.ndarray, first: int) -> TrainState:
+    def with_visual_init(self, state: TrainState, codebook: np.ndarray, first: int) -> TrainState:
         """``state`` (donated) with embeddings of visual ids made from the tokenizer's codebook.
 
         Args:
@@ -340,7 +340,7 @@ def params_init(model: Decoder, expert: ActionExpert | None = None) -> Callable[
 
 def model_rules(
     config: DecoderConfig, mesh: Mesh, expert: ActionExpert | None = None
-) -> sharding.Rules:
+) -> sharding.ShardingRules:
     """Sharding rules without what the heads and widths of decoder and expert do not allow."""
     sizes = {
         axes.ACTIVATION_HEADS: config.num_heads,

@@ -30,7 +30,7 @@ class MuonConfig:
     Attributes:
       learning_rate: peak rate of the parameters trained by Adam, reached after ``warmup_steps``.
       min_learning_rate: the floor at the end of the cosine.
-      kernel_factor: rate of the orthogonalised kernels relative to the others.
+      kernel_factor: rate of the orthogonalized kernels relative to the others.
       warmup_steps: linear warm-up from zero.
       momentum: decay of the kernels' momentum (Nesterov).
       b1: decay of Adam's first moment.
@@ -73,7 +73,7 @@ def make_muon(config: MuonConfig, total_steps: int) -> optax.GradientTransformat
 
 
 def scale_by_orthogonal_momentum(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised, at the root mean square of an update of Adam."""
+    """Nesterov momentum, orthogonalized, at the root mean square of an update of Adam."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
@@ -86,7 +86,7 @@ def scale_by_orthogonal_momentum(momentum: float) -> optax.GradientTransformatio
     return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
 
 
-def orthogonalise(matrix: jax.Array) -> jax.Array:
+def orthogonalize(matrix: jax.Array) -> jax.Array:
     """[m, n] -> about U V^T of its singular value decomposition, by five Newton-Schulz steps.
 
     The singular values come out between about 0.7 and 1.2, which serves as well as 1.
@@ -105,11 +105,11 @@ def orthogonalise(matrix: jax.Array) -> jax.Array:
 def _orthogonal_kernel(kernel: jax.Array) -> jax.Array:
     matrix = kernel.reshape(-1, kernel.shape[-1])
     scale = _ADAM_RMS * max(matrix.shape) ** 0.5
-    return (orthogonalise(matrix) * scale).reshape(kernel.shape)
+    return (orthogonalize(matrix) * scale).reshape(kernel.shape)
 
 
 def _labels(params: Any) -> Any:
-    """``"kernel"`` for each leaf that is orthogonalised, ``"other"`` for the rest."""
+    """``"kernel"`` for each leaf that is orthogonalized, ``"other"`` for the rest."""
 
     def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
         inputs = leaf.size // leaf.shape[-1] if leaf.ndim > 1 else 0

@@ -32,7 +32,7 @@ class Preempted(Exception):
         self.step = step
 
 
-class SigtermWatch:
+class SigtermHandler:
     """Remembers a SIGTERM; ``watch(step)`` says whether to stop before that step.
 
     One process: a signal handler, installed while the context is entered. Several processes: JAX's
@@ -44,7 +44,7 @@ class SigtermWatch:
         self._seen = False
         self._previous: signal.Handlers | None = None
 
-    def __enter__(self) -> SigtermWatch:
+    def __enter__(self) -> SigtermHandler:
         """Installs the handler."""
         if jax.process_count() == 1:
             self._previous = signal.signal(signal.SIGTERM, self._remember)
@@ -71,11 +71,11 @@ class SigtermWatch:
 # Data that stops coming stops the run with a message.
 
 
-class StalledData(UserError):
+class StalledDataError(UserError):
     """The data source gave nothing for too long; threads of it may still be waiting."""
 
 
-class WatchedBatches:
+class DataWatchdog:
     """An iterator of batches that waits for each of them only so long.
 
     Position and state are those of the iterator inside.
@@ -90,7 +90,7 @@ class WatchedBatches:
         """
         self._batches, self._seconds = batches, seconds
 
-    def __iter__(self) -> WatchedBatches:
+    def __iter__(self) -> DataWatchdog:
         """Returns itself."""
         return self
 
@@ -98,14 +98,14 @@ class WatchedBatches:
         """The next batch.
 
         Raises:
-          StalledData: it did not come in time.
+          StalledDataError: it did not come in time.
         """
         answer: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
         threading.Thread(target=self._fetch, args=(answer,), daemon=True).start()
         try:
             batch, error = answer.get(timeout=self._seconds)
         except queue.Empty:
-            raise StalledData(
+            raise StalledDataError(
                 f"the data source gave no batch for {self._seconds:g} s; look at the disk or "
                 "network that data.stores are on, or raise config.data_timeout_seconds"
             ) from None

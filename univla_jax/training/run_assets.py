@@ -12,7 +12,7 @@ import jax
 
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint, newest_checkpoint
-from univla_jax.data.datasets import CORPORA, find_corpus
+from univla_jax.data.datasets import DATASETS, find_dataset_config
 from univla_jax.data.token_store import StoreHeader, TokenStore, joint_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
@@ -55,11 +55,11 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
         assets,
         image_specs=image_specs(stores),
         statistics=statistics(stores),
-        layout=layout_settings(config.data, stores),
+        layout=task_settings(config.data, stores),
     )
 
 
-def keep_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
+def store_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
     """Copies the assets to ``<workdir>/assets``, where every checkpoint takes them from.
 
     Args:
@@ -82,7 +82,7 @@ def keep_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
     if jax.process_index() == 0 and not _holds(folder, assets):
         shutil.rmtree(folder, ignore_errors=True)
         assets.save(folder)
-    barrier("keep_assets")
+    barrier("store_assets")
     return Assets.load(folder)
 
 
@@ -105,16 +105,16 @@ def _new_assets(config: TrainConfig) -> Assets:
     return assets
 
 
-def layout_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str, Any]:
+def task_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str, Any]:
     """What acting and imagining must repeat of the training layout, as JSON values.
 
     Returns:
-      ``layout``, ``frames``, ``action_frames``, ``frame_spacing`` and ``sequence_length`` of the
+      ``layout``, ``frames``, ``chunk_size``, ``frame_spacing`` and ``sequence_length`` of the
       data config, and ``state`` where it is true; ``views``, the cameras in the order they are
       written; per corpus ``control_hz``, ``frame_spacing`` in steps and the code grid [h, w] of
       each view.
     """
-    kept = ("layout", "frames", "action_frames", "frame_spacing", "sequence_length")
+    kept = ("layout", "frames", "chunk_size", "frame_spacing", "sequence_length")
     header = stores[0].manifest.header
     return {
         **{name: getattr(data, name) for name in kept},
@@ -130,14 +130,14 @@ def layout_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str,
 def _corpus_settings(data: DataConfig, header: StoreHeader) -> dict[str, Any]:
     return {
         "control_hz": header.control_hz,
-        "frame_spacing": data.frame_spacing or find_corpus(header.corpus).frame_spacing,
+        "frame_spacing": data.frame_spacing or find_dataset_config(header.corpus).frame_spacing,
         "grids": {view: list(grid) for view, grid in header.grids.items()},
     }
 
 
 def _all_views(corpus: str, present: Iterable[str]) -> list[str]:
     """The cameras of a store in the order of its corpus' row, then any others."""
-    row = CORPORA.get(corpus)
+    row = DATASETS.get(corpus)
     known = [view for view in (row.views if row else ()) if view in present]
     return known + [view for view in present if view not in known]
 

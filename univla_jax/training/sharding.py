@@ -5,7 +5,7 @@ Models name the dimensions of their parameters and activations (``nn.with_logica
 
 Mesh axes, from the slowest links to the fastest:
 
-    replica   copies of everything, one per slice; gradients meet over the data-centre network
+    replica   copies of everything, one per slice; gradients meet over the data-center network
     data      copies of the parameters inside a slice; the batch is split
     fsdp      the batch is split and so are parameters and optimizer state (gathered when used)
     tensor    heads, mlp and vocabulary are split
@@ -31,9 +31,9 @@ from univla_jax.models import decoder_config
 AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("replica", "data", "fsdp")
 
-Rules = tuple[tuple[str, tuple[str, ...]], ...]
+ShardingRules = tuple[tuple[str, tuple[str, ...]], ...]
 
-RULES: Rules = (
+RULES: ShardingRules = (
     # parameters
     (decoder_config.LAYERS, ()),
     (decoder_config.VOCAB, ("tensor",)),
@@ -133,7 +133,7 @@ def _arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarra
 
 
 def resolve(
-    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: ShardingRules = RULES
 ) -> PartitionSpec:
     """The mesh axes of one array.
 
@@ -174,7 +174,9 @@ def _fitting(wanted: Sequence[str], size: int, mesh: Mesh, taken: set[str]) -> l
     return chosen
 
 
-def activation_rules(mesh: Mesh, sizes: Mapping[str, int], rules: Rules = RULES) -> Rules:
+def activation_rules(
+    mesh: Mesh, sizes: Mapping[str, int], rules: ShardingRules = RULES
+) -> ShardingRules:
     """The rules without the mesh axes that do not divide a dimension of the activations.
 
     Args:
@@ -188,7 +190,7 @@ def activation_rules(mesh: Mesh, sizes: Mapping[str, int], rules: Rules = RULES)
     )
 
 
-def place(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def place(abstract: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     """Resolves a pytree of shapes, boxed with logical names or not, to shapes with shardings.
 
     Args:
@@ -274,7 +276,7 @@ def check_batch(mesh: Mesh, rows: int, *, accumulation: int = 1, length: int | N
 
 
 @dataclasses.dataclass(frozen=True)
-class RowShare:
+class HostRows:
     """Which part of every global batch this process reads.
 
     Attributes:
@@ -287,7 +289,7 @@ class RowShare:
     count: int
 
     @classmethod
-    def of(cls, sharding: NamedSharding, rows: int) -> RowShare:
+    def of(cls, sharding: NamedSharding, rows: int) -> HostRows:
         """The part of a process under a sharding of the batch.
 
         Raises:
@@ -328,7 +330,7 @@ class GlobalBatches:
             ``set_state``.
           sharding: of every array.
           check: called with each batch of this process; raises where it cannot be trained on.
-          parts: into which the processes share the rows, see ``RowShare``.
+          parts: into which the processes share the rows, see ``HostRows``.
         """
         self._batches, self._sharding, self._check = batches, sharding, check
         self._parts = parts
@@ -363,7 +365,7 @@ def to_global(batch: Any, sharding: NamedSharding, parts: int = 1) -> Any:
     Args:
       batch: pytree of numpy arrays [B / parts, ...], whole along the other axes.
       sharding: of every array.
-      parts: see ``RowShare``.
+      parts: see ``HostRows``.
     """
 
     def leaf(x: Any) -> jax.Array:

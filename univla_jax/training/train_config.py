@@ -12,10 +12,10 @@ from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.training.losses import FLOW_WEIGHT
 from univla_jax.training.optimizer import OptimizerConfig
 from univla_jax.training.sharding import MeshConfig
-from univla_jax.training.train_step import NORMALISATIONS
+from univla_jax.training.train_step import NORMALIZATIONS
 
 VOCABULARIES = ("from_scratch", "emu3")
-VISUAL_ROWS = ("random", "codebook")
+VISUAL_INITS = ("random", "codebook")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +26,22 @@ class ModelConfig:
       preset: a name of ``models/decoder_config.py``.
       overrides: fields of ``DecoderConfig`` to change; vocabulary size and pad id come from the
         vocabulary.
-      visual_rows: how the embeddings of visual ids start where no earlier stage gives them:
-        ``"random"``, as the reference, or ``"codebook"`` (``visual_rows.py``).
+      visual_init: how the embeddings of visual ids start where no earlier stage gives them:
+        ``"random"``, as the reference, or ``"codebook"`` (``visual_init.py``).
       action_expert: fields of ``ActionExpertConfig`` to change; the layout ``policy_flow`` has an
         expert, no other has.
     """
 
     preset: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    visual_rows: str = "random"
+    visual_init: str = "random"
     action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses an unknown start with a UserError."""
-        if self.visual_rows not in VISUAL_ROWS:
+        if self.visual_init not in VISUAL_INITS:
             raise UserError(
-                f"model.visual_rows: {self.visual_rows!r}; expected one of {VISUAL_ROWS}"
+                f"model.visual_init: {self.visual_init!r}; expected one of {VISUAL_INITS}"
             )
 
 
@@ -72,30 +72,30 @@ class TokenizersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """How the cross-entropy is computed; what is labelled, and its weights, belong to the data.
+    """How the cross-entropy is computed; what is labeled, and its weights, belong to the data.
 
     Attributes:
-      normalisation: ``"global"`` divides by the weight of all labelled tokens of the step;
+      normalization: ``"global"`` divides by the weight of all labeled tokens of the step;
         ``"per_micro_batch"`` averages the micro-batches' own means, as the reference.
-      max_labelled: the most labelled tokens of a row; the head then runs on that many positions
-        only, which saves most of its cost where few tokens are labelled (policies). 0 runs it on
+      max_labeled: the most labeled tokens of a row; the head then runs on that many positions
+        only, which saves most of its cost where few tokens are labeled (policies). 0 runs it on
         every position.
       chunks: parts in which the head runs; 0 chooses them by memory.
       flow_weight: of the action expert's flow matching beside the cross-entropy.
     """
 
-    normalisation: str = "global"
-    max_labelled: int = 0
+    normalization: str = "global"
+    max_labeled: int = 0
     chunks: int = 0
     flow_weight: float = FLOW_WEIGHT
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work, with a UserError naming them."""
-        if self.normalisation not in NORMALISATIONS:
+        if self.normalization not in NORMALIZATIONS:
             raise UserError(
-                f"loss.normalisation: {self.normalisation!r}; expected one of {NORMALISATIONS}"
+                f"loss.normalization: {self.normalization!r}; expected one of {NORMALIZATIONS}"
             )
-        for name in ("max_labelled", "chunks", "flow_weight"):
+        for name in ("max_labeled", "chunks", "flow_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name}: {getattr(self, name)}; expected at least 0")
 
@@ -129,7 +129,7 @@ class TrainConfig:
         from; empty starts from random ones.
       seed: of parameters and dropout; the data has its own.
       optimizer: AdamW and its schedule.
-      loss: how the loss is computed and normalised.
+      loss: how the loss is computed and normalized.
       accumulation: micro-batches per step; ``data.batch_size`` rows are split into them.
       mesh: devices per axis.
       checkpoint: when to save and what to keep.

@@ -20,11 +20,18 @@ from univla_jax.assets import Assets
 from univla_jax.checkpoints import Checkpointer
 from univla_jax.errors import UserError
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
-from univla_jax.training.losses import check_labelled
-from univla_jax.training.metrics import Board, MetricsLogger, Profiler, Speed, WandbBoard, Window
-from univla_jax.training.model_setup import RunModel
-from univla_jax.training.preemption import Preempted, SigtermWatch, WatchedBatches
-from univla_jax.training.run_assets import build_assets, keep_assets
+from univla_jax.training.losses import check_labeled
+from univla_jax.training.metrics import (
+    MetricsLogger,
+    MetricWriter,
+    Profiler,
+    ProfileWindow,
+    Throughput,
+    WandbWriter,
+)
+from univla_jax.training.model_setup import TrainSetup
+from univla_jax.training.preemption import DataWatchdog, Preempted, SigtermHandler
+from univla_jax.training.run_assets import build_assets, store_assets
 from univla_jax.training.sharding import GlobalBatches, describe, make_mesh, to_global
 from univla_jax.training.train_config import FREE, TrainConfig
 from univla_jax.training.train_step import Step, TrainState, means
@@ -36,7 +43,7 @@ from univla_jax.training.train_step import Step, TrainState, means
 PREFIX = "eval/"
 
 
-class HeldOutLoss:
+class HeldOutEvaluation:
     """Evaluates the same batches every time; an ``Evaluation`` of the loop."""
 
     def __init__(
@@ -59,7 +66,7 @@ class HeldOutLoss:
           every: steps between two evaluations.
           limit: batches per evaluation; 0 takes all.
           check: called with each batch of this process; raises where it cannot be used.
-          parts: into which the processes share the rows, see ``batches.RowShare``.
+          parts: into which the processes share the rows, see ``batches.HostRows``.
         """
         self._step, self._batches, self._sharding = step, batches, sharding
         self._every, self._limit, self._check, self._parts = every, limit, check, parts
@@ -212,7 +219,7 @@ def train(
     folder: str | pathlib.Path,
     *,
     progress: bool = True,
-    profile: Window | None = None,
+    profile: ProfileWindow | None = None,
     wandb: str = "",
 ) -> None:
     """Trains a decoder in ``folder``, from its newest checkpoint if there is one.
@@ -235,12 +242,12 @@ def train(
         _say(f"{folder} is trained to step {config.total_steps} already")
         return
     assets = build_assets(config, folder)
-    run = RunModel.build(config, assets.vocabulary, make_mesh(config.mesh))
+    run = TrainSetup.build(config, assets.vocabulary, make_mesh(config.mesh))
     assets = _with_model(assets, run)
     batches = _training_batches(run, assets)
     evaluation = _evaluation(run, assets) if config.evaluation.every else None
     run_dir.write_config(folder, config)
-    assets = keep_assets(assets, folder)
+    assets = store_assets(assets, folder)
     _describe(run, folder)
     try:
         with (
@@ -255,10 +262,10 @@ def train(
                     total_steps=config.total_steps,
                     every=config.log_every,
                     progress=progress,
-                    speed=Speed.of(run.flops_per_token, run.mesh.devices.flat),
+                    speed=Throughput.of(run.flops_per_token, run.mesh.devices.flat),
                     boards=_boards(wandb, config, folder),
                 ) as logger,
-                SigtermWatch() as stop,
+                SigtermHandler() as stop,
             ):
                 fit(
                     state,
@@ -283,14 +290,14 @@ def finished(config: TrainConfig, folder: pathlib.Path) -> bool:
     )
 
 
-def _boards(project: str, config: TrainConfig, folder: pathlib.Path) -> list[Board]:
+def _boards(project: str, config: TrainConfig, folder: pathlib.Path) -> list[MetricWriter]:
     """What shows curves beside TensorBoard; on the first process only."""
     if not project or jax.process_index() != 0:
         return []
-    return [WandbBoard(project, folder, dataclasses.asdict(config))]
+    return [WandbWriter(project, folder, dataclasses.asdict(config))]
 
 
-def _with_model(assets: Assets, run: RunModel) -> Assets:
+def _with_model(assets: Assets, run: TrainSetup) -> Assets:
     """The assets with the settings of decoder and expert."""
     expert = dataclasses.asdict(run.expert.config) if run.expert else {}
     return dataclasses.replace(
@@ -299,7 +306,7 @@ def _with_model(assets: Assets, run: RunModel) -> Assets:
 
 
 def _state(
-    run: RunModel, assets: Assets, checkpointer: Checkpointer, batches: DataIterator
+    run: TrainSetup, assets: Assets, checkpointer: Checkpointer, batches: DataIterator
 ) -> TrainState:
     """The newest checkpoint, else the earlier stage's parameters, else random ones."""
     state = checkpointer.restore(run.abstract, batches)
@@ -311,34 +318,34 @@ def _state(
         _say(f"starting from the parameters of {earlier}")
         return run.new_state(run.earlier_params(earlier))
     state = run.new_state()
-    if run.config.model.visual_rows == "codebook":
-        state = run.with_visual_rows(state, assets.vision.codebook, assets.vocabulary.visual_start)
+    if run.config.model.visual_init == "codebook":
+        state = run.with_visual_init(state, assets.vision.codebook, assets.vocabulary.visual_start)
     return state
 
 
-def _training_batches(run: RunModel, assets: Assets) -> GlobalBatches:
-    share = run.row_share
+def _training_batches(run: TrainSetup, assets: Assets) -> GlobalBatches:
+    share = run.host_slice
     batches = training_batches(run.config.data, assets, host=share.index, hosts=share.count)
-    batches = WatchedBatches(batches, run.config.data_timeout_seconds)
+    batches = DataWatchdog(batches, run.config.data_timeout_seconds)
     return GlobalBatches(batches, run.batch_sharding, _labels_fit(run), parts=share.count)
 
 
-def _labels_fit(run: RunModel) -> Callable[[Any], None] | None:
+def _labels_fit(run: TrainSetup) -> Callable[[Any], None] | None:
     """A check that no row labels more than the loss gathers; None where it gathers all."""
-    most = run.config.loss.max_labelled
-    return (lambda batch: check_labelled(batch.loss_weight, most)) if most else None
+    most = run.config.loss.max_labeled
+    return (lambda batch: check_labeled(batch.loss_weight, most)) if most else None
 
 
-def _evaluation(run: RunModel, assets: Assets) -> HeldOutLoss:
+def _evaluation(run: TrainSetup, assets: Assets) -> HeldOutEvaluation:
     config = run.config
     data = config.data
     if config.evaluation.stores:
         data = dataclasses.replace(
             data, stores=config.evaluation.stores, weights=(), held_out_every=0
         )
-    share = run.row_share
+    share = run.host_slice
     held_out = EvaluationBatches(data, assets, host=share.index, hosts=share.count)
-    return HeldOutLoss(
+    return HeldOutEvaluation(
         run.eval_step(),
         lambda: held_out,
         run.batch_sharding,
@@ -349,7 +356,7 @@ def _evaluation(run: RunModel, assets: Assets) -> HeldOutLoss:
     )
 
 
-def _describe(run: RunModel, folder: pathlib.Path) -> None:
+def _describe(run: TrainSetup, folder: pathlib.Path) -> None:
     """Says what will be trained; ``sharding.txt`` gets shape and split of every parameter."""
     if jax.process_index() != 0:
         return

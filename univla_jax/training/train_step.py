@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step: jitted, with explicit shardings and donation.
 
-The loss of a batch is ``sum(w * nll) / sum(w)`` over all its labelled tokens, over all devices,
-hosts and micro-batches, so that neither the mesh nor the accumulation changes what is optimised.
+The loss of a batch is ``sum(w * nll) / sum(w)`` over all its labeled tokens, over all devices,
+hosts and micro-batches, so that neither the mesh nor the accumulation changes what is optimized.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def init_state(
 
     Args:
       init: makes the parameters from a PRNG key.
-      optimizer: initialised from them.
+      optimizer: initialized from them.
       seed: of the parameters.
       abstract: from ``abstract_state``.
     """
@@ -107,7 +107,7 @@ LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, jax.Array, Sums
 logged as its total. ``rng`` is None in evaluation: no dropout.
 """
 
-NORMALISATIONS = ("global", "per_micro_batch")
+NORMALIZATIONS = ("global", "per_micro_batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Step:
 
     jitted: Any
     mesh: Mesh
-    rules: sharding.Rules
+    rules: sharding.ShardingRules
 
     def __call__(self, *args: Any) -> Any:
         """Runs it."""
@@ -138,8 +138,8 @@ def make_train_step(
     schedule: Schedule,
     seed: int,
     accumulation: int = 1,
-    normalisation: str = "global",
-    rules: sharding.Rules = sharding.RULES,
+    normalization: str = "global",
+    rules: sharding.ShardingRules = sharding.RULES,
 ) -> Step:
     """Builds ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -151,7 +151,7 @@ def make_train_step(
       schedule: learning rate by step, for the metrics.
       seed: of dropout; each step folds its number into it.
       accumulation: micro-batches per step, run one after the other.
-      normalisation: ``"global"`` divides the summed loss of all micro-batches by their summed
+      normalization: ``"global"`` divides the summed loss of all micro-batches by their summed
         weight; ``"per_micro_batch"`` averages the micro-batches' own means, as the reference does
         (modeling_emu3.py:1586 under gradient accumulation).
       rules: for the activations the loss names, see ``sharding.activation_rules``.
@@ -161,12 +161,12 @@ def make_train_step(
       ``learning_rate`` and what ``loss_fn`` sums.
 
     Raises:
-      UserError: an unknown normalisation.
+      UserError: an unknown normalization.
     """
-    if normalisation not in NORMALISATIONS:
-        raise UserError(f"normalisation: {normalisation!r}; expected one of {NORMALISATIONS}")
+    if normalization not in NORMALIZATIONS:
+        raise UserError(f"normalization: {normalization!r}; expected one of {NORMALIZATIONS}")
     mesh, placed = batch_sharding.mesh, sharding.shardings(abstract)
-    per_micro_batch = normalisation == "per_micro_batch"
+    per_micro_batch = normalization == "per_micro_batch"
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -201,7 +201,7 @@ def make_eval_step(
     abstract: TrainState,
     batch_sharding: NamedSharding,
     *,
-    rules: sharding.Rules = sharding.RULES,
+    rules: sharding.ShardingRules = sharding.RULES,
 ) -> Step:
     """Builds ``step(params, batch) -> (sum of w * nll, sum of w, sums)`` without dropout."""
     mesh = batch_sharding.mesh

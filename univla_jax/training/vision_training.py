@@ -22,7 +22,7 @@ import optax
 from univla_jax import config as strict
 from univla_jax import run_dir
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
-from univla_jax.data.validation import EpisodesConfig, GoodEpisodes
+from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
@@ -30,7 +30,7 @@ from univla_jax.tokenizers.vision import PRESETS, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, fresh_variables, nearest_codes
 from univla_jax.training.metrics import MetricsLogger
 from univla_jax.training.muon import MuonConfig, make_muon
-from univla_jax.training.preemption import SigtermWatch
+from univla_jax.training.preemption import SigtermHandler
 from univla_jax.training.train_loop import fit
 
 # ----------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class FrameBatches:
 # commitment of the latents to their codes. The codebook is not trained by gradient: each row
 # follows the moving average of the latents that chose it (van den Oord et al. 2017, appendix A.1),
 # and a row that hardly any latent chooses is put onto a latent of the batch. For the first steps
-# the latents go through unquantised; then the codebook starts from latents of that batch.
+# the latents go through unquantized; then the codebook starts from latents of that batch.
 # Everything random is drawn from the step number, so a run resumed from any state goes on to the
 # last bit.
 #
@@ -148,7 +148,7 @@ class VisionLossConfig:
     Attributes:
       absolute: weight of the mean absolute pixel error, beside the squared one of weight 1.
       commitment: weight of the mean squared distance from latents to their codes.
-      continuous_steps: first steps without quantisation; then the codebook is initialised.
+      continuous_steps: first steps without quantization; then the codebook is initialized.
       decay: of the moving averages of the codebook, per step.
       revive_below: a row chosen by fewer latents per step than this (moving average) is moved.
     """
@@ -230,8 +230,8 @@ def make_step(
     model = VisionVQ(config)
 
     def step(state: VisionTrainState, batch: Batch) -> tuple[VisionTrainState, Metrics]:
-        quantise = state.step >= loss.continuous_steps
-        losses = functools.partial(_losses, model, loss, state, batch, quantise)
+        quantize = state.step >= loss.continuous_steps
+        losses = functools.partial(_losses, model, loss, state, batch, quantize)
         grads, (latents_PE, codes_P, metrics) = jax.grad(losses, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -255,7 +255,7 @@ def _losses(
     config: VisionLossConfig,
     state: VisionTrainState,
     batch: Batch,
-    quantise: jax.Array,
+    quantize: jax.Array,
     params: Any,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Metrics]]:
     """The loss of a batch, and its latents [P, E], codes [P] and metrics."""
@@ -267,14 +267,14 @@ def _losses(
         z = model.apply(variables, pixels, method="latents")
         nearest = nearest_codes(jax.lax.stop_gradient(z).reshape(-1, z.shape[-1]), codebook_KE)
         rows = codebook_KE[nearest].reshape(z.shape)
-        rows = z + jnp.where(quantise, jax.lax.stop_gradient(rows - z), 0.0)
+        rows = z + jnp.where(quantize, jax.lax.stop_gradient(rows - z), 0.0)
         out = model.apply(variables, rows, first_only=True, method="decode_rows")[:, 0]
         squared.append(jnp.mean((out - pixels) ** 2))
         absolute.append(jnp.mean(jnp.abs(out - pixels)))
         latents.append(z.reshape(-1, z.shape[-1]))
         codes.append(nearest)
     latents_PE, codes_P = jnp.concatenate(latents), jnp.concatenate(codes)
-    commitment = jnp.mean((latents_PE - codebook_KE[codes_P]) ** 2) * quantise
+    commitment = jnp.mean((latents_PE - codebook_KE[codes_P]) ** 2) * quantize
     error = jnp.stack(squared).mean()
     total = error + config.absolute * jnp.stack(absolute).mean() + config.commitment * commitment
     metrics = {
@@ -293,7 +293,7 @@ def _follow(
     codes_P: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Moves the codebook after its latents; up to the first quantised step every row is new.
+    """Moves the codebook after its latents; up to the first quantized step every row is new.
 
     Returns:
       codebook [K, E], counts [K], sums [K, E] and which rows were put onto latents, bool [K].
@@ -414,7 +414,7 @@ def fit_vision(
     run = pathlib.Path(folder) / RUN
     run_dir.check_config(run, config, free=(*FREE, "total_steps"))
     specs = config.specs()
-    episodes = GoodEpisodes(config, source, list(specs))
+    episodes = ValidEpisodes(config, source, list(specs))
     frames = collect_frames(episodes, specs, most=config.max_frames)
     run_dir.write_config(run, config)
     state = _train(config, FrameBatches(frames, config.batch_size, config.seed), run, progress)
@@ -422,7 +422,7 @@ def fit_vision(
     report = {}
     if config.evaluation_split:
         held_out = dataclasses.replace(config, split=config.evaluation_split)
-        others = GoodEpisodes(held_out, source, list(specs))
+        others = ValidEpisodes(held_out, source, list(specs))
         report = measure(tokenizer, collect_frames(others, specs, most=config.evaluation_frames))
     tokenizer.save(folder)
     run_dir.write_fit_report(folder, config, source=episodes.source.name, report=report)
@@ -437,7 +437,7 @@ def measure(tokenizer: VisionTokenizer, frames: Mapping[str, np.ndarray]) -> dic
       frames: per view uint8 [N, H, W, 3].
 
     Returns:
-      ``psnr`` per view (dB, of the mean squared error over all its pixels in grey levels),
+      ``psnr`` per view (dB, of the mean squared error over all its pixels in gray levels),
       ``codes_used`` (share of the codebook that occurs) and ``perplexity`` (2 to the entropy of
       the codes in bits) over all views.
     """
@@ -472,7 +472,7 @@ def _train(
             every=config.log_every,
             progress=progress,
         )
-        with logger, SigtermWatch() as stop:
+        with logger, SigtermHandler() as stop:
             return fit(
                 state,
                 make_step(config.shape(), config.loss, optimizer, config.seed),

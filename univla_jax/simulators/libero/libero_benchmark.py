@@ -22,7 +22,13 @@ import numpy as np
 from univla_jax.data.action_conventions import sign_gripper
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.base import Benchmark, Job, Planned, Turn, package_versions
+from univla_jax.simulators.base import (
+    Benchmark,
+    PlannedObservation,
+    StepResult,
+    Trial,
+    package_versions,
+)
 from univla_jax.simulators.libero import libero_mujoco, libero_scripts
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene, bookmark
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS
@@ -136,7 +142,7 @@ def benchmark(
         ``scripted``.
       assets: folder with LIBERO's meshes and textures; by default the one of
         ``$LIBERO_CONFIG_PATH/config.yaml``, or of the package.
-      scripted: actions that the tasks' scripts plan at once, for ``expert.Expert``; 0 runs
+      scripted: actions that the tasks' scripts plan at once, for ``expert.ScriptedActor``; 0 runs
         without scripts.
 
     Raises:
@@ -149,7 +155,7 @@ def benchmark(
     return Benchmark(
         name=name,
         protocol={"benchmark": "libero", **dataclasses.asdict(rules), "tasks": list(chosen)},
-        jobs=tuple(Job(t, i) for t in chosen for i in range(rules.episodes_per_task)),
+        jobs=tuple(Trial(t, i) for t in chosen for i in range(rules.episodes_per_task)),
         make=functools.partial(make, rules, assets),
         execute=rules.execute,
         published={name: PUBLISHED[name]} if name in PUBLISHED else {},
@@ -198,7 +204,7 @@ class LiberoSimulator:
         self._env: Any = None
         self._number = -1
 
-    def reset(self, job: Job) -> None:
+    def reset(self, job: Trial) -> None:
         """Begins trial ``job.trial`` of task ``job.task`` and lets the objects settle.
 
         Raises:
@@ -208,13 +214,13 @@ class LiberoSimulator:
             self._open(job.task)
         self._trial, self._steps, self._success = job.trial, 0, False
         self._env.seed(self._rules.seed)
-        self._shutter.open = False
+        self._renderer.open = False
         self._env.reset()
         wait = self._rules.wait_steps
-        self._shutter.open = wait < 2  # the first step after it still shows the initial state
+        self._renderer.open = wait < 2  # the first step after it still shows the initial state
         self._seen = self._env.set_init_state(self._states[job.trial])
         for left in reversed(range(wait)):
-            self._shutter.open = left == 0
+            self._renderer.open = left == 0
             self._seen = self._env.step(list(self._rules.wait_action))[0]
 
     def observe(self) -> Observation:
@@ -234,14 +240,14 @@ class LiberoSimulator:
         """Angles of the arm's joints, float32 [7]."""
         return np.asarray(self._seen["robot0_joint_pos"], np.float32)
 
-    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
         """Executes one action: position and axis-angle in controller units ±1, gripper."""
-        self._shutter.open = look
+        self._renderer.open = look
         self._seen, _, done, _ = self._env.step(self._rules.command(action).tolist())
         self._steps += 1
         self._success = bool(done)
         over = self._success or self._steps >= self._rules.max_steps
-        return Turn.ENDED if over else Turn.GOES_ON
+        return StepResult.ENDED if over else StepResult.CONTINUES
 
     def result(self) -> dict[str, Any]:
         """Task and outcome."""
@@ -280,14 +286,14 @@ class LiberoSimulator:
         bddl = self._suite.get_task_bddl_file_path(number)
         side, gpu = self._rules.render_size, self._rules.gpu
         self._env = libero_mujoco.open_environment(bddl, side, gpu)
-        self._shutter = Shutter(self._env.env)
+        self._renderer = LazyRenderer(self._env.env)
 
     def _check_drawn(self) -> None:
-        if not self._shutter.drawn:
+        if not self._renderer.drawn:
             raise RuntimeError("nothing was drawn at the last step; step with look=True")
 
 
-class Shutter:
+class LazyRenderer:
     """Keeps a robosuite environment from drawing while it is closed.
 
     An environment draws its cameras after the first of the 25 physics steps of an action, whether
@@ -361,30 +367,30 @@ class ScriptedLibero(LiberoSimulator):
         self._chunk = chunk
         self._script: Iterator[np.ndarray] = iter(())
 
-    def reset(self, job: Job) -> None:
+    def reset(self, job: Trial) -> None:
         """Begins the episode and the script of its task."""
         super().reset(job)
         script = libero_scripts.SCRIPTS[self._rules.suite][job.task]
         self._script = libero_scripts.solve(script, MujocoScene(self._env.sim))
 
-    def observe(self) -> Planned:
+    def observe(self) -> PlannedObservation:
         """The script's next ``chunk`` actions [chunk, A]."""
         back = bookmark(self._env.env)
-        self._shutter.open = False
+        self._renderer.open = False
         plan = []
         for action in itertools.islice(self._script, self._chunk):
             plan.append(np.asarray(action, np.float32))
             self._env.step(self._rules.command(plan[-1]).tolist())
         back()
-        return Planned(self._task.language, {}, None, np.stack(plan))
+        return PlannedObservation(self._task.language, {}, None, np.stack(plan))
 
-    def step(self, action: np.ndarray, look: bool = True) -> Turn:
+    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
         """Executes one action; nothing is drawn, since nobody looks."""
         return super().step(action, look=False)
 
     def picture(self) -> np.ndarray:
         """The fixed camera upright, at half size, drawn now."""
-        self._shutter.open = True
+        self._renderer.open = True
         side = self._rules.render_size
         frame = self._env.sim.render(camera_name="agentview", width=side, height=side)
         return frame[::-2, ::2]

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from univla_jax.data.datasets import Corpus, find_corpus
-from univla_jax.data.rlds_writer import SensedEpisode, check_description, write_rlds
+from univla_jax.data.datasets import DatasetConfig, find_dataset_config
+from univla_jax.data.rlds_writer import RecordedEpisode, check_description, write_rlds
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.base import Job, Turn
+from univla_jax.simulators.base import StepResult, Trial
 from univla_jax.simulators.libero.libero_benchmark import INITIAL_STATES, LiberoSimulator, protocol
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS, Arm, Script, solve
@@ -40,7 +40,7 @@ class LiberoDemonstrationsConfig:
       tasks: numbers of tasks that have a script.
       train_episodes: per task, of the split ``train``; the initial states 20 to 49 in turn.
       val_episodes: per task, of the split ``val``, likewise.
-      displacement: metres per axis up to which the hand is moved at random before an episode
+      displacement: meters per axis up to which the hand is moved at random before an episode
         begins, so that the same initial state begins differently.
       image_format: ``"png"`` or ``"jpeg"``, as published.
       version: of the dataset.
@@ -120,7 +120,7 @@ class _Episodes:
     def __len__(self) -> int:
         return self._count * len(self._config.tasks)
 
-    def __iter__(self) -> Iterator[SensedEpisode]:
+    def __iter__(self) -> Iterator[RecordedEpisode]:
         for task in self._config.tasks:
             found = 0
             for attempt in range(_ATTEMPTS * self._count):
@@ -136,7 +136,7 @@ class _Episodes:
                     f"demonstrations succeeded, {self._count} are wanted; lower displacement"
                 )
 
-    def _attempt(self, task: int, attempt: int) -> SensedEpisode | None:
+    def _attempt(self, task: int, attempt: int) -> RecordedEpisode | None:
         config = self._config
         state = FIRST_STATE + attempt % (INITIAL_STATES - FIRST_STATE)
         rng = np.random.default_rng([self._seed, task, attempt])
@@ -144,25 +144,30 @@ class _Episodes:
         script = SCRIPTS[config.suite][task]
         name = f"{config.suite}/{task}/{state}/{self._seed}-{attempt}"
         return demonstrate(
-            self._simulator, script, Job(task, state), offset, name, find_corpus(config.suite)
+            self._simulator,
+            script,
+            Trial(task, state),
+            offset,
+            name,
+            find_dataset_config(config.suite),
         )
 
 
 def demonstrate(
     simulator: LiberoSimulator,
     script: Script,
-    job: Job,
+    job: Trial,
     offset: np.ndarray,
     name: str,
-    corpus: Corpus,
-) -> SensedEpisode | None:
+    corpus: DatasetConfig,
+) -> RecordedEpisode | None:
     """One scripted episode.
 
     Args:
       simulator: of the suite.
       script: of the task.
       job: task and initial state.
-      offset: [3], metres the hand is moved before the episode begins.
+      offset: [3], meters the hand is moved before the episode begins.
       name: of the episode.
       corpus: of the suite.
 
@@ -179,11 +184,11 @@ def demonstrate(
         seen.append(simulator.observe())
         joints.append(simulator.joints())
         actions.append(np.asarray(action, np.float32))
-        if simulator.step(actions[-1]) is Turn.ENDED:
+        if simulator.step(actions[-1]) is StepResult.ENDED:
             break
     if not simulator.result()["success"]:
         return None
-    return SensedEpisode(
+    return RecordedEpisode(
         instruction=seen[0].instruction,
         frames={view: _stacked(seen, view) for view in seen[0].frames},
         actions=np.stack(actions),

@@ -172,20 +172,20 @@ class MujocoScene:
         model, data = self._sim.model._model, self._sim.data._data
         axes = data.xmat[body].reshape(3, 3)
         turn = axes.T @ data.geom_xmat[shape].reshape(3, 3)
-        centre = axes.T @ (data.geom_xpos[shape] - data.xpos[body])
+        center = axes.T @ (data.geom_xpos[shape] - data.xpos[body])
         kinds = mujoco.mjtGeom
         kind, half = model.geom_type[shape], model.geom_size[shape].copy()
         if kind == kinds.mjGEOM_MESH:
             mesh = model.geom_dataid[shape]
             first = model.mesh_vertadr[mesh]
             points = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
-            return points @ turn.T + centre
+            return points @ turn.T + center
         if kind == kinds.mjGEOM_CYLINDER:
             half = half[[0, 0, 1]]
         elif kind == kinds.mjGEOM_SPHERE:
             half = half[[0, 0, 0]]
         reach = np.abs(turn) @ half
-        return np.stack([centre - reach, centre + reach])
+        return np.stack([center - reach, center + reach])
 
 
 def bookmark(env: Any) -> Callable[[], None]:

@@ -4,8 +4,8 @@ Every motion is a generator: it reads the scene, yields one action, and goes on 
 executed. So a script made of motions is closed-loop, whoever executes the actions and however
 exactly.
 
-Units: metres, radians, world axes with z up. Action float64 [7]: displacement of the fingers'
-centre in units of 0.05 m, axis times angle in units of 0.5 rad, both in world axes and ±1, then
+Units: meters, radians, world axes with z up. Action float64 [7]: displacement of the fingers'
+center in units of 0.05 m, axis times angle in units of 0.5 rad, both in world axes and ±1, then
 the gripper (-1 open, +1 closed): robosuite's OSC_POSE controller at 20 Hz, as LIBERO uses it.
 """
 
@@ -20,9 +20,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 OPEN, CLOSE = -1.0, 1.0
-METRES, RADIANS = 0.05, 0.5
+METERS, RADIANS = 0.05, 0.5
 # Fastest motion per dimension: what the published 1 % and 99 % quantiles of LIBERO's actions keep
-# in both directions, so that normalising them clips nothing.
+# in both directions, so that normalizing them clips nothing.
 LIMITS = np.array([0.70, 0.80, 0.93, 0.114, 0.163, 0.224])
 DOWN = Rotation.from_euler("xz", [np.pi, np.pi / 2])  # fingers point down and open along y
 _GAIN = 1.5  # commanded displacement per remaining one; 1 creeps in, 2 overshoots
@@ -36,12 +36,12 @@ class Box:
     """What a thing takes up: the box around its collision shape, along the axes of its body.
 
     Attributes:
-      centre: [3] of the box.
+      center: [3] of the box.
       axes: [3, 3], a column per axis of the body.
       half: [3] half lengths along them.
     """
 
-    centre: np.ndarray
+    center: np.ndarray
     axes: np.ndarray
     half: np.ndarray
 
@@ -59,7 +59,7 @@ class Box:
     @property
     def top(self) -> float:
         """Height of its upper side."""
-        return float(self.centre[2] + self.half[self.upright])
+        return float(self.center[2] + self.half[self.upright])
 
 
 class Scene(Protocol):
@@ -137,13 +137,13 @@ class Arm:
         yield from self.go(self.scene.hand()[0] + offset, **options)
 
     def carry(self, name: str, target: np.ndarray, **options) -> Motion:
-        """Moves until the centre of what is held is at ``target`` [3]."""
-        held = self.scene.box(name).centre - self.scene.hand()[0]
+        """Moves until the center of what is held is at ``target`` [3]."""
+        held = self.scene.box(name).center - self.scene.hand()[0]
         yield from self.go(target - held, **options)
 
     def _action(self, offset: np.ndarray, angles: np.ndarray, speed: float = 1.0) -> np.ndarray:
         """Slowed on all axes alike, so that paths stay straight."""
-        wanted = _GAIN * np.concatenate([offset / METRES, angles / RADIANS])
+        wanted = _GAIN * np.concatenate([offset / METERS, angles / RADIANS])
         for part, limits in ((wanted[:3], speed * LIMITS[:3]), (wanted[3:], LIMITS[3:])):
             part /= max(1.0, np.max(np.abs(part) / limits))
         return np.append(wanted, self._grip)
@@ -186,7 +186,7 @@ def above(point: np.ndarray, height: float = _TRAVEL) -> np.ndarray:
 def pick(arm: Arm, name: str) -> Motion:
     """Grasps a thing across its narrower side and lifts it."""
     box = arm.scene.box(name)
-    point = np.append(box.centre[:2], max(box.top - _DEPTH, box.centre[2]))
+    point = np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
     yield from grasp(arm, point, across(box.axes[:, box.narrow]))
 
 
@@ -194,7 +194,7 @@ def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
     """Grasps the rim of a bowl or plate at its side towards +y (or -y) and lifts it."""
     box = arm.scene.box(name)
     reach = max(half for axis, half in enumerate(box.half) if axis != box.upright) - _WALL
-    point = np.array([box.centre[0], box.centre[1] + side * reach, box.top - 0.015])
+    point = np.array([box.center[0], box.center[1] + side * reach, box.top - 0.015])
     yield from grasp(arm, point, pointing_down())
 
 
@@ -208,14 +208,14 @@ def grasp(arm: Arm, point: np.ndarray, turn: Rotation) -> Motion:
 
 
 def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0.0) -> Motion:
-    """Carries what is held to ``target`` [3], passing ``over`` metres above it, and lets go.
+    """Carries what is held to ``target`` [3], passing ``over`` meters above it, and lets go.
 
     Args:
       arm: holds the thing.
       name: of the thing.
-      target: place of its centre when it is let go.
+      target: place of its center when it is let go.
       over: height of the passage.
-      lift: metres the hand goes straight up before.
+      lift: meters the hand goes straight up before.
     """
     yield from arm.shift(lift * UP, near=0.02)
     yield from arm.carry(name, above(target, over), near=0.015)
@@ -225,13 +225,13 @@ def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0
 
 
 def bowl_on(target: str, height: float = 0.03) -> Script:
-    """The bowl on something flat: its centre ``height`` over the target's top."""
+    """The bowl on something flat: its center ``height`` over the target's top."""
 
     def script(arm: Arm) -> Motion:
         for attempt in range(_ATTEMPTS):
             yield from pick_rim(arm, _BOWL, side=1.0 - 2 * (attempt % 2))
             place = arm.scene.box(target)
-            goal = np.append(place.centre[:2], place.top + height)
+            goal = np.append(place.center[:2], place.top + height)
             yield from put(arm, _BOWL, goal, over=0.06)
 
     return script
@@ -246,10 +246,10 @@ def into_basket(*names: str) -> Script:
                 yield from pick(arm, name)
                 basket, box = arm.scene.box("basket_1_main"), arm.scene.box(name)
                 tall = box.half[box.upright]
-                goal = np.append(basket.centre[:2], basket.centre[2] + max(tall - 0.04, 0.0))
-                lift = max(0.0, basket.top + tall + 0.02 - box.centre[2])
+                goal = np.append(basket.center[:2], basket.center[2] + max(tall - 0.04, 0.0))
+                lift = max(0.0, basket.top + tall + 0.02 - box.center[2])
                 yield from put(arm, name, goal, over=basket.top + tall + 0.02 - goal[2], lift=lift)
-                if np.linalg.norm(arm.scene.box(name).centre[:2] - basket.centre[:2]) < 0.06:
+                if np.linalg.norm(arm.scene.box(name).center[:2] - basket.center[:2]) < 0.06:
                     break
 
     return script
@@ -272,9 +272,9 @@ def open_drawer(level: str) -> Script:
 
     def script(arm: Arm) -> Motion:
         box = arm.scene.box(f"wooden_cabinet_1_cabinet_{level}")
-        front = box.centre + box.axes[:, 1] * -box.half[1]
+        front = box.center + box.axes[:, 1] * -box.half[1]
         handle = front + box.axes[:, 1] * 0.008
-        outward = (front - box.centre) / np.linalg.norm(front - box.centre)
+        outward = (front - box.center) / np.linalg.norm(front - box.center)
         level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
         yield from arm.go(
             handle + 0.10 * outward + 0.03 * UP, turn=level_hand, near=0.02, steps=140
@@ -292,11 +292,11 @@ def push_plate(arm: Arm) -> Motion:
     The cabinet leaves no room behind it, and what is pushed at its front cannot turn away.
     """
     goal = arm.scene.place("main_table_stove_front_region")[:2]
-    height = arm.scene.box(_PLATE).centre[2]
+    height = arm.scene.box(_PLATE).center[2]
     yield from arm.grip(1)
 
     def ahead(distance: float, lift: float) -> np.ndarray:
-        plate = arm.scene.box(_PLATE).centre[:2]
+        plate = arm.scene.box(_PLATE).center[:2]
         way = goal - plate
         return np.append(plate + distance * way / max(np.linalg.norm(way), 0.02), height + lift)
 

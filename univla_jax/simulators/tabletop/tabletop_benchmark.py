@@ -127,7 +127,7 @@ class Tabletop:
             "control_hz": self.control_hz,
             "views": ["image", "wrist_image"],
             "image_orientation": "as recorded",
-            "gripper": "unnormalised value, > 0 closes",
+            "gripper": "unnormalized value, > 0 closes",
             "success": "predicate of the true task after any step",
         }
 

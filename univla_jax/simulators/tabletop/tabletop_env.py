@@ -1,4 +1,4 @@
-"""A small deterministic tabletop: a gripper, coloured blocks and zones, told what to do in words.
+"""A small deterministic tabletop: a gripper, colored blocks and zones, told what to do in words.
 
 Kinematic and exact: the same seed and actions give the same episode to the last bit. Lengths are
 table units (the table is [0, 1]²), angles radians, one step is 0.2 s (5 Hz).
@@ -20,7 +20,7 @@ from univla_jax.simulators.tabletop import tabletop_render
 # ----------------------------------------------------------------------------
 # Task families of the tabletop: instructions and success predicates.
 #
-# Every scene holds several blocks and zones of different colours, so only the instruction tells
+# Every scene holds several blocks and zones of different colors, so only the instruction tells
 # which of them is meant. A task counts as failed once another block was touched first; reaching a
 # zone touches none.
 
@@ -41,13 +41,13 @@ REACH_HEIGHT = 0.1  # above a block's top, to which the expert goes down
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TabletopTask:
     """What is asked for in one episode.
 
     Attributes:
       family: one of ``FAMILIES``.
-      block: colour of the block meant; empty for reach.
-      target: zone colour (place, reach), direction (push) or empty.
+      block: color of the block meant; empty for reach.
+      target: zone color (place, reach), direction (push) or empty.
       origin: (x, y) of the block at the start, table units; unused by reach.
     """
 
@@ -73,7 +73,7 @@ class Task:
             return self._in_zone(scene, scene.gripper.position) and (
                 scene.gripper.height < REACH_HEIGHT and not scene.touched
             )
-        index = next(i for i, b in enumerate(scene.blocks) if b.colour == self.block)
+        index = next(i for i, b in enumerate(scene.blocks) if b.color == self.block)
         if not scene.touched or scene.touched[0] != index:
             return False
         block = scene.blocks[index]
@@ -87,14 +87,14 @@ class Task:
             return self._in_zone(scene, block.position) and scene.held is None
         return True
 
-    def others(self, scene) -> list[Task]:
+    def others(self, scene) -> list[TabletopTask]:
         """The same kind of task for each other block of ``scene``, or each other zone (reach)."""
         if self.family == "reach":
-            zones = [z for z in scene.zones if z.colour != self.target]
-            return [dataclasses.replace(self, target=zone.colour) for zone in zones]
-        blocks = [b for b in scene.blocks if b.colour != self.block]
+            zones = [z for z in scene.zones if z.color != self.target]
+            return [dataclasses.replace(self, target=zone.color) for zone in zones]
+        blocks = [b for b in scene.blocks if b.color != self.block]
         return [
-            dataclasses.replace(self, block=b.colour, origin=tuple(map(float, b.position)))
+            dataclasses.replace(self, block=b.color, origin=tuple(map(float, b.position)))
             for b in blocks
         ]
 
@@ -106,17 +106,17 @@ class Task:
 def sample_task(
     rng: np.random.Generator,
     scene,
-    block_colours: list[str],
-    zone_colours: list[str],
+    block_colors: list[str],
+    zone_colors: list[str],
     family: str | None = None,
-) -> Task:
+) -> TabletopTask:
     """Draws a task that the scene allows.
 
     Args:
       rng: source of randomness.
       scene: a ``tabletop.Scene``, to read the block's place.
-      block_colours: colours on the table.
-      zone_colours: zones on the table.
+      block_colors: colors on the table.
+      zone_colors: zones on the table.
       family: one of ``FAMILIES``, or None for any.
 
     Raises:
@@ -125,19 +125,19 @@ def sample_task(
     if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown task family {family!r}; known: {', '.join(FAMILIES)}")
     family = family or str(rng.choice(FAMILIES))
-    block = str(rng.choice(block_colours))
+    block = str(rng.choice(block_colors))
     if family == "reach":  # after the block, so that a seed means the same zone as in place
-        return Task(family, "", str(rng.choice(zone_colours)))
+        return TabletopTask(family, "", str(rng.choice(zone_colors)))
     position = scene.block(block).position
     target = ""
     if family == "place":
-        target = str(rng.choice(zone_colours))
+        target = str(rng.choice(zone_colors))
     elif family == "push":
         # Towards the middle: the gripper needs room behind the block, the block room ahead.
         target = "right" if position[0] < 0.5 else "left"
         if 0.35 < position[0] < 0.65:
             target = str(rng.choice(list(PUSH_DIRECTIONS)))
-    return Task(family, block, target, (float(position[0]), float(position[1])))
+    return TabletopTask(family, block, target, (float(position[0]), float(position[1])))
 
 
 # ----------------------------------------------------------------------------
@@ -159,17 +159,17 @@ LOW = 0.07  # the gripper moves blocks aside below this height
 BLOCK_COUNT = 3
 ZONE_COUNT = 2
 HOME = np.array([0.5, 0.0875, 0.22])  # where the gripper starts: at the robot's side, raised
-COLUMNS = (0.0875, 0.3625, 0.6375, 0.9125)  # centres of the cells things lie in; rows are alike
+COLUMNS = (0.0875, 0.3625, 0.6375, 0.9125)  # centers of the cells things lie in; rows are alike
 BLOCK_CELLS = np.array([(x, y) for y in COLUMNS[1:3] for x in COLUMNS])  # the first row is free
 ZONE_CELLS = np.array([(x, COLUMNS[3]) for x in COLUMNS])  # along the far edge
-JITTER = 0.01  # how far things lie from the centre of their cell, along each axis
+JITTER = 0.01  # how far things lie from the center of their cell, along each axis
 
 
 @dataclasses.dataclass
 class Block:
-    """A coloured cube; ``height`` is how far it is lifted off the table."""
+    """A colored cube; ``height`` is how far it is lifted off the table."""
 
-    colour: str
+    color: str
     position: np.ndarray
     yaw: float = 0.0
     height: float = 0.0
@@ -177,22 +177,22 @@ class Block:
 
     @property
     def rgb(self) -> tuple[int, int, int]:
-        """Colour for drawing."""
-        return BLOCK_RGB[self.colour]
+        """Color for drawing."""
+        return BLOCK_RGB[self.color]
 
 
 @dataclasses.dataclass(frozen=True)
 class Zone:
-    """A coloured disc painted on the table."""
+    """A colored disc painted on the table."""
 
-    colour: str
+    color: str
     position: np.ndarray
     radius: float = ZONE_RADIUS
 
     @property
     def rgb(self) -> tuple[int, int, int]:
-        """Colour for drawing."""
-        return ZONE_RGB[self.colour]
+        """Color for drawing."""
+        return ZONE_RGB[self.color]
 
 
 @dataclasses.dataclass
@@ -220,13 +220,13 @@ class Scene:
     held: int | None = None
     touched: list[int] = dataclasses.field(default_factory=list)
 
-    def block(self, colour: str) -> Block:
-        """The block of that colour."""
-        return next(b for b in self.blocks if b.colour == colour)
+    def block(self, color: str) -> Block:
+        """The block of that color."""
+        return next(b for b in self.blocks if b.color == color)
 
-    def zone(self, colour: str) -> Zone:
-        """The zone of that colour."""
-        return next(z for z in self.zones if z.colour == colour)
+    def zone(self, color: str) -> Zone:
+        """The zone of that color."""
+        return next(z for z in self.zones if z.color == color)
 
 
 class TabletopEnv(gymnasium.Env):
@@ -260,7 +260,7 @@ class TabletopEnv(gymnasium.Env):
         limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3 + [1.0], np.float32)
         self.action_space = box(-limit, limit, dtype=np.float32)
         self.scene: Scene
-        self.task: Task
+        self.task: TabletopTask
         self._steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -276,8 +276,8 @@ class TabletopEnv(gymnasium.Env):
         super().reset(seed=seed)
         rng = self.np_random
         self.scene = _place(rng)
-        colours = [b.colour for b in self.scene.blocks], [z.colour for z in self.scene.zones]
-        self.task = sample_task(rng, self.scene, *colours, family=(options or {}).get("family"))
+        colors = [b.color for b in self.scene.blocks], [z.color for z in self.scene.zones]
+        self.task = sample_task(rng, self.scene, *colors, family=(options or {}).get("family"))
         self._steps = 0
         return self._observe(), self._info()
 
@@ -322,16 +322,16 @@ class TabletopEnv(gymnasium.Env):
 
 
 def _place(rng: np.random.Generator) -> Scene:
-    """Blocks and zones in different cells, a little off their centres; the gripper at home."""
-    block_colours = rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)
-    zone_colours = rng.choice(list(ZONE_RGB), ZONE_COUNT, replace=False)
-    blocks = [Block(str(c), p) for c, p in zip(block_colours, _spots(rng, BLOCK_CELLS))]
-    zones = [Zone(str(c), p) for c, p in zip(zone_colours, _spots(rng, ZONE_CELLS))]
+    """Blocks and zones in different cells, a little off their centers; the gripper at home."""
+    block_colors = rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)
+    zone_colors = rng.choice(list(ZONE_RGB), ZONE_COUNT, replace=False)
+    blocks = [Block(str(c), p) for c, p in zip(block_colors, _spots(rng, BLOCK_CELLS))]
+    zones = [Zone(str(c), p) for c, p in zip(zone_colors, _spots(rng, ZONE_CELLS))]
     return Scene(blocks, zones, Gripper(HOME[:2].copy(), float(HOME[2]), np.zeros(3)))
 
 
 def _spots(rng: np.random.Generator, cells: np.ndarray) -> np.ndarray:
-    """The cells' centres in random order, a little off, float64 [N, 2]."""
+    """The cells' centers in random order, a little off, float64 [N, 2]."""
     return rng.permutation(cells) + rng.uniform(-JITTER, JITTER, cells.shape)
 
 

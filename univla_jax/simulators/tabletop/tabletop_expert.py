@@ -27,19 +27,19 @@ from univla_jax.simulators.tabletop.tabletop_env import (
     PUSH_DIRECTIONS,
     Scene,
     TabletopEnv,
-    Task,
+    TabletopTask,
 )
 
 DEMONSTRATION_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
-HIGH = 0.22  # travelling height, clear of lifted and standing blocks
+HIGH = 0.22  # traveling height, clear of lifted and standing blocks
 OPEN, CLOSE = -1.0, 1.0
 
 # A waypoint: x, y, height, gripper command.
 Waypoint = tuple[float, float, float, float]
 
 
-def waypoints(task: Task, scene: Scene) -> list[Waypoint]:
+def waypoints(task: TabletopTask, scene: Scene) -> list[Waypoint]:
     """The corners of the expert's path through the scene as it lies at the start.
 
     Args:

@@ -23,12 +23,12 @@ class View:
     """An orthographic camera looking straight down.
 
     Attributes:
-      centre: (x, y) of the point under the optical axis, table units.
+      center: (x, y) of the point under the optical axis, table units.
       extent: width of the square seen, table units.
       size: pixels along each side.
     """
 
-    centre: tuple[float, float]
+    center: tuple[float, float]
     extent: float
     size: int
 
@@ -42,30 +42,30 @@ class Canvas:
         self._rgb = np.empty((view.size, view.size, 3), np.float32)
         self._rgb[:] = FLOOR_RGB
         steps = (np.arange(view.size) + 0.5) * self._pixel - view.extent / 2
-        self._x = view.centre[0] + steps
-        self._y = view.centre[1] - steps
+        self._x = view.center[0] + steps
+        self._y = view.center[1] - steps
 
-    def disc(self, centre: np.ndarray, radius: float, rgb: tuple, alpha: float = 1.0) -> None:
+    def disc(self, center: np.ndarray, radius: float, rgb: tuple, alpha: float = 1.0) -> None:
         """Blends a filled disc of ``radius`` table units."""
-        window = self._window(centre, radius)
+        window = self._window(center, radius)
         if window is None:
             return
-        dx, dy = self._offsets(window, centre)
+        dx, dy = self._offsets(window, center)
         self._blend(window, np.sqrt(dx * dx + dy * dy) - radius, rgb, alpha)
 
     def box(
         self,
-        centre: np.ndarray,
+        center: np.ndarray,
         half: tuple[float, float],
         yaw: float,
         rgb: tuple,
         alpha: float = 1.0,
     ) -> None:
         """Blends a rectangle with half sizes ``half``, turned by ``yaw`` radians."""
-        window = self._window(centre, float(np.hypot(*half)))
+        window = self._window(center, float(np.hypot(*half)))
         if window is None:
             return
-        dx, dy = self._offsets(window, centre)
+        dx, dy = self._offsets(window, center)
         cos, sin = np.cos(yaw), np.sin(yaw)
         u, v = cos * dx + sin * dy, cos * dy - sin * dx
         self._blend(window, np.maximum(np.abs(u) - half[0], np.abs(v) - half[1]), rgb, alpha)
@@ -74,11 +74,11 @@ class Canvas:
         """The picture so far, uint8 [size, size, 3]."""
         return np.rint(self._rgb).astype(np.uint8)
 
-    def _window(self, centre: np.ndarray, radius: float) -> tuple[slice, slice] | None:
+    def _window(self, center: np.ndarray, radius: float) -> tuple[slice, slice] | None:
         reach = radius + self._pixel
         half, size = self._view.extent / 2, self._view.size
-        left = (centre[0] - reach - self._view.centre[0] + half) / self._pixel
-        top = (self._view.centre[1] + half - centre[1] - reach) / self._pixel
+        left = (center[0] - reach - self._view.center[0] + half) / self._pixel
+        top = (self._view.center[1] + half - center[1] - reach) / self._pixel
         span = 2 * reach / self._pixel
         rows = slice(max(int(top), 0), min(int(top + span) + 2, size))
         columns = slice(max(int(left), 0), min(int(left + span) + 2, size))
@@ -86,11 +86,11 @@ class Canvas:
             return None
         return rows, columns
 
-    def _offsets(self, window: tuple[slice, slice], centre: np.ndarray) -> tuple:
-        return self._x[None, window[1]] - centre[0], self._y[window[0], None] - centre[1]
+    def _offsets(self, window: tuple[slice, slice], center: np.ndarray) -> tuple:
+        return self._x[None, window[1]] - center[0], self._y[window[0], None] - center[1]
 
     def _blend(self, window: tuple, distance: np.ndarray, rgb: tuple, alpha: float) -> None:
-        """Blends by coverage: a pixel half covered takes half of the colour."""
+        """Blends by coverage: a pixel half covered takes half of the color."""
         coverage = np.clip(0.5 - distance / self._pixel, 0.0, 1.0)[..., None] * alpha
         region = self._rgb[window]
         region += coverage * (np.asarray(rgb, np.float32) - region)
@@ -129,8 +129,8 @@ def draw_gripper(canvas: Canvas, gripper) -> None:
     shadow = gripper.position + LIGHT * gripper.height
     canvas.disc(shadow, 0.06, SHADOW_RGB, alpha=0.45)
     for side in (-1.0, 1.0):
-        centre = gripper.position + side * spread * scale * across
-        canvas.box(centre, (0.018 * scale, 0.05 * scale), gripper.yaw, FINGER_RGB)
+        center = gripper.position + side * spread * scale * across
+        canvas.box(center, (0.018 * scale, 0.05 * scale), gripper.yaw, FINGER_RGB)
     canvas.box(gripper.position, (spread * scale, 0.014 * scale), gripper.yaw, PALM_RGB)
 
 
