@@ -35,7 +35,7 @@ def get_config(corpus: str = "") -> ConfigDict:
     values = {
         "corpus": corpus,
         "splits": {"train": "train"},
-        "image_specs": {view: {"size": size} for view, size in row.sizes.items()},
+        "image_specs": {view: {"size": size} for view, size in row.image_sizes.items()},
         "min_frames": POLICIES.get(corpus, WORLD_MODEL_FRAMES * row.frame_spacing),
         "augmented_copies": int(corpus in SHIFTED),
     }

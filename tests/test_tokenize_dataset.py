@@ -21,7 +21,7 @@ from univla_jax.data.token_store import TokenStore
 from univla_jax.data.tokenize import TokenizeConfig, tokenize
 from univla_jax.simulators.tabletop import tabletop_expert
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import fresh_variables
+from univla_jax.tokenizers.vision_vq import init_variables
 
 SPEC = {"size": (16, 16), "factor": 2, "min_pixels": 64}
 SETTINGS = {
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     (path / "config.py").write_text(CONFIG)
     config = tabletop_expert.DemonstrationsConfig(train_episodes=6, val_episodes=1)
     tabletop_expert.write_demonstrations(config, path / "rlds")
-    VisionTokenizer(VISION, fresh_variables(VISION, seed=0)).save(path / "vision")
+    VisionTokenizer(VISION, init_variables(VISION, seed=0)).save(path / "vision")
     return path
 
 

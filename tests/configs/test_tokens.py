@@ -11,7 +11,7 @@ from univla_jax.errors import UserError
 def test_every_corpus_has_a_recipe(corpus):
     config = strict.build(TokenizeConfig, tokens.get_config(corpus).to_dict())
     specs = config.specs()
-    assert {view: spec.size for view, spec in specs.items()} == DATASETS[corpus].sizes
+    assert {view: spec.size for view, spec in specs.items()} == DATASETS[corpus].image_sizes
     assert config.row().min_frames >= 5
 
 

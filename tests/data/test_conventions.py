@@ -37,7 +37,7 @@ def test_rotations_of_widowx_commands():
 def test_aloha_chunks_are_relative_to_their_first_step_and_back():
     rng = np.random.default_rng(0)
     chunks = rng.uniform(-3, 3, (2, 4, 14)).astype(np.float32)
-    deltas = action_conventions.ALOHA_DELTAS.relative(chunks)
+    deltas = action_conventions.ALOHA_DELTAS.to_relative(chunks)
     assert not np.delete(deltas[:, 0], (6, 13), 1).any()
     np.testing.assert_array_equal(deltas[..., [6, 13]], chunks[..., [6, 13]])
     angles = deltas[..., [3, 4, 5, 10, 11, 12]]

@@ -29,7 +29,7 @@ def test_the_published_structure_is_read(name, tmp_path):
     gripper = episode.actions[:, 6]
     if name not in SIGNED:
         assert gripper.min() >= 0 and gripper.max() <= 1
-    assert set(corpus.sizes) == set(corpus.views)
+    assert set(corpus.image_sizes) == set(corpus.views)
 
 
 def test_every_rlds_row_has_a_structure_here():
@@ -71,7 +71,7 @@ def test_weights_spacings_and_sizes_of_the_world_model_mixture():
     }
     for name, values in expected.items():
         row = DATASETS[name]
-        first = row.sizes[next(iter(row.views))]
+        first = row.image_sizes[next(iter(row.views))]
         assert (row.mixture_weight, row.frame_spacing, first) == values, name
     assert (DATASETS["calvin"].mixture_weight, DATASETS["calvin"].frame_spacing) == (0.8, 10)
     assert DATASETS["libero"].frame_spacing == 10

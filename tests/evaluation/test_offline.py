@@ -20,7 +20,7 @@ from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.sequences import layouts
-from univla_jax.tokenizers.constrained import DecodedActions, invalid
+from univla_jax.tokenizers.constrained import DecodedActions
 
 STEPS = 11
 
@@ -133,7 +133,7 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
 
     def answer(prompts, sessions, timer):
         half = DecodedActions(np.full((CHUNK, 7), 0.5))
-        bad = invalid("nonsense", CHUNK, 7)
+        bad = DecodedActions.invalid("nonsense", CHUNK, 7)
         chosen = [bad if next(answers) % 3 == 1 else half for _ in prompts]
         return [
             ActionPrediction(decoded, np.zeros(0), num_overridden=decoded.valid)

@@ -13,7 +13,7 @@ from tests.decoders import tiny_decoder
 from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import GrammarMask
-from univla_jax.tokenizers.constrained import of_bytes
+from univla_jax.tokenizers.constrained import byte_grammar
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def _pieces():
 
 WRITTEN = _pieces()
 FORM = GrammarMask.of(
-    of_bytes(list(WRITTEN.values()), "éü", CHARACTERS), np.array(list(WRITTEN)), STOP
+    byte_grammar(list(WRITTEN.values()), "éü", CHARACTERS), np.array(list(WRITTEN)), STOP
 )
 
 

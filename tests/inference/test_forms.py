@@ -17,11 +17,11 @@ from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import GrammarMask
-from univla_jax.tokenizers.constrained import of_bytes
+from univla_jax.tokenizers.constrained import byte_grammar
 
 STOP = 9
 CODES = np.array([8, 7, 6, 5])  # ids of the codes below
-GRAMMAR = of_bytes(["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"\xc3"], "éü", 4)
+GRAMMAR = byte_grammar(["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"\xc3"], "éü", 4)
 FORM = GrammarMask.of(GRAMMAR, CODES, STOP)
 ALLOWED = np.sort([*CODES, STOP])  # bc, the first byte, the two codes, then stop
 

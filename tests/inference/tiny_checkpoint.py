@@ -19,7 +19,7 @@ from univla_jax.tokenizers.action import FastTokenizer, UniformBinTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import fresh_variables
+from univla_jax.tokenizers.vision_vq import init_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.model_setup import params_init
 
@@ -48,7 +48,7 @@ WORDS = ("push the red block to the left", "put the blue block in the white zone
 def make_assets(*, bins: bool = False, **layout: Any) -> Assets:
     """Assets of a policy on the tabletop; ``bins`` takes an action tokenizer without BPE."""
     text = SentencePieceTextTokenizer.fit(WORDS * 4, 320)
-    vision = VisionTokenizer(VISION, fresh_variables(VISION, 0))
+    vision = VisionTokenizer(VISION, init_variables(VISION, 0))
     chunks = np.random.default_rng(0).uniform(-1, 1, (40, CHUNK, 7))
     action = UniformBinTokenizer(16) if bins else FastTokenizer.fit(chunks, 4, 300)
     corpus = {

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univla_jax.tokenizers.action import FastTokenizer, NumberTextTokenizer, UniformBinTokenizer
-from univla_jax.tokenizers.constrained import ILLEGAL, CodeGrammar, of_bytes
+from univla_jax.tokenizers.constrained import FORBIDDEN, CodeGrammar, byte_grammar
 
 HORIZON, DIMENSIONS = 5, 3
-NO = ILLEGAL
+NO = FORBIDDEN
 
 
 def _fit(scale: float, seed: int = 0) -> FastTokenizer:
@@ -20,17 +20,17 @@ def _fit(scale: float, seed: int = 0) -> FastTokenizer:
 
 
 def _legal(grammar: CodeGrammar, left: int, part: int) -> np.ndarray:
-    finishes, begins = grammar.finishes[part], grammar.begins[part]
+    finishes, begins = grammar.num_completed[part], grammar.next_prefix[part]
     whole = (left - finishes > 0) | ((left == finishes) & (begins == 0))
-    return np.flatnonzero((finishes != ILLEGAL) & whole)
+    return np.flatnonzero((finishes != FORBIDDEN) & whole)
 
 
 def test_codes_that_split_characters():
     """é is C3 A9, ü is C3 BC; a byte that no legal character has is never legal."""
     written = ["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"A", None, b""]
-    grammar = of_bytes(written, "éü", 3)
-    assert grammar.finishes.tolist() == [[1, 1, NO, NO, NO, NO], [NO, NO, 1, NO, NO, NO]]
-    assert grammar.begins.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    grammar = byte_grammar(written, "éü", 3)
+    assert grammar.num_completed.tolist() == [[1, 1, NO, NO, NO, NO], [NO, NO, 1, NO, NO, NO]]
+    assert grammar.next_prefix.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
     assert _legal(grammar, 3, 0).tolist() == [0, 1]
     assert _legal(grammar, 1, 0).tolist() == [0]  # what begins another one would not end
     assert _legal(grammar, 1, 1).tolist() == [2]
@@ -38,7 +38,7 @@ def test_codes_that_split_characters():
 
 def test_bins_are_one_number_each():
     grammar = UniformBinTokenizer(4).grammar(2, 3)
-    assert grammar.characters == 6 and grammar.finishes.tolist() == [[NO, 1, 1, 1, 1]]
+    assert grammar.num_characters == 6 and grammar.num_completed.tolist() == [[NO, 1, 1, 1, 1]]
     assert NumberTextTokenizer().grammar(2, 3) is None
 
 
@@ -63,15 +63,15 @@ def test_the_published_tokenizers(shared_dir, name, horizon):
 
 def _check_walks(tokenizer, horizon, dimensions, rng, chunk):
     grammar = tokenizer.grammar(horizon, dimensions)
-    left, part, codes = grammar.characters, 0, []
+    left, part, codes = grammar.num_characters, 0, []
     while left or part:
         code = int(rng.choice(_legal(grammar, left, part)))
         codes.append(code)
-        left, part = left - grammar.finishes[part, code], grammar.begins[part, code]
+        left, part = left - grammar.num_completed[part, code], grammar.next_prefix[part, code]
     decoded = tokenizer.decode(codes, horizon, dimensions)
     assert decoded.valid, decoded.reason
-    left, part = grammar.characters, 0
+    left, part = grammar.num_characters, 0
     for code in tokenizer.encode(chunk):
         assert code in _legal(grammar, left, part)
-        left, part = left - grammar.finishes[part, code], grammar.begins[part, code]
+        left, part = left - grammar.num_completed[part, code], grammar.next_prefix[part, code]
     assert (left, part) == (0, 0)

@@ -9,7 +9,7 @@ import pytest
 
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import fresh_variables
+from univla_jax.tokenizers.vision_vq import init_variables
 
 CONFIG = VisionConfig(
     codebook_size=16, ch=4, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_groups=2
@@ -18,7 +18,7 @@ CONFIG = VisionConfig(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    variables = fresh_variables(CONFIG, seed=0)
+    variables = init_variables(CONFIG, seed=0)
     variables["params"]["quantize"]["embedding"] *= 16
     return VisionTokenizer(CONFIG, variables, max_batch=4)
 
@@ -64,7 +64,7 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 
 
 def test_fingerprint_tells_weights_apart(tokenizer):
-    variables = fresh_variables(CONFIG, seed=0)
+    variables = init_variables(CONFIG, seed=0)
     assert VisionTokenizer(CONFIG, variables).fingerprint != tokenizer.fingerprint
 
 
@@ -88,7 +88,7 @@ def test_refuses(tokenizer, call, argument, message):
 
 
 def test_refuses_weights_of_another_config():
-    variables = fresh_variables(CONFIG, seed=0)
+    variables = init_variables(CONFIG, seed=0)
     other = VisionConfig.from_dict(CONFIG.to_dict() | {"codebook_size": 32})
     with pytest.raises(
         UserError, match=r"quantize/embedding is float32\[16, 4\], the config needs"

@@ -16,7 +16,7 @@ from univla_jax.tokenizers.vision_vq import (
     PRESETS,
     VisionConfig,
     VisionVQ,
-    fresh_variables,
+    init_variables,
     nearest_codes,
 )
 
@@ -39,7 +39,7 @@ def compiled(config):
 @pytest.fixture(scope="module")
 def small():
     """A small network with weights that make every layer matter."""
-    variables = fresh_variables(SMALL, seed=1)
+    variables = init_variables(SMALL, seed=1)
     random = np.random.default_rng(2)
     bent = jax.tree.map(
         lambda x: x if x.dtype == np.int32 else x + 0.1 * random.random(x.shape, np.float32),
@@ -93,14 +93,14 @@ def test_nearest_codes_in_blocks(monkeypatch):
 
 
 def test_fresh_variables_are_those_of_init():
-    drawn = fresh_variables(SMALL, seed=0)
+    drawn = init_variables(SMALL, seed=0)
     initial = jax.eval_shape(VisionVQ(SMALL).init, jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
         lambda x: (x.shape, x.dtype), initial
     )
-    again = fresh_variables(SMALL, seed=0)
+    again = init_variables(SMALL, seed=0)
     jax.tree.map(np.testing.assert_array_equal, drawn, again)
-    kernel = fresh_variables(PRESETS["quickstart"], 0)["params"]["decoder"]["mid_block_1"]["conv1"]
+    kernel = init_variables(PRESETS["quickstart"], 0)["params"]["decoder"]["mid_block_1"]["conv1"]
     fan_in = np.prod(kernel["kernel"].shape[:-1])
     assert kernel["kernel"].std() * fan_in**0.5 == pytest.approx(1, rel=0.05)
 

@@ -15,7 +15,7 @@ from univla_jax.tokenizers.action import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import fresh_variables
+from univla_jax.tokenizers.vision_vq import init_variables
 from univla_jax.training.train_config import TrainConfig
 
 GRIDS = {"image": (3, 3), "wrist_image": (2, 2)}
@@ -35,7 +35,7 @@ VISION = VisionConfig(
 def make_tokenizers(folder: pathlib.Path) -> None:
     """Fits the three tokenizers into ``folder``/text, vision and action."""
     SentencePieceTextTokenizer.fit(WORDS * 4, 320).save(folder / "text")
-    VisionTokenizer(VISION, fresh_variables(VISION, 0)).save(folder / "vision")
+    VisionTokenizer(VISION, init_variables(VISION, 0)).save(folder / "vision")
     chunks = np.random.default_rng(0).uniform(-1, 1, (20, 3, 7))
     FastTokenizer.fit(chunks, 5, 300).save(folder / "action")
 

@@ -30,7 +30,7 @@ from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import PRESETS, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import fresh_variables
+from univla_jax.tokenizers.vision_vq import init_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 # ----------------------------------------------------------------------------
@@ -75,8 +75,11 @@ class Lengths:
 
 def grids(corpus: DatasetConfig, views: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
     """Code grid (h, w) of the corpus' views at its own sizes."""
-    chosen = views or tuple(corpus.sizes)
-    return {v: (corpus.sizes[v][0] // _FACTOR, corpus.sizes[v][1] // _FACTOR) for v in chosen}
+    chosen = views or tuple(corpus.image_sizes)
+    return {
+        v: (corpus.image_sizes[v][0] // _FACTOR, corpus.image_sizes[v][1] // _FACTOR)
+        for v in chosen
+    }
 
 
 class SyntheticEpisodes:
@@ -177,7 +180,7 @@ def _header(
         source_episodes=episodes,
         episodes_per_shard=64,
         min_frames=row.min_frames,
-        image_specs={view: {"size": list(row.sizes[view])} for view in sizes},
+        image_specs={view: {"size": list(row.image_sizes[view])} for view in sizes},
         grids=sizes,
         vision_fingerprint="synthetic",
         codebook_size=CODEBOOK,
@@ -406,7 +409,7 @@ def random_policy(preset: str, *, seed: int = 0) -> Policy:
     config = dataclasses.replace(PRESETS["quickstart"], codebook_size=CODEBOOK)
     assets = dataclasses.replace(
         assets,
-        vision=VisionTokenizer(config, fresh_variables(config, seed)),
+        vision=VisionTokenizer(config, init_variables(config, seed)),
         image_specs={
             view: ImageSpec(size=(side, side), factor=config.factor, min_pixels=side * side)
             for view, side in _SIDES.items()

@@ -25,7 +25,7 @@ from univla_jax.benchmarks.measure import best, save, timed
 from univla_jax.cli import format_table
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision import PRESETS, VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import fresh_variables
+from univla_jax.tokenizers.vision_vq import init_variables
 
 PRESET_NAMES = flags.DEFINE_list("presets", ["quickstart", "emu3"], "Presets to measure")
 SIZE = flags.DEFINE_integer("size", 200, "Height and width of the frames in pixels")
@@ -52,7 +52,7 @@ def compare(preset: str, size: int, batch: int, repeats: int) -> dict[str, Any]:
     """Frames per second of both encoders at one preset."""
     config = PRESETS[preset]
     frames = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
-    tokenizer = VisionTokenizer(config, fresh_variables(config, seed=0))
+    tokenizer = VisionTokenizer(config, init_variables(config, seed=0))
     calls = {
         "univla_jax frames/s": lambda: tokenizer.encode_frames(frames),
         "transformers frames/s": peer(config, frames),

@@ -192,7 +192,7 @@ class ChunkDeltas:
     absolute: tuple[int, ...]
     angles: tuple[int, ...]
 
-    def relative(self, chunks: np.ndarray) -> np.ndarray:
+    def to_relative(self, chunks: np.ndarray) -> np.ndarray:
         """[..., T, A] poses to float32 differences from step 0 of each chunk."""
         return self._wrapped(np.asarray(chunks, np.float32) - self._origin(chunks[..., :1, :]))
 

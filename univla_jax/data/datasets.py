@@ -38,12 +38,11 @@ class DatasetConfig:
       views: camera name in this package -> path of its image inside a step.
       control_hz: control rate in steps per second.
       frame_spacing: steps between the frames of a world-model window, about a second.
-      sizes: camera name -> (height, width) in pixels at which its frames are tokenized where a
-        recipe says nothing else.
+      image_sizes: camera name -> (height, width) in pixels at which its frames are tokenized
+        where a recipe says nothing else.
       instruction: paths of the instruction inside the first step; the first that is not empty
         counts.
       actions: ``Steps`` -> [T', A] in the corpus' physical units; T' is T without ``trim``.
-      gripper: what the last action dimension means after ``actions``.
       state: path of the proprioceptive state, None where there is none.
       mixture_weight: share in the world-model mixture relative to the other corpora.
       min_frames: shortest episode kept, in frames: one action chunk.
@@ -59,10 +58,9 @@ class DatasetConfig:
     views: Mapping[str, str]
     control_hz: float
     frame_spacing: int
-    sizes: Mapping[str, Size] = dataclasses.field(default_factory=dict)
+    image_sizes: Mapping[str, Size] = dataclasses.field(default_factory=dict)
     instruction: tuple[str, ...] = ("language_instruction",)
     actions: Callable[[Steps], np.ndarray] = action_conventions.commanded
-    gripper: str = "1 open, 0 closed"
     state: str | None = "observation/state"
     mixture_weight: float = 1.0
     min_frames: int = 10
@@ -86,7 +84,7 @@ _SQUARE = (256, 256)
 def _views(size: Size = _SQUARE, **fields: str) -> dict[str, Mapping]:
     """``views`` and ``sizes`` of cameras in the observation, all tokenized at one size."""
     paths = {view: f"observation/{field}" for view, field in fields.items()}
-    return {"views": paths, "sizes": dict.fromkeys(paths, size)}
+    return {"views": paths, "image_sizes": dict.fromkeys(paths, size)}
 
 
 def _libero(name: str) -> DatasetConfig:
@@ -96,7 +94,7 @@ def _libero(name: str) -> DatasetConfig:
         **_views((200, 200), image="image", wrist_image="wrist_image"),
         control_hz=20.0,
         frame_spacing=10,
-        gripper="-1 open, 1 closed",
+        # actions: the gripper is -1 open, 1 closed
     )
 
 
@@ -105,11 +103,10 @@ def _video(name: str, **changes) -> DatasetConfig:
     return DatasetConfig(
         name,
         views={"image": "video"},
-        sizes={"image": _SQUARE},
+        image_sizes={"image": _SQUARE},
         control_hz=1.0,
         frame_spacing=1,
         actions=action_conventions.no_actions,
-        gripper="none",
         state=None,
         min_frames=6,
         reader="videos",
@@ -127,11 +124,11 @@ _ROWS = (
     DatasetConfig(
         "calvin",
         views={"image": "rgb_static", "wrist_image": "rgb_gripper"},
-        sizes={"image": (200, 200), "wrist_image": (80, 80)},
+        image_sizes={"image": (200, 200), "wrist_image": (80, 80)},
         control_hz=30.0,
         frame_spacing=10,
         actions=action_conventions.field("rel_actions"),
-        gripper="1 open, -1 closed",
+        # actions: the gripper is 1 open, -1 closed
         state="robot_obs",
         mixture_weight=0.8,
         reader="calvin",
@@ -203,7 +200,7 @@ _ROWS = (
         control_hz=20.0,
         frame_spacing=10,
         mixture_weight=0.5,
-        gripper="1 open, -1 closed",
+        # actions: the gripper is 1 open, -1 closed
     ),
     DatasetConfig(
         "kuka",
@@ -230,7 +227,7 @@ _ROWS = (
         control_hz=5.0,
         frame_spacing=10,
         actions=action_conventions.first_and_last,
-        gripper="as commanded",
+        # actions: the gripper is as commanded
     ),
     DatasetConfig(
         "viola",
@@ -254,11 +251,11 @@ _ROWS = (
             view: f"observation.images.{view}"
             for view in ("cam_high", "cam_left_wrist", "cam_right_wrist")
         },
-        sizes=dict.fromkeys(("cam_high", "cam_left_wrist", "cam_right_wrist"), (128, 128)),
+        image_sizes=dict.fromkeys(("cam_high", "cam_left_wrist", "cam_right_wrist"), (128, 128)),
         control_hz=30.0,
         frame_spacing=30,
         instruction=("task",),
-        gripper="as measured, dimensions 6 and 13",
+        # actions: the grippers, as measured, are dimensions 6 and 13
         state="observation.state",
         min_frames=20,
         chunk_deltas=action_conventions.ALOHA_DELTAS,

@@ -72,7 +72,7 @@ def action_rows(actions: np.ndarray, corpus: str, chunk: int) -> np.ndarray:
     row = DATASETS.get(corpus)
     if row is None or row.chunk_deltas is None:
         return actions
-    return row.chunk_deltas.relative(sliding_windows([actions], chunk)).reshape(
+    return row.chunk_deltas.to_relative(sliding_windows([actions], chunk)).reshape(
         -1, actions.shape[1]
     )
 

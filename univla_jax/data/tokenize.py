@@ -96,7 +96,7 @@ class TokenizeConfig:
                 view: strict.build(ImageSpec, values, where=f"config.image_specs.{view}")
                 for view, values in self.image_specs.items()
             }
-        sizes = find_dataset_config(self.corpus).sizes
+        sizes = find_dataset_config(self.corpus).image_sizes
         if not sizes:
             raise UserError(
                 f"config.image_specs: empty, and corpus {self.corpus!r} has no sizes of its own; "
@@ -111,7 +111,7 @@ class TokenizeConfig:
           UserError: unknown corpus, or a view that it does not have.
         """
         corpus = find_dataset_config(self.corpus)
-        chosen = tuple(self.image_specs) or tuple(corpus.sizes)
+        chosen = tuple(self.image_specs) or tuple(corpus.image_sizes)
         for view in chosen:
             if view not in corpus.views:
                 raise UserError(

@@ -122,7 +122,7 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     chunks = sliding_windows(actions, config.chunk)
     chunks = chunks[:: -(-len(chunks) // config.max_chunks)]
     deltas = find_dataset_config(config.corpus).chunk_deltas
-    chunks = statistics.normalize(chunks if deltas is None else deltas.relative(chunks))
+    chunks = statistics.normalize(chunks if deltas is None else deltas.to_relative(chunks))
     tokenizer = FastTokenizer.fit(chunks, config.scale, config.vocabulary_size)
     tokenizer.save(folder)
     write_json(pathlib.Path(folder) / STATISTICS_FILE, {config.corpus: statistics.to_dict()})

@@ -240,7 +240,7 @@ def _chunks(policy: Policy, episode: TokenizedEpisode) -> np.ndarray:
     raw = np.asarray(episode.actions[: count * size])
     raw = raw.reshape(count, size, raw.shape[-1])
     row = DATASETS.get(policy.corpus)
-    return row.chunk_deltas.relative(raw) if row and row.chunk_deltas and count else raw
+    return row.chunk_deltas.to_relative(raw) if row and row.chunk_deltas and count else raw
 
 
 def _written(policy: Policy, actions: np.ndarray) -> list[np.ndarray] | None:

@@ -22,7 +22,7 @@ from univla_jax.inference.sampling import GrammarMask
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
 from univla_jax.sequences.history import History
-from univla_jax.tokenizers.constrained import DecodedActions, invalid
+from univla_jax.tokenizers.constrained import DecodedActions
 
 # ----------------------------------------------------------------------------
 # What a policy remembers of one episode, and of how many it keeps the caches.
@@ -273,7 +273,9 @@ class TokenActionDecoder:
     def decode(self, ids: np.ndarray) -> DecodedActions:
         """The chunk that generated ids [n] mean, their eoa included."""
         if not len(ids) or ids[-1] != self._vocabulary.eoa:
-            return invalid(f"no end of action within {len(ids)} tokens", *self._chunk)
+            return DecodedActions.invalid(
+                f"no end of action within {len(ids)} tokens", *self._chunk
+            )
         codes = self._vocabulary.action_codes(ids[:-1]).tolist()
         return self._tokenizer.decode(codes, *self._chunk)
 
@@ -361,7 +363,7 @@ class FlowActionDecoder:
 
     def _checked(self, actions: np.ndarray) -> DecodedActions:
         if not np.isfinite(actions).all():
-            return invalid("the flow left the finite numbers", *self._chunk)
+            return DecodedActions.invalid("the flow left the finite numbers", *self._chunk)
         return DecodedActions(np.clip(actions, -1, 1))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.constrained import ILLEGAL, CodeGrammar
+from univla_jax.tokenizers.constrained import FORBIDDEN, CodeGrammar
 
 # ----------------------------------------------------------------------------
 # How one token is chosen from its logits: greedy, or drawn with temperature, top-k and top-p.
@@ -123,12 +123,12 @@ class GrammarMask:
           ids: int [R], the token id of each code.
           stop_id: ends a whole chunk, and nothing else.
         """
-        stop = np.full((len(grammar.finishes), 1), ILLEGAL, np.int32)
+        stop = np.full((len(grammar.num_completed), 1), FORBIDDEN, np.int32)
         stop[0] = 0
         order = np.argsort([*ids, stop_id])
-        finishes = np.append(grammar.finishes, stop, axis=1)[:, order]
-        begins = np.append(grammar.begins, np.zeros_like(stop), axis=1)[:, order]
-        return cls(finishes, begins, np.int32(grammar.characters))
+        finishes = np.append(grammar.num_completed, stop, axis=1)[:, order]
+        begins = np.append(grammar.next_prefix, np.zeros_like(stop), axis=1)[:, order]
+        return cls(finishes, begins, np.int32(grammar.num_characters))
 
     def start(self, rows: int) -> GrammarState:
         """Where every row stands before its first id."""
@@ -140,7 +140,7 @@ class GrammarMask:
         left = place.left[:, None] - finishes
         writes = (finishes > 0) | (begins > 0)
         fits = (left > 0) | ((left == 0) & (begins == 0))
-        return (finishes != ILLEGAL) & fits & (writes | (left == 0))
+        return (finishes != FORBIDDEN) & fits & (writes | (left == 0))
 
     def after(self, place: GrammarState, column: jax.Array) -> GrammarState:
         """Where the rows stand behind the ids of ``column`` int32 [B]."""

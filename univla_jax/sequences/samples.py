@@ -186,7 +186,7 @@ class SampleBuilder:
         chunks = actions.reshape(-1, self._config.chunk_size, actions.shape[-1])
         row = DATASETS.get(episode.corpus)
         if row is not None and row.chunk_deltas is not None:
-            chunks = row.chunk_deltas.relative(chunks)
+            chunks = row.chunk_deltas.to_relative(chunks)
         return self._statistics_of(episode.corpus).normalize(chunks)
 
     def _states(self, episode: TokenizedEpisode, steps: range | list[int]) -> list | None:

@@ -19,9 +19,8 @@ from univla_jax.tokenizers import fast
 from univla_jax.tokenizers.constrained import (
     CodeGrammar,
     DecodedActions,
+    bin_grammar,
     check_chunks,
-    invalid,
-    one_code_per_value,
 )
 from univla_jax.tokenizers.fast import FastTokenizer
 
@@ -71,7 +70,7 @@ class UniformBinTokenizer:
 
     def grammar(self, horizon: int, action_dim: int) -> CodeGrammar:
         """As many bins as there are numbers; code 0 is none."""
-        return one_code_per_value(np.arange(self.vocabulary_size) > 0, horizon * action_dim)
+        return bin_grammar(np.arange(self.vocabulary_size) > 0, horizon * action_dim)
 
     def codes(self, actions: np.ndarray) -> np.ndarray:
         """Codes 1 … bins of any array of numbers, clipped to [-1, 1]; int64, same shape.
@@ -116,10 +115,10 @@ class UniformBinTokenizer:
         unknown = [int(i) for i in ids if not 1 <= i < self.vocabulary_size]
         if unknown:
             reason = f"action code {unknown[0]} outside [1, {self.vocabulary_size})"
-            return invalid(reason, horizon, action_dim)
+            return DecodedActions.invalid(reason, horizon, action_dim)
         if len(ids) != horizon * action_dim:
             reason = f"{len(ids)} bins instead of {horizon * action_dim}"
-            return invalid(reason, horizon, action_dim)
+            return DecodedActions.invalid(reason, horizon, action_dim)
         return DecodedActions(self.centers(np.asarray(ids)).reshape(horizon, action_dim))
 
     def save(self, folder: PathLike) -> None:
@@ -183,14 +182,16 @@ class NumberTextTokenizer:
         unknown = [int(i) for i in ids if not 0 <= i < self.vocabulary_size]
         if unknown:
             reason = f"action code {unknown[0]} outside [0, {self.vocabulary_size})"
-            return invalid(reason, horizon, action_dim)
+            return DecodedActions.invalid(reason, horizon, action_dim)
         rows = [line.split(",") for line in self._text(ids).split("\n")]
         if len(rows) != horizon or any(len(row) != action_dim for row in rows):
             reason = f"lines of {[len(row) for row in rows]} numbers, not {horizon} of {action_dim}"
-            return invalid(reason, horizon, action_dim)
+            return DecodedActions.invalid(reason, horizon, action_dim)
         wrong = [word for row in rows for word in row if not self._is_action(word)]
         if wrong:
-            return invalid(f"{wrong[0]!r} is not a number in [-1, 1]", horizon, action_dim)
+            return DecodedActions.invalid(
+                f"{wrong[0]!r} is not a number in [-1, 1]", horizon, action_dim
+            )
         return DecodedActions(np.array(rows, dtype=np.float64))
 
     def save(self, folder: PathLike) -> None:

@@ -1,13 +1,13 @@
-"""Which action codes may follow each other so that a whole chunk comes out.
+"""Grammar of action codes for constrained decoding, and the result of decoding a chunk.
 
-A chunk is a fixed number of characters (FAST: one per coefficient; bins: one per number), and each
-code writes some of them. FAST's codes write bytes, so one may end inside a character and leave its
-beginning to the next::
+A chunk is a fixed number of characters (FAST: one per coefficient; bins: one per value). FAST's
+codes are byte-level BPE tokens, so a code may stop inside a UTF-8 character and leave the rest of
+it to the next code::
 
-    codes      a: "é"      b: "é" and the first byte of "ü"      c: the last byte of "ü"
-    chunk of 3 characters      a b c | end      a a a | end      never  a b | end  or  a a b
+    codes                  a: "é"      b: "é" and the first byte of "ü"      c: the last byte of "ü"
+    chunk of 3 characters  allowed: a b c, a a a      not allowed: a b (unfinished), a a b
 
-Axes: P beginnings of characters, R codes.
+Axes: P proper prefixes of characters (0 is the empty one), R codes, T steps, A action dimensions.
 """
 
 from __future__ import annotations
@@ -19,79 +19,85 @@ import numpy as np
 
 from univla_jax.errors import UserError
 
-ILLEGAL = -1
-"""Entry of ``finishes`` where a code would write a character that stands for nothing."""
+FORBIDDEN = -1
+"""Entry of ``num_completed`` where a code would form a character outside the alphabet."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeGrammar:
-    """The legal codes at every place of a chunk, as counts.
+    """Transition table of the automaton that accepts whole chunks.
 
     Attributes:
-      finishes: int32 [P, R], characters that code r finishes behind the beginning p, or
-        ``ILLEGAL``.
-      begins: int32 [P, R], the beginning it leaves; 0 is none.
-      characters: of a whole chunk.
+      num_completed: int32 [P, R], characters that code r completes after prefix p, or
+        ``FORBIDDEN``.
+      next_prefix: int32 [P, R], the prefix that code r leaves unfinished; 0 is none.
+      num_characters: characters of a whole chunk.
     """
 
-    finishes: np.ndarray
-    begins: np.ndarray
-    characters: int
+    num_completed: np.ndarray
+    next_prefix: np.ndarray
+    num_characters: int
 
 
-def one_code_per_value(legal: Sequence[bool], characters: int) -> CodeGrammar:
-    """The grammar of codes that are one character each; ``legal`` [R] says which mean something."""
-    finishes = np.where(np.asarray(legal, bool), 1, ILLEGAL).astype(np.int32)[None]
-    return CodeGrammar(finishes, np.zeros_like(finishes), characters)
+def bin_grammar(allowed: Sequence[bool], num_characters: int) -> CodeGrammar:
+    """Grammar of codes that are one character each; ``allowed`` [R] says which may occur."""
+    num_completed = np.where(np.asarray(allowed, bool), 1, FORBIDDEN).astype(np.int32)[None]
+    return CodeGrammar(num_completed, np.zeros_like(num_completed), num_characters)
 
 
-def of_bytes(written: Sequence[bytes | None], legal: Iterable[str], characters: int) -> CodeGrammar:
-    """The grammar of codes that write UTF-8.
+def byte_grammar(
+    code_bytes: Sequence[bytes | None], alphabet: Iterable[str], num_characters: int
+) -> CodeGrammar:
+    """Grammar of codes that are pieces of UTF-8 text.
 
     Args:
-      written: [R] what each code writes; None for a code that may not be used.
-      legal: the characters that mean something.
-      characters: of a whole chunk.
+      code_bytes: [R] the bytes each code stands for; None for a code that may not occur.
+      alphabet: the characters that may occur.
+      num_characters: characters of a whole chunk.
     """
-    encoded = {character.encode() for character in legal}
-    parts = {whole[:n] for whole in encoded for n in range(1, len(whole))}
-    number = {part: i for i, part in enumerate([b"", *sorted(parts)])}
-    shape = len(number), len(written)
-    finishes, begins = np.full(shape, ILLEGAL, np.int32), np.zeros(shape, np.int32)
-    for part, p in number.items():
-        for r, added in enumerate(written):
-            step = None if not added else _write(part, added, encoded, number)
+    # The state between two codes is the unfinished character, of which UTF-8 has few: FAST's
+    # alphabets are one contiguous range, and their proper prefixes are a few dozen byte strings.
+    # The table of all prefixes by all codes is therefore small enough to live on the device, and
+    # the decode loop follows it by indexing alone.
+    encoded = {character.encode() for character in alphabet}
+    prefixes = {whole[:n] for whole in encoded for n in range(1, len(whole))}
+    index = {prefix: p for p, prefix in enumerate([b"", *sorted(prefixes)])}
+    shape = len(index), len(code_bytes)
+    num_completed, next_prefix = np.full(shape, FORBIDDEN, np.int32), np.zeros(shape, np.int32)
+    for prefix, p in index.items():
+        for r, added in enumerate(code_bytes):
+            step = _transition(prefix, added, encoded, index) if added else None
             if step is not None:
-                finishes[p, r], begins[p, r] = step
-    return CodeGrammar(finishes, begins, characters)
+                num_completed[p, r], next_prefix[p, r] = step
+    return CodeGrammar(num_completed, next_prefix, num_characters)
 
 
-def _write(
-    part: bytes, added: bytes, encoded: set[bytes], number: dict[bytes, int]
+def _transition(
+    prefix: bytes, added: bytes, encoded: set[bytes], index: dict[bytes, int]
 ) -> tuple[int, int] | None:
-    """Characters finished by ``added`` behind ``part`` and the beginning left; None if illegal."""
-    finished = 0
-    for i in range(len(added)):
-        part += added[i : i + 1]
-        if part in encoded:
-            finished, part = finished + 1, b""
-        elif part not in number:
+    """Characters that ``added`` completes after ``prefix`` and the prefix left, or None."""
+    completed = 0
+    for byte in added:
+        prefix += bytes([byte])
+        if prefix in encoded:
+            completed, prefix = completed + 1, b""
+        elif prefix not in index:
             return None
-    return finished, number[part]
+    return completed, index[prefix]
 
 
 # ----------------------------------------------------------------------------
-# What decoding action tokens gives, shared by all action tokenizers.
+# Shared by all action tokenizers: the result of decoding, and the check of chunks to encode.
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedActions:
-    """A decoded chunk, or the statement that the tokens were none.
+    """A decoded action chunk, or why the codes are none.
 
     Attributes:
       actions: float64 [T, A], normalized. All zeros when not valid: a placeholder of the right
         shape, not a prediction and not "no motion".
-      valid: whether the tokens were exactly one chunk.
+      valid: whether the codes were exactly one chunk.
       reason: why not, empty when valid.
     """
 
@@ -99,10 +105,10 @@ class DecodedActions:
     valid: bool = True
     reason: str = ""
 
-
-def invalid(reason: str, horizon: int, action_dim: int) -> DecodedActions:
-    """The result of tokens that are no chunk of [horizon, action_dim]."""
-    return DecodedActions(np.zeros((horizon, action_dim)), valid=False, reason=reason)
+    @classmethod
+    def invalid(cls, reason: str, horizon: int, action_dim: int) -> DecodedActions:
+        """The result for codes that are no chunk of [horizon, action_dim]."""
+        return cls(np.zeros((horizon, action_dim)), valid=False, reason=reason)
 
 
 def check_chunks(chunks: np.ndarray, ndim: int) -> np.ndarray:

@@ -23,7 +23,7 @@ import tokenizers
 from univla_jax.errors import UserError
 from univla_jax.io import PathLike, dump_json, fingerprint, parse_json, read_files, write_files
 from univla_jax.tokenizers import constrained
-from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, check_chunks, invalid
+from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, check_chunks
 
 # ----------------------------------------------------------------------------
 # The byte-level BPE inside the FAST action tokenizer: training and reading it.
@@ -233,7 +233,7 @@ class FastTokenizer:
         low, high = max(-bound - self.min_token, 0), bound - self.min_token
         legal = map(chr, range(low, min(high + 1, MAX_CHARACTERS)))
         written = [token_bytes(self._bpe, i) for i in range(self._vocabulary_size)]
-        return constrained.of_bytes(written, legal, horizon * action_dim)
+        return constrained.byte_grammar(written, legal, horizon * action_dim)
 
     def coefficients(self, chunks: np.ndarray) -> np.ndarray:
         """Integers that stand for chunks float [N, T, A]: rounded scaled DCT over time, int64."""
@@ -275,16 +275,16 @@ class FastTokenizer:
         unknown = [int(i) for i in ids if not 0 <= i < self._known_ids]
         if unknown:
             reason = f"action code {unknown[0]} outside [0, {self._known_ids})"
-            return invalid(reason, horizon, action_dim)
+            return DecodedActions.invalid(reason, horizon, action_dim)
         coefficients = self._decode_coefficients(ids)
         if len(coefficients) != horizon * action_dim:
             reason = f"{len(coefficients)} coefficients instead of {horizon * action_dim}"
-            return invalid(reason, horizon, action_dim)
+            return DecodedActions.invalid(reason, horizon, action_dim)
         bound = _legal_bound(self.scale, horizon)
         largest = coefficients[np.argmax(np.abs(coefficients))] if len(coefficients) else 0
         if abs(largest) > bound:
             reason = f"coefficient {largest} beyond ±{bound}"
-            return invalid(reason, horizon, action_dim)
+            return DecodedActions.invalid(reason, horizon, action_dim)
         return DecodedActions(self._to_actions(coefficients, horizon, action_dim))
 
     def decode_lenient(self, ids: Sequence[int], horizon: int, action_dim: int) -> np.ndarray:

@@ -334,7 +334,7 @@ def abstract_variables(config: VisionConfig) -> dict[str, Any]:
     return jax.eval_shape(VisionVQ(config).init, jax.random.key(0), pixels)
 
 
-def fresh_variables(config: VisionConfig, seed: int) -> dict[str, Any]:
+def init_variables(config: VisionConfig, seed: int) -> dict[str, Any]:
     """Weights to train from, as ``VisionVQ.init`` makes them but drawn by NumPy.
 
     XLA compiles one generator per kernel, which takes longer on a CPU than training a small preset.

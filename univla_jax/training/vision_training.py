@@ -27,7 +27,7 @@ from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vision import PRESETS, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, fresh_variables, nearest_codes
+from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, init_variables, nearest_codes
 from univla_jax.training.metrics import MetricsLogger
 from univla_jax.training.muon import MuonConfig, make_muon
 from univla_jax.training.preemption import SigtermHandler
@@ -204,7 +204,7 @@ def initial_state(
         raise UserError(
             f"vision tokenizer: dropout {config.dropout} cannot be trained; set it to 0"
         )
-    variables = jax.tree.map(jnp.asarray, fresh_variables(config, seed))
+    variables = jax.tree.map(jnp.asarray, init_variables(config, seed))
     return VisionTrainState(
         step=jnp.zeros([], jnp.int32),
         params=variables["params"],
