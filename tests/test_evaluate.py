@@ -76,4 +76,4 @@ def test_killed_and_started_again_it_gives_the_same_table(checkpoint, tmp_path):
     assert again.returncode == 0 and "holds this evaluation already" in again.stdout
     other = _run(tmp_path, checkpoint, "whole", "--config.batch=4")
     assert other.returncode == 2
-    assert other.stderr.splitlines()[-1].startswith("error: whole holds the results of something")
+    assert other.stderr.splitlines()[-1].startswith("error: whole belongs to another config")

@@ -11,7 +11,6 @@ In a command module::
 
 from __future__ import annotations
 
-import difflib
 import errno
 import functools
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from univla_jax import config
 from univla_jax.errors import UserError
 
 _CONFIG = "config"
@@ -156,41 +156,34 @@ def _check_file(path: str) -> None:
         )
 
 
-def _check_loaded(config: Any) -> None:
+def _check_loaded(values: Any) -> None:
     """Raises the read error which config_flags keeps back until the config is first used."""
     try:
-        getattr(config, "lock", None)
+        getattr(values, "lock", None)
     except OSError as error:
         raise UserError(f"--{_CONFIG}: {error.__cause__ or error}") from error
 
 
 def _check_overrides(argument: str, argv: list[str]) -> None:
     """Raises UserError for the first ``--config.a.b`` whose key the config lacks."""
-    config = flags.FLAGS[_CONFIG].parser.parse(argument)
-    _check_loaded(config)
+    values = flags.FLAGS[_CONFIG].parser.parse(argument)
+    _check_loaded(values)
     for item in argv:
         match = re.match(rf"--?(?:no)?{_CONFIG}\.([^=]+)", item)
         if match:
-            _check_key(config, match[1])
+            _check_key(values, match[1])
 
 
-def _check_key(config: Any, path: str) -> None:
-    node, where = config, _CONFIG
+def _check_key(values: Any, path: str) -> None:
+    node, where = values, _CONFIG
     for key in path.split("."):
         key = key.split("[", 1)[0]
         if not isinstance(node, Mapping) and not hasattr(node, "keys"):
             raise UserError(f"--{_CONFIG}.{path}: {where} is a value, it has no key {key!r}")
         if key not in node:
-            raise UserError(f"--{_CONFIG}.{path}: unknown key {key!r}; {_hint(key, node, where)}")
+            hint = config.nearest(key, map(str, node.keys()), f"{where} has")
+            raise UserError(f"--{_CONFIG}.{path}: unknown key {key!r}; {hint}")
         node, where = node[key], f"{where}.{key}"
-
-
-def _hint(key: str, node: Any, where: str) -> str:
-    names = sorted(map(str, node.keys()))
-    near = difflib.get_close_matches(key, names, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"{where} has: {', '.join(names)}"
 
 
 def _flag_message(error: BaseException) -> str:

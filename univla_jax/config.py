@@ -1,4 +1,9 @@
-"""Strict bridge from ml_collections configs to the package's frozen dataclasses."""
+"""Strict bridge from ml_collections configs and JSON to the package's frozen dataclasses.
+
+A field that was renamed keeps its old name in its metadata, so that files written before load::
+
+    chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,15 @@ from univla_jax.errors import UserError
 
 T = TypeVar("T")
 
+FORMERLY = "formerly"
+_new_names: dict[str, str] = {}  # of the fields of all classes that ``complete`` has met
+
 
 def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:
-    """Makes the dataclass ``cls`` from a mapping, field by field, and nothing silently.
+    """Builds the dataclass ``cls`` from a mapping; no key is ignored, no value coerced with loss.
 
     Nested dataclass fields are built from nested mappings; lists become tuples where the field
-    is a tuple.
+    is a tuple. A renamed field is also found under its former name.
 
     Args:
       cls: a dataclass type.
@@ -32,19 +40,25 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
+    former = {f.metadata[FORMERLY]: name for name, f in fields.items() if FORMERLY in f.metadata}
+    named: dict[str, Any] = {}
     for key in values:
-        if key not in fields:
-            raise UserError(_unknown(where, key, list(fields)))
-    required = [
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        name = former.get(key, key)
+        if name not in fields:
+            raise UserError(f"{where}.{key}: unknown key; {nearest(key, fields, 'known keys')}")
+        if name in named:
+            raise UserError(f"{where}.{key}: renamed to {name!r}, which is set too")
+        named[name] = _convert(hints[name], values[key], f"{where}.{name}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in named
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
-    missing = [n for n in required if n not in values]
     if missing:
         raise UserError(f"{where}: missing key(s) {', '.join(missing)}; set them in the config")
-    kwargs = {k: _convert(hints[k], values[k], f"{where}.{k}") for k in values}
-    return cls(**kwargs)
+    return cls(**named)
 
 
 def complete(cls: type, values: Mapping[str, Any]) -> config_dict.ConfigDict:
@@ -59,6 +73,7 @@ def complete(cls: type, values: Mapping[str, Any]) -> config_dict.ConfigDict:
     Raises:
       UserError: as :func:`build`.
     """
+    _new_names.update(_renamed_fields(cls))
     return config_dict.ConfigDict(dataclasses.asdict(build(cls, values)), convert_dict=True)
 
 
@@ -80,25 +95,54 @@ def of_stage(
     return known[stage]()
 
 
-def _unknown(where: str, key: str, known: list[str]) -> str:
+def nearest(key: str, known: Iterable[str], what: str) -> str:
+    """Half a sentence that helps with an unknown key: its new name, the nearest one, or all.
+
+    Args:
+      key: the unknown one.
+      known: those there are.
+      what: what to call the list of them, for example ``"known keys"``.
+    """
+    known = sorted(known)
+    if _new_names.get(key) in known:
+        return f"renamed to {_new_names[key]!r}"
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return f"{where}.{key}: unknown key; {hint}"
+    return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(known)}"
+
+
+def _renamed_fields(cls: type) -> dict[str, str]:
+    """New name by former name of the fields of a dataclass and of those inside it."""
+    names = {
+        f.metadata[FORMERLY]: f.name for f in dataclasses.fields(cls) if FORMERLY in f.metadata
+    }
+    for hint in typing.get_type_hints(cls).values():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                names |= _renamed_fields(inner)
+    return names
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Converts one value to its field's type; only lossless conversions are made."""
-    origin = typing.get_origin(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        options = [a for a in typing.get_args(hint) if a is not type(None)]
-        return None if value is None else _convert(options[0], value, where)
+        return None if value is None else _convert(_option(args, value), value, where)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, where=where)
     if origin is tuple and isinstance(value, (list, tuple)):
-        args = typing.get_args(hint)
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else Any
-        return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) == 2 and args[1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(args) != len(value):
+            raise UserError(f"{where}: {value!r} has {len(value)} values, expected {len(args)}")
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
     return _scalar(hint, value, where)
+
+
+def _option(options: tuple[Any, ...], value: Any) -> Any:
+    """The member of a union that takes ``value``: a tuple a sequence, the first one the rest."""
+    sequence = isinstance(value, (list, tuple))
+    fitting = [o for o in options if (typing.get_origin(o) is tuple) == sequence]
+    return next(o for o in fitting or options if o is not type(None))
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:

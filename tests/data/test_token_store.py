@@ -115,7 +115,7 @@ def test_finishing_needs_every_shard(tmp_path):
 
 def test_other_settings_are_refused(folder):
     other = dataclasses.replace(HEADER, vision_fingerprint="median", min_frames=4)
-    with pytest.raises(UserError, match="min_frames 3 -> 4, vision_fingerprint 'mean' -> 'median'"):
+    with pytest.raises(UserError, match="min_frames was 3, is 4; vision_fingerprint was 'mean'"):
         TokenStoreWriter(folder, other)
 
 

@@ -190,7 +190,7 @@ def test_the_manifest_of_a_slice(launch):
     for part in (
         "gke-tpu-accelerator: tpu-v6e-slice",
         "gke-tpu-topology: 8x8",
-        "parallelizm: 16",
+        "parallelism: 16",
         "google.com/tpu: 4",
         '["univla_jax.train", "--distributed", "--config=configs/libero.py:video"',
     ):

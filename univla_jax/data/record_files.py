@@ -22,7 +22,7 @@ from array_record.python import array_record_module
 
 from univla_jax.errors import UserError
 
-_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelizm:0"
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _TFRECORD_HEADER = struct.Struct("<QI")
 _TFRECORD_FOOTER = 4
 _MOST_FILES = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from univla_jax import config, io
+from univla_jax import config, io, run_dir
 from univla_jax.data import record_files, token_record
 from univla_jax.data.datasets import DATASETS
 from univla_jax.data.token_record import TokenizedEpisode
@@ -200,22 +200,6 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     return config.build(Manifest, value, where=str(path))
 
 
-def check_header(folder: pathlib.Path, header: StoreHeader) -> None:
-    """Compares the header of a store begun in ``folder`` with the wanted one.
-
-    Raises:
-      UserError: they differ; names each difference.
-    """
-    found, wanted = io.read_json(folder / HEADER), plain(header)
-    keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-    if keys:
-        differences = ", ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in keys)
-        raise UserError(
-            f"{folder} was made with other settings ({differences}); use another --out folder or "
-            "delete it"
-        )
-
-
 # ----------------------------------------------------------------------------
 
 
@@ -233,12 +217,10 @@ class TokenStoreWriter:
           UserError: the folder holds a store with another header; names what differs.
         """
         self.folder, self.header = pathlib.Path(folder), header
-        path = self.folder / HEADER
-        if path.exists():
-            check_header(self.folder, header)
+        begun = run_dir.check_config(folder, header, name=HEADER)
         (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            io.write_json(path, plain(header))
+        if not begun:
+            run_dir.write_config(folder, header, name=HEADER)
 
     @property
     def complete(self) -> bool:

@@ -67,7 +67,9 @@ class TokenizeConfig:
     batch_frames: int = 64
     episodes_per_shard: int = 64
     min_frames: int | None = None
-    max_invalid_fraction: float = 0.05
+    max_invalid_fraction: float = dataclasses.field(
+        default=0.05, metadata={"formerly": "max_bad_share"}
+    )
     augmented_copies: int = 0
     max_shift: float = 0.1
     read_threads: int = 2

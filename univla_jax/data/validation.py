@@ -150,7 +150,9 @@ class EpisodesConfig:
     corpus: str
     split: str = "train"
     min_frames: int | None = None
-    max_invalid_fraction: float = 0.05
+    max_invalid_fraction: float = dataclasses.field(
+        default=0.05, metadata={"formerly": "max_bad_share"}
+    )
     max_episodes: int | None = None
 
 

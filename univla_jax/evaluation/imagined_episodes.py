@@ -26,7 +26,7 @@ from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.sampling import Sampling
 from univla_jax.io import plain
-from univla_jax.run_dir import claim_run_dir
+from univla_jax.run_dir import check_config, write_config
 
 PICTURE, VIDEO_FILE, REPORT = "imagined.png", "imagined.gif", "imagine.json"
 VIDEO = "imagined.mp4"
@@ -119,7 +119,9 @@ def imagine(
         the split is long enough.
     """
     folder = find_checkpoint(checkpoint)
-    out = claim_run_dir(out, _IDENTITY, plain(config) | {"checkpoint": checkpoint_identity(folder)})
+    made_with = {"name": _IDENTITY, "extra": {"checkpoint": checkpoint_identity(folder)}}
+    check_config(out, config, **made_with)
+    out = write_config(out, config, **made_with)
     if finished(out):
         return io.read_json(out / REPORT)
     model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)

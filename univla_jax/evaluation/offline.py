@@ -36,7 +36,7 @@ from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import open_stores
 from univla_jax.pipeline.packing import join
-from univla_jax.run_dir import claim_run_dir
+from univla_jax.run_dir import check_config, write_config
 from univla_jax.sequences import layouts
 from univla_jax.sequences.chunks import encode_chunks
 from univla_jax.sequences.prompts import opening, turn_prompt
@@ -423,14 +423,15 @@ def evaluate(
     source = TokenStore(store)
     identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
     identity |= {"episodes": episodes}
+    check_config(out, identity, name=_IDENTITY)
     if (pathlib.Path(out) / REPORT).exists():
-        return io.read_json(claim_run_dir(out, _IDENTITY, identity) / REPORT)
+        return io.read_json(pathlib.Path(out) / REPORT)
     if not 0 <= episodes <= len(source):
         raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
     trained = LoadedModel.from_checkpoint(folder)
     (source,) = open_stores(_data_config(trained, store, rows), trained.assets)
     corpus = trained.layout.corpus(source.manifest.header.corpus)
-    out, count = claim_run_dir(out, _IDENTITY, identity), episodes or len(source)
+    out, count = write_config(out, identity, name=_IDENTITY), episodes or len(source)
     held_out = [source[i] for i in range(count)]
     scores = frame_scores if trained.layout.layout == "world_model" else action_scores
     report = {

@@ -31,7 +31,7 @@ from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.policy import Policy
 from univla_jax.io import JsonlWriter
 from univla_jax.normalization import ActionStatistics
-from univla_jax.run_dir import claim_run_dir
+from univla_jax.run_dir import check_config, write_config
 from univla_jax.simulators.base import Benchmark
 
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
@@ -71,7 +71,8 @@ def score(
     folder = pathlib.Path(out)
     identity = {"protocol": benchmark.protocol, "policy": _identity(policy), "corpus": corpus}
     identity |= {} if path is None else {"action_path": path.identity()}
-    claim_run_dir(folder, _IDENTITY, identity)
+    check_config(folder, identity, name=_IDENTITY)
+    write_config(folder, identity, name=_IDENTITY)
     if (folder / REPORT).exists():
         return io.read_json(folder / REPORT)
     actor, about = _actor(policy, benchmark, effort.workers, corpus, path)

@@ -35,8 +35,8 @@ from univla_jax.evaluation.runner import Actor, PolicyCall, Watch, rollout
 from univla_jax.evaluation.videos import Clip, write_gif
 from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.policy import Policy
-from univla_jax.io import JsonlWriter, plain
-from univla_jax.run_dir import claim_run_dir
+from univla_jax.io import JsonlWriter
+from univla_jax.run_dir import check_config, write_config
 from univla_jax.simulators.tabletop.tabletop_benchmark import Tabletop, TabletopEpisode
 
 BENCHMARKS = {Tabletop.name: Tabletop}
@@ -72,7 +72,7 @@ class EvaluateConfig:
     execute: int = 0
     first_seed: int = 0
     untrained_seed: int = 0
-    video_episodes: int = 6
+    video_episodes: int = dataclasses.field(default=6, metadata={"formerly": "film_episodes"})
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
@@ -115,7 +115,9 @@ def evaluate(
       UserError: ``out`` holds another evaluation, or the checkpoint cannot be used.
     """
     folder, out = find_checkpoint(checkpoint), pathlib.Path(out)
-    claim_run_dir(out, _IDENTITY, _identity(config, checkpoint_identity(folder)))
+    made_with = {"name": _IDENTITY, "extra": {"checkpoint": checkpoint_identity(folder)}}
+    check_config(out, config, **made_with)
+    write_config(out, config, **made_with)
     if finished(out):
         return io.read_json(out / REPORT)
     with JsonlWriter(out / EPISODES) as episodes, JsonlWriter(out / CALLS) as calls:
@@ -274,7 +276,3 @@ class _VideoRecorder:
         if place < self._count:
             clip = self._clips.setdefault(place, Clip(episode.told))
             clip.frames.append(episode.render(_VIDEO_SIZE))
-
-
-def _identity(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
-    return plain(config) | {"checkpoint": checkpoint}

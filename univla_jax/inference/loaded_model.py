@@ -59,7 +59,7 @@ class Layout:
 
     layout: str
     frames: int
-    chunk_size: int
+    chunk_size: int = dataclasses.field(metadata={"formerly": "action_frames"})
     frame_spacing: int
     sequence_length: int
     views: tuple[str, ...]

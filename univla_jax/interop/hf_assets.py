@@ -191,7 +191,7 @@ class ConvertConfig:
     action: str = ""
     layout: str = ""
     frames: int = 1
-    chunk_size: int = 10
+    chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
     frame_spacing: int = 10
     sequence_length: int = 0
     control_hz: float = 10.0

@@ -73,7 +73,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     weight_unit: str = "episode"
     frames: int = 2
-    chunk_size: int = 10
+    chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
     state: bool = False
     views: tuple[str, ...] = ()
     frame_spacing: int = 0

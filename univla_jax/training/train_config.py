@@ -34,7 +34,7 @@ class ModelConfig:
 
     preset: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    visual_init: str = "random"
+    visual_init: str = dataclasses.field(default="random", metadata={"formerly": "visual_rows"})
     action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,8 +84,8 @@ class LossConfig:
       flow_weight: of the action expert's flow matching beside the cross-entropy.
     """
 
-    normalization: str = "global"
-    max_labeled: int = 0
+    normalization: str = dataclasses.field(default="global", metadata={"formerly": "normalisation"})
+    max_labeled: int = dataclasses.field(default=0, metadata={"formerly": "max_labelled"})
     chunks: int = 0
     flow_weight: float = FLOW_WEIGHT
 

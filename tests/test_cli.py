@@ -12,10 +12,18 @@ import pytest
 from tests.conftest import REPOSITORY
 
 CONFIG = """
+import dataclasses
 import ml_collections
+from univla_jax.config import complete
 from univla_jax.errors import UserError
 
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    size: int = dataclasses.field(default=1, metadata={"formerly": "extent"})
+
 def get_config(name="small"):
+    if name == "fit":
+        return complete(Fit, {})
     if name == "buggy":
         return [].width
     if name != "small":
@@ -85,6 +93,7 @@ def test_runs_with_overrides(folder, script, arguments, output):
         (["--config=nowhere.py"], "no file 'nowhere.py'"),
         (["--config=config.py:big"], "no recipe 'big'; known: small"),
         (["--config=config.py", "--config.model.widht=4"], "did you mean 'width'?"),
+        (["--config=config.py:fit", "--config.extent=4"], "'extent'; renamed to 'size'"),
         (["--config=config.py", "--config.zzz=4"], "config has: fast, model, steps"),
         (["--config=config.py", "--config.steps.x=4"], "config.steps is a value"),
         (["--config=config.py", "--config.steps=many"], "'many'"),

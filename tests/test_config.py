@@ -1,0 +1,56 @@
+"""Dataclasses are built strictly from mappings, renamed fields also under their former names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from univla_jax import config
+from univla_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    steps: int
+    data: _Data = _Data()
+    weight: float | tuple[float, float, int] = 1.0
+    size: tuple[int, int] | None = None
+    names: tuple[str, ...] = ()
+
+
+def test_values_become_the_types_of_their_fields():
+    values = {"steps": 2, "data": {"chunk_size": 3}, "size": [4, 5], "names": ["a"], "weight": 2}
+    run = config.build(_Run, values)
+    assert run == _Run(2, _Data(3), weight=2.0, size=(4, 5), names=("a",))
+    schedule = config.build(_Run, {"steps": 2, "weight": [1, 0, 50]}).weight
+    assert schedule == (1.0, 0.0, 50) and isinstance(schedule[0], float)
+    assert config.build(_Run, config.complete(_Run, values).to_dict()) == run
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "config: missing key"),
+        ({"steps": "2"}, "config.steps: '2' is a str, expected int"),
+        ({"step": 2}, "config.step: unknown key; did you mean 'steps'"),
+        ({"steps": 2, "zzz": 1}, "known keys: data, names, size, steps, weight"),
+        ({"steps": 2, "data": {"chunk": 3}}, "config.data.chunk: unknown key"),
+        ({"steps": 2, "size": [1, 2, 3]}, "config.size: .* has 3 values, expected 2"),
+    ],
+)
+def test_a_mistake_is_named(values, message):
+    with pytest.raises(UserError, match=message):
+        config.build(_Run, values)
+
+
+def test_a_renamed_field_is_found_under_its_former_name():
+    assert config.build(_Run, {"steps": 2, "data": {"action_frames": 3}}).data == _Data(3)
+    assert config.complete(_Run, {"steps": 2, "data": {"action_frames": 3}}).data.chunk_size == 3
+    with pytest.raises(UserError, match="action_frames: renamed to 'chunk_size', which is set too"):
+        config.build(_Run, {"steps": 2, "data": {"chunk_size": 3, "action_frames": 3}})
