@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from univla_jax import config
+from univla_jax.config import build_config, complete
 from univla_jax.errors import UserError
 
 
@@ -26,11 +26,11 @@ class _Run:
 
 def test_values_become_the_types_of_their_fields():
     values = {"steps": 2, "data": {"chunk_size": 3}, "size": [4, 5], "names": ["a"], "weight": 2}
-    run = config.build(_Run, values)
+    run = build_config(_Run, values)
     assert run == _Run(2, _Data(3), weight=2.0, size=(4, 5), names=("a",))
-    schedule = config.build(_Run, {"steps": 2, "weight": [1, 0, 50]}).weight
+    schedule = build_config(_Run, {"steps": 2, "weight": [1, 0, 50]}).weight
     assert schedule == (1.0, 0.0, 50) and isinstance(schedule[0], float)
-    assert config.build(_Run, config.complete(_Run, values).to_dict()) == run
+    assert build_config(_Run, complete(_Run, values).to_dict()) == run
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,11 @@ def test_values_become_the_types_of_their_fields():
 )
 def test_a_mistake_is_named(values, message):
     with pytest.raises(UserError, match=message):
-        config.build(_Run, values)
+        build_config(_Run, values)
 
 
 def test_a_renamed_field_is_found_under_its_former_name():
-    assert config.build(_Run, {"steps": 2, "data": {"action_frames": 3}}).data == _Data(3)
-    assert config.complete(_Run, {"steps": 2, "data": {"action_frames": 3}}).data.chunk_size == 3
+    assert build_config(_Run, {"steps": 2, "data": {"action_frames": 3}}).data == _Data(3)
+    assert complete(_Run, {"steps": 2, "data": {"action_frames": 3}}).data.chunk_size == 3
     with pytest.raises(UserError, match="action_frames: renamed to 'chunk_size', which is set too"):
-        config.build(_Run, {"steps": 2, "data": {"chunk_size": 3, "action_frames": 3}})
+        build_config(_Run, {"steps": 2, "data": {"chunk_size": 3, "action_frames": 3}})

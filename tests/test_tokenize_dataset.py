@@ -13,8 +13,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.data.test_token_store import content
-from univla_jax import config as strict
 from univla_jax import demonstrate, tokenize_dataset
+from univla_jax.config import build_config
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
 from univla_jax.data.token_store import TokenStore
@@ -76,7 +76,7 @@ def test_killed_and_run_again_it_comes_out_the_same(folder):
     printed, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     assert "train: 6 episodes" in printed and "val: 1 episodes" in printed
-    config = strict.build(TokenizeConfig, SETTINGS)
+    config = build_config(TokenizeConfig, SETTINGS)
     vision = VisionTokenizer.load(folder / "vision")
     tokenize(config, folder / "rlds", folder / "whole", vision)
     assert content(folder / "killed") == content(folder / "whole")

@@ -24,7 +24,7 @@ FORMERLY = "formerly"
 _new_names: dict[str, str] = {}  # of the fields of all classes that ``complete`` has met
 
 
-def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:
+def build_config(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:
     """Builds the dataclass ``cls`` from a mapping; no key is ignored, no value coerced with loss.
 
     Nested dataclass fields are built from nested mappings; lists become tuples where the field
@@ -71,10 +71,10 @@ def complete(cls: type, values: Mapping[str, Any]) -> config_dict.ConfigDict:
       values: a mapping with at least the required fields.
 
     Raises:
-      UserError: as :func:`build`.
+      UserError: as ``build_config``.
     """
     _new_names.update(_renamed_fields(cls))
-    return config_dict.ConfigDict(dataclasses.asdict(build(cls, values)), convert_dict=True)
+    return config_dict.ConfigDict(dataclasses.asdict(build_config(cls, values)), convert_dict=True)
 
 
 def of_stage(
@@ -128,7 +128,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(_option(args, value), value, where)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(hint, value, where=where)
+        return build_config(hint, value, where=where)
     if origin is tuple and isinstance(value, (list, tuple)):
         if len(args) == 2 and args[1] is Ellipsis:
             args = (args[0],) * len(value)

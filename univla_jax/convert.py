@@ -22,7 +22,7 @@ import time
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     if FROM_HF.value and TO.value and not FROM.value and not TO_HF.value:
         values = CONFIG.value.to_dict() if CONFIG.value is not None else {}
-        config = strict.build(ConvertConfig, values)
+        config = build_config(ConvertConfig, values)
         hub = from_hf(FROM_HF.value, TO.value, config, weights_only=WEIGHTS_ONLY.value)
         print(f"{TO.value}: {_size(hub)}, {_cost(start)}")
         if hub.left_out:

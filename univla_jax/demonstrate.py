@@ -14,7 +14,7 @@ from __future__ import annotations
 from absl import flags
 
 from univla_jax import cli
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.simulators.libero.libero_demonstrations import (
     LiberoDemonstrationsConfig,
     write_libero_demonstrations,
@@ -35,10 +35,10 @@ def main(argv: list[str]) -> None:
     del argv
     values = CONFIG.value.to_dict()
     if BENCHMARK.value == "libero":
-        config = strict.build(LiberoDemonstrationsConfig, values)
+        config = build_config(LiberoDemonstrationsConfig, values)
         folder = write_libero_demonstrations(config, OUT.value, assets=ASSETS.value)
     else:
-        config = strict.build(DemonstrationsConfig, values)
+        config = build_config(DemonstrationsConfig, values)
         folder = write_demonstrations(config, OUT.value)
     print(f"{config.train_episodes} + {config.val_episodes} demonstrations in {folder}")
 

@@ -35,8 +35,8 @@ from typing import Any
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax import config as strict
 from univla_jax.cli import format_table
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.evaluation import offline, scoring, study
 from univla_jax.evaluation.actors import ActionRoundTrip
@@ -165,7 +165,7 @@ def _action_path() -> ActionRoundTrip | None:
     """What the expert's actions go through, where a config says it."""
     if POLICY.value != "expert" or CONFIG.value is None:
         return None
-    config = strict.build(ConvertConfig, CONFIG.value.to_dict())
+    config = build_config(ConvertConfig, CONFIG.value.to_dict())
     statistics = statistics_of(config).get(config.corpus)
     if statistics is None or not config.action or config.chunk_size != _EXPERT_CHUNK:
         raise UserError(
@@ -187,7 +187,7 @@ def _run_offline() -> None:
 def _run_tabletop() -> None:
     _require(CONFIG.value, "--config=FILE.py[:NAME], or --benchmark=...")
     _require(CHECKPOINT.value, "--checkpoint=..., the policy checkpoint")
-    config = strict.build(EvaluateConfig, CONFIG.value.to_dict())
+    config = build_config(EvaluateConfig, CONFIG.value.to_dict())
     was_finished = study.finished(OUT.value)
     report = study.evaluate(config, CHECKPOINT.value, OUT.value)
     if was_finished:

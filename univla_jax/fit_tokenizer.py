@@ -19,7 +19,7 @@ from typing import Any
 from absl import logging
 
 from univla_jax import cli, run_dir
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig, fit_action, fit_text
 from univla_jax.errors import UserError
 from univla_jax.training.preemption import EXIT_STATUS, Preempted
@@ -56,7 +56,7 @@ def fit_tokenizer(values: Mapping[str, Any], source: str, workdir: str) -> dict[
     if kind not in KINDS:
         raise UserError(f"config.kind: {kind!r}; expected one of {', '.join(KINDS)}")
     cls, fit, free = KINDS[kind]
-    config = strict.build(cls, values)
+    config = build_config(cls, values)
     report = run_dir.read_fit_report(workdir, config, free=free)
     if report is not None:
         print(f"{workdir}: the {kind} tokenizer is fitted already", file=sys.stderr)

@@ -20,8 +20,8 @@ from typing import Any
 from absl import logging
 
 from univla_jax import cli
-from univla_jax import config as strict
 from univla_jax.cli import format_table
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.evaluation import imagined_episodes
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    config = strict.build(ImagineConfig, CONFIG.value.to_dict())
+    config = build_config(ImagineConfig, CONFIG.value.to_dict())
     if (SOURCE.value is None) == (IMAGE.value is None):
         raise UserError("give either --source (real episodes) or --image (a picture)")
     if IMAGE.value is not None:

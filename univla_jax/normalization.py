@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from univla_jax import config
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 
 _BINS = 5000
@@ -108,7 +108,7 @@ class ActionStatistics:
         Raises:
           UserError: a missing or unknown key, or rows that do not fit together.
         """
-        return config.build(cls, values, where="action statistics")
+        return build_config(cls, values, where="action statistics")
 
 
 class RunningStatistics:

@@ -20,7 +20,7 @@ import jax
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.planning import decode_plan, training_plan
 from univla_jax.planning.search import search_plans, search_table
 from univla_jax.planning.topologies import find_topology
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     del argv
     logging.set_verbosity(logging.ERROR)
     jax.config.update("jax_platforms", "cpu")  # nothing runs; the chips are not here
-    config = strict.build(TrainConfig, CONFIG.value.to_dict())
+    config = build_config(TrainConfig, CONFIG.value.to_dict())
     topology = find_topology(TOPOLOGY.value)
     if SEARCH.value:
         plans = search_plans(config, topology, limit=LIMIT.value)

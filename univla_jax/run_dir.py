@@ -12,8 +12,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from univla_jax import config as configs
 from univla_jax import io
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 
 CONFIG_FILE, FIT_FILE = "config.json", "fit.json"
@@ -82,7 +82,7 @@ def read_config(folder: PathLike, cls: type[T]) -> T:
       UserError: no config there, or one that does not fit ``cls``.
     """
     file = pathlib.Path(folder) / CONFIG_FILE
-    return configs.build(cls, _read_json(file), where=str(file))
+    return build_config(cls, _read_json(file), where=str(file))
 
 
 def read_fit_report(
@@ -139,7 +139,7 @@ def _check_same(
         # did not exist yet its default, which is what the older program did.
         fields = {key: value for key, value in saved.items() if key not in extra}
         beside = {key: value for key, value in saved.items() if key in extra}
-        saved = io.plain(configs.build(type(config), fields, where=str(folder))) | beside
+        saved = io.plain(build_config(type(config), fields, where=str(folder))) | beside
     before, now = _flat(saved), _flat({**io.plain(config), **extra})
     free = tuple(free)
     changed = [

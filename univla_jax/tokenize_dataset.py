@@ -19,7 +19,7 @@ import sys
 from absl import flags
 
 from univla_jax import cli
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.data.tokenize import Partition, TokenizeConfig, tokenize, verify_store
 from univla_jax.data.validation import describe
 from univla_jax.tokenizers.vision import VisionTokenizer
@@ -37,7 +37,7 @@ VERIFY = flags.DEFINE_bool("verify", False, "Checks finished stores instead of w
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    config = strict.build(TokenizeConfig, CONFIG.value.to_dict())
+    config = build_config(TokenizeConfig, CONFIG.value.to_dict())
     vision = VisionTokenizer.load(VISION.value)
     if VERIFY.value:
         _verify(config, vision)

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax import config as configs
+from univla_jax.config import build_config
 from univla_jax.pipeline.inspect import write_page
 from univla_jax.training.distributed import ProcessGroupConfig, exit_on_peer_failure, join
 from univla_jax.training.metrics import ProfileWindow
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     """Trains the config of the command line; returns the exit status."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    config = configs.build(TrainConfig, _CONFIG.value.to_dict())
+    config = build_config(TrainConfig, _CONFIG.value.to_dict())
     if _INSPECT.value:
         print(inspect_data(config, _WORKDIR.value, _INSPECT.value))
         return 0

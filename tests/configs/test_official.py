@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.configs.test_quickstart import recipe
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.interop.hf_assets import ConvertConfig
 from univla_jax.normalization import ActionStatistics
@@ -25,7 +25,7 @@ GRIDS = {
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_recipes_lack_nothing_but_folders(name):
-    config = strict.build(ConvertConfig, recipe("official")(name).to_dict())
+    config = build_config(ConvertConfig, recipe("official")(name).to_dict())
     with pytest.raises(UserError, match=r"config\.vision is empty"):
         config.require()
     dataclasses.replace(config, vision="there", action="there").require()
@@ -34,7 +34,7 @@ def test_recipes_lack_nothing_but_folders(name):
 
 
 def test_a_base_model_needs_nothing():
-    strict.build(ConvertConfig, recipe("official")("base").to_dict()).require()
+    build_config(ConvertConfig, recipe("official")("base").to_dict()).require()
 
 
 @pytest.mark.parametrize("name", ["libero", "calvin", "bridge"])

@@ -1,7 +1,7 @@
 import pytest
 
 from configs import tokens
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.data.datasets import DATASETS
 from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.errors import UserError
@@ -9,7 +9,7 @@ from univla_jax.errors import UserError
 
 @pytest.mark.parametrize("corpus", sorted(set(DATASETS) - {"tabletop"}))
 def test_every_corpus_has_a_recipe(corpus):
-    config = strict.build(TokenizeConfig, tokens.get_config(corpus).to_dict())
+    config = build_config(TokenizeConfig, tokens.get_config(corpus).to_dict())
     specs = config.specs()
     assert {view: spec.size for view, spec in specs.items()} == DATASETS[corpus].image_sizes
     assert config.row().min_frames >= 5

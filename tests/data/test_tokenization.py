@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.episodes import CORPUS, MeanTokenizer, make_episode
 from tests.data.test_token_store import content
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.data import datasets
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.token_store import TokenStore
@@ -61,7 +61,7 @@ def source(tmp_path_factory):
 
 
 def make_config(**changes):
-    return strict.build(TokenizeConfig, {**SETTINGS, **changes})
+    return build_config(TokenizeConfig, {**SETTINGS, **changes})
 
 
 def test_good_episodes_are_encoded_and_broken_ones_named(source, tmp_path):

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.interop import hub_folders
-from univla_jax import config as strict
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import find_checkpoint, load_params
+from univla_jax.config import build_config
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.imagination import WorldModel
@@ -104,7 +104,7 @@ def test_assets_of_a_base_model(tmp_path):
     assert assets.vision is None and assets.action is None and not assets.layout
     assert assets.text.encode("the red block") == [258, 261, 32, 262, 111, 264]
     assert assets.vocabulary.size == 493 and assets.vocabulary.visual_size == hub_folders.CODES
-    config = strict.build(DecoderConfig, assets.model)
+    config = build_config(DecoderConfig, assets.model)
     assert (config.vocab_size, config.dtype, config.num_layers) == (493, "bfloat16", 2)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.configs.test_quickstart import recipe
 from tests.conftest import REPOSITORY
-from univla_jax.config import build
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.planning import decode_plan, search, training_plan
 from univla_jax.planning.topologies import _needed, find_topology
@@ -36,7 +36,7 @@ RECIPES = {
 def config(name: str = "libero", **changes) -> TrainConfig:
     values = recipe(name)()
     values.update_from_flattened_dict(changes)
-    return build(TrainConfig, values.to_dict())
+    return build_config(TrainConfig, values.to_dict())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -50,7 +50,7 @@ def test_recipes_have_the_references_numbers(name):
 
 
 def test_the_image_recipe_of_libero():
-    made = build(TrainConfig, recipe("libero")("image").to_dict())
+    made = build_config(TrainConfig, recipe("libero")("image").to_dict())
     assert (made.data.layout, made.data.frames, made.data.sequence_length) == (
         "policy_image",
         1,

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from tests.configs.test_quickstart import recipe
 from tests.training import tiny_run
-from univla_jax import config as strict
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
+from univla_jax.config import build_config
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy
@@ -119,7 +119,7 @@ def test_what_does_not_do_is_named(world, tmp_path):
 
 
 def test_the_full_size_recipe_has_the_references_expert(golden_dir):
-    config = strict.build(TrainConfig, recipe("libero")("flow"))
+    config = build_config(TrainConfig, recipe("libero")("flow"))
     model = TrainSetup.build(config, Vocabulary.emu3(), make_mesh(MeshConfig()))
     rules = joint_rules(model.expert.config, model.model.config)
     check_params(rules, model.abstract.params)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from univla_jax import config as configs
+from univla_jax.config import build_config
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.tokenizers.action import FastTokenizer
@@ -116,4 +116,4 @@ def values(world: pathlib.Path, **changes: Any) -> dict[str, Any]:
 
 def config(world: pathlib.Path, **changes: Any) -> TrainConfig:
     """``values`` as the dataclass."""
-    return configs.build(TrainConfig, values(world, **changes))
+    return build_config(TrainConfig, values(world, **changes))

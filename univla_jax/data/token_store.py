@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from univla_jax import config, io, run_dir
+from univla_jax import io, run_dir
+from univla_jax.config import build_config
 from univla_jax.data import record_files, token_record
 from univla_jax.data.datasets import DATASETS
 from univla_jax.data.token_record import TokenizedEpisode
@@ -194,10 +195,10 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
     value["problems"] = tuple(
-        config.build(InvalidEpisode, p, where=str(path)) for p in value["problems"]
+        build_config(InvalidEpisode, p, where=str(path)) for p in value["problems"]
     )
-    value["shards"] = tuple(config.build(ShardEntry, s, where=str(path)) for s in value["shards"])
-    return config.build(Manifest, value, where=str(path))
+    value["shards"] = tuple(build_config(ShardEntry, s, where=str(path)) for s in value["shards"])
+    return build_config(Manifest, value, where=str(path))
 
 
 # ----------------------------------------------------------------------------
@@ -274,9 +275,9 @@ class TokenStoreWriter:
         shards, problems = [], []
         for number in range(self.header.num_shards):
             entry = io.read_json(self._shard_path(number, "json"))
-            shards.append(config.build(ShardEntry, entry["shard"], where="shard"))
+            shards.append(build_config(ShardEntry, entry["shard"], where="shard"))
             problems += [
-                config.build(InvalidEpisode, p, where="problem") for p in entry["problems"]
+                build_config(InvalidEpisode, p, where="problem") for p in entry["problems"]
             ]
         return tuple(shards), tuple(problems)
 

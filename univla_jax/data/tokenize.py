@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.data.datasets import DatasetConfig, EpisodeReader, find_dataset_config, open_reader
 from univla_jax.data.frame_encoder import ViewEncoders
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
@@ -95,7 +95,7 @@ class TokenizeConfig:
         """
         if self.image_specs:
             return {
-                view: strict.build(ImageSpec, values, where=f"config.image_specs.{view}")
+                view: build_config(ImageSpec, values, where=f"config.image_specs.{view}")
                 for view, values in self.image_specs.items()
             }
         sizes = find_dataset_config(self.corpus).image_sizes

@@ -12,9 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from univla_jax import config as strict
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from univla_jax.models.decoder import Decoder
@@ -73,9 +73,9 @@ class Layout:
         Raises:
           UserError: they were saved without one, or with unknown keys.
         """
-        layout = strict.build(cls, assets.layout, where="assets.layout")
+        layout = build_config(cls, assets.layout, where="assets.layout")
         corpora = {
-            name: strict.build(CorpusSettings, values, where=f"assets.layout.corpora.{name}")
+            name: build_config(CorpusSettings, values, where=f"assets.layout.corpora.{name}")
             for name, values in layout.corpora.items()
         }
         return dataclasses.replace(layout, corpora=corpora)
@@ -190,12 +190,12 @@ def checkpoint_identity(checkpoint: str | pathlib.Path) -> str:
 
 def _inference_config(assets: Assets) -> DecoderConfig:
     """The trained decoder's; casting the parameters once is what training does at every use."""
-    config = strict.build(DecoderConfig, assets.model, where="assets.model")
+    config = build_config(DecoderConfig, assets.model, where="assets.model")
     return dataclasses.replace(config, dropout=0.0, remat="none", param_dtype=config.dtype)
 
 
 def _expert(assets: Assets, model: Decoder) -> ActionExpert | None:
     if not assets.action_expert:
         return None
-    config = strict.build(ActionExpertConfig, assets.action_expert, where="assets.action_expert")
+    config = build_config(ActionExpertConfig, assets.action_expert, where="assets.action_expert")
     return ActionExpert(config, model.config)

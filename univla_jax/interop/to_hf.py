@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from univla_jax import config as strict
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import ASSETS, STATE, find_checkpoint, saved_shapes
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.interop.hf_config import FLOATS, HfModel
 from univla_jax.interop.hf_folder import CONFIG, INDEX, SINGLE, SOURCE, SourceRecord, local_path
@@ -179,11 +179,11 @@ def _trained(folder: pathlib.Path, is_vision: bool, dtype: str) -> Export:
         counters = {rule.key: "I64" for rule in rules if rule.path.endswith("/count")}
         return _export(values, {}, rules, {**stored, **counters}, None, vision)
     assets = Assets.load(folder / ASSETS)
-    decoder = strict.build(DecoderConfig, assets.model, where="assets.model")
+    decoder = build_config(DecoderConfig, assets.model, where="assets.model")
     rules = decoder_rules(decoder)
     values = {**_DECODER_HEAD, **config_to_huggingface(decoder)}
     if assets.action_expert:
-        expert = strict.build(ActionExpertConfig, assets.action_expert, where="assets")
+        expert = build_config(ActionExpertConfig, assets.action_expert, where="assets")
         rules = joint_rules(expert, decoder)
         values |= expert_config_to_huggingface(expert, decoder.hidden_size)
     state = _open_state(folder, rules)

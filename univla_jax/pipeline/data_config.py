@@ -29,7 +29,7 @@ _UNITS = ("episode", "store")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What the training batches are made of; built with ``univla_jax.config.build``.
+    """What the training batches are made of; built with ``univla_jax.config.build_config``.
 
     Attributes:
       stores: folders of token stores, one per corpus or suite.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 
 FILTERS = {
@@ -166,7 +166,7 @@ class ImageSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
         """Inverse of ``to_dict``."""
-        return strict.build(cls, values, where="image spec")
+        return build_config(cls, values, where="image spec")
 
     def _smart(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)

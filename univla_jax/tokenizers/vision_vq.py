@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.tokenizers import vision_layers as layers
 
@@ -109,7 +109,7 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionConfig:
         """Inverse of ``to_dict``; missing fields take the defaults, unknown ones are errors."""
-        return strict.build(cls, values, where="vision tokenizer config")
+        return build_config(cls, values, where="vision tokenizer config")
 
 
 PRESETS: dict[str, VisionConfig] = {

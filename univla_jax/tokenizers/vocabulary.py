@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from univla_jax import config
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 
 TEXT, VISUAL, ACTION = 0, 1, 2
@@ -250,7 +250,7 @@ class Vocabulary:
         Raises:
           UserError: an unknown or missing field, or inconsistent ids.
         """
-        return config.build(cls, values, where="vocabulary")
+        return build_config(cls, values, where="vocabulary")
 
 
 def _in_range(values: ArrayLike, start: int, stop: int, what: str, of: str) -> np.ndarray:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from univla_jax import checkpoints
-from univla_jax import config as strict
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config as axes
 from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
@@ -311,7 +311,7 @@ def expert_config(model: ModelConfig, decoder: DecoderConfig) -> ActionExpertCon
     """
     heads = {"num_heads": decoder.num_heads, "num_kv_heads": decoder.num_kv_heads}
     fields = {**heads, **model.action_expert}
-    config = strict.build(ActionExpertConfig, fields, where="config.model.action_expert")
+    config = build_config(ActionExpertConfig, fields, where="config.model.action_expert")
     config.stack(decoder)
     return config
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from univla_jax import config as strict
 from univla_jax import run_dir
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
+from univla_jax.config import build_config
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
@@ -375,7 +375,7 @@ class VisionFitConfig(EpisodesConfig):
     def specs(self) -> dict[str, ImageSpec]:
         """The image specs by view."""
         return {
-            view: strict.build(ImageSpec, values, where=f"config.image_specs.{view}")
+            view: build_config(ImageSpec, values, where=f"config.image_specs.{view}")
             for view, values in self.image_specs.items()
         }
 
@@ -384,7 +384,7 @@ class VisionFitConfig(EpisodesConfig):
         if self.preset not in PRESETS:
             raise UserError(f"config.preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
         base = PRESETS[self.preset].to_dict()
-        return strict.build(VisionConfig, base | dict(self.overrides), where="config.overrides")
+        return build_config(VisionConfig, base | dict(self.overrides), where="config.overrides")
 
 
 def fit_vision(
