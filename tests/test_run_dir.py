@@ -10,6 +10,7 @@ from univla_jax import io, run_dir
 from univla_jax.data.tokenizer_fitting import TextFitConfig
 from univla_jax.errors import UserError
 from univla_jax.evaluation.study import EvaluateConfig
+from univla_jax.io import json_values
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
 
@@ -112,7 +113,7 @@ def test_runs_from_before_a_renaming_continue(tmp_path):
     data = DataConfig(("store",), "policy_video", 64, 2, chunk_size=5)
     loss = LossConfig(normalization="per_micro_batch", max_labeled=8)
     run = TrainConfig(4, ModelConfig("tiny", visual_init="codebook"), data, loss=loss)
-    saved = _with_former_names(io.plain(run))
+    saved = _with_former_names(json_values(run))
     assert saved["data"]["action_frames"] == 5 and saved["loss"]["max_labelled"] == 8
     io.write_json(tmp_path / run_dir.CONFIG_FILE, saved)
     assert run_dir.read_config(tmp_path, TrainConfig) == run
@@ -124,11 +125,13 @@ def test_runs_from_before_a_renaming_continue(tmp_path):
 
 def test_fits_and_evaluations_from_before_a_renaming_are_known(tmp_path):
     fit = TextFitConfig("blocks", max_invalid_fraction=0.1)
-    record = {"config": _with_former_names(io.plain(fit)), "source": "x", "report": {"ids": 3}}
+    record = {"config": _with_former_names(json_values(fit)), "source": "x", "report": {"ids": 3}}
     io.write_json(tmp_path / run_dir.FIT_FILE, record)
     assert run_dir.read_fit_report(tmp_path, fit) == {"ids": 3}
     evaluation, beside = EvaluateConfig(video_episodes=3), {"checkpoint": "a"}
-    io.write_json(tmp_path / "evaluation.json", _with_former_names(io.plain(evaluation)) | beside)
+    io.write_json(
+        tmp_path / "evaluation.json", _with_former_names(json_values(evaluation)) | beside
+    )
     assert run_dir.check_config(tmp_path, evaluation, name="evaluation.json", extra=beside)
 
 

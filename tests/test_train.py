@@ -15,6 +15,7 @@ import time
 import pytest
 
 from tests.training import tiny_run
+from univla_jax import io
 from univla_jax.training import metrics
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def _finish(process):
 def _wait_for_lines(process, workdir, count):
     while process.poll() is None:
         file = workdir / metrics.FILE
-        if file.exists() and len(metrics.read_lines(file)) >= count:
+        if file.exists() and len(io.read_jsonl(file)) >= count:
             return
         time.sleep(0.01)
 

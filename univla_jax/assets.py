@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from univla_jax.errors import UserError
-from univla_jax.io import PathLike, dump_json, hash_files, parse_json, read_files
+from univla_jax.io import PathLike, hash_files, new_folder, parse_json, read_files, write_json
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
@@ -241,18 +241,12 @@ class Assets:
         if folder.exists() and any(folder.iterdir()):
             self._require_same_folder(folder)
             return
-        partial = folder.parent / f".{folder.name}.partial"
-        if partial.exists():
-            partial.rmtree()
-        partial.mkdir(parents=True)
-        for name in _PARTS:
-            part = getattr(self, name)
-            if part is not None:
-                part.save(os.fspath(partial / name))
-        (partial / _FILE).write_bytes(dump_json(self._record(hash_files(partial))))
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        with new_folder(folder) as partial:
+            for name in _PARTS:
+                part = getattr(self, name)
+                if part is not None:
+                    part.save(partial / name)
+            write_json(partial / _FILE, self._record(hash_files(partial)))
 
     @classmethod
     def load(cls, folder: PathLike, *, lazy_vision: bool = True) -> Assets:

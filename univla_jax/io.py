@@ -1,94 +1,159 @@
-"""Atomic file writes, checksums, and append-only JSONL."""
+"""Atomic files and folders (local or ``gs://``), JSON, checksums, append-only JSONL."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
 
 from univla_jax.errors import UserError
 
+PathLike = str | os.PathLike[str]
+P = TypeVar("P", bound=pathlib.PurePath)
+_PARTIAL = ".partial"
+
 # ----------------------------------------------------------------------------
-# Files that appear whole or not at all, and their checksums.
+# Files and folders that appear whole or not at all: written under a temporary name, then renamed.
 
 
-_BLOCK = 1 << 20
-PARTIAL = ".partial"
-
-
-def partial_name(path: pathlib.Path) -> pathlib.Path:
+def partial_path(path: P) -> P:
     """A temporary name beside ``path`` that no other process uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
 
 
 def remove_partial(folder: pathlib.Path) -> None:
     """Removes what killed processes left unfinished in ``folder`` and the folders in it."""
-    for path in folder.rglob(f".*{PARTIAL}"):
+    for path in folder.rglob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it, so that a reader never sees half of it.
+def write_bytes(path: PathLike, content: bytes) -> None:
+    """Writes or replaces a file, in a folder that exists."""
+    path = epath.Path(path)
+    partial = partial_path(path)
+    with partial.open("wb") as file:
+        file.write(content)
+        if hasattr(file, "fileno"):  # a local file; an object in a bucket has none
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Writes or replaces a text file in UTF-8, in a folder that exists."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Writes or replaces a JSON file, in a folder that exists."""
+    write_bytes(path, dump_json(value))
+
+
+@contextlib.contextmanager
+def new_folder(path: PathLike) -> Iterator[epath.Path]:
+    """Context of a folder beside ``path`` that takes its name when the body ends.
+
+    The temporary name is fixed, so that what a killed process left there is removed the next time.
 
     Args:
-      path: file to write or replace; its folder must exist.
-      value: anything ``json`` takes.
+      path: absent, or an empty folder.
     """
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file in UTF-8, as ``write_json`` does."""
-    partial = partial_name(path)
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: the file is missing, or is not a JSON object.
-    """
+    path = epath.Path(path)
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial.rmtree(missing_ok=True)
+    partial.mkdir(parents=True)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        partial.rmtree(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------
-# The small files of a tokenizer: read, written and fingerprinted as bytes.
-#
-# A tokenizer keeps the bytes it was loaded from, so that saving it again changes nothing and its
-# fingerprint stays the same wherever the folder lies. Paths may be local or ``gs://``.
+# JSON.
 
 
-PathLike = str | os.PathLike[str]
+def dump_json(value: Any) -> bytes:
+    """Indented JSON with sorted keys, the same bytes for the same value."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def parse_json(content: bytes, *, where: str) -> dict[str, Any]:
+    """A JSON object from bytes.
+
+    Raises:
+      UserError: not JSON, or not an object.
+    """
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      UserError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        content = epath.Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return parse_json(content, where=str(path))
+
+
+def json_values(value: Any) -> Any:
+    """What JSON would give back: dataclasses and mappings as dicts, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: json_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): json_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+# ----------------------------------------------------------------------------
+# Checksums.
+
+
+def sha256(path: PathLike) -> str:
+    """sha256 (hex) of a file, read piece by piece."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: PathLike, prefix: str = "") -> dict[str, str]:
+    """Relative path → sha256 (hex) of every file below ``folder``.
+
+    Args:
+      folder: where to look, folders inside included.
+      prefix: put before each path.
+    """
+    hashes = {}
+    for path in sorted(epath.Path(folder).iterdir()):
+        if path.is_dir():
+            hashes.update(hash_files(path, f"{prefix}{path.name}/"))
+        else:
+            hashes[prefix + path.name] = sha256(path)
+    return hashes
 
 
 def fingerprint(files: Mapping[str, bytes]) -> str:
@@ -100,12 +165,17 @@ def fingerprint(files: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
+# ----------------------------------------------------------------------------
+# The small files of a tokenizer. It keeps the bytes it was loaded from, so that saving it again
+# changes nothing and its fingerprint stays the same wherever the folder lies.
+
+
 def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
     """Writes each file into ``folder``, which is made when absent."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)
 
 
 def read_files(
@@ -133,66 +203,54 @@ def read_files(
     return files
 
 
-def parse_json(content: bytes, *, where: str) -> dict[str, Any]:
-    """A JSON object from bytes.
+# ----------------------------------------------------------------------------
+# JSON lines. A kill can cut short only the last line, which then counts as never written.
+
+
+def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
+    """The complete lines of a file; none where there is no file.
 
     Raises:
-      UserError: not JSON, or not an object.
+      UserError: a line that is not a JSON object.
     """
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: holds a JSON {type(value).__name__}, expected an object")
-    return value
+    path = epath.Path(path)
+    content = path.read_bytes() if path.exists() else b""
+    lines = []
+    for number, line in enumerate(content[: _complete(content)].splitlines(), 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: line {number} is damaged; delete the folder")
+        lines.append(value)
+    return lines
 
 
-def dump_json(value: Mapping[str, Any]) -> bytes:
-    """Indented JSON with sorted keys, the same bytes for the same value."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def hash_files(folder: PathLike, prefix: str = "") -> dict[str, str]:
-    """Relative path → sha256 (hex) of every file below ``folder``, read piece by piece.
-
-    Args:
-      folder: where to look, folders inside included.
-      prefix: put before each path.
-    """
-    hashes = {}
-    for path in sorted(epath.Path(folder).iterdir()):
-        if path.is_dir():
-            hashes.update(hash_files(path, f"{prefix}{path.name}/"))
-        else:
-            with path.open("rb") as file:
-                hashes[prefix + path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-# ----------------------------------------------------------------------------
-# Lines of JSON that survive a kill: each is on disk before the next thing happens.
+def _complete(content: bytes) -> int:
+    """Length of the lines that end."""
+    return content.rfind(b"\n") + 1
 
 
 class JsonlWriter:
-    """A ``.jsonl`` file that is only ever appended to.
+    """Append-only JSONL, one fsync per record; local files only.
 
     Attributes:
       path: the file.
       lines: everything in it, in order.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: PathLike) -> None:
         """Opens the file, or begins it; a last line that a kill cut short is dropped.
 
         Raises:
           UserError: a line that is not a JSON object.
         """
         self.path = pathlib.Path(path)
-        self.lines: list[dict[str, Any]] = []
-        whole = self._read() if self.path.exists() else 0
+        self.lines = read_jsonl(path)
+        end = _complete(self.path.read_bytes()) if self.path.exists() else 0
         self._file = self.path.open("ab")
-        self._file.truncate(whole)
+        self._file.truncate(end)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds a line; it is on disk when this returns."""
@@ -213,28 +271,3 @@ class JsonlWriter:
     def __exit__(self, *_: object) -> None:
         """Closes the file."""
         self.close()
-
-    def _read(self) -> int:
-        """Reads the complete lines; returns their size in bytes."""
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), 1):
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
-                raise UserError(f"{self.path}: line {number} is damaged; delete the folder")
-            self.lines.append(value)
-        return whole
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses to JSON values: mappings to dicts, tuples to lists."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value

@@ -7,18 +7,18 @@ started again in it continues when the config is the same, and refuses otherwise
 
 from __future__ import annotations
 
-import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from etils import epath
 
 from univla_jax import io
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
+from univla_jax.io import PathLike
 
 CONFIG_FILE, FIT_FILE = "config.json", "fit.json"
 T = TypeVar("T")
-PathLike = str | os.PathLike[str]
 
 
 def check_config(
@@ -44,10 +44,10 @@ def check_config(
     Raises:
       UserError: the folder belongs to another config; names each key with both values.
     """
-    file = pathlib.Path(folder) / name
+    file = epath.Path(folder) / name
     if not file.exists():
         return False
-    _check_same(file.parent, _read_json(file), config, extra or {}, free)
+    _check_same(file.parent, io.read_json(file), config, extra or {}, free)
     return True
 
 
@@ -57,22 +57,18 @@ def write_config(
     *,
     name: str = CONFIG_FILE,
     extra: Mapping[str, Any] | None = None,
-) -> pathlib.Path:
+) -> None:
     """Makes ``folder`` the folder of this config; the arguments are those of ``check_config``.
-
-    Returns:
-      the folder.
 
     Raises:
       UserError: it cannot be written.
     """
-    file = pathlib.Path(folder) / name
+    file = epath.Path(folder) / name
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        io.write_json(file, {**io.plain(config), **(extra or {})})
+        io.write_json(file, {**io.json_values(config), **(extra or {})})
     except OSError as error:
         raise UserError(f"{file.parent} cannot be written: {error}") from error
-    return file.parent
 
 
 def read_config(folder: PathLike, cls: type[T]) -> T:
@@ -81,8 +77,8 @@ def read_config(folder: PathLike, cls: type[T]) -> T:
     Raises:
       UserError: no config there, or one that does not fit ``cls``.
     """
-    file = pathlib.Path(folder) / CONFIG_FILE
-    return build_config(cls, _read_json(file), where=str(file))
+    file = epath.Path(folder) / CONFIG_FILE
+    return build_config(cls, io.read_json(file), where=str(file))
 
 
 def read_fit_report(
@@ -98,10 +94,10 @@ def read_fit_report(
     Raises:
       UserError: the folder holds a fit of another config; names each key with both values.
     """
-    file = pathlib.Path(folder) / FIT_FILE
+    file = epath.Path(folder) / FIT_FILE
     if not file.exists():
         return None
-    record = _read_json(file)
+    record = io.read_json(file)
     _check_same(file.parent, record["config"], config, {}, free)
     return record["report"]
 
@@ -115,19 +111,12 @@ def write_fit_report(folder: PathLike, config: Any, *, source: str, report: dict
       source: name of the dataset.
       report: what came out, as JSON values.
     """
-    record = {"config": io.plain(config), "source": source, "report": report}
-    io.write_json(pathlib.Path(folder) / FIT_FILE, record)
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        return io.read_json(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    record = {"config": io.json_values(config), "source": source, "report": report}
+    io.write_json(epath.Path(folder) / FIT_FILE, record)
 
 
 def _check_same(
-    folder: pathlib.Path,
+    folder: epath.Path,
     saved: Mapping[str, Any],
     config: Any,
     extra: Mapping[str, Any],
@@ -139,8 +128,8 @@ def _check_same(
         # did not exist yet its default, which is what the older program did.
         fields = {key: value for key, value in saved.items() if key not in extra}
         beside = {key: value for key, value in saved.items() if key in extra}
-        saved = io.plain(build_config(type(config), fields, where=str(folder))) | beside
-    before, now = _flat(saved), _flat({**io.plain(config), **extra})
+        saved = io.json_values(build_config(type(config), fields, where=str(folder))) | beside
+    before, now = _flat(saved), _flat({**io.json_values(config), **extra})
     free = tuple(free)
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"

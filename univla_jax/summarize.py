@@ -130,7 +130,7 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: nothing there, or a result that is damaged.
     """
     root = pathlib.Path(workdir)
-    lines = {name: _lines(root / name / metrics.FILE) for name in _RUNS}
+    lines = {name: io.read_jsonl(root / name / metrics.FILE) for name in _RUNS}
     lines = {name: found for name, found in lines.items() if found}
     report = {
         "tokenizers": _tokenizers(root / "tokenizers"),
@@ -159,10 +159,6 @@ def summary_table(report: Mapping[str, Any]) -> str:
     rows = [("what", "result"), *_tokenizer_rows(report), *_training_rows(report)]
     rows += [*_evaluation_rows(report), *_imagination_rows(report), *_stage_rows(report)]
     return format_table(rows, left=2)
-
-
-def _lines(path: pathlib.Path) -> list[dict[str, float]]:
-    return metrics.read_lines(path) if path.exists() else []
 
 
 def _result(path: pathlib.Path) -> dict[str, Any]:

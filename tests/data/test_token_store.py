@@ -138,7 +138,7 @@ def test_a_broken_manifest_is_named(folder, tmp_path):
         TokenStore(tmp_path)
     path = folder / "manifest.json"
     value = json.loads(path.read_text())
-    for broken, message in (("{", "not valid JSON"), ("[]", "JSON object"), ("{}", "lacks")):
+    for broken, message in (("{", "not valid JSON"), ("[]", "a JSON list"), ("{}", "lacks")):
         path.write_text(broken)
         with pytest.raises(UserError, match=message):
             TokenStore(folder)

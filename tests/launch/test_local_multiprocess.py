@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.training import tiny_run
+from univla_jax import io
 from univla_jax.training import metrics
 from univla_jax.training.distributed import LOST_STATUS
 
@@ -62,7 +63,7 @@ def start(tmp_path_factory):
 
 def _lines(workdir):
     file = workdir / metrics.FILE
-    return metrics.read_lines(file) if file.exists() else []
+    return io.read_jsonl(file) if file.exists() else []
 
 
 def _wait_for_lines(process, workdir, count):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.training import toy
+from univla_jax import io
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.errors import UserError
 from univla_jax.training import metrics
@@ -41,7 +42,7 @@ def _run(workdir, *, batches=None, every=3, **options):
 
 
 def _lines(workdir):
-    return metrics.read_lines(workdir / metrics.FILE)
+    return io.read_jsonl(workdir / metrics.FILE)
 
 
 def _assert_same(folder, other, state, other_state):

@@ -10,6 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.errors import OutOfRangeError
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
+from univla_jax import io
 from univla_jax.errors import UserError
 from univla_jax.training import metrics
 from univla_jax.training.metrics import MetricsLogger
@@ -32,13 +33,13 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
 
 def test_lines_come_every_n_steps_and_at_the_end(tmp_path):
     _log(tmp_path, 0, 6, every=4)
-    assert [line["step"] for line in metrics.read_lines(tmp_path / metrics.FILE)] == [3, 5]
+    assert [line["step"] for line in io.read_jsonl(tmp_path / metrics.FILE)] == [3, 5]
 
 
 def test_metrics_without_anything_to_average_are_left_out(tmp_path):
     with MetricsLogger(tmp_path, start_step=0, total_steps=1, progress=False) as log:
         log.write(0, {"eval/loss": 2.0, "eval/action_nll": math.nan})
-    assert metrics.read_lines(tmp_path / metrics.FILE) == [{"step": 0, "eval/loss": 2.0}]
+    assert io.read_jsonl(tmp_path / metrics.FILE) == [{"step": 0, "eval/loss": 2.0}]
 
 
 def test_tensorboard_holds_metrics_and_times(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.training import tiny_run
-from univla_jax import checkpoints
+from univla_jax import checkpoints, io
 from univla_jax.assets import Assets
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
@@ -44,7 +44,7 @@ def whole(world, tmp_path_factory):
 
 
 def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
-    lines = metrics.read_lines(whole / metrics.FILE)
+    lines = io.read_jsonl(whole / metrics.FILE)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(6))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
@@ -150,7 +150,7 @@ def world_model(world, tmp_path_factory):
 
 def test_a_policy_starts_from_a_world_model(world, world_model, tmp_path):
     earlier, folder = world_model
-    line = metrics.read_lines(folder / metrics.FILE)[0]
+    line = io.read_jsonl(folder / metrics.FILE)[0]
     assert line["visual_loss"] == pytest.approx(line["loss"], rel=0.1)
     config = tiny_run.config(
         world,

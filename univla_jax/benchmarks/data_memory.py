@@ -26,7 +26,7 @@ from univla_jax.benchmarks.measure import save
 from univla_jax.benchmarks.synthetic import make_assets, write_store
 from univla_jax.cli import format_table
 from univla_jax.data.token_store import MANIFEST, TokenStore, read_manifest
-from univla_jax.io import plain
+from univla_jax.io import json_values
 from univla_jax.pipeline.dataset import training_batches
 
 SHARE = flags.DEFINE_float("share", 1.0, "Share of the published episodes")
@@ -77,7 +77,7 @@ def _write(folder: pathlib.Path, name: str, share: float) -> None:
     for copy in shards[1:]:
         os.link(folder / shard.file, folder / copy.file)
     counts = {"episodes": 64 * copies, "frames": copies * manifest.frames, "shards": tuple(shards)}
-    io.write_json(folder / MANIFEST, plain(dataclasses.replace(manifest, **counts)))
+    io.write_json(folder / MANIFEST, json_values(dataclasses.replace(manifest, **counts)))
 
 
 def _row(place: str, samples: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import dataclasses
 import io
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,19 +81,17 @@ def write_rlds(
     final = pathlib.Path(folder) / name / version
     if (final / "dataset_info.json").is_file():
         return final
-    partial = final.with_name(f".{version}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     form: _Form | None = None
     infos = []
-    for split, episodes in splits.items():
-        shards = _Shards(partial, name, split, file_format, shard_bytes)
-        for episode in tqdm.tqdm(episodes, f"write {split}", unit="episode", disable=not progress):
-            form = form or _Form(episode, image_format, fixed_sizes, id_field)
-            shards.add(form.serialize(episode))
-        infos.append(shards.close())
-    _write_metadata(partial, version, form, infos, description)
-    os.replace(partial, final)
+    with files.new_folder(final) as partial:
+        for split, episodes in splits.items():
+            shards = _Shards(partial, name, split, file_format, shard_bytes)
+            bar = tqdm.tqdm(episodes, f"write {split}", unit="episode", disable=not progress)
+            for episode in bar:
+                form = form or _Form(episode, image_format, fixed_sizes, id_field)
+                shards.add(form.serialize(episode))
+            infos.append(shards.close())
+        _write_metadata(partial, version, form, infos, description)
     return final
 
 

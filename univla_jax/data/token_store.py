@@ -33,7 +33,7 @@ from univla_jax.data.datasets import DATASETS
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.validation import InvalidEpisode
 from univla_jax.errors import UserError
-from univla_jax.io import plain
+from univla_jax.io import json_values
 from univla_jax.normalization import ActionStatistics, sliding_windows, state_key, stream_statistics
 
 # ----------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class TokenStoreWriter:
             shards=shards,
         )
         io.remove_partial(self.folder)
-        io.write_json(self.folder / MANIFEST, plain(manifest))
+        io.write_json(self.folder / MANIFEST, json_values(manifest))
         return manifest
 
     def _collect(self) -> tuple[tuple[ShardEntry, ...], tuple[InvalidEpisode, ...]]:
@@ -291,7 +291,7 @@ class ShardWriter:
     def __init__(self, path: pathlib.Path, header: StoreHeader) -> None:
         """Prepares to write ``path``."""
         self._path, self._header = path, header
-        self._partial = io.partial_name(path)
+        self._partial = io.partial_path(path)
         self._steps: list[int] = []
         self._problems: list[InvalidEpisode] = []
 
@@ -344,10 +344,10 @@ class ShardWriter:
             bytes=self._partial.stat().st_size,
             sha256=io.sha256(self._partial),
         )
-        os.replace(self._partial, self._path)
+        self._partial.replace(self._path)
         io.write_json(
             self._path.with_suffix(".json"),
-            {"shard": plain(entry), "problems": [plain(p) for p in self._problems]},
+            {"shard": json_values(entry), "problems": [json_values(p) for p in self._problems]},
         )
 
 

@@ -25,7 +25,7 @@ from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.sampling import Sampling
-from univla_jax.io import plain
+from univla_jax.io import json_values
 from univla_jax.run_dir import check_config, write_config
 
 PICTURE, VIDEO_FILE, REPORT = "imagined.png", "imagined.gif", "imagine.json"
@@ -121,7 +121,8 @@ def imagine(
     folder = find_checkpoint(checkpoint)
     made_with = {"name": _IDENTITY, "extra": {"checkpoint": checkpoint_identity(folder)}}
     check_config(out, config, **made_with)
-    out = write_config(out, config, **made_with)
+    write_config(out, config, **made_with)
+    out = pathlib.Path(out)
     if finished(out):
         return io.read_json(out / REPORT)
     model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
@@ -135,7 +136,7 @@ def imagine(
     report = {
         "checkpoint": str(folder),
         "source": str(source),
-        "config": plain(config),
+        "config": json_values(config),
         "view": model.view,
         "frame_spacing_steps": model.frame_spacing,
         "episodes_too_short": short,

@@ -431,7 +431,8 @@ def evaluate(
     trained = LoadedModel.from_checkpoint(folder)
     (source,) = open_stores(_data_config(trained, store, rows), trained.assets)
     corpus = trained.layout.corpus(source.manifest.header.corpus)
-    out, count = write_config(out, identity, name=_IDENTITY), episodes or len(source)
+    write_config(out, identity, name=_IDENTITY)
+    out, count = pathlib.Path(out), episodes or len(source)
     held_out = [source[i] for i in range(count)]
     scores = frame_scores if trained.layout.layout == "world_model" else action_scores
     report = {

@@ -268,7 +268,7 @@ class _VideoRecorder:
             self._clips[place].success = success
 
     def write(self, path: pathlib.Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
+        partial = io.partial_path(path)
         write_gif(partial, [self._clips[i] for i in sorted(self._clips)])
         os.replace(partial, path)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ from univla_jax.interop.tensor_files import (
     write_safetensors,
 )
 from univla_jax.interop.vision_keys import foreign_tensor, vision_rules, vision_tensors
-from univla_jax.io import dump_json, parse_json
+from univla_jax.io import dump_json, new_folder, parse_json
 from univla_jax.models.action_expert import ActionExpertConfig
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.tokenizers.vision import PARAMS_FILE
@@ -83,15 +82,11 @@ def to_hf(
     if record is not None and dtype:
         raise UserError("--dtype is for models trained here; this one goes back as it came")
     plan = _again(folder, record) if record else _trained(folder, is_vision, dtype)
-    part = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        plan.write(part, progress)
-        part.rename(to)
+        with new_folder(to) as part:
+            plan.write(pathlib.Path(part), progress)
     except OSError as error:
         raise UserError(f"cannot write {to}: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +109,6 @@ class Export:
 
     def write(self, folder: pathlib.Path, progress: bool) -> None:
         """Writes all files; config.json comes last."""
-        folder.mkdir(parents=True)
         parts = {name: parse_header(header, folder / name) for name, header in self.headers.items()}
         total = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
         with tqdm(

@@ -39,6 +39,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from univla_jax import io
 from univla_jax.errors import UserError
 from univla_jax.training.hardware import find_chip
 
@@ -267,7 +268,8 @@ class MetricsLogger:
             return
         path = self._folder / FILE
         self._folder.mkdir(parents=True, exist_ok=True)
-        drop_lines_from(path, start_step)
+        kept = [line for line in io.read_jsonl(path) if line["step"] < start_step]
+        io.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._boards = [TensorBoardWriter(self._folder / TENSORBOARD), *boards]
         self._bar = tqdm.tqdm(
@@ -393,27 +395,3 @@ def host_gigabytes() -> float:
     """Largest resident memory of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def drop_lines_from(path: pathlib.Path, step: int) -> None:
-    """Removes the lines of ``step`` and later, and a last line that a crash cut short."""
-    if not path.exists():
-        return
-    kept = [line for line in read_lines(path) if line["step"] < step]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_lines(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``, without a last one that was cut short."""
-    lines = []
-    for text in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
