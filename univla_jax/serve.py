@@ -34,8 +34,12 @@ EXECUTION = flags.DEFINE_enum(
 )
 EXECUTE_STEPS = flags.DEFINE_integer("execute_steps", 1, "actions per call, unless whole chunks")
 ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "how fast an ensemble's weights fall")
-DRAFT = flags.DEFINE_integer("draft", 0, "tokens read per step when guessing ahead; 0 for one")
-MEMORIES = flags.DEFINE_integer("memories", 64, "robots whose caches are kept between calls")
+SPECULATIVE_BLOCK = flags.DEFINE_integer(
+    "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
+)
+MAX_CACHED_SESSIONS = flags.DEFINE_integer(
+    "max_cached_sessions", 64, "robots whose key/value caches are kept between calls"
+)
 INT8 = flags.DEFINE_bool("int8", False, "weights of eight bits")
 MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "most robots answered in one call")
 WINDOW_MS = flags.DEFINE_float("window_ms", 5.0, "how long a request waits for others")
@@ -76,9 +80,15 @@ def main(argv: list[str]) -> None:
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     startup.check_port(config.host, config.port)
     startup.enable_compilation_cache(COMPILED.value)
-    policy = Policy.load(CHECKPOINT.value, corpus=CORPUS.value, draft=DRAFT.value, int8=INT8.value)
+    policy = Policy.load(
+        CHECKPOINT.value,
+        corpus=CORPUS.value,
+        speculative_block=SPECULATIVE_BLOCK.value,
+        max_cached_sessions=MAX_CACHED_SESSIONS.value,
+        int8=INT8.value,
+    )
     executor = Executor(policy, execution)
-    startup.warm(policy, config.max_batch, _report)
+    startup.warmup(policy, config.max_batch, _report)
     asyncio.run(startup.serve(executor, config, tls, _report))
 
 

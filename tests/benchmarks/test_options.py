@@ -20,7 +20,7 @@ def test_drafts_are_equal_and_other_weights_are_not(tmp_path):
     trained = LoadedModel.from_checkpoint(folder)
     moments = record(Policy(trained), 1)
     assert len(moments) > 1 and len(moments[1].session.history.turns) == 1
-    same = compare(Policy(trained, draft=3), moments)
+    same = compare(Policy(trained, speculative_block=3), moments)
     assert same["equal chunks %"] == same["equal tokens %"] == 100
     negated = jax.tree.map(np.negative, trained.params)
     other = compare(Policy(dataclasses.replace(trained, params=negated)), moments)

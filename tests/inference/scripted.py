@@ -7,14 +7,14 @@ import numpy as np
 from univla_jax.inference.prefix_cache import Completion
 
 
-class ScriptedContinuer:
+class ScriptedPrefixCache:
     """Answers each call with the next list of id rows; remembers the prompts."""
 
     def __init__(self, answers, allowed):
         self._answers, self._allowed = list(answers), set(allowed.tolist())
         self.prompts = []
 
-    def answer(self, prompts, memories, *, copied, timer):
+    def complete(self, prompts, cached_prefixes, *, draft_sources, timer):
         self.prompts.append(list(prompts))
         answers = [np.asarray(ids) for ids in self._answers.pop(0)]
         assert all(set(ids.tolist()) <= self._allowed for ids in answers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from univla_jax.inference.sampler import length_bucket, pad_prompts, row_bucket
+from univla_jax.inference.sampler import batch_bucket, length_bucket, pad_prompts
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,11 @@ def test_buckets_hold_and_waste_little():
 
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (40, 40)])
 def test_row_buckets(rows, bucket):
-    assert row_bucket(rows) == bucket
+    assert batch_bucket(rows) == bucket
 
 
 def test_prompts_are_padded_to_one_shape():
-    tokens, lengths = pad_prompts([np.array([5, 6, 7]), np.array([8])], pad=0, rows=4)
+    tokens, lengths = pad_prompts([np.array([5, 6, 7]), np.array([8])], pad=0, batch_size=4)
     assert tokens.shape == (4, 32) and tokens.dtype == lengths.dtype == np.int32
     assert lengths.tolist() == [3, 1, 3, 3]
     assert tokens[:, :4].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0], [5, 6, 7, 0], [5, 6, 7, 0]]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.inference.sampling import GREEDY, Sampling, keep_top_p, sample_token
+from univla_jax.inference.sampling import GREEDY, Sampling, mask_top_p, sample_token
 
 LOGITS = np.log(np.array([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]], np.float32))
 
@@ -44,7 +44,7 @@ def test_frequencies(sampling, expected):
 )
 def test_top_p_keeps_the_smallest_head(top_p, kept):
     ordered = -np.sort(-LOGITS, axis=1)
-    counts = np.isfinite(keep_top_p(jnp.asarray(ordered), top_p)).sum(axis=1)
+    counts = np.isfinite(mask_top_p(jnp.asarray(ordered), top_p)).sum(axis=1)
     np.testing.assert_array_equal(counts, kept)
 
 

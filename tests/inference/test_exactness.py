@@ -34,7 +34,7 @@ def _pieces():
 
 
 WRITTEN = _pieces()
-FORM = GrammarMask.of(
+MASK = GrammarMask.from_grammar(
     byte_grammar(list(WRITTEN.values()), "éü", CHARACTERS), np.array(list(WRITTEN)), STOP
 )
 
@@ -133,9 +133,11 @@ def test_drafts_right_and_wrong(sampler, prompts, plain):
         members = range(start, start + ROWS)
         right, _ = _stack([plain[i] for i in members], COUNT)
         wrong, _ = _stack([plain[(i + 7) % PROMPTS] for i in members], COUNT)
-        copied = np.where(rng.random(right.shape) < 0.8, right, wrong)
+        draft_source = np.where(rng.random(right.shape) < 0.8, right, wrong)
         state = sampler.prefill(*_stack(prompts[start : start + ROWS]), slots=64)
-        generated, _, taken = sampler.generate_speculative(state, copied=copied, **RULES)
+        generated, _, taken = sampler.generate_speculative(
+            state, draft_source=draft_source, **RULES
+        )
         got += _lists(generated)
         steps += taken
     assert got == plain and steps < COUNT * PROMPTS / ROWS
@@ -144,15 +146,15 @@ def test_drafts_right_and_wrong(sampler, prompts, plain):
 def test_a_cache_kept_from_the_call_before(sampler, prompts, plain):
     """Each prompt is met first without its end, then with it."""
     rules = GenerationRules(ALLOWED, STOP, COUNT)
-    continuer = PrefixCache(sampler, rules, lengths=(8, 64), rows=ROWS)
+    prefix_cache = PrefixCache(sampler, rules, lengths=(8, 64), batch_size=ROWS)
     got = []
     for start in range(0, PROMPTS, ROWS):
         # a common beginning makes the whole longer than what is new
         opening = np.arange(30, dtype=np.int32)
         rows = [np.concatenate([opening, p]) for p in prompts[start : start + ROWS]]
-        first = continuer.answer([row[:-3] for row in rows], [None] * ROWS)
-        kept = continuer.answer(rows, [a.memory for a in first])
-        fresh = continuer.answer(rows, [None] * ROWS)
+        first = prefix_cache.complete([row[:-3] for row in rows], [None] * ROWS)
+        kept = prefix_cache.complete(rows, [a.cached_prefix for a in first])
+        fresh = prefix_cache.complete(rows, [None] * ROWS)
         assert [a.ids.tolist() for a in kept] == [a.ids.tolist() for a in fresh]
         got += [a.ids.tolist() for a in kept]
     assert len(got) == PROMPTS
@@ -164,21 +166,21 @@ def test_a_form_alone_and_in_batches(sampler, prompts, formed):
         got = []
         for start in range(0, PROMPTS, size):
             state = sampler.prefill(*_stack(prompts[start : start + size]), slots=64)
-            got += _lists(sampler.generate(state, form=FORM, **RULES)[0])
+            got += _lists(sampler.generate(state, grammar=MASK, **RULES)[0])
         assert got == formed
 
 
-@pytest.mark.parametrize("form", [None, FORM], ids=["free", "form"])
-def test_drafts_as_a_policy_uses_them(sampler, prompts, plain, formed, form):
+@pytest.mark.parametrize("grammar", [None, MASK], ids=["free", "grammar"])
+def test_drafts_as_a_policy_uses_them(sampler, prompts, plain, formed, grammar):
     """Guessed from what was chosen before, over kept caches; each prompt is met twice."""
-    rules = GenerationRules(ALLOWED, STOP, COUNT, form=form, draft=3)
-    continuer = PrefixCache(sampler, rules, lengths=(8, 64), rows=ROWS)
-    expected, got, before = plain if form is None else formed, [], [np.zeros(0, np.int32)] * ROWS
+    rules = GenerationRules(ALLOWED, STOP, COUNT, grammar=grammar, speculative_block=3)
+    prefix_cache = PrefixCache(sampler, rules, lengths=(8, 64), batch_size=ROWS)
+    expected, got, before = plain if grammar is None else formed, [], [np.zeros(0, np.int32)] * ROWS
     for start in range(0, PROMPTS, ROWS):
-        rows, memories = prompts[start : start + ROWS], [None] * ROWS
+        rows, cached_prefixes = prompts[start : start + ROWS], [None] * ROWS
         for _ in range(2):
-            answers = continuer.answer(rows, memories, copied=before)
-            memories, before = [a.memory for a in answers], [a.ids for a in answers]
+            answers = prefix_cache.complete(rows, cached_prefixes, draft_sources=before)
+            cached_prefixes, before = [a.cached_prefix for a in answers], [a.ids for a in answers]
             got.append([ids.tolist() for ids in before])
     assert [ids for batch in got[0::2] for ids in batch] == expected
     assert [ids for batch in got[1::2] for ids in batch] == expected

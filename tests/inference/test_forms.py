@@ -22,7 +22,7 @@ from univla_jax.tokenizers.constrained import byte_grammar
 STOP = 9
 CODES = np.array([8, 7, 6, 5])  # ids of the codes below
 GRAMMAR = byte_grammar(["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"\xc3"], "éü", 4)
-FORM = GrammarMask.of(GRAMMAR, CODES, STOP)
+MASK = GrammarMask.from_grammar(GRAMMAR, CODES, STOP)
 ALLOWED = np.sort([*CODES, STOP])  # bc, the first byte, the two codes, then stop
 
 
@@ -64,10 +64,12 @@ def test_the_likeliest_legal_ids(trained, block):
     sampler, rng = Sampler(trained.model, trained.params), np.random.default_rng(3)
     prompts = rng.integers(10, 60, (8, 12)).astype(np.int32)
     state = sampler.prefill(prompts, slots=64)
-    rules = {"max_new_tokens": 9, "allowed": ALLOWED, "stop_id": STOP, "form": FORM}
+    rules = {"max_new_tokens": 9, "allowed": ALLOWED, "stop_id": STOP, "grammar": MASK}
     if block:
-        copied = rng.choice(ALLOWED, (8, 9)).astype(np.int32)
-        generated, *_ = sampler.generate_speculative(state, copied=copied, block=block, **rules)
+        draft_source = rng.choice(ALLOWED, (8, 9)).astype(np.int32)
+        generated, *_ = sampler.generate_speculative(
+            state, draft_source=draft_source, block=block, **rules
+        )
     else:
         generated, _ = sampler.generate(state, **rules)
     tokens, lengths = np.asarray(generated.tokens), np.asarray(generated.lengths)
@@ -83,26 +85,26 @@ def test_the_likeliest_legal_ids(trained, block):
 
 
 def test_a_place_moves_by_what_is_written():
-    place = FORM.start(2)
-    assert FORM.legal(place).tolist() == [[True, False, True, True, False]] * 2
-    place = FORM.after(place, jnp.array([2, 3]))  # é and a beginning; é
+    place = MASK.initial_state(2)
+    assert MASK.allowed(place).tolist() == [[True, False, True, True, False]] * 2
+    place = MASK.next_state(place, jnp.array([2, 3]))  # é and a beginning; é
     assert (place.left.tolist(), place.part.tolist()) == ([3, 3], [1, 0])
-    assert FORM.legal(place).tolist()[0] == [False, True, False, False, False]
+    assert MASK.allowed(place).tolist()[0] == [False, True, False, False, False]
 
 
 def test_a_form_of_other_ids_is_refused(trained):
     sampler = Sampler(trained.model, trained.params)
     state = sampler.prefill(np.ones((1, 4), np.int32))
-    with pytest.raises(UserError, match="a form over 5 ids with 2 allowed ids"):
+    with pytest.raises(UserError, match="a grammar over 5 ids with 2 allowed ids"):
         sampler.generate(
-            state, max_new_tokens=3, allowed=np.array([8, STOP]), stop_id=STOP, form=FORM
+            state, max_new_tokens=3, allowed=np.array([8, STOP]), stop_id=STOP, grammar=MASK
         )
 
 
-@pytest.mark.parametrize("draft", [0, 3])
-def test_random_weights_speak_in_whole_chunks(trained, draft):
+@pytest.mark.parametrize("speculative_block", [0, 3])
+def test_random_weights_speak_in_whole_chunks(trained, speculative_block):
     """What they mean is another matter: the grammar's part in it is counted."""
-    policy = Policy(trained, rows=2, draft=draft)
+    policy = Policy(trained, batch_size=2, speculative_block=speculative_block)
     sessions, rng = [policy.start(), policy.start()], np.random.default_rng(0)
     for _ in range(2):
         frames = {
@@ -111,6 +113,6 @@ def test_random_weights_speak_in_whole_chunks(trained, draft):
         }
         chunks = policy.act([Observation("touch green", frames)] * 2, sessions)
         assert all(chunk.valid and chunk.num_overridden > 0 for chunk in chunks)
-    free = Policy(trained, rows=2, free_form=True)
+    free = Policy(trained, batch_size=2, free_form=True)
     chunk, _ = free.act([Observation("touch green", frames)] * 2, [free.start(), free.start()])
     assert not chunk.valid and chunk.num_overridden == 0

@@ -47,7 +47,7 @@ def _observations(seed):
 
 
 def test_bins_of_any_weights_are_whole_chunks(bins):
-    policy = Policy(bins, rows=4)
+    policy = Policy(bins, batch_size=4)
     sessions = [policy.start() for _ in WORDS]
     for seed in range(2):
         for chunk, session in zip(policy.act(_observations(seed), sessions), sessions):
@@ -60,7 +60,7 @@ def test_bins_of_any_weights_are_whole_chunks(bins):
 
 def test_text_that_is_no_chunk_says_why(bins):
     assets = dataclasses.replace(bins.assets, action=NumberTextTokenizer())
-    policy = Policy(dataclasses.replace(bins, assets=assets), rows=4, max_new_tokens=4)
+    policy = Policy(dataclasses.replace(bins, assets=assets), batch_size=4, max_new_tokens=4)
     chunks = policy.act(_observations(0), [policy.start() for _ in WORDS])
     assert all(not chunk.valid and chunk.reason for chunk in chunks)
 
@@ -71,7 +71,9 @@ def test_the_flow_gives_a_batch_what_each_robot_gets_alone(bins):
     image = dataclasses.replace(bins, layout=layout)
 
     def policy():
-        return Policy(image, rows=4, head=FlowActionDecoder(image, expert, params, SHAPE, steps=4))
+        return Policy(
+            image, batch_size=4, head=FlowActionDecoder(image, expert, params, SHAPE, steps=4)
+        )
 
     together, alone = policy(), policy()
     sessions = [together.start(seed) for seed in (0, 1, 1)]
@@ -90,7 +92,9 @@ def test_the_flow_gives_a_batch_what_each_robot_gets_alone(bins):
 def test_a_flow_that_leaves_the_numbers_is_not_valid(bins):
     expert, params = tiny_expert(bins.model.config, action_dim=7)
     broken = jax.tree.map(lambda x: x * np.nan, params)
-    policy = Policy(bins, rows=4, head=FlowActionDecoder(bins, expert, broken, SHAPE, steps=4))
+    policy = Policy(
+        bins, batch_size=4, head=FlowActionDecoder(bins, expert, broken, SHAPE, steps=4)
+    )
     chunks = policy.act(_observations(0), [policy.start() for _ in WORDS])
     assert not any(chunk.valid for chunk in chunks)
     assert all("finite" in chunk.reason and not chunk.actions.any() for chunk in chunks)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.inference import tiny_checkpoint
-from tests.inference.scripted import PatchVision, ScriptedContinuer
+from tests.inference.scripted import PatchVision, ScriptedPrefixCache
 from tests.inference.uncached import next_logits
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
@@ -35,7 +35,7 @@ def _observation(seed: int, instruction: str = "push the red block to the left")
 
 def _scripted(trained, answers):
     policy = Policy(trained)
-    policy.head.continuer = ScriptedContinuer(answers, policy.head.rules.allowed)
+    policy.head.prefix_cache = ScriptedPrefixCache(answers, policy.head.rules.allowed)
     return policy
 
 
@@ -77,7 +77,7 @@ def test_a_free_form_is_greedy_over_the_action_ids(trained):
 
 
 def test_a_batch_gives_what_each_robot_gets_alone(trained):
-    together = Policy(trained, rows=4, max_new_tokens=9)
+    together = Policy(trained, batch_size=4, max_new_tokens=9)
     alone = Policy(trained, max_new_tokens=9)
     words = ["push the red block to the left", "touch green", "put the blue block"]
     sessions = [together.start() for _ in words]
@@ -99,8 +99,8 @@ def test_a_batch_gives_what_each_robot_gets_alone(trained):
 
 def test_drafts_change_no_action(trained):
     """Three calls of two robots, guessed from their last chunks."""
-    plain = Policy(trained, rows=2, max_new_tokens=9)
-    drafting = Policy(trained, rows=2, max_new_tokens=9, draft=3)
+    plain = Policy(trained, batch_size=2, max_new_tokens=9)
+    drafting = Policy(trained, batch_size=2, max_new_tokens=9, speculative_block=3)
     sessions = {id(p): [p.start(), p.start()] for p in (plain, drafting)}
     for step in range(3):
         seen = [_observation(step), _observation(step + 9, "touch green")]
@@ -113,10 +113,10 @@ def test_drafts_change_no_action(trained):
 
 def test_more_observations_than_rows_are_split(trained):
     policy = _scripted(trained, [[_ids(trained, _chunk(i)) for i in (0, 1)]] * 2)
-    policy._rows = 2
+    policy._batch_size = 2
     observations = [_observation(i) for i in range(4)]
     chunks = policy.act(observations, [policy.start() for _ in observations])
-    assert len(chunks) == 4 and [len(p) for p in policy.head.continuer.prompts] == [2, 2]
+    assert len(chunks) == 4 and [len(p) for p in policy.head.prefix_cache.prompts] == [2, 2]
     np.testing.assert_array_equal(chunks[0].actions, chunks[2].actions)
 
 
@@ -160,7 +160,7 @@ def test_history_window_and_another_instruction(trained):
     for seed in range(3):
         policy.act([_observation(seed)], [session])
     policy.act([_observation(3, "touch green")], [session])
-    lengths = [len(prompts[0]) for prompts in policy.head.continuer.prompts]
+    lengths = [len(prompts[0]) for prompts in policy.head.prefix_cache.prompts]
     turn = len(session.history.turns[0])
     assert lengths[1] == lengths[0] + turn + len(answer) and lengths[2] == lengths[1]
     assert lengths[3] < lengths[0] + turn and len(session.history.turns) == 1
@@ -173,7 +173,7 @@ def test_an_image_policy_sees_one_moment(trained):
     session = policy.start()
     for seed in range(2):
         policy.act([_observation(seed)], [session])
-    first, second = (p[0] for p in policy.head.continuer.prompts)
+    first, second = (p[0] for p in policy.head.prefix_cache.prompts)
     assert len(first) == len(second)
 
 
@@ -238,7 +238,7 @@ def test_a_policy_shown_states_reads_its_training_sequence(shown_states):
         [np.array(answer[:-1]) for answer in answers],
         [_state_ids(shown_states, observation) for observation in seen],
     ).ids
-    prompt = policy.head.continuer.prompts[1][0]
+    prompt = policy.head.prefix_cache.prompts[1][0]
     np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
     assert trained_on[len(prompt) :][: len(answers[1])].tolist() == answers[1]
 
@@ -253,7 +253,7 @@ def test_an_image_policy_shown_states_reads_its_training_sequence(shown_states):
     trained_on = layouts.policy_image(
         shown_states.text_encoder, observation.instruction, codes, chunk, state
     ).ids
-    prompt = policy.head.continuer.prompts[0][0]
+    prompt = policy.head.prefix_cache.prompts[0][0]
     np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
 
 

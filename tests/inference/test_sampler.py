@@ -175,13 +175,15 @@ def test_drafted_tokens_are_the_plain_ones(sampler, uncached):
     prompts = _prompts(3, 9, 1, 6)
     plain = [uncached(prompt, 12, ALLOWED, STOP) for prompt in prompts]
     assert {row[-1] == STOP for row in plain} == {True, False}
-    copied = np.full((4, 12), -1)
-    copied[0, : len(plain[0])] = plain[0]
-    copied[1] = 33
-    copied[2, :4] = [*plain[2][:2], 50, 51][:4]
+    draft_source = np.full((4, 12), -1)
+    draft_source[0, : len(plain[0])] = plain[0]
+    draft_source[1] = 33
+    draft_source[2, :4] = [*plain[2][:2], 50, 51][:4]
     state = sampler.prefill(*_stack(prompts))
     rules = {"max_new_tokens": 12, "allowed": ALLOWED, "stop_id": STOP}
-    generated, state, steps = sampler.generate_speculative(state, copied=copied, **rules)
+    generated, state, steps = sampler.generate_speculative(
+        state, draft_source=draft_source, **rules
+    )
     assert _lists(generated) == plain and steps <= 12
     assert np.asarray(generated.stopped).tolist() == [row[-1] == STOP for row in plain]
     more, _ = sampler.generate(state, max_new_tokens=2)
@@ -193,24 +195,24 @@ def test_a_right_draft_saves_steps(sampler, uncached):
     plain = uncached(prompt, 12, ALLOWED)
     state = sampler.prefill(np.array([prompt]))
     rules = {"max_new_tokens": 12, "allowed": ALLOWED, "block": 4}
-    generated, _, steps = sampler.generate_speculative(state, copied=[[*plain, 0]], **rules)
+    generated, _, steps = sampler.generate_speculative(state, draft_source=[[*plain, 0]], **rules)
     assert _lists(generated) == [plain] and steps <= 4
 
 
 def test_a_grammar_leaves_no_other_form(sampler, uncached):
     """Two rows of free ids with fixed ones between and behind them."""
     prompts = _prompts(4, 7, seed=8)
-    grammar = np.array([-1, -1, 90, -1, -1, 90, 91, 5])
+    forced_ids = np.array([-1, -1, 90, -1, -1, 90, 91, 5])
     state = sampler.prefill(*_stack(prompts))
-    rules = {"allowed": ALLOWED, "stop_id": 5, "grammar": grammar}
+    rules = {"allowed": ALLOWED, "stop_id": 5, "forced_ids": forced_ids}
     generated, _ = sampler.generate(state, max_new_tokens=8, **rules)
     for prompt, row in zip(prompts, _lists(generated)):
         expected = list(prompt)
-        for forced in grammar:
+        for forced in forced_ids:
             expected += uncached(expected, 1, ALLOWED) if forced < 0 else [int(forced)]
         assert row == expected[len(prompt) :]
-    with pytest.raises(UserError, match=r"grammar of shape \(8,\) for 3"):
-        sampler.generate(state, max_new_tokens=3, grammar=grammar)
+    with pytest.raises(UserError, match=r"forced_ids of shape \(8,\) for 3"):
+        sampler.generate(state, max_new_tokens=3, forced_ids=forced_ids)
 
 
 def test_guidance_mixes_the_logits_with_and_without(sampler):
@@ -238,7 +240,7 @@ def test_guidance_mixes_the_logits_with_and_without(sampler):
 
 def test_without_layers_of_their_own_the_tokens_are_the_same(sampler):
     prompts = _prompts(5, 3, seed=10)
-    sparing = Sampler(sampler.model, sampler.params, own_layers=False)
+    sparing = Sampler(sampler.model, sampler.params, unstack_layers=False)
     runs = [
         _lists(s.generate(s.prefill(*_stack(prompts)), max_new_tokens=6)[0])
         for s in (sampler, sparing)
@@ -250,8 +252,10 @@ def test_eight_bits(sampler):
     """Smaller, near the float logits, and the same whether read at once or token by token."""
     pytest.importorskip("qwix")
     quantize_params = Sampler(sampler.model, int8.quantize_params(sampler.params))
-    assert int8.size(quantize_params.params["stack"]) < 0.4 * int8.size(sampler.params["stack"])
-    restored = int8.restored(quantize_params.params, np.float32)
+    assert int8.num_bytes(quantize_params.params["stack"]) < 0.4 * int8.num_bytes(
+        sampler.params["stack"]
+    )
+    restored = int8.dequantize_params(quantize_params.params, np.float32)
     kernel = lambda p: np.asarray(p["stack"]["layers"]["mlp"]["gate"]["kernel"])  # noqa: E731
     step = np.abs(kernel(sampler.params)).max(1, keepdims=True) / 127
     assert (np.abs(kernel(restored) - kernel(sampler.params)) <= 0.51 * step).all()

@@ -11,7 +11,7 @@ from univla_jax.sequences.history import History
 def _sessions(count):
     sessions = [Session(History()) for _ in range(count)]
     for session in sessions:
-        session.memory = object()
+        session.cached_prefix = object()
     return sessions
 
 
@@ -20,7 +20,7 @@ def test_the_oldest_lose_their_memory():
     holders.called(sessions[:2])
     holders.called([sessions[0]])
     holders.called([sessions[2]])
-    assert [s.memory is not None for s in sessions] == [True, False, True]
+    assert [s.cached_prefix is not None for s in sessions] == [True, False, True]
 
 
 def test_each_is_taken_once_until_it_is_called_again():

@@ -74,7 +74,7 @@ def test_reading_once_changes_no_velocity(causal):
     expert, params = causal
     actions, tau, hidden = draw_inputs(expert, 2, 6, 4)
     lengths = jnp.asarray([6, 3])
-    cache = expert.apply({"params": params}, hidden, method="read")
+    cache = expert.apply({"params": params}, hidden, method="prefill")
     velocity = _run(expert, params, actions, tau, cache, lengths, method="velocity")
     whole, _ = _run(expert, params, actions, tau, hidden, lengths)
     np.testing.assert_allclose(velocity, whole, atol=1e-5)
@@ -83,7 +83,7 @@ def test_reading_once_changes_no_velocity(causal):
 def test_only_a_causal_expert_reads_once():
     expert, params = tiny_expert(causal=False)
     with pytest.raises(UserError, match="only a causal one"):
-        expert.apply({"params": params}, draw_inputs(expert, 1, 2, 1)[2], method="read")
+        expert.apply({"params": params}, draw_inputs(expert, 1, 2, 1)[2], method="prefill")
 
 
 def test_every_parameter_has_logical_names(causal):

@@ -8,7 +8,7 @@ import pytest
 from univla_jax.errors import UserError
 from univla_jax.models.attention import attention, attention_mask, plain_attention
 from univla_jax.models.attention_kernels import (
-    CachedKeys,
+    CachedKeyValues,
     block_size,
     blocked_attention,
     cache_mask,
@@ -124,7 +124,7 @@ def test_cached_keys_continue_a_sequence():
     query, key, value = _qkv(2, 6)
     whole = attention(query, key, value)
     stale = jnp.full((2, 3, 2, 8), 1e3)
-    cached = CachedKeys(
+    cached = CachedKeyValues(
         jnp.concatenate([key[:, :2], stale], 1),
         jnp.concatenate([value[:, :2], stale], 1),
         starts=jnp.asarray([2, 2]),
@@ -145,14 +145,14 @@ def test_blocks_behind_caches_of_unequal_length():
     def fresh(x):
         return jnp.stack([x[i, n : n + new] for i, n in enumerate(starts)])
 
-    cached = CachedKeys(old(key), old(value), jnp.asarray(starts))
+    cached = CachedKeyValues(old(key), old(value), jnp.asarray(starts))
     part = blocked_attention(fresh(query), fresh(key), fresh(value), cached=cached, block=32)
     np.testing.assert_allclose(part, fresh(plain_attention(query, key, value)), atol=1e-5)
 
 
 def test_segments_and_a_cache_exclude_each_other():
     query, key, value = _qkv(1, 2)
-    cached = CachedKeys(key, value, jnp.asarray([2]))
+    cached = CachedKeyValues(key, value, jnp.asarray([2]))
     with pytest.raises(UserError, match="exclude each other"):
         attention(query, key, value, segment_ids=jnp.ones((1, 2)), cached=cached)
 

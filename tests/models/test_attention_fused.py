@@ -9,7 +9,12 @@ import pytest
 from jax.interpreters import partial_eval
 
 from univla_jax.errors import UserError
-from univla_jax.models.attention import attention, attention_mask, choose, plain_attention
+from univla_jax.models.attention import (
+    attention,
+    attention_mask,
+    choose_implementation,
+    plain_attention,
+)
 from univla_jax.models.attention_kernels import cudnn_attention, splash_block
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
@@ -75,7 +80,7 @@ def test_what_the_gpu_kernel_is_asked_for(segments, causal):
     ],
 )
 def test_choice_by_platform(call, chosen):
-    assert choose(*call) == chosen
+    assert choose_implementation(*call) == chosen
 
 
 def test_fused_kernels_have_no_dropout():

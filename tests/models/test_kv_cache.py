@@ -32,7 +32,7 @@ def test_layer_window_grow_and_rows():
     grown = cache.grow(6)
     assert grown.slots == 6
     np.testing.assert_array_equal(grown.keys[:, :, :4], keys)
-    np.testing.assert_array_equal(cache.rows(jnp.asarray([2, 0, 2])).keys, keys[:, [2, 0, 2]])
+    np.testing.assert_array_equal(cache.select(jnp.asarray([2, 0, 2])).keys, keys[:, [2, 0, 2]])
 
 
 def test_cache_has_the_compute_type():

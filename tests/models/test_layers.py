@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.models.decoder_config import preset
-from univla_jax.models.layers import RMSNorm, Rotation, linear
+from univla_jax.models.layers import RMSNorm, RotaryEmbedding, linear
 
 
 def test_rotation_written_out():
     """Size 4, theta 100: pairs (0, 2) and (1, 3) turn by p and by p / 10."""
     x = np.array([1.0, 2.0, 3.0, 4.0])
-    rotation = Rotation.at(jnp.asarray([[0, 5]]), 4, 100.0)
+    rotation = RotaryEmbedding.at_positions(jnp.asarray([[0, 5]]), 4, 100.0)
     out = np.asarray(rotation(jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 4).repeat(2, 1)))
     np.testing.assert_allclose(out[0, 0, 0], x)
     c, s = np.cos([5, 0.5]), np.sin([5, 0.5])
@@ -23,7 +23,7 @@ def test_rotated_products_depend_on_the_distance_only():
     q, k = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8))) for i in (0, 1))
 
     def product(a, b):
-        at = lambda p: Rotation.at(jnp.asarray([[p]]), 8, 1e6)  # noqa: E731
+        at = lambda p: RotaryEmbedding.at_positions(jnp.asarray([[p]]), 8, 1e6)  # noqa: E731
         return float(jnp.vdot(at(a)(q), at(b)(k)))
 
     np.testing.assert_allclose(product(7, 3), product(1004, 1000), rtol=1e-4)

@@ -8,12 +8,12 @@ import pytest
 
 from tests.decoders import tiny_decoder
 from univla_jax.inference import decode_step
-from univla_jax.inference.decode_step import PackedRows
+from univla_jax.inference.decode_step import PackedSequences
 from univla_jax.models.kv_cache import KVCache
 
 
 def test_where_tokens_stand():
-    packed = PackedRows.of(jnp.asarray([3, 2, 4]), 10, 4, "auto")
+    packed = PackedSequences.of(jnp.asarray([3, 2, 4]), 10, 4, "auto")
     np.testing.assert_array_equal(packed.row, [0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
     np.testing.assert_array_equal(packed.place, [0, 1, 2, 0, 1, 0, 1, 2, 3, 3])
     np.testing.assert_array_equal(packed.token[:, :2], [[0, 1], [3, 4], [5, 6]])
@@ -26,7 +26,7 @@ def test_every_row_is_what_it_is_alone(lengths):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 100, n) for n in lengths]
     tokens = jnp.asarray(np.concatenate([*prompts, np.zeros(48 - sum(lengths), int)]))
-    hidden, (keys, values) = decode_step.prefill_packed_rows(
+    hidden, (keys, values) = decode_step.packed_forward(
         model, params, tokens, jnp.asarray(lengths), 12
     )
     for i, prompt in enumerate(prompts):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.inference.scripted import ScriptedContinuer, ScriptedVision
+from tests.inference.scripted import ScriptedPrefixCache, ScriptedVision
 from tests.parity_groups.actions import reference_statistics
 from tests.parity_groups.checks import Check, Golden, close, equal
 from tests.parity_groups.sequences import lexicon_of
@@ -94,7 +94,7 @@ def _policy_calls(
         name, generated = f"{case['tag']}|{number}", call["generated"].ravel()
         (chunk,) = policy.act([_observation(case, policy, calls)], [session])
         expected = _with_eoa(call["prompt_ids"].ravel(), acted, vocabulary)
-        prompt = policy.head.continuer.prompts[number][0]
+        prompt = policy.head.prefix_cache.prompts[number][0]
         yield equal(name, "prompt ids of Policy", prompt, expected)
         finished = generated[-1] == vocabulary.eoa
         if not finished:
@@ -158,5 +158,5 @@ def scripted_policy(
     )
     policy = Policy(LoadedModel(pathlib.Path("released"), assets, layout, None, None))
     answers = [call["generated"].reshape(1, -1) for call in calls]
-    policy.head.continuer = ScriptedContinuer(answers, policy.head.rules.allowed)
+    policy.head.prefix_cache = ScriptedPrefixCache(answers, policy.head.rules.allowed)
     return policy

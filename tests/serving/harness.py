@@ -41,7 +41,7 @@ class CountingPolicy:
         self.batches.append(len(observations))
         if any(o.instruction == "crash" for o in observations):
             raise RuntimeError("secret details")
-        with timer.section("read"):
+        with timer.section("prefill"):
             for observation, session in zip(observations, sessions):
                 session.append(int(observation.frames["image"].sum()))
         return [

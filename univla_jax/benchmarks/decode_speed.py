@@ -166,8 +166,8 @@ def options(problem: cases.DecodeProblem, repeats: int) -> dict[str, Any]:
                 times.setdefault(name, []).append(value)
     milliseconds = {n: 1e3 * best(t).wall / problem.count for n, t in times.items()}
     return {
-        "float32_bytes": int8.size(problem.sampler.params),
-        "int8_bytes": int8.size(eight.params),
+        "float32_bytes": int8.num_bytes(problem.sampler.params),
+        "int8_bytes": int8.num_bytes(eight.params),
         "float32_ms_per_token": milliseconds["f"],
         "int8_ms_per_token": milliseconds["q"],
         "int8_same_choice": cases.agreement(problem, eight),

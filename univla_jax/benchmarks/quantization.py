@@ -28,7 +28,9 @@ from univla_jax.simulators.tabletop.tabletop_benchmark import Tabletop
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
 EPISODES = flags.DEFINE_integer("episodes", 32, "scenes")
 FIRST = flags.DEFINE_integer("first_seed", 500, "place of the first scene among those held out")
-DRAFT = flags.DEFINE_integer("draft", 4, "tokens read per step when guessing ahead")
+SPECULATIVE_BLOCK = flags.DEFINE_integer(
+    "speculative_block", 4, "tokens verified per speculative decode step"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[Moment]:
     for index in range(episodes):
         episode, session, ended = benchmark.episode(index), policy.start(), False
         while not ended:
-            seen, before = episode.observe(), dataclasses.replace(session, memory=None)
+            seen, before = episode.observe(), dataclasses.replace(session, cached_prefix=None)
             (chunk,) = policy.act([seen], [session])
             moments.append(Moment(seen, before, session.last_ids))
             ended = any(episode.step(action) for action in chunk.actions)
@@ -61,7 +63,7 @@ def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[Moment]:
 
 def repeat(policy: Policy, moments: Sequence[Moment]) -> tuple[list[np.ndarray], list[Spent]]:
     """The ids that a policy chooses at the same moments, and the time of each call."""
-    policy.warm(1)
+    policy.warmup(1)
     ids, times = [], []
     for moment in moments:
         session = dataclasses.replace(moment.session)
@@ -82,7 +84,7 @@ def compare(policy: Policy, moments: Sequence[Moment]) -> dict[str, Any]:
     pairs = [(ids, moment.ids) for ids, moment in zip(chosen, moments)]
     right = sum(int(np.sum(a[: len(b)] == b[: len(a)])) for a, b in pairs)
     return {
-        "bytes": int8.size(policy.trained.params),
+        "bytes": int8.num_bytes(policy.trained.params),
         "ms per call": 1e3 * float(np.mean([t.wall for t in times])),
         "processor ms": 1e3 * float(np.mean([t.processor for t in times])),
         "equal chunks %": 100 * float(np.mean([np.array_equal(a, b) for a, b in pairs])),
@@ -99,7 +101,9 @@ def main(argv: list[str]) -> None:
     policies = {
         "plain": plain,
         "int8": Policy.load(CHECKPOINT.value, int8=True),
-        f"draft={DRAFT.value}": Policy.load(CHECKPOINT.value, draft=DRAFT.value),
+        f"speculative_block={SPECULATIVE_BLOCK.value}": Policy.load(
+            CHECKPOINT.value, speculative_block=SPECULATIVE_BLOCK.value
+        ),
     }
     found = {name: compare(policy, moments) for name, policy in policies.items()}
     rows = [

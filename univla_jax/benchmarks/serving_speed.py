@@ -104,7 +104,7 @@ def figures(
     policy: Policy, clients: int, requests: int, compared: int, turns: int
 ) -> dict[str, Any]:
     """Everything the command prints."""
-    startup.warm(policy, clients, lambda message: None)
+    startup.warmup(policy, clients, lambda message: None)
     compiled = compilations()
     before = len(compiled)
     expected = [alone(policy, robot, requests) for robot in range(clients)]

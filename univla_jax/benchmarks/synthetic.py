@@ -23,7 +23,7 @@ from univla_jax.inference.loaded_model import Layout, LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
-from univla_jax.models.decoder import Decoder, project
+from univla_jax.models.decoder import Decoder, compute_logits
 from univla_jax.models.decoder_config import DecoderConfig, preset
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.fast import FastTokenizer
@@ -83,7 +83,7 @@ def grids(corpus: DatasetConfig, views: Sequence[str] = ()) -> dict[str, tuple[i
 
 
 class SyntheticEpisodes:
-    """Episodes by number; all codes are 0 and take no memory."""
+    """Episodes by number; all codes are 0 and take no cached."""
 
     def __init__(self, corpus: str, lengths: Lengths, *, views: Sequence[str] = ()) -> None:
         """Draws the lengths; ``views`` are all by default."""
@@ -256,7 +256,7 @@ def prefill(problem: DecodeProblem, sampler: Sampler | None = None) -> DecodeSta
     """The prompt read, with room for what follows."""
     slots = problem.prompt.shape[1] + problem.count + 8
     state = (sampler or problem.sampler).prefill(problem.prompt, slots=slots)
-    jax.block_until_ready(state.rows)
+    jax.block_until_ready(state.batch)
     return state
 
 
@@ -269,10 +269,10 @@ def decode(problem: DecodeProblem, state: DecodeState, sampler: Sampler | None =
     return generated
 
 
-def decode_drafted(problem: DecodeProblem, state: DecodeState, copied: np.ndarray) -> tuple:
-    """The same N tokens with drafts copied from int32 [B, H]; also the steps it took."""
+def decode_drafted(problem: DecodeProblem, state: DecodeState, draft_source: np.ndarray) -> tuple:
+    """The same N tokens with drafts draft_source from int32 [B, H]; also the steps it took."""
     generated, _, steps = problem.sampler.generate_speculative(
-        state, max_new_tokens=problem.count, allowed=problem.allowed, copied=copied
+        state, max_new_tokens=problem.count, allowed=problem.allowed, draft_source=draft_source
     )
     return np.asarray(generated.tokens), steps
 
@@ -297,24 +297,24 @@ def episode(problem: DecodeProblem, kept: str, calls: int = 4) -> list[tuple[Spe
     """
     rules = GenerationRules(problem.allowed, int(problem.allowed[-1]), problem.count)
     whole = _OPENING + 2 * _TURN + problem.count
-    continuer = PrefixCache(problem.sampler, rules, lengths=(_TURN + 1, whole))
-    continuer.warm(1)
+    prefix_cache = PrefixCache(problem.sampler, rules, lengths=(_TURN + 1, whole))
+    prefix_cache.warmup(1)
     rng = np.random.default_rng(1)
     turns = rng.integers(0, _some_ids(problem), (calls, _TURN)).astype(np.int32)
     opening = problem.prompt[0, :_OPENING]
     window: list[np.ndarray] = []
-    memory, results = None, []
+    cached, results = None, []
     for turn in turns:
         window = [*window[-2:], turn]
         prompt = np.concatenate([opening, *window])
-        (answer,), spent = timed(lambda p=prompt, m=memory: continuer.answer([p], [m]))
-        memory = None if kept == "nothing" else answer.memory
+        (answer,), spent = timed(lambda p=prompt, m=cached: prefix_cache.complete([p], [m]))
+        cached = None if kept == "nothing" else answer.cached_prefix
         results.append((spent, answer.ids))
         window.append(answer.ids)
         prefix = np.concatenate([opening, *window[-2:]])
-        if kept == "ahead" and continuer.should_prefill(prefix, memory):
-            (memory,) = continuer.prefill_ahead([prefix])
-            jax.block_until_ready(memory.cache)  # done before the next call, so not in its time
+        if kept == "ahead" and prefix_cache.should_prefill(prefix, cached):
+            (cached,) = prefix_cache.prefill_ahead([prefix])
+            jax.block_until_ready(cached.cache)  # done before the next call, so not in its time
     return results
 
 
@@ -345,7 +345,7 @@ def rollout(
                 state = sampler.extend(state, between)
             else:
                 state = sampler.prefill(known, slots=slots)
-            jax.block_until_ready(state.rows)
+            jax.block_until_ready(state.batch)
             return state
 
         state, spent = timed(read)
@@ -369,9 +369,11 @@ def agreement(problem: DecodeProblem, other: Sampler) -> float:
     places = np.arange(problem.prompt.shape[1])[None]
 
     def choices(sampler: Sampler) -> np.ndarray:
-        params = int8.restored(sampler.params, np.float32)
+        params = int8.dequantize_params(sampler.params, np.float32)
         hidden, _ = sampler.model.apply({"params": params}, problem.prompt, places)
-        logits = project(hidden, int8.rows(params["head"], problem.allowed, np.float32))
+        logits = compute_logits(
+            hidden, int8.dequantized_rows(params["head"], problem.allowed, np.float32)
+        )
         return np.asarray(jnp.argmax(logits, axis=-1))
 
     return float(np.mean(choices(problem.sampler) == choices(other)))

@@ -164,7 +164,7 @@ def action_scores(
       UserError: no policy; an episode without the state that the policy was trained with; or all
         are shorter than a chunk.
     """
-    policy = Policy(trained, corpus=corpus, rows=rows)
+    policy = Policy(trained, corpus=corpus, batch_size=rows)
     moments = [moment for episode in episodes for moment in _moments(policy, episode)]
     if not moments:
         raise UserError(f"every episode is shorter than a chunk of {policy.chunk} steps")

@@ -248,7 +248,10 @@ class _Study:
 
     def _load(self, **changes: Any) -> Policy:
         return Policy.load(
-            self._checkpoint, corpus=self._benchmark.corpus, rows=self._config.batch, **changes
+            self._checkpoint,
+            corpus=self._benchmark.corpus,
+            batch_size=self._config.batch,
+            **changes,
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.inference.int8 import restored
+from univla_jax.inference.int8 import dequantize_params
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.prefix_cache import CachedPrefix, GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prompts
@@ -40,7 +40,7 @@ class Session:
       invalid: how many of them did not decode.
       last_action: float32 [A], the end of the last chunk given out.
       last_ids: int32 [n], what the last chunk was decoded from.
-      memory: keys and values of what was read for the last chunk; only saves time.
+      cached_prefix: keys and values of what was read for the last chunk; only saves time.
     """
 
     history: History
@@ -50,7 +50,7 @@ class Session:
     invalid: int = 0
     last_action: np.ndarray | None = None
     last_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    memory: CachedPrefix | None = None
+    cached_prefix: CachedPrefix | None = None
 
     def seeing(self, instruction: str, turn: np.ndarray) -> History:
         """The history with a new observation; the session itself stays as it is."""
@@ -59,10 +59,14 @@ class Session:
         return history.observe(turn)
 
     def keep(
-        self, instruction: str, history: History, chunk: ActionChunk, memory: CachedPrefix | None
+        self,
+        instruction: str,
+        history: History,
+        chunk: ActionChunk,
+        cached_prefix: CachedPrefix | None,
     ) -> None:
         """Remembers a call that succeeded; the history holds its observation and ids."""
-        self.history, self.instruction, self.memory = history, instruction, memory
+        self.history, self.instruction, self.cached_prefix = history, instruction, cached_prefix
         self.last_ids = history.actions[-1]
         self.chunks += 1
         self.invalid += not chunk.valid
@@ -77,7 +81,7 @@ class SessionLru:
     """
 
     def __init__(self, most: int) -> None:
-        """Keeps ``most`` memories, at least 1."""
+        """Keeps the cached prefixes of ``most`` sessions, at least 1."""
         self._most = most
         self._waiting: weakref.WeakKeyDictionary[Session, bool] = weakref.WeakKeyDictionary()
 
@@ -87,7 +91,7 @@ class SessionLru:
             self._waiting.pop(session, None)
             self._waiting[session] = True
         for session in list(self._waiting)[: -self._most]:
-            session.memory = None
+            session.cached_prefix = None
             del self._waiting[session]
 
     def take(self, count: int) -> list[Session]:
@@ -148,7 +152,7 @@ def sample_actions(
 def _integrate(expert, params, hidden, noise, lengths, *, steps):
     variables = {"params": params}
     if expert.config.causal:
-        cache = expert.apply(variables, hidden, method="read")
+        cache = expert.apply(variables, hidden, method="prefill")
 
     def velocity(z_BTA, tau_B):
         if expert.config.causal:
@@ -176,13 +180,13 @@ class ActionPrediction:
     Attributes:
       decoded: normalized actions float64 [T, A], valid or not.
       ids: int32 [n], what the history keeps as this chunk's action.
-      memory: what the cache holds now, or None.
-      overridden: how many ids are not the likeliest, because those would make no whole chunk.
+      cached_prefix: what the cache holds now, or None.
+      num_overridden: how many ids are not the likeliest, because those would make no whole chunk.
     """
 
     decoded: DecodedActions
     ids: np.ndarray
-    memory: CachedPrefix | None = None
+    cached_prefix: CachedPrefix | None = None
     num_overridden: int = 0
 
 
@@ -195,12 +199,12 @@ class ActionDecoder(Protocol):
         """One answer per prompt, int32 [n] each, of the sessions in the same order."""
         ...
 
-    def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
+    def prepare(self, lengths: Sequence[int], batch_size: int | None) -> None:
         """Told once: new tokens of the usual calls, and the rows of every batch if fixed."""
         ...
 
-    def warm(self, rows: int) -> None:
-        """Compiles what calls with ``rows`` rows use."""
+    def warmup(self, batch_size: int) -> None:
+        """Compiles what a call with ``batch_size`` robots uses."""
         ...
 
     def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
@@ -220,7 +224,7 @@ class TokenActionDecoder:
 
     Attributes:
       rules: what may be generated.
-      continuer: reads and chooses.
+      prefix_cache: completes prompts.
     """
 
     def __init__(
@@ -229,7 +233,7 @@ class TokenActionDecoder:
         chunk: tuple[int, int],
         *,
         max_new_tokens: int | None = None,
-        draft: int = 0,
+        speculative_block: int = 0,
         free_form: bool = False,
     ) -> None:
         """Takes the tokenizer of a checkpoint.
@@ -239,7 +243,7 @@ class TokenActionDecoder:
           chunk: T and A.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
-          draft: tokens read per step when guessing from the chunk before, 0 for one at a time.
+          speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
           free_form: any action ids in any order, as the reference has it.
         """
         vocabulary, tokenizer = trained.assets.vocabulary, trained.assets.require("action")
@@ -247,27 +251,34 @@ class TokenActionDecoder:
         longest = tokenizer.max_tokens(*chunk) + 1
         codes = vocabulary.action_ids(np.arange(tokenizer.vocabulary_size))
         grammar = None if free_form else tokenizer.grammar(*chunk)
-        form = None if grammar is None else GrammarMask.of(grammar, codes, vocabulary.eoa)
+        mask = None if grammar is None else GrammarMask.from_grammar(grammar, codes, vocabulary.eoa)
         allowed = np.append(codes, vocabulary.eoa)
         count = max_new_tokens or longest
-        self.rules = GenerationRules(allowed, vocabulary.eoa, count, form=form, draft=draft)
+        self.rules = GenerationRules(
+            allowed, vocabulary.eoa, count, grammar=mask, speculative_block=speculative_block
+        )
         self._sampler = Sampler(trained.model, trained.params)
 
-    def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
+    def prepare(self, lengths: Sequence[int], batch_size: int | None) -> None:
         """Fixes the shapes; see ``PrefixCache``."""
-        self.continuer = PrefixCache(self._sampler, self.rules, lengths=lengths, rows=rows)
+        self.prefix_cache = PrefixCache(
+            self._sampler, self.rules, lengths=lengths, batch_size=batch_size
+        )
 
     def answer(
         self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
     ) -> list[ActionPrediction]:
         """See ``ActionDecoder``."""
-        memories = [session.memory for session in sessions]
+        cached_prefixes = [session.cached_prefix for session in sessions]
         for session in sessions:
-            session.memory = None  # the call consumes it
+            session.cached_prefix = None  # the call consumes it
         before = [session.last_ids for session in sessions]
-        answers = self.continuer.answer(prompts, memories, copied=before, timer=timer)
+        answers = self.prefix_cache.complete(
+            prompts, cached_prefixes, draft_sources=before, timer=timer
+        )
         return [
-            ActionPrediction(self.decode(a.ids), a.ids, a.memory, a.num_overridden) for a in answers
+            ActionPrediction(self.decode(a.ids), a.ids, a.cached_prefix, a.num_overridden)
+            for a in answers
         ]
 
     def decode(self, ids: np.ndarray) -> DecodedActions:
@@ -279,18 +290,18 @@ class TokenActionDecoder:
         codes = self._vocabulary.action_codes(ids[:-1]).tolist()
         return self._tokenizer.decode(codes, *self._chunk)
 
-    def warm(self, rows: int) -> None:
+    def warmup(self, batch_size: int) -> None:
         """See ``ActionDecoder``."""
-        self.continuer.warm(rows)
+        self.prefix_cache.warmup(batch_size)
 
     def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
         """See ``ActionDecoder``."""
-        return self.continuer.should_prefill(prefix, session.memory)
+        return self.prefix_cache.should_prefill(prefix, session.cached_prefix)
 
     def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
         """See ``ActionDecoder``."""
-        for session, memory in zip(sessions, self.continuer.prefill_ahead(prefixes)):
-            session.memory = memory
+        for session, cached_prefix in zip(sessions, self.prefix_cache.prefill_ahead(prefixes)):
+            session.cached_prefix = cached_prefix
 
 
 class FlowActionDecoder:
@@ -321,20 +332,22 @@ class FlowActionDecoder:
         self._trained, self._expert, self._params = trained, expert, params
         self._chunk, self._steps = chunk, steps
 
-    def prepare(self, lengths: Sequence[int], rows: int | None) -> None:
+    def prepare(self, lengths: Sequence[int], batch_size: int | None) -> None:
         """Fixes the rows of every batch; prompts are padded to a bucket."""
-        self._rows, self._usual = rows, lengths[1:]
+        self._batch_size, self._usual = batch_size, lengths[1:]
 
     def answer(
         self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
     ) -> list[ActionPrediction]:
         """See ``ActionDecoder``; the history keeps an eoa, since there are no action ids."""
         trained = self._trained
-        tokens, lengths = pad_prompts(prompts, trained.assets.vocabulary.pad, rows=self._rows)
-        with timer.section("read") as results:
+        tokens, lengths = pad_prompts(
+            prompts, trained.assets.vocabulary.pad, batch_size=self._batch_size
+        )
+        with timer.section("prefill") as results:
             hidden = _hidden(trained.model, trained.params, tokens)
             results.append(hidden)
-        with timer.section("write") as results:
+        with timer.section("decode") as results:
             seeds = [(s.seed, s.chunks) for s in sessions]
             seeds += seeds[:1] * (len(tokens) - len(seeds))
             noise = jnp.stack([_noise(*seed, self._chunk) for seed in seeds])
@@ -346,12 +359,12 @@ class FlowActionDecoder:
         rows = np.asarray(actions, np.float64)[: len(prompts)]
         return [ActionPrediction(self._checked(row), closing) for row in rows]
 
-    def warm(self, rows: int) -> None:
+    def warmup(self, batch_size: int) -> None:
         """Compiles the buckets of the usual prompts; the flow has no cache to fix shapes by."""
         session = Session(history=None)
         for length in sorted({length_bucket(length) for length in self._usual}):
             prompt = np.full(length, self._trained.assets.vocabulary.bos, np.int32)
-            self.answer([prompt] * rows, [session] * rows, Timer())
+            self.answer([prompt] * batch_size, [session] * batch_size, Timer())
 
     def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
         """Never: the expert reads all hidden states anew."""
@@ -387,8 +400,10 @@ def make_action_decoder(
             f"{trained.folder} is of the layout 'policy_flow', but has no action expert; take a "
             "checkpoint that has one"
         )
-    if options.get("draft"):
-        raise UserError("draft: guesses tokens, but the action expert writes none; leave it at 0")
+    if options.get("speculative_block"):
+        raise UserError(
+            "speculative_block: guesses tokens, but the action expert writes none; leave it at 0"
+        )
     return FlowActionDecoder(trained, trained.expert, trained.expert_params, chunk)
 
 
@@ -396,7 +411,7 @@ def make_action_decoder(
 def _hidden(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
     """Hidden states [B, S, D]; what stands behind a row's end is not seen by the expert."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    params = restored(params, model.config.compute_dtype)
+    params = dequantize_params(params, model.config.compute_dtype)
     return model.apply({"params": params}, tokens, positions)[0]
 
 

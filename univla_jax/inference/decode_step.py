@@ -14,11 +14,11 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.inference import int8
-from univla_jax.inference.sampling import restrict, sample_token
+from univla_jax.inference.sampling import apply_grammar, sample_token
 from univla_jax.models.attention import MASKED, attention
-from univla_jax.models.decoder import Block, Decoder, LayerInputs, mask_padding, project
+from univla_jax.models.decoder import Block, Decoder, LayerInputs, compute_logits, mask_padded_vocab
 from univla_jax.models.kv_cache import KVCache
-from univla_jax.models.layers import Rotation
+from univla_jax.models.layers import RotaryEmbedding
 
 # ----------------------------------------------------------------------------
 # Where a batch of sequences stands between calls of the sampler.
@@ -54,34 +54,34 @@ class DecodeState:
     """Where a batch of sequences stands. Calls consume it: use the returned one, or ``copy``.
 
     Attributes:
-      rows: device arrays.
+      batch: device arrays.
       bound: no row has more tokens than this, pending ones included.
       has_pending: whether some row may have a pending token.
     """
 
-    rows: DecodeBatch
+    batch: DecodeBatch
     bound: int
     has_pending: bool = False
 
     @property
     def lengths(self) -> jax.Array:
         """int32 [B], tokens of each row, pending ones included."""
-        return self.rows.lengths + (self.rows.pending != NO_TOKEN)
+        return self.batch.lengths + (self.batch.pending != NO_TOKEN)
 
     def copy(self) -> DecodeState:
         """The same state in buffers of its own, to continue one prefix in several ways."""
-        return dataclasses.replace(self, rows=jax.tree.map(jnp.copy, self.rows))
+        return dataclasses.replace(self, batch=jax.tree.map(jnp.copy, self.batch))
 
     def select(self, indices: np.ndarray) -> DecodeState:
         """The rows ``indices`` (int32 [B']) in that order, repeats allowed, in new buffers."""
-        indices, rows = jnp.asarray(indices), self.rows
+        indices, rows = jnp.asarray(indices), self.batch
         kept = DecodeBatch(
-            rows.cache.rows(indices),
+            rows.cache.select(indices),
             rows.lengths[indices],
             rows.hidden[indices],
             rows.pending[indices],
         )
-        return dataclasses.replace(self, rows=kept)
+        return dataclasses.replace(self, batch=kept)
 
     def rewind(self, lengths: np.ndarray) -> DecodeState:
         """Forgets all but the first ``lengths`` (int32 [B]) tokens; extend before generate.
@@ -90,11 +90,11 @@ class DecodeState:
           UserError: a length that the cache does not hold.
         """
         lengths = np.asarray(lengths, np.int32)
-        held = np.asarray(self.rows.lengths)
+        held = np.asarray(self.batch.lengths)
         if lengths.shape != held.shape or (lengths > held).any() or (lengths < 0).any():
             raise UserError(f"rewind to {lengths.tolist()}: the cache holds {held.tolist()} tokens")
-        pending = jnp.full_like(self.rows.pending, NO_TOKEN)
-        rows = self.rows.replace(lengths=jnp.asarray(lengths), pending=pending)
+        pending = jnp.full_like(self.batch.pending, NO_TOKEN)
+        rows = self.batch.replace(lengths=jnp.asarray(lengths), pending=pending)
         return DecodeState(rows, bound=int(lengths.max()))
 
 
@@ -106,7 +106,7 @@ class Generated:
       tokens: int32 [B, N], the stop id included, -1 behind each row's end.
       lengths: int32 [B], tokens chosen per row.
       stopped: bool [B], whether the row ended with the stop id (else N ran out).
-      overridden: int32 [B], how often the likeliest id was one that the form rules out.
+      num_overridden: int32 [B], how often the likeliest id was one that the grammar rules out.
     """
 
     tokens: jax.Array
@@ -127,7 +127,7 @@ class Generated:
 
 
 @flax.struct.dataclass
-class LayerSlots:
+class DecodeLayerCache:
     """Keys and values of one layer while tokens are added.
 
     Attributes:
@@ -141,7 +141,7 @@ class LayerSlots:
     values: jax.Array
     positions: jax.Array
 
-    def write(self, key: jax.Array, value: jax.Array) -> LayerSlots:
+    def write(self, key: jax.Array, value: jax.Array) -> DecodeLayerCache:
         """Puts the new tokens' keys and values [B, S, K, C] at their slots."""
         keys = _put(self.keys, key, self.positions)
         return self.replace(keys=keys, values=_put(self.values, value, self.positions))
@@ -170,19 +170,19 @@ def _put(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     return put(slots, new, positions)
 
 
-def layer_params(params: Any, layers: int) -> list[Any]:
+def unstack_layer_params(params: Any, layers: int) -> list[Any]:
     """The parameters of each layer by itself, from the decoder's stacked ones."""
     stacked = params["stack"]["layers"]
     return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers)]
 
 
-def open_slots(cache: KVCache, window: int) -> list[tuple[jax.Array, jax.Array]]:
+def unstack_cache(cache: KVCache, window: int) -> list[tuple[jax.Array, jax.Array]]:
     """Keys and values [B, K, window, C] of every layer."""
     cut = lambda x: x[:, :, :window].swapaxes(2, 3)  # noqa: E731
     return list(zip(cut(cache.keys), cut(cache.values)))
 
 
-def close_slots(cache: KVCache, slots: Sequence[tuple[jax.Array, jax.Array]]) -> KVCache:
+def update_cache(cache: KVCache, slots: Sequence[tuple[jax.Array, jax.Array]]) -> KVCache:
     """The cache with its first slots replaced by those of every layer."""
     keys, values = (jnp.stack(x).swapaxes(2, 3) for x in zip(*slots))
     put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)  # noqa: E731
@@ -202,7 +202,7 @@ def decode_tokens(
     Args:
       model: the decoder.
       params: its parameters outside the layers.
-      layers: parameters of each layer (``layer_params``).
+      layers: parameters of each layer (``unstack_layer_params``).
       tokens: int32 [B, S].
       positions: int32 [B], slot and position of each row's first token.
       slots: keys and values [B, K, M, C] of each layer.
@@ -212,14 +212,14 @@ def decode_tokens(
     """
     config = model.config
     places = positions[:, None] + jnp.arange(tokens.shape[1])
-    rotation = Rotation.at(places, config.head_dim, config.rope_theta)
+    rotation = RotaryEmbedding.at_positions(places, config.head_dim, config.rope_theta)
     x = model.apply({"params": params}, tokens, method="embed")
     written = []
     for number, (layer, (keys, values)) in enumerate(zip(layers, slots, strict=True)):
         inputs = LayerInputs(
             rotation=rotation,
             segment_ids=None,
-            cache=LayerSlots(keys, values, positions),
+            cache=DecodeLayerCache(keys, values, positions),
             starts=positions,
             window=keys.shape[2],
             train=False,
@@ -241,7 +241,7 @@ def decode_tokens(
 
 
 @flax.struct.dataclass
-class PackedRows:
+class PackedSequences:
     """Which token stands where, and the keys and values of a layer once they are written.
 
     Attributes:
@@ -261,7 +261,9 @@ class PackedRows:
     implementation: str = flax.struct.field(pytree_node=False, default="auto")
 
     @classmethod
-    def of(cls, lengths: jax.Array, tokens: int, width: int, implementation: str) -> PackedRows:
+    def of(
+        cls, lengths: jax.Array, tokens: int, width: int, implementation: str
+    ) -> PackedSequences:
         """Rows of ``lengths`` [B], S at most, in T tokens; those left over count to the last."""
         ends = jnp.cumsum(lengths)
         begins = ends - lengths
@@ -271,7 +273,7 @@ class PackedRows:
         token = jnp.minimum(begins[:, None] + jnp.arange(width), tokens - 1)
         return cls(row, place, token, implementation=implementation)
 
-    def write(self, key: jax.Array, value: jax.Array) -> PackedRows:
+    def write(self, key: jax.Array, value: jax.Array) -> PackedSequences:
         """Keys and values [1, T, K, C], row by row."""
         return self.replace(keys=key[0, self.token], values=value[0, self.token])
 
@@ -282,7 +284,7 @@ class PackedRows:
         return out[self.row, self.place][None]
 
 
-def prefill_packed_rows(
+def packed_forward(
     model: Decoder, params: Any, tokens: jax.Array, lengths: jax.Array, width: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Rows of unequal length, equal to ``Decoder.__call__`` on each.
@@ -299,9 +301,11 @@ def prefill_packed_rows(
       [L, B, S, K, C], which mean nothing behind a row's end.
     """
     config = model.config
-    packed = PackedRows.of(lengths, tokens.shape[0], width, config.attention)
+    packed = PackedSequences.of(lengths, tokens.shape[0], width, config.attention)
     inputs = LayerInputs(
-        rotation=Rotation.at(packed.place[None], config.head_dim, config.rope_theta),
+        rotation=RotaryEmbedding.at_positions(
+            packed.place[None], config.head_dim, config.rope_theta
+        ),
         segment_ids=None,
         cache=packed,
         starts=None,
@@ -336,7 +340,7 @@ def prefill(model, params, tokens, lengths, *, slots):
 def prefill_packed(model, params, tokens, lengths, *, width, slots):
     """``prefill`` of rows that stand one behind the other in tokens [T], none beyond ``width``."""
     params = _variables(model, params)["params"]
-    hidden, new = prefill_packed_rows(model, params, tokens, lengths, width)
+    hidden, new = packed_forward(model, params, tokens, lengths, width)
     cache = KVCache.create(model.config, len(lengths), slots)
     cache = cache.write(*new, jnp.zeros_like(lengths))
     return DecodeBatch(cache, lengths, hidden, jnp.full_like(lengths, NO_TOKEN))
@@ -375,7 +379,7 @@ def _append(model, params, rows, tokens, lengths, window):
     donate_argnames="rows",
 )
 def generate(
-    model, params, layers, rows, ids, stop, keys, active, forced, form, *,
+    model, params, layers, rows, ids, stop, keys, active, forced, grammar, *,
     count, sampling, window, guidance,
 ):  # fmt: skip
     """The decode loop: choose, then read what was chosen and choose again until all rows end.
@@ -391,7 +395,7 @@ def generate(
       active: bool [B], rows that take part.
       forced: int32 [N] the only id that may stand at each place, negative where there is a choice;
         or None.
-      form: what whole outputs look like (``forms.GrammarMask`` over ``ids``), or None.
+      grammar: what whole outputs look like (``forms.GrammarMask`` over ``ids``), or None.
       count: N, static.
       sampling: static rules of choice.
       window: static number of leading slots that may be read.
@@ -400,21 +404,21 @@ def generate(
 
     Returns:
       rows behind the last choice, tokens int32 [B, N], chosen per row [B], stopped bool [B], ids
-      per row that the form ruled out where they were the likeliest [B].
+      per row that the grammar ruled out where they were the likeliest [B].
     """
-    head = int8.rows(params["head"], ids, model.config.compute_dtype)
+    head = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
 
     def pick(hidden, step, place):
-        logits = project(hidden, head)
+        logits = compute_logits(hidden, head)
         if guidance != 1:
             given, without = jnp.split(logits, 2)
             logits = without + guidance * (given - without)
         if ids is None:
-            logits = mask_padding(logits, model.config.vocab_size)
+            logits = mask_padded_vocab(logits, model.config.vocab_size)
         drawn = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        logits, num_overridden = restrict(form, place, logits)
+        logits, num_overridden = apply_grammar(grammar, place, logits)
         column = sample_token(logits, sampling, drawn)
-        place = None if form is None else form.after(place, column)
+        place = None if grammar is None else grammar.next_state(place, column)
         choice = column if ids is None else ids[column]
         if guidance != 1:
             choice, num_overridden = jnp.tile(choice, 2), jnp.tile(num_overridden, 2)
@@ -444,9 +448,9 @@ def generate(
 
     batch = active.shape[0]
     tokens = jnp.full((batch, count), NO_TOKEN, jnp.int32)
-    place = None if form is None else form.start(batch)
+    place = None if grammar is None else grammar.initial_state(batch)
     num_overridden = jnp.zeros(batch, jnp.int32)
-    slots = open_slots(rows.cache, window)
+    slots = unstack_cache(rows.cache, window)
     start = take(
         (slots, rows.lengths, tokens, jnp.int32(0), active, place, num_overridden), rows.hidden
     )
@@ -455,7 +459,7 @@ def generate(
     chosen = jnp.sum(tokens != NO_TOKEN, axis=1)
     last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
     rows = DecodeBatch(
-        close_slots(rows.cache, slots),
+        update_cache(rows.cache, slots),
         lengths,
         hidden,
         jnp.where(chosen > 0, last, rows.pending),
@@ -469,14 +473,14 @@ def read_tokens(model, params, layers, tokens, lengths, slots):
     Layers of their own are used as they are; else they are cut from the stacked ones here, in the
     loop, so that no second copy stays.
     """
-    layers = layers or layer_params(params, model.config.num_layers)
-    layers = int8.restored(layers, model.config.compute_dtype)
+    layers = layers or unstack_layer_params(params, model.config.num_layers)
+    layers = int8.dequantize_params(layers, model.config.compute_dtype)
     return decode_tokens(model, _outside(model, params), layers, tokens, lengths, slots)
 
 
 def _variables(model, params):
     """What ``model.apply`` takes; the head, which no reading uses, may be quantized."""
-    stack = int8.restored(params["stack"], model.config.compute_dtype)
+    stack = int8.dequantize_params(params["stack"], model.config.compute_dtype)
     return {"params": {**_outside(model, params), "stack": stack}}
 
 

@@ -51,7 +51,7 @@ class Execution:
 
 
 @dataclasses.dataclass(eq=False)
-class Plan:
+class ExecutorSession:
     """The session of an executed episode.
 
     Attributes:
@@ -100,9 +100,9 @@ class Executor:
         """Actions per call."""
         return self.policy.chunk if self.execution.mode == "chunk" else self.execution.steps
 
-    def start(self, seed: int = 0) -> Plan:
+    def start(self, seed: int = 0) -> ExecutorSession:
         """The memory of a new episode."""
-        return Plan(self.policy.start(seed))
+        return ExecutorSession(self.policy.start(seed))
 
     def check(self, observation: Observation, name: str = "observation") -> None:
         """Raises UserError for an observation that ``act`` would refuse."""
@@ -115,7 +115,7 @@ class Executor:
     def act(
         self,
         observations: Sequence[Observation],
-        sessions: Sequence[Plan],
+        sessions: Sequence[ExecutorSession],
         *,
         timer: Timer | None = None,
     ) -> list[ActionChunk]:
@@ -124,7 +124,7 @@ class Executor:
         chunks = self.policy.act(observations, inner, timer=timer)
         return [self._executed(plan, chunk) for plan, chunk in zip(sessions, chunks)]
 
-    def _executed(self, plan: Plan, chunk: ActionChunk) -> ActionChunk:
+    def _executed(self, plan: ExecutorSession, chunk: ActionChunk) -> ActionChunk:
         if self.execution.mode == "ensemble":
             return dataclasses.replace(chunk, actions=plan.join(chunk, self.execution))
         return dataclasses.replace(chunk, actions=chunk.actions[: self.steps])

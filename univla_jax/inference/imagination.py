@@ -134,7 +134,7 @@ class WorldModel:
         prompts = [imagine_prompt(text_encoder, t, c) for t, c in zip(instructions, context)]
         if guidance != 1:
             prompts += [imagine_prompt(text_encoder, "", c) for c in context]
-        tokens, lengths = pad_prompts(prompts, text_encoder.vocabulary.pad, rows=len(prompts))
+        tokens, lengths = pad_prompts(prompts, text_encoder.vocabulary.pad, batch_size=len(prompts))
         size = int(np.prod(grid))
         slots = tokens.shape[1] + frames * (size + len(between))
         state = self._sampler.prefill(tokens, lengths, slots=slots)

@@ -41,23 +41,23 @@ def quantize_params(params: Any) -> Any:
     return {**params, "stack": stack, "head": head}
 
 
-def restored(params: Any, dtype: Any) -> Any:
+def dequantize_params(params: Any, dtype: Any) -> Any:
     """The same parameters as arrays; inside ``jit``, next to where they are used."""
     return jax.tree.map(
-        lambda x: _restored(x).astype(dtype) if _is_quantized(x) else x,
+        lambda x: _dequantize(x).astype(dtype) if _is_quantized(x) else x,
         params,
         is_leaf=_is_quantized,
     )
 
 
-def rows(table: Any, ids: jax.Array | None, dtype: Any) -> jax.Array:
+def dequantized_rows(table: Any, ids: jax.Array | None, dtype: Any) -> jax.Array:
     """Rows [R, D] of a table [V, D], or all of it, in ``dtype``."""
     if ids is not None:
         table = jax.tree.map(lambda x: jnp.take(x, ids, axis=0), table)
-    return (_restored(table) if _is_quantized(table) else table).astype(dtype)
+    return (_dequantize(table) if _is_quantized(table) else table).astype(dtype)
 
 
-def size(params: Any) -> int:
+def num_bytes(params: Any) -> int:
     """Bytes of all arrays."""
     return sum(x.nbytes for x in jax.tree.leaves(params))
 
@@ -66,5 +66,5 @@ def _is_quantized(x: Any) -> bool:
     return hasattr(x, "qvalue")
 
 
-def _restored(x: Any) -> jax.Array:
+def _dequantize(x: Any) -> jax.Array:
     return x.qvalue.astype(x.scale.dtype) * x.scale

@@ -76,27 +76,27 @@ class ObservationEncoder:
             self._check_frame(np.asarray(observation.frames[view]), view, name)
 
     def encode(
-        self, observations: Sequence[Observation], rows: int | None = None
+        self, observations: Sequence[Observation], batch_size: int | None = None
     ) -> list[list[np.ndarray]]:
         """Codes of every view of every observation.
 
         Args:
           observations: checked ones.
-          rows: size of the encoded batches, at least the number of observations; missing rows
+          batch_size: size of the encoded batches, at least the number of observations; missing rows
             repeat the first, so that shapes stay the same from call to call.
 
         Returns:
           per observation, per view in order, uint16 [1, h, w].
         """
-        by_view = [self._encode_view(view, observations, rows) for view in self._specs]
+        by_view = [self._encode_view(view, observations, batch_size) for view in self._specs]
         return [[codes[i : i + 1] for codes in by_view] for i in range(len(observations))]
 
     def _encode_view(
-        self, view: str, observations: Sequence[Observation], rows: int | None
+        self, view: str, observations: Sequence[Observation], batch_size: int | None
     ) -> np.ndarray:
         spec = self._specs[view]
         frames = [spec.resize(np.asarray(o.frames[view])[None]) for o in observations]
-        frames += frames[:1] * max(0, (rows or 0) - len(frames))
+        frames += frames[:1] * max(0, (batch_size or 0) - len(frames))
         return self._vision.encode_frames(np.concatenate(frames))
 
     def _check_frame(self, frame: np.ndarray, view: str, name: str) -> None:

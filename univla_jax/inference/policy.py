@@ -32,13 +32,13 @@ from univla_jax.inference.action_decoders import (
 from univla_jax.inference.int8 import quantize_params
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.observations import NoStates, ObservationEncoder, StateEncoder
-from univla_jax.inference.sampler import Timer, row_bucket
+from univla_jax.inference.sampler import Timer, batch_bucket
 from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
 
 _LAYOUTS = ("policy_video", "policy_image", "policy_flow")
 _AHEAD_ROWS = 8  # sessions whose next prompts are begun together at most
-_MEMORIES = 64
+_MAX_CACHED_SESSIONS = 64
 _USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have room for
 
 
@@ -58,10 +58,10 @@ class Policy:
         trained: LoadedModel,
         *,
         corpus: str | None = None,
-        rows: int | None = None,
+        batch_size: int | None = None,
         max_new_tokens: int | None = None,
-        draft: int = 0,
-        memories: int = _MEMORIES,
+        speculative_block: int = 0,
+        max_cached_sessions: int = _MAX_CACHED_SESSIONS,
         free_form: bool = False,
         head: ActionDecoder | None = None,
     ) -> None:
@@ -77,13 +77,17 @@ class Policy:
         self.statistics = trained.statistics(self.corpus)
         self._encoder = ObservationEncoder(assets, layout, self.corpus)
         self.states = StateEncoder(trained, self.corpus) if layout.state else NoStates()
-        self._rows = rows
+        self._batch_size = batch_size
         shape = self.chunk, self.statistics.action_dim
         self.head = head or make_action_decoder(
-            trained, shape, max_new_tokens=max_new_tokens, draft=draft, free_form=free_form
+            trained,
+            shape,
+            max_new_tokens=max_new_tokens,
+            speculative_block=speculative_block,
+            free_form=free_form,
         )
-        self.head.prepare(self._lengths(), rows)
-        self._holders = SessionLru(memories)
+        self.head.prepare(self._lengths(), batch_size)
+        self._holders = SessionLru(max_cached_sessions)
 
     @classmethod
     def load(
@@ -93,10 +97,10 @@ class Policy:
         untrained: bool = False,
         seed: int = 0,
         corpus: str | None = None,
-        rows: int | None = None,
+        batch_size: int | None = None,
         max_new_tokens: int | None = None,
-        draft: int = 0,
-        memories: int = _MEMORIES,
+        speculative_block: int = 0,
+        max_cached_sessions: int = _MAX_CACHED_SESSIONS,
         int8: bool = False,
         free_form: bool = False,
     ) -> Policy:
@@ -107,14 +111,14 @@ class Policy:
           untrained: random parameters instead of the saved ones, as a baseline.
           seed: of the random parameters.
           corpus: row whose cameras and statistics are used; the only one by default.
-          rows: size of every batch; a call with fewer observations is padded to it, one with more
-            is split. By default the number of observations, rounded up to a bucket.
+          batch_size: of every call; one with fewer observations is padded to it, one with more is
+            split. By default the number of observations, rounded up to a bucket.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
-          draft: tokens read per step when guessing from the chunk before; 0 for one at a time.
+          speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
             The actions are the same.
-          memories: sessions whose caches are kept between calls, each as large as the cache of a
-            whole prompt; the others read their prompts anew.
+          max_cached_sessions: sessions whose key/value caches are kept between calls, each as large
+            as the cache of a whole prompt; the others prefill their prompts anew.
           int8: weights of eight bits (``int8.py``); the actions are nearly the same.
           free_form: action ids in any order, as the reference has it; by default only whole chunks.
 
@@ -128,10 +132,10 @@ class Policy:
         return cls(
             trained,
             corpus=corpus,
-            rows=rows,
+            batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            draft=draft,
-            memories=memories,
+            speculative_block=speculative_block,
+            max_cached_sessions=max_cached_sessions,
             free_form=free_form,
         )
 
@@ -163,7 +167,7 @@ class Policy:
         Args:
           observations: one per robot.
           sessions: of the same robots, from ``start``; each gets its observation and action added.
-          timer: gets the parts ``observe``, ``read`` and ``write``.
+          timer: gets the sections ``encode``, ``prefill`` and ``decode``.
 
         Returns:
           one chunk per robot, float32 [T, A] in physical units. Ids that decode to no whole chunk
@@ -181,7 +185,7 @@ class Policy:
             raise UserError("a session was given twice; start one per robot")
         for i, observation in enumerate(observations):
             self.check(observation, f"observation {i}")
-        size = self._rows or max(1, len(observations))
+        size = self._batch_size or max(1, len(observations))
         chunks: list[ActionChunk] = []
         for start in range(0, len(observations), size):
             part = slice(start, start + size)
@@ -192,11 +196,11 @@ class Policy:
         """A black observation of a size the policy takes."""
         return dataclasses.replace(self._encoder.example(), state=self.states.example())
 
-    def warm(self, rows: int) -> None:
-        """Compiles what calls with ``rows`` robots use."""
-        size = self._rows or row_bucket(rows)
+    def warmup(self, batch_size: int) -> None:
+        """Compiles what a call with ``batch_size`` robots uses."""
+        size = self._batch_size or batch_bucket(batch_size)
         self._encoder.encode([self.example()], size)
-        self.head.warm(size)
+        self.head.warmup(size)
 
     def check(self, observation: Observation, name: str = "observation") -> None:
         """Checks one observation as ``act`` does.
@@ -222,7 +226,7 @@ class Policy:
         Returns:
           whether there was anything to do.
         """
-        sessions = self._holders.take(self._rows or _AHEAD_ROWS)
+        sessions = self._holders.take(self._batch_size or _AHEAD_ROWS)
         prefixes = [self._prefix(session) for session in sessions]
         wanted = [
             (session, prefix)
@@ -244,8 +248,10 @@ class Policy:
         timer: Timer,
     ) -> list[ActionChunk]:
         text_encoder = self.trained.text_encoder
-        with timer.section("observe"):
-            seen = self._encoder.encode(observations, self._rows or row_bucket(len(observations)))
+        with timer.section("encode"):
+            seen = self._encoder.encode(
+                observations, self._batch_size or batch_bucket(len(observations))
+            )
             states = self.states.encode([observation.state for observation in observations])
         histories = [
             session.seeing(observation.instruction, turn_prompt(text_encoder, views, state))
@@ -260,7 +266,7 @@ class Policy:
         for i, (session, answer) in enumerate(zip(sessions, answers)):
             chunk = self._chunk(answer, session.last_action)
             history = histories[i].act(closed(text_encoder.vocabulary, answer.ids))
-            session.keep(observations[i].instruction, history, chunk, answer.memory)
+            session.keep(observations[i].instruction, history, chunk, answer.cached_prefix)
             chunks.append(chunk)
         self._holders.called(sessions)
         return chunks

@@ -21,7 +21,7 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
-from univla_jax.inference.sampler import Sampler, Timer, length_bucket, row_bucket
+from univla_jax.inference.sampler import Sampler, Timer, batch_bucket, length_bucket
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.kv_cache import KVCache
 
@@ -44,20 +44,20 @@ class CachedPrefix:
     ids: np.ndarray
 
 
-def common(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the common beginning of two id lists."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if len(differs) else n
 
 
-def grown(cache: KVCache, slots: int) -> KVCache:
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The cache with room for at least ``slots`` tokens per row."""
     return cache if cache.slots >= slots else cache.grow(slots)
 
 
 @jax.jit
-def split(rows: DecodeBatch) -> list[DecodeBatch]:
+def split_batch(rows: DecodeBatch) -> list[DecodeBatch]:
     """Each row by itself."""
     caches = [jax.tree.map(lambda x, i=i: x[:, i : i + 1], rows.cache) for i in _each(rows)]
     cut = lambda x: [x[i : i + 1] for i in _each(rows)]  # noqa: E731
@@ -65,14 +65,14 @@ def split(rows: DecodeBatch) -> list[DecodeBatch]:
 
 
 @jax.jit
-def joined(rows: tuple[DecodeBatch, ...]) -> DecodeBatch:
+def concat_batches(rows: tuple[DecodeBatch, ...]) -> DecodeBatch:
     """One batch of single rows with caches of the same slots."""
     rest = zip(*map(_outside, rows))
     cache = _stack(tuple(row.cache for row in rows))
     return DecodeBatch(cache, *(jnp.concatenate(parts) for parts in rest))
 
 
-def stacked(caches: Sequence[KVCache], lengths: np.ndarray, hidden: np.ndarray) -> DecodeState:
+def stack_caches(caches: Sequence[KVCache], lengths: np.ndarray, hidden: np.ndarray) -> DecodeState:
     """One batch of caches of one row each, and what else they need.
 
     Args:
@@ -115,8 +115,8 @@ class GenerationRules:
       stop_id: ends it.
       max_new_tokens: the most ids chosen.
       sampling: how.
-      form: what whole continuations look like, over the allowed ids; None for any form.
-      draft: tokens read per step when guessing ahead (``drafting.py``), 0 for one at a time; only
+      grammar: what whole continuations look like, over the allowed ids; None for any grammar.
+      speculative_block: tokens verified per speculative decode step, 0 for one at a time; only
         for greedy choice.
     """
 
@@ -124,13 +124,13 @@ class GenerationRules:
     stop_id: int
     max_new_tokens: int
     sampling: Sampling = GREEDY
-    form: GrammarMask | None = None
-    draft: int = 0
+    grammar: GrammarMask | None = None
+    speculative_block: int = 0
 
     def __post_init__(self) -> None:
         """Raises UserError for drafts that could not be verified."""
-        if self.draft and not self.sampling.greedy:
-            raise UserError("drafts need greedy choice; set draft=0")
+        if self.speculative_block and not self.sampling.greedy:
+            raise UserError("drafts need greedy choice; set speculative_block=0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +139,12 @@ class Completion:
 
     Attributes:
       ids: int32 [n] chosen, up to and with the stop id where it was reached.
-      memory: what is left of the sequence.
-      overridden: how many of them are not the likeliest, because the form rules that one out.
+      cached_prefix: what is left of the sequence.
+      num_overridden: ids that the grammar forced away from the likeliest one.
     """
 
     ids: np.ndarray
-    memory: CachedPrefix
+    cached_prefix: CachedPrefix
     num_overridden: int
 
 
@@ -161,7 +161,7 @@ class PrefixCache:
         rules: GenerationRules,
         *,
         lengths: Sequence[int],
-        rows: int | None = None,
+        batch_size: int | None = None,
     ) -> None:
         """Fixes the shapes.
 
@@ -173,9 +173,9 @@ class PrefixCache:
           rows: size of every batch; by default a bucket of what is asked.
         """
         self.rules = rules
-        self._sampler, self._rows = sampler, rows
+        self._sampler, self._batch_size = sampler, batch_size
         self._lengths = sorted({length_bucket(n) for n in lengths})
-        room = max(rules.max_new_tokens + rules.draft, _ROUNDING)
+        room = max(rules.max_new_tokens + rules.speculative_block, _ROUNDING)
         self._slots = length_bucket(self._lengths[-1] + room)
         self._behind = length_bucket(self._lengths[-1] - self._lengths[0])
 
@@ -183,89 +183,93 @@ class PrefixCache:
         """What ``length`` new tokens are padded to."""
         return next((n for n in self._lengths if length <= n), length_bucket(length))
 
-    def answer(
+    def complete(
         self,
         prompts: Sequence[np.ndarray],
-        memories: Sequence[CachedPrefix | None],
+        cached_prefixes: Sequence[CachedPrefix | None],
         *,
-        copied: Sequence[np.ndarray] | None = None,
+        draft_sources: Sequence[np.ndarray] | None = None,
         timer: Timer | None = None,
     ) -> list[Completion]:
         """Continues every prompt.
 
         Args:
           prompts: int32 [n] each.
-          memories: what is left of the call before, consumed; None where there is nothing.
-          copied: per prompt what drafts are copied from, int32 [h]; nothing by default.
-          timer: gets the parts ``read`` and ``write``.
+          cached_prefixes: what is left of the call before, consumed; None where there is nothing.
+          draft_sources: per prompt what drafts are copied from, int32 [h]; nothing by default.
+          timer: gets the sections ``prefill`` and ``decode``.
 
         Returns:
           one continuation per prompt.
         """
         timer = timer or Timer()
-        with timer.section("read") as results:
-            state = self._read(prompts, memories)
-            results.append(state.rows)
-        with timer.section("write") as results:
-            generated, state = self._write(state, len(prompts), copied or [])
+        with timer.section("prefill") as results:
+            state = self._read(prompts, cached_prefixes)
+            results.append(state.batch)
+        with timer.section("decode") as results:
+            generated, state = self._write(state, len(prompts), draft_sources or [])
             results.append(generated.tokens)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
         num_overridden = np.asarray(generated.num_overridden).tolist()
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
         read = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
-        memories = [CachedPrefix(row.cache, ids) for row, ids in zip(split(state.rows), read)]
-        return [Completion(*parts) for parts in zip(chosen, memories, num_overridden)]
+        cached_prefixes = [
+            CachedPrefix(row.cache, ids) for row, ids in zip(split_batch(state.batch), read)
+        ]
+        return [Completion(*parts) for parts in zip(chosen, cached_prefixes, num_overridden)]
 
     def prefill_ahead(self, prefixes: Sequence[np.ndarray]) -> list[CachedPrefix]:
         """Reads the beginnings of prompts that will be asked for later."""
         state = self._read(prefixes, [None] * len(prefixes))
-        return [CachedPrefix(row.cache, ids) for row, ids in zip(split(state.rows), prefixes)]
+        return [
+            CachedPrefix(row.cache, ids) for row, ids in zip(split_batch(state.batch), prefixes)
+        ]
 
-    def warm(self, rows: int) -> None:
-        """Compiles what calls with ``rows`` rows use, and waits for what that computes."""
-        size = self._size(rows)
+    def warmup(self, batch_size: int) -> None:
+        """Compiles what a call with ``batch_size`` prompts uses, and waits for it."""
+        size = self._size(batch_size)
         for width in self._lengths:
             for length in (width, width // 2) if size >= _PACKED_ROWS else (width,):
                 rests = [np.zeros(length, np.int32)] * size
                 state = self._read_group(rests, [None] * size, [0] * size, width)
         state = self._merge([state], [range(size)], size)
-        cache = split(state.rows)[0].cache
+        cache = split_batch(state.batch)[0].cache
         rests = [np.zeros(self._lengths[0], np.int32)] * size
         kept = [cache, *[None] * (size - 1)]
         state = self._read_group(rests, kept, [1, *[0] * (size - 1)], self._lengths[0])
         _, state = self._write(state, 0)
-        jax.block_until_ready(state.rows)
+        jax.block_until_ready(state.batch)
 
-    def should_prefill(self, prefix: np.ndarray, memory: CachedPrefix | None) -> bool:
+    def should_prefill(self, prefix: np.ndarray, cached: CachedPrefix | None) -> bool:
         """Whether reading ``prefix`` ahead would spare a later call anything."""
-        held = 0 if memory is None else common(prefix, memory.ids)
+        held = 0 if cached is None else common_prefix_length(prefix, cached.ids)
         return len(prefix) - held > 1  # the last id chosen is always read with what comes next
 
-    def reused(self, prompt: np.ndarray, memory: CachedPrefix | None) -> int:
+    def reusable_length(self, prompt: np.ndarray, cached: CachedPrefix | None) -> int:
         """How many ids of ``prompt`` need not be read again.
 
         None where the rest is longer than the shortest of the usual lengths: that would save
         little, and be one shape more to compile. Of a usual prompt no more than what stands before
         such a rest, so that few slots need be seen.
         """
-        if memory is None:
+        if cached is None:
             return 0
-        shared = min(common(prompt, memory.ids), len(prompt) - 1)
+        shared = min(common_prefix_length(prompt, cached.ids), len(prompt) - 1)
         shortest, longest = self._lengths[0], self._lengths[-1]
         if len(prompt) <= longest:
             shared = min(shared, self._behind)
         return shared if len(prompt) - shared <= shortest < len(prompt) else 0
 
     def _read(
-        self, prompts: Sequence[np.ndarray], memories: Sequence[CachedPrefix | None]
+        self, prompts: Sequence[np.ndarray], cached_prefixes: Sequence[CachedPrefix | None]
     ) -> DecodeState:
         """All prompts read, in order, the batch filled up with repetitions of the first rows."""
-        known = [self.reused(p, m) for p, m in zip(prompts, memories)]
+        known = [self.reusable_length(p, m) for p, m in zip(prompts, cached_prefixes)]
         groups = self._grouped(prompts, known)
         states = []
         for width, members in groups.items():
             rests = [prompts[i][known[i] :] for i in members]
-            kept = [memories[i].cache if known[i] else None for i in members]
+            kept = [cached_prefixes[i].cache if known[i] else None for i in members]
             states.append(self._read_group(rests, kept, [known[i] for i in members], width))
         if len(states) == 1:
             return states[0]
@@ -293,24 +297,24 @@ class PrefixCache:
         return groups
 
     def _write(
-        self, state: DecodeState, count: int, copied: Sequence[np.ndarray] = ()
+        self, state: DecodeState, count: int, draft_sources: Sequence[np.ndarray] = ()
     ) -> tuple[Generated, DecodeState]:
         """Continues the first ``count`` rows."""
-        rules, rows = self.rules, len(state.rows.pending)
+        rules, rows = self.rules, len(state.batch.pending)
         settings = {
             "max_new_tokens": rules.max_new_tokens,
             "allowed": rules.allowed,
             "stop_id": rules.stop_id,
-            "form": rules.form,
+            "grammar": rules.grammar,
             "active": np.arange(rows) < count,
             "window": self._window(state),
         }
-        if not rules.draft:
+        if not rules.speculative_block:
             return self._sampler.generate(state, sampling=rules.sampling, **settings)
         held = np.full((rows, rules.max_new_tokens), NO_TOKEN, np.int32)
-        for row, ids in zip(held, copied):
+        for row, ids in zip(held, draft_sources):
             row[: len(ids)] = ids[: len(row)]
-        settings |= {"copied": held, "block": rules.draft}
+        settings |= {"draft_source": held, "block": rules.speculative_block}
         generated, state, _ = self._sampler.generate_speculative(state, **settings)
         return generated, state
 
@@ -339,14 +343,14 @@ class PrefixCache:
         self, states: Sequence[DecodeState], groups: Sequence[Sequence[int]], count: int
     ) -> DecodeState:
         """One batch of the rows of several, each back at its place."""
-        slots = max(state.rows.cache.slots for state in states)
+        slots = max(state.batch.cache.slots for state in states)
         placed: list[DecodeBatch | None] = [None] * self._size(count)
         for state, members in zip(states, groups):
-            rows = state.rows.replace(cache=grown(state.rows.cache, slots))
-            for i, row in zip(members, split(rows)):
+            rows = state.batch.replace(cache=grow_cache(state.batch.cache, slots))
+            for i, row in zip(members, split_batch(rows)):
                 placed[i] = row
         filled = tuple(placed[0] if row is None else row for row in placed)
-        return DecodeState(joined(filled), bound=max(state.bound for state in states))
+        return DecodeState(concat_batches(filled), bound=max(state.bound for state in states))
 
     def _join(self, kept: Sequence[KVCache | None], starts: np.ndarray) -> DecodeState:
         """One batch of single rows, of which the first ``starts`` slots count.
@@ -355,17 +359,17 @@ class PrefixCache:
         """
         known = [cache for cache in kept if cache is not None]
         slots = max(self._slots, *(cache.slots for cache in known))
-        caches = [grown(known[0] if cache is None else cache, slots) for cache in kept]
+        caches = [grow_cache(known[0] if cache is None else cache, slots) for cache in kept]
         config = self._sampler.model.config
         hidden = np.zeros((len(starts), config.hidden_size), config.compute_dtype)
-        return stacked(caches, starts, hidden)
+        return stack_caches(caches, starts, hidden)
 
     def _window(self, state: DecodeState) -> int | None:
         """One window for every call, as long as the cache has its usual size."""
-        return self._slots if state.rows.cache.slots == self._slots else None
+        return self._slots if state.batch.cache.slots == self._slots else None
 
     def _size(self, rows: int) -> int:
-        return max(rows, self._rows) if self._rows else row_bucket(rows)
+        return max(rows, self._batch_size) if self._batch_size else batch_bucket(rows)
 
 
 def _packed(size: int, width: int, total: int) -> int | None:

@@ -73,31 +73,31 @@ def length_bucket(length: int) -> int:
     return _up(length, max(_LEAST_LENGTH, _power_below(length) // 8))
 
 
-def row_bucket(rows: int) -> int:
-    """The smallest bucket of at least ``rows`` rows: 1, 2, 4, 8, 16, 24, 32, …"""
-    if rows <= _SMALL_BATCH:
-        return 1 << max(0, rows - 1).bit_length()
-    return _up(rows, _SMALL_BATCH)
+def batch_bucket(batch_size: int) -> int:
+    """The smallest bucket of at least ``batch_size`` sequences: 1, 2, 4, 8, 16, 24, 32, …"""
+    if batch_size <= _SMALL_BATCH:
+        return 1 << max(0, batch_size - 1).bit_length()
+    return _up(batch_size, _SMALL_BATCH)
 
 
 def pad_prompts(
-    prompts: Sequence[np.ndarray], pad: int, *, rows: int | None = None
+    prompts: Sequence[np.ndarray], pad: int, *, batch_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stacks prompts of different lengths into one static shape.
 
     Args:
       prompts: int32 [n] each.
       pad: id that fills up on the right.
-      rows: rows wanted, at least the number of prompts; a bucket by default. Missing rows repeat
-        the first prompt.
+      batch_size: at least the number of prompts; a bucket by default. The rows that
+        are missing repeat the first prompt.
 
     Returns:
       tokens int32 [B, S] and lengths int32 [B].
     """
-    rows = row_bucket(len(prompts)) if rows is None else rows
-    filled = [*prompts, *[prompts[0]] * (rows - len(prompts))]
+    batch_size = batch_bucket(len(prompts)) if batch_size is None else batch_size
+    filled = [*prompts, *[prompts[0]] * (batch_size - len(prompts))]
     lengths = np.array([len(p) for p in filled], np.int32)
-    tokens = np.full((rows, length_bucket(int(lengths.max()))), pad, np.int32)
+    tokens = np.full((batch_size, length_bucket(int(lengths.max()))), pad, np.int32)
     for row, prompt in zip(tokens, filled):
         row[: len(prompt)] = prompt
     return tokens, lengths
@@ -117,21 +117,23 @@ def _power_below(value: int) -> int:
 class Sampler:
     """A decoder with its parameters, ready to read and continue batches of sequences."""
 
-    def __init__(self, model: Decoder, params: Any, *, own_layers: bool | None = None) -> None:
+    def __init__(self, model: Decoder, params: Any, *, unstack_layers: bool | None = None) -> None:
         """Takes a decoder and its parameters (any sharding).
 
         Args:
           model: the decoder.
           params: its parameters.
-          own_layers: whether to keep a second copy of the layers, one by one, for the decode loop:
-            on a CPU it saves a third of the time per token, and is the default there.
+          unstack_layers: whether to keep a second copy of the layers, one by one, for the decode
+            loop: on a CPU it saves a third of the time per token, and is the default there.
         """
         self.model = model
         self.params = params
-        if own_layers is None:
-            own_layers = jax.default_backend() == "cpu"
-        keep = own_layers and params is not None
-        self._layers = decode_step.layer_params(params, model.config.num_layers) if keep else None
+        if unstack_layers is None:
+            unstack_layers = jax.default_backend() == "cpu"
+        keep = unstack_layers and params is not None
+        self._layers = (
+            decode_step.unstack_layer_params(params, model.config.num_layers) if keep else None
+        )
 
     def prefill(
         self,
@@ -189,12 +191,12 @@ class Sampler:
         Raises:
           UserError: ids outside the vocabulary, or another number of rows.
         """
-        tokens, lengths = self._check(tokens, lengths, rows=state.rows.pending.shape[0])
+        tokens, lengths = self._check(tokens, lengths, batch_size=state.batch.pending.shape[0])
         bound = state.bound + int(lengths.max(initial=0))
         padded = _pad_to_bucket(tokens, extra=int(state.has_pending))
         start = state.bound - int(state.has_pending)
         room = state.bound + padded.shape[1]
-        rows, window = _make_room(state.rows, read=max(start, window or 0), write=room)
+        rows, window = _make_room(state.batch, read=max(start, window or 0), write=room)
         append = decode_step.append_pending if state.has_pending else decode_step.append
         rows = append(self.model, self.params, rows, padded, lengths, window=window)
         return DecodeState(rows, bound=bound)
@@ -210,8 +212,8 @@ class Sampler:
         key: jax.Array | None = None,
         active: np.ndarray | None = None,
         window: int | None = None,
-        grammar: np.ndarray | None = None,
-        form: GrammarMask | None = None,
+        forced_ids: np.ndarray | None = None,
+        grammar: GrammarMask | None = None,
         guidance: float = 1.0,
     ) -> tuple[Generated, DecodeState]:
         """Lets every row choose tokens until it stops, in one jitted loop.
@@ -226,10 +228,10 @@ class Sampler:
           key: random key, or one per row [B]; needed unless greedy.
           active: bool [B], rows that take part; the others stay as they are. All by default.
           window: slots that are read at least, so that calls share one shape.
-          grammar: int32 [N], the only id that may stand at each place, or negative where any
+          forced_ids: int32 [N], the only id that may stand at each place, or negative where any
             allowed one may (``sequences.frames.video_grammar``); ids it forces need not be
             allowed.
-          form: what whole outputs look like, over the allowed ids in ascending order.
+          grammar: what whole outputs look like, over the allowed ids in ascending order.
           guidance: weight of classifier-free guidance. Unless 1, the second half of the rows are
             those of the first without their instruction; both get the ids chosen from
             ``without + guidance * (with - without)``.
@@ -239,20 +241,20 @@ class Sampler:
 
         Raises:
           UserError: an id outside the vocabulary, a stop id that is not allowed, no key, a grammar
-            of another length, a form of other ids, or guidance of an odd number of rows or with
-            a form.
+            of another length, a grammar of other ids, or guidance of an odd number of rows or with
+            a grammar.
         """
         if state.has_pending:
-            nothing = np.zeros((state.rows.pending.shape[0], 0), np.int32)
+            nothing = np.zeros((state.batch.pending.shape[0], 0), np.int32)
             state = self.extend(state, nothing)
-        forced = self._forced(grammar, max_new_tokens)
+        forced = self._forced(forced_ids, max_new_tokens)
         ids = self._allowed(allowed, stop_id, forced)
-        _check_form(form, ids, guidance)
-        batch = state.rows.pending.shape[0]
+        _check_grammar(grammar, ids, guidance)
+        batch = state.batch.pending.shape[0]
         if guidance != 1 and batch % 2:
             raise UserError(f"guidance needs rows with and without instruction, got {batch} rows")
         bound = state.bound + max_new_tokens
-        rows, window = _make_room(state.rows, read=max(bound, window or 0), write=bound)
+        rows, window = _make_room(state.batch, read=max(bound, window or 0), write=bound)
         rows, tokens, lengths, stopped, num_overridden = decode_step.generate(
             self.model,
             self.params,
@@ -263,7 +265,7 @@ class Sampler:
             _row_keys(key, batch if guidance == 1 else batch // 2, sampling),
             np.ones(batch, bool) if active is None else np.asarray(active, bool),
             forced,
-            form,
+            grammar,
             count=max_new_tokens,
             sampling=sampling,
             window=window,
@@ -278,9 +280,9 @@ class Sampler:
         *,
         max_new_tokens: int,
         allowed: np.ndarray,
-        copied: np.ndarray,
+        draft_source: np.ndarray,
         stop_id: int | None = None,
-        form: GrammarMask | None = None,
+        grammar: GrammarMask | None = None,
         active: np.ndarray | None = None,
         window: int | None = None,
         block: int = 4,
@@ -291,10 +293,10 @@ class Sampler:
           state: consumed.
           max_new_tokens: N.
           allowed: int [R] ids that may be chosen.
-          copied: int32 [B, H], H at least 1, what drafts are copied from, for example the chunk
-            before; negative where nothing is.
+          draft_source: int32 [B, H], H at least 1, what drafts are copied from, for example the
+            chunk before; negative where nothing is.
           stop_id: as in ``generate``.
-          form: as in ``generate``.
+          grammar: as in ``generate``.
           active: as in ``generate``.
           window: as in ``generate``.
           block: tokens read per step, at least 2.
@@ -305,20 +307,25 @@ class Sampler:
         Raises:
           UserError: as ``generate``; or a block below 2, or nothing to copy from.
         """
-        copied = np.asarray(copied, np.int32)
-        batch = state.rows.pending.shape[0]
-        if block < 2 or copied.ndim != 2 or len(copied) != batch or not copied.shape[1]:
+        draft_source = np.asarray(draft_source, np.int32)
+        batch = state.batch.pending.shape[0]
+        if (
+            block < 2
+            or draft_source.ndim != 2
+            or len(draft_source) != batch
+            or not draft_source.shape[1]
+        ):
             raise UserError(
-                f"drafting: block {block} and {list(copied.shape)} tokens to copy from, expected "
-                f"at least 2 and [{batch}, H]"
+                f"speculative decoding: block {block} and {list(draft_source.shape)} ids to copy "
+                f"from, expected at least 2 and [{batch}, H]"
             )
         if state.has_pending:
             state = self.extend(state, np.zeros((batch, 0), np.int32))
         ids = self._allowed(allowed, stop_id, None)
-        _check_form(form, ids)
+        _check_grammar(grammar, ids)
         bound = state.bound + max_new_tokens
         need = max(bound + block, window or 0)
-        rows, window = _make_room(state.rows, read=need, write=need)
+        rows, window = _make_room(state.batch, read=need, write=need)
         rows, tokens, lengths, stopped, num_overridden, steps = generate_speculative(
             self.model,
             self.params,
@@ -327,8 +334,8 @@ class Sampler:
             ids,
             np.int32(NO_TOKEN if stop_id is None else stop_id),
             np.ones(batch, bool) if active is None else np.asarray(active, bool),
-            copied,
-            form,
+            draft_source,
+            grammar,
             count=max_new_tokens,
             block=block,
             window=window,
@@ -337,15 +344,15 @@ class Sampler:
         return generated, DecodeState(rows, bound), int(steps)
 
     def _check(
-        self, tokens: Any, lengths: Any, *, rows: int | None = None, at_least: int = 0
+        self, tokens: Any, lengths: Any, *, batch_size: int | None = None, at_least: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.asarray(tokens, np.int32)
         width = tokens.shape[1]
         if lengths is None:
             lengths = np.full(tokens.shape[0], width)
         lengths = np.asarray(lengths, np.int32)
-        if rows is not None and tokens.shape[0] != rows:
-            raise UserError(f"{tokens.shape[0]} rows of tokens for a state of {rows} rows")
+        if batch_size not in (None, tokens.shape[0]):
+            raise UserError(f"{tokens.shape[0]} rows of tokens for a state of {batch_size} rows")
         fits = (lengths >= at_least) & (lengths <= width)
         if lengths.shape != tokens.shape[:1] or not fits.all():
             raise UserError(
@@ -369,25 +376,27 @@ class Sampler:
             raise UserError(f"stop id {stop_id} is not among the {ids.size} allowed ids; add it")
         return ids
 
-    def _forced(self, grammar: np.ndarray | None, count: int) -> np.ndarray | None:
-        if grammar is None:
+    def _forced(self, forced_ids: np.ndarray | None, count: int) -> np.ndarray | None:
+        if forced_ids is None:
             return None
-        forced = np.asarray(grammar, np.int32)
+        forced = np.asarray(forced_ids, np.int32)
         if forced.shape != (count,):
-            raise UserError(f"a grammar of shape {forced.shape} for {count} new tokens")
+            raise UserError(f"forced_ids of shape {forced.shape} for {count} new tokens")
         _check_ids(forced[forced >= 0], self.model.config.vocab_size)
         return forced
 
 
-def _check_form(form: GrammarMask | None, ids: np.ndarray | None, guidance: float = 1.0) -> None:
-    if form is None:
+def _check_grammar(
+    grammar: GrammarMask | None, ids: np.ndarray | None, guidance: float = 1.0
+) -> None:
+    if grammar is None:
         return
-    columns = form.finishes.shape[1]
+    columns = grammar.finishes.shape[1]
     if ids is None or len(ids) != columns or guidance != 1:
         allowed = "all" if ids is None else len(ids)
         raise UserError(
-            f"a form over {columns} ids with {allowed} allowed ids and guidance {guidance}: "
-            "expected the form's own ids and guidance 1"
+            f"a grammar over {columns} ids with {allowed} allowed ids and guidance {guidance}: "
+            "expected the grammar's own ids and guidance 1"
         )
 
 

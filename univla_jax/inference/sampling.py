@@ -68,11 +68,11 @@ def sample_token(logits: jax.Array, sampling: Sampling, keys: jax.Array | None) 
         return _draw(keys, logits)
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     values, columns = jax.lax.top_k(logits, kept)
-    values = keep_top_p(values, sampling.top_p)
+    values = mask_top_p(values, sampling.top_p)
     return jnp.take_along_axis(columns, _draw(keys, values)[:, None], axis=1)[:, 0]
 
 
-def keep_top_p(sorted_logits: jax.Array, top_p: float) -> jax.Array:
+def mask_top_p(sorted_logits: jax.Array, top_p: float) -> jax.Array:
     """Sets to -inf what lies behind the smallest head of at least ``top_p`` probability.
 
     Args:
@@ -115,8 +115,8 @@ class GrammarMask:
     characters: np.ndarray
 
     @classmethod
-    def of(cls, grammar: CodeGrammar, ids: np.ndarray, stop_id: int) -> GrammarMask:
-        """The form of a grammar.
+    def from_grammar(cls, grammar: CodeGrammar, ids: np.ndarray, stop_id: int) -> GrammarMask:
+        """The grammar of a grammar.
 
         Args:
           grammar: of the codes.
@@ -130,22 +130,22 @@ class GrammarMask:
         begins = np.append(grammar.next_prefix, np.zeros_like(stop), axis=1)[:, order]
         return cls(finishes, begins, np.int32(grammar.num_characters))
 
-    def start(self, rows: int) -> GrammarState:
+    def initial_state(self, batch_size: int) -> GrammarState:
         """Where every row stands before its first id."""
-        return GrammarState(jnp.full(rows, self.characters), jnp.zeros(rows, jnp.int32))
+        return GrammarState(jnp.full(batch_size, self.characters), jnp.zeros(batch_size, jnp.int32))
 
-    def legal(self, place: GrammarState) -> jax.Array:
+    def allowed(self, state: GrammarState) -> jax.Array:
         """bool [B, R], whether an id leads to a whole chunk. All bytes being codes, one does."""
-        finishes, begins = self.finishes[place.part], self.begins[place.part]
-        left = place.left[:, None] - finishes
+        finishes, begins = self.finishes[state.part], self.begins[state.part]
+        left = state.left[:, None] - finishes
         writes = (finishes > 0) | (begins > 0)
         fits = (left > 0) | ((left == 0) & (begins == 0))
         return (finishes != FORBIDDEN) & fits & (writes | (left == 0))
 
-    def after(self, place: GrammarState, column: jax.Array) -> GrammarState:
+    def next_state(self, state: GrammarState, column: jax.Array) -> GrammarState:
         """Where the rows stand behind the ids of ``column`` int32 [B]."""
-        finished = jnp.maximum(self.finishes[place.part, column], 0)
-        return GrammarState(place.left - finished, self.begins[place.part, column])
+        finished = jnp.maximum(self.finishes[state.part, column], 0)
+        return GrammarState(state.left - finished, self.begins[state.part, column])
 
 
 class GrammarState(NamedTuple):
@@ -160,16 +160,16 @@ class GrammarState(NamedTuple):
     part: jax.Array
 
 
-def restrict(
-    form: GrammarMask | None, place: GrammarState | None, logits: jax.Array
+def apply_grammar(
+    grammar: GrammarMask | None, state: GrammarState | None, logits: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Logits float32 [B, R] with -inf for what is not legal, and bool [B] whether that matters.
 
-    It matters where the likeliest id is not legal. Without a form everything is.
+    It matters where the likeliest id is not legal. Without a grammar everything is.
     """
-    if form is None:
+    if grammar is None:
         return logits, jnp.zeros(len(logits), bool)
-    legal = form.legal(place)
+    legal = grammar.allowed(state)
     likeliest = jnp.argmax(logits, axis=-1)
     num_overridden = ~jnp.take_along_axis(legal, likeliest[:, None], axis=1)[:, 0]
     return jnp.where(legal, logits, -jnp.inf), num_overridden

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from univla_jax.inference import decode_step, int8
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, read_tokens
-from univla_jax.inference.sampling import restrict
-from univla_jax.models.decoder import project
+from univla_jax.inference.sampling import apply_grammar
+from univla_jax.models.decoder import compute_logits
 
 
 def propose_draft(text: jax.Array, end: jax.Array, first: jax.Array, place: jax.Array, count: int):
@@ -43,15 +43,15 @@ def propose_draft(text: jax.Array, end: jax.Array, first: jax.Array, place: jax.
     two = one & (jnp.roll(text, 1) == before) & (index > 0)
     last = lambda found: jnp.max(jnp.where(found, index, -1))  # noqa: E731
     start = jnp.where(last(two) >= 0, last(two), jnp.where(last(one) >= 0, last(one), place))
-    copied = text[jnp.minimum(start + 1 + jnp.arange(count), text.shape[0] - 1)]
-    return jnp.maximum(copied, 0)
+    draft_source = text[jnp.minimum(start + 1 + jnp.arange(count), text.shape[0] - 1)]
+    return jnp.maximum(draft_source, 0)
 
 
 @functools.partial(
     jax.jit, static_argnames=("model", "count", "block", "window"), donate_argnames="rows"
 )
 def generate_speculative(
-    model, params, layers, rows, ids, stop, active, copied, form, *, count, block, window
+    model, params, layers, rows, ids, stop, active, draft_source, grammar, *, count, block, window
 ):
     """The greedy decode loop with ``block`` tokens per step; see ``decode_steps.generate``.
 
@@ -63,28 +63,37 @@ def generate_speculative(
       ids: int32 [R] ascending ids that may be chosen.
       stop: int32 id that ends a row, -1 for none.
       active: bool [B], rows that take part.
-      copied: int32 [B, H], what to copy drafts from; negative where nothing is.
-      form: as in ``decode_steps.generate``.
+      draft_source: int32 [B, H], what to copy drafts from; negative where nothing is.
+      grammar: as in ``decode_steps.generate``.
       count: N, static.
       block: K, static.
       window: static number of slots, ``count + block`` beyond the longest row.
 
     Returns:
-      rows, tokens int32 [B, N], chosen per row [B], stopped bool [B], ids per row that the form
+      rows, tokens int32 [B, N], chosen per row [B], stopped bool [B], ids per row that the grammar
       ruled out where they were the likeliest [B], steps taken int32.
     """
-    head = int8.rows(params["head"], ids, model.config.compute_dtype)
-    batch, held = copied.shape
+    head = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
+    batch, held = draft_source.shape
     guess = jax.vmap(functools.partial(propose_draft, count=block - 1))
 
     def most_likely(logits, place):
-        logits, num_overridden = restrict(form, place, logits)
+        logits, num_overridden = apply_grammar(grammar, place, logits)
         column = jnp.argmax(logits, axis=-1)
-        return ids[column], None if form is None else form.after(place, column), num_overridden
+        return (
+            ids[column],
+            None if grammar is None else grammar.next_state(place, column),
+            num_overridden,
+        )
 
     def verify(read, first, place, num_overridden):
         """The likeliest ids behind each token read [B, K], and place and count after each."""
-        logits, found, places, counts = project(read, head), [first], [place], [num_overridden]
+        logits, found, places, counts = (
+            compute_logits(read, head),
+            [first],
+            [place],
+            [num_overridden],
+        )
         for k in range(block - 1):  # what comes after a wrong draft is not kept
             likely, place, changed = most_likely(logits[:, k], places[-1])
             found, places = [*found, likely], [*places, place]
@@ -96,7 +105,7 @@ def generate_speculative(
 
     def advance(carry):
         slots, lengths, text, chosen, hidden, place, num_overridden, running, steps = carry
-        first, behind, changed = most_likely(project(hidden, head), place)
+        first, behind, changed = most_likely(compute_logits(hidden, head), place)
         drafts = guess(text, held + chosen, first, jnp.minimum(chosen, held - 1))
         tokens = jnp.concatenate([first[:, None], drafts], axis=1)
         read, slots = read_tokens(model, params, layers, tokens, lengths, slots)
@@ -130,14 +139,14 @@ def generate_speculative(
             steps + 1,
         )
 
-    text = jnp.concatenate([copied, jnp.full((batch, count), NO_TOKEN, jnp.int32)], axis=1)
+    text = jnp.concatenate([draft_source, jnp.full((batch, count), NO_TOKEN, jnp.int32)], axis=1)
     none = jnp.zeros(batch, jnp.int32)
-    slots = decode_step.open_slots(rows.cache, window)
-    place = None if form is None else form.start(batch)
+    slots = decode_step.unstack_cache(rows.cache, window)
+    place = None if grammar is None else grammar.initial_state(batch)
     start = (slots, rows.lengths, text, none, rows.hidden, place, none, active, jnp.int32(0))
     end = jax.lax.while_loop(more, advance, start)
     slots, lengths, text, chosen, hidden, _, num_overridden, _, steps = end
     tokens = text[:, held:]
     last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
-    rows = DecodeBatch(decode_step.close_slots(rows.cache, slots), lengths, hidden, rows.pending)
+    rows = DecodeBatch(decode_step.update_cache(rows.cache, slots), lengths, hidden, rows.pending)
     return rows, tokens, chosen, active & (chosen > 0) & (last == stop), num_overridden, steps

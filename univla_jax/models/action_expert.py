@@ -28,7 +28,7 @@ from univla_jax.models import decoder_config
 from univla_jax.models.decoder import LayerInputs, Stack
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.kv_cache import KVCache
-from univla_jax.models.layers import Projection, Rotation
+from univla_jax.models.layers import Projection, RotaryEmbedding
 
 _NORM_EPS = 1e-6  # of the final layer's LayerNorm
 _LONGEST_PERIOD = 10_000.0  # of the embedding of tau
@@ -212,7 +212,7 @@ class ActionExpert(nn.Module):
         x, _ = self.stack(x, self._inputs(positions, segments))
         return self.final(x[:, length:], tau_BD), x[:, :length]
 
-    def read(self, hidden_BSD: jax.Array) -> KVCache:
+    def prefill(self, hidden_BSD: jax.Array) -> KVCache:
         """Keys and values of the hidden states, once for all steps of an integration.
 
         Only causal attention allows it: then hidden states never see the actions.
@@ -236,12 +236,12 @@ class ActionExpert(nn.Module):
     def velocity(
         self, actions_BTA: jax.Array, tau_B: jax.Array, cache: KVCache, lengths_B: jax.Array
     ) -> jax.Array:
-        """What ``__call__`` gives for hidden states that were ``read``.
+        """What ``__call__`` gives for hidden states that were prefilled.
 
         Args:
           actions_BTA: [B, T, A].
           tau_B: [B].
-          cache: from ``read``.
+          cache: from ``prefill``.
           lengths_B: int32 [B] real tokens per row.
 
         Returns:
@@ -258,7 +258,7 @@ class ActionExpert(nn.Module):
     def _inputs(self, positions: jax.Array, segments: jax.Array | None) -> LayerInputs:
         config = self.layer_config
         return LayerInputs(
-            rotation=Rotation.at(positions, config.head_dim, config.rope_theta),
+            rotation=RotaryEmbedding.at_positions(positions, config.head_dim, config.rope_theta),
             segment_ids=segments,
             cache=None,
             starts=None,

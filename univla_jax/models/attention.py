@@ -25,7 +25,7 @@ from univla_jax.models.attention_kernels import (
     CUDNN_TYPES,
     LANES,
     SMALL_BLOCK,
-    CachedKeys,
+    CachedKeyValues,
     blocked_attention,
     cudnn_attention,
     dropout_scale,
@@ -49,7 +49,7 @@ MeshAxes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class AttentionSharding:
     """Mesh axes and number of parts of what attention works on.
 
     Attributes:
@@ -67,7 +67,7 @@ class Split:
     head_parts: int = 1
 
     @classmethod
-    def in_scope(cls) -> Split:
+    def from_context(cls) -> AttentionSharding:
         """What the mesh and the logical rules in scope say."""
         mesh = jax.sharding.get_abstract_mesh()
         rules = dict(nn.get_logical_axis_rules())
@@ -119,8 +119,8 @@ def platform() -> str:
     )
 
 
-def split_call(
-    split: Split,
+def sharded_call(
+    split: AttentionSharding,
     local: Callable[..., jax.Array],
     query: jax.Array,
     key: jax.Array,
@@ -131,7 +131,7 @@ def split_call(
     """Runs ``local(query, key, value, query_segments, key_segments, *tables)`` on every device.
 
     Args:
-      split: from ``Split.in_scope``.
+      split: from ``AttentionSharding.in_scope``.
       local: attention of local queries [b, s, n, C] over all keys [b, S, k, C] of their rows.
       query: [B, S, N, C].
       key: [B, S, K, C].
@@ -217,7 +217,7 @@ def attention(
     segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     causal: bool = True,
-    cached: CachedKeys | None = None,
+    cached: CachedKeyValues | None = None,
     implementation: str = "auto",
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -256,7 +256,9 @@ def attention(
         visible = attention_mask(query.shape[1], segment_ids, key_segment_ids, causal=causal)
         return _masked(query, key, value, visible, dropout, dropout_key)
     if implementation == "auto":
-        implementation = choose(platform(), query.shape[1], query.shape[3], query.dtype, dropout)
+        implementation = choose_implementation(
+            platform(), query.shape[1], query.shape[3], query.dtype, dropout
+        )
     if dropout > 0.0:
         _check_unfused(implementation)
         return _UNFUSED[implementation](
@@ -265,7 +267,7 @@ def attention(
     return _split_attention(implementation, query, key, value, segment_ids)
 
 
-def choose(
+def choose_implementation(
     platform: str, length: int, head_dim: int, dtype: jnp.dtype, dropout: float = 0.0
 ) -> str:
     """The implementation that ``"auto"`` means.
@@ -305,7 +307,7 @@ def _split_attention(
     segment_ids: jax.Array | None,
 ) -> jax.Array:
     """Causal attention without dropout, each device of the mesh in scope on its own part."""
-    split = Split.in_scope()
+    split = AttentionSharding.from_context()
     if implementation == "splash":
         return _split_splash(split, query, key, value, segment_ids)
 
@@ -324,11 +326,11 @@ def _split_attention(
             return cudnn_attention(query, key, value, visible, causal=False)
         return _masked(query, key, value, visible, 0.0, None)
 
-    return split_call(split, local, query, key, value, segment_ids)
+    return sharded_call(split, local, query, key, value, segment_ids)
 
 
 def _split_splash(
-    split: Split,
+    split: AttentionSharding,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -350,7 +352,7 @@ def _split_splash(
     def local(query, key, value, query_segments, key_segments, kernel):
         return splash_attention(kernel, query, key, value, query_segments, key_segments)
 
-    out = split_call(split, local, query, key, value, segment_ids, (kernel, spec))
+    out = sharded_call(split, local, query, key, value, segment_ids, (kernel, spec))
     return out[:, :length]
 
 

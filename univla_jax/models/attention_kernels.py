@@ -41,7 +41,7 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedKeys:
+class CachedKeyValues:
     """Keys and values of one layer that earlier calls left in the cache.
 
     Attributes:
@@ -69,7 +69,7 @@ def blocked_attention(
     value: jax.Array,
     segment_ids: jax.Array | None = None,
     *,
-    cached: CachedKeys | None = None,
+    cached: CachedKeyValues | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     block: int | None = None,

@@ -18,10 +18,17 @@ import jax.numpy as jnp
 
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config
-from univla_jax.models.attention_kernels import CachedKeys
+from univla_jax.models.attention_kernels import CachedKeyValues
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.kv_cache import KVCache
-from univla_jax.models.layers import Attention, GatedMLP, OwnKeys, RMSNorm, Rotation, dropout
+from univla_jax.models.layers import (
+    Attention,
+    GatedMLP,
+    LayerCache,
+    RMSNorm,
+    RotaryEmbedding,
+    dropout,
+)
 
 MASKED_LOGIT = -1e30
 
@@ -41,9 +48,9 @@ class LayerInputs:
       causal: whether a token sees only itself and earlier ones.
     """
 
-    rotation: Rotation
+    rotation: RotaryEmbedding
     segment_ids: jax.Array | None
-    cache: KVCache | OwnKeys | None
+    cache: KVCache | LayerCache | None
     starts: jax.Array | None
     window: int = flax.struct.field(pytree_node=False)
     train: bool = flax.struct.field(pytree_node=False)
@@ -165,7 +172,7 @@ class Decoder(nn.Module):
         _check_call(tokens_BS, segment_ids_BS, cache, window)
         config = self.config
         inputs = LayerInputs(
-            rotation=Rotation.at(positions_BS, config.head_dim, config.rope_theta),
+            rotation=RotaryEmbedding.at_positions(positions_BS, config.head_dim, config.rope_theta),
             segment_ids=segment_ids_BS,
             cache=cache,
             starts=None if cache is None else positions_BS[:, 0],
@@ -194,7 +201,7 @@ class Decoder(nn.Module):
         """Hidden states [B, S, D] of the residual stream behind the last layer."""
         return self.norm(x_BSD)
 
-    def head_rows(self, rows: jax.Array | None = None) -> jax.Array:
+    def head_weights(self, rows: jax.Array | None = None) -> jax.Array:
         """The head [V, D], or only its rows [R, D], in the compute type."""
         table = self.head if rows is None else jnp.take(self.head, rows, axis=0)
         return table.astype(self.config.compute_dtype)
@@ -209,16 +216,16 @@ class Decoder(nn.Module):
         Returns:
           float32 [..., V] with the padding rows at ``MASKED_LOGIT``, or [..., R].
         """
-        logits = project(hidden, self.head_rows(rows))
-        return logits if rows is not None else mask_padding(logits, self.config.vocab_size)
+        logits = compute_logits(hidden, self.head_weights(rows))
+        return logits if rows is not None else mask_padded_vocab(logits, self.config.vocab_size)
 
 
-def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def compute_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """float32 logits [..., R] of hidden [..., D] on head rows [R, D]."""
     return jnp.einsum("...d,rd->...r", hidden, head, preferred_element_type=jnp.float32)
 
 
-def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
+def mask_padded_vocab(logits: jax.Array, vocab_size: int) -> jax.Array:
     """Sets the columns of the vocabulary padding [..., vocab_size:] to ``MASKED_LOGIT``."""
     if logits.shape[-1] == vocab_size:
         return logits
@@ -260,14 +267,14 @@ def _table_init(config: DecoderConfig, zero_row: int | None):
     return init
 
 
-def _cached(inputs: LayerInputs, index: jax.Array) -> CachedKeys | OwnKeys | None:
+def _cached(inputs: LayerInputs, index: jax.Array) -> CachedKeyValues | LayerCache | None:
     """The slots of one layer that this call may see, or None when there are none."""
-    if isinstance(inputs.cache, OwnKeys):
+    if isinstance(inputs.cache, LayerCache):
         return inputs.cache
     if inputs.cache is None or inputs.window == 0:
         return None
     keys, values = inputs.cache.layer(index, inputs.window)
-    return CachedKeys(keys, values, inputs.starts)
+    return CachedKeyValues(keys, values, inputs.starts)
 
 
 def _check_call(tokens_BS, segment_ids_BS, cache, window) -> None:

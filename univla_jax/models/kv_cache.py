@@ -66,7 +66,7 @@ class KVCache:
         more = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0), (0, 0))
         return jax.tree.map(lambda x: jnp.pad(x, more), self)
 
-    def rows(self, indices: jax.Array) -> KVCache:
+    def select(self, indices: jax.Array) -> KVCache:
         """The rows ``indices`` (int32 [B']), in that order; repeats are allowed."""
         return jax.tree.map(lambda x: x[:, indices], self)
 

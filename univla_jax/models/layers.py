@@ -16,19 +16,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from univla_jax.models import decoder_config
 from univla_jax.models.attention import attention
-from univla_jax.models.attention_kernels import CachedKeys, dropout_scale
+from univla_jax.models.attention_kernels import CachedKeyValues, dropout_scale
 from univla_jax.models.decoder_config import DecoderConfig
 
 
 @flax.struct.dataclass
-class Rotation:
+class RotaryEmbedding:
     """Rotary factors of one call, float32 [B, S, C/2] each, shared by all layers."""
 
     cos: jax.Array
     sin: jax.Array
 
     @classmethod
-    def at(cls, positions_BS: jax.Array, head_dim: int, theta: float) -> Rotation:
+    def at_positions(cls, positions_BS: jax.Array, head_dim: int, theta: float) -> RotaryEmbedding:
         """Factors at integer positions [B, S]: angle = position times ``theta ** (-2 i / C)``."""
         exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
         angles = positions_BS[..., None].astype(jnp.float32) * theta**-exponents
@@ -78,13 +78,13 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 @runtime_checkable
-class OwnKeys(Protocol):
+class LayerCache(Protocol):
     """Keys and values of a layer that know how new tokens are written and seen."""
 
     keys: jax.Array
     values: jax.Array
 
-    def write(self, key: jax.Array, value: jax.Array) -> OwnKeys:
+    def write(self, key: jax.Array, value: jax.Array) -> LayerCache:
         """The same with the new tokens [B, S, K, C]."""
         ...
 
@@ -155,16 +155,16 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        rotation: Rotation,
+        rotation: RotaryEmbedding,
         segment_ids_BS: jax.Array | None,
-        cached: CachedKeys | OwnKeys | None,
+        cached: CachedKeyValues | LayerCache | None,
         train: bool,
         key_segment_ids_BS: jax.Array | None = None,
         causal: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Output [B, S, D] and the rotated keys and the values of the new tokens [B, S, K, C].
 
-        ``OwnKeys`` hold the new tokens too; then all of them are returned.
+        ``LayerCache`` hold the new tokens too; then all of them are returned.
         """
         config = self.config
         query = self._heads("query", config.num_heads, decoder_config.HEADS)(x_BSD)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
             checkpoint_name(value, decoder_config.VALUE),
         )
         rate = config.attention_rate if train else 0.0
-        if isinstance(cached, OwnKeys):
+        if isinstance(cached, LayerCache):
             cached = cached.write(key, value)
             out, (key, value) = cached.attend(query), (cached.keys, cached.values)
         else:

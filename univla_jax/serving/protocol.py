@@ -28,6 +28,7 @@ from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 
 VERSION = 1
+TIMING_NAMES = {"encode": "observe", "prefill": "read", "decode": "write"}  # of ``Policy.act``
 PROMPT = "prompt"
 _VIEW, _STATE = "observation/", "observation/state"
 _RESET, _EPISODE = "reset", "episode_id"

@@ -397,9 +397,10 @@ class PolicyServer:
         observations, sessions = zip(*items)
         timer, begin = Timer(), time.perf_counter()
         chunks = self._policy.act(observations, sessions, timer=timer)
-        self.metrics.computed(timer.milliseconds)
+        spent = {protocol.TIMING_NAMES[name]: ms for name, ms in timer.milliseconds.items()}
+        self.metrics.computed(spent)
         whole = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
-        parts = {f"{name}_ms": spent for name, spent in timer.milliseconds.items()}
+        parts = {f"{name}_ms": ms for name, ms in spent.items()}
         return [(chunk, whole | parts) for chunk in chunks]
 
     async def _refuse(self, robot: _Robot, outcome: str, message: str) -> None:

@@ -80,12 +80,12 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     return context
 
 
-def warm(policy: Policy, max_batch: int, report: Callable[[str], None]) -> float:
+def warmup(policy: Policy, max_batch: int, report: Callable[[str], None]) -> float:
     """Compiles every shape that requests will need; returns the seconds it took."""
     begin = time.perf_counter()
     rows = 1
     while True:
-        policy.warm(rows)
+        policy.warmup(rows)
         report(f"ready for {rows} robot(s) at once after {time.perf_counter() - begin:.1f} s")
         if rows >= max_batch:
             return time.perf_counter() - begin

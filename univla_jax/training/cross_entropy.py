@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from univla_jax.models import decoder_config
-from univla_jax.models.decoder import mask_padding, project
+from univla_jax.models.decoder import compute_logits, mask_padded_vocab
 
 LOGITS_PER_CHUNK = 2**22
 LEAST_POSITIONS = 256  # per row and chunk: each chunk also reads and writes the head's gradient
@@ -110,7 +110,7 @@ _fused.defvjp(_forward, _backward)
 
 def _chunk(vocab_size, h_BJD, head_VD, t_BJ):
     """log-probabilities [B, J, V], nll [B, J] and whether the target is the largest [B, J]."""
-    logits = mask_padding(project(h_BJD, head_VD), vocab_size)
+    logits = mask_padded_vocab(compute_logits(h_BJD, head_VD), vocab_size)
     logits = _pin(
         logits, decoder_config.LOSS_BATCH, decoder_config.LOSS_LENGTH, decoder_config.LOSS_VOCAB
     )

@@ -134,7 +134,7 @@ def loss_of_hidden(
     dropped = jnp.zeros((), jnp.float32)
     if max_labeled is not None and max_labeled < targets.shape[1]:
         hidden, targets, weights, dropped = gather_labeled(hidden, targets, weights, max_labeled)
-    head = model.apply({"params": params}, method="head_rows")
+    head = model.apply({"params": params}, method="head_weights")
     total, per_token = cross_entropy(
         hidden, head, targets, weights, vocab_size=model.config.vocab_size, chunks=chunks
     )
