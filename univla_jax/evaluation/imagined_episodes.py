@@ -120,8 +120,8 @@ def imagine(
     """
     folder = find_checkpoint(checkpoint)
     made_with = {"name": _IDENTITY, "extra": {"checkpoint": checkpoint_identity(folder)}}
-    check_config(out, config, **made_with)
-    write_config(out, config, **made_with)
+    if not check_config(out, config, **made_with):
+        write_config(out, config, **made_with)
     out = pathlib.Path(out)
     if finished(out):
         return io.read_json(out / REPORT)

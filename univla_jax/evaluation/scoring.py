@@ -71,8 +71,8 @@ def score(
     folder = pathlib.Path(out)
     identity = {"protocol": benchmark.protocol, "policy": _identity(policy), "corpus": corpus}
     identity |= {} if path is None else {"action_path": path.identity()}
-    check_config(folder, identity, name=_IDENTITY)
-    write_config(folder, identity, name=_IDENTITY)
+    if not check_config(folder, identity, name=_IDENTITY):
+        write_config(folder, identity, name=_IDENTITY)
     if (folder / REPORT).exists():
         return io.read_json(folder / REPORT)
     actor, about = _actor(policy, benchmark, effort.workers, corpus, path)

@@ -116,8 +116,8 @@ def evaluate(
     """
     folder, out = find_checkpoint(checkpoint), pathlib.Path(out)
     made_with = {"name": _IDENTITY, "extra": {"checkpoint": checkpoint_identity(folder)}}
-    check_config(out, config, **made_with)
-    write_config(out, config, **made_with)
+    if not check_config(out, config, **made_with):
+        write_config(out, config, **made_with)
     if finished(out):
         return io.read_json(out / REPORT)
     with JsonlWriter(out / EPISODES) as episodes, JsonlWriter(out / CALLS) as calls:
