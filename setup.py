@@ -43,6 +43,7 @@ setup(
         "grain>=0.2.10",
         "gymnasium>=1.0",
         "imageio>=2.34",
+        "jinja2>=3.1",
         "jax>=0.10",
         "matplotlib>=3.8",
         "ml-collections>=1.0",

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
         "tokenizers": {"vocabulary": "emu3"},
         "data": {
             "stores": ("TOKEN_STORE",),
-            "layout": "policy_image",
+            "task": "policy_image",
             "frames": 1,
             "chunk_size": 20,
             "sequence_length": 1100,

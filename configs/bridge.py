@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
         "tokenizers": {"vocabulary": "emu3"},
         "data": {
             "stores": ("TOKEN_STORE",),
-            "layout": "policy_video",
+            "task": "policy_video",
             "frames": 2,
             "chunk_size": 5,
             "sequence_length": 2400,

@@ -17,7 +17,7 @@ from univla_jax.config import complete
 from univla_jax.errors import UserError
 from univla_jax.training.train_config import TrainConfig
 
-# layout, frames, row length, most labeled tokens of a row, tokens of a usual sample
+# task, frames, sequence length, most labeled tokens of a row, tokens of a usual sample
 RECIPES = {
     "video": ("policy_video", 2, 3200, 160, 2630),
     "image": ("policy_image", 1, 1600, 80, 1330),
@@ -35,14 +35,14 @@ def get_config(recipe: str = "video") -> ConfigDict:
     """
     if recipe not in RECIPES:
         raise UserError(f"config recipe {recipe!r}; name one after a colon: {', '.join(RECIPES)}")
-    layout, frames, length, labeled, sample = RECIPES[recipe]
+    task, frames, length, labeled, sample = RECIPES[recipe]
     values = {
         "total_steps": 8000,
         "model": {"preset": "emu3_8b"},
         "tokenizers": {"vocabulary": "emu3"},
         "data": {
             "stores": ("TOKEN_STORE",),
-            "layout": layout,
+            "task": task,
             "frames": frames,
             "chunk_size": 10,
             "sequence_length": length,

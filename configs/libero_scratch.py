@@ -80,7 +80,7 @@ def policy() -> ConfigDict:
     """Action chunks after one moment of both cameras."""
     data = {
         "stores": ("TOKEN_STORE",),
-        "layout": "policy_image",
+        "task": "policy_image",
         "views": ("image", "wrist_image"),
         "frames": 1,
         "chunk_size": ACTION_FRAMES,

@@ -133,8 +133,8 @@ BRIDGE = {
     ),
 }
 
-_VIDEO = {"layout": "policy_video", "frames": 2}
-_IMAGE = {"layout": "policy_image", "frames": 1}
+_VIDEO = {"task": "policy_video", "frames": 2}
+_IMAGE = {"task": "policy_image", "frames": 1}
 _LIBERO = {
     "corpus": "libero",
     "control_hz": 20.0,
@@ -147,7 +147,7 @@ RECIPES = {
     "base": {},
     "world_model": {
         "corpus": "bridge",
-        "layout": "world_model",
+        "task": "world_model",
         "frames": 6,
         "frame_spacing": 5,
         "control_hz": 5.0,

@@ -80,7 +80,7 @@ def tokens() -> ConfigDict:
 def world_model() -> ConfigDict:
     """The next frames of the fixed camera, from the first one and the instruction."""
     data = {
-        "layout": "world_model",
+        "task": "world_model",
         "views": ("image",),
         "frames": 4,
         "frame_spacing": FRAME_SPACING,
@@ -94,7 +94,7 @@ def world_model() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks, interleaved with the frames of both cameras before them."""
     data = {
-        "layout": "policy_video",
+        "task": "policy_video",
         "views": ("image", "wrist_image"),
         "frames": 2,
         "chunk_size": ACTION_FRAMES,

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         "tokenizers": {"vocabulary": "emu3"},
         "data": {
             "stores": ("TOKEN_STORE",),
-            "layout": "world_model",
+            "task": "world_model",
             "frames": 6,
             "sequence_length": 6400,
             "batch_size": 64,

@@ -30,7 +30,7 @@ from absl import flags, logging
 
 from univla_jax import cli
 from univla_jax.config import build_config
-from univla_jax.pipeline.inspect import write_page
+from univla_jax.pipeline.inspect import render_examples
 from univla_jax.training.distributed import ProcessGroupConfig, exit_on_peer_failure, join
 from univla_jax.training.metrics import ProfileWindow
 from univla_jax.training.preemption import EXIT_STATUS, Preempted, StalledDataError
@@ -52,7 +52,7 @@ def inspect_data(config: TrainConfig, workdir: str | os.PathLike[str], count: in
       UserError: something in the config or the data to mend.
     """
     folder = pathlib.Path(workdir)
-    page = write_page(config.data, build_assets(config, folder), count)
+    page = render_examples(config.data, build_assets(config, folder), count)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "inspect.html"
     path.write_text(page, encoding="utf-8")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 
-from univla_jax.inference.action_decoders import Session, SessionLru
 from univla_jax.sequences.history import History
+
+from univla_jax.inference.action_decoders import Session, SessionLru
 
 
 def _sessions(count):

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from univla_jax.sequences.prompts import imagine_prompt
 
 from tests.inference.scripted import PatchVision
 from tests.inference.uncached import next_logits
@@ -14,7 +15,6 @@ from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.sampling import Sampling
 from univla_jax.sequences.frames import frame_separator
-from univla_jax.sequences.prompts import imagine_prompt
 
 GRID = (3, 3)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from univla_jax.sequences.history import History
 
 from tests.inference.scripted import ScriptedPrefixCache, ScriptedVision
 from tests.parity_groups.actions import reference_statistics
@@ -19,7 +20,6 @@ from univla_jax.inference.loaded_model import CorpusSettings, Layout, LoadedMode
 from univla_jax.inference.policy import Policy
 from univla_jax.normalization import ActionStatistics
 from univla_jax.sequences import prompts
-from univla_jax.sequences.history import History
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vocabulary import Vocabulary
 

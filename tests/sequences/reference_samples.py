@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from univla_jax.sequences.labels import LABELS, label_mask
 
 from univla_jax.pipeline.batch import Example
 from univla_jax.sequences import layouts, prompts, windows
 from univla_jax.sequences.frames import frame_block, frame_header, image_grammar, video_grammar
-from univla_jax.sequences.labels import LABELS, label_mask
 from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.sequences.tokens import Role, Tokens
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from univla_jax.sequences.chunks import encode_chunks, encode_states
 
 from tests.sequences import small
-from univla_jax.sequences.chunks import encode_chunks, encode_states
 from univla_jax.sequences.text_encoder import TextEncoder
 
 GIVEN = small.assets()

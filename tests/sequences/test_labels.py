@@ -2,13 +2,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from univla_jax.sequences.labels import LABELS, label_mask, labeled_example, loss_weight
 
 from tests.sequences import small
 from tests.sequences.test_layouts import chunk, code
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Batch, Example
 from univla_jax.sequences import layouts
-from univla_jax.sequences.labels import LABELS, label_mask, labeled_example, loss_weight
 from univla_jax.sequences.text_encoder import TextEncoder
 
 
@@ -66,5 +66,5 @@ def test_batch_knows_its_valid_rows(tokens):
     rows = [dataclasses.asdict(r) for r in (row, nothing)]
     batch = Batch(**{key: np.stack([r[key] for r in rows]) for key in rows[0]})
     assert batch.tokens.shape == (2, 20) and batch.valid.tolist() == [True, False]
-    assert batch.useful_share == pytest.approx(len(tokens) / 40)
+    assert batch.useful_fraction == pytest.approx(len(tokens) / 40)
     assert isinstance(Example.single(tokens.ids, np.zeros(len(tokens), np.float32)), Example)

@@ -2,11 +2,11 @@ import pickle
 
 import numpy as np
 import pytest
+from univla_jax.sequences.samples import SampleBuilder
 
 from tests.sequences import small
 from univla_jax.errors import UserError
 from univla_jax.pipeline.mixture import SampleStream, deal
-from univla_jax.sequences.samples import SampleBuilder
 
 
 def stream(counts, shares=None, seed=7, **changes):

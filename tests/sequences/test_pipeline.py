@@ -64,7 +64,9 @@ def test_batches_have_the_promised_arrays():
         assert batch.loss_weight.dtype == np.float32 and batch.valid.all()
         starts = batch.positions == 0
         assert not batch.loss_weight[starts].any()
-    assert batches(4, packing=True)[0].useful_share > batches(4, packing=False)[0].useful_share
+    assert (
+        batches(4, packing=True)[0].useful_fraction > batches(4, packing=False)[0].useful_fraction
+    )
 
 
 def test_same_seed_same_batches_other_seed_other_batches():
@@ -320,4 +322,4 @@ def test_the_flow_expert_gets_its_chunks():
     config = small.config(**settings, held_out_every=2, batch_size=4)
     held_out = list(EvaluationBatches(config, small.assets(), stores()[:1]))
     assert [b.actions.shape for b in held_out] == [(4, 3, 2)] * 2
-    assert dataclasses.replace(batch, actions=None).useful_share == batch.useful_share
+    assert dataclasses.replace(batch, actions=None).useful_fraction == batch.useful_fraction

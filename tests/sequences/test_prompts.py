@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
+from univla_jax.sequences.history import History, closed
 
 from tests.sequences import small
 from tests.sequences.test_layouts import FRAME, chunk, code, spell
 from univla_jax.errors import UserError
 from univla_jax.sequences import layouts, prompts
 from univla_jax.sequences.frames import FREE, frame_separator, image_grammar, video_grammar
-from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.text_encoder import TextEncoder
 
 

@@ -3,12 +3,12 @@ import pickle
 
 import numpy as np
 import pytest
+from univla_jax.sequences.samples import SampleBuilder
 
 from tests.sequences import small
 from univla_jax.data.action_conventions import ChunkDeltas
 from univla_jax.data.datasets import DATASETS
 from univla_jax.errors import UserError
-from univla_jax.sequences.samples import SampleBuilder
 
 
 def build(episode, **changes):

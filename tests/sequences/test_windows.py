@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from univla_jax.sequences.windows import draw_start, window_steps
 
 from univla_jax.errors import UserError
-from univla_jax.sequences.windows import draw_start, window_steps
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def build(sizes: dict[str, int], accumulation: int) -> TrainSetup:
     config = TrainConfig(
         total_steps=STEPS,
         model=ModelConfig("tiny", {"qkv_bias": True, "dropout": 0.0 if accumulation > 1 else 0.1}),
-        data=DataConfig(stores=(), layout="policy_video", sequence_length=LENGTH, batch_size=ROWS),
+        data=DataConfig(stores=(), task="policy_video", sequence_length=LENGTH, batch_size=ROWS),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=1),
         loss=LossConfig(max_labeled=24),
         mesh=MeshConfig(**{"fsdp": 1, **sizes}),

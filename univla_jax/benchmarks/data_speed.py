@@ -88,7 +88,7 @@ def libero(folder: pathlib.Path, seconds: float, workers: int, episodes: int = 4
     for how, length, packing in cases:
         config = DataConfig(
             stores=("libero",),
-            layout="policy_video",
+            task="policy_video",
             sequence_length=length,
             batch_size=24,
             frames=2,
@@ -120,7 +120,7 @@ def mixture_config(length: int, *, packing: bool) -> DataConfig:
     """The world model on all corpora, in rows of ``length`` tokens, 64 x 6,400 a batch."""
     return DataConfig(
         stores=tuple(MIXTURE),
-        layout="world_model",
+        task="world_model",
         sequence_length=length,
         batch_size=64 * 6400 // length,
         weights=tuple(DATASETS[name].mixture_weight for name in MIXTURE),

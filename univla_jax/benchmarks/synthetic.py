@@ -19,13 +19,14 @@ from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.inference import int8
 from univla_jax.inference.decode_step import DecodeState, Generated
-from univla_jax.inference.loaded_model import Layout, LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
 from univla_jax.models.decoder import Decoder, compute_logits
 from univla_jax.models.decoder_config import DecoderConfig, preset
 from univla_jax.normalization import ActionStatistics
+from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
@@ -416,21 +417,20 @@ def random_policy(preset: str, *, seed: int = 0) -> Policy:
             view: ImageSpec(size=(side, side), factor=config.factor, min_pixels=side * side)
             for view, side in _SIDES.items()
         },
-        layout=_layout(config.factor),
         model=dataclasses.asdict(model.config),
     )
-    folder = pathlib.Path("random")
-    return Policy(LoadedModel(folder, assets, Layout.of(assets), model, params))
+    record = _task_record(config.factor)
+    return Policy(LoadedModel(pathlib.Path("random"), assets, record, model, params))
 
 
-def _layout(factor: int) -> dict:
-    grids = {view: [side // factor] * 2 for view, side in _SIDES.items()}
-    return {
-        "layout": "policy_video",
-        "frames": 2,
-        "chunk_size": CHUNK,
-        "frame_spacing": 0,
-        "sequence_length": 512,
-        "views": list(_SIDES),
-        "corpora": {_CORPUS: {"control_hz": 10.0, "frame_spacing": 10, "grids": grids}},
-    }
+def _task_record(factor: int) -> TaskRecord:
+    grids = {view: (side // factor, side // factor) for view, side in _SIDES.items()}
+    return TaskRecord(
+        task="policy_video",
+        frames=2,
+        chunk_size=CHUNK,
+        frame_spacing=0,
+        sequence_length=512,
+        views=tuple(_SIDES),
+        corpora={_CORPUS: CorpusRecord(control_hz=10.0, frame_spacing=10, grids=grids)},
+    )

@@ -27,6 +27,7 @@ from univla_jax.cli import format_table
 from univla_jax.interop.key_table import decoder_rules, export_state
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.sequences.roles import Role
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.optimizer import OptimizerConfig
@@ -59,12 +60,12 @@ def batch(share: float, seed: int = 0) -> Batch:
     """Random tokens, ``share`` of which are labeled."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, Vocabulary.emu3().pad, (ROWS, LENGTH)).astype(np.int32)
-    weight = np.zeros((ROWS, LENGTH), np.float32)
+    roles = np.full((ROWS, LENGTH), Role.TEXT, np.uint8)
     count = round(share * (LENGTH - 1))
-    for row in weight:
-        row[1 + rng.choice(LENGTH - 1, count, replace=False)] = 1
+    for element in roles:
+        element[1 + rng.choice(LENGTH - 1, count, replace=False)] = Role.ACTION
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
-    return Batch(tokens, weight, positions, np.ones_like(tokens))
+    return Batch(tokens, roles, np.zeros_like(roles), positions, np.ones_like(tokens))
 
 
 def our_run(share: float) -> TrainSetup:
@@ -74,7 +75,7 @@ def our_run(share: float) -> TrainSetup:
     config = TrainConfig(
         total_steps=1000,
         model=ModelConfig("small", overrides),
-        data=DataConfig(stores=(), layout="policy_video", sequence_length=LENGTH, batch_size=ROWS),
+        data=DataConfig(stores=(), task="policy_video", sequence_length=LENGTH, batch_size=ROWS),
         optimizer=OPTIMIZER,
         loss=LossConfig(max_labeled=labeled),
         mesh=MeshConfig(fsdp=1),
@@ -129,7 +130,7 @@ def their_step(run: TrainSetup, weights: dict[str, np.ndarray], data: Batch) -> 
         fused=True,
     )
     tokens = torch.tensor(data.tokens, dtype=torch.long)
-    labels = torch.where(torch.tensor(data.loss_weight) > 0, tokens, IGNORED)
+    labels = torch.where(torch.tensor(data.roles) == Role.ACTION, tokens, IGNORED)
 
     def once() -> float:
         optimizer.zero_grad()

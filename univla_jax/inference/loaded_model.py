@@ -1,4 +1,4 @@
-"""A trained decoder with all that gives its tokens meaning, read from a checkpoint folder alone."""
+"""A trained decoder with all that gives its tokens meaning, loaded from a checkpoint folder alone."""
 
 from __future__ import annotations
 
@@ -6,93 +6,30 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from univla_jax import config
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
-from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
+from univla_jax.models.action_expert import (
+    DECODER,
+    EXPERT,
+    ActionExpert,
+    ActionExpertConfig,
+    params_init,
+)
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.sequences.text_encoder import TextEncoder
-from univla_jax.training.losses import DECODER, EXPERT
-from univla_jax.training.model_setup import params_init
+from univla_jax.tasks import make_task
+from univla_jax.tasks.base import Task
+from univla_jax.tasks.record import TaskRecord
 
 _IDENTIFYING = ("_CHECKPOINT_METADATA", "state/manifest.ocdbt", "assets/assets.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class CorpusSettings:
-    """What a model was shown of one corpus.
-
-    Attributes:
-      control_hz: control rate in steps per second.
-      frame_spacing: steps between two frames of a world model.
-      grids: code grid (h, w) per view.
-    """
-
-    control_hz: float
-    frame_spacing: int
-    grids: Mapping[str, tuple[int, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The sequence layout a model was trained on (``assets.layout``).
-
-    Attributes:
-      layout: ``"policy_video"``, ``"policy_image"``, ``"policy_flow"`` or ``"world_model"``.
-      frames: moments per training sample; the history window of a video policy.
-      chunk_size: steps of an action chunk.
-      frame_spacing: steps between two frames of a world model; 0 means each corpus' own.
-      sequence_length: the most tokens a training sample had.
-      views: cameras in the order they are written.
-      corpora: what was shown of each corpus.
-      state: whether the proprioceptive state is written before each chunk.
-    """
-
-    layout: str
-    frames: int
-    chunk_size: int = dataclasses.field(metadata={"formerly": "action_frames"})
-    frame_spacing: int
-    sequence_length: int
-    views: tuple[str, ...]
-    corpora: Mapping[str, Any]
-    state: bool = False
-
-    @classmethod
-    def of(cls, assets: Assets) -> Layout:
-        """The layout that assets record.
-
-        Raises:
-          UserError: they were saved without one, or with unknown keys.
-        """
-        layout = build_config(cls, assets.layout, where="assets.layout")
-        corpora = {
-            name: build_config(CorpusSettings, values, where=f"assets.layout.corpora.{name}")
-            for name, values in layout.corpora.items()
-        }
-        return dataclasses.replace(layout, corpora=corpora)
-
-    def corpus(self, name: str | None = None) -> str:
-        """The corpus ``name``, or the only one there is.
-
-        Raises:
-          UserError: unknown, or not named where there are several.
-        """
-        known = sorted(self.corpora)
-        if name is None and len(known) == 1:
-            return known[0]
-        if name in self.corpora:
-            return str(name)
-        what = "name one" if name is None else f"{name!r} is not among them"
-        raise UserError(f"the checkpoint was trained on the corpora {', '.join(known)}; {what}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +39,7 @@ class LoadedModel:
     Attributes:
       folder: the checkpoint ``.../checkpoints/<step>``.
       assets: tokenizers, vocabulary, image specs, statistics.
-      layout: what the sequences look like.
+      record: the task it was trained on, and its settings.
       model: the decoder, without dropout; parameters are kept in its compute type.
       params: its parameters.
       expert: the action expert on top of it, or None.
@@ -111,7 +48,7 @@ class LoadedModel:
 
     folder: pathlib.Path
     assets: Assets
-    layout: Layout
+    record: TaskRecord
     model: Decoder
     params: Any
     expert: ActionExpert | None = None
@@ -121,7 +58,7 @@ class LoadedModel:
     def from_checkpoint(
         cls, checkpoint: str | pathlib.Path, *, untrained: bool = False, seed: int = 0
     ) -> LoadedModel:
-        """Reads a checkpoint; every file of its assets is verified.
+        """Loads a checkpoint; every file of its assets is verified.
 
         Args:
           checkpoint: a folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
@@ -134,22 +71,27 @@ class LoadedModel:
         """
         folder = find_checkpoint(checkpoint)
         assets = Assets.load(assets_folder(folder))
-        layout = Layout.of(assets)
-        model = Decoder(_inference_config(assets))
-        expert = _expert(assets, model)
+        record = TaskRecord.from_json(assets.layout)
+        model = Decoder(inference_config(assets))
+        expert = None
+        if assets.action_expert:
+            settings = config.build(
+                ActionExpertConfig, assets.action_expert, where="assets.action_expert"
+            )
+            expert = ActionExpert(settings, model.config)
         init = params_init(model, expert)
         if untrained:  # "rbg" compiles faster than the default generator
             params = jax.jit(lambda key: nn.unbox(init(key)))(jax.random.key(seed, impl="rbg"))
         else:
             params = load_params(folder, nn.unbox(jax.eval_shape(init, jax.random.key(0))))
         if expert is None:
-            return cls(folder, assets, layout, model, params)
-        return cls(folder, assets, layout, model, params[DECODER], expert, params[EXPERT])
+            return cls(folder, assets, record, model, params)
+        return cls(folder, assets, record, model, params[DECODER], expert, params[EXPERT])
 
     @functools.cached_property
-    def text_encoder(self) -> TextEncoder:
-        """Words to token ids."""
-        return TextEncoder(self.assets.vocabulary, self.assets.text)
+    def task(self) -> Task:
+        """The task it was trained on, which builds its prompts and parses its output."""
+        return make_task(self.record.task, self.record.settings, self.assets)
 
     def statistics(self, key: str) -> ActionStatistics:
         """Of a corpus' actions, or under its ``state_key`` of its states.
@@ -165,17 +107,23 @@ class LoadedModel:
             )
         return known[key]
 
-    def require_layout(self, wanted: tuple[str, ...], purpose: str) -> None:
-        """Raises UserError unless the model was trained on one of the layouts ``wanted``."""
-        if self.layout.layout not in wanted:
+    def require_task(self, kind: type[Task], purpose: str) -> None:
+        """Raises UserError unless the model was trained on a task of this kind."""
+        if not isinstance(self.task, kind):
             raise UserError(
-                f"{self.folder} was trained on the layout {self.layout.layout!r}; {purpose} needs "
-                f"a checkpoint of {' or '.join(map(repr, wanted))}"
+                f"{self.folder} was trained on the task {self.record.task!r}, which is not made "
+                f"for {purpose}"
             )
 
 
+def inference_config(assets: Assets) -> DecoderConfig:
+    """The trained decoder's; casting the parameters once is what training does at every use."""
+    settings = config.build(DecoderConfig, assets.model, where="assets.model")
+    return dataclasses.replace(settings, dropout=0.0, remat="none", param_dtype=settings.dtype)
+
+
 def checkpoint_identity(checkpoint: str | pathlib.Path) -> str:
-    """sha256 that tells one written checkpoint from another: commit record, arrays, assets.
+    """sha256 that tells one saved checkpoint from another: commit record, arrays, assets.
 
     Args:
       checkpoint: a folder ``checkpoints/<step>``; a copy of it has the same identity.
@@ -186,16 +134,3 @@ def checkpoint_identity(checkpoint: str | pathlib.Path) -> str:
         path = folder / name
         digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
     return digest.hexdigest()
-
-
-def _inference_config(assets: Assets) -> DecoderConfig:
-    """The trained decoder's; casting the parameters once is what training does at every use."""
-    config = build_config(DecoderConfig, assets.model, where="assets.model")
-    return dataclasses.replace(config, dropout=0.0, remat="none", param_dtype=config.dtype)
-
-
-def _expert(assets: Assets, model: Decoder) -> ActionExpert | None:
-    if not assets.action_expert:
-        return None
-    config = build_config(ActionExpertConfig, assets.action_expert, where="assets.action_expert")
-    return ActionExpert(config, model.config)

@@ -20,7 +20,9 @@ from univla_jax.interop.hf_folder import SINGLE, HfFolder
 from univla_jax.interop.vision_keys import open_vision
 from univla_jax.io import parse_json
 from univla_jax.normalization import ActionStatistics, state_key
-from univla_jax.pipeline.data_config import LAYOUTS, WITH_STATE
+from univla_jax.tasks import TASK_NAMES, task_class
+from univla_jax.tasks.base import Needs
+from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import RANK_FILE, TextTokenizer, TiktokenTextTokenizer
@@ -170,9 +172,8 @@ class ConvertConfig:
       text: folder of the text tokenizer; empty takes the model folder's own.
       vision: folder of a converted vision tokenizer.
       action: folder of the action tokenizer.
-      layout: ``"policy_video"``, ``"policy_image"``, ``"policy_flow"`` (of a model with an action
-        expert) or ``"world_model"``; empty for a base model, whose checkpoint is there to train
-        from.
+      task: one of ``tasks.TASK_NAMES`` that it was trained on; empty for a base model, whose
+        checkpoint is there to train from.
       frames: moments a training sample had; the history of a video policy.
       chunk_size: steps of an action chunk.
       frame_spacing: steps between two frames of a world model.
@@ -189,7 +190,7 @@ class ConvertConfig:
     text: str = ""
     vision: str = ""
     action: str = ""
-    layout: str = ""
+    task: str = dataclasses.field(default="", metadata={"formerly": "layout"})
     frames: int = 1
     chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
     frame_spacing: int = 10
@@ -202,27 +203,31 @@ class ConvertConfig:
     state_statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown layout, or a state in one that has no place for it."""
-        if self.layout and self.layout not in LAYOUTS:
-            raise UserError(f"config.layout: {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
-        if self.state_statistics and self.layout not in WITH_STATE:
-            raise UserError(f"config.state_statistics: {self.layout!r} has no place for a state")
+        """Raises UserError for an unknown task, or a state in one that has no place for it."""
+        if self.task and self.task not in TASK_NAMES:
+            raise UserError(f"config.task: {self.task!r}; expected one of {', '.join(TASK_NAMES)}")
+        if self.state_statistics and not self.needs.state:
+            raise UserError(f"config.state_statistics: {self.task!r} has no place for a state")
+
+    @property
+    def needs(self) -> Needs:
+        """What the task needs; nothing of a base model."""
+        return task_class(self.task).needs if self.task else Needs()
 
     def require(self) -> None:
-        """Checks that a layout comes with what acting and imagining need.
+        """Checks that a task comes with what acting and imagining need.
 
         Raises:
           UserError: naming the field.
         """
-        needed = ["corpus", "views", "sequence_length", "vision"] if self.layout else []
-        if self.layout.startswith("policy"):
-            needed += [] if self.layout == "policy_flow" else ["action"]
-            needed += [] if self.statistics_file else ["statistics"]
+        needed = ["corpus", "views", "sequence_length", "vision"] if self.task else []
+        needed += ["action"] if self.needs.action_tokens else []
+        needed += ["statistics"] if self.needs.actions and not self.statistics_file else []
         for name in needed:
             if not getattr(self, name):
                 raise UserError(
-                    f"config.{name} is empty, but a checkpoint of layout {self.layout!r} cannot do "
-                    f"without; give --config.{name}=...{_HINTS.get(name, '')}"
+                    f"config.{name} is empty, but a checkpoint of the task {self.task!r} cannot "
+                    f"do without; give --config.{name}=...{_HINTS.get(name, '')}"
                 )
 
 
@@ -243,10 +248,10 @@ def make_assets(
     if own_vision is not None and not config.vision:
         config = dataclasses.replace(config, vision=str(own_vision))
     config.require()
-    if config.layout == "policy_flow" and model.expert is None:
+    if config.needs.action_expert and model.expert is None:
         raise UserError(
-            f"config.layout: 'policy_flow', but {folder.path} has no action expert (config.json: "
-            "action_experts); choose 'policy_image' or 'policy_video'"
+            f"config.task: {config.task!r}, but {folder.path} has no action expert (config.json: "
+            "action_experts); choose a task without one"
         )
     text, where = _text(folder, config)
     action = load_action_tokenizer(config.action) if config.action else None
@@ -261,7 +266,7 @@ def make_assets(
         action=action,
         image_specs=_image_specs(config, vision),
         statistics=statistics_of(config),
-        layout=_layout(config, vision),
+        layout=_task_record(config, vision),
         model=dataclasses.asdict(dataclasses.replace(model.decoder, dtype=dtype)),
         action_expert=dataclasses.asdict(model.expert) if model.expert else {},
     )
@@ -317,7 +322,7 @@ def statistics_of(config: ConvertConfig) -> dict[str, ActionStatistics]:
         if not file.is_file():
             raise UserError(f"config.statistics_file: no file {file}")
         values = norm_stats(file.read_bytes(), str(file))
-    if not values or not config.layout.startswith("policy"):
+    if not values or not config.needs.actions:
         return {}
     found = {config.corpus: values, state_key(config.corpus): config.state_statistics}
     return {key: ActionStatistics.from_dict(given) for key, given in found.items() if given}
@@ -335,9 +340,9 @@ def norm_stats(content: bytes, where: str) -> Mapping[str, Any]:
     return next(iter(robots.values()))
 
 
-def _layout(config: ConvertConfig, vision: LazyVisionTokenizer | None) -> dict[str, Any]:
-    """The record that ``inference.trained.Layout`` reads; empty for a base model."""
-    if not config.layout:
+def _task_record(config: ConvertConfig, vision: LazyVisionTokenizer | None) -> dict[str, Any]:
+    """``tasks.record.TaskRecord`` as JSON values; empty for a base model."""
+    if not config.task:
         return {}
     specs = _image_specs(config, vision)
     unsized = [view for view, spec in specs.items() if spec.size is None]
@@ -345,19 +350,18 @@ def _layout(config: ConvertConfig, vision: LazyVisionTokenizer | None) -> dict[s
         raise UserError(
             f"config.views.{unsized[0]}: no size; give the (height, width) it was trained on"
         )
-    return {
-        "layout": config.layout,
-        "frames": config.frames,
-        "chunk_size": config.chunk_size,
-        "frame_spacing": config.frame_spacing,
-        "sequence_length": config.sequence_length,
-        **({"state": True} if config.state_statistics else {}),
-        "views": list(config.views),
-        "corpora": {
-            config.corpus: {
-                "control_hz": config.control_hz,
-                "frame_spacing": config.frame_spacing,
-                "grids": {view: list(spec.grid_size(*spec.size)) for view, spec in specs.items()},
-            }
-        },
-    }
+    corpus = CorpusRecord(
+        control_hz=config.control_hz,
+        frame_spacing=config.frame_spacing,
+        grids={view: spec.grid_size(*spec.size) for view, spec in specs.items()},
+    )
+    return TaskRecord(
+        task=config.task,
+        frames=config.frames,
+        chunk_size=config.chunk_size,
+        frame_spacing=config.frame_spacing,
+        sequence_length=config.sequence_length,
+        views=tuple(config.views),
+        corpora={config.corpus: corpus},
+        state=bool(config.state_statistics),
+    ).to_json()

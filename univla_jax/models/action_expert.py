@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -279,3 +281,29 @@ def _places(
     is_action = order >= length
     positions = jnp.where(is_action, order - length + behind, order)
     return positions, (is_action | (order < behind)).astype(jnp.int32)
+
+
+DECODER, EXPERT = "decoder", "action_expert"
+"""Parts of the parameters of a decoder with an expert on top."""
+
+
+def params_init(model: nn.Module, expert: ActionExpert | None = None) -> Callable[[jax.Array], Any]:
+    """``init(key)`` of the parameters, boxed with their logical names.
+
+    With an expert they are ``{"decoder": ..., "action_expert": ...}``.
+    """
+
+    def init(key: jax.Array) -> Any:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        decoder = model.init(key, tokens, tokens)["params"]
+        if expert is None:
+            return decoder
+        actions = jnp.zeros((1, 1, expert.config.action_dim))
+        hidden = jnp.zeros((1, 1, model.config.hidden_size))
+        key = jax.random.fold_in(key, 1)
+        return {
+            DECODER: decoder,
+            EXPERT: expert.init(key, actions, jnp.zeros(1), hidden)["params"],
+        }
+
+    return init

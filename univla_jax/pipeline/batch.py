@@ -1,97 +1,111 @@
-"""The two arrows from sequences to the training step: ``Example`` and ``Batch``.
+"""The arrows from tasks to the training step: ``Example`` and ``Batch``.
 
-Axes: B rows, S sequence.
+Axes: B batch, S sequence, n tokens of one example, T time, A action dimensions.
 
     tokens        bos  t   t  boa  a  eoa │ bos  t  boa  a  eoa │ pad pad
+    roles          T   T   T   A   A   A  │  T   T   A   A   A  │  0   0
+    task_ids       0   0   0   0   0   0  │  1   1   1   1   1  │  0   0
     segment_ids    1   1   1   1   1   1  │  2   2   2   2   2  │  0   0
     positions      0   1   2   3   4   5  │  0   1   2   3   4  │  0   0
-    loss_weight    0   0   0   1   1   1  │  0   0   1   1   1  │  0   0
 
-``loss_weight[s]`` is the weight of predicting ``tokens[s]`` from what precedes it in its segment.
+No loss weights: they follow from role, task and step (``training/losses.py``), so that changing
+them changes no data.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from univla_jax.errors import UserError
-
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row: one sequence, or several packed ones and padding.
+    """One sequence with its visual codes, as a task wrote it.
 
     Attributes:
-      tokens: int32 [S].
-      loss_weight: float32 [S].
-      positions: int32 [S], from 0 in every segment.
-      segment_ids: int32 [S], 1, 2, … ; 0 is padding.
+      tokens: int32 [n].
+      roles: uint8 [n], values of ``sequences.roles.Role``.
+      task_id: position of its task in the run's mixture.
+      actions: float32 [T, A] normalized chunk for the action expert, else None.
     """
 
     tokens: np.ndarray
-    loss_weight: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-
-    @classmethod
-    def single(cls, tokens: np.ndarray, loss_weight: np.ndarray) -> Example:
-        """A row of one sequence without padding."""
-        positions = np.arange(len(tokens), dtype=np.int32)
-        return cls(tokens, loss_weight, positions, np.ones_like(positions))
+    roles: np.ndarray
+    task_id: int = 0
+    actions: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Length S, padding included."""
+        """Number of tokens n."""
         return len(self.tokens)
-
-    def pad_to(self, length: int, pad: int) -> Example:
-        """The same row padded on the right.
-
-        Args:
-          length: wanted S.
-          pad: token id of padding; its weight and segment are 0.
-
-        Raises:
-          UserError: the row is longer.
-        """
-        missing = length - len(self)
-        if missing < 0:
-            raise UserError(
-                f"a sequence of {len(self)} tokens does not fit sequence_length={length}; raise it "
-                "or take fewer frames"
-            )
-        fills = (pad, 0.0, 0, 0)
-        fields = (self.tokens, self.loss_weight, self.positions, self.segment_ids)
-        return Example(*(np.pad(f, (0, missing), constant_values=v) for f, v in zip(fields, fills)))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of equal length, as the training step takes them; a pytree.
+    """Packed examples of equal length, as the training step takes them; a pytree.
 
     Attributes:
       tokens: int32 [B, S].
-      loss_weight: float32 [B, S].
-      positions: int32 [B, S].
-      segment_ids: int32 [B, S]; a row of zeros is padding of an evaluation's last batch.
-      actions: float32 [B, T, A] normalized chunks for the flow expert, None for other layouts.
+      roles: uint8 [B, S].
+      task_ids: uint8 [B, S].
+      positions: int32 [B, S], from 0 in every segment.
+      segment_ids: int32 [B, S], 1, 2, … ; 0 is padding. An element of zeros fills up the last batch
+        of an evaluation.
+      actions: float32 [B, T, A] normalized chunks for the action expert, None for other tasks.
     """
 
     tokens: np.ndarray
-    loss_weight: np.ndarray
+    roles: np.ndarray
+    task_ids: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
     actions: np.ndarray | None = None
 
     @property
     def valid(self) -> np.ndarray:
-        """bool [B]: rows that hold data."""
+        """bool [B]: elements that hold data."""
         return (self.segment_ids > 0).any(axis=1)
 
     @property
-    def useful_share(self) -> float:
-        """Share of the tokens that is no padding, 0…1."""
+    def useful_fraction(self) -> float:
+        """Fraction of the tokens that are not padding, 0…1."""
         return float((self.segment_ids > 0).mean())
+
+
+def pack(elements: Sequence[Sequence[Example]], *, length: int, pad: int) -> dict[str, np.ndarray]:
+    """Writes the examples of each batch element one after another, padded on the right.
+
+    Args:
+      elements: per element its examples, whose lengths add up to at most ``length``.
+      length: tokens S of an element.
+      pad: token id of padding.
+
+    Returns:
+      the fields of ``Batch``; ``actions`` only where the examples have some, each alone in its
+      element.
+    """
+    shape = len(elements), length
+    tokens = np.full(shape, pad, np.int32)
+    roles, task_ids = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    counting = np.arange(length, dtype=np.int32)
+    for i, examples in enumerate(elements):
+        start = 0
+        for segment, example in enumerate(examples, 1):
+            end = start + len(example)
+            tokens[i, start:end], roles[i, start:end] = example.tokens, example.roles
+            task_ids[i, start:end] = example.task_id
+            positions[i, start:end], segment_ids[i, start:end] = counting[: end - start], segment
+            start = end
+    fields = {
+        "tokens": tokens,
+        "roles": roles,
+        "task_ids": task_ids,
+        "positions": positions,
+        "segment_ids": segment_ids,
+    }
+    chunks = [e.actions for examples in elements for e in examples if e.actions is not None]
+    return {**fields, "actions": np.stack(chunks)} if chunks else fields

@@ -1,30 +1,15 @@
-"""The data part of a recipe."""
+"""Configuration of the input pipeline: task, stores, windows, packing, batch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 from univla_jax.errors import UserError
-from univla_jax.sequences.labels import LABELS
+from univla_jax.sequences.roles import LABELS
+from univla_jax.tasks import TASK_NAMES, task_class
+from univla_jax.tasks.base import Needs, TaskSettings
 
-LAYOUTS: Mapping[str, str] = {
-    "policy_video": "action",
-    "policy_image": "action",
-    "policy_flow": "action",
-    "chain_of_thought": "thought_and_action",
-    "world_model": "vision",
-    "question": "answer",
-    "caption": "both",
-    "text_to_image": "both",
-}
-"""The layouts of ``layouts.py``, and what each learns unless ``loss_on`` says otherwise."""
-
-WITH_STATE = ("policy_video", "policy_image")
-"""Those that have a place for the proprioceptive state."""
-
-_MOMENTS = ("policy_video", "world_model")
-_UNITS = ("episode", "store")
+_WEIGHT_UNITS = ("episode", "store")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,41 +18,43 @@ class DataConfig:
 
     Attributes:
       stores: folders of token stores, one per corpus or suite.
-      layout: key of ``LAYOUTS``.
-      sequence_length: tokens S of a row.
-      batch_size: rows B of a step over all hosts.
+      task: one of ``tasks.TASK_NAMES``: what the sequences look like.
+      sequence_length: tokens S of a batch element.
+      batch_size: batch elements B of a step over all hosts.
       weights: one per store, all 1 when empty.
       weight_unit: "episode": a store is drawn in proportion to weight x its episodes, so equal
         weights make an epoch of everything, as the reference's sampler does; "store": in
         proportion to its weight alone.
       frames: moments per sample: chunks of the video policy, frames of the world model; 1 for all
-        other layouts.
+        other tasks.
       chunk_size: steps of an action chunk.
       state: whether policies see the proprioceptive state, written before each chunk.
-      views: cameras in the order they are written; empty takes all, in the order of the corpus'
-        row. The world model shows one: the first when empty, else by chance one of those named
-        that the episode has.
+      views: cameras in the order they are written; empty takes all, in the order of the dataset's
+        configuration. The world model shows one: the first when empty, else by chance one of those
+        named that the episode has.
       frame_spacing: steps between two frames of the world model; 0 takes each corpus' own.
-      aligned_windows: share of the windows that begin a whole number of chunks into their episode,
-        where a policy that executes whole chunks is asked; the rest begins anywhere. In short
-        episodes the first chunk, which only the instruction decides, would else be rare.
-      loss_on: key of ``labels.LABELS``; empty takes the layout's own. "both" with a vision weight
-        is the composite loss of the action's accuracy and the predicted frames' consistency.
-      vision_weight: loss weight of a visual id; other labeled ids weigh 1.
-      null_prompt_prob: share of samples with an empty instruction, for guidance.
-      packing: True packs samples first-fit; False pads each to a row of its own.
-      packing_bins: rows packed together for each row of the batch; more fill better and hold more
-        samples in memory.
+      aligned_windows: fraction of the windows that begin a whole number of chunks into their
+        episode, where a policy that executes whole chunks is queried; the rest begins anywhere. In
+        short episodes the first chunk, which only the instruction decides, would else be rare.
+      loss_on: key of ``sequences.roles.LABELS``; empty takes the task's own. "both" with a vision
+        weight is the composite loss of the action's accuracy and the predicted frames' consistency.
+      vision_weight: loss weight of a visual id, where other labeled ids weigh 1: a number, or
+        (start, end, steps) for a line from ``start`` at step 0 to ``end`` at step ``steps``.
+      null_prompt_prob: fraction of samples with an empty instruction, for guidance.
+      packing: True packs samples first-fit; False pads each to a batch element of its own.
+      packing_bins: batch elements packed together; more fill better and hold more samples in
+        memory.
       seed: of the order and the windows.
-      workers: processes that build rows; 0 builds in this one. Best a divisor of a host's rows.
-      read_threads: threads per process that read and build; 0 does it when asked.
-      prefetch_batches: batches made ahead on a thread; 0 makes them when asked.
+      workers: processes that build batch elements; 0 builds in this one. Best a divisor of a host's
+        elements.
+      read_threads: threads per process that load and build; 0 does it on demand.
+      prefetch_batches: batches made ahead on a thread; 0 makes them on demand.
       held_out_every: each so many-th episode of a store is for evaluation and never trained on; 0
-        holds none out, and evaluation then reads whole stores.
+        holds none out, and evaluation then uses whole stores.
     """
 
     stores: tuple[str, ...]
-    layout: str
+    task: str = dataclasses.field(metadata={"formerly": "layout"})
     sequence_length: int
     batch_size: int
     weights: tuple[float, ...] = ()
@@ -79,7 +66,7 @@ class DataConfig:
     frame_spacing: int = 0
     aligned_windows: float = 0.0
     loss_on: str = ""
-    vision_weight: float = 0.5
+    vision_weight: float | tuple[float, float, int] = 0.5
     null_prompt_prob: float = 0.0
     packing: bool = True
     packing_bins: int = 16
@@ -91,44 +78,60 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        _one_of("layout", self.layout, tuple(LAYOUTS))
-        _one_of("loss_on", self.loss_on, ("", *LABELS))
-        _one_of("weight_unit", self.weight_unit, _UNITS)
+        _check_one_of("task", self.task, TASK_NAMES)
+        _check_one_of("loss_on", self.loss_on, ("", *LABELS))
+        _check_one_of("weight_unit", self.weight_unit, _WEIGHT_UNITS)
         for name in ("sequence_length", "batch_size", "frames", "chunk_size", "packing_bins"):
-            _at_least(name, getattr(self, name), 1)
+            _check_at_least(name, getattr(self, name), 1)
         for name in ("frame_spacing", "workers", "read_threads", "prefetch_batches", "seed"):
-            _at_least(name, getattr(self, name), 0)
-        self._check_weights()
-        if not 0 <= self.null_prompt_prob <= 1:
-            raise UserError(f"data.null_prompt_prob: {self.null_prompt_prob}, expected 0…1")
-        if not 0 <= self.aligned_windows <= 1:
-            raise UserError(f"data.aligned_windows: {self.aligned_windows}, expected 0…1")
-        if self.vision_weight < 0:
+            _check_at_least(name, getattr(self, name), 0)
+        for name in ("null_prompt_prob", "aligned_windows"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.{name}: {getattr(self, name)}, expected 0…1")
+        if min(self.vision_schedule) < 0:
             raise UserError(f"data.vision_weight: {self.vision_weight}, expected at least 0")
         if self.held_out_every < 0 or self.held_out_every == 1:
             raise UserError(
                 f"data.held_out_every: {self.held_out_every}, expected 0 or at least 2 (1 would "
                 "leave nothing to train on)"
             )
-        self._check_layout()
+        self._check_weights()
+        self._check_needs()
 
     @property
-    def labeled(self) -> str:
-        """The label choice, with the default of the layout filled in."""
-        return self.loss_on or LAYOUTS[self.layout]
+    def needs(self) -> Needs:
+        """What the task needs of data and model."""
+        return task_class(self.task).needs
 
     @property
-    def acts(self) -> bool:
-        """Whether the layout holds actions."""
-        return self.layout.startswith("policy_") or self.layout == "chain_of_thought"
+    def settings(self) -> TaskSettings:
+        """The fields that shape the task's sequences."""
+        names = [field.name for field in dataclasses.fields(TaskSettings)]
+        return TaskSettings(**{name: getattr(self, name) for name in names})
 
     @property
-    def writes_actions(self) -> bool:
-        """Whether actions stand in the sequence as tokens."""
-        return self.acts and self.layout != "policy_flow"
+    def labels(self) -> str:
+        """The key of ``sequences.roles.LABELS`` in force: ``loss_on``, else the task's own."""
+        return self.loss_on or task_class(self.task).labels
+
+    @property
+    def vision_schedule(self) -> tuple[float, float, int]:
+        """``vision_weight`` as (start, end, steps).
+
+        Raises:
+          UserError: neither a number nor three of them.
+        """
+        weight = self.vision_weight
+        if isinstance(weight, (int, float)):
+            return weight, weight, 0
+        if len(weight) != 3:
+            raise UserError(
+                f"data.vision_weight: {weight}, expected a number or (start, end, steps)"
+            )
+        return weight
 
     def proportions(self, episodes: list[int]) -> list[float]:
-        """Share of each store in the stream, unnormalized.
+        """Proportion of each store in the stream, unnormalized.
 
         Args:
           episodes: training episodes per store.
@@ -137,17 +140,18 @@ class DataConfig:
         per_episode = self.weight_unit == "episode"
         return [w * (n if per_episode else 1) for w, n in zip(weights, episodes)]
 
-    def _check_layout(self) -> None:
-        if self.layout not in _MOMENTS and self.frames != 1:
+    def _check_needs(self) -> None:
+        if self.frames != 1 and not self.needs.frame_sequence:
             raise UserError(
-                f"data.frames: {self.frames}, but {self.layout!r} shows one moment; set frames=1 "
-                "or layout='policy_video'"
+                f"data.frames: {self.frames}, but the task {self.task!r} shows one moment; set "
+                "frames=1, or take a task of several"
             )
-        if self.state and self.layout not in WITH_STATE:
-            raise UserError(f"data.state: the layout {self.layout!r} has no place for it")
-        if self.layout == "policy_flow" and self.packing:
+        if self.state and not self.needs.state:
+            raise UserError(f"data.state: the task {self.task!r} has no place for it")
+        if self.packing and self.needs.own_row:
             raise UserError(
-                "data.packing: the flow expert reads one sample per row; set packing=False"
+                f"data.packing: the task {self.task!r} takes one sample per batch element; set "
+                "packing=False"
             )
 
     def _check_weights(self) -> None:
@@ -164,12 +168,12 @@ class DataConfig:
                 )
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         names = ", ".join(repr(k) for k in known)
         raise UserError(f"data.{name}: {value!r} is not one of {names}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"data.{name}: {value}, expected at least {least}")

@@ -1,13 +1,13 @@
 """From token stores to training batches, with Grain.
 
-    stores ─ Split ─► SampleStream ─► RowSource: this host's rows of every global batch
-    (by episode)      (mixture.py)    (rows.py)        │
+    stores ─ Split ─► SampleStream ─► PackedSource: this host's elements of every global batch
+    (by episode)      (mixture.py)    (packing.py)     │
                                    threads, worker processes ─ parts joined ─ prefetch thread
                                                        ▼
                                               Batch [B / hosts, S]
 
-Every row is a function of its number: the global batches are the same for any number of hosts,
-worker processes and threads, and a place in the stream is the number of the next batch.
+Every batch element is a function of its number: the global batches are the same for any number of
+hosts, worker processes and threads, and a position in the stream is the number of the next batch.
 """
 
 from __future__ import annotations
@@ -24,21 +24,31 @@ from absl import flags
 
 from univla_jax.assets import Assets
 from univla_jax.errors import UserError
-from univla_jax.pipeline.batch import Batch
+from univla_jax.pipeline.batch import Batch, Example, pack
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import (
     EpisodeSource,
+    SampleBuilder,
     SampleStream,
     Split,
     open_stores,
     source_fingerprint,
 )
-from univla_jax.pipeline.packing import PLACE, Row, RowSource, join
-from univla_jax.sequences.samples import SampleBuilder
+from univla_jax.pipeline.packing import POSITION, PackedSource
+
+Arrays = dict[str, np.ndarray]
+"""The fields of ``Batch`` by name, and ``POSITION``."""
 
 _PARTS_AHEAD_PER_THREAD = 2
-_NOT_CONTENT = ("stores", "workers", "read_threads", "prefetch_batches")
-"""Config fields that change neither the batches nor the place in them."""
+_NOT_CONTENT = (
+    "stores",
+    "workers",
+    "read_threads",
+    "prefetch_batches",
+    "loss_on",
+    "vision_weight",
+)
+"""Config fields that change neither the batches nor the position in them."""
 
 
 def training_batches(
@@ -63,68 +73,74 @@ def training_batches(
         hosts cannot share.
     """
     sources = open_stores(config, assets) if sources is None else sources
-    splits = [Split(source, config.held_out_every, held_out=False) for source in sources]
-    if len(splits) != len(config.stores) or not splits:
-        raise UserError(f"data.stores: {len(config.stores)} named, {len(splits)} opened")
-    lanes = host_rows(config.batch_size, host, hosts)
+    if len(sources) != len(config.stores) or not sources:
+        raise UserError(f"data.stores: {len(config.stores)} named, {len(sources)} opened")
+    elements = host_elements(config.batch_size, host, hosts)
     builder = SampleBuilder(config, assets)
-    shares = config.proportions([len(split) for split in splits])
-    stream = SampleStream(splits, shares, builder, config.seed)
+    stream = training_stream(config, builder, sources)
+    parts = max(1, min(config.workers, len(elements)))
 
-    parts = max(1, min(config.workers, len(lanes)))
-
-    def rows(step: int, places: Sequence[int]) -> grain.DatasetIterator[Row]:
+    def arrays(step: int, positions: Sequence[int]) -> grain.DatasetIterator[Arrays]:
         pad = assets.vocabulary.pad
-        source = RowSource(
-            config, stream, builder, lanes, pad, step=step, places=places, parts=parts
+        source = PackedSource(
+            config, stream, builder, elements, pad, step=step, positions=positions, parts=parts
         )
-        return iter(_batched(config, source, parts))
+        return iter(_grain_dataset(config, source, parts))
 
-    return BatchIterator(rows, lanes, _identity(config, assets, sources))
+    return BatchIterator(arrays, elements, _identity(config, assets, sources))
 
 
-def host_rows(batch_size: int, host: int, hosts: int) -> range:
-    """The rows of the global batch that belong to a host.
+def training_stream(
+    config: DataConfig, builder: SampleBuilder, sources: Sequence[EpisodeSource]
+) -> SampleStream:
+    """The training samples of all stores by number, mixed by the config's weights."""
+    splits = [Split(source, config.held_out_every, held_out=False) for source in sources]
+    proportions = config.proportions([len(split) for split in splits])
+    return SampleStream(splits, proportions, builder, config.seed)
+
+
+def host_elements(batch_size: int, host: int, hosts: int) -> range:
+    """The elements of the global batch that belong to a host.
 
     Raises:
       UserError: the hosts cannot share the batch equally.
     """
     if batch_size % hosts:
-        raise UserError(
-            f"data.batch_size: {batch_size} rows cannot be shared by {hosts} hosts equally"
-        )
+        raise UserError(f"data.batch_size: {batch_size} cannot be shared by {hosts} hosts equally")
     count = batch_size // hosts
     return range(host * count, (host + 1) * count)
 
 
 class BatchIterator:
-    """An endless iterator of ``Batch`` whose place can be saved and restored exactly."""
+    """An endless iterator of ``Batch`` whose position can be saved and restored exactly."""
 
     def __init__(
         self,
-        rows: Callable[[int, Sequence[int]], grain.DatasetIterator[Row]],
-        lanes: range,
+        arrays: Callable[[int, Sequence[int]], grain.DatasetIterator[Arrays]],
+        elements: range,
         identity: dict[str, Any],
     ) -> None:
         """Starts before batch 0.
 
         Args:
-          rows: (step, places of the lanes) -> iterator of stacked rows from that batch on.
-          lanes: rows of the global batch that this iterator yields.
-          identity: JSON values of everything the place depends on.
+          arrays: (step, positions of the elements) -> iterator of arrays from that batch on.
+          elements: of the global batch, those that this iterator yields.
+          identity: JSON values of everything the position depends on.
         """
-        self._rows, self._lanes = rows, lanes
-        self._step, self._places = 0, []
-        self._open = [rows(0, [])]
+        self._arrays, self._elements = arrays, elements
+        self._step, self._positions = 0, []
+        self._open = [arrays(0, [])]
         # Also runs at interpreter exit, before the modules that Grain needs for it are gone.
         self._finalizer = weakref.finalize(self, _close_all, self._open)
         self._identity = json.loads(json.dumps(identity))
 
     def next(self) -> Batch:
         """The next batch of this host, NumPy arrays [B / hosts, S]."""
-        rows = next(self._iterator)
-        self._step, self._places = self._step + 1, rows.pop(PLACE).tolist()
-        return Batch(**rows)
+        if not self._open:
+            raise UserError("this batch iterator was closed; make a new one")
+        arrays = next(self._open[0])
+        self._step, self._positions = self._step + 1, arrays.pop(POSITION).tolist()
+        return Batch(**arrays)
 
     def __next__(self) -> Batch:
         """The same as ``next``."""
@@ -135,103 +151,99 @@ class BatchIterator:
         return self
 
     def get_state(self) -> bytes:
-        """The place before the next batch, to be saved with the model's step."""
-        places = dict(zip(map(str, self._lanes), self._places))
-        state = {"identity": self._identity, "step": self._step, "places": places}
+        """The position before the next batch, to be saved with the model's step."""
+        positions = dict(zip(map(str, self._elements), self._positions))
+        state = {"identity": self._identity, "step": self._step, "places": positions}
         return json.dumps(state, sort_keys=True).encode()
 
     def set_state(self, *states: bytes) -> None:
-        """Goes to a saved place: the next batch is the one that followed it.
+        """Goes to a saved position: the next batch is the one that followed it.
 
         Args:
-          *states: of this host, or of all hosts where there were more or fewer of them: rows
-            belong to a place in the batch, whoever reads them.
+          *states: of this host, or of all hosts where there were more or fewer of them: positions
+            belong to elements of the batch, whoever builds them.
 
         Raises:
-          UserError: a state was saved by other data, weights or layout, or lacks this host's rows.
+          UserError: a state was saved with other data, weights or task, or lacks this host's
+            elements.
         """
-        steps, places = set(), {}
+        steps, positions = set(), {}
         for state in states:
             step, known = self._parse(state)
             steps.add(step)
-            places |= known
+            positions |= known
         if len(steps) != 1:
             raise UserError(f"saved data states of different steps: {sorted(steps)}")
         (step,) = steps
-        missing = [lane for lane in self._lanes if str(lane) not in places]
+        missing = [element for element in self._elements if str(element) not in positions]
         if step and missing:
             raise UserError(
-                f"saved data state: row {missing[0]} of the batch is missing; it was saved by "
+                f"saved data state: element {missing[0]} of the batch is missing; it was saved by "
                 "another number of hosts, whose states are needed together"
             )
-        mine = [places[str(lane)] for lane in self._lanes] if step else []
+        own = [positions[str(element)] for element in self._elements] if step else []
         _close_all(self._open)
-        self._open.append(self._rows(step, mine))
-        self._step, self._places = step, mine
+        self._open.append(self._arrays(step, own))
+        self._step, self._positions = step, own
 
     def _parse(self, state: bytes) -> tuple[int, dict[str, int]]:
-        """Step and places by lane of one saved state."""
+        """Step and positions by element of one saved state."""
         try:
             saved = json.loads(state)
-            identity, step, places = saved["identity"], saved["step"], dict(saved["places"])
+            identity, step, positions = saved["identity"], saved["step"], dict(saved["places"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError("saved data state: not one of this pipeline, or cut off") from error
-        differences = _differences(identity, self._identity)
+        identity, now = _renamed(identity), self._identity
+        differences = [
+            f"{key} was {_short(identity.get(key))}, is {_short(now.get(key))}"
+            for key in sorted(identity.keys() | now.keys())
+            if identity.get(key) != now.get(key)
+        ]
         if differences:
             raise UserError(
                 "saved data state does not fit this run: " + "; ".join(differences) + ". Use the "
                 "same values, or start in a new workdir"
             )
-        return step, places
+        return step, positions
 
     def close(self) -> None:
         """Stops worker processes and threads; the iterator cannot be used afterwards."""
         self._finalizer()
 
-    @property
-    def _iterator(self) -> grain.DatasetIterator[Row]:
-        if not self._open:
-            raise UserError("this batch iterator was closed; make a new one")
-        return self._open[0]
 
-
-def _batched(config: DataConfig, source: RowSource, parts: int) -> grain.IterDataset[Row]:
-    """The rows of a source, made by threads or worker processes, whole batches of ``parts``."""
+def _grain_dataset(
+    config: DataConfig, source: PackedSource, parts: int
+) -> grain.IterDataset[Arrays]:
+    """The items of a source, made by threads or worker processes, joined to whole batches."""
     ahead = config.read_threads * _PARTS_AHEAD_PER_THREAD
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.source(source).to_iter_dataset(options)
     if config.workers:
-        _let_grain_read_flags()
+        # Grain's workers use absl flags, which only ``absl.app.run`` parses, not a notebook.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
     if parts > 1:
-        dataset = dataset.batch(parts, drop_remainder=True, batch_fn=_concatenated)
+        dataset = dataset.batch(parts, drop_remainder=True, batch_fn=_concatenate)
     return grain.experimental.ThreadPrefetchIterDataset(
         dataset, prefetch_buffer_size=config.prefetch_batches
     )
 
 
-def _concatenated(parts: Sequence[Row]) -> Row:
+def _concatenate(parts: Sequence[Arrays]) -> Arrays:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def _close_all(iterators: list[grain.DatasetIterator[Row]]) -> None:
+def _close_all(iterators: list[grain.DatasetIterator[Arrays]]) -> None:
     """Closes and forgets them."""
     while iterators:
         iterators.pop().close()
 
 
-def _let_grain_read_flags() -> None:
-    """Grain's workers read absl flags, which only ``absl.app.run`` parses, not a notebook."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
 def _identity(
-    config: DataConfig,
-    assets: Assets,
-    sources: Sequence[EpisodeSource],
+    config: DataConfig, assets: Assets, sources: Sequence[EpisodeSource]
 ) -> dict[str, Any]:
-    """Everything a saved place depends on."""
+    """Everything a saved position depends on."""
     values = dataclasses.asdict(config)
     settings = {f"data.{k}": v for k, v in values.items() if k not in _NOT_CONTENT}
     return {
@@ -242,13 +254,15 @@ def _identity(
     }
 
 
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = sorted(saved.keys() | now.keys())
-    return [
-        f"{key} was {_short(saved.get(key))}, is {_short(now.get(key))}"
-        for key in keys
-        if saved.get(key) != now.get(key)
-    ]
+def _renamed(identity: dict[str, Any]) -> dict[str, Any]:
+    """A saved identity in today's field names, without what is no longer part of it."""
+    names = {
+        f"data.{field.metadata['formerly']}": f"data.{field.name}"
+        for field in dataclasses.fields(DataConfig)
+        if "formerly" in field.metadata
+    }
+    ignored = {f"data.{name}" for name in _NOT_CONTENT}
+    return {names.get(key, key): value for key, value in identity.items() if key not in ignored}
 
 
 def _short(value: Any) -> str:
@@ -256,16 +270,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# ----------------------------------------------------------------------------
-# Evaluation batches: every held-out episode once, in batches of one shape on every host.
-
-
 class EvaluationBatches:
-    """The evaluation split in a fixed order; can be iterated any number of times.
+    """Held-out episodes, each once, in a fixed order; can be iterated any number of times.
 
-    Each episode gives one window, the same every time, in a padded row of its own. The last batches
-    are filled with empty rows (``Batch.valid`` is False there, their loss weight 0), so that all
-    hosts take the same number of steps.
+    Each episode gives one window, the same every time, in a padded element of its own. The last
+    batches are filled with empty elements (``Batch.valid`` is False there), so that all hosts take
+    the same number of steps.
     """
 
     def __init__(
@@ -280,7 +290,7 @@ class EvaluationBatches:
         """Opens the split.
 
         Args:
-          config: the data part of the recipe; without ``held_out_every`` whole stores are read.
+          config: the data part of the recipe; without ``held_out_every`` whole stores are used.
           assets: tokenizers and statistics of the checkpoint.
           sources: one opened store per ``config.stores``; opened here when None.
           host: number of this host.
@@ -291,42 +301,39 @@ class EvaluationBatches:
         """
         sources = open_stores(config, assets) if sources is None else sources
         self._splits = [Split(s, config.held_out_every, held_out=True) for s in sources]
-        self._places = [(s, i) for s, split in enumerate(self._splits) for i in range(len(split))]
-        if not self._places:
+        self._episodes = [(s, i) for s, split in enumerate(self._splits) for i in range(len(split))]
+        if not self._episodes:
             raise UserError(
                 f"evaluation: no episode is held out of {sum(map(len, sources))} with "
                 f"data.held_out_every={config.held_out_every}; lower it"
             )
-        if config.batch_size % hosts:
-            raise UserError(
-                f"data.batch_size: {config.batch_size} rows cannot be shared by {hosts} hosts"
-            )
         self._config, self._host, self._hosts = config, host, hosts
-        self._rows = config.batch_size // hosts
+        self._size = len(host_elements(config.batch_size, host, hosts))
         self._pad = assets.vocabulary.pad
         self._builder = SampleBuilder(config, assets)
 
     def __len__(self) -> int:
         """Batches, the same on every host."""
-        return -(-len(self._places) // self._config.batch_size)
+        return -(-len(self._episodes) // self._config.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         """NumPy batches [B / hosts, S]."""
-        mine = self._places[self._host :: self._hosts]
-        empty = {key: np.zeros_like(a[0]) for key, a in self._made(self._places[:1]).items()}
+        own = self._episodes[self._host :: self._hosts]
+        empty = {key: np.zeros_like(a[0]) for key, a in self._packed(self._episodes[:1]).items()}
         empty["tokens"] += self._pad
         for step in range(len(self)):
-            made = self._made(mine[step * self._rows :][: self._rows])
-            missing = self._rows - len(made["tokens"])
+            packed = self._packed(own[step * self._size :][: self._size])
+            missing = self._size - len(packed["tokens"])
             filling = {key: np.broadcast_to(a, (missing, *a.shape)) for key, a in empty.items()}
-            parts = [made, filling] if len(made["tokens"]) else [filling]
+            # A host without episodes left has no ``actions`` to concatenate, only the filling.
+            parts = [packed, filling] if len(packed["tokens"]) else [filling]
             yield Batch(**{key: np.concatenate([part[key] for part in parts]) for key in empty})
 
-    def _made(self, places: Sequence[tuple[int, int]]) -> Row:
-        """The rows of some (split, episode), [n, S]."""
-        rows = [[self._sample(*place)] for place in places]
-        return join(rows, length=self._config.sequence_length, pad=self._pad)
+    def _packed(self, episodes: Sequence[tuple[int, int]]) -> Arrays:
+        """The fields of ``Batch`` [n, S] of some (split, episode)."""
+        examples = [[self._example(*episode)] for episode in episodes]
+        return pack(examples, length=self._config.sequence_length, pad=self._pad)
 
-    def _sample(self, split: int, index: int) -> Row:
+    def _example(self, split: int, index: int) -> Example:
         rng = np.random.default_rng([self._config.seed, split, index])
         return self._builder(self._splits[split][index], rng)

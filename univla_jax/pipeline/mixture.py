@@ -1,11 +1,14 @@
-"""The endless stream of samples which all hosts and workers agree on.
+"""Deterministic mixture of token stores: any sample of the endless stream by its number.
 
-    sample n ─► deck: block n // M, card n % M ─► store, its k-th draw ─► epoch, episode, window
+    sample n ─► block n // M, slot n % M ─► store, its k-th draw ─► epoch, episode ─► window
 
-A deck of M cards holds every store in proportion and is shuffled anew for each block, so every
-part of the stream has the right proportions. The draws of a store go through shuffled epochs of all
-its episodes. Everything is a function of the seed and ``n`` alone: any sample can be made by
-whoever needs it.
+A block of M slots holds every store in proportion and is shuffled anew, so every part of the stream
+has the right proportions. The draws of a store go through shuffled epochs of all its episodes.
+Everything is a function of the seed and ``n`` alone: whoever needs a sample can make it, and no
+host, process or thread needs to know what the others do.
+
+Grain's ``MapDataset.mix`` is not used: it truncates proportions to integers per block, and the
+order of a component depends on its position in the chain of transforms.
 """
 
 from __future__ import annotations
@@ -18,21 +21,18 @@ from typing import Protocol
 import numpy as np
 
 from univla_jax.assets import Assets
-from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
+from univla_jax.pipeline.batch import Example
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.sequences.drafts import SampleSpec
-from univla_jax.sequences.samples import SampleBuilder
+from univla_jax.tasks import make_task
+from univla_jax.tasks.base import SampleSpec
 from univla_jax.tokenizers.image import ImageSpec
-
-# ----------------------------------------------------------------------------
-# Random access to tokenized episodes: the store's interface, and the split by episode.
 
 
 class EpisodeSource(Protocol):
-    """Anything with a length and episodes by number; the token store, or a list in tests."""
+    """Random access to tokenized episodes: a token store, or a list in tests."""
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -59,11 +59,11 @@ class Split:
 
     def __len__(self) -> int:
         """Episodes of this split."""
-        whole = len(self.source) // self._copies
         if not self._every:
             return len(self.source)
-        held = whole // self._every
-        return self._copies * (held if self._held_out else whole - held)
+        whole = len(self.source) // self._copies
+        held_out = whole // self._every
+        return self._copies * (held_out if self._held_out else whole - held_out)
 
     def __getitem__(self, index: int) -> TokenizedEpisode:
         """Episode ``index`` of this split."""
@@ -84,32 +84,26 @@ def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
     """
     if not config.stores:
         raise UserError("data.stores: none named; give the folders of one or more token stores")
-    return [_checked_store(folder, config, assets) for folder in config.stores]
+    return [_open_store(folder, config, assets) for folder in config.stores]
 
 
-def _checked_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
+def _open_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
     store, where = TokenStore(folder), f"token store {folder}"
     header = store.manifest.header
     assets.require_same_tokenizers({"vision": header.vision_fingerprint}, source=where)
     views = config.views or tuple(header.image_specs)
     unknown = sorted(set(views) - set(header.image_specs))
-    if unknown and config.layout != "world_model":
+    if unknown and not config.needs.single_view:
         raise UserError(f"{where}: no view {unknown[0]!r}, only {sorted(header.image_specs)}")
     specs = {v: ImageSpec.from_dict(s) for v, s in header.image_specs.items() if v in views}
     assets.require_same_image_specs(specs, source=where)
-    _check_shortest(header.min_frames, header.corpus, config, where)
-    return store
-
-
-def _check_shortest(min_frames: int, corpus: str, config: DataConfig, where: str) -> None:
-    needed = config.chunk_size if config.acts else 1
-    if config.layout == "world_model":
-        needed = config.frame_spacing or find_dataset_config(corpus).frame_spacing
-    if min_frames < needed:
+    needed = make_task(config.task, config.settings, assets).steps_needed(header.corpus)
+    if header.min_frames < needed:
         raise UserError(
-            f"{where}: may hold episodes of {min_frames} frames, a sample takes at least {needed}; "
-            f"tokenize with min_frames={needed}, or take smaller chunks"
+            f"{where}: may hold episodes of {header.min_frames} frames, a sample takes at least "
+            f"{needed}; tokenize with min_frames={needed}, or take smaller chunks"
         )
+    return store
 
 
 def source_fingerprint(source: EpisodeSource) -> str:
@@ -124,24 +118,77 @@ def source_fingerprint(source: EpisodeSource) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------
+class SampleBuilder:
+    """Turns episodes into training examples of the config's task; picklable."""
+
+    def __init__(self, config: DataConfig, assets: Assets) -> None:
+        """Binds the task to vocabulary, tokenizers and action statistics of ``assets``."""
+        self._config = config
+        self._task = make_task(config.task, config.settings, assets)
+
+    def __call__(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Example:
+        """One training example; see ``draw`` and ``load``."""
+        return self.load(self.draw(episode, rng))
+
+    def draw(self, episode: TokenizedEpisode, rng: np.random.Generator) -> SampleSpec:
+        """Draws a sample without reading its visual codes.
+
+        Args:
+          episode: from a token store.
+          rng: draws the null prompt, the window and the camera.
+
+        Raises:
+          UserError: names the episode and what is wrong: shorter than one chunk, a view, a text
+            or the statistics missing, or too long for ``sequence_length``.
+        """
+        instruction = episode.instruction
+        if self._config.null_prompt_prob and rng.random() < self._config.null_prompt_prob:
+            instruction = ""
+        name = f"episode {episode.corpus}/{episode.episode_id}"
+        try:
+            spec = self._task.sample(episode, instruction, rng)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if len(spec) > self._config.sequence_length:
+            raise UserError(
+                f"{name}: its sample has {len(spec)} tokens, more than "
+                f"data.sequence_length={self._config.sequence_length}; raise it, or take fewer "
+                "frames, views or a shorter instruction"
+            )
+        return SampleSpec(spec.tokens, spec.shown, spec.actions, name)
+
+    def load(self, spec: SampleSpec) -> Example:
+        """The example of a drawn sample, at most ``sequence_length`` tokens.
+
+        Raises:
+          UserError: names the episode whose record is damaged or has a code outside the vocabulary.
+        """
+        try:
+            tokens = spec.fill(self._task.vocabulary)
+        except UserError as error:
+            raise UserError(f"{spec.name}: {error}") from error
+        return Example(tokens.ids, tokens.roles, actions=spec.actions)
 
 
-_FINE_DECK = 1000  # cards that are enough to keep uneven proportions within 0.05 %
-_DECKS, _EPOCHS = 0, 1  # streams of random numbers
+_FINE_BLOCK = 1000  # slots that are enough to keep uneven proportions within 0.05 %
+_BLOCKS, _EPOCHS = 0, 1  # streams of random numbers
 
 
 class SampleStream:
-    """Samples by number; picklable, and holds no place."""
+    """Samples by number; picklable and stateless."""
 
     def __init__(
-        self, splits: Sequence[Split], shares: Sequence[float], builder: SampleBuilder, seed: int
+        self,
+        splits: Sequence[Split],
+        proportions: Sequence[float],
+        builder: SampleBuilder,
+        seed: int,
     ) -> None:
         """Binds the stream.
 
         Args:
           splits: the stores' training episodes, each at least one.
-          shares: of each store, positive, in any unit.
+          proportions: of each store, positive, in any unit.
           builder: episode to sample.
           seed: of everything drawn.
 
@@ -152,63 +199,65 @@ class SampleStream:
             if not len(split):
                 raise UserError(f"data.stores[{number}]: holds no episode to train on")
         self._splits, self._builder, self._seed = splits, builder, seed
-        self._cards = deal(shares, sum(map(len, splits)))
+        self._slots = slots_per_store(proportions, sum(map(len, splits)))
 
     @property
     def epoch(self) -> int:
         """Samples after which the proportions are exact; with equal weights, one epoch of all."""
-        return sum(self._cards)
+        return sum(self._slots)
 
-    def draft(self, number: int) -> SampleSpec:
-        """Sample ``number``, its codes not yet read; raises as ``SampleBuilder.draft``."""
-        episode, rng = self.draw(number)
-        return self._builder.draft(episode, rng)
+    def draw(self, number: int) -> SampleSpec:
+        """Sample ``number``, its codes not read yet; raises as ``SampleBuilder.draw``."""
+        return self._builder.draw(*self.episode(number))
 
-    def draw(self, number: int) -> tuple[TokenizedEpisode, np.random.Generator]:
+    def episode(self, number: int) -> tuple[TokenizedEpisode, np.random.Generator]:
         """The episode of sample ``number`` and what its window is drawn with."""
-        store, epoch, index = self.place(number)
+        store, epoch, index = self.locate(number)
         rng = np.random.default_rng((self._seed, _EPOCHS, store, epoch, index))
         return self._splits[store][index], rng
 
-    def place(self, number: int) -> tuple[int, int, int]:
+    def locate(self, number: int) -> tuple[int, int, int]:
         """(store, epoch of the store, episode) of sample ``number``."""
-        block, card = divmod(number, self.epoch)
-        stores, ranks = _deck(self._seed, block, self._cards)
-        store = int(stores[card])
-        draw = block * self._cards[store] + int(ranks[card])
+        # The k-th sample of a store is found without counting through the stream: every block has
+        # the same number of its slots, and within a block ``ranks`` tells how many came before.
+        block, slot = divmod(number, self.epoch)
+        stores, ranks = _shuffled_block(self._seed, block, self._slots)
+        store = int(stores[slot])
+        draw = block * self._slots[store] + int(ranks[slot])
         epoch, position = divmod(draw, len(self._splits[store]))
-        order = _order(self._seed, store, epoch, len(self._splits[store]))
+        order = _epoch_order(self._seed, store, epoch, len(self._splits[store]))
         return store, epoch, int(order[position])
 
 
-def deal(shares: Sequence[float], episodes: int) -> tuple[int, ...]:
-    """Cards of each store in a deck: as many as there are episodes, more where that is too coarse.
+def slots_per_store(proportions: Sequence[float], episodes: int) -> tuple[int, ...]:
+    """Slots of each store in a block: as many as there are episodes, more where that is too coarse.
 
     Args:
-      shares: positive.
+      proportions: positive.
       episodes: of all stores.
     """
-    exact = np.asarray(shares, np.float64) / sum(shares) * episodes
+    exact = np.asarray(proportions, np.float64) / sum(proportions) * episodes
     if not np.allclose(exact, np.rint(exact)) or exact.min() < 1:
-        exact = exact * -(-_FINE_DECK // episodes)
-    cards = np.floor(exact + 1e-9).astype(int)
-    missing = round(exact.sum()) - cards.sum()
-    cards[np.argsort(cards - exact, kind="stable")[:missing]] += 1
-    return tuple(np.maximum(cards, 1).tolist())
+        exact = exact * -(-_FINE_BLOCK // episodes)
+    # Largest remainders get the slots that rounding down left over.
+    slots = np.floor(exact + 1e-9).astype(int)
+    missing = round(exact.sum()) - slots.sum()
+    slots[np.argsort(slots - exact, kind="stable")[:missing]] += 1
+    return tuple(np.maximum(slots, 1).tolist())
 
 
 @functools.lru_cache(4)
-def _deck(seed: int, block: int, cards: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Store of each card of a block, and how many of that store lie before it."""
-    stores = np.repeat(np.arange(len(cards), dtype=np.int32), cards)
-    np.random.default_rng((seed, _DECKS, block)).shuffle(stores)
+def _shuffled_block(seed: int, block: int, slots: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Store of each slot of a block, and how many of that store precede it."""
+    stores = np.repeat(np.arange(len(slots), dtype=np.int32), slots)
+    np.random.default_rng((seed, _BLOCKS, block)).shuffle(stores)
     ranks = np.empty(len(stores), np.int32)
-    ranks[np.argsort(stores, kind="stable")] = np.concatenate([np.arange(n) for n in cards])
+    ranks[np.argsort(stores, kind="stable")] = np.concatenate([np.arange(n) for n in slots])
     return stores, ranks
 
 
 @functools.lru_cache(64)
-def _order(seed: int, store: int, epoch: int, episodes: int) -> np.ndarray:
+def _epoch_order(seed: int, store: int, epoch: int, episodes: int) -> np.ndarray:
     """The episodes of a store in the order of an epoch."""
     rng = np.random.default_rng((seed, _EPOCHS, store, epoch))
     return rng.permutation(episodes).astype(np.int32)

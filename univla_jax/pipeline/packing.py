@@ -1,9 +1,16 @@
-"""Packing: several sequences to a row, so that little of a fixed length is padding.
+"""First-fit packing: several examples to a batch element, planned before any code is read.
 
-    row 0   AAAAAAA BBBBBB .      a group of rows takes sequences first-fit until one fits nowhere,
-    row 1   CCCCCCCCCC DDD .      then more, as long as all of them fit longest first
+    element 0   AAAAAAA BBBBBB .     a group of elements takes examples first-fit until one fits
+    element 1   CCCCCCCCCC DDD .     nowhere, then more, as long as all of them fit longest first
 
-The attention of the model keeps segments apart by ``segment_ids``.
+    batch t     element 0  element 1  …  element B-1
+    stream      element i of the batches takes the samples i, i + B, i + 2B, … and packs them by itself
+
+An element's contents depend on the sample stream alone: which host has it, and which of its worker
+processes builds it, changes nothing. A host makes its elements of a batch in as many parts as it
+has workers, so that each worker plans the elements of its own part only.
+
+Grain's packing is not used: its state cannot be restored on another number of hosts or workers.
 """
 
 from __future__ import annotations
@@ -15,224 +22,186 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from univla_jax.pipeline.batch import pack
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.pipeline.mixture import SampleStream
-from univla_jax.sequences.drafts import SampleSpec
-from univla_jax.sequences.samples import SampleBuilder
+from univla_jax.pipeline.mixture import SampleBuilder, SampleStream
+from univla_jax.tasks.base import SampleSpec
 
-Row = dict[str, np.ndarray]
-"""``tokens`` and ``loss_weight`` of a sample or, after packing, of rows and all of ``Batch``."""
+POSITION = "position"
+"""Key of the packing's bookkeeping: per element the first sample of its next element's group."""
+
+_ENDLESS = 1 << 60
+_GROUPS_KEPT = 64  # groups that threads may still ask for
 
 
 def pack_group(
-    length_of: Callable[[int], int], start: int, *, capacity: int, rows: int
+    length_of: Callable[[int], int], start: int, *, capacity: int, bins: int
 ) -> tuple[list[list[int]], int]:
-    """Packs the sequences ``start, start + 1, ...`` into a group of rows until one fits nowhere.
+    """Packs the sequences ``start, start + 1, …`` into a group of bins until one fits nowhere.
 
     Args:
       length_of: sequence number -> tokens, at most ``capacity``.
       start: first sequence.
-      capacity: tokens of a row.
-      rows: rows of the group; none stays empty.
+      capacity: tokens of a bin.
+      bins: bins of the group; none stays empty.
 
     Returns:
-      the sequences of each row, rows in the order of their first sequence; and the first sequence
+      the sequences of each bin, bins in the order of their first sequence; and the first sequence
       of the next group.
     """
     lengths: list[int] = []
-    room = np.full(rows, capacity)
-    packed: list[list[int]] = [[] for _ in range(rows)]
-    while (place := _fitting(room, length := length_of(start + len(lengths)))) is not None:
-        packed[place].append(len(lengths))
-        room[place] -= length
+    room = np.full(bins, capacity)
+    packed: list[list[int]] = [[] for _ in range(bins)]
+    while (chosen := _fitting_bin(room, length := length_of(start + len(lengths)))) is not None:
+        packed[chosen].append(len(lengths))
+        room[chosen] -= length
         lengths.append(length)
-    while (better := _longest_first([*lengths, length], capacity, rows)) is not None:
+    # First-fit is full now. Longest-first packs tighter, so more sequences may still fit: taken one
+    # at a time as long as the whole group fits, which keeps the group a run of the stream.
+    while (better := _pack_longest_first([*lengths, length], capacity, bins)) is not None:
         packed = better
         lengths.append(length)
         length = length_of(start + len(lengths))
-    ordered = sorted(sorted(start + i for i in row) for row in packed)
+    ordered = sorted(sorted(start + i for i in bin_) for bin_ in packed)
     return ordered, start + len(lengths)
 
 
-def _longest_first(lengths: Sequence[int], capacity: int, rows: int) -> list[list[int]] | None:
-    """All sequences, the longest first, each into the fullest row with room; None if they don't."""
-    room = np.full(rows, capacity)
-    packed: list[list[int]] = [[] for _ in range(rows)]
+def _pack_longest_first(lengths: Sequence[int], capacity: int, bins: int) -> list[list[int]] | None:
+    """All sequences, the longest first, each into the fullest bin with room; None if they don't."""
+    room = np.full(bins, capacity)
+    packed: list[list[int]] = [[] for _ in range(bins)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = _fitting(room, lengths[i], fullest=True)
-        if place is None:
+        chosen = _fitting_bin(room, lengths[i], fullest=True)
+        if chosen is None:
             return None
-        packed[place].append(i)
-        room[place] -= lengths[i]
+        packed[chosen].append(i)
+        room[chosen] -= lengths[i]
     return packed
 
 
-def _fitting(room: np.ndarray, length: int, *, fullest: bool = False) -> int | None:
-    """The first row with room, or the fullest one."""
+def _fitting_bin(room: np.ndarray, length: int, *, fullest: bool = False) -> int | None:
+    """The first bin with room, or the fullest one."""
     fitting = np.flatnonzero(room >= length)
     if not len(fitting):
         return None
     return int(fitting[np.argmin(room[fitting])] if fullest else fitting[0])
 
 
-def join(rows: Sequence[Sequence[Row]], *, length: int, pad: int) -> Row:
-    """Writes the sequences of each row one after another, padded on the right.
-
-    Args:
-      rows: per row its samples, with ``tokens`` int32 [n] and ``loss_weight`` float32 [n]; their
-        lengths add up to at most ``length``.
-      length: tokens S of a row.
-      pad: token id of padding.
-
-    Returns:
-      ``Batch``'s four arrays, each [B, S]; ``actions`` [B, T, A] of samples alone in their rows.
-    """
-    shape = len(rows), length
-    tokens, weights = np.full(shape, pad, np.int32), np.zeros(shape, np.float32)
-    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    numbers = np.arange(length, dtype=np.int32)
-    for row, samples in enumerate(rows):
-        start = 0
-        for segment, sample in enumerate(samples, 1):
-            end = start + len(sample["tokens"])
-            tokens[row, start:end], weights[row, start:end] = (
-                sample["tokens"],
-                sample["loss_weight"],
-            )
-            positions[row, start:end], segments[row, start:end] = numbers[: end - start], segment
-            start = end
-    actions = [sample["actions"] for samples in rows for sample in samples if "actions" in sample]
-    return {
-        **({"actions": np.stack(actions)} if actions else {}),
-        "tokens": tokens,
-        "loss_weight": weights,
-        "positions": positions,
-        "segment_ids": segments,
-    }
-
-
-# ----------------------------------------------------------------------------
-# The rows of the global batches: any of them can be made from its number alone.
-#
-#     batch t    row 0  row 1  …  row B-1          row i of every batch belongs to lane i,
-#     lane i     samples i, i + B, i + 2B, …       which packs its own samples group by group
-#
-# A lane depends on nothing but the stream, so a row is the same whoever makes it: which host has
-# row i, and which of its worker processes builds it, changes nothing. A host makes its rows of a
-# batch in as many parts as it has workers, so that each worker plans the lanes of its own part
-# only.
-
-
-PLACE = "place"
-"""Key of the rows' bookkeeping: where the group of each lane's next row begins."""
-
-_ENDLESS = 1 << 60
-_KEPT = 64  # groups that threads may still ask for
-
-
-class RowSource:
-    """A host's rows, batch by batch, each batch in parts; a data source for Grain."""
+class PackedSource:
+    """A host's batch elements, batch by batch, each batch in parts; a data source for Grain."""
 
     def __init__(
         self,
         config: DataConfig,
         stream: SampleStream,
         builder: SampleBuilder,
-        lanes: range,
+        elements: range,
         pad: int,
         *,
         step: int = 0,
-        places: Sequence[int] = (),
+        positions: Sequence[int] = (),
         parts: int = 1,
     ) -> None:
         """Starts before batch ``step``.
 
         Args:
           config: batch size, sequence length, packing.
-          stream: drafts of all samples.
-          builder: fills them.
-          lanes: the rows of the global batch that belong to this host.
+          stream: all samples by number.
+          builder: loads their codes.
+          elements: of the global batch, those that belong to this host.
           pad: token id of padding.
           step: number of the first batch.
-          places: per lane the last ``PLACE``; those of the stream's start when empty.
-          parts: elements of the source that make up this host's rows of one batch.
+          positions: per element the last ``POSITION``; the stream's start when empty.
+          parts: items of the source that make up this host's part of one batch.
         """
         self._config, self._builder, self._pad, self._first = config, builder, pad, step
-        starts = places or [0] * len(lanes)
-        made = [_Lane(config, stream, i, step, n) for i, n in zip(lanes, starts)]
-        edges = [len(lanes) * part // parts for part in range(parts + 1)]
-        self._parts = [made[start:end] for start, end in itertools.pairwise(edges)]
+        starts = positions or [0] * len(elements)
+        planners = [_ElementPlanner(config, stream, i, step, n) for i, n in zip(elements, starts)]
+        edges = [len(elements) * part // parts for part in range(parts + 1)]
+        self._parts = [planners[start:end] for start, end in itertools.pairwise(edges)]
 
     def __len__(self) -> int:
         """Endless for all purposes."""
         return _ENDLESS
 
-    def __getitem__(self, index: int) -> Row:
-        """Part ``index`` from the start; ``tokens`` and so on [n, S], and ``PLACE`` [n]."""
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Part ``index`` from the start: the fields of ``Batch`` [n, S], and ``POSITION`` [n]."""
         step, part = divmod(index, len(self._parts))
-        planned = [lane.row(step + self._first) for lane in self._parts[part]]
-        rows = [[self._builder.row(draft) for draft in drafts] for drafts, _ in planned]
-        joined = join(rows, length=self._config.sequence_length, pad=self._pad)
-        return {**joined, PLACE: np.asarray([place for _, place in planned])}
+        planned = [planner.plan(step + self._first) for planner in self._parts[part]]
+        examples = [[self._builder.load(spec) for spec in specs] for specs, _ in planned]
+        packed = pack(examples, length=self._config.sequence_length, pad=self._pad)
+        return {**packed, POSITION: np.asarray([position for _, position in planned])}
 
 
-class _Lane:
-    """Plans the rows of one place in the batch."""
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The samples of each bin, the first sample, and the first of the next group."""
+
+    bins: list[list[int]]
+    start: int
+    end: int
+
+
+class _ElementPlanner:
+    """Plans which samples one element of every batch holds."""
 
     def __init__(
-        self, config: DataConfig, stream: SampleStream, lane: int, step: int, start: int
+        self, config: DataConfig, stream: SampleStream, element: int, step: int, start: int
     ) -> None:
-        self._config, self._stream, self._lane = config, stream, lane
-        self._newest = self._split(step)[0] - 1
+        self._config, self._stream, self._element = config, stream, element
+        self._newest = self._group_of(step)[0] - 1
         self._next = start
         self._groups: dict[int, _Group] = {}
-        self._drafts: dict[int, SampleSpec] = {}
+        self._specs: dict[int, SampleSpec] = {}
         self._lock = threading.Lock()
 
-    def row(self, step: int) -> tuple[list[SampleSpec], int]:
-        """The drafts of the lane's row in batch ``step``, and where the next row's group begins."""
+    def plan(self, step: int) -> tuple[list[SampleSpec], int]:
+        """The samples of the element in batch ``step``, and its ``POSITION`` behind it."""
         if not self._config.packing:
-            return [self._draft(step)], 0
-        number, place = self._split(step)
+            return [self._draw(step)], 0
+        number, bin_ = self._group_of(step)
+        # Grain's threads ask for steps in any order; groups must be planned in theirs, because a
+        # group begins where the one before it ended.
         with self._lock:
             while number > self._newest:
-                self._plan(self._newest + 1)
+                self._plan_group(self._newest + 1)
             group = self._groups[number]
-            drafts = [self._drafts.pop(n, None) or self._draft(n) for n in group.rows[place]]
-        return drafts, group.end if place == len(group.rows) - 1 else group.start
+            specs = [self._specs.pop(n, None) or self._draw(n) for n in group.bins[bin_]]
+        return specs, group.end if bin_ == len(group.bins) - 1 else group.start
 
-    def _split(self, step: int) -> tuple[int, int]:
-        """(group, row in it) of a step; first groups differ in size, so that lanes take turns."""
-        first = self._size(0)
+    def _group_of(self, step: int) -> tuple[int, int]:
+        """(group, bin in it) of a step."""
+        first = self._bins(0)
         if step < first:
             return 0, step
-        group, place = divmod(step - first, self._size(1))
-        return group + 1, place
+        group, bin_ = divmod(step - first, self._bins(1))
+        return group + 1, bin_
 
-    def _size(self, group: int) -> int:
-        """Rows of a group."""
-        return self._config.packing_bins if group else 1 + self._lane % self._config.packing_bins
+    def _bins(self, group: int) -> int:
+        """Bins of a group. First groups differ in size, so that elements do not all plan at once."""
+        bins = self._config.packing_bins
+        return bins if group else 1 + self._element % bins
 
-    def _plan(self, group: int) -> None:
-        """Packs the next group."""
+    def _plan_group(self, group: int) -> None:
         start = self._next
         before = self._groups.get(group - 1)
-        kept = before.start if before else start
-        self._drafts = {n: draft for n, draft in self._drafts.items() if n >= kept}
-        rows, self._next = pack_group(
-            self._length, start, capacity=self._config.sequence_length, rows=self._size(group)
+        # Samples drawn for their length stay until their element is built. What is older than the
+        # group before was either built or is drawn again where a slow thread still wants it.
+        oldest = before.start if before else start
+        self._specs = {n: spec for n, spec in self._specs.items() if n >= oldest}
+        bins, self._next = pack_group(
+            self._length, start, capacity=self._config.sequence_length, bins=self._bins(group)
         )
-        self._groups[group], self._newest = _Group(rows, start, self._next), group
-        self._groups.pop(group - _KEPT, None)
+        self._groups[group], self._newest = _Group(bins, start, self._next), group
+        self._groups.pop(group - _GROUPS_KEPT, None)
 
     def _length(self, number: int) -> int:
-        """Tokens of the lane's sample ``number``, whose draft is kept until its row is made."""
-        if number not in self._drafts:
-            self._drafts[number] = self._draft(number)
-        return len(self._drafts[number])
+        if number not in self._specs:
+            self._specs[number] = self._draw(number)
+        return len(self._specs[number])
 
-    def _draft(self, number: int) -> SampleSpec:
-        return self._stream.draft(number * self._config.batch_size + self._lane)
+    def _draw(self, number: int) -> SampleSpec:
+        return self._stream.draw(number * self._config.batch_size + self._element)
 
     def __getstate__(self) -> dict:
         """Without the lock, for worker processes."""
@@ -241,12 +210,3 @@ class _Lane:
     def __setstate__(self, state: dict) -> None:
         """With a lock of its own."""
         self.__dict__.update(state, _lock=threading.Lock())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """The samples of each row, the first sample, and the first of the next group."""
-
-    rows: list[list[int]]
-    start: int
-    end: int

@@ -151,7 +151,7 @@ class _Job:
         model = Decoder(decoder)
         boxed = jax.eval_shape(params_init(model), jax.random.key(0))
         params = sharding.place(boxed, mesh)
-        acts = config.data.layout != "world_model"
+        acts = config.data.needs.actions
         labeled = config.loss.max_labeled or config.data.sequence_length
         count = -(-labeled // config.data.frames)
         prompt = length_bucket(config.data.sequence_length)

@@ -19,20 +19,20 @@ from univla_jax.pipeline.batch import Batch
 from univla_jax.planning.topologies import GIB, Compiled, Topology, compile_for, shard_bytes
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware
+from univla_jax.training.losses import LabelWeights, LossFn
 from univla_jax.training.metrics import host_gigabytes
-from univla_jax.training.model_setup import TrainSetup
+from univla_jax.training.model_setup import TrainSetup, label_weights
 from univla_jax.training.sharding import make_mesh
 from univla_jax.training.train_config import TrainConfig
-from univla_jax.training.train_step import LossFn
 
 # ----------------------------------------------------------------------------
 # The loss as it is usually written, with the logits of all positions at once: for comparison.
 
 
-def full_logit_loss(model: Decoder) -> LossFn:
+def full_logit_loss(model: Decoder, label_weights: LabelWeights) -> LossFn:
     """Equals ``training/losses.py`` in value; holds float32 logits [B, S, V] and their gradient."""
 
-    def loss(params: Any, batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
+    def loss(params: Any, batch: Batch, step: jax.Array, rng: jax.Array | None) -> Any:
         hidden_BSD, _ = model.apply(
             {"params": params},
             batch.tokens,
@@ -42,7 +42,7 @@ def full_logit_loss(model: Decoder) -> LossFn:
             rngs=None if rng is None else {"dropout": rng},
         )
         logits_BSV = model.apply({"params": params}, hidden_BSD[:, :-1], method="unembed")
-        weights = batch.loss_weight[:, 1:]
+        weights = label_weights(batch, step)[:, 1:]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch.tokens[:, 1:])
         return jnp.sum(weights * nll), jnp.sum(weights), {}
 
@@ -237,7 +237,7 @@ def with_full_logits(run: TrainSetup) -> TrainSetup:
     """
     if run.expert is not None:
         raise UserError("--full_logits: not for a run with an action expert")
-    return dataclasses.replace(run, loss=full_logit_loss(run.model))
+    return dataclasses.replace(run, loss=full_logit_loss(run.model, label_weights(run.config.data)))
 
 
 def useful_tokens(config: TrainConfig) -> int:
@@ -282,9 +282,9 @@ def _compile(run: TrainSetup) -> Compiled:
 def _abstract_batch(run: TrainSetup) -> Batch:
     shape = (run.config.data.batch_size, run.config.data.sequence_length)
     place = functools.partial(jax.ShapeDtypeStruct, sharding=run.batch_sharding)
-    ids, weight = place(shape, jnp.int32), place(shape, jnp.float32)
+    ids, small = place(shape, jnp.int32), place(shape, jnp.uint8)
     actions = None
     if run.expert is not None:
         steps, dimensions = run.config.data.chunk_size, run.expert.config.action_dim
         actions = place((shape[0], steps, dimensions), jnp.float32)
-    return Batch(ids, weight, positions=ids, segment_ids=ids, actions=actions)
+    return Batch(ids, small, small, positions=ids, segment_ids=ids, actions=actions)

@@ -1,17 +1,18 @@
 """Weighted next-token cross-entropy that never holds the logits of a whole batch.
 
 The loss of a micro-batch is returned as two sums, so that micro-batches, devices and hosts combine
-exactly: ``loss = sum(w * nll) / sum(w)`` over everything (reference ``modeling_emu3.py:1586-1598``
-takes that mean per micro-batch; golden fact 9).
+exactly: ``loss = sum(w * nll) / sum(w)`` over everything. The reference takes that mean per
+micro-batch (UniVLA reference/Emu3/emu3/mllm/modeling_emu3.py:1586-1598).
 
-Axes: B batch, S sequence, P predicted positions (S, or the labeled ones), D model, V padded
-vocabulary, I chunks, J positions per chunk.
+Axes: B batch, S sequence, P predicted positions (S, or the labeled ones), D model, T steps of an
+action chunk, A action dimensions, K tasks, R roles.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -20,25 +21,78 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.models.action_expert import ActionExpert
+from univla_jax.models.action_expert import DECODER, EXPERT, ActionExpert
 from univla_jax.models.decoder import Decoder
+from univla_jax.pipeline.batch import Batch
+from univla_jax.sequences.roles import Role
+from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.cross_entropy import cross_entropy
+from univla_jax.training.metrics import TOKENS
 
 MODALITIES = ("text", "visual", "action")
 DROPPED = "dropped_labels"
 
 
 class TokenBatch(Protocol):
-    """What the loss reads of a batch: int32/float32 arrays [B, S].
-
-    ``loss_weight[b, s]`` weighs the prediction of ``tokens[b, s]`` from what precedes it; it is 0
-    on the first token of a segment and on padding.
-    """
+    """What the loss reads of a batch: int32 arrays [B, S]."""
 
     tokens: Any
-    loss_weight: Any
     positions: Any
     segment_ids: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelWeights:
+    """Loss weight of every token, from its role, its task and the step.
+
+    Attributes:
+      labeled: per task of the run bool [R], which roles it learns to predict
+        (``sequences.roles.labeled_roles``).
+      vision: per task (start, end, steps): the weight of a visual id goes in a line from ``start``
+        at step 0 to ``end`` at step ``steps`` and stays there; every other labeled id weighs 1.
+    """
+
+    labeled: Sequence[np.ndarray]
+    vision: Sequence[tuple[float, float, int]]
+
+    def __call__(self, batch: Batch, step: jax.Array) -> jax.Array:
+        """float32 [B, S]: the weight of predicting each token from what precedes it in its segment.
+
+        The first token of a segment has nothing to be predicted from and weighs 0, as padding does.
+
+        Args:
+          batch: tokens with roles and task ids.
+          step: int32 number of optimizer steps done.
+        """
+        start, end, steps = (jnp.asarray(x, jnp.float32) for x in zip(*self.vision))
+        progress = jnp.clip(step / jnp.maximum(steps, 1), 0, 1)
+        table_KR = jnp.asarray(np.stack(self.labeled), jnp.float32)
+        table_KR = table_KR.at[:, Role.VISION].multiply(start + (end - start) * progress)
+        predicted = (batch.positions > 0) & (batch.segment_ids > 0)
+        return jnp.where(predicted, table_KR[batch.task_ids, batch.roles], 0)
+
+    def check_capacity(self, batch: Batch, max_labeled: int) -> None:
+        """Checks on the host that no batch element labels more tokens than the loss gathers.
+
+        Args:
+          batch: NumPy arrays.
+          max_labeled: the static capacity given to ``weighted_cross_entropy``.
+
+        Raises:
+          UserError: naming the element with the most labels and the value needed.
+        """
+        table_KR = np.stack(self.labeled)
+        table_KR[:, Role.VISION] &= np.asarray(
+            [max(start, end) > 0 for start, end, _ in self.vision]
+        )
+        predicted = (batch.positions > 0) & (batch.segment_ids > 0)
+        counts = (table_KR[batch.task_ids, batch.roles] & predicted).sum(axis=1)
+        most = int(np.argmax(counts))
+        if counts[most] > max_labeled:
+            raise UserError(
+                f"max_labeled={max_labeled}, but element {most} of the batch labels {counts[most]} "
+                f"tokens; set it to at least {counts[most]}, or to 0 to compute every position"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +132,7 @@ def weighted_cross_entropy(
     model: Decoder,
     params: Any,
     batch: TokenBatch,
+    weights: jax.Array,
     modalities: Modalities,
     *,
     max_labeled: int | None = None,
@@ -90,11 +145,13 @@ def weighted_cross_entropy(
     Args:
       model: the decoder.
       params: its parameters.
-      batch: tokens, loss weights, positions and segments [B, S].
+      batch: tokens, positions and segments [B, S].
+      weights: float32 [B, S], of predicting each token (``LabelWeights``).
       modalities: id ranges for the metrics.
-      max_labeled: the most labeled tokens a row may have; the hidden states are gathered at
-        those positions before the head. A row with more makes the loss NaN and counts them in
-        ``metrics["dropped_labels"]``; see ``check_labeled``. None computes every position.
+      max_labeled: the most labeled tokens an element may have; the hidden states are gathered at
+        those positions before the head. An element with more makes the loss NaN and counts them in
+        ``metrics["dropped_labels"]``; see ``LabelWeights.check_capacity``. None computes every
+        position.
       chunks: parts in which the head is applied, see ``cross_entropy.default_chunks``.
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
@@ -115,7 +172,14 @@ def weighted_cross_entropy(
         rngs=rngs,
     )
     return loss_of_hidden(
-        model, params, hidden, batch, modalities, max_labeled=max_labeled, chunks=chunks
+        model,
+        params,
+        hidden,
+        batch.tokens,
+        weights,
+        modalities,
+        max_labeled=max_labeled,
+        chunks=chunks,
     )
 
 
@@ -123,14 +187,15 @@ def loss_of_hidden(
     model: Decoder,
     params: Any,
     hidden: jax.Array,
-    batch: TokenBatch,
+    tokens: jax.Array,
+    weights: jax.Array,
     modalities: Modalities,
     *,
     max_labeled: int | None = None,
     chunks: int | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """``weighted_cross_entropy`` of hidden states [B, S, D] that are there already."""
-    targets, weights = _shift(batch.tokens), _shift(batch.loss_weight).astype(jnp.float32)
+    targets, weights = _shift(tokens), _shift(weights).astype(jnp.float32)
     dropped = jnp.zeros((), jnp.float32)
     if max_labeled is not None and max_labeled < targets.shape[1]:
         hidden, targets, weights, dropped = gather_labeled(hidden, targets, weights, max_labeled)
@@ -151,25 +216,6 @@ def averages(metrics: dict[str, Any]) -> dict[str, float]:
             means[f"{name}_loss"] = float(metrics[f"{name}_nll"]) / count
             means[f"{name}_accuracy"] = float(metrics[f"{name}_correct"]) / count
     return means
-
-
-def check_labeled(loss_weight: np.ndarray, max_labeled: int) -> None:
-    """Host-side check that no row labels more tokens than the loss gathers.
-
-    Args:
-      loss_weight: [B, S].
-      max_labeled: the static capacity given to ``weighted_cross_entropy``.
-
-    Raises:
-      UserError: naming the row with the most labels and the value needed.
-    """
-    counts = np.count_nonzero(np.asarray(loss_weight)[:, 1:], axis=1)
-    row = int(np.argmax(counts))
-    if counts[row] > max_labeled:
-        raise UserError(
-            f"max_labeled={max_labeled}, but row {row} of the batch labels {counts[row]} tokens; "
-            f"set it to at least {counts[row]}, or to None to compute every position"
-        )
 
 
 def gather_labeled(
@@ -215,25 +261,21 @@ def _modality_sums(modalities, targets, weights, nll, correct) -> dict[str, jax.
     return sums
 
 
-# ----------------------------------------------------------------------------
-# Training of the action expert: flow matching beside the decoder's cross-entropy.
+# Flow matching of the action expert beside the decoder's cross-entropy:
 #
 #     x(tau) = (1 - tau) a + tau noise        the expert predicts  noise - a
 #     loss = cross-entropy + weight * mean((velocity - (noise - a)) ** 2)
 #
-# Source: reference ``modeling_emu3.py:1545-1600``, ``noise_schedulers.py``; FACTS §6.
-#
-# Axes: B batch, S sequence, T steps of the chunk, A action dimensions, D model.
+# Source: UniVLA reference/Emu3/emu3/mllm/modeling_emu3.py:1545-1600.
 
 
 FLOW_WEIGHT = 5.0  # the reference's action_config.vision_loss_weight
-DECODER, EXPERT = "decoder", "action_expert"  # parts of the joint parameters
 FLOW_MSE = "flow_mse"
 
 
 @flax.struct.dataclass
 class FlowTarget:
-    """Noisy chunks and what the expert should say of them.
+    """Noisy action chunks and the velocities that the expert is trained to predict.
 
     Attributes:
       actions: the data, normalized, [B, T, A].
@@ -296,10 +338,11 @@ def flow_loss(
     expert: ActionExpert,
     params: Any,
     batch: TokenBatch,
+    weights: jax.Array,
     target: FlowTarget,
     modalities: Modalities,
     *,
-    weight: float = FLOW_WEIGHT,
+    flow_weight: float = FLOW_WEIGHT,
     reference_padding: bool = False,
     train: bool = False,
     dropout_key: jax.Array | None = None,
@@ -307,18 +350,19 @@ def flow_loss(
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """Sums of the weighted cross-entropy and the weighted flow matching of one micro-batch.
 
-    The loss is their quotient. Micro-batches combine by their labeled tokens; in the layout
-    ``policy_flow`` that is one per row (boa), and so the mean over all rows.
+    The loss is their quotient. Micro-batches combine by their labeled tokens; a flow-matching policy
+    labels one per element (boa), so that is the mean over all elements.
 
     Args:
       model: the decoder.
       expert: reads its hidden states.
       params: ``{"decoder": ..., "action_expert": ...}``.
-      batch: tokens, loss weights, positions and segments [B, S]; one example per row, right-padded
-        (segment ids 1 and 0).
-      target: the rows' action chunks.
+      batch: tokens, positions and segments [B, S]; one example per element, right-padded (segment
+        ids 1 and 0).
+      weights: float32 [B, S], of predicting each token.
+      target: the elements' action chunks.
       modalities: id ranges for the metrics.
-      weight: of the flow-matching error.
+      flow_weight: of the flow-matching error.
       reference_padding: lets the expert see padding, and padding see the row, as the reference
         with eager or sdpa attention does; by default the padding of a row changes nothing.
       train: dropout on.
@@ -341,13 +385,90 @@ def flow_loss(
         train=train,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    total, weights, metrics = loss_of_hidden(
-        model, params[DECODER], hidden, batch, modalities, **options
+    total, weight, metrics = loss_of_hidden(
+        model, params[DECODER], hidden, batch.tokens, weights, modalities, **options
     )
     real = jnp.sum(segments > 0, axis=1)
     errors = flow_matching(
         expert, params[EXPERT], hidden, target, None if reference_padding else real
     )
     error, rows = jnp.sum(jnp.where(real > 0, errors, 0)), jnp.sum(real > 0).astype(jnp.float32)
-    flow = weight * error / jnp.maximum(rows, 1)
-    return total + weights * flow, weights, metrics | {FLOW_MSE: (error, rows)}
+    flow = flow_weight * error / jnp.maximum(rows, 1)
+    return total + weight * flow, weight, metrics | {FLOW_MSE: (error, rows)}
+
+
+# The loss as the jitted steps take it.
+
+LossFn = Callable[
+    [Any, Any, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array, Mapping[str, Any]]
+]
+"""``(params, batch, step, rng) -> (sum of w * nll, sum of w, sums)``, all float32 scalars.
+
+``sums`` maps a metric's name to ``(sum, count)``, logged as their quotient, or to one scalar,
+logged as its total. ``rng`` is None in evaluation: no dropout.
+"""
+
+
+def make_loss(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    weights: LabelWeights,
+    *,
+    max_labeled: int = 0,
+    chunks: int = 0,
+    flow_weight: float = FLOW_WEIGHT,
+    expert: ActionExpert | None = None,
+) -> LossFn:
+    """The weighted cross-entropy of a run, with an expert its flow matching too.
+
+    Its metrics: ``<modality>_loss`` and ``<modality>_accuracy``, unweighted means over the labeled
+    tokens of text, visual and action; ``tokens``, all but padding; with an expert ``flow_mse``.
+    An evaluation draws the same noise for every batch.
+
+    Args:
+      model: the decoder.
+      vocabulary: whose ids the tokens are.
+      weights: loss weights by role, task and step.
+      max_labeled: see ``weighted_cross_entropy``; 0 computes every position.
+      chunks: parts in which the head is applied; 0 chooses them by memory.
+      flow_weight: of the flow-matching error.
+      expert: the action expert, or None.
+    """
+    modalities = Modalities.of(vocabulary)
+
+    def loss(params: Any, batch: Batch, step: jax.Array, rng: jax.Array | None) -> Any:
+        options: dict[str, Any] = {
+            "max_labeled": max_labeled or None,
+            "chunks": chunks or None,
+            "train": rng is not None,
+            "dropout_key": rng if model.config.dropout else None,
+        }
+        by_token = weights(batch, step)
+        if expert is None:
+            total, weight, sums = weighted_cross_entropy(
+                model, params, batch, by_token, modalities, **options
+            )
+            flow = {}
+        else:
+            key = jax.random.key(0) if rng is None else jax.random.fold_in(rng, 1)
+            target = FlowTarget.draw(key, batch.actions)
+            total, weight, sums = flow_loss(
+                model,
+                expert,
+                params,
+                batch,
+                by_token,
+                target,
+                modalities,
+                flow_weight=flow_weight,
+                **options,
+            )
+            flow = {FLOW_MSE: sums[FLOW_MSE]}
+        metrics = {TOKENS: jnp.sum(batch.segment_ids > 0).astype(jnp.float32), **flow}
+        for name in MODALITIES:
+            count = sums[f"{name}_tokens"]
+            metrics[f"{name}_loss"] = sums[f"{name}_nll"], count
+            metrics[f"{name}_accuracy"] = sums[f"{name}_correct"], count
+        return total, weight, metrics
+
+    return loss

@@ -1,4 +1,4 @@
-"""The model of a run: config, loss, sharded state and jitted steps, without any data or array."""
+"""Model of a training run: decoder, loss, sharded state and jitted steps; no data and no array."""
 
 from __future__ import annotations
 
@@ -6,40 +6,34 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from univla_jax import checkpoints
-from univla_jax.config import build_config
+from univla_jax import checkpoints, config
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config as axes
-from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
-from univla_jax.models.decoder import Decoder
-from univla_jax.models.decoder_config import DecoderConfig, preset
-from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training import hardware, sharding
-from univla_jax.training import sharding as batches
-from univla_jax.training.losses import (
+from univla_jax.models.action_expert import (
     DECODER,
     EXPERT,
-    FLOW_MSE,
-    MODALITIES,
-    FlowTarget,
-    Modalities,
-    flow_loss,
-    weighted_cross_entropy,
+    ActionExpert,
+    ActionExpertConfig,
+    params_init,
 )
-from univla_jax.training.metrics import TOKENS
+from univla_jax.models.decoder import Decoder
+from univla_jax.models.decoder_config import DecoderConfig, preset
+from univla_jax.pipeline.batch import Batch
+from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.sequences.roles import labeled_roles
+from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training import hardware, sharding
+from univla_jax.training.losses import LabelWeights, LossFn, make_loss
 from univla_jax.training.optimizer import make_optimizer, make_schedule
-from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
+from univla_jax.training.train_config import ModelConfig, TrainConfig
 from univla_jax.training.train_step import (
-    LossFn,
     Step,
     TrainState,
     abstract_state,
@@ -82,59 +76,6 @@ def init_visual_embeddings(
     return (scale * rows_KD).astype(np.float32)
 
 
-# ----------------------------------------------------------------------------
-# The loss of a run as its steps take it: cross-entropy, with an expert flow matching too.
-
-
-def make_loss(
-    model: Decoder,
-    vocabulary: Vocabulary,
-    config: LossConfig,
-    expert: ActionExpert | None = None,
-) -> LossFn:
-    """The weighted cross-entropy as the steps take it, with an expert its flow matching too.
-
-    Its metrics: ``<modality>_loss`` and ``<modality>_accuracy``, unweighted means over the labeled
-    tokens of text, visual and action; ``tokens``, all but padding; with an expert ``flow_mse``.
-    An evaluation draws the same noise for every batch.
-    """
-    modalities = Modalities.of(vocabulary)
-
-    def loss(
-        params: Any, batch: Any, rng: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        options: dict[str, Any] = {
-            "max_labeled": config.max_labeled or None,
-            "chunks": config.chunks or None,
-            "train": rng is not None,
-            "dropout_key": rng if model.config.dropout else None,
-        }
-        if expert is None:
-            total, weight, sums = weighted_cross_entropy(
-                model, params, batch, modalities, **options
-            )
-            return total, weight, _metrics(sums, batch)
-        key = jax.random.key(0) if rng is None else jax.random.fold_in(rng, 1)
-        target = FlowTarget.draw(key, batch.actions)
-        options |= {"weight": config.flow_weight}
-        total, weight, sums = flow_loss(model, expert, params, batch, target, modalities, **options)
-        return total, weight, _metrics(sums, batch) | {FLOW_MSE: sums[FLOW_MSE]}
-
-    return loss
-
-
-def _metrics(sums: dict[str, jax.Array], batch: Any) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
-    for name in MODALITIES:
-        count = sums[f"{name}_tokens"]
-        metrics[f"{name}_loss"] = sums[f"{name}_nll"], count
-        metrics[f"{name}_accuracy"] = sums[f"{name}_correct"], count
-    return metrics | {TOKENS: jnp.sum(batch.segment_ids > 0).astype(jnp.float32)}
-
-
-# ----------------------------------------------------------------------------
-
-
 _FROM_VOCABULARY = ("vocab_size", "pad_id")
 
 
@@ -172,7 +113,7 @@ class TrainSetup:
           UserError: the batch does not divide over the mesh, or the model is misconfigured.
         """
         data = config.data
-        batches.check_batch(
+        sharding.check_batch(
             mesh, data.batch_size, accumulation=config.accumulation, length=data.sequence_length
         )
         model = Decoder(decoder_config(config.model, vocabulary))
@@ -181,8 +122,8 @@ class TrainSetup:
             expert = ActionExpert(expert_config(config.model, model.config), model.config)
             if mesh.shape["context"] > 1:
                 raise UserError(
-                    f"mesh.context: {mesh.shape['context']}, but chunks of the layout "
-                    f"{data.layout!r} are not split along time; set it to 1"
+                    f"mesh.context: {mesh.shape['context']}, but chunks of the task "
+                    f"{data.task!r} are not split along time; set it to 1"
                 )
         optimizer = make_optimizer(config.optimizer, config.total_steps)
         return cls(
@@ -191,10 +132,18 @@ class TrainSetup:
             expert=expert,
             mesh=mesh,
             optimizer=optimizer,
-            loss=make_loss(model, vocabulary, config.loss, expert),
+            loss=make_loss(
+                model,
+                vocabulary,
+                label_weights(data),
+                max_labeled=config.loss.max_labeled,
+                chunks=config.loss.chunks,
+                flow_weight=config.loss.flow_weight,
+                expert=expert,
+            ),
             rules=model_rules(model.config, mesh, expert),
             abstract=abstract_state(params_init(model, expert), optimizer, mesh),
-            batch_sharding=batches.batch_sharding(mesh, sequence=True),
+            batch_sharding=sharding.batch_sharding(mesh, sequence=True),
         )
 
     @property
@@ -213,9 +162,18 @@ class TrainSetup:
         return count
 
     @property
-    def host_slice(self) -> batches.HostRows:
+    def host_slice(self) -> sharding.HostRows:
         """The part of every batch that this process reads."""
-        return batches.HostRows.of(self.batch_sharding, self.config.data.batch_size)
+        return sharding.HostRows.of(self.batch_sharding, self.config.data.batch_size)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Checks on the host that the loss gathers all labels of a batch.
+
+        Raises:
+          UserError: an element labels more tokens than ``loss.max_labeled``.
+        """
+        if self.config.loss.max_labeled:
+            label_weights(self.config.data).check_capacity(batch, self.config.loss.max_labeled)
 
     def train_step(self) -> Step:
         """``step(state, batch) -> (state, metrics)``, not compiled yet."""
@@ -232,7 +190,7 @@ class TrainSetup:
         )
 
     def eval_step(self) -> Step:
-        """``step(params, batch) -> sums``, not compiled yet."""
+        """``step(state, batch) -> sums``, not compiled yet."""
         return make_eval_step(self.loss, self.abstract, self.batch_sharding, rules=self.rules)
 
     def new_state(self, params: Any = None) -> TrainState:
@@ -289,6 +247,11 @@ class TrainSetup:
         )
 
 
+def label_weights(data: DataConfig) -> LabelWeights:
+    """The loss weights of a run's tasks."""
+    return LabelWeights((labeled_roles(data.labels),), (data.vision_schedule,))
+
+
 def decoder_config(model: ModelConfig, vocabulary: Vocabulary) -> DecoderConfig:
     """The preset with its overrides, sized for the vocabulary.
 
@@ -311,31 +274,9 @@ def expert_config(model: ModelConfig, decoder: DecoderConfig) -> ActionExpertCon
     """
     heads = {"num_heads": decoder.num_heads, "num_kv_heads": decoder.num_kv_heads}
     fields = {**heads, **model.action_expert}
-    config = build_config(ActionExpertConfig, fields, where="config.model.action_expert")
-    config.stack(decoder)
-    return config
-
-
-def params_init(model: Decoder, expert: ActionExpert | None = None) -> Callable[[jax.Array], Any]:
-    """``init(key)`` of the parameters, boxed with their logical names.
-
-    With an expert they are ``{"decoder": ..., "action_expert": ...}``.
-    """
-
-    def init(key: jax.Array) -> Any:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        decoder = model.init(key, tokens, tokens)["params"]
-        if expert is None:
-            return decoder
-        actions = jnp.zeros((1, 1, expert.config.action_dim))
-        hidden = jnp.zeros((1, 1, model.config.hidden_size))
-        key = jax.random.fold_in(key, 1)
-        return {
-            DECODER: decoder,
-            EXPERT: expert.init(key, actions, jnp.zeros(1), hidden)["params"],
-        }
-
-    return init
+    settings = config.build(ActionExpertConfig, fields, where="config.model.action_expert")
+    settings.stack(decoder)
+    return settings
 
 
 def model_rules(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint, newest_checkpoint
-from univla_jax.data.datasets import DATASETS, find_dataset_config
-from univla_jax.data.token_store import StoreHeader, TokenStore, joint_statistics
+from univla_jax.data.token_store import TokenStore, joint_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.tasks.base import corpus_frame_spacing, ordered_views
+from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
@@ -55,7 +55,7 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
         assets,
         image_specs=image_specs(stores),
         statistics=statistics(stores),
-        layout=task_settings(config.data, stores),
+        layout=task_record(config.data, stores).to_json(),
     )
 
 
@@ -75,7 +75,7 @@ def store_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
     own, folder = newest_checkpoint(workdir), workdir / FOLDER
     if own is not None and Assets.load(assets_folder(own)).fingerprint != assets.fingerprint:
         raise UserError(
-            f"{own} was saved with other action statistics, image specs, layout or model settings "
+            f"{own} was saved with other action statistics, image specs, task or model settings "
             "than this config gives: a token store was changed since the run was begun; restore "
             "it, or start in a new --workdir"
         )
@@ -105,41 +105,26 @@ def _new_assets(config: TrainConfig) -> Assets:
     return assets
 
 
-def task_settings(data: DataConfig, stores: Sequence[TokenStore]) -> dict[str, Any]:
-    """What acting and imagining must repeat of the training layout, as JSON values.
-
-    Returns:
-      ``layout``, ``frames``, ``chunk_size``, ``frame_spacing`` and ``sequence_length`` of the
-      data config, and ``state`` where it is true; ``views``, the cameras in the order they are
-      written; per corpus ``control_hz``, ``frame_spacing`` in steps and the code grid [h, w] of
-      each view.
-    """
-    kept = ("layout", "frames", "chunk_size", "frame_spacing", "sequence_length")
-    header = stores[0].manifest.header
-    return {
-        **{name: getattr(data, name) for name in kept},
-        **({"state": True} if data.state else {}),  # absent, older runs keep their fingerprint
-        "views": list(data.views) or _all_views(header.corpus, header.grids),
-        "corpora": {
-            store.manifest.header.corpus: _corpus_settings(data, store.manifest.header)
-            for store in stores
+def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
+    """What acting and imagining must repeat of the training sequences."""
+    headers = [store.manifest.header for store in stores]
+    return TaskRecord(
+        task=data.task,
+        frames=data.frames,
+        chunk_size=data.chunk_size,
+        frame_spacing=data.frame_spacing,
+        sequence_length=data.sequence_length,
+        views=data.views or tuple(ordered_views(headers[0].corpus, list(headers[0].grids))),
+        corpora={
+            header.corpus: CorpusRecord(
+                control_hz=header.control_hz,
+                frame_spacing=corpus_frame_spacing(data.settings, header.corpus),
+                grids=header.grids,
+            )
+            for header in headers
         },
-    }
-
-
-def _corpus_settings(data: DataConfig, header: StoreHeader) -> dict[str, Any]:
-    return {
-        "control_hz": header.control_hz,
-        "frame_spacing": data.frame_spacing or find_dataset_config(header.corpus).frame_spacing,
-        "grids": {view: list(grid) for view, grid in header.grids.items()},
-    }
-
-
-def _all_views(corpus: str, present: Iterable[str]) -> list[str]:
-    """The cameras of a store in the order of its corpus' row, then any others."""
-    row = DATASETS.get(corpus)
-    known = [view for view in (row.views if row else ()) if view in present]
-    return known + [view for view in present if view not in known]
+        state=data.state,
+    )
 
 
 def image_specs(stores: Sequence[TokenStore]) -> dict[str, ImageSpec]:
@@ -186,10 +171,8 @@ def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
     for name, part in (("text", text), ("vision", vision)):
         if part is None:
             raise UserError(f"{_WHERE}.{name} is empty; name the tokenizer's folder, or init_from")
-    if action is None and config.data.writes_actions:
-        raise UserError(
-            f"{_WHERE}.action is empty, but data.layout {config.data.layout!r} needs it"
-        )
+    if action is None and config.data.needs.action_tokens:
+        raise UserError(f"{_WHERE}.action is empty, but data.task {config.data.task!r} needs it")
     if earlier is None:
         vocabulary = _vocabulary(folders.vocabulary, text, vision, action)
     elif earlier.action is None and action is not None:

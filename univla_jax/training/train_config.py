@@ -28,8 +28,8 @@ class ModelConfig:
         vocabulary.
       visual_init: how the embeddings of visual ids start where no earlier stage gives them:
         ``"random"``, as the reference, or ``"codebook"`` (``visual_init.py``).
-      action_expert: fields of ``ActionExpertConfig`` to change; the layout ``policy_flow`` has an
-        expert, no other has.
+      action_expert: fields of ``ActionExpertConfig`` to change; only tasks that need an expert
+        have one.
     """
 
     preset: str
@@ -123,7 +123,7 @@ class TrainConfig:
     Attributes:
       total_steps: optimizer steps, also the length of the learning-rate schedule.
       model: the decoder.
-      data: token stores, layout, batch.
+      data: token stores, task, batch.
       tokenizers: what the token ids mean.
       init_from: workdir or checkpoint folder of an earlier stage whose parameters this one starts
         from; empty starts from random ones.
@@ -163,8 +163,8 @@ class TrainConfig:
                 raise UserError(f"config.{name}: {getattr(self, name)}; expected at least 1")
         if self.model.action_expert and not self.has_expert:
             raise UserError(
-                f"config.model.action_expert is set, but the layout {self.data.layout!r} has no "
-                "action expert; set config.data.layout='policy_flow', or leave it empty"
+                f"config.model.action_expert is set, but the task {self.data.task!r} has no action "
+                "expert; choose one that has, or leave it empty"
             )
         held_out = self.evaluation.stores or self.data.held_out_every
         if self.evaluation.every and not held_out:
@@ -176,7 +176,7 @@ class TrainConfig:
     @property
     def has_expert(self) -> bool:
         """Whether an action expert is trained on top of the decoder."""
-        return self.data.layout == "policy_flow"
+        return self.data.needs.action_expert
 
 
 FREE = (
@@ -187,6 +187,8 @@ FREE = (
     "mesh",
     "sample_tokens",
     "data_timeout_seconds",
+    "data.loss_on",
+    "data.vision_weight",
     "data.workers",
     "data.read_threads",
     "data.prefetch_batches",

@@ -20,7 +20,6 @@ from univla_jax.assets import Assets
 from univla_jax.checkpoints import Checkpointer
 from univla_jax.errors import UserError
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
-from univla_jax.training.losses import check_labeled
 from univla_jax.training.metrics import (
     MetricsLogger,
     MetricWriter,
@@ -81,7 +80,8 @@ class HeldOutEvaluation:
         for batch in itertools.islice(self._batches(), self._limit or None):
             if self._check is not None:
                 self._check(batch)
-            sums = self._step(state.params, to_global(batch, self._sharding, self._parts))
+            global_batch = to_global(batch, self._sharding, self._parts)
+            sums = self._step(state.params, state.step, global_batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         loss, weight, sums = jax.device_get(total)
         with np.errstate(invalid="ignore"):  # nothing to average is NaN, and not logged
@@ -327,13 +327,7 @@ def _training_batches(run: TrainSetup, assets: Assets) -> GlobalBatches:
     share = run.host_slice
     batches = training_batches(run.config.data, assets, host=share.index, hosts=share.count)
     batches = DataWatchdog(batches, run.config.data_timeout_seconds)
-    return GlobalBatches(batches, run.batch_sharding, _labels_fit(run), parts=share.count)
-
-
-def _labels_fit(run: TrainSetup) -> Callable[[Any], None] | None:
-    """A check that no row labels more than the loss gathers; None where it gathers all."""
-    most = run.config.loss.max_labeled
-    return (lambda batch: check_labeled(batch.loss_weight, most)) if most else None
+    return GlobalBatches(batches, run.batch_sharding, run.check_batch, parts=share.count)
 
 
 def _evaluation(run: TrainSetup, assets: Assets) -> HeldOutEvaluation:
@@ -351,7 +345,7 @@ def _evaluation(run: TrainSetup, assets: Assets) -> HeldOutEvaluation:
         run.batch_sharding,
         every=config.evaluation.every,
         limit=config.evaluation.batches,
-        check=_labels_fit(run),
+        check=run.check_batch,
         parts=share.count,
     )
 

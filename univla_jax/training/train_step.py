@@ -18,12 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univla_jax.errors import UserError
 from univla_jax.training import sharding
+from univla_jax.training.losses import LossFn
 from univla_jax.training.optimizer import Schedule
 from univla_jax.training.sharding import batch_parts
-
-# ----------------------------------------------------------------------------
-# What training carries from step to step, sharded from birth.
-
 
 Init = Callable[[jax.Array], Any]
 
@@ -96,17 +93,6 @@ def state_from_params(
     return create(params)
 
 
-# ----------------------------------------------------------------------------
-
-
-Sums = Mapping[str, Any]
-LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, jax.Array, Sums]]
-"""``(params, batch, rng) -> (sum of w * nll, sum of w, sums)``, all float32 scalars.
-
-``sums`` maps a metric's name to ``(sum, count)``, logged as their quotient, or to one scalar,
-logged as its total. ``rng`` is None in evaluation: no dropout.
-"""
-
 NORMALIZATIONS = ("global", "per_micro_batch")
 
 
@@ -171,9 +157,8 @@ def make_train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         micro = _split(batch, accumulation, batch_sharding)
-        grads, total, weight, sums = _accumulate(
-            _gradient(loss_fn, per_micro_batch), state.params, micro, rng, placed.params
-        )
+        gradient = _gradient(loss_fn, state.step, per_micro_batch)
+        grads, total, weight, sums = _accumulate(gradient, state.params, micro, rng, placed.params)
         denominator = accumulation if per_micro_batch else weight
         grads = jax.tree.map(lambda g, p: (g / denominator).astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -203,26 +188,30 @@ def make_eval_step(
     *,
     rules: sharding.ShardingRules = sharding.RULES,
 ) -> Step:
-    """Builds ``step(params, batch) -> (sum of w * nll, sum of w, sums)`` without dropout."""
+    """Builds ``eval(params, step, batch) -> (sum of w * nll, sum of w, sums)`` without dropout.
+
+    ``step``, int32, is that of the parameters: loss weights may be a schedule.
+    """
     mesh = batch_sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(
-        lambda params, batch: loss_fn(params, batch, None),
-        in_shardings=(sharding.shardings(abstract.params), batch_sharding),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        lambda params, step, batch: loss_fn(params, batch, step, None),
+        in_shardings=(sharding.shardings(abstract.params), whole, batch_sharding),
+        out_shardings=whole,
     )
     return Step(jitted, mesh, rules)
 
 
-def means(sums: Sums) -> dict[str, Any]:
+def means(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Quotients of the ``(sum, count)`` pairs, totals as they are; NaN where the count is 0."""
     return {k: v[0] / v[1] if isinstance(v, tuple) else v for k, v in sums.items()}
 
 
-def _gradient(loss_fn: LossFn, per_micro_batch: bool) -> Callable[..., Any]:
+def _gradient(loss_fn: LossFn, step: jax.Array, per_micro_batch: bool) -> Callable[..., Any]:
     """``(params, micro_batch, rng) -> ((total, (weight, sums)), gradient of total)``."""
 
     def objective(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
-        total, weight, sums = loss_fn(params, batch, rng)
+        total, weight, sums = loss_fn(params, batch, step, rng)
         return (total / weight if per_micro_batch else total), (weight, sums)
 
     return jax.value_and_grad(objective, has_aux=True)
@@ -230,7 +219,7 @@ def _gradient(loss_fn: LossFn, per_micro_batch: bool) -> Callable[..., Any]:
 
 def _accumulate(
     gradient: Callable[..., Any], params: Any, micro: Any, rng: jax.Array, placed: Any
-) -> tuple[Any, jax.Array, jax.Array, Sums]:
+) -> tuple[Any, jax.Array, jax.Array, Mapping[str, Any]]:
     """Sums gradient, loss, weight and metrics over the leading axis of ``micro``.
 
     Sums are float32, and gradients stay split as the parameters are.
@@ -244,6 +233,9 @@ def _accumulate(
     def body(carry: Any, indexed: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, one(*indexed)), None
 
+    # A scan needs its carry before the first micro-batch, and shapes of metrics are known only to the
+    # loss: its abstract evaluation gives zeros of the right kind. A single micro-batch skips the
+    # scan, which would keep a second copy of the gradients.
     indices = jnp.arange(jax.tree.leaves(micro)[0].shape[0])
     if len(indices) == 1:
         return one(indices[0], jax.tree.map(lambda x: x[0], micro))
@@ -261,6 +253,9 @@ def _split(batch: Any, parts: int, batch_sharding: NamedSharding) -> Any:
     devices = batch_parts(batch_sharding.mesh)
     spec = PartitionSpec(None, *batch_sharding.spec)
 
+    # With a plain reshape to [parts, B / parts] micro-batch 0 would be the rows of the first devices
+    # alone, and XLA would move rows between all of them. Here the device axis is split off first, so
+    # every device cuts its own rows, and the constraint tells the partitioner that nothing moves.
     def leaf(x: jax.Array) -> jax.Array:
         blocks = x.reshape(devices, parts, x.shape[0] // (devices * parts), *x.shape[1:])
         micro = blocks.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])

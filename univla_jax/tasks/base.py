@@ -1,0 +1,480 @@
+"""Task: what one kind of training sequence looks like, how it is prompted, and what is decoded.
+
+    TokenizedEpisode ── sample ──► SampleSpec ── fill ──► Tokens (ids, roles)        training
+    observation      ── prompt ──► ids ── decode (Decoding) ──► ids ── parse ──►     inference
+
+A task lives in one file, ``tasks/NAME.py``, and holds everything that is particular to it: the
+drawing of its sequence, ``build`` (which also makes the prompt: the same sequence, cut where
+generation starts), the labels it learns by default, what it needs of the data, and how its output
+is constrained and parsed. ``tasks/__init__.py`` lists the names.
+
+Axes: S sequence, T time, N chunks, h/w code grid, A action dimensions.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from univla_jax.data.datasets import DATASETS, find_dataset_config
+from univla_jax.data.token_record import Codes, TokenizedEpisode
+from univla_jax.errors import UserError
+from univla_jax.normalization import ActionStatistics, state_key
+from univla_jax.sequences.frames import frame_block, frame_separator
+from univla_jax.sequences.roles import Role
+from univla_jax.sequences.text_encoder import TextEncoder
+from univla_jax.sequences.tokens import (
+    Piece,
+    Tokens,
+    action_block,
+    compose,
+    encode_chunks,
+    encode_states,
+    opening,
+)
+from univla_jax.tokenizers.action import ActionTokenizer
+from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, invalid
+from univla_jax.tokenizers.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """The choices of a run that shape a task's sequences.
+
+    Attributes:
+      frames: moments per sample: chunks of a video policy, frames of a world model.
+      chunk_size: steps of an action chunk.
+      frame_spacing: steps between two frames of a world model; 0 takes each corpus' own.
+      views: cameras in the order they are written; empty takes all, in the corpus' order.
+      state: whether the proprioceptive state is written before each chunk.
+      aligned_windows: share of the windows that begin a whole number of chunks into their episode.
+    """
+
+    frames: int = 1
+    chunk_size: int = 10
+    frame_spacing: int = 0
+    views: tuple[str, ...] = ()
+    state: bool = False
+    aligned_windows: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a task needs of its data and of the model.
+
+    Attributes:
+      actions: action chunks, and so the statistics that normalize them.
+      action_tokens: the chunks as tokens, and so an action tokenizer.
+      state: may show the proprioceptive state before each chunk.
+      frame_sequence: may show more than one moment.
+      single_view: shows one camera: the first, or one drawn among those named.
+      frame_spacing: frames are ``TaskSettings.frame_spacing`` steps apart.
+      own_row: one sample per row; packing is off.
+      action_expert: a flow-matching expert on top of the decoder.
+    """
+
+    actions: bool = False
+    action_tokens: bool = False
+    state: bool = False
+    frame_sequence: bool = False
+    single_view: bool = False
+    frame_spacing: bool = False
+    own_row: bool = False
+    action_expert: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What may follow a prompt.
+
+    Attributes:
+      allowed: int32 [n] ids that may be chosen; None for the whole vocabulary.
+      stop_id: ends the output; None where its length is fixed.
+      max_new_tokens: the most ids chosen, the stop id included.
+      grammar: of action codes, whose ids are ``allowed`` without the stop id; None for any order.
+      forced_ids: int32 [max_new_tokens], the only id at each position, negative where any allowed
+        one may stand; None where nothing is forced.
+    """
+
+    allowed: np.ndarray | None
+    stop_id: int | None
+    max_new_tokens: int
+    grammar: CodeGrammar | None = None
+    forced_ids: np.ndarray | None = None
+
+
+ShownFrame = tuple[Codes, int]
+"""A frame of a sample: the codes [T, h, w] of its view, and its step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSpec:
+    """A sample whose visual codes are not read yet, so that rows can be packed cheaply.
+
+    Attributes:
+      tokens: the sequence, every visual id that of code 0.
+      shown: its frames in the order of their codes.
+      actions: float32 [T, A] normalized chunk for the action expert, else None.
+      name: the episode, for messages.
+    """
+
+    tokens: Tokens
+    shown: Sequence[ShownFrame]
+    actions: np.ndarray | None = None
+    name: str = ""
+
+    def __len__(self) -> int:
+        """Number of tokens S."""
+        return len(self.tokens)
+
+    def fill(self, vocabulary: Vocabulary) -> Tokens:
+        """The sequence with its visual codes, which are read from the store now.
+
+        Raises:
+          UserError: a code outside the vocabulary, or a damaged record.
+        """
+        codes = np.concatenate([codes[step].ravel() for codes, step in self.shown])
+        ids = self.tokens.ids.copy()
+        ids[self.tokens.roles == Role.VISION] = vocabulary.visual_ids(codes)
+        return Tokens(ids, self.tokens.roles)
+
+
+class Task(abc.ABC):
+    """Base class of all tasks; picklable.
+
+    Attributes:
+      name: the registered name, which is the name of the module.
+      labels: key of ``sequences.roles.LABELS`` that is learned unless ``data.loss_on`` says otherwise.
+      needs: of data and model.
+    """
+
+    name: ClassVar[str]
+    labels: ClassVar[str]
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(
+        self,
+        settings: TaskSettings,
+        text_encoder: TextEncoder,
+        action_tokenizer: ActionTokenizer | None = None,
+        statistics: Mapping[str, ActionStatistics] | None = None,
+    ) -> None:
+        """Binds the task to the tokenizers; ``tasks.make_task`` takes them from assets.
+
+        Args:
+          settings: of the run.
+          text_encoder: vocabulary and text tokenizer.
+          action_tokenizer: of normalized chunks, where actions are written as tokens.
+          statistics: of the actions by corpus, and of states by ``state_key``.
+        """
+        self.settings = settings
+        self.text_encoder = text_encoder
+        self.vocabulary = text_encoder.vocabulary
+        self.action_tokenizer = action_tokenizer
+        self.statistics = dict(statistics or {})
+
+    @abc.abstractmethod
+    def sample(
+        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    ) -> SampleSpec:
+        """Draws a window of an episode and writes it.
+
+        Args:
+          episode: from a token store.
+          instruction: the episode's, or "" for a null prompt.
+          rng: draws the window and, where there is a choice, the camera.
+
+        Raises:
+          UserError: the episode is too short, or lacks a view, a text or statistics.
+        """
+
+    def steps_needed(self, corpus: str) -> int:
+        """The fewest steps of an episode of ``corpus`` that give a sample."""
+        return self.settings.chunk_size if self.needs.actions else 1
+
+    def opening(self, text: str) -> np.ndarray:
+        """int32 ids of bos and ``text``, with which every sequence begins."""
+        return opening(self.text_encoder, text)[1]
+
+    # Pieces that several tasks write.
+
+    def compose(self, pieces: Sequence[Piece]) -> Tokens:
+        """The sequence of some pieces."""
+        return compose(self.vocabulary, pieces)
+
+    def frame_pieces(
+        self, views: Sequence[np.ndarray], frames_shown: int | None = None
+    ) -> list[Piece]:
+        """One block per camera with all of its frames; see ``frames.frame_block``."""
+        return [
+            (Role.MARKUP, frame_block(self.text_encoder, view, shown=frames_shown))
+            for view in views
+        ]
+
+    # Parts of an episode.
+
+    def draw_window(
+        self, episode: TokenizedEpisode, frames: int, spacing: int, rng: np.random.Generator
+    ) -> range:
+        """First steps of up to ``frames`` moments, ``spacing`` steps apart; see ``draw_window``."""
+        return draw_window(
+            len(episode.actions), frames, spacing, rng, aligned=self.settings.aligned_windows
+        )
+
+    def view_codes(self, episode: TokenizedEpisode) -> list[Codes]:
+        """Codes [T, h, w] of the named cameras, of all when none are named.
+
+        Raises:
+          UserError: a camera is missing.
+        """
+        names = self.settings.views or ordered_views(episode.corpus, episode.codes)
+        missing = [name for name in names if name not in episode.codes]
+        if missing or not names:
+            raise UserError(f"no view {(*missing, 'at all')[0]!r}, only {sorted(episode.codes)}")
+        return [episode.codes[name] for name in names]
+
+    def draw_camera(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Codes:
+        """Codes [T, h, w] of the one camera a sample shows.
+
+        Raises:
+          UserError: the episode has none of the named ones.
+        """
+        if not self.settings.views:
+            return self.view_codes(episode)[0]
+        present = [name for name in self.settings.views if name in episode.codes]
+        if not present:
+            raise UserError(
+                f"none of the views {self.settings.views}, only {sorted(episode.codes)}"
+            )
+        return episode.codes[present[int(rng.integers(len(present)))]]
+
+    def normalized_chunks(self, episode: TokenizedEpisode, starts: range) -> np.ndarray:
+        """float32 [N, T, A] the chunks at ``starts`` in the corpus' convention, normalized.
+
+        Raises:
+          UserError: there are no statistics of the corpus.
+        """
+        actions = episode.actions[starts.start : starts.stop]
+        chunks = actions.reshape(-1, self.settings.chunk_size, actions.shape[-1])
+        dataset = DATASETS.get(episode.corpus)
+        if dataset is not None and dataset.chunk_deltas is not None:
+            chunks = dataset.chunk_deltas.relative(chunks)
+        return self.statistics_of(episode.corpus).normalize(chunks)
+
+    def chunk_ids(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """int32 ids of normalized chunks, float32 [N, T, A], without boa and eoa."""
+        return encode_chunks(self.vocabulary, self.action_tokenizer, chunks)
+
+    def state_ids(self, episode: TokenizedEpisode, steps: Sequence[int]) -> list[np.ndarray] | None:
+        """int32 ids of the state at each step; None where states are not shown.
+
+        Raises:
+          UserError: the episode has no state, or there are no statistics of it.
+        """
+        if not self.settings.state:
+            return None
+        if episode.state is None:
+            raise UserError("it has no state; set data.state=False or leave its store out")
+        statistics = self.statistics_of(state_key(episode.corpus))
+        states = episode.state[np.asarray(steps)]
+        return encode_states(self.vocabulary, self.action_tokenizer, statistics, states)
+
+    def statistics_of(self, key: str) -> ActionStatistics:
+        """Statistics of a corpus' actions, or by ``state_key`` of its states.
+
+        Raises:
+          UserError: there are none.
+        """
+        if key not in self.statistics:
+            raise UserError(
+                f"no statistics of {key!r}, only of {sorted(self.statistics)}; compute them when "
+                "the assets are made"
+            )
+        return self.statistics[key]
+
+
+class ActionTask(Task):
+    """A task whose prompt ends where an action chunk begins.
+
+    Its prompt is a history of moments (``tasks/history.py``): frames, state and the boa of each, and
+    the chunks between them.
+    """
+
+    @property
+    @abc.abstractmethod
+    def history_window(self) -> int:
+        """Observations in a prompt: the newest and those kept from earlier calls."""
+
+    def moment_prompt(
+        self,
+        views: Sequence[np.ndarray],
+        state: np.ndarray | None = None,
+        *,
+        frames_shown: int | None = None,
+    ) -> np.ndarray:
+        """int32 ids of one moment up to its boa, what a call adds to the prompt.
+
+        Args:
+          views: per camera integer [T, h, w] codes; one frame in the published policies.
+          state: state ids, or None where the policy was shown none.
+          frames_shown: frames written of T (``frames.frame_block``).
+        """
+        return self.compose(self.moment(self.frame_pieces(views, frames_shown), state, None)).ids
+
+    def decoding(
+        self, shape: tuple[int, int], *, free_form: bool = False, max_new_tokens: int = 0
+    ) -> Decoding:
+        """How a chunk is decoded: action ids and eoa, in an order that makes a whole chunk.
+
+        Args:
+          shape: steps T and action dimensions A of a chunk.
+          free_form: any action ids in any order, as the reference has it.
+          max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
+            legal chunk needs.
+        """
+        tokenizer, vocabulary = self.action_tokenizer, self.vocabulary
+        ids = vocabulary.action_ids(np.arange(tokenizer.vocabulary_size))
+        return Decoding(
+            allowed=np.append(ids, vocabulary.eoa),
+            stop_id=vocabulary.eoa,
+            max_new_tokens=max_new_tokens or tokenizer.max_tokens(*shape) + 1,
+            grammar=None if free_form else tokenizer.grammar(*shape),
+        )
+
+    def parse(self, ids: np.ndarray, shape: tuple[int, int]) -> DecodedActions:
+        """The normalized chunk [T, A] that generated ids [n] mean, their eoa included."""
+        if not len(ids) or ids[-1] != self.vocabulary.eoa:
+            return invalid(f"no end of action within {len(ids)} tokens", *shape)
+        codes = self.vocabulary.action_codes(ids[:-1]).tolist()
+        return self.action_tokenizer.decode(codes, *shape)
+
+    def moment(
+        self, frames: Sequence[Piece], state: np.ndarray | None, chunk: np.ndarray | None
+    ) -> list[Piece]:
+        """Frames, state and action of one moment; without a chunk it ends with boa."""
+        shown = [] if state is None else [(Role.STATE, np.asarray(state, np.int32))]
+        return [*frames, *shown, action_block(self.vocabulary, chunk)]
+
+
+class FrameTask(Task):
+    """A task whose prompt ends where the codes of a frame begin."""
+
+    @abc.abstractmethod
+    def prompt(self, instruction: str, context: np.ndarray) -> np.ndarray:
+        """int32 ids of the context frames and the header of the next one.
+
+        Args:
+          instruction: what happens; "" is the null prompt of classifier-free guidance.
+          context: integer [T, h, w] codes of the frames before it, oldest first.
+        """
+
+    def separator(self, grid: tuple[int, int]) -> np.ndarray:
+        """int32 ids between the codes of two frames, which are fed, not sampled."""
+        return frame_separator(self.text_encoder, *grid)
+
+    def decoding(self, grid: tuple[int, int]) -> Decoding:
+        """How one frame is decoded: h*w visual ids."""
+        visual = self.vocabulary.visual_ids(np.arange(self.vocabulary.visual_size))
+        return Decoding(allowed=visual, stop_id=None, max_new_tokens=grid[0] * grid[1])
+
+    def parse(self, ids: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Codes uint16 [..., h, w] of the visual ids [..., h*w] of frames."""
+        codes = self.vocabulary.visual_codes(ids)
+        return codes.reshape(*ids.shape[:-1], *grid).astype(np.uint16)
+
+
+def draw_window(
+    steps: int, frames: int, spacing: int, rng: np.random.Generator, *, aligned: float = 0.0
+) -> range:
+    """Draws which steps of an episode one sample shows.
+
+        episode        0 1 2 3 4 5 6 7 8 9 …                  n steps
+        video policy       |f a a a|f a a a|                  ``frames`` chunks of ``spacing`` actions
+        image policy       |f a a a|                          one chunk
+        world model        |f . . .|f . . .|f . . .|          ``frames`` frames, ``spacing`` apart
+
+    The start is uniform over every position where the window fits (UniVLA train/datasets.py:97);
+    a short episode gives fewer whole chunks (``frames_num``, :175-179).
+
+    Args:
+      steps: length of the episode.
+      frames: moments wanted.
+      spacing: steps from one to the next.
+      rng: draws the start.
+      aligned: share of the windows that begin on a multiple of ``spacing`` instead.
+
+    Returns:
+      the first step of every moment; ``stop`` is the end of the window.
+
+    Raises:
+      UserError: the episode is shorter than one chunk.
+    """
+    size = spacing * window_frames(steps, frames, spacing)
+    last = steps - size
+    if aligned and rng.random() < aligned:
+        start = spacing * int(rng.integers(0, last // spacing, endpoint=True))
+    else:
+        start = int(rng.integers(0, last, endpoint=True))
+    return range(start, start + size, spacing)
+
+
+def window_frames(steps: int, frames: int, spacing: int) -> int:
+    """How many whole chunks of ``spacing`` steps a window has, at most ``frames``.
+
+    Raises:
+      UserError: the episode is shorter than one chunk.
+    """
+    whole = min(frames, steps // spacing)
+    if not whole:
+        raise UserError(f"{steps} steps are fewer than one chunk of {spacing}")
+    return whole
+
+
+def placeholders(codes: Codes, frames: int) -> np.ndarray:
+    """Code 0 in the shape [frames, h, w] of a view, until ``SampleSpec.fill``."""
+    return np.zeros((frames, *codes.shape[1:]), np.uint16)
+
+
+def frames_in_order(views: Sequence[Codes], steps: Sequence[int]) -> list[ShownFrame]:
+    """The frames as interleaved sequences show them: every view of a moment, then the next."""
+    return [(view, int(step)) for step in steps for view in views]
+
+
+def ordered_views(corpus: str, present: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """The cameras ``present`` in the order of the corpus' configuration, then any others."""
+    dataset = DATASETS.get(corpus)
+    known = [name for name in (dataset.views if dataset else ()) if name in present]
+    return known + [name for name in present if name not in known]
+
+
+def corpus_frame_spacing(settings: TaskSettings, corpus: str) -> int:
+    """Steps between two frames: the run's, else the corpus' own."""
+    return settings.frame_spacing or find_dataset_config(corpus).frame_spacing
+
+
+def text_at(episode: TokenizedEpisode, kind: str, step: int) -> str:
+    """The annotation ``kind`` that holds at ``step``.
+
+    Raises:
+      UserError: the episode has none of that kind.
+    """
+    if kind not in episode.texts:
+        raise UserError(f"it has no {kind!r} text, only {sorted(episode.texts)}")
+    texts = episode.texts[kind]
+    return texts[step] if len(texts) > 1 else texts[0]
+
+
+def count_moments(views: Sequence[np.ndarray]) -> int:
+    """Number of frames T, the same in every view.
+
+    Raises:
+      UserError: no view, or views of different length.
+    """
+    counts = {len(view) for view in views}
+    if len(counts) != 1:
+        raise UserError(f"views hold {sorted(counts)} frames; each needs the same number")
+    return counts.pop()

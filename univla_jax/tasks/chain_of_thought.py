@@ -1,0 +1,78 @@
+"""Reasoning before acting: the image policy with a thought between frames and chunk.
+
+    bos text │ fmt(v1) … │ bot reasoning eot │ boa a a a eoa
+
+Vision is not learned, the thought and the action are. The prompt ends with bot. Source: UniVLA
+train/datasets.py:893-931 (``Emu3CoTDataset``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Tokens, action_block, opening
+from univla_jax.tasks.base import (
+    Needs,
+    SampleSpec,
+    Task,
+    count_moments,
+    frames_in_order,
+    placeholders,
+    text_at,
+)
+
+
+class ChainOfThought(Task):
+    """The newest observation and the instruction in, reasoning and an action chunk out."""
+
+    name = "chain_of_thought"
+    labels = "thought_and_action"
+    needs = Needs(actions=True, action_tokens=True)
+
+    def sample(
+        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    ) -> SampleSpec:
+        """One chunk behind the frames and the reasoning of its first step."""
+        moments = self.draw_window(episode, 1, self.settings.chunk_size, rng)
+        views, reasoning = self.view_codes(episode), text_at(episode, "reasoning", moments.start)
+        (chunk,) = self.chunk_ids(self.normalized_chunks(episode, moments))
+        blocks = [placeholders(view, 1) for view in views]
+        tokens = self.build(instruction, blocks, reasoning, chunk)
+        return SampleSpec(tokens, frames_in_order(views, moments))
+
+    def build(
+        self,
+        instruction: str,
+        views: Sequence[np.ndarray],
+        reasoning: str | None = None,
+        chunk: np.ndarray | None = None,
+        *,
+        frames_shown: int | None = None,
+    ) -> Tokens:
+        """The sequence, or its prompt where there is no reasoning.
+
+        Args:
+          instruction: what to do.
+          views: per camera integer [T, h, w] codes.
+          reasoning: the thought.
+          chunk: action ids; with None the sequence ends with boa.
+          frames_shown: frames written of T (``frames.frame_block``).
+        """
+        count_moments(views)
+        vocabulary = self.vocabulary
+        pieces = [
+            opening(self.text_encoder, instruction),
+            *self.frame_pieces(views, frames_shown),
+            (Role.THOUGHT, np.array([vocabulary.bot], np.int32)),
+        ]
+        if reasoning is not None:
+            thought = np.append(self.text_encoder.encode(reasoning), vocabulary.eot)
+            pieces += [(Role.THOUGHT, thought), action_block(vocabulary, chunk)]
+        return self.compose(pieces)
+
+
+TASK = ChainOfThought
