@@ -1,4 +1,4 @@
-"""A trained decoder with all that gives its tokens meaning, loaded from a checkpoint folder alone."""
+"""Loaded model: decoder, assets and task of a checkpoint folder, and nothing else."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ figure img { height: 128px; image-rendering: pixelated; display: block; }
 {%- for color, points, _, _ in e.curves -%}
 <polyline fill="none" stroke="{{ color }}" points="{{ points }}"/>
 {%- endfor %}</svg><br>
-<small>steps 0 to {{ e.episode|length - 1 }}; the {{ e.marked }} of the sample are marked</small><br>
+<small>steps 0 to {{ e.episode|length - 1 }};
+the {{ e.marked }} of the sample are marked</small><br>
 {% for color, _, low, high in e.curves -%}
 <span style="color:{{ color }}">action {{ loop.index0 }}: {{ "%.3g"|format(low) }} to
 {{ "%.3g"|format(high) }}</span>

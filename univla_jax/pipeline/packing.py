@@ -4,7 +4,7 @@
     element 1   CCCCCCCCCC DDD .     nowhere, then more, as long as all of them fit longest first
 
     batch t     element 0  element 1  …  element B-1
-    stream      element i of the batches takes the samples i, i + B, i + 2B, … and packs them by itself
+    stream      element i of all batches packs the samples i, i + B, i + 2B, … by itself
 
 An element's contents depend on the sample stream alone: which host has it, and which of its worker
 processes builds it, changes nothing. A host makes its elements of a batch in as many parts as it
@@ -178,7 +178,7 @@ class _ElementPlanner:
         return group + 1, bin_
 
     def _bins(self, group: int) -> int:
-        """Bins of a group. First groups differ in size, so that elements do not all plan at once."""
+        """Bins of a group; first groups differ in size, so that not all elements plan at once."""
         bins = self._config.packing_bins
         return bins if group else 1 + self._element % bins
 

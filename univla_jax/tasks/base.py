@@ -148,7 +148,7 @@ class Task(abc.ABC):
 
     Attributes:
       name: the registered name, which is the name of the module.
-      labels: key of ``sequences.roles.LABELS`` that is learned unless ``data.loss_on`` says otherwise.
+      labels: key of ``sequences.roles.LABELS``: what is learned unless ``data.loss_on`` is set.
       needs: of data and model.
     """
 
@@ -300,7 +300,7 @@ class Task(abc.ABC):
 class ActionTask(Task):
     """A task whose prompt ends where an action chunk begins.
 
-    Its prompt is a history of moments (``tasks/history.py``): frames, state and the boa of each, and
+    Its prompt is a history of moments (``tasks/history.py``): the frames, state and boa of each, and
     the chunks between them.
     """
 
@@ -393,7 +393,7 @@ def draw_window(
     """Draws which steps of an episode one sample shows.
 
         episode        0 1 2 3 4 5 6 7 8 9 …                  n steps
-        video policy       |f a a a|f a a a|                  ``frames`` chunks of ``spacing`` actions
+        video policy       |f a a a|f a a a|                  ``frames`` chunks of ``spacing`` steps
         image policy       |f a a a|                          one chunk
         world model        |f . . .|f . . .|f . . .|          ``frames`` frames, ``spacing`` apart
 

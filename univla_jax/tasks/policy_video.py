@@ -2,9 +2,9 @@
 
     bos text │ fmt(v1 t=0) fmt(v2 t=0) [state] boa a a a eoa │ fmt(v1 t=1) … boa a a eoa │ …
 
-``fmt(v)`` is the block of one frame (``sequences/frames.py``). At each moment every camera's frame is
-written, then the proprioceptive state where the run shows it, then the chunk of ``chunk_size``
-actions that follow. There is no eos after eoa. The prompt ends with the boa of the newest moment;
+``fmt(v)`` is the block of one frame (``sequences/frames.py``). At each moment the frame of every
+camera is written, then the proprioceptive state where the run shows it, then the chunk of the
+``chunk_size`` actions that follow. There is no eos after eoa. The prompt ends with the boa of the newest moment;
 between calls it is assembled from its moments by ``tasks/history.py``.
 
 Source: UniVLA train/datasets.py:232-269, reference/RoboVLMs/eval/*/model_wrapper*.py.

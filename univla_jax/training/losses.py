@@ -350,8 +350,8 @@ def flow_loss(
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """Sums of the weighted cross-entropy and the weighted flow matching of one micro-batch.
 
-    The loss is their quotient. Micro-batches combine by their labeled tokens; a flow-matching policy
-    labels one per element (boa), so that is the mean over all elements.
+    The loss is their quotient. Micro-batches combine by their labeled tokens; a flow policy labels
+    one per element (boa), so that is the mean over all elements.
 
     Args:
       model: the decoder.

@@ -233,8 +233,8 @@ def _accumulate(
     def body(carry: Any, indexed: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, one(*indexed)), None
 
-    # A scan needs its carry before the first micro-batch, and shapes of metrics are known only to the
-    # loss: its abstract evaluation gives zeros of the right kind. A single micro-batch skips the
+    # A scan needs its carry before the first micro-batch, and only the loss knows the shapes of its
+    # metrics: its abstract evaluation gives zeros of the right kind. A single micro-batch skips the
     # scan, which would keep a second copy of the gradients.
     indices = jnp.arange(jax.tree.leaves(micro)[0].shape[0])
     if len(indices) == 1:
@@ -253,9 +253,9 @@ def _split(batch: Any, parts: int, batch_sharding: NamedSharding) -> Any:
     devices = batch_parts(batch_sharding.mesh)
     spec = PartitionSpec(None, *batch_sharding.spec)
 
-    # With a plain reshape to [parts, B / parts] micro-batch 0 would be the rows of the first devices
+    # After a plain reshape to [parts, B / parts] micro-batch 0 would be the rows of the first devices
     # alone, and XLA would move rows between all of them. Here the device axis is split off first, so
-    # every device cuts its own rows, and the constraint tells the partitioner that nothing moves.
+    # that every device cuts its own rows, and the constraint tells the partitioner to move nothing.
     def leaf(x: jax.Array) -> jax.Array:
         blocks = x.reshape(devices, parts, x.shape[0] // (devices * parts), *x.shape[1:])
         micro = blocks.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
