@@ -300,8 +300,8 @@ class Task(abc.ABC):
 class ActionTask(Task):
     """A task whose prompt ends where an action chunk begins.
 
-    Its prompt is a history of moments (``tasks/history.py``): the frames, state and boa of each, and
-    the chunks between them.
+    Its prompt is a history (``tasks/history.py``): frames, state and boa of each moment, and the
+    chunks between them.
     """
 
     @property

@@ -4,8 +4,8 @@
 
 ``fmt(v)`` is the block of one frame (``sequences/frames.py``). At each moment the frame of every
 camera is written, then the proprioceptive state where the run shows it, then the chunk of the
-``chunk_size`` actions that follow. There is no eos after eoa. The prompt ends with the boa of the newest moment;
-between calls it is assembled from its moments by ``tasks/history.py``.
+``chunk_size`` actions that follow. There is no eos after eoa. The prompt ends with the boa of the
+newest moment; between calls it is assembled from its moments by ``tasks/history.py``.
 
 Source: UniVLA train/datasets.py:232-269, reference/RoboVLMs/eval/*/model_wrapper*.py.
 

@@ -253,9 +253,10 @@ def _split(batch: Any, parts: int, batch_sharding: NamedSharding) -> Any:
     devices = batch_parts(batch_sharding.mesh)
     spec = PartitionSpec(None, *batch_sharding.spec)
 
-    # After a plain reshape to [parts, B / parts] micro-batch 0 would be the rows of the first devices
-    # alone, and XLA would move rows between all of them. Here the device axis is split off first, so
-    # that every device cuts its own rows, and the constraint tells the partitioner to move nothing.
+    # After a plain reshape to [parts, B / parts] micro-batch 0 would be the rows of the first
+    # devices alone, and XLA would move rows between all of them. Here the device axis is split off
+    # first, so that every device cuts its own rows, and the constraint tells the partitioner to
+    # move nothing.
     def leaf(x: jax.Array) -> jax.Array:
         blocks = x.reshape(devices, parts, x.shape[0] // (devices * parts), *x.shape[1:])
         micro = blocks.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
