@@ -1,4 +1,4 @@
-"""What cameras and joints deliver, checked and turned into tokens as the training data was.
+"""Observations: camera frames and proprioception, checked and encoded as the training data was.
 
 Axes: N observations, H/W pixels, h/w code grid, P state dimensions.
 """
@@ -12,31 +12,32 @@ import numpy as np
 from univla_jax.assets import Assets
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import Layout, LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.normalization import state_key
-from univla_jax.sequences.chunks import encode_states
+from univla_jax.sequences.tokens import encode_states
+from univla_jax.tasks.record import TaskRecord
 
 
 class ObservationEncoder:
     """Checks observations and encodes their frames, one batch per view."""
 
-    def __init__(self, assets: Assets, layout: Layout, corpus: str) -> None:
+    def __init__(self, assets: Assets, record: TaskRecord, corpus: str) -> None:
         """Takes the views, image specs and code grids of a checkpoint.
 
         Args:
           assets: with image specs and a vision tokenizer.
-          layout: says which views are written, in which order.
-          corpus: row whose cameras these are.
+          record: says which views are shown, in which order.
+          corpus: whose cameras these are.
 
         Raises:
           UserError: no vision tokenizer, or no image spec of a view.
         """
         self._vision = assets.require("vision")
-        self._grids = {v: tuple(layout.corpora[corpus].grids[v]) for v in layout.views}
-        missing = sorted(set(layout.views) - set(assets.image_specs))
+        self._grids = {v: tuple(record.corpora[corpus].grids[v]) for v in record.views}
+        missing = sorted(set(record.views) - set(assets.image_specs))
         if missing:
             raise UserError(f"the checkpoint's assets hold no image spec of view {missing[0]!r}")
-        self._specs = {view: assets.image_specs[view] for view in layout.views}
+        self._specs = {view: assets.image_specs[view] for view in record.views}
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -47,8 +48,7 @@ class ObservationEncoder:
         """A black observation of a size the policy takes."""
         frames = {}
         for view, spec in self._specs.items():
-            grid = np.array(self._grids[view])
-            size = spec.size or tuple(grid * self._vision.factor)
+            size = spec.size or tuple(np.array(self._grids[view]) * self._vision.factor)
             frames[view] = np.zeros((*size, 3), np.uint8)
         return Observation("", frames)
 
@@ -56,7 +56,7 @@ class ObservationEncoder:
         """Checks one observation before anything is computed.
 
         Args:
-          observation: what is looked at.
+          observation: instruction and frames.
           name: what it is called in messages.
 
         Raises:
@@ -82,22 +82,18 @@ class ObservationEncoder:
 
         Args:
           observations: checked ones.
-          batch_size: size of the encoded batches, at least the number of observations; missing rows
-            repeat the first, so that shapes stay the same from call to call.
+          batch_size: of the vision tokenizer, at least the number of observations; what is missing
+            repeats the first, so that shapes stay the same from call to call.
 
         Returns:
           per observation, per view in order, uint16 [1, h, w].
         """
-        by_view = [self._encode_view(view, observations, batch_size) for view in self._specs]
+        by_view = []
+        for view, spec in self._specs.items():
+            frames = [spec.resize(np.asarray(o.frames[view])[None]) for o in observations]
+            frames += frames[:1] * max(0, (batch_size or 0) - len(frames))
+            by_view.append(self._vision.encode_frames(np.concatenate(frames)))
         return [[codes[i : i + 1] for codes in by_view] for i in range(len(observations))]
-
-    def _encode_view(
-        self, view: str, observations: Sequence[Observation], batch_size: int | None
-    ) -> np.ndarray:
-        spec = self._specs[view]
-        frames = [spec.resize(np.asarray(o.frames[view])[None]) for o in observations]
-        frames += frames[:1] * max(0, (batch_size or 0) - len(frames))
-        return self._vision.encode_frames(np.concatenate(frames))
 
     def _check_frame(self, frame: np.ndarray, view: str, name: str) -> None:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
@@ -117,20 +113,21 @@ class ObservationEncoder:
 
 
 class StateEncoder:
-    """Checks proprioceptive states and writes them as the policy was shown them.
+    """Checks proprioceptive states and encodes them as the policy was shown them.
 
     Attributes:
       max_tokens: the most ids of one state.
     """
 
-    def __init__(self, trained: LoadedModel, corpus: str) -> None:
+    def __init__(self, loaded: LoadedModel, corpus: str) -> None:
         """Takes the state statistics of ``corpus``.
 
         Raises:
           UserError: the checkpoint has none.
         """
-        self._text_encoder, self._tokenizer = trained.text_encoder, trained.assets.require("action")
-        self._statistics = trained.statistics(state_key(corpus))
+        self._vocabulary = loaded.assets.vocabulary
+        self._tokenizer = loaded.assets.require("action")
+        self._statistics = loaded.statistics(state_key(corpus))
         self._size = self._statistics.action_dim
         self.max_tokens = self._tokenizer.max_tokens(1, self._size)
 
@@ -139,31 +136,17 @@ class StateEncoder:
         return np.zeros(self._size, np.float32)
 
     def check(self, state: np.ndarray | None, name: str) -> None:
-        """Raises UserError, which calls the observation ``name``, for a state it cannot write."""
-        wanted = f"the policy was trained with {self._size} finite numbers of proprioception"
-        if state is None:
-            raise UserError(f"{name}: it has no state; {wanted}")
-        try:
-            numbers = np.asarray(state)
-        except ValueError:
-            raise UserError(f"{name}: its state is ragged; {wanted}") from None
-        if numbers.dtype.kind not in "iuf" or numbers.shape != (self._size,):
-            found = f"{numbers.dtype} {list(numbers.shape)}"
-            raise UserError(f"{name}: its state is {found}; {wanted}")
-        with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
-            broken = np.flatnonzero(~np.isfinite(numbers.astype(np.float32)))
-        if len(broken):
-            what = f"number {broken[0]} of its state is {numbers[broken[0]]}"
-            raise UserError(f"{name}: {what}; {wanted}")
+        """Raises UserError, which calls the observation ``name``, for a state it cannot encode."""
+        check_state(state, self._size, name, "the policy was trained with")
 
     def encode(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
         """int32 ids of each of the checked states, [P]."""
         stacked = np.asarray(states, np.float32).reshape(-1, self._size)
-        return encode_states(self._text_encoder, self._tokenizer, self._statistics, stacked)
+        return encode_states(self._vocabulary, self._tokenizer, self._statistics, stacked)
 
 
-class NoStates:
-    """In its place where a policy was shown no states: what an observation brings is left out."""
+class NoStateEncoder:
+    """Stands for a ``StateEncoder`` where the policy was shown no states: they are ignored."""
 
     max_tokens = 0
 
@@ -171,8 +154,37 @@ class NoStates:
         """No state."""
 
     def check(self, state: np.ndarray | None, name: str) -> None:
-        """Anything will do."""
+        """Accepts anything."""
 
     def encode(self, states: Sequence[np.ndarray | None]) -> list[None]:
         """None for each."""
         return [None] * len(states)
+
+
+def check_state(state: np.ndarray | None, size: int, name: str, why: str) -> None:
+    """Checks that a state is ``size`` finite numbers.
+
+    Args:
+      state: of an observation.
+      size: numbers P expected.
+      name: what the observation is called in messages.
+      why: who wants them, the beginning of the remedy.
+
+    Raises:
+      UserError: it is missing, ragged, of another size or kind, or not finite.
+    """
+    wanted = f"{why} {size} finite numbers of proprioception"
+    if state is None:
+        raise UserError(f"{name}: it has no state; {wanted}")
+    try:
+        numbers = np.asarray(state)
+    except ValueError:
+        raise UserError(f"{name}: its state is ragged; {wanted}") from None
+    if numbers.dtype.kind not in "iuf" or numbers.shape != (size,):
+        found = f"{numbers.dtype} {list(numbers.shape)}"
+        raise UserError(f"{name}: its state is {found}; {wanted}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+        broken = np.flatnonzero(~np.isfinite(numbers.astype(np.float32)))
+    if len(broken):
+        what = f"number {broken[0]} of its state is {numbers[broken[0]]}"
+        raise UserError(f"{name}: {what}; {wanted}")
