@@ -14,12 +14,11 @@ from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
 from univla_jax.errors import UserError
 from univla_jax.evaluation import offline
-from univla_jax.evaluation.offline import Asked, next_token_accuracy
+from univla_jax.evaluation.offline import ScoredSequence, next_token_accuracy
 from univla_jax.inference.action_decoders import ActionPrediction
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.sequences import layouts
 from univla_jax.tokenizers.constrained import DecodedActions
 
 STEPS = 11
@@ -77,7 +76,7 @@ def world_model_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(policy_checkpoint):
-    return Policy(LoadedModel.from_checkpoint(policy_checkpoint), rows=4)
+    return Policy(LoadedModel.from_checkpoint(policy_checkpoint), batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -88,50 +87,53 @@ def dreamer(world_model_checkpoint):
 def test_a_policy_is_asked_as_in_training(policy):
     """Prompt and recorded answer are the training sequence of the same window."""
     episode = _episode(0)
-    moments = list(offline._moments(policy, episode))
-    assert len(moments) == STEPS // CHUNK
-    trained = policy.trained
-    vocabulary = trained.assets.vocabulary
+    queries = list(offline.episode_queries(policy, episode))
+    assert len(queries) == STEPS // CHUNK
+    loaded = policy.loaded
+    vocabulary = loaded.assets.vocabulary
     chunks = STATISTICS.normalize(episode.actions[:9].reshape(3, CHUNK, 7))
-    ids = [vocabulary.action_ids(np.array(c)) for c in trained.assets.action.encode_batch(chunks)]
-    for now, moment in enumerate(moments):
+    ids = [vocabulary.action_ids(np.array(c)) for c in loaded.assets.action.encode_batch(chunks)]
+    for now, query in enumerate(queries):
         window = range(max(0, now - 1), now + 1)
         steps = np.array(window) * CHUNK
         views = [episode.codes[view][steps] for view in GRIDS]
         words, answers = episode.instruction, [ids[t] for t in window]
-        whole = layouts.policy_video(trained.text_encoder, words, views, answers).ids
-        assert moment.written.ids.tolist() == whole.tolist()
-        asked = whole[moment.written.asked]
+        whole = loaded.task.build(words, views, answers).ids
+        assert query.sequence.ids.tolist() == whole.tolist()
+        asked = whole[query.sequence.scored]
         visual = (asked >= vocabulary.bov) & (asked <= vocabulary.eov)
         assert asked[-len(ids[now]) - 1 :].tolist() == [*ids[now], vocabulary.eoa]
         assert visual.sum() == (13 if now else 0) and vocabulary.boa not in asked
-        np.testing.assert_array_equal(moment.raw, episode.actions[3 * now : 3 * now + 3])
+        np.testing.assert_array_equal(query.raw, episode.actions[3 * now : 3 * now + 3])
 
 
 def test_a_policy_shown_states_is_asked_with_the_recorded_ones(policy):
-    trained = policy.trained
-    statistics = {**trained.assets.statistics, "tabletop/state": STATISTICS}
-    trained = dataclasses.replace(
-        trained,
-        assets=dataclasses.replace(trained.assets, statistics=statistics),
-        layout=dataclasses.replace(trained.layout, state=True),
+    loaded = policy.loaded
+    statistics = {**loaded.assets.statistics, "tabletop/state": STATISTICS}
+    loaded = dataclasses.replace(
+        loaded,
+        assets=dataclasses.replace(loaded.assets, statistics=statistics),
+        record=dataclasses.replace(loaded.record, state=True),
     )
-    shown, states = Policy(trained, rows=4), np.linspace(-0.1, 0.1, STEPS * 7).reshape(STEPS, 7)
+    shown, states = (
+        Policy(loaded, batch_size=4),
+        np.linspace(-0.1, 0.1, STEPS * 7).reshape(STEPS, 7),
+    )
     episode = dataclasses.replace(_episode(0), state=states.astype(np.float32))
-    boa = trained.assets.vocabulary.boa
-    for now, moment in enumerate(offline._moments(shown, episode)):
-        codes = trained.assets.action.encode(STATISTICS.normalize(states[3 * now][None]))
-        ids = trained.assets.vocabulary.action_ids(np.array(codes)).tolist()
-        assert moment.prompt[-len(ids) - 1 :].tolist() == [*ids, boa]
+    boa = loaded.assets.vocabulary.boa
+    for now, query in enumerate(offline.episode_queries(shown, episode)):
+        codes = loaded.assets.action.encode(STATISTICS.normalize(states[3 * now][None]))
+        ids = loaded.assets.vocabulary.action_ids(np.array(codes)).tolist()
+        assert query.prompt[-len(ids) - 1 :].tolist() == [*ids, boa]
     with pytest.raises(UserError, match="tabletop/held-out-0: it has no state"):
-        list(offline._moments(shown, _episode(0)))
+        list(offline.episode_queries(shown, _episode(0)))
 
 
 def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
     """Answers known beforehand: always 0.5, but the second of each episode does not decode."""
     answers = iter(range(100))
 
-    def answer(prompts, sessions, timer):
+    def predict(prompts, sessions, timer):
         half = DecodedActions(np.full((CHUNK, 7), 0.5))
         bad = DecodedActions.invalid("nonsense", CHUNK, 7)
         chosen = [bad if next(answers) % 3 == 1 else half for _ in prompts]
@@ -140,11 +142,11 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
             for decoded in chosen
         ]
 
-    monkeypatch.setattr(offline, "Policy", lambda trained, **_: policy)
-    monkeypatch.setattr(policy.head, "answer", answer)
+    monkeypatch.setattr(offline, "Policy", lambda loaded, **_: policy)
+    monkeypatch.setattr(policy.action_decoder, "predict", predict)
     episodes = [_episode(n) for n in range(2)]
-    found = offline.action_scores(policy.trained, "tabletop", episodes, rows=4, progress=False)
-    counts = [found[f"{kind}chunks"] for kind in ("", "invalid_", "steered_")]
+    found = offline.action_scores(policy.loaded, "tabletop", episodes, batch_size=4, progress=False)
+    counts = [found[f"{kind}chunks"] for kind in ("", "invalid_", "overridden_")]
     assert counts == [6, 2, 4]
     kept = np.concatenate([np.delete(e.actions[:9].reshape(3, 3, 7), 1, axis=0) for e in episodes])
     answered = STATISTICS.unnormalize(np.full(7, 0.5))
@@ -163,20 +165,20 @@ def test_errors_are_of_chunks_that_decoded(policy, monkeypatch):
 
 def test_token_accuracy_is_that_of_the_likeliest_token(policy):
     """Every other token asked for is made the one the model holds likeliest."""
-    vocabulary = policy.trained.assets.vocabulary
+    vocabulary = policy.loaded.assets.vocabulary
     actions = {*vocabulary.action_ids(np.arange(300)).tolist(), vocabulary.eoa}
     right = {"text": [], "visual": [], "action": []}
     sequences = []
-    for moment in list(offline._moments(policy, _episode(1)))[:2]:
-        ids, asked = moment.written.ids.tolist(), moment.written.asked
+    for query in list(offline.episode_queries(policy, _episode(1)))[:2]:
+        ids, asked = query.sequence.ids.tolist(), query.sequence.scored
         for n, place in enumerate(np.flatnonzero(asked)):
-            guess = int(next_logits(policy.trained, ids[:place])[: vocabulary.size].argmax())
+            guess = int(next_logits(policy.loaded, ids[:place])[: vocabulary.size].argmax())
             ids[place] = guess if n % 2 else ids[place]
             visual = "visual" if vocabulary.bov <= ids[place] <= vocabulary.eov else "text"
             right["action" if ids[place] in actions else visual].append(guess == ids[place])
-        sequences.append(Asked(np.array(ids, np.int32), asked))
+        sequences.append(ScoredSequence(np.array(ids, np.int32), asked))
     expected = {name: round(float(np.mean(found)), 4) for name, found in right.items() if found}
-    assert next_token_accuracy(policy.trained, sequences, rows=3) == expected
+    assert next_token_accuracy(policy.loaded, sequences, batch_size=3) == expected
     assert 0.4 < np.mean([hit for found in right.values() for hit in found]) < 0.6
 
 
@@ -184,11 +186,11 @@ def test_frames_are_imagined_after_the_real_ones(dreamer):
     """Spacing 5 leaves 3 frames of an episode: one window."""
     (window,) = offline._windows(dreamer, _episode(0))
     np.testing.assert_array_equal(window.codes, _episode(0).codes["image"][np.array([0, 5, 10])])
-    asked = offline._asked_frames(dreamer.trained, window)
-    codes = dreamer.trained.assets.vocabulary.visual_codes(asked.ids[asked.asked])
+    asked = offline._scored_frames(dreamer.loaded, window)
+    codes = dreamer.loaded.assets.vocabulary.visual_codes(asked.ids[asked.scored])
     np.testing.assert_array_equal(codes, window.codes[1:].ravel())
     episodes = [_episode(n) for n in range(3)]
-    found = offline.frame_scores(dreamer.trained, "tabletop", episodes, rows=4, progress=False)
+    found = offline.frame_scores(dreamer.loaded, "tabletop", episodes, batch_size=4, progress=False)
     assert found["windows"] == 3 and set(found["token_accuracy"]) == {"visual"}
     last = np.stack([e.codes["image"][np.array([5, 10])] for e in episodes])
     same = (last[:, 0] == last[:, 1]).mean()
@@ -203,14 +205,14 @@ def test_nothing_changes_is_right_where_nothing_moves(dreamer):
     still = _episode(0)
     codes = {view: np.repeat(c[:1], STEPS, axis=0) for view, c in still.codes.items()}
     still = dataclasses.replace(still, codes=codes)
-    found = offline.frame_scores(dreamer.trained, "tabletop", [still], rows=4, progress=False)
+    found = offline.frame_scores(dreamer.loaded, "tabletop", [still], batch_size=4, progress=False)
     expected = {"psnr": 99.0, "ssim": 1.0, "token_accuracy": 1.0}
     assert found["frames"]["repeat_context"] == expected
 
 
 def test_a_store_is_scored_once(store, policy_checkpoint, world_model_checkpoint, tmp_path):
     report = offline.evaluate(
-        policy_checkpoint, store, tmp_path / "a", episodes=1, rows=4, progress=False
+        policy_checkpoint, store, tmp_path / "a", episodes=1, batch_size=4, progress=False
     )
     assert report["episodes"] == 1 and report["chunks"] == 3 and report["corpus"] == "tabletop"
     assert "of 3 chunks did not decode" in offline.table(report)
@@ -218,7 +220,9 @@ def test_a_store_is_scored_once(store, policy_checkpoint, world_model_checkpoint
     assert again == report
     with pytest.raises(UserError, match="episodes was 1, is 0"):
         offline.evaluate(policy_checkpoint, store, tmp_path / "a")
-    frames = offline.evaluate(world_model_checkpoint, store, tmp_path / "b", rows=4, progress=False)
+    frames = offline.evaluate(
+        world_model_checkpoint, store, tmp_path / "b", batch_size=4, progress=False
+    )
     assert frames["windows"] == 3 and "repeat_context" in offline.table(frames)
 
 

@@ -11,13 +11,16 @@ import pytest
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision, ScriptedPrefixCache
 from tests.inference.uncached import next_logits
+from univla_jax.data.action_conventions import ALOHA_DELTAS
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.loaded_model import LoadedModel, checkpoint_identity
 from univla_jax.inference.policy import Policy, no_motion
-from univla_jax.sequences import layouts
+from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators.tabletop.tabletop_env import TabletopEnv
+from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.image import ImageSpec
+from univla_jax.tokenizers.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,9 @@ def _observation(seed: int, instruction: str = "push the red block to the left")
 
 def _scripted(trained, answers):
     policy = Policy(trained)
-    policy.head.prefix_cache = ScriptedPrefixCache(answers, policy.head.rules.allowed)
+    policy.action_decoder.prefix_cache = ScriptedPrefixCache(
+        answers, policy.action_decoder.rules.allowed
+    )
     return policy
 
 
@@ -65,11 +70,11 @@ def _uncached(trained, prompt, allowed, count):
 def test_a_free_form_is_greedy_over_the_action_ids(trained):
     policy = Policy(trained, max_new_tokens=9, free_form=True)
     vocabulary = trained.assets.vocabulary
-    allowed = np.sort(policy.head.rules.allowed)
+    allowed = np.sort(policy.action_decoder.rules.allowed)
     assert allowed[-1] == vocabulary.eoa and len(allowed) == 300 + 1
     session, observation = policy.start(), _observation(3)
     policy.act([observation], [session])
-    turn, opening = session.history.turns[-1], [vocabulary.bos]
+    turn, opening = session.history.moments[-1], [vocabulary.bos]
     opening += trained.assets.text.encode(observation.instruction)
     expected = _uncached(trained, [*opening, *turn], allowed, 9)
     got = session.history.actions[-1].tolist()
@@ -89,12 +94,12 @@ def test_a_batch_gives_what_each_robot_gets_alone(trained):
             (one,) = alone.act([observations[i]], [single[i]])
             np.testing.assert_array_equal(chunk.actions, one.actions)
             assert (chunk.valid, chunk.reason) == (one.valid, one.reason)
-            for kept in ("turns", "actions"):
+            for kept in ("moments", "actions"):
                 for a, b in zip(
                     getattr(sessions[i].history, kept), getattr(single[i].history, kept)
                 ):
                     np.testing.assert_array_equal(a, b)
-    assert all(len(s.history.turns) == 2 for s in sessions)
+    assert all(len(s.history.moments) == 2 for s in sessions)
 
 
 def test_drafts_change_no_action(trained):
@@ -116,7 +121,10 @@ def test_more_observations_than_rows_are_split(trained):
     policy._batch_size = 2
     observations = [_observation(i) for i in range(4)]
     chunks = policy.act(observations, [policy.start() for _ in observations])
-    assert len(chunks) == 4 and [len(p) for p in policy.head.prefix_cache.prompts] == [2, 2]
+    assert len(chunks) == 4 and [len(p) for p in policy.action_decoder.prefix_cache.prompts] == [
+        2,
+        2,
+    ]
     np.testing.assert_array_equal(chunks[0].actions, chunks[2].actions)
 
 
@@ -160,20 +168,20 @@ def test_history_window_and_another_instruction(trained):
     for seed in range(3):
         policy.act([_observation(seed)], [session])
     policy.act([_observation(3, "touch green")], [session])
-    lengths = [len(prompts[0]) for prompts in policy.head.prefix_cache.prompts]
-    turn = len(session.history.turns[0])
+    lengths = [len(prompts[0]) for prompts in policy.action_decoder.prefix_cache.prompts]
+    turn = len(session.history.moments[0])
     assert lengths[1] == lengths[0] + turn + len(answer) and lengths[2] == lengths[1]
-    assert lengths[3] < lengths[0] + turn and len(session.history.turns) == 1
+    assert lengths[3] < lengths[0] + turn and len(session.history.moments) == 1
 
 
 def test_an_image_policy_sees_one_moment(trained):
-    layout = dataclasses.replace(trained.layout, layout="policy_image", frames=1)
-    image = dataclasses.replace(trained, layout=layout)
+    record = dataclasses.replace(trained.record, task="policy_image", frames=1)
+    image = dataclasses.replace(trained, record=record)
     policy = _scripted(image, [[_ids(trained, _chunk(0))]] * 2)
     session = policy.start()
     for seed in range(2):
         policy.act([_observation(seed)], [session])
-    first, second = (p[0] for p in policy.head.prefix_cache.prompts)
+    first, second = (p[0] for p in policy.action_decoder.prefix_cache.prompts)
     assert len(first) == len(second)
 
 
@@ -198,7 +206,7 @@ def test_bad_observations_are_named_and_change_nothing(trained, observation, mes
     sessions = [policy.start(), policy.start()]
     with pytest.raises(UserError, match=f"observation 1: .*{message}"):
         policy.act([_observation(0), observation], sessions)
-    assert all(session.chunks == 0 and not session.history.turns for session in sessions)
+    assert all(session.chunks == 0 and not session.history.moments for session in sessions)
 
 
 STATE = dataclasses.replace(
@@ -211,8 +219,8 @@ def shown_states(trained):
     """The same checkpoint, as if it had been trained with states of three numbers."""
     statistics = {**trained.assets.statistics, "tabletop/state": STATE}
     assets = dataclasses.replace(trained.assets, statistics=statistics)
-    layout = dataclasses.replace(trained.layout, state=True)
-    return dataclasses.replace(trained, assets=assets, layout=layout)
+    record = dataclasses.replace(trained.record, state=True)
+    return dataclasses.replace(trained, assets=assets, record=record)
 
 
 def _with_state(number: int) -> Observation:
@@ -221,7 +229,7 @@ def _with_state(number: int) -> Observation:
 
 def _state_ids(trained, observation):
     codes = trained.assets.action.encode(STATE.normalize(observation.state[None]))
-    return trained.text_encoder.vocabulary.action_ids(np.array(codes))
+    return trained.assets.vocabulary.action_ids(np.array(codes))
 
 
 def test_a_policy_shown_states_reads_its_training_sequence(shown_states):
@@ -231,29 +239,27 @@ def test_a_policy_shown_states_reads_its_training_sequence(shown_states):
     for observation in seen:
         policy.act([observation], [session])
     codes = [policy._encoder.encode([observation])[0] for observation in seen]
-    trained_on = layouts.policy_video(
-        shown_states.text_encoder,
+    trained_on = shown_states.task.build(
         seen[0].instruction,
         [np.concatenate(view) for view in zip(*codes)],
         [np.array(answer[:-1]) for answer in answers],
         [_state_ids(shown_states, observation) for observation in seen],
     ).ids
-    prompt = policy.head.prefix_cache.prompts[1][0]
+    prompt = policy.action_decoder.prefix_cache.prompts[1][0]
     np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
     assert trained_on[len(prompt) :][: len(answers[1])].tolist() == answers[1]
 
 
 def test_an_image_policy_shown_states_reads_its_training_sequence(shown_states):
-    layout = dataclasses.replace(shown_states.layout, layout="policy_image", frames=1)
+    record = dataclasses.replace(shown_states.record, task="policy_image", frames=1)
     answer, observation = _ids(shown_states, _chunk(0)), _with_state(2)
-    policy = _scripted(dataclasses.replace(shown_states, layout=layout), [[answer]])
+    shown = dataclasses.replace(shown_states, record=record)
+    policy = _scripted(shown, [[answer]])
     policy.act([observation], [policy.start()])
     codes, chunk = policy._encoder.encode([observation])[0], np.array(answer[:-1])
     state = _state_ids(shown_states, observation)
-    trained_on = layouts.policy_image(
-        shown_states.text_encoder, observation.instruction, codes, chunk, state
-    ).ids
-    prompt = policy.head.prefix_cache.prompts[0][0]
+    trained_on = shown.task.build(observation.instruction, codes, chunk, state).ids
+    prompt = policy.action_decoder.prefix_cache.prompts[0][0]
     np.testing.assert_array_equal(prompt, trained_on[: len(prompt)])
 
 
@@ -275,13 +281,13 @@ def test_a_state_that_was_not_shown_is_refused(shown_states, state, message):
     session = policy.start()
     with pytest.raises(UserError, match=message):
         policy.act([dataclasses.replace(_observation(0), state=state)], [session])
-    assert not session.history.turns
+    assert not session.history.moments
 
 
 def test_states_need_their_statistics(trained):
-    layout = dataclasses.replace(trained.layout, state=True)
+    record = dataclasses.replace(trained.record, state=True)
     with pytest.raises(UserError, match="no statistics of 'tabletop/state'"):
-        Policy(dataclasses.replace(trained, layout=layout))
+        Policy(dataclasses.replace(trained, record=record))
 
 
 def test_frames_of_another_size_are_refused_where_the_spec_keeps_the_cameras(trained):
@@ -307,15 +313,15 @@ def test_sessions_belong_to_robots(trained):
 def test_corpus_and_layout_are_checked(trained, world_model_checkpoint):
     with pytest.raises(UserError, match="'libero' is not among them"):
         Policy(trained, corpus="libero")
-    corpora = {**trained.layout.corpora, "other": trained.layout.corpora["tabletop"]}
+    corpora = {**trained.record.corpora, "other": trained.record.corpora["tabletop"]}
     several = dataclasses.replace(
-        trained, layout=dataclasses.replace(trained.layout, corpora=corpora)
+        trained, record=dataclasses.replace(trained.record, corpora=corpora)
     )
     with pytest.raises(UserError, match="corpora other, tabletop; name one"):
         Policy(several)
     with pytest.raises(UserError, match="no statistics of 'other'"):
         Policy(several, corpus="other")
-    with pytest.raises(UserError, match="'world_model'; acting needs"):
+    with pytest.raises(UserError, match="'world_model', which is not made for acting"):
         Policy.load(world_model_checkpoint)
 
 
@@ -341,3 +347,89 @@ def test_an_untrained_policy_has_other_parameters(policy_checkpoint, trained):
     heads = [np.asarray(t.params["head"]) for t in (*seeds, trained)]
     np.testing.assert_array_equal(heads[0], heads[1])
     assert not np.array_equal(heads[0], heads[2]) and not np.array_equal(heads[0], heads[3])
+
+
+ARMS = 14  # two arms: position, roll pitch yaw, gripper
+DELTAS = ActionStatistics(
+    mean=(0.0,) * ARMS, std=(0.1,) * ARMS, q01=(-0.5,) * ARMS, q99=(0.5,) * ARMS, count=100
+)
+
+
+@pytest.fixture
+def aloha(trained):
+    """The same checkpoint, as if it had been trained on ALOHA's chunk deltas."""
+    corpus = trained.record.corpora["tabletop"]
+    record = dataclasses.replace(trained.record, corpora={"aloha": corpus})
+    bins = UniformBinTokenizer(255)  # fine enough that rounding is no part of the test
+    text_size = trained.assets.text.vocabulary_size
+    vocabulary = Vocabulary.from_scratch(text_size, 16, bins.vocabulary_size)
+    assets = dataclasses.replace(
+        trained.assets, vocabulary=vocabulary, action=bins, statistics={"aloha": DELTAS}
+    )
+    return dataclasses.replace(trained, assets=assets, record=record)
+
+
+class _Arms:
+    """Two arms that go where they are told: every action is the pose they take."""
+
+    def __init__(self, pose):
+        self.pose = np.array(pose, np.float64)
+
+    def step(self, action):
+        self.pose = np.array(action, np.float64)
+
+
+def _delta_ids(aloha, deltas):
+    vocabulary = aloha.assets.vocabulary
+    codes = aloha.assets.action.encode(DELTAS.normalize(np.asarray(deltas, np.float32)))
+    return [*vocabulary.action_ids(codes).tolist(), vocabulary.eoa]
+
+
+def test_chunk_deltas_become_poses_that_lead_the_arms_to_their_goal(aloha):
+    """Chunks as training sees them (relative to their first pose), executed as poses."""
+    rng = np.random.default_rng(0)
+    start, calls = rng.uniform(-3, 3, ARMS), 4
+    # Angles wind past pi on the way, and grippers are absolute.
+    path = start + np.cumsum(rng.uniform(-0.1, 0.1, (calls * tiny_checkpoint.CHUNK, ARMS)), axis=0)
+    path[:, [6, 13]] = rng.uniform(-0.4, 0.4, (len(path), 2))
+    chunks = path.reshape(calls, tiny_checkpoint.CHUNK, ARMS)
+    poses = [start, *chunks[:-1, -1]]
+    relative = [
+        ALOHA_DELTAS.to_relative(np.concatenate([pose[None], chunk]))[1:]
+        for pose, chunk in zip(poses, chunks)
+    ]
+    policy = _scripted(aloha, [[_delta_ids(aloha, deltas)] for deltas in relative])
+    arms, session = _Arms(start), policy.start()
+    for chunk in chunks:
+        observation = dataclasses.replace(_observation(0), state=arms.pose)
+        (predicted,) = policy.act([observation], [session])
+        assert predicted.valid and predicted.actions.dtype == np.float32
+        for action, goal in zip(predicted.actions, chunk):
+            arms.step(action)
+            off = arms.pose - goal
+            turns = [3, 4, 5, 10, 11, 12]
+            off[turns] -= 2 * np.pi * np.round(off[turns] / (2 * np.pi))
+            assert np.abs(off).max() < 0.02
+    # what training wrote as numbers near zero is no pose of these arms
+    assert np.abs(predicted.actions - relative[-1]).max() > 0.5
+
+
+def test_arms_that_got_no_whole_chunk_stay_where_they_are(aloha):
+    policy = _scripted(aloha, [[_delta_ids(aloha, np.full((3, ARMS), 0.1))], [[5]]])
+    policy.action_decoder.prefix_cache._allowed.add(5)
+    session, pose = policy.start(), np.linspace(-1, 1, ARMS)
+    observation = dataclasses.replace(_observation(0), state=pose)
+    (valid,) = policy.act([observation], [session])
+    (stopped,) = policy.act([observation], [session])
+    assert valid.valid and not stopped.valid
+    expected = np.tile(pose, (3, 1)).astype(np.float32)
+    expected[:, [6, 13]] = valid.actions[-1, [6, 13]]  # grippers as last commanded
+    np.testing.assert_array_equal(stopped.actions, expected)
+
+
+def test_poses_need_the_current_one(aloha):
+    policy = Policy(aloha)
+    with pytest.raises(UserError, match="relative to the current one and needs 14 finite numbers"):
+        policy.act([_observation(0)], [policy.start()])
+    assert policy.example().state.shape == (ARMS,)
+    policy.check(policy.example())

@@ -12,6 +12,7 @@ import numpy as np
 
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
+from univla_jax.models.action_expert import params_init
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
 from univla_jax.normalization import ActionStatistics
@@ -21,7 +22,6 @@ from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import init_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.model_setup import params_init
 
 GRIDS = {"image": (3, 3), "wrist_image": (2, 2)}
 CHUNK = 3
@@ -70,7 +70,7 @@ def make_assets(*, bins: bool = False, **layout: Any) -> Assets:
         layout={
             "layout": "policy_video",
             "frames": 2,
-            "chunk_size": CHUNK,
+            "action_frames": CHUNK,
             "frame_spacing": 0,
             "sequence_length": 512,
             "views": list(GRIDS),

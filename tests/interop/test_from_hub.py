@@ -32,7 +32,6 @@ from univla_jax.interop.tensor_files import StoredTensor
 from univla_jax.interop.to_hf import to_hf
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
-from univla_jax.sequences import layouts
 from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.training.model_setup import params_init
@@ -131,7 +130,7 @@ def settings(parts: pathlib.Path, **changes):
     values = {
         "vision": str(parts / "vision"),
         "action": str(parts / "action"),
-        "layout": "policy_video",
+        "task": "policy_video",
         "frames": 2,
         "chunk_size": 3,
         "sequence_length": 400,
@@ -150,7 +149,7 @@ def test_a_converted_policy_acts(parts, tmp_path):
     for _ in range(2):
         (chunk,) = policy.act([Observation("the red block", {"image": frame})], [session])
         assert chunk.actions.shape == (3, 2) and np.isfinite(chunk.actions).all()
-    assert len(policy.trained.text_encoder.text.encode("the")) == 1
+    assert len(policy.loaded.task.text_encoder.text.encode("the")) == 1
 
 
 def test_a_converted_policy_acts_with_the_state_it_was_trained_with(parts, tmp_path):
@@ -159,8 +158,8 @@ def test_a_converted_policy_acts_with_the_state_it_was_trained_with(parts, tmp_p
     policy = Policy.load(tmp_path / "policy")
     session, frames = policy.start(), {"image": np.zeros((20, 30, 3), np.uint8)}
     policy.act([Observation("the red block", frames, np.zeros(3))], [session])
-    turn = session.history.turns[0].tolist()
-    vocabulary = policy.trained.assets.vocabulary
+    turn = session.history.moments[0].tolist()
+    vocabulary = policy.loaded.assets.vocabulary
     state = turn[turn.index(vocabulary.eoi) + 1 : turn.index(vocabulary.boa)]
     assert len(state) == 3 and len(vocabulary.action_codes(np.array(state))) == 3
     with pytest.raises(UserError, match="it has no state"):
@@ -172,7 +171,7 @@ def flow_policy(parts):
     """A converted checkpoint whose action expert acts, without any action tokenizer."""
     source = hub_folders.decoder_folder(parts / "flow_source", dtype=np.float32, **EXPERT)
     three = {name: (value,) * 3 for name, value in STATISTICS.items()}
-    config = settings(parts, layout="policy_flow", frames=1, action="", statistics=three)
+    config = settings(parts, task="policy_flow", frames=1, action="", statistics=three)
     convert(source, parts / "flow", **config)
     return parts / "flow"
 
@@ -192,12 +191,12 @@ def test_a_converted_action_expert_acts(flow_policy):
 def test_its_actions_are_those_of_twenty_euler_steps(flow_policy):
     """The reference's ``generate_action`` on the prompt, written out."""
     policy = Policy.load(flow_policy)
-    trained, session = policy.trained, policy.start(5)
+    trained, session = policy.loaded, policy.start(5)
     frame = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
     (chunk,) = policy.act([Observation("the block", {"image": frame})], [session])
     resized = trained.assets.image_specs["image"].resize(frame[None])
     codes = trained.assets.vision.encode_frames(resized)
-    prompt = layouts.policy_flow(trained.text_encoder, "the block", [codes]).ids
+    prompt = trained.task.build("the block", [codes]).ids
     positions = np.arange(len(prompt))[None]
     hidden, _ = jax.jit(trained.model.apply)({"params": trained.params}, prompt[None], positions)
     velocity = jax.jit(functools.partial(trained.expert.apply, {"params": trained.expert_params}))
@@ -209,7 +208,7 @@ def test_its_actions_are_those_of_twenty_euler_steps(flow_policy):
 
 
 def test_an_expert_that_is_not_there_or_of_another_size(parts, tmp_path):
-    flow = settings(parts, layout="policy_flow", frames=1, action="")
+    flow = settings(parts, task="policy_flow", frames=1, action="")
     with pytest.raises(UserError, match=r"'policy_flow', but .*source has no action expert"):
         convert(parts / "source", tmp_path / "ours", **flow)
     source = hub_folders.decoder_folder(tmp_path / "source", **EXPERT)
@@ -229,7 +228,7 @@ def test_statistics_from_the_references_file(parts, tmp_path):
 
 @pytest.mark.slow
 def test_a_converted_world_model_imagines(parts, tmp_path):
-    config = settings(parts, layout="world_model", action="", statistics={})
+    config = settings(parts, task="world_model", action="", statistics={})
     convert(parts / "source", tmp_path / "ours", **config)
     world = WorldModel.load(tmp_path / "ours")
     frames = np.zeros((1, 1, 4, 6, 3), np.uint8)
@@ -248,14 +247,14 @@ def test_a_converted_vision_tokenizer_encodes(parts):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision": ""}, "config.vision is empty, but a checkpoint of layout 'policy_video'"),
+        ({"vision": ""}, "config.vision is empty, but a checkpoint of the task 'policy_video'"),
         ({"action": ""}, "config.action is empty.*FAST tokenizer it was trained with"),
         ({"statistics": {}}, "config.statistics is empty"),
         (
-            {"layout": "world_model", "state_statistics": STATISTICS},
+            {"task": "world_model", "state_statistics": STATISTICS},
             "config.state_statistics: 'world_model' has no place for a state",
         ),
-        ({"layout": "policy"}, "config.layout: 'policy'; expected one of policy_video"),
+        ({"task": "policy"}, "config.task: 'policy'; expected one of policy_video"),
         ({"views": {"image": {}}}, "config.views.image: no size"),
         ({"views": {"image": {"sizes": 1}}}, "image spec.sizes: unknown key"),
         ({"vision": "vision_source"}, "is as the hub stores it; convert it first"),

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from univla_jax.sequences.history import History
 
 from tests.inference.scripted import ScriptedPrefixCache, ScriptedVision
 from tests.parity_groups.actions import reference_statistics
@@ -16,10 +15,13 @@ from tests.parity_groups.sequences import lexicon_of
 from univla_jax.assets import Assets
 from univla_jax.data import action_conventions
 from univla_jax.episode import Observation
-from univla_jax.inference.loaded_model import CorpusSettings, Layout, LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.normalization import ActionStatistics
-from univla_jax.sequences import prompts
+from univla_jax.tasks.base import TaskSettings
+from univla_jax.tasks.history import History
+from univla_jax.tasks.policy_video import PolicyVideo
+from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -54,12 +56,12 @@ def _pieces(
     """History and lenient decoding; the last generated id is cut whatever it is."""
     text_encoder, tokenizer = lexicon_of(golden), golden.fast(case["fast"])
     history = History(case["window_size"] if case["video_mode"] else 1)
-    vocabulary = text_encoder.vocabulary
+    vocabulary, task = text_encoder.vocabulary, PolicyVideo(TaskSettings(), text_encoder)
     for number, call in enumerate(calls):
         name, generated = f"{case['tag']}|{number}", call["generated"].ravel()
         views = [call[key] for key in VIEWS.values() if key in call]
-        history = history.observe(prompts.turn_prompt(text_encoder, views))
-        prompt = history.prompt(prompts.opening(text_encoder, case["goal"]))
+        history = history.observe(task.moment_prompt(views))
+        prompt = history.prompt(task.opening(case["goal"]))
         yield equal(name, "prompt ids", prompt, call["prompt_ids"].ravel())
         history = history.act(generated)
         codes = (vocabulary.action_last - generated[:-1]).tolist()
@@ -86,7 +88,7 @@ def _policy_calls(
     golden: Golden, case: Mapping[str, Any], calls: Sequence[Mapping], normalizer: ActionStatistics
 ) -> Iterator[Check]:
     policy = scripted_policy(golden, case, calls, normalizer)
-    vocabulary = policy.trained.assets.vocabulary
+    vocabulary = policy.loaded.assets.vocabulary
     yield _allowed(case, policy)
     session = policy.start()
     acted: list[np.ndarray] = []
@@ -94,7 +96,7 @@ def _policy_calls(
         name, generated = f"{case['tag']}|{number}", call["generated"].ravel()
         (chunk,) = policy.act([_observation(case, policy, calls)], [session])
         expected = _with_eoa(call["prompt_ids"].ravel(), acted, vocabulary)
-        prompt = policy.head.prefix_cache.prompts[number][0]
+        prompt = policy.action_decoder.prefix_cache.prompts[number][0]
         yield equal(name, "prompt ids of Policy", prompt, expected)
         finished = generated[-1] == vocabulary.eoa
         if not finished:
@@ -117,7 +119,7 @@ def _with_eoa(
 def _allowed(case: Mapping[str, Any], policy: Policy) -> Check:
     """The ids that may be generated; the reference allows one more, which decodes to nothing."""
     lowest, highest, eoa, count = case["allowed_first_last_eoa_count"]
-    ids = np.sort(policy.head.rules.allowed)
+    ids = np.sort(policy.action_decoder.rules.allowed)
     ours = [int(ids[0]), int(ids[-2]), int(ids[-1]), len(ids)]
     return equal(case["tag"], "allowed ids", ours, [lowest + 1, highest, eoa, count - 1])
 
@@ -147,16 +149,18 @@ def scripted_policy(
         {v: ImageSpec(size=(8 * h, 8 * w), min_pixels=64) for v, (h, w) in grids.items()},
         {"robot": normalizer},
     )
-    layout = Layout(
-        layout="policy_video" if case["video_mode"] else "policy_image",
+    record = TaskRecord(
+        task="policy_video" if case["video_mode"] else "policy_image",
         frames=case["window_size"],
         chunk_size=case["time_horizon"],
         frame_spacing=0,
         sequence_length=max(call["prompt_ids"].size for call in calls) + 1024,
         views=tuple(grids),
-        corpora={"robot": CorpusSettings(5.0, 5, grids)},
+        corpora={"robot": CorpusRecord(5.0, 5, grids)},
     )
-    policy = Policy(LoadedModel(pathlib.Path("released"), assets, layout, None, None))
+    policy = Policy(LoadedModel(pathlib.Path("released"), assets, record, None, None))
     answers = [call["generated"].reshape(1, -1) for call in calls]
-    policy.head.prefix_cache = ScriptedPrefixCache(answers, policy.head.rules.allowed)
+    policy.action_decoder.prefix_cache = ScriptedPrefixCache(
+        answers, policy.action_decoder.rules.allowed
+    )
     return policy

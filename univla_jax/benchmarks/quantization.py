@@ -84,7 +84,7 @@ def compare(policy: Policy, moments: Sequence[Moment]) -> dict[str, Any]:
     pairs = [(ids, moment.ids) for ids, moment in zip(chosen, moments)]
     right = sum(int(np.sum(a[: len(b)] == b[: len(a)])) for a, b in pairs)
     return {
-        "bytes": int8.num_bytes(policy.trained.params),
+        "bytes": int8.num_bytes(policy.loaded.params),
         "ms per call": 1e3 * float(np.mean([t.wall for t in times])),
         "processor ms": 1e3 * float(np.mean([t.processor for t in times])),
         "equal chunks %": 100 * float(np.mean([np.array_equal(a, b) for a, b in pairs])),

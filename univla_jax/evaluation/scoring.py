@@ -172,11 +172,11 @@ def _actor(
     if _is_address(policy):
         remote = RemotePolicy(policy)
         return remote, {"server": str(remote.metadata)}
-    loaded = Policy.load(policy, corpus=corpus, rows=rows)
-    specs = loaded.trained.assets.image_specs
-    about = {"chunk": loaded.chunk, "corpus": loaded.corpus, "views": list(loaded.views)}
+    loaded = Policy.load(policy, corpus=corpus, batch_size=rows)
+    specs = loaded.loaded.assets.image_specs
+    about = {"chunk": loaded.chunk_size, "corpus": loaded.corpus, "views": list(loaded.views)}
     images = {f"image_spec_{view}": str(specs[view]) for view in loaded.views}
-    return loaded, {**about, **images, "layout": loaded.trained.layout.layout}
+    return loaded, {**about, **images, "task": loaded.loaded.record.task}
 
 
 def _range(benchmark: Benchmark) -> ActionStatistics:

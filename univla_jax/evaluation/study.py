@@ -233,7 +233,7 @@ class _Study:
             return self._policy
         if condition == "untrained":
             return self._untrained
-        statistics, chunk = self._policy.statistics, self._policy.chunk
+        statistics, chunk = self._policy.statistics, self._policy.chunk_size
         if condition == "random":
             return RandomActions(statistics, chunk)
         return ZeroActions(statistics.action_dim, chunk)

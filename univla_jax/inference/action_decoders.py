@@ -1,4 +1,7 @@
-"""Action decoders: from prompts to normalized action chunks, by tokens or by flow matching."""
+"""Action decoders: from prompts to normalized action chunks, by tokens or by flow matching.
+
+Axes: B batch, S sequence, T steps of a chunk, A action dimensions, D model.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,23 @@ from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prom
 from univla_jax.inference.sampling import GrammarMask
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
-from univla_jax.sequences.history import History
+from univla_jax.tasks.history import History
 from univla_jax.tokenizers.constrained import DecodedActions
-
-# ----------------------------------------------------------------------------
-# What a policy remembers of one episode, and of how many it keeps the caches.
 
 
 @dataclasses.dataclass(eq=False)
 class Session:
-    """Made by ``Policy.start``, changed by ``Policy.act``.
+    """State of one episode between calls; made by ``Policy.start``, changed by ``Policy.act``.
 
     Attributes:
       history: observations and actions still in the window.
       seed: of whatever is drawn for this episode.
-      instruction: the task so far; another one empties the history.
-      chunks: chunks given out.
+      instruction: of the last call; another one empties the history.
+      chunks: number of chunks predicted.
       invalid: how many of them did not decode.
-      last_action: float32 [A], the end of the last chunk given out.
+      last_action: float32 [A], the last step of the last chunk.
       last_ids: int32 [n], what the last chunk was decoded from.
-      cached_prefix: keys and values of what was read for the last chunk; only saves time.
+      cached_prefix: keys and values of the last prompt and chunk; only saves time.
     """
 
     history: History
@@ -52,20 +52,20 @@ class Session:
     last_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     cached_prefix: CachedPrefix | None = None
 
-    def seeing(self, instruction: str, turn: np.ndarray) -> History:
+    def observe(self, instruction: str, moment: np.ndarray) -> History:
         """The history with a new observation; the session itself stays as it is."""
         same = self.instruction in (None, instruction)
         history = self.history if same else History(window=self.history.window)
-        return history.observe(turn)
+        return history.observe(moment)
 
-    def keep(
+    def update(
         self,
         instruction: str,
         history: History,
         chunk: ActionChunk,
         cached_prefix: CachedPrefix | None,
     ) -> None:
-        """Remembers a call that succeeded; the history holds its observation and ids."""
+        """Keeps a call that succeeded; ``history`` holds its observation and ids."""
         self.history, self.instruction, self.cached_prefix = history, instruction, cached_prefix
         self.last_ids = history.actions[-1]
         self.chunks += 1
@@ -74,41 +74,285 @@ class Session:
 
 
 class SessionLru:
-    """Sessions that hold a memory, weakly, in the order of their last calls.
+    """Least-recently-used limit on sessions that keep a cached prefix; sessions are held weakly.
 
-    A memory is as large as the cache of a whole prompt, so only so many are kept: the sessions
-    called longest ago lose theirs first and read their next prompt anew.
+    A cached prefix is as large as the cache of a whole prompt. The sessions called longest ago lose
+    theirs first and prefill their next prompt anew.
     """
 
-    def __init__(self, most: int) -> None:
-        """Keeps the cached prefixes of ``most`` sessions, at least 1."""
-        self._most = most
-        self._waiting: weakref.WeakKeyDictionary[Session, bool] = weakref.WeakKeyDictionary()
+    def __init__(self, capacity: int) -> None:
+        """Keeps the cached prefixes of ``capacity`` sessions, at least 1."""
+        self._capacity = capacity
+        # Session -> whether its next prompt may still be prefilled ahead, oldest call first.
+        self._pending: weakref.WeakKeyDictionary[Session, bool] = weakref.WeakKeyDictionary()
 
-    def called(self, sessions: Sequence[Session]) -> None:
-        """These sessions were just answered; their next prompts may be begun."""
+    def touch(self, sessions: Sequence[Session]) -> None:
+        """These sessions were just called; their next prompts may be prefilled ahead."""
         for session in sessions:
-            self._waiting.pop(session, None)
-            self._waiting[session] = True
-        for session in list(self._waiting)[: -self._most]:
+            self._pending.pop(session, None)
+            self._pending[session] = True
+        for session in list(self._pending)[: -self._capacity]:
             session.cached_prefix = None
-            del self._waiting[session]
+            del self._pending[session]
 
-    def take(self, count: int) -> list[Session]:
-        """Up to ``count`` sessions whose next prompts were not begun yet; each is given once."""
-        taken = [session for session, waits in list(self._waiting.items()) if waits][:count]
+    def take_pending(self, count: int) -> list[Session]:
+        """Up to ``count`` sessions to prefill ahead; each is returned once per call of its own."""
+        taken = [session for session, pending in list(self._pending.items()) if pending][:count]
         for session in taken:
-            self._waiting[session] = False
+            self._pending[session] = False
         return taken
 
 
-# ----------------------------------------------------------------------------
-# Action chunks from the action expert: Euler integration from noise to data.
-#
-# Source: reference ``modeling_emu3.py:1710-1733`` (``generate_action``), here for any batch; the
-# reference's works for one row only (golden fact 15).
-#
-# Axes: B batch, S sequence, T steps of the chunk, A action dimensions, D model.
+@dataclasses.dataclass(frozen=True)
+class ActionPrediction:
+    """The chunk predicted for one prompt.
+
+    Attributes:
+      decoded: normalized actions float64 [T, A], valid or not.
+      ids: int32 [n], what the history keeps as this chunk's action.
+      cached_prefix: keys and values of prompt and ids, or None.
+      num_overridden: ids that are not the likeliest, because those would make no whole chunk.
+    """
+
+    decoded: DecodedActions
+    ids: np.ndarray
+    cached_prefix: CachedPrefix | None = None
+    num_overridden: int = 0
+
+
+class ActionDecoder(Protocol):
+    """What a policy needs of an action decoder.
+
+    Attributes:
+      max_action_tokens: the most ids that a chunk takes in the history.
+    """
+
+    max_action_tokens: int
+
+    def predict(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
+        """One prediction per prompt, int32 [n] each, of the sessions in the same order."""
+        ...
+
+    def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
+        """Called once: new tokens of the usual calls, and the batch size where it is fixed."""
+        ...
+
+    def warmup(self, batch_size: int) -> None:
+        """Compiles what a call with ``batch_size`` robots uses."""
+        ...
+
+    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
+        """Whether prefilling the beginning of a session's next prompt now would save time then."""
+        ...
+
+    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+        """Prefills the beginnings of the next prompts."""
+        ...
+
+
+class TokenActionDecoder:
+    """Action ids up to eoa, parsed by the task with the checkpoint's action tokenizer.
+
+    The grammar of FAST and of bins allows nothing but whole chunks; how often it had to override
+    the model is counted. What does not decode to a whole chunk all the same is not valid.
+
+    Attributes:
+      rules: what may be generated.
+      prefix_cache: completes prompts.
+      max_action_tokens: see ``ActionDecoder``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        shape: tuple[int, int],
+        *,
+        max_new_tokens: int | None = None,
+        speculative_block: int = 0,
+        free_form: bool = False,
+    ) -> None:
+        """Takes the decoding rules of the checkpoint's task.
+
+        Args:
+          loaded: the model and its assets.
+          shape: T and A of a chunk.
+          max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
+            legal chunk needs.
+          speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
+          free_form: any action ids in any order, as the reference has it.
+        """
+        self._task, self._shape = loaded.task, shape
+        decoding = loaded.task.decoding(
+            shape, free_form=free_form, max_new_tokens=max_new_tokens or 0
+        )
+        grammar = None
+        if decoding.grammar is not None:
+            codes = decoding.allowed[decoding.allowed != decoding.stop_id]
+            grammar = GrammarMask.from_grammar(decoding.grammar, codes, decoding.stop_id)
+        self.rules = GenerationRules(
+            decoding.allowed,
+            decoding.stop_id,
+            decoding.max_new_tokens,
+            grammar=grammar,
+            speculative_block=speculative_block,
+        )
+        self.max_action_tokens = decoding.max_new_tokens
+        self._sampler = Sampler(loaded.model, loaded.params)
+
+    def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
+        """Fixes the shapes; see ``PrefixCache``."""
+        self.prefix_cache = PrefixCache(
+            self._sampler, self.rules, lengths=lengths, batch_size=batch_size
+        )
+
+    def predict(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
+        """See ``ActionDecoder``."""
+        cached_prefixes = [session.cached_prefix for session in sessions]
+        for session in sessions:
+            session.cached_prefix = None  # the call consumes it
+        completions = self.prefix_cache.complete(
+            prompts,
+            cached_prefixes,
+            draft_sources=[session.last_ids for session in sessions],
+            timer=timer,
+        )
+        return [
+            ActionPrediction(
+                self._task.parse(c.ids, self._shape), c.ids, c.cached_prefix, c.num_overridden
+            )
+            for c in completions
+        ]
+
+    def warmup(self, batch_size: int) -> None:
+        """See ``ActionDecoder``."""
+        self.prefix_cache.warmup(batch_size)
+
+    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
+        """See ``ActionDecoder``."""
+        return self.prefix_cache.should_prefill(prefix, session.cached_prefix)
+
+    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+        """See ``ActionDecoder``."""
+        for session, cached_prefix in zip(sessions, self.prefix_cache.prefill_ahead(prefixes)):
+            session.cached_prefix = cached_prefix
+
+
+class FlowActionDecoder:
+    """Actions from noise through the action expert, which attends to the prompt's hidden states.
+
+    The noise of a robot depends on its session's seed and number of chunks alone, so that a batch
+    gives what each robot gets alone.
+
+    Attributes:
+      max_action_tokens: see ``ActionDecoder``; the eoa that closes a chunk in the history.
+    """
+
+    max_action_tokens = 1
+
+    def __init__(self, loaded: LoadedModel, shape: tuple[int, int], *, steps: int = 20) -> None:
+        """Takes an expert trained on top of a decoder.
+
+        Args:
+          loaded: decoder, expert and assets.
+          shape: T and A of a chunk.
+          steps: Euler steps from noise to actions.
+        """
+        self._loaded, self._shape, self._steps = loaded, shape, steps
+
+    def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
+        """Fixes the batch size; prompts are padded to a bucket."""
+        self._batch_size, self._usual_lengths = batch_size, lengths[1:]
+
+    def predict(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
+        """See ``ActionDecoder``; the history keeps an eoa, since there are no action ids."""
+        loaded = self._loaded
+        vocabulary = loaded.assets.vocabulary
+        tokens, lengths = pad_prompts(prompts, vocabulary.pad, batch_size=self._batch_size)
+        with timer.section("prefill") as results:
+            hidden = _hidden_states(loaded.model, loaded.params, tokens)
+            results.append(hidden)
+        with timer.section("decode") as results:
+            seeds = [(session.seed, session.chunks) for session in sessions]
+            seeds += seeds[:1] * (len(tokens) - len(seeds))
+            noise = jnp.stack([_noise(*seed, self._shape) for seed in seeds])
+            actions = sample_actions(
+                loaded.expert,
+                loaded.expert_params,
+                hidden,
+                noise,
+                steps=self._steps,
+                lengths=lengths,
+            )
+            results.append(actions)
+        closing = np.array([vocabulary.eoa], np.int32)
+        chunks = np.asarray(actions, np.float64)[: len(prompts)]
+        return [ActionPrediction(self._decoded(chunk), closing) for chunk in chunks]
+
+    def warmup(self, batch_size: int) -> None:
+        """Compiles the buckets of the usual prompts; a flow has no cache to fix shapes by."""
+        session = Session(history=History(window=1))
+        for length in sorted({length_bucket(length) for length in self._usual_lengths}):
+            prompt = np.full(length, self._loaded.assets.vocabulary.bos, np.int32)
+            self.predict([prompt] * batch_size, [session] * batch_size, Timer())
+
+    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
+        """Never: the expert attends to all hidden states anew."""
+        del prefix, session
+        return False
+
+    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
+        """Has nothing to prefill."""
+
+    def _decoded(self, actions: np.ndarray) -> DecodedActions:
+        if not np.isfinite(actions).all():
+            return DecodedActions.invalid("the flow left the finite numbers", *self._shape)
+        return DecodedActions(np.clip(actions, -1, 1))
+
+
+def make_action_decoder(
+    loaded: LoadedModel, shape: tuple[int, int], **options: Any
+) -> ActionDecoder:
+    """The action decoder that a checkpoint's task needs.
+
+    Args:
+      loaded: the model and its assets.
+      shape: T and A of a chunk.
+      **options: of ``TokenActionDecoder``.
+
+    Raises:
+      UserError: the task needs an action expert and there is none.
+    """
+    if not loaded.task.needs.action_expert:
+        return TokenActionDecoder(loaded, shape, **options)
+    if loaded.expert is None:
+        raise UserError(
+            f"{loaded.folder} was trained on the task {loaded.record.task!r}, but has no action "
+            "expert; take a checkpoint that has one"
+        )
+    if options.get("speculative_block"):
+        raise UserError(
+            "speculative_block: drafts tokens, but the action expert makes none; leave it at 0"
+        )
+    return FlowActionDecoder(loaded, shape)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hidden_states(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
+    """Hidden states [B, S, D]; the expert does not attend to padding behind a prompt's end."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    params = dequantize_params(params, model.config.compute_dtype)
+    return model.apply({"params": params}, tokens, positions)[0]
+
+
+def _noise(seed: int, number: int, shape: tuple[int, int]) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return jax.random.normal(key, shape)
 
 
 def sample_actions(
@@ -120,9 +364,11 @@ def sample_actions(
     steps: int = 20,
     lengths: jax.Array | None = None,
 ) -> jax.Array:
-    """Follows the velocity from tau = 1 to 0: ``z -= velocity(z, i / steps) / steps``.
+    """Euler integration from noise to actions: ``z -= velocity(z, i / steps) / steps``.
 
-    A causal expert reads the hidden states once; each step then costs only its T action tokens.
+    A causal expert prefills the hidden states once; each step then costs only its T action tokens.
+    Source: ``generate_action``, UniVLA reference/Emu3/emu3/mllm/modeling_emu3.py:1710-1733, which
+    works for a batch of one only.
 
     Args:
       expert: the expert.
@@ -165,256 +411,3 @@ def _integrate(expert, params, hidden, noise, lengths, *, steps):
 
     order = jnp.arange(steps, 0, -1, dtype=jnp.float32)
     return jax.lax.scan(step, noise.astype(jnp.float32), order)[0]
-
-
-# ----------------------------------------------------------------------------
-# How a policy turns prompts into normalized actions: by choosing tokens, or by following a flow.
-#
-# Axes: B robots, S prompt tokens, T steps of a chunk, A action dimensions, D model.
-
-
-@dataclasses.dataclass(frozen=True)
-class ActionPrediction:
-    """What a head says about one robot.
-
-    Attributes:
-      decoded: normalized actions float64 [T, A], valid or not.
-      ids: int32 [n], what the history keeps as this chunk's action.
-      cached_prefix: what the cache holds now, or None.
-      num_overridden: how many ids are not the likeliest, because those would make no whole chunk.
-    """
-
-    decoded: DecodedActions
-    ids: np.ndarray
-    cached_prefix: CachedPrefix | None = None
-    num_overridden: int = 0
-
-
-class ActionDecoder(Protocol):
-    """What a policy needs of a head."""
-
-    def answer(
-        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
-    ) -> list[ActionPrediction]:
-        """One answer per prompt, int32 [n] each, of the sessions in the same order."""
-        ...
-
-    def prepare(self, lengths: Sequence[int], batch_size: int | None) -> None:
-        """Told once: new tokens of the usual calls, and the rows of every batch if fixed."""
-        ...
-
-    def warmup(self, batch_size: int) -> None:
-        """Compiles what a call with ``batch_size`` robots uses."""
-        ...
-
-    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
-        """Whether reading the beginning of a session's next prompt now would save time then."""
-        ...
-
-    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
-        """Reads the beginnings of the next prompts."""
-        ...
-
-
-class TokenActionDecoder:
-    """Greedy action ids up to eoa, decoded by the checkpoint's action tokenizer.
-
-    The grammar of FAST and of bins leaves nothing but whole chunks; how often it had to overrule
-    the model is counted. What does not decode to a whole chunk all the same is not valid.
-
-    Attributes:
-      rules: what may be generated.
-      prefix_cache: completes prompts.
-    """
-
-    def __init__(
-        self,
-        trained: LoadedModel,
-        chunk: tuple[int, int],
-        *,
-        max_new_tokens: int | None = None,
-        speculative_block: int = 0,
-        free_form: bool = False,
-    ) -> None:
-        """Takes the tokenizer of a checkpoint.
-
-        Args:
-          trained: the model and its assets.
-          chunk: T and A.
-          max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
-            legal chunk needs.
-          speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
-          free_form: any action ids in any order, as the reference has it.
-        """
-        vocabulary, tokenizer = trained.assets.vocabulary, trained.assets.require("action")
-        self._vocabulary, self._tokenizer, self._chunk = vocabulary, tokenizer, chunk
-        longest = tokenizer.max_tokens(*chunk) + 1
-        codes = vocabulary.action_ids(np.arange(tokenizer.vocabulary_size))
-        grammar = None if free_form else tokenizer.grammar(*chunk)
-        mask = None if grammar is None else GrammarMask.from_grammar(grammar, codes, vocabulary.eoa)
-        allowed = np.append(codes, vocabulary.eoa)
-        count = max_new_tokens or longest
-        self.rules = GenerationRules(
-            allowed, vocabulary.eoa, count, grammar=mask, speculative_block=speculative_block
-        )
-        self._sampler = Sampler(trained.model, trained.params)
-
-    def prepare(self, lengths: Sequence[int], batch_size: int | None) -> None:
-        """Fixes the shapes; see ``PrefixCache``."""
-        self.prefix_cache = PrefixCache(
-            self._sampler, self.rules, lengths=lengths, batch_size=batch_size
-        )
-
-    def answer(
-        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
-    ) -> list[ActionPrediction]:
-        """See ``ActionDecoder``."""
-        cached_prefixes = [session.cached_prefix for session in sessions]
-        for session in sessions:
-            session.cached_prefix = None  # the call consumes it
-        before = [session.last_ids for session in sessions]
-        answers = self.prefix_cache.complete(
-            prompts, cached_prefixes, draft_sources=before, timer=timer
-        )
-        return [
-            ActionPrediction(self.decode(a.ids), a.ids, a.cached_prefix, a.num_overridden)
-            for a in answers
-        ]
-
-    def decode(self, ids: np.ndarray) -> DecodedActions:
-        """The chunk that generated ids [n] mean, their eoa included."""
-        if not len(ids) or ids[-1] != self._vocabulary.eoa:
-            return DecodedActions.invalid(
-                f"no end of action within {len(ids)} tokens", *self._chunk
-            )
-        codes = self._vocabulary.action_codes(ids[:-1]).tolist()
-        return self._tokenizer.decode(codes, *self._chunk)
-
-    def warmup(self, batch_size: int) -> None:
-        """See ``ActionDecoder``."""
-        self.prefix_cache.warmup(batch_size)
-
-    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
-        """See ``ActionDecoder``."""
-        return self.prefix_cache.should_prefill(prefix, session.cached_prefix)
-
-    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
-        """See ``ActionDecoder``."""
-        for session, cached_prefix in zip(sessions, self.prefix_cache.prefill_ahead(prefixes)):
-            session.cached_prefix = cached_prefix
-
-
-class FlowActionDecoder:
-    """Actions from noise through the action expert, which reads the prompt's hidden states.
-
-    The noise of a robot depends on its session's seed and number of chunks alone, so that a batch
-    gives what each robot gets alone.
-    """
-
-    def __init__(
-        self,
-        trained: LoadedModel,
-        expert: ActionExpert,
-        params: Any,
-        chunk: tuple[int, int],
-        *,
-        steps: int = 20,
-    ) -> None:
-        """Takes an expert trained on top of a decoder.
-
-        Args:
-          trained: the decoder and its assets.
-          expert: the expert.
-          params: its parameters.
-          chunk: T and A.
-          steps: Euler steps from noise to actions.
-        """
-        self._trained, self._expert, self._params = trained, expert, params
-        self._chunk, self._steps = chunk, steps
-
-    def prepare(self, lengths: Sequence[int], batch_size: int | None) -> None:
-        """Fixes the rows of every batch; prompts are padded to a bucket."""
-        self._batch_size, self._usual = batch_size, lengths[1:]
-
-    def answer(
-        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
-    ) -> list[ActionPrediction]:
-        """See ``ActionDecoder``; the history keeps an eoa, since there are no action ids."""
-        trained = self._trained
-        tokens, lengths = pad_prompts(
-            prompts, trained.assets.vocabulary.pad, batch_size=self._batch_size
-        )
-        with timer.section("prefill") as results:
-            hidden = _hidden(trained.model, trained.params, tokens)
-            results.append(hidden)
-        with timer.section("decode") as results:
-            seeds = [(s.seed, s.chunks) for s in sessions]
-            seeds += seeds[:1] * (len(tokens) - len(seeds))
-            noise = jnp.stack([_noise(*seed, self._chunk) for seed in seeds])
-            actions = sample_actions(
-                self._expert, self._params, hidden, noise, steps=self._steps, lengths=lengths
-            )
-            results.append(actions)
-        closing = np.array([trained.assets.vocabulary.eoa], np.int32)
-        rows = np.asarray(actions, np.float64)[: len(prompts)]
-        return [ActionPrediction(self._checked(row), closing) for row in rows]
-
-    def warmup(self, batch_size: int) -> None:
-        """Compiles the buckets of the usual prompts; the flow has no cache to fix shapes by."""
-        session = Session(history=None)
-        for length in sorted({length_bucket(length) for length in self._usual}):
-            prompt = np.full(length, self._trained.assets.vocabulary.bos, np.int32)
-            self.answer([prompt] * batch_size, [session] * batch_size, Timer())
-
-    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
-        """Never: the expert reads all hidden states anew."""
-        del prefix, session
-        return False
-
-    def prefill_ahead(self, prefixes: Sequence[np.ndarray], sessions: Sequence[Session]) -> None:
-        """There is nothing to read."""
-
-    def _checked(self, actions: np.ndarray) -> DecodedActions:
-        if not np.isfinite(actions).all():
-            return DecodedActions.invalid("the flow left the finite numbers", *self._chunk)
-        return DecodedActions(np.clip(actions, -1, 1))
-
-
-def make_action_decoder(
-    trained: LoadedModel, chunk: tuple[int, int], **options: Any
-) -> ActionDecoder:
-    """The head that a checkpoint was trained for.
-
-    Args:
-      trained: the model and its assets.
-      chunk: T and A.
-      **options: of ``TokenActionDecoder``.
-
-    Raises:
-      UserError: the layout needs an action expert and there is none.
-    """
-    if trained.layout.layout != "policy_flow":
-        return TokenActionDecoder(trained, chunk, **options)
-    if trained.expert is None:
-        raise UserError(
-            f"{trained.folder} is of the layout 'policy_flow', but has no action expert; take a "
-            "checkpoint that has one"
-        )
-    if options.get("speculative_block"):
-        raise UserError(
-            "speculative_block: guesses tokens, but the action expert writes none; leave it at 0"
-        )
-    return FlowActionDecoder(trained, trained.expert, trained.expert_params, chunk)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _hidden(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
-    """Hidden states [B, S, D]; what stands behind a row's end is not seen by the expert."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    params = dequantize_params(params, model.config.compute_dtype)
-    return model.apply({"params": params}, tokens, positions)[0]
-
-
-def _noise(seed: int, number: int, shape: tuple[int, int]) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    return jax.random.normal(key, shape)

@@ -83,10 +83,10 @@ class Executor:
         Raises:
           UserError: more steps than a chunk has.
         """
-        if execution.steps > policy.chunk:
+        if execution.steps > policy.chunk_size:
             raise UserError(
-                f"execution: {execution.steps} steps of chunks of {policy.chunk}; take at most so "
-                "many"
+                f"execution: {execution.steps} steps of chunks of {policy.chunk_size}; take at "
+                "most so many"
             )
         self.policy, self.execution = policy, execution
 
@@ -98,7 +98,7 @@ class Executor:
     @property
     def steps(self) -> int:
         """Actions per call."""
-        return self.policy.chunk if self.execution.mode == "chunk" else self.execution.steps
+        return self.policy.chunk_size if self.execution.mode == "chunk" else self.execution.steps
 
     def start(self, seed: int = 0) -> ExecutorSession:
         """The memory of a new episode."""

@@ -11,9 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from univla_jax import config
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.models.action_expert import (
     DECODER,
@@ -75,7 +75,7 @@ class LoadedModel:
         model = Decoder(inference_config(assets))
         expert = None
         if assets.action_expert:
-            settings = config.build(
+            settings = build_config(
                 ActionExpertConfig, assets.action_expert, where="assets.action_expert"
             )
             expert = ActionExpert(settings, model.config)
@@ -118,7 +118,7 @@ class LoadedModel:
 
 def inference_config(assets: Assets) -> DecoderConfig:
     """The trained decoder's; casting the parameters once is what training does at every use."""
-    settings = config.build(DecoderConfig, assets.model, where="assets.model")
+    settings = build_config(DecoderConfig, assets.model, where="assets.model")
     return dataclasses.replace(settings, dropout=0.0, remat="none", param_dtype=settings.dtype)
 
 

@@ -1,14 +1,14 @@
-"""The policy: observations of several robots in, one action chunk for each out.
+"""Policy: observations of several robots in, one action chunk for each out.
 
-    observe → codes, state ids → history → prompt → action ids, eoa → decode → unnormalize
-            → ActionChunk
+    encode → codes, state ids → history → prompt → action ids, eoa → parse → unnormalize
+           → ActionChunk
 
 Reproduces ``EmuVLAModel.step`` of UniVLA reference/RoboVLMs/eval/*/model_wrapper*.py in batch,
 except that only whole chunks can be generated (``free_form`` generates as the reference does), that
 ids which decode to none are reported instead of turned into actions, and that the history gets
 their missing eoa.
 
-Axes: B robots, T steps of a chunk, A action dimensions, R ids that may be generated.
+Axes: B robots, T steps of a chunk, A action dimensions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from univla_jax.data.action_conventions import ChunkDeltas
+from univla_jax.data.datasets import DATASETS
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import (
@@ -26,36 +28,41 @@ from univla_jax.inference.action_decoders import (
     ActionPrediction,
     Session,
     SessionLru,
-    TokenActionDecoder,
     make_action_decoder,
 )
 from univla_jax.inference.int8 import quantize_params
 from univla_jax.inference.loaded_model import LoadedModel
-from univla_jax.inference.observations import NoStates, ObservationEncoder, StateEncoder
+from univla_jax.inference.observations import (
+    NoStateEncoder,
+    ObservationEncoder,
+    StateEncoder,
+    check_state,
+)
 from univla_jax.inference.sampler import Timer, batch_bucket
-from univla_jax.sequences.history import History, closed
-from univla_jax.sequences.prompts import opening, turn_prompt
+from univla_jax.tasks.base import ActionTask
+from univla_jax.tasks.history import History, close_action
 
-_LAYOUTS = ("policy_video", "policy_image", "policy_flow")
-_AHEAD_ROWS = 8  # sessions whose next prompts are begun together at most
+_AHEAD_BATCH = 8  # sessions whose next prompts are prefilled together at most
 _MAX_CACHED_SESSIONS = 64
 _USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have room for
 
 
 class Policy:
-    """Greedy decoding of action chunks for many episodes at once.
+    """Action chunks for many episodes at once.
 
     Attributes:
-      trained: the model and its assets.
-      corpus: row whose cameras and action statistics are used.
+      loaded: the model and its assets.
+      corpus: whose cameras and action statistics are used.
       statistics: of that corpus' actions.
-      head: turns prompts into normalized actions.
-      states: checks and writes proprioceptive states, where the policy was shown them.
+      action_decoder: turns prompts into normalized actions.
+      state_encoder: checks and encodes proprioceptive states, where the policy was shown them.
+      chunk_deltas: how the corpus' poses are predicted relative to the robot's current one; None
+        where actions are commands as they are.
     """
 
     def __init__(
         self,
-        trained: LoadedModel,
+        loaded: LoadedModel,
         *,
         corpus: str | None = None,
         batch_size: int | None = None,
@@ -63,31 +70,31 @@ class Policy:
         speculative_block: int = 0,
         max_cached_sessions: int = _MAX_CACHED_SESSIONS,
         free_form: bool = False,
-        head: ActionDecoder | None = None,
+        action_decoder: ActionDecoder | None = None,
     ) -> None:
         """Prepares a loaded model; see ``load``.
 
-        ``head`` turns prompts into actions; by default the action expert in the layout
-        ``policy_flow``, else the tokens of the checkpoint's action tokenizer.
+        ``action_decoder`` turns prompts into actions; by default the one that the checkpoint's task
+        needs.
         """
-        trained.require_layout(_LAYOUTS, "acting")
-        assets, layout = trained.assets, trained.layout
-        self.trained = trained
-        self.corpus = layout.corpus(corpus)
-        self.statistics = trained.statistics(self.corpus)
-        self._encoder = ObservationEncoder(assets, layout, self.corpus)
-        self.states = StateEncoder(trained, self.corpus) if layout.state else NoStates()
+        loaded.require_task(ActionTask, "acting")
+        record = loaded.record
+        self.loaded = loaded
+        self.corpus = record.find_corpus(corpus)
+        self.statistics = loaded.statistics(self.corpus)
+        self._encoder = ObservationEncoder(loaded.assets, record, self.corpus)
+        self.state_encoder = StateEncoder(loaded, self.corpus) if record.state else NoStateEncoder()
+        self.chunk_deltas = _chunk_deltas(self.corpus)
         self._batch_size = batch_size
-        shape = self.chunk, self.statistics.action_dim
-        self.head = head or make_action_decoder(
-            trained,
-            shape,
+        self.action_decoder = action_decoder or make_action_decoder(
+            loaded,
+            (self.chunk_size, self.statistics.action_dim),
             max_new_tokens=max_new_tokens,
             speculative_block=speculative_block,
             free_form=free_form,
         )
-        self.head.prepare(self._lengths(), batch_size)
-        self._holders = SessionLru(max_cached_sessions)
+        self.action_decoder.set_shapes(self._usual_lengths(), batch_size)
+        self._sessions = SessionLru(max_cached_sessions)
 
     @classmethod
     def load(
@@ -110,7 +117,7 @@ class Policy:
           checkpoint: a folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
           untrained: random parameters instead of the saved ones, as a baseline.
           seed: of the random parameters.
-          corpus: row whose cameras and statistics are used; the only one by default.
+          corpus: whose cameras and statistics are used; the only one by default.
           batch_size: of every call; one with fewer observations is padded to it, one with more is
             split. By default the number of observations, rounded up to a bucket.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
@@ -126,11 +133,11 @@ class Policy:
           UserError: no complete checkpoint, changed or missing assets, a checkpoint that is no
             policy, or several corpora and none named.
         """
-        trained = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
+        loaded = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
         if int8:
-            trained = dataclasses.replace(trained, params=quantize_params(trained.params))
+            loaded = dataclasses.replace(loaded, params=quantize_params(loaded.params))
         return cls(
-            trained,
+            loaded,
             corpus=corpus,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
@@ -140,9 +147,9 @@ class Policy:
         )
 
     @property
-    def chunk(self) -> int:
+    def chunk_size(self) -> int:
         """Steps T of a chunk."""
-        return self.trained.layout.chunk_size
+        return self.loaded.record.chunk_size
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -150,10 +157,8 @@ class Policy:
         return self._encoder.views
 
     def start(self, seed: int = 0) -> Session:
-        """The memory of a new episode; ``seed`` fixes what a head draws for it."""
-        layout = self.trained.layout
-        window = layout.frames if layout.layout == "policy_video" else 1
-        return Session(History(window=window), seed)
+        """The session of a new episode; ``seed`` fixes whatever is drawn at random in it."""
+        return Session(History(window=self.loaded.task.history_window), seed)
 
     def act(
         self,
@@ -171,13 +176,12 @@ class Policy:
 
         Returns:
           one chunk per robot, float32 [T, A] in physical units. Ids that decode to no whole chunk
-          give ``valid=False``, the reason, and no motion: 0 in every dimension but the last, the
-          gripper, which stays as it was last commanded.
+          give ``valid=False``, the reason, and no motion: see ``no_motion``.
 
         Raises:
           UserError: an observation without a view, with a frame of another dtype or size, or
-            without the state that the policy was trained with; a session given twice; an
-            instruction too long. No session is changed then.
+            without the state that the policy needs; a session given twice; an instruction too
+            long. No session is changed then.
         """
         if len(observations) != len(sessions):
             raise UserError(f"{len(observations)} observations for {len(sessions)} sessions")
@@ -194,19 +198,22 @@ class Policy:
 
     def example(self) -> Observation:
         """A black observation of a size the policy takes."""
-        return dataclasses.replace(self._encoder.example(), state=self.states.example())
+        state = self.state_encoder.example()
+        if state is None and self.chunk_deltas is not None:
+            state = np.zeros(self.statistics.action_dim, np.float32)
+        return dataclasses.replace(self._encoder.example(), state=state)
 
     def warmup(self, batch_size: int) -> None:
         """Compiles what a call with ``batch_size`` robots uses."""
         size = self._batch_size or batch_bucket(batch_size)
         self._encoder.encode([self.example()], size)
-        self.head.warmup(size)
+        self.action_decoder.warmup(size)
 
     def check(self, observation: Observation, name: str = "observation") -> None:
         """Checks one observation as ``act`` does.
 
         Args:
-          observation: what is looked at.
+          observation: instruction, frames and state.
           name: what it is called in messages.
 
         Raises:
@@ -214,32 +221,37 @@ class Policy:
             another size; an instruction too long.
         """
         self._encoder.check(observation, name)
-        self.states.check(observation.state, name)
-        self._check_instruction(observation.instruction, name)
+        self.state_encoder.check(observation.state, name)
+        if self.chunk_deltas is not None:
+            why = "the policy predicts poses relative to the current one and needs"
+            check_state(observation.state, self.statistics.action_dim, name, why)
+        longest = self.loaded.record.sequence_length
+        tokens = len(self.loaded.task.opening(observation.instruction))
+        if tokens > longest:
+            raise UserError(
+                f"{name}: the instruction makes {tokens} tokens, the policy was trained on "
+                f"sequences of {longest}; shorten it"
+            )
 
     def prefill_ahead(self) -> bool:
-        """Reads what the next prompts are known to begin with, between calls.
+        """Prefills, between calls, what the next prompts are known to begin with.
 
         Once the window is full, the observation that stays moves to another position and must be
-        read again; done here, the next ``act`` of the session reads only what is new.
+        prefilled again; done here, the next ``act`` of the session prefills only what is new.
 
         Returns:
           whether there was anything to do.
         """
-        sessions = self._holders.take(self._batch_size or _AHEAD_ROWS)
-        prefixes = [self._prefix(session) for session in sessions]
-        wanted = [
-            (session, prefix)
-            for session, prefix in zip(sessions, prefixes)
-            if self.head.should_prefill(prefix, session)
-        ]
-        if wanted:
-            behind, known = zip(*wanted)
-            self.head.prefill_ahead(known, behind)
-        return bool(wanted)
-
-    def _prefix(self, session: Session) -> np.ndarray:
-        return session.history.prefix(opening(self.trained.text_encoder, session.instruction or ""))
+        sessions = self._sessions.take_pending(self._batch_size or _AHEAD_BATCH)
+        pending = []
+        for session in sessions:
+            prefix = session.history.prefix(self.loaded.task.opening(session.instruction or ""))
+            if self.action_decoder.should_prefill(prefix, session):
+                pending.append((prefix, session))
+        if pending:
+            prefixes, behind = zip(*pending)
+            self.action_decoder.prefill_ahead(prefixes, behind)
+        return bool(pending)
 
     def _act(
         self,
@@ -247,78 +259,96 @@ class Policy:
         sessions: Sequence[Session],
         timer: Timer,
     ) -> list[ActionChunk]:
-        text_encoder = self.trained.text_encoder
+        task = self.loaded.task
         with timer.section("encode"):
-            seen = self._encoder.encode(
-                observations, self._batch_size or batch_bucket(len(observations))
-            )
-            states = self.states.encode([observation.state for observation in observations])
+            size = self._batch_size or batch_bucket(len(observations))
+            codes = self._encoder.encode(observations, size)
+            states = self.state_encoder.encode([observation.state for observation in observations])
         histories = [
-            session.seeing(observation.instruction, turn_prompt(text_encoder, views, state))
-            for observation, session, views, state in zip(observations, sessions, seen, states)
+            session.observe(observation.instruction, task.moment_prompt(views, state))
+            for observation, session, views, state in zip(observations, sessions, codes, states)
         ]
         prompts = [
-            history.prompt(opening(text_encoder, observation.instruction))
+            history.prompt(task.opening(observation.instruction))
             for observation, history in zip(observations, histories)
         ]
-        answers = self.head.answer(prompts, sessions, timer)
+        predictions = self.action_decoder.predict(prompts, sessions, timer)
         chunks = []
-        for i, (session, answer) in enumerate(zip(sessions, answers)):
-            chunk = self._chunk(answer, session.last_action)
-            history = histories[i].act(closed(text_encoder.vocabulary, answer.ids))
-            session.keep(observations[i].instruction, history, chunk, answer.cached_prefix)
+        for observation, session, history, prediction in zip(
+            observations, sessions, histories, predictions
+        ):
+            chunk = self._unnormalized(prediction, observation, session)
+            history = history.act(close_action(task.vocabulary, prediction.ids))
+            session.update(observation.instruction, history, chunk, prediction.cached_prefix)
             chunks.append(chunk)
-        self._holders.called(sessions)
+        self._sessions.touch(sessions)
         return chunks
 
-    def _chunk(self, answer: ActionPrediction, last_action: np.ndarray | None) -> ActionChunk:
-        """The chunk of a head's answer in physical units; no motion where it is not valid."""
-        decoded, num_overridden = answer.decoded, answer.num_overridden
+    def _unnormalized(
+        self, prediction: ActionPrediction, observation: Observation, session: Session
+    ) -> ActionChunk:
+        """A prediction in physical units; no motion where it is not valid."""
+        decoded, deltas = prediction.decoded, self.chunk_deltas
         if decoded.valid:
-            return ActionChunk(
-                self.statistics.unnormalize(decoded.actions), num_overridden=num_overridden
+            actions = self.statistics.unnormalize(decoded.actions)
+        else:
+            pose = None if deltas is None else observation.state
+            actions = no_motion(
+                self.chunk_size, self.statistics.action_dim, session.last_action, deltas, pose
             )
-        actions = no_motion(self.chunk, self.statistics.action_dim, last_action)
+        if decoded.valid and deltas is not None:
+            actions = deltas.to_absolute(actions, np.asarray(observation.state, np.float32))
         return ActionChunk(
-            actions, valid=False, reason=decoded.reason, num_overridden=num_overridden
+            actions,
+            valid=decoded.valid,
+            reason=decoded.reason,
+            num_overridden=prediction.num_overridden,
         )
 
-    def _lengths(self) -> tuple[int, int, int]:
+    def _usual_lengths(self) -> tuple[int, int, int]:
         """New tokens of the usual calls: one observation, with an instruction, a whole prompt."""
-        layout, window = self.trained.layout, self.start().history.window
-        grids = layout.corpora[self.corpus].grids
-        codes = [np.zeros((1, *grids[view]), np.int32) for view in layout.views]
-        turn = len(turn_prompt(self.trained.text_encoder, codes)) + self.states.max_tokens
-        longest = _USUAL_OPENING + window * turn + (window - 1) * _action_tokens(self.head)
-        first = _USUAL_OPENING + turn
-        return turn + 1, first, max(first, min(longest, layout.sequence_length))
-
-    def _check_instruction(self, instruction: str, name: str) -> None:
-        longest = self.trained.layout.sequence_length
-        words = len(opening(self.trained.text_encoder, instruction))
-        if words > longest:
-            raise UserError(
-                f"{name}: the instruction makes {words} tokens, the policy was trained on "
-                f"sequences of {longest}; shorten it"
-            )
+        record, task = self.loaded.record, self.loaded.task
+        window, grids = task.history_window, record.corpora[self.corpus].grids
+        codes = [np.zeros((1, *grids[view]), np.int32) for view in record.views]
+        moment = len(task.moment_prompt(codes)) + self.state_encoder.max_tokens
+        actions = (window - 1) * self.action_decoder.max_action_tokens
+        longest = _USUAL_OPENING + window * moment + actions
+        first = _USUAL_OPENING + moment
+        return moment + 1, first, max(first, min(longest, record.sequence_length))
 
 
-def _action_tokens(head: ActionDecoder) -> int:
-    return head.rules.max_new_tokens if isinstance(head, TokenActionDecoder) else 1
+def _chunk_deltas(corpus: str) -> ChunkDeltas | None:
+    """How a corpus' action chunks are relative to their first pose."""
+    dataset = DATASETS.get(corpus)
+    return None if dataset is None else dataset.chunk_deltas
 
 
-def no_motion(steps: int, action_dim: int, last_action: np.ndarray | None) -> np.ndarray:
-    """Stand still: float32 [steps, action_dim] zeros; the gripper stays as last commanded.
+def no_motion(
+    steps: int,
+    action_dim: int,
+    last_action: np.ndarray | None,
+    deltas: ChunkDeltas | None = None,
+    pose: np.ndarray | None = None,
+) -> np.ndarray:
+    """Stand still: float32 [steps, action_dim].
 
-    Holds for actions that are displacements with the gripper last, as in every corpus here. The
-    zeros of the normalized range are no such thing: unnormalized they move.
+    Actions that are displacements are 0 but for the last dimension, the gripper, which stays as
+    last commanded. Actions that are poses (``deltas`` is given) are the current pose, their
+    grippers as last commanded. The zeros of the normalized range are no such thing: unnormalized
+    they move.
 
     Args:
       steps: length of the chunk.
       action_dim: dimensions A.
-      last_action: [A] of the step before, None at the start: then the gripper gets 0 too.
+      last_action: [A] of the step before, None at the start: then the gripper of displacements gets
+        0 too, and those of a pose stay where they are.
+      deltas: of a corpus of poses.
+      pose: [A], the current one, where ``deltas`` is given.
     """
     actions = np.zeros((steps, action_dim), np.float32)
+    grippers = [action_dim - 1] if deltas is None else list(deltas.absolute)
+    if pose is not None:
+        actions[:] = pose
     if last_action is not None:
-        actions[:, -1] = last_action[-1]
+        actions[:, grippers] = last_action[grippers]
     return actions

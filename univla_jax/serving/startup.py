@@ -95,15 +95,15 @@ def warmup(policy: Policy, max_batch: int, report: Callable[[str], None]) -> flo
 def describe(executor: Executor) -> dict[str, Any]:
     """What a robot is told when it connects."""
     policy = executor.policy
-    trained, statistics = policy.trained, policy.statistics
+    loaded, statistics = policy.loaded, policy.statistics
     values = json.dumps(statistics.to_dict(), sort_keys=True)
     return {
         "protocol": protocol.VERSION,
-        "checkpoint_step": int(trained.folder.name) if trained.folder.name.isdigit() else -1,
-        "layout": trained.layout.layout,
+        "checkpoint_step": int(loaded.folder.name) if loaded.folder.name.isdigit() else -1,
+        "layout": loaded.record.task,
         "corpus": policy.corpus,
-        "control_hz": float(trained.layout.corpora[policy.corpus].control_hz),
-        "chunk": policy.chunk,
+        "control_hz": float(loaded.record.corpora[policy.corpus].control_hz),
+        "chunk": policy.chunk_size,
         "execution": executor.execution.mode,
         "actions_per_call": executor.steps,
         "action_dim": statistics.action_dim,

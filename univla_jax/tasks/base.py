@@ -37,7 +37,7 @@ from univla_jax.sequences.tokens import (
     opening,
 )
 from univla_jax.tokenizers.action import ActionTokenizer
-from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, invalid
+from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 
@@ -262,7 +262,7 @@ class Task(abc.ABC):
         chunks = actions.reshape(-1, self.settings.chunk_size, actions.shape[-1])
         dataset = DATASETS.get(episode.corpus)
         if dataset is not None and dataset.chunk_deltas is not None:
-            chunks = dataset.chunk_deltas.relative(chunks)
+            chunks = dataset.chunk_deltas.to_relative(chunks)
         return self.statistics_of(episode.corpus).normalize(chunks)
 
     def chunk_ids(self, chunks: np.ndarray) -> list[np.ndarray]:
@@ -348,7 +348,7 @@ class ActionTask(Task):
     def parse(self, ids: np.ndarray, shape: tuple[int, int]) -> DecodedActions:
         """The normalized chunk [T, A] that generated ids [n] mean, their eoa included."""
         if not len(ids) or ids[-1] != self.vocabulary.eoa:
-            return invalid(f"no end of action within {len(ids)} tokens", *shape)
+            return DecodedActions.invalid(f"no end of action within {len(ids)} tokens", *shape)
         codes = self.vocabulary.action_codes(ids[:-1]).tolist()
         return self.action_tokenizer.decode(codes, *shape)
 

@@ -1,4 +1,4 @@
-"""What a video policy remembers between calls: the last observations and the actions between them.
+"""History of a policy between calls: the last observations and the actions between them.
 
     call 0   bos text │ fmt(o0) boa                                  → a0 eoa
     call 1   bos text │ fmt(o0) boa a0 eoa │ fmt(o1) boa             → a1 eoa
@@ -19,16 +19,16 @@ from univla_jax.tokenizers.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The memory of one episode; each step returns a new one, an empty one is a reset.
+    """Observations and actions of one episode; immutable, an empty one is a reset.
 
     Attributes:
       window: observations kept, 2 in the published policies; 1 is the image policy.
-      turns: int32 ids of each kept observation, oldest first (``turn_prompt``: frames, state, boa).
+      moments: int32 ids of each kept observation, oldest first: frames, state, boa.
       actions: int32 ids generated after each kept observation but the newest, with their eoa.
     """
 
     window: int = 2
-    turns: tuple[np.ndarray, ...] = ()
+    moments: tuple[np.ndarray, ...] = ()
     actions: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self) -> None:
@@ -36,31 +36,31 @@ class History:
         if self.window < 1:
             raise UserError(f"history window {self.window}, expected at least 1")
 
-    def observe(self, turn: np.ndarray) -> History:
-        """Adds the newest observation and forgets what left the window.
+    def observe(self, moment: np.ndarray) -> History:
+        """Adds the newest observation and drops what left the window.
 
         Args:
-          turn: ids of ``turn_prompt``.
+          moment: ids of ``moment_prompt``.
 
         Raises:
           UserError: the action of the last observation is missing.
         """
-        if len(self.turns) != len(self.actions):
+        if len(self.moments) != len(self.actions):
             raise UserError("history: an observation came before the last one's action")
-        forgotten = max(0, len(self.turns) - (self.window - 1))
-        turns = (*self.turns[forgotten:], np.asarray(turn, np.int32))
-        return dataclasses.replace(self, turns=turns, actions=self.actions[forgotten:])
+        forgotten = max(0, len(self.moments) - (self.window - 1))
+        moments = (*self.moments[forgotten:], np.asarray(moment, np.int32))
+        return dataclasses.replace(self, moments=moments, actions=self.actions[forgotten:])
 
     def act(self, generated: np.ndarray) -> History:
         """Adds the ids generated after the newest observation.
 
         Args:
-          generated: ids after boa, eoa included; see ``closed`` for generations without one.
+          generated: ids after boa, eoa included; see ``close_action`` for generations without one.
 
         Raises:
           UserError: there is no observation waiting for its action.
         """
-        if len(self.turns) != len(self.actions) + 1:
+        if len(self.moments) != len(self.actions) + 1:
             raise UserError("history: an action came without its observation")
         return dataclasses.replace(self, actions=(*self.actions, np.asarray(generated, np.int32)))
 
@@ -68,30 +68,30 @@ class History:
         """The prompt of the next action, int32.
 
         Args:
-          opening: ids of bos and instruction (``prompts.opening``).
+          opening: ids of bos and instruction (``Task.opening``).
 
         Raises:
           UserError: no observation is waiting for its action.
         """
-        if len(self.turns) != len(self.actions) + 1:
+        if len(self.moments) != len(self.actions) + 1:
             raise UserError("history: a prompt needs an observation without action; call observe")
         parts = [opening]
-        for turn, action in zip(self.turns, self.actions):
-            parts += [turn, action]
-        return np.concatenate([*parts, self.turns[-1]]).astype(np.int32)
+        for moment, action in zip(self.moments, self.actions):
+            parts += [moment, action]
+        return np.concatenate([*parts, self.moments[-1]]).astype(np.int32)
 
     def prefix(self, opening: np.ndarray) -> np.ndarray:
         """What the next prompt will begin with, whatever is seen then; int32.
 
         Args:
-          opening: ids of bos and instruction (``prompts.opening``).
+          opening: ids of bos and instruction (``Task.opening``).
         """
-        first = max(0, len(self.turns) - (self.window - 1))
-        kept = zip(self.turns[first:], self.actions[first:])
+        first = max(0, len(self.moments) - (self.window - 1))
+        kept = zip(self.moments[first:], self.actions[first:])
         return np.concatenate([opening, *(ids for pair in kept for ids in pair)]).astype(np.int32)
 
 
-def closed(vocabulary: Vocabulary, generated: np.ndarray) -> np.ndarray:
+def close_action(vocabulary: Vocabulary, generated: np.ndarray) -> np.ndarray:
     """Generated action ids up to and with their first eoa, which is added where it is missing.
 
     A policy that ran out of new tokens writes no eoa. The reference keeps such ids as they are, so

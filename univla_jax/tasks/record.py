@@ -9,11 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from univla_jax import config
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.tasks.base import TaskSettings
-
-_FILE_KEYS = {"task": "layout", "chunk_size": "action_frames"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +44,9 @@ class TaskRecord:
       state: whether the proprioceptive state is written before each chunk.
     """
 
-    task: str
+    task: str = dataclasses.field(metadata={"formerly": "layout"})
     frames: int
-    chunk_size: int
+    chunk_size: int = dataclasses.field(metadata={"formerly": "action_frames"})
     frame_spacing: int
     sequence_length: int
     views: tuple[str, ...]
@@ -62,11 +60,9 @@ class TaskRecord:
         Raises:
           UserError: they were saved without one, or with unknown keys.
         """
-        names = {key: name for name, key in _FILE_KEYS.items()}
-        renamed = {names.get(key, key): value for key, value in values.items()}
-        record = config.build(cls, renamed, where="assets.layout")
+        record = build_config(cls, values, where="assets.layout")
         corpora = {
-            name: config.build(CorpusRecord, corpus, where=f"assets.layout.corpora.{name}")
+            name: build_config(CorpusRecord, corpus, where=f"assets.layout.corpora.{name}")
             for name, corpus in record.corpora.items()
         }
         return dataclasses.replace(record, corpora=corpora)
@@ -79,7 +75,8 @@ class TaskRecord:
         values["views"] = list(self.views)
         for corpus in values["corpora"].values():
             corpus["grids"] = {view: list(grid) for view, grid in corpus["grids"].items()}
-        return {_FILE_KEYS.get(name, name): value for name, value in values.items()}
+        file_keys = {f.name: f.metadata.get("formerly", f.name) for f in dataclasses.fields(self)}
+        return {file_keys[name]: value for name, value in values.items()}
 
     @property
     def settings(self) -> TaskSettings:

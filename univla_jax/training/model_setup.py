@@ -13,7 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from univla_jax import checkpoints, config
+from univla_jax import checkpoints
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config as axes
 from univla_jax.models.action_expert import (
@@ -274,7 +275,7 @@ def expert_config(model: ModelConfig, decoder: DecoderConfig) -> ActionExpertCon
     """
     heads = {"num_heads": decoder.num_heads, "num_kv_heads": decoder.num_kv_heads}
     fields = {**heads, **model.action_expert}
-    settings = config.build(ActionExpertConfig, fields, where="config.model.action_expert")
+    settings = build_config(ActionExpertConfig, fields, where="config.model.action_expert")
     settings.stack(decoder)
     return settings
 

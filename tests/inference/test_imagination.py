@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from univla_jax.sequences.prompts import imagine_prompt
 
 from tests.inference.scripted import PatchVision
 from tests.inference.uncached import next_logits
@@ -14,7 +13,6 @@ from univla_jax.errors import UserError
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.sampling import Sampling
-from univla_jax.sequences.frames import frame_separator
 
 GRID = (3, 3)
 
@@ -31,15 +29,15 @@ def _context(seed, batch=1, frames=1):
 
 
 def _uncached(model, words, context, frames):
-    """The same with the whole sequence read anew for every token."""
-    trained, vocabulary = model.trained, model.trained.assets.vocabulary
-    ids = imagine_prompt(trained.text_encoder, words, context).tolist()
+    """The same with the whole sequence prefilled anew for every token."""
+    loaded, vocabulary = model.loaded, model.loaded.assets.vocabulary
+    ids = loaded.task.prompt(words, context).tolist()
     codes = []
     for frame in range(frames):
         if frame:
-            ids += frame_separator(trained.text_encoder, *GRID).tolist()
+            ids += loaded.task.separator(GRID).tolist()
         for _ in range(GRID[0] * GRID[1]):
-            visual = next_logits(trained, ids)[vocabulary.bov : vocabulary.eov + 1]
+            visual = next_logits(loaded, ids)[vocabulary.bov : vocabulary.eov + 1]
             codes.append(int(visual.argmax()))
             ids.append(vocabulary.bov + codes[-1])
     return np.array(codes, np.uint16).reshape(frames, *GRID)
@@ -83,7 +81,7 @@ def test_settings_come_from_the_assets(model, world_model_checkpoint):
 
 
 def test_mistakes_are_named(model, policy_checkpoint, world_model_checkpoint):
-    with pytest.raises(UserError, match="'policy_video'; imagining needs"):
+    with pytest.raises(UserError, match="'policy_video', which is not made for imagining"):
         WorldModel.load(policy_checkpoint)
     with pytest.raises(UserError, match="not trained on view 'side', only on image, wrist_image"):
         WorldModel.load(world_model_checkpoint, view="side")

@@ -1,20 +1,30 @@
-"""Heads behind one interface: bins that cannot be ill-formed, and the flow."""
+"""Action decoders: tokens that cannot be ill-formed, the flow, and whose cached prefixes stay."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.experts import tiny_expert
+from tests.experts import draw_inputs, tiny_expert
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision
+from tests.parity import assert_parity
 from univla_jax.episode import Observation
-from univla_jax.inference.action_decoders import FlowActionDecoder
+from univla_jax.errors import UserError
+from univla_jax.inference.action_decoders import (
+    FlowActionDecoder,
+    Session,
+    SessionLru,
+    sample_actions,
+)
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
+from univla_jax.tasks.history import History
 from univla_jax.tokenizers.action import NumberTextTokenizer
 
 SHAPE = (tiny_checkpoint.CHUNK, 7)
@@ -30,6 +40,11 @@ def _load(folder, assets):
 @pytest.fixture(scope="module")
 def bins(tmp_path_factory):
     return _load(tmp_path_factory.mktemp("bins"), tiny_checkpoint.make_assets(bins=True))
+
+
+def _flow(loaded, expert, params):
+    loaded = dataclasses.replace(loaded, expert=expert, expert_params=params)
+    return FlowActionDecoder(loaded, SHAPE, steps=4)
 
 
 def _observations(seed):
@@ -67,13 +82,11 @@ def test_text_that_is_no_chunk_says_why(bins):
 
 def test_the_flow_gives_a_batch_what_each_robot_gets_alone(bins):
     expert, params = tiny_expert(bins.model.config, action_dim=7)
-    layout = dataclasses.replace(bins.layout, layout="policy_image", frames=1)
-    image = dataclasses.replace(bins, layout=layout)
+    record = dataclasses.replace(bins.record, task="policy_image", frames=1)
+    image = dataclasses.replace(bins, record=record)
 
     def policy():
-        return Policy(
-            image, batch_size=4, head=FlowActionDecoder(image, expert, params, SHAPE, steps=4)
-        )
+        return Policy(image, batch_size=4, action_decoder=_flow(image, expert, params))
 
     together, alone = policy(), policy()
     sessions = [together.start(seed) for seed in (0, 1, 1)]
@@ -92,9 +105,67 @@ def test_the_flow_gives_a_batch_what_each_robot_gets_alone(bins):
 def test_a_flow_that_leaves_the_numbers_is_not_valid(bins):
     expert, params = tiny_expert(bins.model.config, action_dim=7)
     broken = jax.tree.map(lambda x: x * np.nan, params)
-    policy = Policy(
-        bins, batch_size=4, head=FlowActionDecoder(bins, expert, broken, SHAPE, steps=4)
-    )
+    policy = Policy(bins, batch_size=4, action_decoder=_flow(bins, expert, broken))
     chunks = policy.act(_observations(0), [policy.start() for _ in WORDS])
     assert not any(chunk.valid for chunk in chunks)
     assert all("finite" in chunk.reason and not chunk.actions.any() for chunk in chunks)
+
+
+def test_golden(golden_dir):
+    assert_parity(golden_dir, "action_expert", "sampled actions, causal", "sampled actions, full")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_euler_steps_of_unequal_rows(causal):
+    """Two rows in one batch against each row alone, step by step without a cache."""
+    expert, params = tiny_expert(causal=causal)
+    noise, _, hidden = draw_inputs(expert, 2, 6, 4)
+    lengths = [6, 3]
+    sampled = sample_actions(expert, params, hidden, noise, steps=3, lengths=lengths)
+    apply = jax.jit(lambda z, tau, hidden: expert.apply({"params": params}, z, tau, hidden)[0])
+    for row, length in enumerate(lengths):
+        z = noise[row : row + 1]
+        for i in (3, 2, 1):
+            z = z - apply(z, jnp.asarray([i / 3]), hidden[row : row + 1, :length]) / 3
+        np.testing.assert_allclose(sampled[row], z[0], atol=1e-4)
+
+
+def test_bad_calls():
+    expert, params = tiny_expert()
+    noise, _, hidden = draw_inputs(expert, 2, 3, 4)
+    with pytest.raises(UserError, match="0 steps"):
+        sample_actions(expert, params, hidden, noise, steps=0)
+    with pytest.raises(UserError, match="noise of 1 rows for hidden states of 2"):
+        sample_actions(expert, params, hidden, noise[:1])
+
+
+def _sessions(count):
+    sessions = [Session(History()) for _ in range(count)]
+    for session in sessions:
+        session.cached_prefix = object()
+    return sessions
+
+
+def test_the_oldest_lose_their_memory():
+    lru, sessions = SessionLru(2), _sessions(3)
+    lru.touch(sessions[:2])
+    lru.touch([sessions[0]])
+    lru.touch([sessions[2]])
+    assert [s.cached_prefix is not None for s in sessions] == [True, False, True]
+
+
+def test_each_is_taken_once_until_it_is_called_again():
+    lru, sessions = SessionLru(4), _sessions(3)
+    lru.touch(sessions)
+    assert lru.take_pending(2) == sessions[:2] and lru.take_pending(2) == sessions[2:]
+    assert lru.take_pending(2) == []
+    lru.touch([sessions[1]])
+    assert lru.take_pending(2) == [sessions[1]]
+
+
+def test_ended_sessions_are_forgotten():
+    lru, sessions = SessionLru(4), _sessions(2)
+    lru.touch(sessions)
+    del sessions[0]
+    gc.collect()
+    assert lru.take_pending(9) == sessions
