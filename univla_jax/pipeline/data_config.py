@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from univla_jax import tasks
 from univla_jax.errors import UserError
 from univla_jax.sequences.roles import LABELS
-from univla_jax.tasks import TASK_NAMES, task_class
 from univla_jax.tasks.base import Needs, TaskSettings
 
 _WEIGHT_UNITS = ("episode", "store")
@@ -78,7 +78,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        _check_one_of("task", self.task, TASK_NAMES)
+        _check_one_of("task", self.task, tasks.TASK_NAMES)
         _check_one_of("loss_on", self.loss_on, ("", *LABELS))
         _check_one_of("weight_unit", self.weight_unit, _WEIGHT_UNITS)
         for name in ("sequence_length", "batch_size", "frames", "chunk_size", "packing_bins"):
@@ -101,7 +101,7 @@ class DataConfig:
     @property
     def needs(self) -> Needs:
         """What the task needs of data and model."""
-        return task_class(self.task).needs
+        return tasks.task_class(self.task).needs
 
     @property
     def settings(self) -> TaskSettings:
@@ -112,7 +112,7 @@ class DataConfig:
     @property
     def labels(self) -> str:
         """The key of ``sequences.roles.LABELS`` in force: ``loss_on``, else the task's own."""
-        return self.loss_on or task_class(self.task).labels
+        return self.loss_on or tasks.task_class(self.task).labels
 
     @property
     def vision_schedule(self) -> tuple[float, float, int]:

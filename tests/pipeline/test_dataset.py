@@ -249,24 +249,6 @@ def test_weights_count_per_episode_or_per_store():
     assert per_store.count("a") == pytest.approx(40, abs=12)
 
 
-def test_held_out_episodes_are_never_trained_on():
-    source = small.store(10)
-    train, held = (Split(source, 4, held_out=h) for h in (False, True))
-    names = [[split[i].episode_id for i in range(len(split))] for split in (train, held)]
-    assert names[1] == ["a3", "a7"]
-    assert sorted(names[0] + names[1]) == sorted(e.episode_id for e in source)
-    whole = Split(source, 0, held_out=True)
-    assert len(whole) == 10 and whole[3].episode_id == "a3"
-
-
-def test_augmented_copies_stay_on_their_side_of_the_split():
-    source = small.store(12)
-    source.copies = 3
-    train, held = (Split(source, 2, held_out=h) for h in (False, True))
-    names = [[split[i].episode_id for i in range(len(split))] for split in (train, held)]
-    assert names == [["a0", "a1", "a2", "a6", "a7", "a8"], ["a3", "a4", "a5", "a9", "a10", "a11"]]
-
-
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_reads_each_held_out_episode_once(hosts):
     config = small.config(**TWO, held_out_every=3, batch_size=4)

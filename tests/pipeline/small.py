@@ -1,6 +1,8 @@
-"""A tiny world to write sequences in: letters as text, 12 visual codes, four-bin actions."""
+"""A tiny world to build sequences in: letters as text, 12 visual codes, four-bin actions."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
@@ -8,6 +10,8 @@ from univla_jax.assets import Assets
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.tasks import make_task
+from univla_jax.tasks.base import Task, TaskSettings
 from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -58,7 +62,7 @@ def store(count: int, letter: str = "a", steps: int = 9) -> Store:
 def config(**changes) -> DataConfig:
     values = {
         "stores": ("a",),
-        "layout": "policy_video",
+        "task": "policy_video",
         "sequence_length": 160,
         "batch_size": 2,
         "frames": 2,
@@ -69,3 +73,19 @@ def config(**changes) -> DataConfig:
         "seed": 7,
     }
     return DataConfig(**{**values, **changes})
+
+
+def task(name: str, **settings) -> Task:
+    """A task over ``assets``, with chunks of three steps; see ``TaskSettings``."""
+    return make_task(name, TaskSettings(**{"chunk_size": 3, **settings}), assets())
+
+
+def shown_codes(ids: np.ndarray) -> list[int]:
+    """The code of every 2x2 frame that a sequence shows."""
+    v = assets().vocabulary
+    return v.visual_codes(ids[(ids >= v.bov) & (ids <= v.eov)]).reshape(-1, 4)[:, 0].tolist()
+
+
+def without_action_tokenizer() -> Assets:
+    """``assets`` of a run that writes no action as tokens; statistics stay."""
+    return dataclasses.replace(assets(), action=None)
