@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         drain_seconds=DRAIN_SECONDS.value,
         api_key=API_KEY.value,
     )
-    config = startup.with_key(config, API_KEY_FILE.value)
+    config = startup.with_api_key(config, API_KEY_FILE.value)
     tls = startup.tls_context(TLS_CERT.value, TLS_KEY.value)
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     startup.check_port(config.host, config.port)
