@@ -17,11 +17,10 @@ from typing import Any
 
 import jax
 
-from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.execution import Executor
 from univla_jax.inference.policy import Policy
-from univla_jax.inference.sampler import row_bucket
+from univla_jax.inference.sampler import batch_bucket
 from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
@@ -98,7 +97,7 @@ def warmup(policy: Policy, max_batch: int, report: Callable[[str], None]) -> Non
     # Calls are padded to a few batch sizes; compiling each of them now means that no robot ever
     # waits for the compiler.
     begin = time.perf_counter()
-    for size in sorted({row_bucket(rows) for rows in range(1, max_batch + 1)}):
+    for size in sorted({batch_bucket(rows) for rows in range(1, max_batch + 1)}):
         policy.warmup(size)
         report(f"ready for {size} robot(s) at once after {time.perf_counter() - begin:.1f} s")
 
@@ -152,9 +151,7 @@ async def serve(
         loop.add_signal_handler(number, stop.set)
     server = PolicyServer(executor, config, metadata=server_metadata(executor), tls=tls)
     scheme = "wss" if tls else "ws"
-    await server.run(
-        stop, lambda: report(f"listening on {scheme}://{config.host}:{server.port}")
-    )
+    await server.run(stop, lambda: report(f"listening on {scheme}://{config.host}:{server.port}"))
     report("stopped")
 
 
