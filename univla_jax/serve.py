@@ -18,6 +18,7 @@ from absl import flags, logging
 
 from univla_jax import cli
 from univla_jax.errors import UserError
+from univla_jax.inference.sampling import sampling_flags
 
 _BEGIN = time.perf_counter()
 
@@ -37,6 +38,7 @@ ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "how fast an ensembl
 SPECULATIVE_BLOCK = flags.DEFINE_integer(
     "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
 )
+SAMPLING = sampling_flags()
 MAX_CACHED_SESSIONS = flags.DEFINE_integer(
     "max_cached_sessions", 64, "robots whose key/value caches are kept between calls"
 )
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> None:
         CHECKPOINT.value,
         corpus=CORPUS.value,
         speculative_block=SPECULATIVE_BLOCK.value,
+        sampling=SAMPLING(),
         max_cached_sessions=MAX_CACHED_SESSIONS.value,
         int8=INT8.value,
     )

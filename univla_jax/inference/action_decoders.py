@@ -18,7 +18,7 @@ from univla_jax.inference.int8 import dequantize_params
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.prefix_cache import CachedPrefix, GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prompts
-from univla_jax.inference.sampling import GrammarMask
+from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
 from univla_jax.sequences.history import History
@@ -51,6 +51,10 @@ class Session:
     last_action: np.ndarray | None = None
     last_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     cached_prefix: CachedPrefix | None = None
+
+    def key(self) -> jax.Array:
+        """The random key of the next chunk, the same in any batch."""
+        return jax.random.fold_in(jax.random.key(self.seed), self.chunks)
 
     def seeing(self, instruction: str, turn: np.ndarray) -> History:
         """The history with a new observation; the session itself stays as it is."""
@@ -234,6 +238,7 @@ class TokenActionDecoder:
         *,
         max_new_tokens: int | None = None,
         speculative_block: int = 0,
+        sampling: Sampling = GREEDY,
         free_form: bool = False,
     ) -> None:
         """Takes the tokenizer of a checkpoint.
@@ -244,6 +249,7 @@ class TokenActionDecoder:
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
           speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
+          sampling: how ids are chosen; draws depend on a session's seed and number of chunks.
           free_form: any action ids in any order, as the reference has it.
         """
         vocabulary, tokenizer = trained.assets.vocabulary, trained.assets.require("action")
@@ -255,7 +261,7 @@ class TokenActionDecoder:
         allowed = np.append(codes, vocabulary.eoa)
         count = max_new_tokens or longest
         self.rules = GenerationRules(
-            allowed, vocabulary.eoa, count, grammar=mask, speculative_block=speculative_block
+            allowed, vocabulary.eoa, count, sampling, mask, speculative_block
         )
         self._sampler = Sampler(trained.model, trained.params)
 
@@ -273,8 +279,9 @@ class TokenActionDecoder:
         for session in sessions:
             session.cached_prefix = None  # the call consumes it
         before = [session.last_ids for session in sessions]
+        keys = None if self.rules.sampling.greedy else [s.key() for s in sessions]
         answers = self.prefix_cache.complete(
-            prompts, cached_prefixes, draft_sources=before, timer=timer
+            prompts, cached_prefixes, draft_sources=before, keys=keys, timer=timer
         )
         return [
             ActionPrediction(self.decode(a.ids), a.ids, a.cached_prefix, a.num_overridden)
@@ -348,9 +355,9 @@ class FlowActionDecoder:
             hidden = _hidden(trained.model, trained.params, tokens)
             results.append(hidden)
         with timer.section("decode") as results:
-            seeds = [(s.seed, s.chunks) for s in sessions]
-            seeds += seeds[:1] * (len(tokens) - len(seeds))
-            noise = jnp.stack([_noise(*seed, self._chunk) for seed in seeds])
+            keys = [session.key() for session in sessions]
+            keys += keys[:1] * (len(tokens) - len(keys))
+            noise = jnp.stack([jax.random.normal(key, self._chunk) for key in keys])
             actions = sample_actions(
                 self._expert, self._params, hidden, noise, steps=self._steps, lengths=lengths
             )
@@ -404,6 +411,10 @@ def make_action_decoder(
         raise UserError(
             "speculative_block: guesses tokens, but the action expert writes none; leave it at 0"
         )
+    if not options.get("sampling", GREEDY).greedy:
+        raise UserError(
+            "temperature: chooses among tokens, but the action expert predicts none; leave it at 0"
+        )
     return FlowActionDecoder(trained, trained.expert, trained.expert_params, chunk)
 
 
@@ -413,8 +424,3 @@ def _hidden(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     params = dequantize_params(params, model.config.compute_dtype)
     return model.apply({"params": params}, tokens, positions)[0]
-
-
-def _noise(seed: int, number: int, shape: tuple[int, int]) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    return jax.random.normal(key, shape)

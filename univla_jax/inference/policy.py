@@ -33,6 +33,7 @@ from univla_jax.inference.int8 import quantize_params
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.observations import NoStates, ObservationEncoder, StateEncoder
 from univla_jax.inference.sampler import Timer, batch_bucket
+from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.sequences.history import History, closed
 from univla_jax.sequences.prompts import opening, turn_prompt
 
@@ -43,7 +44,7 @@ _USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have 
 
 
 class Policy:
-    """Greedy decoding of action chunks for many episodes at once.
+    """Decodes action chunks for many episodes at once.
 
     Attributes:
       trained: the model and its assets.
@@ -61,6 +62,7 @@ class Policy:
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
         speculative_block: int = 0,
+        sampling: Sampling = GREEDY,
         max_cached_sessions: int = _MAX_CACHED_SESSIONS,
         free_form: bool = False,
         head: ActionDecoder | None = None,
@@ -84,8 +86,10 @@ class Policy:
             shape,
             max_new_tokens=max_new_tokens,
             speculative_block=speculative_block,
+            sampling=sampling,
             free_form=free_form,
         )
+        self._seed = sampling.seed
         self.head.prepare(self._lengths(), batch_size)
         self._holders = SessionLru(max_cached_sessions)
 
@@ -100,6 +104,7 @@ class Policy:
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
         speculative_block: int = 0,
+        sampling: Sampling = GREEDY,
         max_cached_sessions: int = _MAX_CACHED_SESSIONS,
         int8: bool = False,
         free_form: bool = False,
@@ -117,6 +122,7 @@ class Policy:
             legal chunk needs.
           speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
             The actions are the same.
+          sampling: how tokens are chosen, and the seed of all draws, also of an action expert's.
           max_cached_sessions: sessions whose key/value caches are kept between calls, each as large
             as the cache of a whole prompt; the others prefill their prompts anew.
           int8: weights of eight bits (``int8.py``); the actions are nearly the same.
@@ -135,6 +141,7 @@ class Policy:
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             speculative_block=speculative_block,
+            sampling=sampling,
             max_cached_sessions=max_cached_sessions,
             free_form=free_form,
         )
@@ -150,10 +157,10 @@ class Policy:
         return self._encoder.views
 
     def start(self, seed: int = 0) -> Session:
-        """The memory of a new episode; ``seed`` fixes what a head draws for it."""
+        """A new episode; ``seed`` fixes what is drawn for it, on top of the policy's own."""
         layout = self.trained.layout
         window = layout.frames if layout.layout == "policy_video" else 1
-        return Session(History(window=window), seed)
+        return Session(History(window=window), self._seed + seed)
 
     def act(
         self,
