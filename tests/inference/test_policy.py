@@ -11,9 +11,10 @@ import pytest
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision, ScriptedPrefixCache
 from tests.inference.uncached import next_logits
+from univla_jax.checkpoints import checkpoint_identity
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import LoadedModel, checkpoint_identity
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy, no_motion
 from univla_jax.inference.sampling import Sampling
 from univla_jax.sequences import layouts

@@ -16,14 +16,13 @@ import tqdm
 from PIL import Image, UnidentifiedImageError
 
 from univla_jax import io
-from univla_jax.checkpoints import find_checkpoint
+from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
 from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.io import json_values
 from univla_jax.run_dir import check_config, write_config

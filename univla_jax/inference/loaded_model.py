@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +22,6 @@ from univla_jax.normalization import ActionStatistics
 from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.training.losses import DECODER, EXPERT
 from univla_jax.training.model_setup import params_init
-
-_IDENTIFYING = ("_CHECKPOINT_METADATA", "state/manifest.ocdbt", "assets/assets.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,20 +169,6 @@ class LoadedModel:
                 f"{self.folder} was trained on the layout {self.layout.layout!r}; {purpose} needs "
                 f"a checkpoint of {' or '.join(map(repr, wanted))}"
             )
-
-
-def checkpoint_identity(checkpoint: str | pathlib.Path) -> str:
-    """sha256 that tells one written checkpoint from another: commit record, arrays, assets.
-
-    Args:
-      checkpoint: a folder ``checkpoints/<step>``; a copy of it has the same identity.
-    """
-    folder = find_checkpoint(checkpoint)
-    digest = hashlib.sha256()
-    for name in _IDENTIFYING:
-        path = folder / name
-        digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
-    return digest.hexdigest()
 
 
 def _inference_config(assets: Assets) -> DecoderConfig:
