@@ -1,4 +1,4 @@
-"""Runs the commands of the launch scripts, or only prints them; needs nothing but Python."""
+"""Runs or prints the commands of the launch scripts; needs the standard library only."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ class Shell:
     """Runs programs one after the other; with ``dry_run`` it prints each and runs none."""
 
     def __init__(self, dry_run: bool) -> None:
-        """Keeps whether to run anything."""
+        """Stores whether commands are only printed."""
         self.dry_run = dry_run
 
-    def run(self, command: Sequence[str], *, given: str | None = None, check: bool = True) -> int:
-        """Runs a command that shows its own output.
+    def run(self, command: Sequence[str], *, stdin: str | None = None, check: bool = True) -> int:
+        """Runs a command whose output goes to the terminal.
 
         Args:
           command: program and arguments.
-          given: its standard input.
+          stdin: its standard input.
           check: whether a failure ends the script.
 
         Returns:
-          its exit status, 0 in a dry run.
+          The exit status, 0 in a dry run.
         """
         if self.dry_run:
             print(shlex.join(command))
-            if given is not None:
-                print(given.rstrip())
+            if stdin is not None:
+                print(stdin.rstrip())
             return 0
         _require(command[0])
-        status = subprocess.run(command, input=given, text=True, check=False).returncode
+        status = subprocess.run(command, input=stdin, text=True, check=False).returncode
         if status and check:
             fail(f"{shlex.join(command)} ended with status {status}")
         return status
 
-    def read(self, command: Sequence[str]) -> str | None:
-        """What a command prints, stripped; None where it fails, the empty string in a dry run."""
+    def output(self, command: Sequence[str]) -> str | None:
+        """Output of a command, stripped; None if it fails, the empty string in a dry run."""
         if self.dry_run:
             print(shlex.join(command))
             return ""
@@ -50,7 +50,8 @@ class Shell:
 
 
 def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind the first ``--``."""
+    """Splits a command line at its first ``--`` into the script's options and the command."""
+    # By hand: argparse would take the options of a command without ``--`` for the script's own.
     arguments = list(arguments)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]

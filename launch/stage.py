@@ -2,9 +2,9 @@
 
     python launch/stage.py --record=stages.jsonl --name=policy --output=DIR -- COMMAND ...
 
-Appends one JSON line per attempt: stage, command, seconds, peak_gigabytes (largest resident size
-of the stage's processes), exit_status. A stage whose last line says that the same command finished,
-and whose output is there, is not run again. The exit status is the command's.
+Appends one JSON line per attempt: stage, command, seconds, peak_gigabytes (largest resident set of
+the stage's processes), exit_status. A stage is skipped if its last line is the same command with
+status 0 and its output exists. Exits with the command's status.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 
 
 def main() -> int:
-    """Runs the stage of the command line unless it is done."""
+    """Runs the stage unless it is finished; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=pathlib.Path, required=True)
     parser.add_argument("--name", required=True)
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-    if arguments.output.exists() and is_done(arguments.record, arguments.name, command):
+    if arguments.output.exists() and is_finished(arguments.record, arguments.name, command):
         print(f"[{arguments.name}] done before, skipped", flush=True)
         return 0
     print(f"[{arguments.name}] {' '.join(command)}", flush=True)
@@ -47,21 +47,23 @@ def main() -> int:
     return status
 
 
-def is_done(record: pathlib.Path, name: str, command: list[str]) -> bool:
-    """Whether the last attempt at the stage was this command, and finished."""
+def is_finished(record: pathlib.Path, name: str, command: list[str]) -> bool:
+    """Whether the last attempt at the stage was this command and succeeded."""
+    # Only the last attempt counts: after a change of the command and back again, the output on disk
+    # is that of the command in between.
     attempts = []
     if record.exists():
         for text in record.read_text(encoding="utf-8").splitlines():
             try:
                 attempts.append(json.loads(text))
             except json.JSONDecodeError:
-                continue  # a line cut short by a crash
-    mine = [a for a in attempts if a["stage"] == name]
-    return bool(mine) and mine[-1]["command"] == command and mine[-1]["exit_status"] == 0
+                continue  # cut short by a crash
+    last = next((a for a in reversed(attempts) if a["stage"] == name), None)
+    return last is not None and last["command"] == command and last["exit_status"] == 0
 
 
 def append(record: pathlib.Path, line: dict) -> None:
-    """Adds a line; one that a crash cut short before is ended first."""
+    """Appends a JSON line, on a line of its own even if a crash cut the last one short."""
     before = record.read_text(encoding="utf-8") if record.exists() else ""
     cut_short = bool(before) and not before.endswith("\n")
     with record.open("a", encoding="utf-8") as file:
@@ -69,16 +71,18 @@ def append(record: pathlib.Path, line: dict) -> None:
 
 
 def run(command: list[str]) -> int:
-    """Runs the command, passing SIGTERM and SIGINT on, and returns its exit status."""
+    """Runs the command, forwards SIGTERM and SIGINT to it, and returns its exit status."""
     process = subprocess.Popen(command)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: process.send_signal(received))
     status = process.wait()
+    # ``Popen`` gives the negative number of a fatal signal; a shell expects 128 and the number.
     return status if status >= 0 else 128 - status
 
 
 def peak_gigabytes() -> float:
-    """Largest resident set among the processes this one waited for."""
+    """Largest resident set of the processes waited for, those that they waited for included."""
+    # ``ru_maxrss`` is in kilobytes on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
 

@@ -1,20 +1,20 @@
-"""Trains on a TPU slice of Google Cloud VMs: rents it, installs, starts, follows, gives it back.
+"""Trains on a TPU slice of Google Cloud VMs: creates it, installs, starts, shows logs, deletes it.
 
     python launch/tpu_vm.py keep NAME --zone=us-east5-a --type=v5p-128 --spot \\
         --nfs=10.0.0.2:/share -- train --config=configs/libero.py:video --workdir=/mnt/shared/libero
 
-``keep`` does everything and stays: when the slice is taken away it asks for another one, installs
-and goes on from the newest checkpoint; it ends when the run does. The same in single steps:
+``keep`` does everything and waits: when the slice is preempted it creates another one, installs and
+resumes from the newest checkpoint; it ends when the run does. The same in single steps:
 
     create   a queued resource (v5litepod-256, v5p-128 (64 chips), v6e-64, ...)
     install  this checkout on all workers, in a virtual environment, and the shared folder
     start    the command on all workers; output goes to train.log
     logs     follow train.log of worker 0
-    stop     SIGTERM: the run saves its step and ends with status 83
+    stop     SIGTERM: the run saves its step and exits with status 83
     delete   the queued resource and its VMs
 
-All workers must see --workdir: --nfs mounts a Filestore share at /mnt/shared. With --dry_run every
-command is printed and none is run.
+All workers must be able to write --workdir: --nfs mounts a Filestore share at /mnt/shared. With
+--dry_run every command is printed and none is run.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-GONE = ("SUSPENDED", "SUSPENDING", "FAILED")
-DONE, MEND = "0", "2"  # exit statuses after which starting again is of no use
+TERMINATED = ("SUSPENDED", "SUSPENDING", "FAILED")
+FINISHED, USER_ERROR = "0", "2"  # exit statuses after which a restart is of no use
 POLL_SECONDS = 30
 
 
 class Slice:
-    """One queued resource and the commands about it."""
+    """A queued resource and its VMs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Takes the options of the command line."""
+        """Stores the options of the command line."""
         self.options, self.shell = options, Shell(options.dry_run)
 
     def _cloud(self, group: str, action: str, *rest: str) -> list[str]:
@@ -57,7 +57,7 @@ class Slice:
         return self._cloud("tpu-vm", "ssh", f"--worker={worker}", f"--command={command}")
 
     def create(self) -> None:
-        """Asks for the slice."""
+        """Requests the slice."""
         options = self.options
         if not options.type:
             fail("--type is missing, for example --type=v5p-128")
@@ -74,8 +74,8 @@ class Slice:
         self.shell.run([*command, f"--runtime-version={runtime}", *spot])
 
     def state(self) -> str | None:
-        """Of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, ...; None where there is none."""
-        return self.shell.read(
+        """State of the queued resource, such as ACTIVE; None if there is none."""
+        return self.shell.output(
             self._cloud("queued-resources", "describe", "--format=value(state.state)")
         )
 
@@ -98,27 +98,31 @@ class Slice:
         self.shell.run(self._ssh(_start_command(self.options.command)))
 
     def exit_status(self) -> str | None:
-        """How the run ended on worker 0; empty while it goes on, None where it cannot be asked."""
-        return self.shell.read(self._ssh(f"cat {HOME}/exit_status 2>/dev/null || true", "0"))
+        """Exit status on worker 0; "" while the run goes on, None if the worker does not answer."""
+        return self.shell.output(self._ssh(f"cat {HOME}/exit_status 2>/dev/null || true", "0"))
 
     def logs(self) -> None:
         """Follows the output of worker 0."""
         self.shell.run(self._ssh(f"tail -n +1 -F {HOME}/train.log", "0"), check=False)
 
     def stop(self) -> None:
-        """Asks the run to save its step and end."""
+        """Makes the run save its step and exit."""
         self.shell.run(self._ssh("pkill -TERM -f univla_jax[.] || true"))
 
     def delete(self) -> None:
-        """Gives the slice back."""
+        """Deletes the slice."""
         self.shell.run(self._cloud("queued-resources", "delete", "--force", "--quiet"))
 
     def keep(self) -> None:
-        """Rents, installs and starts until the run has ended, whatever is taken away between."""
+        """Creates, installs and starts, again after every preemption, until the run has ended."""
+        # A small polled state machine: no slice, requested, ACTIVE, started, ended. A preempted
+        # slice must be deleted before its name can be requested again. A run that ended with
+        # another status than the two below (preempted, lost a worker, crashed) is started once
+        # more on the same slice; the training command resumes by itself.
         started = False
         while True:
             state = self.state()
-            if state in GONE:
+            if state in TERMINATED:
                 self.delete()
                 state = None
             if not state:
@@ -129,15 +133,15 @@ class Slice:
                 self.start()
                 started = True
             ended = self.exit_status() if started else ""
-            if self.options.dry_run or ended in (DONE, MEND):
+            if self.options.dry_run or ended in (FINISHED, USER_ERROR):
                 break
             if ended:
-                print(f"the run ended with status {ended}; starting it again", file=sys.stderr)
+                print(f"the run ended with status {ended}; restarting it", file=sys.stderr)
                 started = False
                 continue
             time.sleep(self.options.poll_seconds)
         self.delete()
-        if ended == MEND:
+        if ended == USER_ERROR:
             fail("the run ended with status 2; its message is in train.log")
 
 
@@ -163,6 +167,8 @@ def _start_command(command: list[str]) -> str:
         fail("no command; write it behind --, for example -- train --config=... ")
     module, *rest = command
     train = shlex.join([".venv/bin/python", "-m", f"univla_jax.{module}", "--distributed", *rest])
+    # Detached from the SSH session, with its exit status in a file, so that ``keep`` can be ended
+    # and started again. A run left over from before is killed first: two must not share a workdir.
     inner = f"{train} > train.log 2>&1; echo $? > exit_status"
     return (
         f"cd {HOME} && (pkill -KILL -f univla_jax[.] || true) && rm -f exit_status && "
@@ -171,21 +177,21 @@ def _start_command(command: list[str]) -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("tpu_vm.py", description=__doc__, formatter_class=shape)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tpu_vm.py", description=__doc__, formatter_class=formatter)
     actions = ["keep", "create", "state", "install", "start", "logs", "stop", "delete"]
     parser.add_argument("action", choices=actions)
-    parser.add_argument("name", help="of the queued resource and its VMs")
+    parser.add_argument("name", help="name of the queued resource and its VMs")
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", default="", help="default: gcloud's own")
     parser.add_argument("--type", default="", help="accelerator type, for example v5p-128")
     parser.add_argument("--runtime", default="", help="TPU software version; default by type")
-    parser.add_argument("--spot", action="store_true", help="cheaper, may be taken away")
+    parser.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
     parser.add_argument("--nfs", default="", help=f"SERVER:/SHARE to mount at {MOUNT}")
     parser.add_argument("--poll_seconds", type=float, default=POLL_SECONDS)
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
-    mine, command = split_command(arguments)
-    return parser.parse_args(mine, argparse.Namespace(command=command))
+    own, command = split_command(arguments)
+    return parser.parse_args(own, argparse.Namespace(command=command))
 
 
 def main() -> None:

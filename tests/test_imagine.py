@@ -16,6 +16,7 @@ from tests.inference import tiny_checkpoint
 from univla_jax.data.video import read_frames
 from univla_jax.errors import UserError
 from univla_jax.evaluation.imagined_episodes import ImagineConfig, imagine, imagine_picture
+from univla_jax.inference.sampling import Sampling
 from univla_jax.simulators.tabletop.tabletop_expert import (
     DemonstrationsConfig,
     write_demonstrations,
@@ -69,6 +70,18 @@ def test_the_command_runs_names_mistakes_and_is_done_once(demonstrations, checkp
             assert frames is None or getattr(picture, "n_frames", 1) == frames
     again = run()
     assert again.returncode == 0 and "holds these results already" in again.stdout
+    assert report["sampling"] == {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    hot = ("--temperature=2", "--top_k=9", "--top_p=0.9", "--out=hot")
+    sampled = [run(*hot, *more) for more in ((), ("--out=again",), ("--out=other", "--seed=5"))]
+    assert [s.returncode for s in sampled] == [0] * 3, sampled
+    reports = [
+        json.loads((tmp_path / out / "imagine.json").read_text())
+        for out in ("hot", "again", "other")
+    ]
+    assert reports[2]["sampling"] == {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "seed": 5}
+    frames = [r["per_frame"] for r in (*reports, report)]
+    assert frames[0] == frames[1] and frames[0] != frames[2] and frames[0] != frames[3]
+    assert "top_p was None, is 0.9" in run(*hot[:3]).stderr
     other = run("--config.frames=2")
     assert other.returncode == 2 and "frames was 3, is 2" in other.stderr
     wrong = run("--config.frame=2")
@@ -83,11 +96,10 @@ def test_episodes_that_are_too_short_are_named(demonstrations, checkpoint, tmp_p
 def test_a_picture_of_ones_own(checkpoint, tmp_path):
     """Draws, guidance, another view and a video; no dataset is needed."""
     Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "in.png")
-    config = ImagineConfig(
-        frames=2, temperature=1.0, guidance=2.0, shown=2, view="wrist_image", mp4=True
-    )
+    config = ImagineConfig(frames=2, guidance=2.0, shown=2, view="wrist_image", mp4=True)
     out = tmp_path / "out"
-    frames = imagine_picture(config, checkpoint, tmp_path / "in.png", "touch green", out)
+    picture, hot = tmp_path / "in.png", Sampling(temperature=1.0)
+    frames = imagine_picture(config, checkpoint, picture, "touch green", out, sampling=hot)
     assert frames.shape[:2] == (2, 2) and not np.array_equal(frames[0], frames[1])
     with Image.open(out / "draw1_frame2.png") as saved:
         np.testing.assert_array_equal(np.asarray(saved), frames[1, 1])

@@ -19,6 +19,7 @@ from tests.conftest import REPOSITORY
 from tests.inference import tiny_checkpoint
 from univla_jax.episode import Observation
 from univla_jax.inference.policy import Policy
+from univla_jax.inference.sampling import Sampling
 from univla_jax.serving import wire
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
@@ -98,6 +99,22 @@ def test_it_acts_as_the_policy_does_and_starts_faster_the_second_time(checkpoint
     assert seconds[1] <= seconds[0] / 2, seconds
 
 
+def test_sampling_flags_arrive(checkpoint, tmp_path):
+    from websockets.sync.client import connect
+
+    policy = Policy.load(checkpoint, sampling=Sampling(2.0, top_k=40, top_p=0.9, seed=3))
+    (chunk,) = policy.act([Observation(WORDS, _frames(0))], [policy.start()])
+    arguments = ("--temperature=2", "--top_k=40", "--top_p=0.9", "--seed=3", "--max_batch=1")
+    with (
+        _server(checkpoint, tmp_path, *arguments) as (_, port, _),
+        connect(f"ws://127.0.0.1:{port}", compression=None) as robot,
+    ):
+        robot.recv()
+        robot.send(wire.pack(_message(0)))
+        reply = wire.unpack(robot.recv(timeout=60))
+        np.testing.assert_array_equal(reply["actions"], chunk.actions)
+
+
 @pytest.mark.slow
 def test_sigterm_under_load(checkpoint, tmp_path):
     """Whoever got no answer is told that the server stops; nothing hangs, nothing crashes."""
@@ -139,3 +156,4 @@ def test_mistakes_are_one_line(checkpoint, tmp_path):
         assert f"127.0.0.1:{port}" in _fails(checkpoint, f"--port={port}")
     assert "no complete checkpoint" in _fails(tmp_path, "--port=0", f"--compiled={tmp_path}/c")
     assert "--max_batch: 0" in _fails(checkpoint, "--max_batch=0")
+    assert "temperature: -1.0 is negative" in _fails(checkpoint, "--temperature=-1")

@@ -1,6 +1,12 @@
-"""Reading a checkpoint folder: finding it, its parameters, its assets.
+"""Checkpoints: finding, reading and writing them.
 
-Everything here also serves programs that never train: evaluation, the policy server, conversion.
+One folder holds all that is needed to continue training or to act, and appears whole or not at all
+(it is written under a temporary name and renamed at the end)::
+
+    <workdir>/checkpoints/<step>/
+        state/      arrays (Orbax/TensorStore), readable on any mesh
+        iterator/   process_<i>_of_<n>.bin, the data position of each process before batch <step>
+        assets/     tokenizers, vocabulary, image specs, statistics, model config
 """
 
 from __future__ import annotations
@@ -8,46 +14,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
-import pathlib
-import shutil
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import checkpoint_managers
 
 from univla_jax.errors import UserError
+from univla_jax.io import PathLike, absolute_path
 
 CHECKPOINTS, STATE, ITERATOR, ASSETS = "checkpoints", "state", "iterator", "assets"
 _COMMITTED = "_CHECKPOINT_METADATA"  # Orbax writes it into every folder it finishes
 _TREE = "_METADATA"
+_IDENTIFYING = (_COMMITTED, f"{STATE}/manifest.ocdbt", f"{ASSETS}/assets.json")
+
+# ----------------------------------------------------------------------------
+# Finding.
 
 
-def is_complete(folder: pathlib.Path) -> bool:
-    """Whether ``folder`` is a finished checkpoint: its commit record and its state are there."""
-    return (folder / _COMMITTED).is_file() and (folder / STATE / _TREE).is_file()
-
-
-def step_folders(folder: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Every folder named by a step number under ``folder``, complete or not, in order of steps."""
-    if not folder.is_dir():
-        return {}
-    found = {int(p.name): p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()}
-    return dict(sorted(found.items()))
-
-
-def newest_checkpoint(workdir: str | pathlib.Path) -> pathlib.Path | None:
-    """The newest complete checkpoint of a workdir, None where there is none."""
-    return _newest(pathlib.Path(workdir).absolute() / CHECKPOINTS)
-
-
-def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
+def find_checkpoint(path: PathLike) -> epath.Path:
     """The checkpoint that ``path`` means.
 
     Args:
@@ -57,10 +47,10 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: there is none.
     """
-    path = pathlib.Path(path).absolute()
-    if is_complete(path):
+    path = absolute_path(path)
+    if _is_complete(path):
         return path
-    newest = _newest(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
+    newest = newest_checkpoint(path)
     if newest is None:
         raise UserError(
             f"no complete checkpoint in {path}; give a workdir or a folder checkpoints/<step> of it"
@@ -68,27 +58,61 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     return newest
 
 
-def _newest(checkpoints: pathlib.Path) -> pathlib.Path | None:
-    for folder in reversed(step_folders(checkpoints).values()):
-        if is_complete(folder):
-            return folder
-        logging.warning("checkpoint %s is incomplete; skipped", folder)
+def newest_checkpoint(folder: PathLike) -> epath.Path | None:
+    """The newest complete checkpoint of a workdir or ``checkpoints`` folder, None without one."""
+    folder = absolute_path(folder)
+    inner = folder / CHECKPOINTS
+    for path in reversed(_step_folders(inner if inner.is_dir() else folder)):
+        if _is_complete(path):
+            return path
+        logging.warning("checkpoint %s is incomplete; skipped", path)
     return None
 
 
-def assets_folder(checkpoint: str | pathlib.Path) -> pathlib.Path:
+def assets_folder(checkpoint: PathLike) -> epath.Path:
     """The folder of tokenizers, statistics and configs in a checkpoint.
 
     Raises:
       UserError: the checkpoint has none.
     """
-    folder = pathlib.Path(checkpoint) / ASSETS
+    folder = epath.Path(checkpoint) / ASSETS
     if not folder.is_dir():
         raise UserError(f"{checkpoint} has no {ASSETS}/ folder; it cannot be used by itself")
     return folder
 
 
-def load_params(checkpoint: str | pathlib.Path, template: Any, *, part: str = "") -> Any:
+def checkpoint_identity(checkpoint: PathLike) -> str:
+    """sha256 that tells one written checkpoint from another: commit record, arrays, assets.
+
+    Args:
+      checkpoint: a folder ``checkpoints/<step>``; a copy of it has the same identity.
+    """
+    folder = find_checkpoint(checkpoint)
+    digest = hashlib.sha256()
+    for name in _IDENTIFYING:
+        path = folder / name
+        digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()
+
+
+def _step_folders(checkpoints: epath.Path) -> list[epath.Path]:
+    """Folders named by a step number, complete or not, in order of steps."""
+    if not checkpoints.is_dir():
+        return []
+    found = [path for path in checkpoints.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _is_complete(folder: epath.Path) -> bool:
+    return (folder / _COMMITTED).is_file() and (folder / STATE / _TREE).is_file()
+
+
+# ----------------------------------------------------------------------------
+# Reading. Shapes are compared before any array is read, so that a wrong config is an error that
+# names the parameter, and not a stack trace of TensorStore.
+
+
+def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
     """Reads only the parameters of a checkpoint, straight to where they will live.
 
     Little more than the largest array is held beside them.
@@ -108,12 +132,14 @@ def load_params(checkpoint: str | pathlib.Path, template: Any, *, part: str = ""
     """
     folder = find_checkpoint(checkpoint)
     wanted = {"params": {part: template} if part else template}
-    check_same_tree(saved_shapes(folder), wanted, folder, within=_prefix(part))
+    metadata = _metadata(folder)
+    _check_same_shapes(_shapes(metadata), wanted, folder, within=_prefix(part))
     placed = jax.tree.map(_with_sharding, wanted)
-    reader = ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gigabytes_at_once(folder))
-    )
-    restored = reader.restore(
+    # Orbax reads as many arrays at once as fit its limit. The least limit that works is a little
+    # more than the largest array: chunks divide an array, or are a small part of it.
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(metadata))
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + int(1.1 * largest / 1e9))
+    restored = ocp.Checkpointer(handler).restore(
         folder / STATE,
         args=ocp.args.PyTreeRestore(
             item=placed,
@@ -124,16 +150,46 @@ def load_params(checkpoint: str | pathlib.Path, template: Any, *, part: str = ""
     return restored["params"][part] if part else restored["params"]
 
 
-def _gigabytes_at_once(checkpoint: pathlib.Path) -> int:
-    """The least limit Orbax can read under: more than the largest array, and the end of a chunk."""
-    arrays = jax.tree.leaves(_metadata(checkpoint), is_leaf=lambda x: hasattr(x, "shape"))
-    largest = max(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays)
-    return 1 + int(1.1 * largest / 1e9)  # chunks divide an array, or are a small part of it
-
-
-def has_part(checkpoint: pathlib.Path, part: str) -> bool:
+def has_part(checkpoint: epath.Path, part: str) -> bool:
     """Whether the parameters of a checkpoint hold the tree ``part``."""
     return any(name.startswith(_prefix(part)) for name in saved_shapes(checkpoint))
+
+
+def saved_shapes(checkpoint: epath.Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every array in a checkpoint's state, by its path ``a/b/c``; reads no array."""
+    return _shapes(_metadata(checkpoint))
+
+
+def _metadata(checkpoint: epath.Path) -> Any:
+    """Shape and dtype of every array of a checkpoint's state, as a tree without other leaves."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / STATE).tree
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        tree,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in flat
+    }
+
+
+def _check_same_shapes(
+    saved: Mapping[str, tuple[int, ...]], template: Any, where: epath.Path, *, within: str = ""
+) -> None:
+    """Raises UserError naming the first array, below ``within``, that differs in shape."""
+    wanted = _shapes(template)
+    for name in sorted(name for name in wanted.keys() | saved.keys() if name.startswith(within)):
+        have, want = saved.get(name, "absent"), wanted.get(name, "absent")
+        if have != want:
+            raise UserError(
+                f"checkpoint {where} is of another model or optimizer: {name} is {have} there, "
+                f"{want} here; use the config it was made with"
+            )
 
 
 def _prefix(part: str) -> str:
@@ -145,57 +201,9 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def saved_shapes(checkpoint: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every array in a checkpoint's state, by its path ``a/b/c``; reads no array."""
-    return shapes_by_path(_metadata(checkpoint))
-
-
-def _metadata(checkpoint: pathlib.Path) -> Any:
-    """Shape and dtype of every array of a checkpoint's state, as a tree."""
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / STATE)).tree
-
-
-def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of ``tree``, by its path ``a/b/c``; empty containers have none."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {"/".join(map(_key_name, path)): tuple(leaf.shape) for path, leaf in flat}
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def check_same_tree(
-    saved: dict[str, tuple[int, ...]], template: Any, where: Any, *, within: str = ""
-) -> None:
-    """Compares the arrays of a checkpoint with those wanted.
-
-    Args:
-      saved: from ``saved_shapes``.
-      template: what is wanted, a pytree of things with a shape.
-      where: the checkpoint, for the message.
-      within: beginning of the paths that are compared; the checkpoint may hold others.
-
-    Raises:
-      UserError: naming the first array that differs and both shapes.
-    """
-    wanted = shapes_by_path(template)
-    for name in sorted(wanted.keys() | saved.keys()):
-        if not name.startswith(within):
-            continue
-        have, want = saved.get(name, "absent"), wanted.get(name, "absent")
-        if have != want:
-            raise UserError(
-                f"checkpoint {where} is of another model or optimizer: {name} is {have} there, "
-                f"{want} here; use the config it was made with"
-            )
-
-
 # ----------------------------------------------------------------------------
-# An Orbax item made of plain files, so that they are committed together with the arrays.
+# An Orbax item made of plain files, so that they are committed together with the arrays. Orbax has
+# handlers of arrays, JSON values and protos, but none of files that a function writes.
 
 
 class FilesHandler(ocp.AsyncCheckpointHandler):
@@ -208,21 +216,21 @@ class FilesHandler(ocp.AsyncCheckpointHandler):
         del item
 
         async def write() -> None:
-            args.write(pathlib.Path(directory))
+            args.write(epath.Path(directory))
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="files")]
 
     def save(self, directory: Any, item: Any = None, args: FilesSave | None = None) -> None:
         """Calls ``args.write(folder)``."""
         del item
-        args.write(pathlib.Path(directory))
+        args.write(epath.Path(directory))
 
     def restore(
         self, directory: Any, item: Any = None, args: FilesRestore | None = None
-    ) -> pathlib.Path:
+    ) -> epath.Path:
         """Returns the item's folder; its files are the caller's to read."""
         del item, args
-        return pathlib.Path(directory)
+        return epath.Path(directory)
 
 
 @ocp.args.register_with_handler(FilesHandler, for_save=True)
@@ -234,7 +242,7 @@ class FilesSave(ocp.args.CheckpointArgs):
       write: called with the item's folder on every process, possibly on another thread.
     """
 
-    write: Callable[[pathlib.Path], None]
+    write: Callable[[epath.Path], Any]
 
 
 @ocp.args.register_with_handler(FilesHandler, for_restore=True)
@@ -244,7 +252,7 @@ class FilesRestore(ocp.args.CheckpointArgs):
 
 
 # ----------------------------------------------------------------------------
-# When checkpoints are written and which of them stay.
+# Writing.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,39 +279,34 @@ class CheckpointConfig:
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses a policy that would keep nothing.
-
-        Raises:
-          UserError: naming the field and its value.
-        """
+        """Raises UserError for a policy that would keep nothing."""
         for name in ("every", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"checkpoint.{name}: {getattr(self, name)}; expected at least 1")
 
-
-def manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    """The policy in Orbax's words."""
-    keep: list[Any] = [policies.LatestN(config.keep_last)]
-    if config.keep_every is not None:
-        keep.append(policies.EveryNSteps(config.keep_every))
-    best = None
-    if config.keep_best:
-        best = functools.partial(_metric, name=config.best_metric)
-        keep.append(
-            policies.BestN(
-                get_metric_fn=best,
-                reverse=not config.best_highest,
-                n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
+    def manager_options(self) -> ocp.CheckpointManagerOptions:
+        """The same for Orbax."""
+        keep: list[Any] = [checkpoint_managers.LatestN(self.keep_last)]
+        if self.keep_every is not None:
+            keep.append(checkpoint_managers.EveryNSteps(self.keep_every))
+        best = None
+        if self.keep_best:
+            best = functools.partial(_metric, name=self.best_metric)
+            keep.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=best,
+                    reverse=not self.best_highest,
+                    n=self.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
             )
+        return ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+            best_fn=best,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=self.asynchronous,
+            save_root_metadata=False,
         )
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        best_fn=best,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=config.asynchronous,
-        save_root_metadata=False,
-    )
 
 
 def _metric(metrics: Mapping[str, float], name: str) -> float:
@@ -314,33 +317,18 @@ def _metric(metrics: Mapping[str, float], name: str) -> float:
     return metrics[name]
 
 
-# ----------------------------------------------------------------------------
-# Checkpoints: state, data position and assets in one folder that appears whole or not at all.
-#
-# Layout::
-#
-#     <workdir>/checkpoints/<step>/
-#         state/      arrays (Orbax/TensorStore), readable on any mesh
-#         iterator/   process_<i>_of_<n>.bin, the data position of each process before batch <step>
-#         assets/     tokenizers, vocabulary, image specs, statistics, model config
-#
-# A folder is written under a temporary name and renamed at the end. What a crash leaves behind is
-# skipped with a warning and the previous checkpoint is used.
-
-
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves and restores the checkpoints of one workdir; used as a context manager.
 
-    Orbax messages and barriers make every method a collective call when there are several
-    processes.
+    With several processes every method is a collective call: Orbax waits for all of them.
     """
 
     def __init__(
         self,
-        workdir: str | pathlib.Path,
+        workdir: PathLike,
         config: CheckpointConfig,
         *,
-        write_assets: Callable[[pathlib.Path], None] | None = None,
+        write_assets: Callable[[epath.Path], Any] | None = None,
     ) -> None:
         """Opens ``<workdir>/checkpoints``, making it if needed.
 
@@ -353,9 +341,8 @@ class Checkpointer:
         Raises:
           UserError: the folder cannot be written.
         """
-        self.folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
-        self._config = config
-        self._write_assets = write_assets
+        self.folder = absolute_path(workdir) / CHECKPOINTS
+        self._config, self._write_assets = config, write_assets
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
@@ -363,23 +350,16 @@ class Checkpointer:
         except OSError as error:
             raise UserError(f"cannot write checkpoints in {self.folder}: {error}") from error
         barrier("open_checkpoints")
-        self._manager = ocp.CheckpointManager(self.folder, options=manager_options(config))
-
-    def __enter__(self) -> Checkpointer:
-        """Returns itself."""
-        return self
+        self._manager = ocp.CheckpointManager(self.folder, options=config.manager_options())
 
     def __exit__(self, *_: object) -> None:
-        """Waits for the save in progress and releases the threads."""
-        self.close()
+        """Waits for the save in progress and releases Orbax's threads."""
+        self.wait()
+        self._manager.close()
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is one to save."""
         return step > 0 and step % self._config.every == 0
-
-    def latest_step(self) -> int | None:
-        """The newest saved step, None when there is none."""
-        return self._manager.latest_step()
 
     def save(
         self,
@@ -388,7 +368,7 @@ class Checkpointer:
         iterator: Any = None,
         *,
         metrics: Mapping[str, float] | None = None,
-    ) -> bool:
+    ) -> None:
         """Saves ``state`` and the iterator's position, unless this step is saved already.
 
         Returns as soon as the arrays are copied; ``wait`` waits for the files.
@@ -400,20 +380,23 @@ class Checkpointer:
             is nothing to resume.
           metrics: of the evaluation at this step, for ``keep_best``.
 
-        Returns:
-          whether a save was started.
-
         Raises:
           UserError: this save or the previous one could not be written; older checkpoints stay.
         """
         if step in self._manager.all_steps():
-            return False
-        items = {STATE: ocp.args.StandardSave(state), ITERATOR: _save_position(iterator)}
+            return
+        # Each process writes its own position, taken now: the iterator moves on while the file is
+        # written in the background. Assets are the same on all, so the first process writes them.
+        position = b"" if iterator is None else iterator.get_state()
+        items = {
+            STATE: ocp.args.StandardSave(state),
+            ITERATOR: FilesSave(lambda folder: _position_file(folder).write_bytes(position)),
+        }
         if self._write_assets is not None:
-            items[ASSETS] = _on_primary(self._write_assets)
+            primary = jax.process_index() == 0
+            items[ASSETS] = FilesSave(self._write_assets if primary else lambda folder: None)
         with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True, metrics=metrics)
-        return True
 
     def restore(self, template: Any, iterator: Any = None) -> Any | None:
         """Restores the newest readable checkpoint and moves ``iterator`` to its position.
@@ -432,12 +415,12 @@ class Checkpointer:
             checkpoint is readable.
         """
         damaged, last_error = [], None
+        wanted = {STATE: ocp.args.StandardRestore(template), ITERATOR: FilesRestore()}
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self.folder / str(step)
             try:
-                saved = saved_shapes(folder)
-                check_same_tree(saved, template, folder)
-                restored = self._manager.restore(step, args=_restore_args(template))
+                _check_same_shapes(saved_shapes(folder), template, folder)
+                restored = self._manager.restore(step, args=ocp.args.Composite(**wanted))
             except UserError:
                 raise
             except (ValueError, OSError) as error:
@@ -464,12 +447,7 @@ class Checkpointer:
         with self._write_errors():
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits and releases the threads."""
-        self.wait()
-        self._manager.close()
-
-    def _set_aside(self, damaged: list[pathlib.Path]) -> None:
+    def _set_aside(self, damaged: list[epath.Path]) -> None:
         """Renames unreadable checkpoints, so that their steps can be saved again."""
         if not damaged:
             return
@@ -490,23 +468,11 @@ class Checkpointer:
             ) from error
 
 
-def _restore_args(template: Any) -> ocp.args.Composite:
-    return ocp.args.Composite(
-        **{STATE: ocp.args.StandardRestore(template), ITERATOR: FilesRestore()}
-    )
-
-
-def _position_file(folder: pathlib.Path) -> pathlib.Path:
+def _position_file(folder: epath.Path) -> epath.Path:
     return folder / f"process_{jax.process_index()}_of_{jax.process_count()}.bin"
 
 
-def _save_position(iterator: Any) -> FilesSave:
-    """Takes the iterator's position now; the file is written in the background."""
-    position = b"" if iterator is None else iterator.get_state()
-    return FilesSave(lambda folder: _position_file(folder).write_bytes(position) and None)
-
-
-def _read_positions(folder: pathlib.Path) -> list[bytes]:
+def _read_positions(folder: epath.Path) -> list[bytes]:
     """The positions of all processes that saved them, however many there are now."""
     files = sorted(folder.glob("process_*_of_*.bin"))
     if {file.stem.rpartition("_")[2] for file in files} != {str(len(files))}:
@@ -518,25 +484,19 @@ def _read_positions(folder: pathlib.Path) -> list[bytes]:
     return [file.read_bytes() for file in files]
 
 
-def _on_primary(write: Callable[[pathlib.Path], None]) -> FilesSave:
-    """Only the first process writes; the files are the same for all."""
-    return FilesSave(write if jax.process_index() == 0 else lambda folder: None)
-
-
-def _set_aside_incomplete(folder: pathlib.Path) -> None:
+def _set_aside_incomplete(checkpoints: epath.Path) -> None:
     """Renames step folders that lack parts (an interrupted copy); names crashed saves."""
-    for step_folder in step_folders(folder).values():
-        if not is_complete(step_folder):
-            logging.warning("checkpoint %s is incomplete; skipped", step_folder)
-            _rename(step_folder, "incomplete")
-    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+    for folder in _step_folders(checkpoints):
+        if not _is_complete(folder):
+            logging.warning("checkpoint %s is incomplete; skipped", folder)
+            _rename(folder, "incomplete")
+    for left in checkpoints.glob("*.orbax-checkpoint-tmp*"):
         logging.warning("checkpoint %s was never finished; removed", left)
 
 
-def _rename(folder: pathlib.Path, suffix: str) -> None:
+def _rename(folder: epath.Path, suffix: str) -> None:
     target = folder.with_name(f"{folder.name}.{suffix}")
-    if target.exists():
-        shutil.rmtree(target)
+    target.rmtree(missing_ok=True)
     folder.rename(target)
 
 

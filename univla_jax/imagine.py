@@ -9,7 +9,9 @@
 The first form writes ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
 ``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
 last frame given. Started again on finished results, the command says so. The second continues a
-picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera.
+picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera;
+``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` draws frames instead of taking the
+likeliest.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.evaluation import imagined_episodes
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
+from univla_jax.inference.sampling import sampling_flags
 
 CONFIG = cli.config_flag()
 CHECKPOINT = cli.string_flag("checkpoint", "world-model checkpoint, or its training's workdir")
@@ -32,6 +35,7 @@ SOURCE = cli.string_flag("source", "RLDS dataset folder with the held-out split"
 IMAGE = cli.string_flag("image", "picture to continue instead", required=False)
 INSTRUCTION = cli.string_flag("instruction", "task for that picture", default="")
 OUT = cli.string_flag("out", "folder for the results")
+SAMPLING = sampling_flags()
 
 _SHOWN = {
     "imagined": "imagined",
@@ -60,12 +64,19 @@ def main(argv: list[str]) -> None:
         raise UserError("give either --source (real episodes) or --image (a picture)")
     if IMAGE.value is not None:
         imagined_episodes.imagine_picture(
-            config, CHECKPOINT.value, IMAGE.value, INSTRUCTION.value, OUT.value
+            config,
+            CHECKPOINT.value,
+            IMAGE.value,
+            INSTRUCTION.value,
+            OUT.value,
+            sampling=SAMPLING(),
         )
         _list(imagined_episodes.pictures(config))
         return
     was_finished = imagined_episodes.finished(OUT.value)
-    report = imagined_episodes.imagine(config, CHECKPOINT.value, SOURCE.value, OUT.value)
+    report = imagined_episodes.imagine(
+        config, CHECKPOINT.value, SOURCE.value, OUT.value, sampling=SAMPLING()
+    )
     if was_finished:
         print(f"{OUT.value} holds these results already")
     print(f"{report['episodes']} held-out episodes, {report['frames']} frames")

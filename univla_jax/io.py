@@ -21,6 +21,13 @@ PathLike = str | os.PathLike[str]
 P = TypeVar("P", bound=pathlib.PurePath)
 _PARTIAL = ".partial"
 
+
+def absolute_path(path: PathLike) -> epath.Path:
+    """A local path made absolute, a ``gs://`` path as it is."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.absolute()
+
+
 # ----------------------------------------------------------------------------
 # Files and folders that appear whole or not at all: written under a temporary name, then renamed.
 

@@ -18,6 +18,7 @@ from absl import flags, logging
 
 from univla_jax import cli
 from univla_jax.errors import UserError
+from univla_jax.inference.sampling import sampling_flags
 
 _BEGIN = time.perf_counter()
 
@@ -37,6 +38,7 @@ ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "how fast an ensembl
 SPECULATIVE_BLOCK = flags.DEFINE_integer(
     "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
 )
+SAMPLING = sampling_flags()
 MAX_CACHED_SESSIONS = flags.DEFINE_integer(
     "max_cached_sessions", 64, "robots whose key/value caches are kept between calls"
 )
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
         drain_seconds=DRAIN_SECONDS.value,
         api_key=API_KEY.value,
     )
-    config = startup.with_key(config, API_KEY_FILE.value)
+    config = startup.with_api_key(config, API_KEY_FILE.value)
     tls = startup.tls_context(TLS_CERT.value, TLS_KEY.value)
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     startup.check_port(config.host, config.port)
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> None:
         CHECKPOINT.value,
         corpus=CORPUS.value,
         speculative_block=SPECULATIVE_BLOCK.value,
+        sampling=SAMPLING(),
         max_cached_sessions=MAX_CACHED_SESSIONS.value,
         int8=INT8.value,
     )

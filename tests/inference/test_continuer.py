@@ -8,10 +8,8 @@ import pytest
 
 from tests.decoders import tiny_decoder
 from univla_jax.benchmarks.measure import compilations
-from univla_jax.errors import UserError
 from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
-from univla_jax.inference.sampling import Sampling
 
 STOP = 25
 RULES = GenerationRules(np.arange(20, 60), STOP, 6)
@@ -152,8 +150,3 @@ def test_warm_leaves_nothing_to_compile(sampler):
         prefix = prompts[members[0]][:40]
         (cached_prefixes[members[0]],) = prefix_cache.prefill_ahead([prefix])
     assert compiled[before:] == []
-
-
-def test_drafts_that_could_not_be_verified_are_refused():
-    with pytest.raises(UserError, match="drafts need greedy choice"):
-        GenerationRules(RULES.allowed, STOP, 6, sampling=Sampling(1.0), speculative_block=2)

@@ -59,8 +59,9 @@ def test_a_batch_gives_what_each_episode_gives_alone(model):
 
 
 def test_draws_depend_on_the_seed(model):
-    context, hot = _context(2, frames=2), Sampling(temperature=2.0, top_k=8)
-    draws = [model.imagine([""], context, 2, sampling=hot, seed=s) for s in (1, 1, 2)]
+    context = _context(2, frames=2)
+    hot = [Sampling(temperature=2.0, top_k=8, seed=seed) for seed in (1, 1, 2)]
+    draws = [model.imagine([""], context, 2, sampling=sampling) for sampling in hot]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
     assert not np.array_equal(draws[0][:, 0], draws[0][:, 1])

@@ -11,11 +11,13 @@ import pytest
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision, ScriptedPrefixCache
 from tests.inference.uncached import next_logits
+from univla_jax.checkpoints import checkpoint_identity
 from univla_jax.data.action_conventions import ALOHA_DELTAS
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import LoadedModel, checkpoint_identity
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy, no_motion
+from univla_jax.inference.sampling import Sampling
 from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators.tabletop.tabletop_env import TabletopEnv
 from univla_jax.tokenizers.action import UniformBinTokenizer
@@ -114,6 +116,36 @@ def test_drafts_change_no_action(trained):
         for a, b in zip(sessions[id(plain)], sessions[id(drafting)]):
             np.testing.assert_array_equal(a.last_ids, b.last_ids)
             assert a.invalid == b.invalid
+
+
+@pytest.mark.parametrize("free_form", [False, True])
+def test_sampled_chunks_depend_on_the_seeds_alone(trained, free_form):
+    """Not on the batch; robots of one session seed that see the same draw the same."""
+
+    def policy(temperature, seed=0, batch_size=None):
+        sampling = Sampling(temperature, top_k=40, top_p=0.95, seed=seed)
+        options = {"batch_size": batch_size, "free_form": free_form, "max_new_tokens": 30}
+        return Policy(trained, sampling=sampling, **options)
+
+    def ids(policy, seeds):
+        sessions, got = [policy.start(seed) for seed in seeds], []
+        for call in range(2):
+            policy.act([_observation(call)] * len(seeds), sessions)
+            got.append([session.last_ids.tolist() for session in sessions])
+        return got
+
+    hot = policy(2.0)
+    first, second = ids(hot, [0, 1, 0])
+    assert first[0] == first[2] != first[1] and second[0] == second[2] != second[1]
+    assert ids(hot, [1]) == [[first[1]], [second[1]]]
+    assert ids(policy(2.0, batch_size=4), [1, 0]) == [first[1::-1], second[1::-1]]
+    assert ids(policy(2.0, seed=1), [0]) == [[first[1]], [second[1]]]
+    assert ids(policy(0.0), [0])[0][0] != first[0]
+
+
+def test_drafts_and_sampling_exclude_each_other(trained):
+    with pytest.raises(UserError, match=r"speculative_block=2 with temperature=1\.0"):
+        Policy(trained, sampling=Sampling(1.0), speculative_block=2)
 
 
 def test_more_observations_than_rows_are_split(trained):

@@ -151,7 +151,7 @@ def test_an_unknown_type_is_named(launch):
     assert not launch.calls()
 
 
-def test_a_run_survives_preemption_and_is_given_back_at_the_end(launch):
+def test_a_run_survives_preemption_and_its_slice_is_deleted_at_the_end(launch):
     """No slice; one comes, and is taken away while the run goes on; the next one finishes."""
     launch.answers(
         {
@@ -172,7 +172,7 @@ def test_a_run_survives_preemption_and_is_given_back_at_the_end(launch):
     assert "status 83" in done.stderr
 
 
-def test_a_run_that_needs_mending_is_not_started_again(launch):
+def test_a_run_that_ends_with_a_mistake_of_the_user_is_not_restarted(launch):
     launch.answers({"describe": ["ACTIVE"], "exit_status 2>/dev/null": ["2"]})
     done = launch(
         *("tpu_vm.py", "keep", "mine", "--zone=z", "--type=v6e-64", "--poll_seconds=0"),

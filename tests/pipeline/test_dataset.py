@@ -9,7 +9,6 @@ import pytest
 from tests.sequences import small
 from univla_jax.errors import UserError
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
-from univla_jax.pipeline.mixture import Split
 
 TWO = {"stores": ("a", "b")}
 FIELDS = ("tokens", "loss_weight", "positions", "segment_ids")

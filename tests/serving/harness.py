@@ -115,7 +115,7 @@ class Handle:
 
     def metric(self, name):
         """The value of one line of ``/metrics``."""
-        for line in self.server.metrics.text().decode().splitlines():
+        for line in self.server.metrics.page().decode().splitlines():
             if line.startswith(name + " "):
                 return float(line.split()[-1])
         return 0.0

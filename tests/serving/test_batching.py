@@ -50,14 +50,14 @@ def test_requests_within_the_window_share_a_call():
             answers = await asyncio.gather(*(batcher.submit(i) for i in range(6)))
         assert [a.value for a in answers] == [0, 2, 4, 6, 8, 10]
         assert work.batches == [[0, 1, 2, 3], [4, 5]]
-        assert [a.batch for a in answers] == [4, 4, 4, 4, 2, 2]
+        assert [a.batch_size for a in answers] == [4, 4, 4, 4, 2, 2]
 
     _run(scenario())
 
 
 def test_nobody_waits_where_nobody_else_could_join():
     async def scenario():
-        async with _running(Work(), window_seconds=10.0, others=lambda: 1) as batcher:
+        async with _running(Work(), window_seconds=10.0, num_clients=lambda: 1) as batcher:
             assert (await batcher.submit(1)).value == 2
 
     _run(scenario())
@@ -120,7 +120,7 @@ def test_work_ahead_happens_while_nothing_waits():
                 loop.call_soon_threadsafe(done.set)
             return left[0] > 0
 
-        async with _running(Work(), idle=idle) as batcher:
+        async with _running(Work(), on_idle=idle) as batcher:
             assert (await batcher.submit(1)).value == 2
             await done.wait()
 

@@ -7,7 +7,7 @@ import pytest
 
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.serving.protocol import read_request, write_reply
+from univla_jax.serving.protocol import parse_request, reply_message
 
 VIEWS = ("image", "wrist_image")
 
@@ -24,12 +24,12 @@ def _message(**changes):
 
 
 def _read(message):
-    return read_request(message, VIEWS, longest_side=16)
+    return parse_request(message, VIEWS, max_side=16)
 
 
 def test_an_openpi_observation():
     request = _read(_message())
-    assert not request.reset and request.episode is None
+    assert not request.reset and request.episode_id is None
     seen = request.observation
     assert seen.instruction == "touch green" and set(seen.frames) == set(VIEWS)
     assert seen.state.dtype == np.float32 and seen.state.tolist() == list(range(8))
@@ -38,9 +38,9 @@ def test_an_openpi_observation():
 
 def test_resets_and_episodes():
     assert _read({"reset": True}).observation is None
-    assert _read({"reset": np.True_, "episode_id": "a"}).episode == "a"
+    assert _read({"reset": np.True_, "episode_id": "a"}).episode_id == "a"
     both = _read(_message(reset=True, episode_id=np.int64(3)))
-    assert both.reset and both.episode == 3 and both.observation is not None
+    assert both.reset and both.episode_id == 3 and both.observation is not None
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_mistakes_are_named(message, error):
 
 def test_replies():
     chunk = ActionChunk(np.zeros((2, 7)), valid=False, reason="too short")
-    reply = write_reply(chunk, {"infer_ms": 1.5})
+    reply = reply_message(chunk, {"infer_ms": 1.5})
     assert reply["actions"].dtype == np.float32 and reply["actions"].shape == (2, 7)
     assert reply["actions_valid"] is False and reply["actions_invalid_reason"] == "too short"
     assert reply["policy_timing"] == {"infer_ms": 1.5}

@@ -24,9 +24,7 @@ def test_the_history_of_a_video_policy_is_its_training_sequence():
     two = [np.concatenate(frames[:2])]
     whole = TASK.build("go", two, actions).ids
     np.testing.assert_array_equal(history.prompt(opening), whole[:-2])
-    np.testing.assert_array_equal(
-        history.prompt(opening), TASK.build("go", two, actions[:1]).ids
-    )
+    np.testing.assert_array_equal(history.prompt(opening), TASK.build("go", two, actions[:1]).ids)
     history = history.act(np.concatenate([actions[1], end]))
     prefix = history.prefix(opening)
     history = history.observe(TASK.moment_prompt(frames[2:]))

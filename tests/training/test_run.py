@@ -199,7 +199,7 @@ def test_an_earlier_stage_of_another_size_is_refused(world, world_model, tmp_pat
         ({"loss__max_labeled": 2}, "max_labeled=2, but row"),
         ({"data__held_out_every": 0, "evaluation__every": 2}, "nothing is held out"),
         ({"loss__normalization": "local"}, r"loss\.normalization: 'local'"),
-        ({"optimizer": {}}, r"config\.optimizer: unknown key; did you mean 'optimizer'"),
+        ({"optimiser": {}}, r"config\.optimiser: unknown key; did you mean 'optimizer'"),
     ],
 )
 def test_what_is_refused(world, tmp_path, changes, message):

@@ -80,7 +80,7 @@ async def _drive(port: int, example: Observation, robots: int, requests: int) ->
 
 
 def _message(example: Observation, robot: int, number: int) -> bytes:
-    request = protocol.write_request(observe(example, robot, number))
+    request = protocol.request_message(observe(example, robot, number))
     return wire.pack(request | {"reset": begins(robot, number)})
 
 

@@ -178,7 +178,7 @@ class RemotePolicy:
 
         try:
             for observation, session in zip(observations, sessions, strict=True):
-                session.send(wire.pack(protocol.write_request(observation)))
+                session.send(wire.pack(protocol.request_message(observation)))
             frames = [session.recv(timeout=_ANSWER_SECONDS) for session in sessions]
         except (OSError, TimeoutError, WebSocketException) as error:
             self._lost(sessions, error)

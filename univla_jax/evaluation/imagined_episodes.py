@@ -16,15 +16,14 @@ import tqdm
 from PIL import Image, UnidentifiedImageError
 
 from univla_jax import io
-from univla_jax.checkpoints import find_checkpoint
+from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
 from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import checkpoint_identity
-from univla_jax.inference.sampling import Sampling
+from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.io import json_values
 from univla_jax.run_dir import check_config, write_config
 
@@ -44,11 +43,8 @@ class ImagineConfig:
       frames: frames N to imagine.
       context: real frames C that are given.
       view: camera; the first one trained on when empty.
-      temperature: 0 takes the likeliest code, above it codes are drawn.
-      top_k: draw among so many likeliest codes; 0 among all.
       guidance: weight of classifier-free guidance; 1 for none. It needs a model trained with
         some empty instructions (``null_prompt_prob``).
-      seed: of the draws.
       batch: episodes imagined together.
       shown: episodes in the pictures.
       picture_size: least height of a drawn frame, in pixels.
@@ -61,10 +57,7 @@ class ImagineConfig:
     frames: int = 3
     context: int = 1
     view: str = ""
-    temperature: float = 0.0
-    top_k: int = 0
     guidance: float = 1.0
-    seed: int = 0
     batch: int = 16
     shown: int = 4
     picture_size: int = 128
@@ -72,7 +65,7 @@ class ImagineConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        least = {"episodes": 0, "frames": 1, "context": 1, "temperature": 0, "top_k": 0}
+        least = {"episodes": 0, "frames": 1, "context": 1}
         least |= {"batch": 1, "shown": 1, "picture_size": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -100,6 +93,7 @@ def imagine(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    sampling: Sampling = GREEDY,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Imagines, scores and draws.
@@ -109,6 +103,7 @@ def imagine(
       checkpoint: of a world model: its folder, or the workdir whose newest one is taken.
       source: RLDS dataset folder with the held-out split.
       out: folder for pictures and report.
+      sampling: how codes are chosen; each batch draws from a seed of its own.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -119,7 +114,10 @@ def imagine(
         the split is long enough.
     """
     folder = find_checkpoint(checkpoint)
-    made_with = {"name": _IDENTITY, "extra": {"checkpoint": checkpoint_identity(folder)}}
+    extra = {"checkpoint": checkpoint_identity(folder), **dataclasses.asdict(sampling)}
+    if sampling.top_p == 1:
+        del extra["top_p"]  # folders from before there was one are continued
+    made_with = {"name": _IDENTITY, "extra": extra}
     if not check_config(out, config, **made_with):
         write_config(out, config, **made_with)
     out = pathlib.Path(out)
@@ -128,7 +126,12 @@ def imagine(
     model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
     truths, short = _read(config, model, source)
     parts = [
-        _imagine_batch(config, model, truths[start : start + config.batch], start)
+        _imagine_batch(
+            config,
+            model,
+            truths[start : start + config.batch],
+            dataclasses.replace(sampling, seed=sampling.seed + start),
+        )
         for start in tqdm.trange(0, len(truths), config.batch, unit="batch", disable=not progress)
     ]
     scores = {name: Scores.join([p.scores[name] for p in parts]) for name in PREDICTIONS}
@@ -137,6 +140,7 @@ def imagine(
         "checkpoint": str(folder),
         "source": str(source),
         "config": json_values(config),
+        "sampling": dataclasses.asdict(sampling),
         "view": model.view,
         "frame_spacing_steps": model.frame_spacing,
         "episodes_too_short": short,
@@ -191,7 +195,7 @@ def _read(
 
 
 def _imagine_batch(
-    config: ImagineConfig, model: WorldModel, truths: Sequence[GroundTruth], number: int
+    config: ImagineConfig, model: WorldModel, truths: Sequence[GroundTruth], sampling: Sampling
 ) -> _PartialImagination:
     """Continues some episodes; a batch that is not full is filled up with its first."""
     filled = [*truths, *[truths[0]] * (config.batch - len(truths))]
@@ -203,8 +207,7 @@ def _imagine_batch(
         [t.instruction for t in filled],
         codes[:, : config.context],
         config.frames,
-        sampling=Sampling(temperature=config.temperature, top_k=config.top_k),
-        seed=config.seed + number,
+        sampling=sampling,
         guidance=config.guidance,
     )
     real = Prediction(frames[:, config.context :], codes[:, config.context :])
@@ -299,15 +302,18 @@ def imagine_picture(
     image: str | os.PathLike[str],
     instruction: str,
     out: str | os.PathLike[str],
+    *,
+    sampling: Sampling = GREEDY,
 ) -> np.ndarray:
     """Writes the imagined frames beside each other, as a video, and each by itself.
 
     Args:
-      config: how; with a temperature ``config.shown`` draws are made, else one.
+      config: how many frames, and what is drawn.
       checkpoint: of a world model: its folder, or the workdir whose newest one is taken.
       image: picture file, any size the model's image spec takes.
       instruction: the task in words.
       out: folder for the pictures.
+      sampling: how codes are chosen; ``config.shown`` times unless greedy.
 
     Returns:
       uint8 [E, N, H, W, 3].
@@ -317,13 +323,12 @@ def imagine_picture(
     """
     model = WorldModel.load(checkpoint, corpus=config.corpus, view=config.view or None)
     given = model.resize(_read_picture(image)[None])
-    draws = config.shown if config.temperature > 0 else 1
+    draws = 1 if sampling.greedy else config.shown
     codes = model.imagine(
         [instruction] * draws,
         np.repeat(model.encode(given[None]), draws, axis=0),
         config.frames,
-        sampling=Sampling(temperature=config.temperature, top_k=config.top_k),
-        seed=config.seed,
+        sampling=sampling,
         guidance=config.guidance,
     )
     frames = model.decode(codes)

@@ -23,14 +23,14 @@ import numpy as np
 import tqdm
 
 from univla_jax import io
-from univla_jax.checkpoints import find_checkpoint
+from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.cli import format_table
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import Prediction, Scores
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import LoadedModel, checkpoint_identity
+from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer, length_bucket
 from univla_jax.pipeline.batch import Batch, Example, pack

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from univla_jax import __version__, io
-from univla_jax.checkpoints import find_checkpoint
+from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation import report as campaign_report
 from univla_jax.evaluation.actors import (
@@ -27,7 +27,6 @@ from univla_jax.evaluation.runner import (
     BenchmarkRunner,
     RunnerConfig,
 )
-from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.policy import Policy
 from univla_jax.io import JsonlWriter
 from univla_jax.normalization import ActionStatistics

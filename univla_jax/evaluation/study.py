@@ -27,13 +27,12 @@ import jax
 import tqdm
 
 from univla_jax import __version__, io
-from univla_jax.checkpoints import find_checkpoint
+from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation.actors import RandomActions, ZeroActions
 from univla_jax.evaluation.report import latency, summarize_episodes
 from univla_jax.evaluation.runner import Actor, PolicyCall, Watch, rollout
 from univla_jax.evaluation.videos import Clip, write_gif
-from univla_jax.inference.loaded_model import checkpoint_identity
 from univla_jax.inference.policy import Policy
 from univla_jax.io import JsonlWriter
 from univla_jax.run_dir import check_config, write_config

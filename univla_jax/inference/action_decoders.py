@@ -21,7 +21,7 @@ from univla_jax.inference.int8 import dequantize_params
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.prefix_cache import CachedPrefix, GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prompts
-from univla_jax.inference.sampling import GrammarMask
+from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
 from univla_jax.tasks.history import History
@@ -51,6 +51,10 @@ class Session:
     last_action: np.ndarray | None = None
     last_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     cached_prefix: CachedPrefix | None = None
+
+    def key(self) -> jax.Array:
+        """The random key of the next chunk, the same in any batch."""
+        return jax.random.fold_in(jax.random.key(self.seed), self.chunks)
 
     def observe(self, instruction: str, moment: np.ndarray) -> History:
         """The history with a new observation; the session itself stays as it is."""
@@ -170,6 +174,7 @@ class TokenActionDecoder:
         shape: tuple[int, int],
         *,
         max_new_tokens: int | None = None,
+        sampling: Sampling = GREEDY,
         speculative_block: int = 0,
         free_form: bool = False,
     ) -> None:
@@ -180,6 +185,7 @@ class TokenActionDecoder:
           shape: T and A of a chunk.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
+          sampling: how ids are chosen; draws depend on a session's seed and number of chunks.
           speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
           free_form: any action ids in any order, as the reference has it.
         """
@@ -195,6 +201,7 @@ class TokenActionDecoder:
             decoding.allowed,
             decoding.stop_id,
             decoding.max_new_tokens,
+            sampling=sampling,
             grammar=grammar,
             speculative_block=speculative_block,
         )
@@ -214,10 +221,12 @@ class TokenActionDecoder:
         cached_prefixes = [session.cached_prefix for session in sessions]
         for session in sessions:
             session.cached_prefix = None  # the call consumes it
+        keys = None if self.rules.sampling.greedy else [session.key() for session in sessions]
         completions = self.prefix_cache.complete(
             prompts,
             cached_prefixes,
             draft_sources=[session.last_ids for session in sessions],
+            keys=keys,
             timer=timer,
         )
         return [
@@ -278,9 +287,9 @@ class FlowActionDecoder:
             hidden = _hidden_states(loaded.model, loaded.params, tokens)
             results.append(hidden)
         with timer.section("decode") as results:
-            seeds = [(session.seed, session.chunks) for session in sessions]
-            seeds += seeds[:1] * (len(tokens) - len(seeds))
-            noise = jnp.stack([_noise(*seed, self._shape) for seed in seeds])
+            keys = [session.key() for session in sessions]
+            keys += keys[:1] * (len(tokens) - len(keys))
+            noise = jnp.stack([jax.random.normal(key, self._shape) for key in keys])
             actions = sample_actions(
                 loaded.expert,
                 loaded.expert_params,
@@ -339,6 +348,10 @@ def make_action_decoder(
         raise UserError(
             "speculative_block: drafts tokens, but the action expert makes none; leave it at 0"
         )
+    if not options.get("sampling", GREEDY).greedy:
+        raise UserError(
+            "temperature: chooses among tokens, but the action expert predicts none; leave it at 0"
+        )
     return FlowActionDecoder(loaded, shape)
 
 
@@ -348,11 +361,6 @@ def _hidden_states(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     params = dequantize_params(params, model.config.compute_dtype)
     return model.apply({"params": params}, tokens, positions)[0]
-
-
-def _noise(seed: int, number: int, shape: tuple[int, int]) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    return jax.random.normal(key, shape)
 
 
 def sample_actions(

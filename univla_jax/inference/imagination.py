@@ -105,7 +105,6 @@ class WorldModel:
         frames: int,
         *,
         sampling: Sampling = GREEDY,
-        seed: int = 0,
         guidance: float = 1.0,
     ) -> np.ndarray:
         """Codes of the next frames.
@@ -114,8 +113,7 @@ class WorldModel:
           instructions: of each episode; "" for none.
           context: integer [B, C, h, w] codes of the given frames, oldest first.
           frames: how many to imagine, N.
-          sampling: how codes are sampled.
-          seed: of the draws; episode i of any batch draws the same.
+          sampling: how codes are sampled; episode i of any batch draws the same.
           guidance: how much more the instruction counts than it would by itself (classifier-free
             guidance against the same frames without instruction); 1 for no guidance.
 
@@ -147,7 +145,7 @@ class WorldModel:
                 max_new_tokens=decoding.max_new_tokens,
                 allowed=decoding.allowed,
                 sampling=sampling,
-                key=jax.random.fold_in(jax.random.key(seed), number),
+                key=jax.random.fold_in(jax.random.key(sampling.seed), number),
                 guidance=guidance,
             )
             imagined.append(np.asarray(generated.tokens)[: len(context)])

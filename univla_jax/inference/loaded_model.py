@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from typing import Any
 
@@ -28,8 +27,6 @@ from univla_jax.normalization import ActionStatistics
 from univla_jax.tasks import make_task
 from univla_jax.tasks.base import Task
 from univla_jax.tasks.record import TaskRecord
-
-_IDENTIFYING = ("_CHECKPOINT_METADATA", "state/manifest.ocdbt", "assets/assets.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +117,3 @@ def inference_config(assets: Assets) -> DecoderConfig:
     """The trained decoder's; casting the parameters once is what training does at every use."""
     settings = build_config(DecoderConfig, assets.model, where="assets.model")
     return dataclasses.replace(settings, dropout=0.0, remat="none", param_dtype=settings.dtype)
-
-
-def checkpoint_identity(checkpoint: str | pathlib.Path) -> str:
-    """sha256 that tells one saved checkpoint from another: commit record, arrays, assets.
-
-    Args:
-      checkpoint: a folder ``checkpoints/<step>``; a copy of it has the same identity.
-    """
-    folder = find_checkpoint(checkpoint)
-    digest = hashlib.sha256()
-    for name in _IDENTIFYING:
-        path = folder / name
-        digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
-    return digest.hexdigest()

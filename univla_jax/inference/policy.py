@@ -39,6 +39,7 @@ from univla_jax.inference.observations import (
     check_state,
 )
 from univla_jax.inference.sampler import Timer, batch_bucket
+from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.tasks.base import ActionTask
 from univla_jax.tasks.history import History, close_action
 
@@ -67,6 +68,7 @@ class Policy:
         corpus: str | None = None,
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
+        sampling: Sampling = GREEDY,
         speculative_block: int = 0,
         max_cached_sessions: int = _MAX_CACHED_SESSIONS,
         free_form: bool = False,
@@ -90,10 +92,12 @@ class Policy:
             loaded,
             (self.chunk_size, self.statistics.action_dim),
             max_new_tokens=max_new_tokens,
+            sampling=sampling,
             speculative_block=speculative_block,
             free_form=free_form,
         )
         self.action_decoder.set_shapes(self._usual_lengths(), batch_size)
+        self._seed = sampling.seed
         self._sessions = SessionLru(max_cached_sessions)
 
     @classmethod
@@ -106,6 +110,7 @@ class Policy:
         corpus: str | None = None,
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
+        sampling: Sampling = GREEDY,
         speculative_block: int = 0,
         max_cached_sessions: int = _MAX_CACHED_SESSIONS,
         int8: bool = False,
@@ -122,6 +127,7 @@ class Policy:
             split. By default the number of observations, rounded up to a bucket.
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
+          sampling: how tokens are chosen, and the seed of all draws, also of an action expert's.
           speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
             The actions are the same.
           max_cached_sessions: sessions whose key/value caches are kept between calls, each as large
@@ -141,6 +147,7 @@ class Policy:
             corpus=corpus,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            sampling=sampling,
             speculative_block=speculative_block,
             max_cached_sessions=max_cached_sessions,
             free_form=free_form,
@@ -157,8 +164,8 @@ class Policy:
         return self._encoder.views
 
     def start(self, seed: int = 0) -> Session:
-        """The session of a new episode; ``seed`` fixes whatever is drawn at random in it."""
-        return Session(History(window=self.loaded.task.history_window), seed)
+        """A new episode; ``seed`` fixes what is drawn for it, on top of the policy's own."""
+        return Session(History(window=self.loaded.task.history_window), self._seed + seed)
 
     def act(
         self,

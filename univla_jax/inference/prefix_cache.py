@@ -130,7 +130,11 @@ class GenerationRules:
     def __post_init__(self) -> None:
         """Raises UserError for drafts that could not be verified."""
         if self.speculative_block and not self.sampling.greedy:
-            raise UserError("drafts need greedy choice; set speculative_block=0")
+            raise UserError(
+                f"speculative_block={self.speculative_block} with temperature="
+                f"{self.sampling.temperature}: drafts are verified against greedy decoding; set "
+                "one of both to 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +193,7 @@ class PrefixCache:
         cached_prefixes: Sequence[CachedPrefix | None],
         *,
         draft_sources: Sequence[np.ndarray] | None = None,
+        keys: Sequence[jax.Array] | None = None,
         timer: Timer | None = None,
     ) -> list[Completion]:
         """Continues every prompt.
@@ -197,6 +202,8 @@ class PrefixCache:
           prompts: int32 [n] each.
           cached_prefixes: what is left of the call before, consumed; None where there is nothing.
           draft_sources: per prompt what drafts are copied from, int32 [h]; nothing by default.
+          keys: random key of each prompt, so that it draws the same in any batch; needed unless
+            decoding is greedy.
           timer: gets the sections ``prefill`` and ``decode``.
 
         Returns:
@@ -207,7 +214,7 @@ class PrefixCache:
             state = self._read(prompts, cached_prefixes)
             results.append(state.batch)
         with timer.section("decode") as results:
-            generated, state = self._write(state, len(prompts), draft_sources or [])
+            generated, state = self._write(state, len(prompts), draft_sources or [], keys)
             results.append(generated.tokens)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
         num_overridden = np.asarray(generated.num_overridden).tolist()
@@ -237,7 +244,8 @@ class PrefixCache:
         rests = [np.zeros(self._lengths[0], np.int32)] * size
         kept = [cache, *[None] * (size - 1)]
         state = self._read_group(rests, kept, [1, *[0] * (size - 1)], self._lengths[0])
-        _, state = self._write(state, 0)
+        keys = None if self.rules.sampling.greedy else [jax.random.key(0)]
+        _, state = self._write(state, 0, keys=keys)
         jax.block_until_ready(state.batch)
 
     def should_prefill(self, prefix: np.ndarray, cached: CachedPrefix | None) -> bool:
@@ -297,7 +305,11 @@ class PrefixCache:
         return groups
 
     def _write(
-        self, state: DecodeState, count: int, draft_sources: Sequence[np.ndarray] = ()
+        self,
+        state: DecodeState,
+        count: int,
+        draft_sources: Sequence[np.ndarray] = (),
+        keys: Sequence[jax.Array] | None = None,
     ) -> tuple[Generated, DecodeState]:
         """Continues the first ``count`` rows."""
         rules, rows = self.rules, len(state.batch.pending)
@@ -310,7 +322,8 @@ class PrefixCache:
             "window": self._window(state),
         }
         if not rules.speculative_block:
-            return self._sampler.generate(state, sampling=rules.sampling, **settings)
+            stacked = None if keys is None else jnp.stack([*keys, *[keys[0]] * (rows - len(keys))])
+            return self._sampler.generate(state, sampling=rules.sampling, key=stacked, **settings)
         held = np.full((rows, rules.max_new_tokens), NO_TOKEN, np.int32)
         for row, ids in zip(held, draft_sources):
             row[: len(ids)] = ids[: len(row)]

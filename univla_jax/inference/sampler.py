@@ -15,6 +15,7 @@ M cache slots, W window of slots that are read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -225,7 +226,7 @@ class Sampler:
             which equals masking the full logits. None allows the whole vocabulary.
           stop_id: a row ends after choosing it; it must be allowed. None lets every row choose N.
           sampling: how to choose.
-          key: random key, or one per row [B]; needed unless greedy.
+          key: random key, or one per row [B]; by default that of ``sampling.seed``.
           active: bool [B], rows that take part; the others stay as they are. All by default.
           window: slots that are read at least, so that calls share one shape.
           forced_ids: int32 [N], the only id that may stand at each place, or negative where any
@@ -240,7 +241,7 @@ class Sampler:
           what was chosen, and the state behind it.
 
         Raises:
-          UserError: an id outside the vocabulary, a stop id that is not allowed, no key, a grammar
+          UserError: an id outside the vocabulary, a stop id that is not allowed, a grammar
             of another length, a grammar of other ids, or guidance of an odd number of rows or with
             a grammar.
         """
@@ -267,7 +268,7 @@ class Sampler:
             forced,
             grammar,
             count=max_new_tokens,
-            sampling=sampling,
+            sampling=dataclasses.replace(sampling, seed=0),  # static: another seed compiles nothing
             window=window,
             guidance=guidance,
         )
@@ -410,8 +411,7 @@ def _row_keys(key: jax.Array | None, batch: int, sampling: Sampling) -> jax.Arra
     """One key per row; row i of any batch gets the same one from the same key."""
     if sampling.greedy:
         return None
-    if key is None:
-        raise UserError("sampling with a temperature needs a random key")
+    key = jax.random.key(sampling.seed) if key is None else key
     if key.ndim:
         return key
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))

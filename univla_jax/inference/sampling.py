@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.constrained import FORBIDDEN, CodeGrammar
@@ -21,17 +23,19 @@ from univla_jax.tokenizers.constrained import FORBIDDEN, CodeGrammar
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Rules of choice, applied in this order (as ``transformers`` does).
+    """Temperature, top-k and top-p, applied in this order (as ``transformers`` does).
 
     Attributes:
-      temperature: 0 takes the most likely id; otherwise logits are divided by it.
+      temperature: 0 takes the most likely id (greedy); otherwise logits are divided by it.
       top_k: only the k most likely ids, 0 for all.
       top_p: only the smallest set of ids with at least this probability, 1 for all.
+      seed: of the draws.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -48,6 +52,22 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def sampling_flags() -> Callable[[], Sampling]:
+    """Defines ``--temperature``, ``--top_k``, ``--top_p`` and ``--seed`` of a command.
+
+    Returns:
+      what they say, to be called inside ``main``; it raises ``UserError`` for a value out of range.
+    """
+    again = {"allow_override": True}  # several commands in one process may define them
+    holders = [
+        flags.DEFINE_float("temperature", 0.0, "0 decodes greedily, above it samples", **again),
+        flags.DEFINE_integer("top_k", 0, "samples among so many likeliest; 0 for all", **again),
+        flags.DEFINE_float("top_p", 1.0, "samples among the likeliest of this mass", **again),
+        flags.DEFINE_integer("seed", 0, "of everything that is sampled", **again),
+    ]
+    return lambda: Sampling(*(holder.value for holder in holders))
 
 
 def sample_token(logits: jax.Array, sampling: Sampling, keys: jax.Array | None) -> jax.Array:

@@ -1,9 +1,9 @@
-"""Requests of several robots gathered into one call, on a thread beside the event loop.
+"""Dynamic batching: requests of several robots gathered into one call of the policy.
 
-    submit ──▶ queue (bounded) ──▶ window ──▶ one call of ``work`` on one thread ──▶ answers
+    submit ──▶ bounded queue ──▶ window ──▶ one call on one worker thread ──▶ results
 
-The window ends when the batch is full, when nobody else could join, or after its time. While a call
-runs, later requests gather for the next one.
+The window closes when the batch is full, when every connected robot is in it, or when its time is
+over. While a call runs, later requests queue for the next one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _log = logging.getLogger(__name__)
-_PAUSE = 0.02  # seconds; robots that wait for an answer ask again sooner
+_IDLE_DELAY = 0.02  # seconds; a robot in a control loop asks again sooner than that
 
 
 class BusyError(Exception):
@@ -26,139 +26,146 @@ class BusyError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What came back for one item.
+class BatchResult:
+    """The result of one item.
 
     Attributes:
-      value: of ``work``.
+      value: what the batched function returned for it.
       queue_ms: milliseconds between ``submit`` and the call.
-      batch: items of the call it was answered in.
+      batch_size: items of the call it was part of.
     """
 
     value: Any
     queue_ms: float
-    batch: int
+    batch_size: int
 
 
 @dataclasses.dataclass
-class _Waiting:
+class _QueuedItem:
     item: Any
-    future: asyncio.Future[Answer]
-    since: float
+    future: asyncio.Future[BatchResult]
+    submitted: float  # time.perf_counter()
 
 
 class Batcher:
-    """Answers items in batches; one object serves one event loop."""
+    """Applies a batched function to items submitted one by one; belongs to one event loop."""
 
     def __init__(
         self,
-        work: Callable[[Sequence[Any]], Sequence[Any]],
+        function: Callable[[Sequence[Any]], Sequence[Any]],
         *,
         max_batch: int,
         window_seconds: float,
         capacity: int,
-        idle: Callable[[], bool] | None = None,
-        others: Callable[[], int] | None = None,
+        on_idle: Callable[[], bool] = lambda: False,
+        num_clients: Callable[[], int] | None = None,
     ) -> None:
-        """Binds what does the work.
+        """Stores the settings; ``run`` starts processing.
 
         Args:
-          work: answers a batch of items, one value each, in order; runs on one thread of its own.
-          max_batch: most items of one call.
-          window_seconds: how long the first item waits for others.
-          capacity: most items that wait.
-          idle: done on the same thread in pauses; returns whether there was anything to do.
-          others: how many items could be submitted at all at this moment (connected robots).
+          function: maps a batch of items to one value each, in order; called on a thread of its
+            own, one batch at a time.
+          max_batch: largest batch.
+          window_seconds: how long the first item of a batch waits for others.
+          capacity: largest number of queued items.
+          on_idle: called on the same thread while the queue is empty, again and again until it
+            returns False.
+          num_clients: how many items could be queued at once at this moment (each connected robot
+            has one request in flight); ``max_batch`` by default.
         """
-        self._work, self._idle = work, idle
+        self._function, self._on_idle = function, on_idle
         self._max_batch, self._window, self._capacity = max_batch, window_seconds, capacity
-        self._others = others or (lambda: max_batch)
-        self._queue: collections.deque[_Waiting] = collections.deque()
+        self._num_clients = num_clients or (lambda: max_batch)
+        self._queue: collections.deque[_QueuedItem] = collections.deque()
         self._arrived = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     @property
-    def waiting(self) -> int:
+    def queue_length(self) -> int:
         """Items in the queue."""
         return len(self._queue)
 
-    async def submit(self, item: Any) -> Answer:
-        """Waits for the answer to one item; a waiter that is canceled is skipped.
+    async def submit(self, item: Any) -> BatchResult:
+        """Queues one item and waits for its result; an item whose waiter was canceled is dropped.
 
         Raises:
           BusyError: the queue is full.
-          Exception: what ``work`` raised for this item alone.
+          Exception: what the function raised for this item alone.
         """
         if len(self._queue) >= self._capacity:
             raise BusyError(f"{self._capacity} requests are waiting")
         future = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(item, future, time.perf_counter()))
+        self._queue.append(_QueuedItem(item, future, time.perf_counter()))
         self._arrived.set()
         return await future
 
     async def run(self) -> None:
-        """Answers until canceled."""
+        """Processes batches until it is canceled."""
         while True:
-            await self._rest()
-            await self._gather()
-            await self._answer()
+            await self._wait_for_item()
+            await self._wait_for_window()
+            await self._process_batch()
 
     def close(self) -> None:
-        """Waits for the call that runs and ends the thread."""
+        """Waits for the call under way and ends the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    async def _rest(self) -> None:
-        """Until something waits; a pause in which nothing arrives is used to work ahead."""
-        pause = None if self._idle is None else _PAUSE
+    async def _wait_for_item(self) -> None:
+        # ``on_idle`` prefills the prompts of calls to come. It competes with them for the one
+        # thread, so it begins only after a pause in which nothing arrived, and the queue is looked
+        # at again between two of its steps; once it returns False there is nothing left to do
+        # before the next request.
+        delay: float | None = _IDLE_DELAY
         while not self._queue:
-            self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), pause)
-            except TimeoutError:
-                pause = 0.0 if await self._on_thread(self._idle) else None
+            if not await self._arrives_within(delay):
+                delay = 0.0 if await self._on_thread(self._on_idle) else None
 
-    async def _gather(self) -> None:
-        """Waits for more items until the window of the first one ends."""
-        ends = self._queue[0].since + self._window
-        while len(self._queue) < min(self._max_batch, self._others()):
-            left = ends - time.perf_counter()
-            if left <= 0:
-                return
-            self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), left)
-            except TimeoutError:
+    async def _wait_for_window(self) -> None:
+        # The window is counted from the arrival of its first item, so an item that queued while
+        # the previous call ran does not wait once more. Nobody is waited for in vain: a batch that
+        # holds a request of every connected robot cannot grow.
+        end = self._queue[0].submitted + self._window
+        while len(self._queue) < min(self._max_batch, self._num_clients()):
+            left = end - time.perf_counter()
+            if left <= 0 or not await self._arrives_within(left):
                 return
 
-    async def _answer(self) -> None:
-        """Takes a batch from the queue, has it answered, and hands the answers out."""
-        batch: list[_Waiting] = []
+    async def _arrives_within(self, seconds: float | None) -> bool:
+        self._arrived.clear()
+        try:
+            await asyncio.wait_for(self._arrived.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _process_batch(self) -> None:
+        batch: list[_QueuedItem] = []
         while self._queue and len(batch) < self._max_batch:
-            waiting = self._queue.popleft()
-            if not waiting.future.done():
-                batch.append(waiting)
+            queued = self._queue.popleft()
+            if not queued.future.done():
+                batch.append(queued)
         if not batch:
             return
         begin = time.perf_counter()
-        outcomes = await self._on_thread(self._outcomes, [w.item for w in batch])
-        for waiting, outcome in zip(batch, outcomes, strict=True):
-            if waiting.future.done():
-                continue
+        outcomes = await self._on_thread(self._call, [queued.item for queued in batch])
+        for queued, outcome in zip(batch, outcomes, strict=True):
+            if queued.future.done():
+                continue  # its robot went away during the call
             if isinstance(outcome, Exception):
-                waiting.future.set_exception(outcome)
+                queued.future.set_exception(outcome)
             else:
-                queue_ms = 1e3 * (begin - waiting.since)
-                waiting.future.set_result(Answer(outcome, queue_ms, len(batch)))
+                queue_ms = 1e3 * (begin - queued.submitted)
+                queued.future.set_result(BatchResult(outcome, queue_ms, len(batch)))
 
-    def _outcomes(self, items: Sequence[Any]) -> Sequence[Any]:
-        """A value or an exception per item; items of a batch that fails are tried alone."""
+    def _call(self, items: Sequence[Any]) -> Sequence[Any]:
+        """One value or exception per item; the items of a batch that fails are tried alone."""
         try:
-            return self._work(items)
+            return self._function(items)
         except Exception as error:
             if len(items) == 1:
                 return [error]
             _log.warning("a batch of %d failed (%s); trying each alone", len(items), error)
-            return [self._outcomes([item])[0] for item in items]
+            return [self._call([item])[0] for item in items]
 
     async def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

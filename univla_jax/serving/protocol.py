@@ -1,18 +1,20 @@
-"""What robots and server say to each other: openpi's policy protocol, and what is added to it.
+"""openpi's policy protocol and the keys added to it: requests, replies, and their checks.
 
     server → robot   metadata, once after connecting
     robot  → server  {"observation/<view>": uint8 [H, W, 3], …, "prompt": str,
-                      "observation/state": float [P]}, the state where the metadata's
-                      "observation_keys" name it, and optionally
-                      "reset": True        forget the episode so far, then act
-                      "episode_id": value  another value than before does the same
+                      "observation/state": float [P], where the metadata's "observation_keys"
+                      name it, and optionally
+                      "reset": True        start a new episode, then act
+                      "episode_id": value  another value than before does the same}
     server → robot   {"actions": float32 [T, A], "actions_valid": bool,
-                      "actions_invalid_reason": str,
+                      "actions_invalid_reason": str, "actions_steered": int,
                       "policy_timing": {"infer_ms", "observe_ms", "read_ms", "write_ms"},
                       "server_timing": {"infer_ms", "queue_ms"[, "prev_total_ms"]}}
 
-A request that only says ``{"reset": True}`` is answered by ``{"reset": True}``. A mistake in a
-request is answered by a text frame, and the connection stays; a frame that cannot be read ends it.
+``actions_steered`` counts the tokens that the grammar of the action tokenizer overrode, ``read_ms``
+is the prefill of the prompt and ``write_ms`` the decoding of the actions. A request that only says
+``{"reset": True}`` is answered by ``{"reset": True}``. A mistake in a request is answered by a text
+frame, and the connection stays; a frame that is no msgpack message ends it.
 Source: openpi src/openpi/serving/websocket_policy_server.py, src/openpi/policies/libero_policy.py.
 """
 
@@ -28,12 +30,14 @@ from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 
 VERSION = 1
-TIMING_NAMES = {"encode": "observe", "prefill": "read", "decode": "write"}  # of ``Policy.act``
+TIMING_NAMES = {"encode": "observe", "prefill": "read", "decode": "write"}
+"""Section of ``Policy.act`` -> its name in ``policy_timing`` and in the metrics."""
 PROMPT = "prompt"
-_VIEW, _STATE = "observation/", "observation/state"
-_RESET, _EPISODE = "reset", "episode_id"
-_LONGEST_PROMPT = 1_024  # characters
-_MOST_STATE = 4_096  # numbers
+_VIEW_PREFIX, _STATE = "observation/", "observation/state"
+_RESET, _EPISODE_ID = "reset", "episode_id"
+_MAX_PROMPT_CHARACTERS = 1_024
+_MAX_EPISODE_ID_CHARACTERS = 256
+_MAX_STATE_SIZE = 4_096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,57 +45,59 @@ class Request:
     """One request of a robot.
 
     Attributes:
-      observation: what it sees; None where it only resets.
-      reset: whether its episode starts anew.
-      episode: its id of the episode, None where it has none.
+      observation: what it observes; None where it only resets.
+      reset: whether a new episode starts.
+      episode_id: the robot's own name of the episode, None where it gives none.
     """
 
     observation: Observation | None
     reset: bool = False
-    episode: str | int | None = None
+    episode_id: str | int | None = None
 
 
-def read_request(message: Any, views: Sequence[str], *, longest_side: int) -> Request:
-    """Checks one message; arrays are not copied.
+def parse_request(message: Any, views: Sequence[str], *, max_side: int) -> Request:
+    """Checks one unpacked message; arrays are not copied.
 
     Args:
       message: what ``wire.unpack`` gave.
-      views: cameras the policy sees.
-      longest_side: most pixels along one side of a frame.
+      views: cameras of the policy.
+      max_side: largest height or width of a frame in pixels.
 
     Raises:
       UserError: a key that is unknown or missing, or a value of another type, shape or size.
     """
     if not isinstance(message, Mapping):
         raise UserError(f"the message is a {type(message).__name__}, expected a map of keys")
-    known = [_VIEW + view for view in views] + [_STATE, PROMPT, _RESET, _EPISODE]
+    frame_keys = [_VIEW_PREFIX + view for view in views]
+    known = [*frame_keys, _STATE, PROMPT, _RESET, _EPISODE_ID]
     unknown = [key for key in message if key not in known]
     if unknown:
         name = str(unknown[0])[:60]
         raise UserError(f"unknown key {name!r}; this policy knows {', '.join(known)}")
-    reset, episode = _reset(message), _episode(message)
-    if reset and not message.keys() - {_RESET, _EPISODE}:
-        return Request(None, True, episode)
-    missing = [key for key in [*known[: len(views)], PROMPT] if key not in message]
+    reset, episode_id = _parse_reset(message), _parse_episode_id(message)
+    if reset and not message.keys() - {_RESET, _EPISODE_ID}:
+        return Request(None, True, episode_id)
+    missing = [key for key in [*frame_keys, PROMPT] if key not in message]
     if missing:
-        has = ", ".join(map(str, message)) or "nothing"
-        raise UserError(f"key {missing[0]!r} is missing; the message has {has}")
-    frames = {view: _frame(message[_VIEW + view], view, longest_side) for view in views}
-    return Request(Observation(_prompt(message), frames, _state(message)), reset, episode)
+        present = ", ".join(map(str, message)) or "nothing"
+        raise UserError(f"key {missing[0]!r} is missing; the message has {present}")
+    frames = {view: _parse_frame(message, _VIEW_PREFIX + view, max_side) for view in views}
+    observation = Observation(_parse_prompt(message), frames, _parse_state(message))
+    return Request(observation, reset, episode_id)
 
 
-def write_request(observation: Observation) -> dict[str, Any]:
+def request_message(observation: Observation) -> dict[str, Any]:
     """The message of an observation; the state only where it has one."""
-    frames = {_VIEW + view: frame for view, frame in observation.frames.items()}
-    request = {**frames, PROMPT: observation.instruction}
-    return request if observation.state is None else {**request, _STATE: observation.state}
+    frames = {_VIEW_PREFIX + view: frame for view, frame in observation.frames.items()}
+    message = {**frames, PROMPT: observation.instruction}
+    return message if observation.state is None else {**message, _STATE: observation.state}
 
 
-def write_reply(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, Any]:
+def reply_message(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, Any]:
     """The reply to an observation, without the server's own timing.
 
     Args:
-      chunk: what the policy chose.
+      chunk: the policy's next actions.
       timing: milliseconds of the whole call and of its parts.
     """
     return {
@@ -103,56 +109,61 @@ def write_reply(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, An
     }
 
 
-def _reset(message: Mapping[str, Any]) -> bool:
+def _parse_reset(message: Mapping[str, Any]) -> bool:
     value = message.get(_RESET, False)
     if not isinstance(value, (bool, np.bool_)):
         raise UserError(f"{_RESET!r} is a {type(value).__name__}, expected True or False")
     return bool(value)
 
 
-def _episode(message: Mapping[str, Any]) -> str | int | None:
-    value = message.get(_EPISODE)
+def _parse_episode_id(message: Mapping[str, Any]) -> str | int | None:
+    value = message.get(_EPISODE_ID)
     if isinstance(value, np.integer):
         value = int(value)
-    if value is not None and not (isinstance(value, (str, int)) and len(str(value)) <= 256):
-        raise UserError(f"{_EPISODE!r} is {str(value)[:60]!r}, expected a short text or a number")
+    if value is None:
+        return None
+    if not isinstance(value, (str, int)) or len(str(value)) > _MAX_EPISODE_ID_CHARACTERS:
+        raise UserError(f"{_EPISODE_ID!r} is {str(value)[:60]!r}, expected a short text or number")
     return value
 
 
-def _prompt(message: Mapping[str, Any]) -> str:
+def _parse_prompt(message: Mapping[str, Any]) -> str:
     value = message[PROMPT]
     if not isinstance(value, str):
         raise UserError(f"{PROMPT!r} is a {type(value).__name__}, expected text")
-    if len(value) > _LONGEST_PROMPT:
+    if len(value) > _MAX_PROMPT_CHARACTERS:
         raise UserError(
-            f"{PROMPT!r} has {len(value)} characters, more than {_LONGEST_PROMPT}; shorten it"
+            f"{PROMPT!r} has {len(value)} characters, at most {_MAX_PROMPT_CHARACTERS} are "
+            "accepted; shorten it"
         )
     return value
 
 
-def _state(message: Mapping[str, Any]) -> np.ndarray | None:
+def _parse_state(message: Mapping[str, Any]) -> np.ndarray | None:
     value = message.get(_STATE)
     if value is None:
         return None
-    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
-    if not numbers or value.ndim != 1 or value.size > _MOST_STATE:
-        found = _describe(value)
-        raise UserError(f"{_STATE!r} is {found}, expected up to {_MOST_STATE} numbers [P]")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+    numeric = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
+    if not numeric or value.ndim != 1 or value.size > _MAX_STATE_SIZE:
+        raise UserError(
+            f"{_STATE!r} is {_describe(value)}, expected up to {_MAX_STATE_SIZE} numbers [P]"
+        )
+    # Robots send float64. What float32 cannot hold becomes infinite in the cast, so the one check
+    # behind it finds overflow as well as the infinities and NaNs that were sent.
+    with np.errstate(over="ignore"):
         state = value.astype(np.float32)
     if not np.isfinite(state).all():
-        raise UserError(f"{_STATE!r} holds a value that is not finite")
+        raise UserError(f"{_STATE!r} contains a value that is not finite")
     return state
 
 
-def _frame(value: Any, view: str, longest_side: int) -> np.ndarray:
-    name = _VIEW + view
+def _parse_frame(message: Mapping[str, Any], key: str, max_side: int) -> np.ndarray:
+    value, expected = message[key], "expected uint8 [H, W, 3], RGB"
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3:
-        raise UserError(f"{name!r} is {_describe(value)}, expected uint8 [H, W, 3], RGB")
-    if value.shape[-1] != 3 or min(value.shape) < 1 or max(value.shape) > longest_side:
+        raise UserError(f"{key!r} is {_describe(value)}, {expected}")
+    if value.shape[-1] != 3 or min(value.shape) < 1 or max(value.shape) > max_side:
         raise UserError(
-            f"{name!r} is {_describe(value)}, expected uint8 [H, W, 3], RGB, with sides of 1 to "
-            f"{longest_side} pixels"
+            f"{key!r} is {_describe(value)}, {expected}, with sides of 1 to {max_side} pixels"
         )
     return value
 

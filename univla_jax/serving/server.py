@@ -1,8 +1,8 @@
-"""A policy behind a websocket that speaks openpi's protocol (``protocol.py``).
+"""Websocket server of a policy, with openpi's protocol (``protocol.py``), health and metrics pages.
 
-Frames are read and answered on the event loop; the policy computes on one thread of its own, so
-that pings, ``/healthz`` and ``/metrics`` are answered meanwhile. Each connection is one robot with
-an episode of its own.
+Requests are parsed and answered on the event loop; the policy computes on one thread of its own
+(``batching.py``), so that pings, ``/healthz`` and ``/metrics`` are answered meanwhile. Each
+connection is one robot with an episode of its own.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import prometheus_client as prometheus
 from websockets import exceptions
-from websockets.asyncio.server import ServerConnection, serve
+from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
@@ -31,22 +30,23 @@ from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.sampler import Timer
 from univla_jax.serving import protocol, wire
-from univla_jax.serving.batching import Answer, Batcher, BusyError
+from univla_jax.serving.batching import Batcher, BusyError
 
-# ----------------------------------------------------------------------------
-# What a server needs of a policy, and how it listens.
+_log = logging.getLogger(__name__)
+_MAX_CLOSE_REASON = 123  # bytes, RFC 6455 section 5.5
+_GOING_AWAY, _UNSUPPORTED_DATA, _INVALID_DATA, _INTERNAL_ERROR = 1001, 1003, 1007, 1011
 
 
 class ServedPolicy(Protocol):
-    """What a server needs of a policy."""
+    """The part of ``Policy`` and ``Executor`` that a server uses."""
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The cameras an observation must have."""
+        """Cameras an observation must have."""
         ...
 
     def start(self) -> Any:
-        """The memory of a new episode."""
+        """A session: the state of a new episode."""
         ...
 
     def check(self, observation: Observation, name: str) -> None:
@@ -64,25 +64,25 @@ class ServedPolicy(Protocol):
         ...
 
     def prefill_ahead(self) -> bool:
-        """Does something useful before the next request; whether there was anything to do."""
+        """Prefills the known beginning of coming prompts; False when nothing is left to do."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """How a server listens and what it accepts.
+    """Address, limits and timeouts of a server.
 
     Attributes:
       host: address to listen on.
       port: 0 takes a free one.
-      max_batch: most robots answered in one call of the policy.
+      max_batch: most robots in one call of the policy.
       window_seconds: how long a request waits for others.
       queue: most requests that wait; more are refused.
       max_connections: most robots connected.
-      max_message_bytes: longest frame read.
-      longest_side: most pixels along one side of a camera frame.
-      send_seconds: a robot that does not take its answer for so long is cut off.
-      drain_seconds: how long a stop waits for requests that run.
+      max_message_bytes: largest request.
+      max_side: largest height or width of a camera frame, in pixels.
+      send_seconds: a robot that does not take its reply for so long is disconnected.
+      drain_seconds: how long a stop waits for requests under way.
       api_key: must be in the header ``Authorization: Api-Key <key>`` if not empty.
     """
 
@@ -93,14 +93,14 @@ class ServerConfig:
     queue: int = 64
     max_connections: int = 64
     max_message_bytes: int = 16 * 2**20
-    longest_side: int = 4096
+    max_side: int = 4096
     send_seconds: float = 10.0
     drain_seconds: float = 30.0
     api_key: str = ""
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        for name in ("max_batch", "queue", "max_connections", "max_message_bytes", "longest_side"):
+        for name in ("max_batch", "queue", "max_connections", "max_message_bytes", "max_side"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: {getattr(self, name)}, expected at least 1")
         if not 0 <= self.port < 2**16:
@@ -110,82 +110,61 @@ class ServerConfig:
                 raise UserError(f"--{name}: {getattr(self, name)} is negative")
 
 
-# ----------------------------------------------------------------------------
-# What ``/metrics`` shows, in the Prometheus text format.
-
-
-CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_ROWS = (1, 2, 4, 8, 16, 32)
-
-
 class ServerMetrics:
-    """Counters of one server, in a registry of their own."""
+    """Prometheus metrics of one server, in a registry of their own.
+
+    Attributes:
+      connections: robots connected.
+      queue_length: requests waiting for a batch.
+      requests: by outcome: ok, reset, bad_request, busy, unreadable, error.
+      invalid_chunks: replies whose tokens decoded to no whole chunk.
+      seconds: from a request's arrival to its reply.
+      policy_seconds: time spent in the policy, by part.
+      batch_size: requests per call of the policy.
+    """
 
     def __init__(self) -> None:
-        """Starts everything at zero."""
-        self._registry = CollectorRegistry()
-        self.connections = Gauge("univla_connections", "Robots connected", registry=self._registry)
-        self.waiting = Gauge(
-            "univla_queue_requests", "Requests waiting for a batch", registry=self._registry
+        """Starts every counter at zero."""
+        self._registry = registry = prometheus.CollectorRegistry()
+        gauge, counter = prometheus.Gauge, prometheus.Counter
+        histogram = prometheus.Histogram
+        self.connections = gauge("univla_connections", "Robots connected", registry=registry)
+        self.queue_length = gauge(
+            "univla_queue_requests", "Requests waiting for a batch", registry=registry
         )
-        self._requests = Counter(
+        self.requests = counter(
             "univla_requests",
             "Requests by outcome: ok, reset, bad_request, busy, unreadable, error",
             ["outcome"],
-            registry=self._registry,
+            registry=registry,
         )
-        self._invalid = Counter(
+        self.invalid_chunks = counter(
             "univla_invalid_chunks",
             "Answers whose tokens decoded to no whole chunk",
-            registry=self._registry,
+            registry=registry,
         )
-        self._seconds = Histogram(
+        self.seconds = histogram(
             "univla_request_seconds",
             "Time from a request's arrival to its answer",
-            buckets=_SECONDS,
-            registry=self._registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+            registry=registry,
         )
-        self._parts = Counter(
+        self.policy_seconds = counter(
             "univla_policy_seconds",
             "Time spent in the policy, by part",
             ["part"],
-            registry=self._registry,
+            registry=registry,
         )
-        self._batch = Histogram(
+        self.batch_size = histogram(
             "univla_batch_rows",
             "Requests answered together",
-            buckets=_ROWS,
-            registry=self._registry,
+            buckets=(1, 2, 4, 8, 16, 32),
+            registry=registry,
         )
 
-    def refused(self, outcome: str) -> None:
-        """Counts a request that got no actions."""
-        self._requests.labels(outcome).inc()
-
-    def answered(self, seconds: float, batch: int, *, valid: bool) -> None:
-        """Counts a request that got actions."""
-        self._requests.labels("ok").inc()
-        self._invalid.inc(0 if valid else 1)
-        self._seconds.observe(seconds)
-        self._batch.observe(batch)
-
-    def computed(self, milliseconds: Mapping[str, float]) -> None:
-        """Adds the parts of one call of the policy."""
-        for part, spent in milliseconds.items():
-            self._parts.labels(part).inc(spent / 1e3)
-
-    def text(self) -> bytes:
-        """The page."""
-        return prometheus_client.generate_latest(self._registry)
-
-
-# ----------------------------------------------------------------------------
-
-
-_log = logging.getLogger(__name__)
-_LONGEST_REASON = 123  # bytes, by the protocol
-_NO_DATA, _UNREADABLE, _INTERNAL, _GOING_AWAY = 1003, 1007, 1011, 1001
+    def page(self) -> bytes:
+        """All metrics in the Prometheus text format."""
+        return prometheus.generate_latest(self._registry)
 
 
 @dataclasses.dataclass(eq=False)
@@ -194,15 +173,15 @@ class _Robot:
 
     Attributes:
       connection: its websocket.
-      session: the policy's memory of its episode.
-      episode: its id of the episode.
+      session: the policy's state of its episode.
+      episode_id: its own name of the episode.
       busy: whether a request of it is being answered.
-      previous_ms: how long the last answer took, from arrival to sent.
+      previous_ms: milliseconds from the arrival of its last request until the reply was sent.
     """
 
     connection: ServerConnection
     session: Any
-    episode: str | int | None = None
+    episode_id: str | int | None = None
     busy: bool = False
     previous_ms: float | None = None
 
@@ -218,12 +197,12 @@ class PolicyServer:
         metadata: Mapping[str, Any],
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Binds a policy that is warm already.
+        """Stores the settings; ``run`` starts listening.
 
         Args:
-          policy: acts.
-          config: how to listen.
-          metadata: told to every robot that connects.
+          policy: compiled already (``startup.warmup``), so that no request waits for it.
+          config: address, limits and timeouts.
+          metadata: sent to every robot that connects.
           tls: certificate and key, or None for plain connections.
         """
         self._policy, self._config, self._tls = policy, config, tls
@@ -233,12 +212,12 @@ class PolicyServer:
         self._draining = False
         self.port = config.port
 
-    async def run(self, stop: asyncio.Event, ready: Callable[[], None] | None = None) -> None:
-        """Listens until ``stop``, then lets the requests that run finish.
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
+        """Listens until ``stop``, then lets the requests under way finish.
 
         Args:
           stop: ends the server.
-          ready: called once the port is open; ``port`` then says which.
+          on_ready: called once the port is open; ``port`` is its number then.
 
         Raises:
           UserError: the port is taken, or the address is none of this machine's.
@@ -249,18 +228,20 @@ class PolicyServer:
             max_batch=config.max_batch,
             window_seconds=config.window_seconds,
             capacity=config.queue,
-            idle=self._policy.prefill_ahead,
-            others=lambda: len(self._robots),
+            on_idle=self._policy.prefill_ahead,
+            num_clients=lambda: len(self._robots),
         )
         batches = asyncio.create_task(self._batcher.run())
         try:
             server = await self._listen()
             self.port = server.sockets[0].getsockname()[1]
-            if ready is not None:
-                ready()
-            waiter = asyncio.create_task(stop.wait())
-            await asyncio.wait([waiter, batches], return_when=asyncio.FIRST_COMPLETED)
-            waiter.cancel()
+            if on_ready is not None:
+                on_ready()
+            # The batcher runs for ever; should it fail, the server must not go on accepting
+            # requests that nobody answers, so its end is waited for beside the stop.
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait([stopped, batches], return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
             await self._drain(server)
         finally:
             batches.cancel()
@@ -268,7 +249,7 @@ class PolicyServer:
                 await batches
             self._batcher.close()
 
-    async def _listen(self) -> Any:
+    async def _listen(self) -> Server:
         config = self._config
         try:
             return await serve(
@@ -280,7 +261,7 @@ class PolicyServer:
                 max_size=config.max_message_bytes,
                 max_queue=2,
                 origins=[None],  # browsers send one: no web page may drive a robot
-                process_request=self._before_upgrade,
+                process_request=self._respond_to_http,
                 server_header=None,
                 logger=_log.getChild("websockets"),
             )
@@ -290,40 +271,46 @@ class PolicyServer:
                 "another --port or --host"
             ) from error
 
-    async def _drain(self, server: Any) -> None:
-        """Refuses what is new, closes who is idle, and waits for the rest."""
+    async def _drain(self, server: Server) -> None:
+        # Idle robots are disconnected at once; busy ones get their reply and are disconnected by
+        # ``_serve_robot``. Whoever is left after ``drain_seconds`` is cut off.
         self._draining = True
         server.close(close_connections=False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_seconds):
-                idle = [r.connection for r in self._robots if not r.busy]
+                idle = [robot.connection for robot in self._robots if not robot.busy]
                 await asyncio.gather(*(c.close(_GOING_AWAY, "server stops") for c in idle))
                 while self._robots:
                     await asyncio.sleep(0.01)
         server.close(close_connections=True)
         await server.wait_closed()
 
-    def _before_upgrade(self, connection: ServerConnection, request: HttpRequest) -> Any:
-        """Answers plain HTTP, and decides who may connect; None lets a robot in."""
+    def _respond_to_http(
+        self, connection: ServerConnection, request: HttpRequest
+    ) -> Response | None:
+        """The response to a plain HTTP request or a refused robot; None lets a robot in."""
         path = request.path.split("?", 1)[0]
         if path == "/healthz":
             if self._draining:
                 return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "stopping\n")
             return connection.respond(http.HTTPStatus.OK, "OK\n")
-        if not self._knows_key(request.headers):
+        if not self._is_authorized(request.headers):
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a valid API key is needed\n")
         if path == "/metrics":
-            self.metrics.waiting.set(self._batcher.waiting)
-            headers = Headers({"Content-Type": CONTENT_TYPE, "Connection": "close"})
-            return Response(200, "OK", headers, self.metrics.text())
+            self.metrics.queue_length.set(self._batcher.queue_length)
+            content_type = prometheus.CONTENT_TYPE_LATEST
+            headers = Headers({"Content-Type": content_type, "Connection": "close"})
+            return Response(200, "OK", headers, self.metrics.page())
         if self._draining or len(self._robots) >= self._config.max_connections:
             why = "the server stops" if self._draining else "too many robots are connected"
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{why}\n")
         return None
 
-    def _knows_key(self, headers: Headers) -> bool:
+    def _is_authorized(self, headers: Headers) -> bool:
         if not self._config.api_key:
             return True
+        # Compared as bytes in constant time. Header values may contain any byte, which websockets
+        # decodes with surrogates; encoding them the same way never fails.
         given = ",".join(headers.get_all("Authorization"))
         expected = f"Api-Key {self._config.api_key}"
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
@@ -341,21 +328,25 @@ class PolicyServer:
                 if self._draining:
                     await connection.close(_GOING_AWAY, "server stops")
         except (exceptions.ConnectionClosed, TimeoutError):
-            pass  # it went away, or does not read
+            pass  # it went away, or does not take its replies
         finally:
             self._robots.discard(robot)
             self.metrics.connections.set(len(self._robots))
 
     async def _answer(self, robot: _Robot, frame: str | bytes) -> None:
-        """Answers one frame; whatever is wrong with it stays with this robot."""
+        # A mistake in a request, or a full queue, is answered in words and the robot may go on. A
+        # robot whose frames cannot be unpacked does not speak this protocol, and an unexpected
+        # exception may have left its session half updated: both end the connection. Details of
+        # an exception stay in the log, under the number that the robot is given.
         begin = time.perf_counter()
         try:
             if isinstance(frame, str):
-                await self._end(robot, _NO_DATA, "unreadable", "expected a binary msgpack frame")
+                message = "expected a binary msgpack frame"
+                await self._end(robot, _UNSUPPORTED_DATA, "unreadable", message)
                 return
             reply = await self._reply(robot, wire.unpack(frame), begin)
         except wire.WireError as error:
-            await self._end(robot, _UNREADABLE, "unreadable", str(error))
+            await self._end(robot, _INVALID_DATA, "unreadable", str(error))
         except UserError as error:
             await self._refuse(robot, "bad_request", f"bad request: {error}")
         except BusyError as error:
@@ -364,56 +355,63 @@ class PolicyServer:
             number = uuid.uuid4().hex[:8]
             _log.exception("request failed (%s)", number)
             message = f"internal error {number}; the server's log says more"
-            await self._end(robot, _INTERNAL, "error", message)
+            await self._end(robot, _INTERNAL_ERROR, "error", message)
         else:
             await self._send(robot, wire.pack(reply))
             robot.previous_ms = 1e3 * (time.perf_counter() - begin)
 
     async def _reply(self, robot: _Robot, message: Any, begin: float) -> dict[str, Any]:
-        longest = self._config.longest_side
-        request = protocol.read_request(message, self._policy.views, longest_side=longest)
+        """The reply to one message that arrived at ``begin``."""
+        request = protocol.parse_request(
+            message, self._policy.views, max_side=self._config.max_side
+        )
         if request.observation is not None:
             self._policy.check(request.observation, "observation")
-        changed = request.episode is not None and request.episode != robot.episode
-        if request.reset or changed:
-            robot.session, robot.episode = self._policy.start(), request.episode
+        new_episode = request.episode_id is not None and request.episode_id != robot.episode_id
+        if request.reset or new_episode:
+            robot.session, robot.episode_id = self._policy.start(), request.episode_id
         if request.observation is None:
-            self.metrics.refused("reset")
+            self.metrics.requests.labels("reset").inc()
             return {"reset": True}
-        answer = await self._batcher.submit((request.observation, robot.session))
-        return self._timed(robot, answer, begin)
-
-    def _timed(self, robot: _Robot, answer: Answer, begin: float) -> dict[str, Any]:
-        chunk, timing = answer.value
-        spent = time.perf_counter() - begin
-        self.metrics.answered(spent, answer.batch, valid=chunk.valid)
-        server = {"infer_ms": 1e3 * spent, "queue_ms": answer.queue_ms}
+        result = await self._batcher.submit((request.observation, robot.session))
+        chunk, policy_timing = result.value
+        seconds = time.perf_counter() - begin
+        self.metrics.requests.labels("ok").inc()
+        self.metrics.invalid_chunks.inc(0 if chunk.valid else 1)
+        self.metrics.seconds.observe(seconds)
+        self.metrics.batch_size.observe(result.batch_size)
+        server_timing = {"infer_ms": 1e3 * seconds, "queue_ms": result.queue_ms}
         if robot.previous_ms is not None:
-            server["prev_total_ms"] = robot.previous_ms
-        return protocol.write_reply(chunk, timing) | {"server_timing": server}
+            server_timing["prev_total_ms"] = robot.previous_ms
+        reply = protocol.reply_message(chunk, policy_timing)
+        return reply | {"server_timing": server_timing}
 
-    def _act(self, items: Sequence[tuple[Observation, Any]]) -> list[tuple[ActionChunk, dict]]:
+    def _act(
+        self, items: Sequence[tuple[Observation, Any]]
+    ) -> list[tuple[ActionChunk, dict[str, float]]]:
         """One call of the policy; runs on the batcher's thread."""
         observations, sessions = zip(*items)
         timer, begin = Timer(), time.perf_counter()
         chunks = self._policy.act(observations, sessions, timer=timer)
-        spent = {protocol.TIMING_NAMES[name]: ms for name, ms in timer.milliseconds.items()}
-        self.metrics.computed(spent)
-        whole = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
-        parts = {f"{name}_ms": ms for name, ms in spent.items()}
-        return [(chunk, whole | parts) for chunk in chunks]
+        timing = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
+        for section, milliseconds in timer.milliseconds.items():
+            part = protocol.TIMING_NAMES[section]
+            self.metrics.policy_seconds.labels(part).inc(milliseconds / 1e3)
+            timing[f"{part}_ms"] = milliseconds
+        return [(chunk, timing) for chunk in chunks]
 
     async def _refuse(self, robot: _Robot, outcome: str, message: str) -> None:
-        self.metrics.refused(outcome)
+        self.metrics.requests.labels(outcome).inc()
         await self._send(robot, message)
 
     async def _end(self, robot: _Robot, code: int, outcome: str, message: str) -> None:
         await self._refuse(robot, outcome, message)
-        reason = message.encode("ascii", "replace")[:_LONGEST_REASON].decode()
+        reason = message.encode("ascii", "replace")[:_MAX_CLOSE_REASON].decode()
         await robot.connection.close(code, reason)
 
     async def _send(self, robot: _Robot, frame: str | bytes) -> None:
-        """Sends, and cuts off a robot that does not read."""
+        # A robot that sends requests and takes no replies would fill this process's buffers; a
+        # closing handshake would wait for it just as long, so the connection is aborted.
         try:
             async with asyncio.timeout(self._config.send_seconds):
                 await robot.connection.send(frame)

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a running server: checks, compilation, signals."""
+"""Startup of the policy server: address check, TLS, API key, compilation, metadata, signals."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import Any
 
 import jax
 
-from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.execution import Executor
 from univla_jax.inference.policy import Policy
+from univla_jax.inference.sampler import batch_bucket
 from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str]) -> None:
-    """Lets later starts find what this one compiles.
+    """Keeps compiled functions in a folder, where later starts find them.
 
     Args:
-      folder: made where it is missing; only its owner can write there.
+      folder: created if it is missing; only its owner can write there.
 
     Raises:
       UserError: it cannot be made.
@@ -39,16 +39,22 @@ def enable_compilation_cache(folder: str | os.PathLike[str]) -> None:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise UserError(f"--compiled={folder}: {error.strerror}; name another folder") from error
+    # JAX keeps by default only what took more than a second to compile. A policy is many small
+    # programs, one per shape, which together are most of a start.
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError where nothing can listen on the address; long before it is needed."""
+    """Checks that the address is free, before a policy is loaded and compiled for minutes.
+
+    Raises:
+      UserError: nothing can listen there.
+    """
     try:
-        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(kind, socket.SOCK_STREAM) as probe:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
@@ -59,7 +65,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
-    """The TLS settings of two PEM files, None where neither is given.
+    """TLS settings from a certificate and its key, both PEM files; None if neither is given.
 
     Raises:
       UserError: only one is given, or they cannot be read.
@@ -80,23 +86,28 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     return context
 
 
-def warmup(policy: Policy, max_batch: int, report: Callable[[str], None]) -> float:
-    """Compiles every shape that requests will need; returns the seconds it took."""
+def warmup(policy: Policy, max_batch: int, report: Callable[[str], None]) -> None:
+    """Compiles every shape that requests will need.
+
+    Args:
+      policy: whose functions are compiled.
+      max_batch: most robots in one call.
+      report: gets a line of progress per batch size.
+    """
+    # Calls are padded to a few batch sizes; compiling each of them now means that no robot ever
+    # waits for the compiler.
     begin = time.perf_counter()
-    rows = 1
-    while True:
-        policy.warmup(rows)
-        report(f"ready for {rows} robot(s) at once after {time.perf_counter() - begin:.1f} s")
-        if rows >= max_batch:
-            return time.perf_counter() - begin
-        rows = min(2 * rows, max_batch)
+    for size in sorted({batch_bucket(rows) for rows in range(1, max_batch + 1)}):
+        policy.warmup(size)
+        report(f"ready for {size} robot(s) at once after {time.perf_counter() - begin:.1f} s")
 
 
-def describe(executor: Executor) -> dict[str, Any]:
-    """What a robot is told when it connects."""
+def server_metadata(executor: Executor) -> dict[str, Any]:
+    """The first message to every robot: what to send, what it gets, and of which checkpoint."""
     policy = executor.policy
     loaded, statistics = policy.loaded, policy.statistics
-    values = json.dumps(statistics.to_dict(), sort_keys=True)
+    request = protocol.request_message(policy.example())
+    statistics_json = json.dumps(statistics.to_dict(), sort_keys=True)
     return {
         "protocol": protocol.VERSION,
         "checkpoint_step": int(loaded.folder.name) if loaded.folder.name.isdigit() else -1,
@@ -109,16 +120,12 @@ def describe(executor: Executor) -> dict[str, Any]:
         "action_dim": statistics.action_dim,
         "action_q01": list(statistics.q01),
         "action_q99": list(statistics.q99),
-        "statistics_sha256": hashlib.sha256(values.encode()).hexdigest(),
-        "observation_keys": _observation_keys(policy.example()),
+        "statistics_sha256": hashlib.sha256(statistics_json.encode()).hexdigest(),
+        "observation_keys": {
+            key: list(value.shape) for key, value in request.items() if key != protocol.PROMPT
+        },
         "prompt_key": protocol.PROMPT,
     }
-
-
-def _observation_keys(example: Observation) -> dict[str, list[int]]:
-    """What a request must hold beside its words, and the shapes."""
-    request = protocol.write_request(example)
-    return {key: list(value.shape) for key, value in request.items() if key != protocol.PROMPT}
 
 
 async def serve(
@@ -127,23 +134,29 @@ async def serve(
     tls: ssl.SSLContext | None,
     report: Callable[[str], None],
 ) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+      executor: a policy that ``warmup`` has compiled.
+      config: address, limits and timeouts.
+      tls: certificate and key, or None for plain connections.
+      report: gets a line when the server listens and when it has stopped.
+
+    Raises:
+      UserError: the port is taken.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = PolicyServer(executor, config, metadata=describe(executor), tls=tls)
+    server = PolicyServer(executor, config, metadata=server_metadata(executor), tls=tls)
     scheme = "wss" if tls else "ws"
-
-    def ready() -> None:
-        report(f"listening on {scheme}://{config.host}:{server.port}")
-
-    await server.run(stop, ready)
+    await server.run(stop, lambda: report(f"listening on {scheme}://{config.host}:{server.port}"))
     report("stopped")
 
 
-def with_key(config: ServerConfig, file: str | None) -> ServerConfig:
-    """The config with the API key of a file, where one is named.
+def with_api_key(config: ServerConfig, file: str | None) -> ServerConfig:
+    """The config with the API key from a file, if one is named.
 
     Raises:
       UserError: the file cannot be read or is empty.

@@ -1,10 +1,11 @@
-"""msgpack with NumPy arrays as openpi writes it; limits are checked before anything is allocated.
+"""msgpack with NumPy arrays in openpi's encoding.
 
     array   {b"__ndarray__": True, b"data": C-order bytes, b"dtype": dtype.str, b"shape": sizes}
     scalar  {b"__npgeneric__": True, b"data": number, b"dtype": dtype.str}
 
-Arrays hold booleans, integers or floats; anything else is refused in both directions, and nothing
-is ever unpickled. Source: openpi packages/openpi-client/src/openpi_client/msgpack_numpy.py:21-57.
+Arrays contain booleans, integers or floats; anything else is refused in both directions, and
+nothing is ever unpickled.
+Source: openpi packages/openpi-client/src/openpi_client/msgpack_numpy.py:21-57.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 import msgpack
 import numpy as np
 
-_MOST_ITEMS = 64  # of one map or list; larger ones are no observation
-_KINDS = "biuf"
+_MAX_ITEMS = 64  # of one map or list; no observation has more
+_DTYPE_KINDS = "biuf"
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 
 
 class WireError(ValueError):
-    """A frame that cannot be read: what is wrong with it."""
+    """A frame that cannot be unpacked, or a value that cannot be packed."""
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """One binary frame of a message of numbers, texts, lists, maps and arrays.
+    """Packs a message of numbers, texts, lists, maps and arrays into one binary frame.
 
     Raises:
       WireError: an array or scalar of objects, records or complex numbers.
@@ -35,18 +36,20 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 
 def unpack(frame: bytes) -> Any:
-    """The message of a binary frame; arrays are read-only views on it, nothing is copied.
+    """Unpacks a binary frame; arrays are read-only views of it, nothing is copied.
 
     Raises:
       WireError: no msgpack, more than 64 items in one map or list, or an array whose dtype, shape
         and bytes do not fit together.
     """
+    # A frame comes from anyone who can reach the port. The limits stop msgpack from allocating what
+    # a length in its header claims, and the array hooks check a shape before they use it.
     try:
         return msgpack.unpackb(
             frame,
             object_hook=_unpack_numpy,
-            max_array_len=_MOST_ITEMS,
-            max_map_len=_MOST_ITEMS,
+            max_array_len=_MAX_ITEMS,
+            max_map_len=_MAX_ITEMS,
             max_ext_len=0,
         )
     except WireError:
@@ -69,34 +72,35 @@ def _pack_numpy(value: Any) -> Any:
 
 def _unpack_numpy(value: dict[Any, Any]) -> Any:
     if _ARRAY in value:
-        return _array(value)
+        return _unpack_array(value)
     if _SCALAR in value:
-        return _scalar(value)
+        return _unpack_scalar(value)
     return value
 
 
-def _array(value: Mapping[bytes, Any]) -> np.ndarray:
-    dtype, shape, data = _dtype(value), value.get(b"shape"), value.get(b"data")
-    sizes = isinstance(shape, list) and len(shape) <= 8
-    if not sizes or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+def _unpack_array(value: Mapping[bytes, Any]) -> np.ndarray:
+    dtype, shape, data = _unpack_dtype(value), value.get(b"shape"), value.get(b"data")
+    few_axes = isinstance(shape, list) and len(shape) <= 8
+    if not few_axes or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
         raise WireError(f"array of shape {str(shape)[:60]}, expected up to 8 sizes")
+    # ``math.prod`` does not overflow as NumPy's product would: 8 sizes of 2**30 must not pass as 0.
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
         size = len(data) if isinstance(data, bytes) else type(data).__name__
         raise WireError(f"array of {dtype} {shape} does not fit its data ({size} bytes)")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _scalar(value: Mapping[bytes, Any]) -> np.generic:
+def _unpack_scalar(value: Mapping[bytes, Any]) -> np.generic:
     number = value.get(b"data")
     if not isinstance(number, (bool, int, float)):
         raise WireError(f"NumPy scalar of {type(number).__name__}, expected a number")
     try:
-        return _dtype(value).type(number)
+        return _unpack_dtype(value).type(number)
     except (OverflowError, ValueError) as error:
         raise WireError(f"NumPy scalar: {error}") from error
 
 
-def _dtype(value: Mapping[bytes, Any]) -> np.dtype:
+def _unpack_dtype(value: Mapping[bytes, Any]) -> np.dtype:
     name = value.get(b"dtype")
     if not isinstance(name, str) or len(name) > 8:
         raise WireError(f"dtype {str(name)[:60]!r}, expected a NumPy type string such as '|u1'")
@@ -109,5 +113,5 @@ def _dtype(value: Mapping[bytes, Any]) -> np.dtype:
 
 
 def _check_kind(dtype: np.dtype) -> None:
-    if dtype.kind not in _KINDS or dtype.hasobject:
+    if dtype.kind not in _DTYPE_KINDS or dtype.hasobject:
         raise WireError(f"arrays of {dtype} are not accepted, only of booleans, integers, floats")

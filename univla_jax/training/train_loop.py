@@ -284,10 +284,8 @@ def train(
 
 def finished(config: TrainConfig, folder: pathlib.Path) -> bool:
     """Whether ``folder`` holds the checkpoint of the last step."""
-    steps = checkpoints.step_folders(folder / checkpoints.CHECKPOINTS)
-    return any(
-        step >= config.total_steps and checkpoints.is_complete(path) for step, path in steps.items()
-    )
+    newest = checkpoints.newest_checkpoint(folder)
+    return newest is not None and int(newest.name) >= config.total_steps
 
 
 def _boards(project: str, config: TrainConfig, folder: pathlib.Path) -> list[MetricWriter]:
