@@ -78,7 +78,9 @@ def test_weights_set_the_proportions_of_every_part_of_the_stream():
 
 
 def test_a_store_seen_more_often_is_seen_evenly():
-    drawn = [index for store, _, index in located(1000, (10, 10), proportions=(3.0, 1.0)) if store == 0]
+    drawn = [
+        index for store, _, index in located(1000, (10, 10), proportions=(3.0, 1.0)) if store == 0
+    ]
     counts = np.bincount(drawn)
     assert len(drawn) == 750 and set(counts) == {75}
 

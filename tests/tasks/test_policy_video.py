@@ -67,9 +67,7 @@ def test_unfit_parts_are_refused():
     cases = {
         "same number": lambda: TASK.build("", [TWO, code(1)], []),
         "0 action chunks for 2": lambda: TASK.build("", [TWO], []),
-        "2 action chunks for 2 moments": lambda: TASK.build(
-            "", [TWO], [chunk(1)] * 2, [chunk(1)]
-        ),
+        "2 action chunks for 2 moments": lambda: TASK.build("", [TWO], [chunk(1)] * 2, [chunk(1)]),
         "visual code 12": lambda: TASK.build("", [code(12)], [chunk(1)]),
     }
     for message, call in cases.items():

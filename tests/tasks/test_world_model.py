@@ -72,9 +72,7 @@ def test_an_episode_needs_a_whole_spacing():
 def test_one_of_the_named_cameras_is_drawn():
     def firsts(episode):
         settings = {"frame_spacing": 3, "views": ("view0", "view1")}
-        return {
-            small.shown_codes(sample(episode, seed, **settings).ids)[0] for seed in range(20)
-        }
+        return {small.shown_codes(sample(episode, seed, **settings).ids)[0] for seed in range(20)}
 
     episode = small.episode(0, 6)
     assert firsts(episode) == {0, 1}
