@@ -191,5 +191,5 @@ def test_a_new_task_is_one_module_and_one_name(registered):
 
 
 def test_a_task_that_is_not_registered_is_refused():
-    with pytest.raises(UserError, match="data.task: 'last_frame' is not one of"):
+    with pytest.raises(UserError, match=r"data\.task: 'last_frame' is not one of"):
         small.config(task="last_frame", frames=1)
