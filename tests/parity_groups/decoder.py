@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,6 @@ from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from univla_jax.inference.sampler import Sampler
 from univla_jax.interop.key_table import decoder_rules, export_state
 from univla_jax.models.decoder import Decoder, layer_states
-from univla_jax.pipeline.batch import Batch
 from univla_jax.training.losses import Modalities, weighted_cross_entropy
 
 ACTIVATIONS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4
@@ -34,7 +34,20 @@ def decoder(golden: Golden) -> Iterator[Check]:
     yield from _gradients(golden, export_state(decoder_rules(model.config), gradient), data)
 
 
-def golden_batch(data: Mapping[str, np.ndarray], values: Mapping[str, Any], **rows: Any) -> Batch:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedBatch:
+    """Token arrays [B, S] and the loss weight of each token."""
+
+    tokens: Any
+    weights: Any
+    positions: Any
+    segment_ids: Any
+
+
+def golden_batch(
+    data: Mapping[str, np.ndarray], values: Mapping[str, Any], **rows: Any
+) -> WeightedBatch:
     """The reference's labels and per-class weights as loss weights of the tokens.
 
     Args:
@@ -53,9 +66,9 @@ def golden_batch(data: Mapping[str, np.ndarray], values: Mapping[str, Any], **ro
     visual = (ids >= values["bov_token_id"]) & (ids <= values["eov_token_id"])
     weight = np.where(visual, values["vision_loss_weight"], 1.0) * labeled
     weight[:, 0] = 0
-    return Batch(
+    return WeightedBatch(
         tokens=ids.astype(np.int32),
-        loss_weight=weight.astype(np.float32),
+        weights=weight.astype(np.float32),
         positions=np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1)),
         segment_ids=data["attention_mask"].astype(np.int32),
     )
@@ -67,7 +80,7 @@ def id_ranges(values: Mapping[str, Any]) -> Modalities:
 
 
 def loss_and_gradient(
-    model: Decoder, params: Any, batch: Batch, values: Mapping[str, Any], **options: Any
+    model: Decoder, params: Any, batch: WeightedBatch, values: Mapping[str, Any], **options: Any
 ) -> tuple[jax.Array, Any]:
     """The weighted loss of one batch and its gradient by the parameters."""
 
@@ -75,7 +88,7 @@ def loss_and_gradient(
     @jax.value_and_grad
     def run(params: Any) -> jax.Array:
         total, weight, _ = weighted_cross_entropy(
-            model, params, batch, id_ranges(values), **options
+            model, params, batch, batch.weights, id_ranges(values), **options
         )
         return total / weight
 

@@ -130,9 +130,10 @@ def flow_gradient(models: Models, data: Mapping[str, np.ndarray], case: str) -> 
             models.expert,
             params,
             batch,
+            batch.weights,
             target,
             id_ranges(values),
-            weight=weight,
+            flow_weight=weight,
             reference_padding=True,
             train=True,
         )

@@ -104,9 +104,11 @@ def run_steps(
         weight_decay=values["weight_decay"],
     )
 
-    def loss(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, jax.Array, dict]:
+    def loss(
+        params: Any, batch: Any, step: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict]:
         total, weight, _ = weighted_cross_entropy(
-            model, params, batch, id_ranges(config), train=True
+            model, params, batch, batch.weights, id_ranges(config), train=True
         )
         return total, weight, {}
 

@@ -1,21 +1,24 @@
 """Rebuilds the reference's dataset samples and prompts with the package's own functions.
 
 One record of ``dataset.json`` (golden group 9) or ``prompts.json`` (group 10a) in, ids and labels
-out. The record's arguments choose the layout and the labels, as a recipe's config does in training.
+out. The record's arguments choose the task and the labels, as a recipe's config does in training.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
-from univla_jax.sequences.labels import LABELS, label_mask
 
-from univla_jax.pipeline.batch import Example
-from univla_jax.sequences import layouts, prompts, windows
+from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_block, frame_header, image_grammar, video_grammar
+from univla_jax.sequences.roles import LABELS, Role
 from univla_jax.sequences.text_encoder import TextEncoder
-from univla_jax.sequences.tokens import Role, Tokens
+from univla_jax.sequences.tokens import Tokens
+from univla_jax.tasks import task_class
+from univla_jax.tasks.base import Task, TaskSettings, window_frames
 
 IGNORED = -100
 ARM_VIEWS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
@@ -42,7 +45,7 @@ class Scene:
         self.interleaved = self.args["video_format"] == "interleave"
         frames = self.args["frames"] if self.interleaved else 1
         if self.interleaved or steps >= self.spacing:
-            self.length = windows.window_steps(steps, frames, self.spacing)
+            self.length = self.spacing * window_frames(steps, frames, self.spacing)
         else:
             self.length = steps  # an image-mode episode shorter than one chunk
         self.start = shift + record["start_index"]
@@ -112,37 +115,43 @@ def sample_tokens(
     def ids(codes: np.ndarray) -> np.ndarray:
         return text_encoder.vocabulary.action_ids(codes)
 
+    def build(name: str, *parts: Any) -> Tokens:
+        return make_task(name, text_encoder).build(text, views, *parts)
+
     text = "" if args["without_text"] and "World" in record["dataset"] else scene.text
     views = scene.views()
     acts = args["actions"] and record["dataset"] != "Emu3WorldModelDataset"
     if scene.interleaved:
         if not acts:
-            return layouts.world_model(text_encoder, text, views)
-        chunks = [ids(c) for c in scene.chunks(encode)]
-        return layouts.policy_video(text_encoder, text, views, chunks)
+            return build("world_model")
+        return build("policy_video", [ids(c) for c in scene.chunks(encode)])
     if args["VL"]:
         order = next(r for name, *_, r in record["random_calls"] if name == "random")
-        layout = layouts.caption if order < 0.5 else layouts.question
-        return layout(text_encoder, text, views)
+        # The reference's question has an empty answer: eos alone.
+        return build("caption") if order < 0.5 else build("question", "")
     if not acts or args["actions_format"] == "text":
-        return _head_of(layouts.policy_flow(text_encoder, text, views))
+        return _without_boa(build("policy_flow"))
     if args["actions_format"] == "continuous":
-        return layouts.policy_flow(text_encoder, text, views)
+        return build("policy_flow")
     (chunk,) = scene.chunks(encode)
     if record["dataset"] == "Emu3CoTDataset":
-        return layouts.chain_of_thought(text_encoder, text, views, scene.thought(), ids(chunk))
+        return build("chain_of_thought", scene.thought(), ids(chunk))
     state = scene.state(encode)
-    state = None if state is None else ids(state)
-    return layouts.policy_image(text_encoder, text, views, ids(chunk), state)
+    return build("policy_image", ids(chunk), None if state is None else ids(state))
 
 
-def _head_of(tokens: Tokens) -> Tokens:
+def make_task(name: str, text_encoder: TextEncoder) -> Task:
+    """A task that builds sequences from given codes."""
+    return task_class(name)(TaskSettings(), text_encoder)
+
+
+def _without_boa(tokens: Tokens) -> Tokens:
     """Without the final boa: the reference's text format appends no action at all."""
     return Tokens(tokens.ids[:-1], tokens.roles[:-1])
 
 
 def labeled_roles(record: Mapping) -> frozenset[Role]:
-    """The label choice behind the reference's flags (facts 28, 32, 33)."""
+    """The labeled roles behind the reference's flags (UniVLA train/datasets.py)."""
     args, dataset = record["args"], record["dataset"]
     only_action = args["apply_loss_on_only_action"]
     only_vision = args["apply_loss_on_only_vision"]
@@ -170,15 +179,17 @@ def dataset_sample(
       UserError: an episode shorter than a chunk, or an interleaved sample that is too long.
     """
     tokens = sample_tokens(text_encoder, record, arrays, encode)
-    mask = label_mask(tokens, labeled_roles(record))
-    row = Example.single(tokens.ids, mask.astype(np.float32))
-    length = record["max_position_embeddings"]
-    if len(tokens) <= length or record["args"]["video_format"] == "interleave":
-        row = row.pad_to(length, text_encoder.vocabulary.pad)
+    ids, length = tokens.ids, record["max_position_embeddings"]
+    labeled = np.isin(tokens.roles, list(labeled_roles(record)))
+    missing = length - len(ids)
+    if missing < 0 and record["args"]["video_format"] == "interleave":
+        raise UserError(f"a sample of {len(ids)} tokens does not fit {length}")
+    padding = (0, max(missing, 0))
+    padded = np.pad(ids, padding, constant_values=text_encoder.vocabulary.pad)
     sample = {
-        "input_ids": row.tokens,
-        "attention_mask": (row.segment_ids > 0).astype(np.int32),
-        "labels": np.where(row.loss_weight > 0, row.tokens, IGNORED),
+        "input_ids": padded,
+        "attention_mask": np.pad(np.ones_like(ids), padding),
+        "labels": np.where(np.pad(labeled, padding), padded, IGNORED),
     }
     if record["args"]["actions_format"] == "continuous":
         sample["action"] = Scene(record, arrays).actions()
@@ -218,25 +229,28 @@ def _prompt(
     video: np.ndarray,
     others: list[np.ndarray],
 ) -> np.ndarray:
+    task = functools.partial(make_task, text_encoder=text_encoder)
     mode, kwargs = record["mode"], record["kwargs"]
     shown, frames = kwargs.get("context_frames") or None, kwargs.get("frames")
     if shown is not None:
         shown = min(shown, len(video))
     views, (height, width) = [video, *others], video.shape[1:]
     if mode in ("VLA", "VLA2", "VLA_ALOHA"):
-        return prompts.policy_prompt(text_encoder, text, views, shown=shown)
+        return task("policy_image").build(text, views, frames_shown=shown).ids
     if mode in ("VLA_Video", "VLA2_Video", "VLA_VIDEO_ALOHA"):
-        return prompts.turn_prompt(text_encoder, views, shown=shown)
+        return task("policy_video").moment_prompt(views, frames_shown=shown)
     if mode == "VLA_COT":
-        return prompts.reasoning_prompt(text_encoder, text, views, shown=shown)
+        return task("chain_of_thought").build(text, views, frames_shown=shown).ids
     if mode == "G":
-        return prompts.draw_prompt(text_encoder, text, height, width, frames)
+        if frames is None:
+            return task("text_to_image").prompt(text, height, width)
+        return task("caption").prompt(text, height, width, frames)
     if mode == "U":
-        return prompts.ask_prompt(text_encoder, text, views)
+        return task("question").build(text, views).ids
     if mode == "INTERLEAVE" and len(video) == frames == 1:
-        return prompts.imagine_prompt(text_encoder, text, video)
+        return task("world_model").prompt(text, video)
     block = frame_block(text_encoder, video, shown=shown)
-    parts = [prompts.opening(text_encoder, text), block]
+    parts = [task("world_model").opening(text), block]
     if mode == "INTERLEAVE":
         parts.append(frame_header(text_encoder, height, width, frames))
     return np.concatenate(parts)

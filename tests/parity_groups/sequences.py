@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from tests.parity_groups import reference_samples
 from tests.parity_groups.checks import Check, Golden, equal
-from tests.sequences import reference_samples
 from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_header, frame_separator
 from univla_jax.sequences.text_encoder import TextEncoder

@@ -1,17 +1,25 @@
-import collections
+"""Training and evaluation batches: what is in them, who makes them, and where they go on."""
+
+from __future__ import annotations
+
 import dataclasses
+import hashlib
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.sequences import small
+from tests.pipeline import small
 from univla_jax.errors import UserError
+from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
+from univla_jax.sequences.roles import Role, labeled_roles
+from univla_jax.training.losses import LabelWeights
 
 TWO = {"stores": ("a", "b")}
-FIELDS = ("tokens", "loss_weight", "positions", "segment_ids")
+FIELDS = ("tokens", "roles", "task_ids", "positions", "segment_ids")
 
 
 def stores(a=12, b=12):
@@ -37,7 +45,7 @@ def assert_equal(ours, theirs):
 def together(parts):
     """The global batches of several hosts' ones."""
     return [
-        type(batch[0])(*(np.concatenate([getattr(b, name) for b in batch]) for name in FIELDS))
+        Batch(*(np.concatenate([getattr(b, name) for b in batch]) for name in FIELDS))
         for batch in zip(*parts, strict=True)
     ]
 
@@ -60,9 +68,12 @@ def test_batches_have_the_promised_arrays():
     for packing in (True, False):
         (batch,) = batches(1, packing=packing)
         assert batch.tokens.shape == (2, 160) and batch.tokens.dtype == np.int32
-        assert batch.loss_weight.dtype == np.float32 and batch.valid.all()
-        starts = batch.positions == 0
-        assert not batch.loss_weight[starts].any()
+        assert batch.roles.dtype == batch.task_ids.dtype == np.uint8 and batch.valid.all()
+        assert not batch.task_ids.any() and batch.roles.max() == Role.ACTION
+        v = small.assets().vocabulary
+        visual = (batch.tokens >= v.bov) & (batch.tokens <= v.eov)
+        np.testing.assert_array_equal(batch.roles == Role.VISION, visual)
+        assert (batch.tokens[batch.segment_ids == 0] == v.pad).all()
     assert (
         batches(4, packing=True)[0].useful_fraction > batches(4, packing=False)[0].useful_fraction
     )
@@ -103,22 +114,15 @@ def test_padded_batches_show_every_episode_once_an_epoch():
     assert len(set(segments(made))) == 24
 
 
-def test_packed_rows_lose_and_repeat_nothing():
-    settings = {"sources": [small.store(40, "a")], "batch_size": 2}
-    packed = collections.Counter(segments(batches(20, **settings)))
-    padded = collections.Counter(segments(batches(120, packing=False, **settings)))
-    assert sum(packed.values()) > 40 and packed <= padded
-
-
-def _resumed(config, sources, before, after, **place):
+def _resumed(config, sources, before, after, **host):
     """Batches after a restart, and the ones an uninterrupted run would have given."""
-    first = training_batches(config, small.assets(), sources, **place)
+    first = training_batches(config, small.assets(), sources, **host)
     for _ in range(before):
         first.next()
     state = first.get_state()
     wanted = [first.next() for _ in range(after)]
     first.close()
-    second = training_batches(config, small.assets(), sources, **place)
+    second = training_batches(config, small.assets(), sources, **host)
     second.set_state(state)
     assert second.get_state() == state
     made = [second.next() for _ in range(after)]
@@ -202,7 +206,7 @@ def test_another_number_of_hosts_goes_on_from_the_same_place(before, after, pack
         reader.close()
 
 
-def test_a_state_without_this_hosts_rows_or_a_cut_one_is_refused():
+def test_a_state_without_this_hosts_elements_or_a_cut_one_is_refused():
     config = small.config(**TWO)
     first = training_batches(config, small.assets(), stores(), host=0, hosts=2)
     first.next()
@@ -251,7 +255,7 @@ def test_weights_count_per_episode_or_per_store():
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_reads_each_held_out_episode_once(hosts):
     config = small.config(**TWO, held_out_every=3, batch_size=4)
-    rows = []
+    elements = []
     for host in range(hosts):
         evaluation = EvaluationBatches(
             config, small.assets(), stores(17, 12), host=host, hosts=hosts
@@ -261,10 +265,10 @@ def test_evaluation_reads_each_held_out_episode_once(hosts):
         assert {batch.tokens.shape for batch in made} == {(4 // hosts, 160)}
         assert_equal(made, list(evaluation))
         for batch in made:
-            assert not batch.loss_weight[~batch.valid].any()
-            rows += list(batch.tokens[batch.valid])
-    assert len(rows) == 5 + 4
-    assert {chr(row[1]) for row in rows} == {"a", "b"}
+            assert not batch.segment_ids[~batch.valid].any()
+            elements += list(batch.tokens[batch.valid])
+    assert len(elements) == 5 + 4
+    assert {chr(element[1]) for element in elements} == {"a", "b"}
 
 
 def test_unfit_sources_are_refused():
@@ -297,10 +301,135 @@ def test_state_is_json_of_moderate_size():
 
 
 def test_the_flow_expert_gets_its_chunks():
-    settings = {"layout": "policy_flow", "frames": 1, "packing": False}
+    settings = {"task": "policy_flow", "frames": 1, "packing": False}
     batch, _ = batches(2, **settings)
     assert batch.actions.shape == (2, 3, 2) and batch.actions.dtype == np.float32
     config = small.config(**settings, held_out_every=2, batch_size=4)
     held_out = list(EvaluationBatches(config, small.assets(), stores()[:1]))
     assert [b.actions.shape for b in held_out] == [(4, 3, 2)] * 2
     assert dataclasses.replace(batch, actions=None).useful_fraction == batch.useful_fraction
+
+
+# What changes the loss alone, and what older code saved.
+
+
+@pytest.mark.parametrize("changes", [{"loss_on": "all"}, {"vision_weight": (1.0, 0.1, 50)}])
+def test_what_changes_the_loss_alone_changes_neither_batches_nor_position(changes):
+    config, other = small.config(**TWO), small.config(**TWO, **changes)
+    first = training_batches(config, small.assets(), stores())
+    second = training_batches(other, small.assets(), stores())
+    assert_equal([second.next() for _ in range(3)], [first.next() for _ in range(3)])
+    second.set_state(first.get_state())
+    assert_equal([second.next()], [first.next()])
+
+
+def saved_by_older_code(state, **changes):
+    """A state under the field names, and with the loss settings, that were saved once."""
+    saved = json.loads(state)
+    identity = saved["identity"]
+    identity["data.layout"] = identity.pop("data.task")
+    identity["data.action_frames"] = identity.pop("data.chunk_size")
+    identity |= {"data.loss_on": "", "data.vision_weight": 0.5, **changes}
+    return json.dumps(saved, sort_keys=True).encode()
+
+
+def test_a_state_that_older_code_saved_goes_on():
+    iterator = training_batches(small.config(**TWO), small.assets(), stores())
+    iterator.next()
+    state = iterator.get_state()
+    assert not {"data.loss_on", "data.vision_weight"} & json.loads(state)["identity"].keys()
+    other = training_batches(small.config(**TWO), small.assets(), stores())
+    other.set_state(saved_by_older_code(state))
+    assert other.get_state() == state
+    assert_equal([other.next()], [iterator.next()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.layout": "policy_image"}, "data.task was 'policy_image', is 'policy_video'"),
+        ({"data.action_frames": 4}, "data.chunk_size was 4, is 3"),
+        ({"data.seed": 8}, "data.seed was 8, is 7"),
+        ({"data.unheard_of": 1}, "data.unheard_of was 1, is None"),
+    ],
+)
+def test_a_state_of_older_code_and_other_data_is_refused(changes, message):
+    iterator = training_batches(small.config(**TWO), small.assets(), stores())
+    with pytest.raises(UserError, match=message):
+        iterator.set_state(saved_by_older_code(iterator.get_state(), **changes))
+
+
+def annotated(letter, count):
+    """A store of episodes with states and texts."""
+    episodes = []
+    for number in range(count):
+        episode = small.episode(number, 9 + number % 4, letter)
+        steps = len(episode)
+        state = np.linspace(-1, 1, 2 * steps, dtype=np.float32).reshape(steps, 2)
+        texts = {
+            "reasoning": tuple(f"t{step}" for step in range(steps)),
+            "question": ("what",),
+            "answer": ("x",),
+        }
+        episodes.append(dataclasses.replace(episode, state=state, texts=texts))
+    return small.Store(letter, episodes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"loss_on": "both", "vision_weight": 0.25}, "6d64e92916f98f8f"),
+        ({"packing": False, "aligned_windows": 0.5}, "ab1c93e89cab7f8f"),
+        ({"state": True, "loss_on": "all"}, "71062fe847a84d29"),
+        (
+            {"task": "policy_image", "frames": 1, "views": ("view1", "view0")},
+            "b803630450bfe17e",
+        ),
+        ({"task": "policy_flow", "frames": 1, "packing": False}, "842fd2befe57785c"),
+        ({"task": "chain_of_thought", "frames": 1}, "f865c86e1e4f88a7"),
+        (
+            {
+                "task": "world_model",
+                "frames": 3,
+                "frame_spacing": 2,
+                "views": ("view0", "view1"),
+            },
+            "48127bad4b64e2f5",
+        ),
+        (
+            {
+                "task": "world_model",
+                "packing": False,
+                "null_prompt_prob": 0.3,
+                "vision_weight": 1.0,
+            },
+            "eec36ca7ca673f9d",
+        ),
+        ({"task": "question", "frames": 1}, "d091ca8b77d8e304"),
+        ({"task": "caption", "frames": 1, "null_prompt_prob": 0.5}, "1a8efb515cba2e51"),
+        ({"task": "text_to_image", "frames": 1}, "cae3f96d204e91a2"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else value,
+)
+def test_six_batches_are_what_they_always_were(changes, expected):
+    """Tokens, positions, segments, loss weights and actions; a resumed run depends on it.
+
+    The hashes are of batches that carried their loss weights themselves.
+    """
+    assets = small.assets()
+    statistics = assets.statistics["tabletop"]
+    assets = dataclasses.replace(
+        assets, statistics={"tabletop": statistics, "tabletop/state": statistics}
+    )
+    config = small.config(**TWO, weights=(2.0, 1.0), **changes)
+    weigh = LabelWeights((labeled_roles(config.labels),), (config.vision_schedule,))
+    iterator = training_batches(config, assets, [annotated("a", 12), annotated("b", 6)])
+    digest = hashlib.sha256()
+    for _ in range(6):
+        batch = iterator.next()
+        weights = np.asarray(weigh(batch, jnp.int32(0)))
+        arrays = [batch.tokens, batch.positions, batch.segment_ids, weights]
+        for array in [*arrays, *([] if batch.actions is None else [batch.actions])]:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    iterator.close()
+    assert digest.hexdigest()[:16] == expected

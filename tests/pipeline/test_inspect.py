@@ -1,10 +1,14 @@
+"""The page of training examples."""
+
+from __future__ import annotations
+
 import dataclasses
 import html
 
 import numpy as np
 
-from tests.sequences import small
-from univla_jax.pipeline.inspect import write_page
+from tests.pipeline import small
+from univla_jax.pipeline.inspect import render_examples
 
 
 class Pictures:
@@ -27,7 +31,7 @@ class Words(small.Letters):
 def page(episodes=None, **changes):
     given = dataclasses.replace(small.assets(), vision=Pictures(), text=Words())
     store = episodes or small.store(12, "<")
-    return write_page(small.config(**changes), given, 3, [store])
+    return " ".join(render_examples(small.config(**changes), given, 3, [store]).split())
 
 
 def test_the_page_shows_frames_actions_and_labeled_tokens():
@@ -37,7 +41,7 @@ def test_the_page_shows_frames_actions_and_labeled_tokens():
     assert shown.count("<polyline") == 3 * 2 and "view1 step" in shown
     assert "action 1: -0.905 to 1" in shown and "steps 0 to 1" in shown
     assert "4 codes <small>0</small>" in shown
-    assert 'class="learnt" style="background:#ffd8a8"' in shown
+    assert 'class="learned" style="background:#ffd8a8"' in shown
     assert html.escape("<boa>") in shown
 
 
@@ -50,5 +54,5 @@ def test_videos_without_actions_have_no_curves():
         "videos",
         [dataclasses.replace(e, actions=np.zeros((len(e), 0), "f4")) for e in small.store(12)],
     )
-    shown = page(videos, layout="world_model", frame_spacing=2, vision_weight=0.5)
+    shown = page(videos, task="world_model", frame_spacing=2, vision_weight=0.5)
     assert "4 codes <small>0.5</small>" in shown and "<svg" not in shown

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+from tests.parity import assert_parity
 from tests.pipeline import small
 from tests.sequences.spelling import ASSETS, TEXT_ENCODER, chunk, code, spell
 from univla_jax import tasks
@@ -66,6 +67,11 @@ def test_cameras_of_a_corpus_come_in_its_order():
         "side",
     ]
     assert ordered_views("mars", {"b": 1, "a": 2}) == ["b", "a"]
+
+
+@pytest.mark.parametrize("group", ["dataset", "prompts"])
+def test_golden_samples_and_prompts(golden_dir, group):
+    assert_parity(golden_dir, group)
 
 
 VIEWS = [code(1, 2), code(3, 4)]
@@ -185,5 +191,5 @@ def test_a_new_task_is_one_module_and_one_name(registered):
 
 
 def test_a_task_that_is_not_registered_is_refused():
-    with pytest.raises(UserError, match="data.task: 'last_frame' is not one of"):
+    with pytest.raises(UserError, match=r"data\.task: 'last_frame' is not one of"):
         small.config(task="last_frame", frames=1)

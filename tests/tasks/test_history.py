@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.parity import assert_parity
 from tests.pipeline import small
 from tests.sequences.spelling import ASSETS, FRAME, chunk, code, spell
 from univla_jax.errors import UserError
-from univla_jax.tasks.history import History, closed
+from univla_jax.tasks.history import History, close_action
 
 TASK = small.task("policy_video", frames=2)
+
+
+def test_golden_prompts_of_a_policy(golden_dir):
+    assert_parity(golden_dir, "step", "prompt ids")
 
 
 def test_the_history_of_a_video_policy_is_its_training_sequence():
@@ -32,6 +37,7 @@ def test_the_history_of_a_video_policy_is_its_training_sequence():
     assert spell(third).startswith(f"<bos> g o {FRAME.format(3, 4)} <boa> a2 <eoa>")
     np.testing.assert_array_equal(third[: len(prefix)], prefix)
     np.testing.assert_array_equal(third[len(prefix) :], TASK.moment_prompt(frames[2:]))
+    assert len(history.moments) == 2 and len(history.actions) == 1
 
 
 def test_a_history_of_one_observation_is_the_image_policy():
@@ -56,20 +62,20 @@ def test_states_stand_in_the_prompt_where_training_shows_them():
 
 
 def test_a_wrong_order_is_refused():
-    turn = TASK.moment_prompt([code(1, 2)])
-    waiting = History().observe(turn)
+    moment = TASK.moment_prompt([code(1, 2)])
+    waiting = History().observe(moment)
     cases = [
         lambda: History(window=0),
         lambda: History().prompt(np.zeros(1, np.int32)),
-        lambda: History().act(turn),
-        lambda: waiting.observe(turn),
+        lambda: History().act(moment),
+        lambda: waiting.observe(moment),
     ]
     for call in cases:
         with pytest.raises(UserError, match="history"):
             call()
 
 
-def test_closed_ends_with_exactly_one_eoa():
+def test_a_closed_action_ends_with_exactly_one_eoa():
     v = ASSETS.vocabulary
     for generated in ([5, 6], [5, 6, v.eoa], [5, 6, v.eoa, 7, v.eoa]):
-        assert closed(v, generated).tolist() == [5, 6, v.eoa]
+        assert close_action(v, generated).tolist() == [5, 6, v.eoa]
