@@ -15,7 +15,7 @@ SEEN = Observation("go", {})
 class Scripted:
     """Chunks of three steps and one dimension, told in advance."""
 
-    chunk, views = 3, ()
+    chunk_size, views = 3, ()
 
     def __init__(self, *rows):
         self._rows = list(rows)
