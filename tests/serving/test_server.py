@@ -18,7 +18,7 @@ from tests.serving.harness import CountingPolicy, ask, observation, running
 from univla_jax.errors import UserError
 from univla_jax.serving import wire
 from univla_jax.serving.server import ServerConfig
-from univla_jax.serving.startup import check_port, tls_context, with_api_key
+from univla_jax.serving.startup import check_port, read_api_key, tls_context
 
 PIXELS = 8 * 8 * 3
 
@@ -205,6 +205,6 @@ def test_taken_ports_and_bad_settings_are_named(tmp_path):
     with pytest.raises(UserError, match="--port: 70000"):
         ServerConfig(port=70000)
     with pytest.raises(UserError, match="--api_key_file"):
-        with_api_key(ServerConfig(), str(tmp_path / "none"))
+        read_api_key(str(tmp_path / "none"))
     (tmp_path / "key").write_text("geheim\n")
-    assert with_api_key(ServerConfig(), str(tmp_path / "key")).api_key == "geheim"
+    assert read_api_key(str(tmp_path / "key")) == "geheim"
