@@ -55,7 +55,7 @@ def text() -> ConfigDict:
 
 def action() -> ConfigDict:
     """FAST on the normalized chunks."""
-    values = {"corpus": SUITE, "chunk": ACTION_FRAMES, "scale": 10.0, "vocabulary_size": 512}
+    values = {"corpus": SUITE, "chunk_size": ACTION_FRAMES, "scale": 10.0, "vocabulary_size": 512}
     return complete(ActionFitConfig, values)
 
 

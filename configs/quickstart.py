@@ -55,7 +55,7 @@ def action() -> ConfigDict:
     """FAST on the normalized chunks."""
     return complete(
         ActionFitConfig,
-        {"corpus": CORPUS, "chunk": ACTION_FRAMES, "scale": 5.0, "vocabulary_size": 384},
+        {"corpus": CORPUS, "chunk_size": ACTION_FRAMES, "scale": 5.0, "vocabulary_size": 384},
     )
 
 

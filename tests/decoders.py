@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from univla_jax.interop.key_table import config_from_huggingface, decoder_rules, import_state
+from tests.interop.state_dicts import import_state
+from univla_jax.interop.hf_config import decoder_config_from_hf
+from univla_jax.interop.hf_weights import decoder_rules
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
 
@@ -54,7 +56,7 @@ def golden_decoder(folder: pathlib.Path, **changes: Any) -> tuple[Decoder, Any]:
     """The reference's golden decoder, float32, without dropout."""
     values = json.loads((folder / "decoder_config.json").read_text())
     defaults = {"dtype": "float32", "remat": "none", "dropout": 0.0}
-    config = config_from_huggingface(values, **(defaults | changes))
+    config = dataclasses.replace(decoder_config_from_hf(values), **(defaults | changes))
     params = import_state(decoder_rules(config), load_file(folder / "decoder.safetensors"))
     return Decoder(config), jax.tree.map(jnp.asarray, params)
 

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 import time
 
-import flax.traverse_util
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from tests.conftest import REPOSITORY
-from tests.inference import tiny_checkpoint
-from tests.interop import hub_folders
+from tests.interop import hf_folders
 from tests.training import tiny_run
-from univla_jax.assets import Assets
-from univla_jax.checkpoints import find_checkpoint, load_params
+from univla_jax.checkpoints import find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.hf_config import HfModel
-from univla_jax.interop.key_table import import_state
 from univla_jax.interop.to_hf import to_hf
 from univla_jax.tokenizers.action import UniformBinTokenizer
-from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.training.train_loop import train
 
 SIZES = {
@@ -54,7 +46,7 @@ def run(program, *arguments, **environment):
 
 
 def test_the_command_goes_there_and_back(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
     (source / "figures").mkdir()
     there = run("univla_jax.convert", f"--from_hf={source}", f"--to={tmp_path / 'ours'}")
     assert there.returncode == 0, there.stderr
@@ -63,11 +55,11 @@ def test_the_command_goes_there_and_back(tmp_path):
     back = run("univla_jax.convert", f"--from={tmp_path / 'ours'}", f"--to_hf={tmp_path / 'back'}")
     assert back.returncode == 0, back.stderr
     (source / "figures").rmdir()
-    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+    assert hf_folders.contents(tmp_path / "back") == hf_folders.contents(source)
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
     (source / "model-00001-of-00003.safetensors").unlink()
     done = run("univla_jax.convert", f"--from_hf={source}", f"--to={tmp_path / 'ours'}")
     assert done.returncode == 2 and not (tmp_path / "ours").exists()
@@ -81,7 +73,7 @@ def test_the_command_refuses_in_one_line(tmp_path):
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
 def test_killed_while_writing(delay, tmp_path):
     """Kill -9 once the first bytes are there; what is left looks like nothing, and is replaced."""
-    source = hub_folders.decoder_folder(
+    source = hf_folders.decoder_folder(
         tmp_path / "source", hidden_size=512, intermediate_size=4096, num_hidden_layers=16
     )
     command = ["-m", "univla_jax.convert", f"--from_hf={source}", f"--to={tmp_path / 'ours'}"]
@@ -101,55 +93,13 @@ def test_killed_while_writing(delay, tmp_path):
         find_checkpoint(tmp_path)
     from_hf(source, tmp_path / "ours", ConvertConfig(), progress=False)
     to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
-    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+    assert hf_folders.contents(tmp_path / "back") == hf_folders.contents(source)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "ours", "back"}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    return tiny_checkpoint.save(folder / "run", tiny_checkpoint.make_assets(bins=True))
-
-
-def test_a_model_trained_here_gets_the_references_names(trained, tmp_path):
-    to_hf(trained, tmp_path / "hub", progress=False)
-    config = json.loads((tmp_path / "hub" / "config.json").read_text())
-    state = load_file(tmp_path / "hub" / "model.safetensors")
-    model = HfModel.of(config, state)
-    params = import_state(model.state_rules, state)
-    step = find_checkpoint(trained)
-    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    tables = {name: np.zeros((384, 32)) for name in ("embedding", "head")}  # padded to 128
-    template |= {k: jax.ShapeDtypeStruct(v.shape, np.float32) for k, v in tables.items()}
-    for path, ours in flax.traverse_util.flatten_dict(load_params(step, template)).items():
-        rows = config["vocab_size"] if path[-1] in tables else None
-        theirs = flax.traverse_util.flatten_dict(params)[path]
-        np.testing.assert_array_equal(ours[:rows], theirs[:rows])
-    vocabulary = Assets.load(step / "assets").vocabulary
-    assert config["bov_token_id"] == vocabulary.bov and config["vocab_size"] == vocabulary.size
-    assert {p.name for p in (tmp_path / "hub").iterdir()} > {"sentencepiece.model"}
-
-
-def test_another_dtype_on_the_way_out(trained, tmp_path):
-    to_hf(trained, tmp_path / "hub", dtype="bfloat16", progress=False)
-    to_hf(trained, tmp_path / "full", progress=False)
-    for key, value in load_file(tmp_path / "hub" / "model.safetensors").items():
-        whole = load_file(tmp_path / "full" / "model.safetensors")[key]
-        np.testing.assert_array_equal(value, whole.astype(value.dtype))
-        assert value.dtype.name == "bfloat16"
-
-
-def test_a_vision_tokenizer_fitted_here_goes_out_and_comes_back(tmp_path):
-    tiny_run.make_tokenizers(tmp_path / "fitted")
-    to_hf(tmp_path / "fitted" / "vision", tmp_path / "hub", progress=False)
-    from_hf(tmp_path / "hub", tmp_path / "ours", ConvertConfig(), progress=False)
-    prints = {VisionTokenizer.load(tmp_path / p).fingerprint for p in ("ours", "fitted/vision")}
-    assert len(prints) == 1
 
 
 @pytest.mark.slow
 def test_training_starts_from_a_converted_base_and_its_result_goes_out(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source", dtype=np.float32)
+    source = hf_folders.decoder_folder(tmp_path / "source", dtype=np.float32)
     from_hf(source, tmp_path / "base", ConvertConfig(), progress=False)
     world = tiny_run.make_world(tmp_path / "world")
     UniformBinTokenizer(16).save(tmp_path / "bins")
@@ -169,8 +119,8 @@ def test_training_starts_from_a_converted_base_and_its_result_goes_out(tmp_path)
     assert before.keys() == after.keys()
     for key, value in after.items():  # at this learning rate the weights stay those of the base
         np.testing.assert_allclose(value, before[key], atol=1e-6, err_msg=key)
-    files = hub_folders.contents(tmp_path / "hub")
-    assert hub_folders.text_files().items() <= files.items()
+    files = hf_folders.contents(tmp_path / "hub")
+    assert hf_folders.text_files().items() <= files.items()
 
 
 _RESTORE = """
@@ -201,7 +151,7 @@ np.savez(sys.argv[2], embedding=params["embedding"], up=up)
 
 @pytest.mark.slow
 def test_a_converted_checkpoint_is_restored_onto_a_mesh(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
     from_hf(source, tmp_path / "ours", ConvertConfig(), progress=False)
     done = subprocess.run(
         [sys.executable, "-c", _RESTORE, str(tmp_path / "ours"), str(tmp_path / "out.npz")],

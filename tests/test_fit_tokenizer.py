@@ -24,7 +24,7 @@ from univla_jax.training import vision_training
 from univla_jax.training.vision_training import FrameBatches
 
 TEXT = {"kind": "text", "corpus": "tabletop", "vocabulary_size": 300}
-ACTION = {"kind": "action", "corpus": "tabletop", "chunk": 5, "vocabulary_size": 300}
+ACTION = {"kind": "action", "corpus": "tabletop", "chunk_size": 5, "vocabulary_size": 300}
 VISION = {
     "kind": "vision",
     "corpus": "tabletop",
@@ -122,8 +122,8 @@ def stop_at(step):
         ({"kind": "texts"}, r"config\.kind: 'texts'; expected one of text, action, vision"),
         (TEXT | {"vocabulary": 3}, "did you mean 'vocabulary_size'"),
         (TEXT | {"split": "test"}, "no split 'test'; it has train, val"),
-        (ACTION | {"chunk": 0}, "at least one step"),
-        (ACTION | {"chunk": 10_000}, "the longest episode has"),
+        (ACTION | {"chunk_size": 0}, "at least one step"),
+        (ACTION | {"chunk_size": 10_000}, "the longest episode has"),
         (VISION | {"preset": "quick"}, "'quick' is not one of emu3, quickstart"),
         (VISION | {"image_specs": {"front": {"size": [8, 8], "factor": 2}}}, "min_pixels 6400"),
         (VISION | {"image_specs": {"image": {"factor": 4}}}, "code of 2 pixels a side"),

@@ -86,7 +86,7 @@ def test_it_acts_as_the_policy_does_and_starts_faster_the_second_time(checkpoint
             seconds.append(spent)
             with connect(f"ws://127.0.0.1:{port}", compression=None) as robot:
                 metadata = wire.unpack(robot.recv())
-                assert metadata["chunk"] == policy.chunk and metadata["checkpoint_step"] == 7
+                assert metadata["chunk"] == policy.chunk_size and metadata["checkpoint_step"] == 7
                 for seed, chunk in enumerate(expected):
                     robot.send(wire.pack(_message(seed)))
                     reply = wire.unpack(robot.recv(timeout=60))

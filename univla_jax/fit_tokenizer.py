@@ -1,12 +1,12 @@
-"""Fits a tokenizer to an RLDS dataset: of text, of actions or of images.
+"""Fits a tokenizer to a dataset: of text, of actions or of images.
 
     python -m univla_jax.fit_tokenizer --config=configs/quickstart.py:vision \\
-        --source=RLDS_FOLDER --workdir=TOKENIZER_FOLDER
+        --source=DATASET_FOLDER --workdir=TOKENIZER_FOLDER
 
 The config's ``kind`` says which. The folder gets the tokenizer's files, for actions also
 ``statistics.json``, and last ``fit.json`` with the config and what came out. Started again, the
 command says that the fit is finished; an interrupted image tokenizer continues from its newest
-checkpoint. Exit status: 0 done, 2 something to mend, 83 stopped by SIGTERM with the step saved.
+checkpoint. Exit status: 0 done, 2 an error of the user, 83 stopped by SIGTERM with the step saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from univla_jax.training.preemption import EXIT_STATUS, Preempted
 from univla_jax.training.vision_training import FREE, VisionFitConfig, fit_vision
 
 CONFIG = cli.config_flag()
-SOURCE = cli.string_flag("source", "RLDS dataset folder")
+SOURCE = cli.string_flag("source", "dataset folder")
 WORKDIR = cli.string_flag("workdir", "folder for the tokenizer")
 
 KINDS: Mapping[str, tuple[type, Callable[..., dict[str, Any]], Collection[str]]] = {
@@ -42,7 +42,7 @@ def fit_tokenizer(values: Mapping[str, Any], source: str, workdir: str) -> dict[
 
     Args:
       values: the config as a mapping.
-      source: RLDS dataset folder.
+      source: dataset folder.
       workdir: folder of the tokenizer.
 
     Returns:

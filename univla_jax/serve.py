@@ -1,11 +1,12 @@
-"""Serves a policy checkpoint to robots over a websocket that speaks openpi's protocol.
+"""Serves a policy checkpoint to robots over a websocket with openpi's protocol.
 
     python -m univla_jax.serve --checkpoint=WORKDIR --port=8000
 
 ``openpi_client.websocket_client_policy.WebsocketClientPolicy("localhost", 8000)`` works unchanged;
-``serving/protocol.py`` lists the keys. The port opens when everything is compiled; a second start
-finds most of it in ``--compiled``. ``GET /healthz`` says whether the server runs, ``GET /metrics``
-is for Prometheus. SIGTERM lets the requests that run finish. Needs ``pip install .[serve]``.
+``serving/protocol.py`` lists the keys. The port opens once all batch sizes are compiled; later
+starts find the compiled functions in ``--compiled``. ``GET /healthz`` answers while the server
+runs, ``GET /metrics`` is for Prometheus. On SIGTERM, requests under way are finished. Needs
+``pip install '.[serve]'``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from univla_jax.inference.sampling import sampling_flags
 _BEGIN = time.perf_counter()
 
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
-CORPUS = cli.string_flag("corpus", "corpus whose cameras and statistics apply", required=False)
+CORPUS = cli.string_flag("corpus", "corpus whose cameras and statistics are used", required=False)
 HOST = cli.string_flag("host", "address to listen on", default="127.0.0.1")
 PORT = flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one")
 API_KEY = cli.string_flag("api_key", "key that robots must send", default="")
@@ -31,10 +32,10 @@ API_KEY_FILE = cli.string_flag("api_key_file", "file with that key", required=Fa
 TLS_CERT = cli.string_flag("tls_cert", "PEM certificate", required=False)
 TLS_KEY = cli.string_flag("tls_key", "PEM private key", required=False)
 EXECUTION = flags.DEFINE_enum(
-    "execution", "chunk", ["chunk", "receding", "ensemble"], "which actions of a chunk are sent"
+    "execution", "chunk", ["chunk", "receding", "ensemble"], "which actions of a chunk are executed"
 )
 EXECUTE_STEPS = flags.DEFINE_integer("execute_steps", 1, "actions per call, unless whole chunks")
-ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "how fast an ensemble's weights fall")
+ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "decay of an ensemble's weights")
 SPECULATIVE_BLOCK = flags.DEFINE_integer(
     "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
 )
@@ -42,15 +43,15 @@ SAMPLING = sampling_flags()
 MAX_CACHED_SESSIONS = flags.DEFINE_integer(
     "max_cached_sessions", 64, "robots whose key/value caches are kept between calls"
 )
-INT8 = flags.DEFINE_bool("int8", False, "weights of eight bits")
-MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "most robots answered in one call")
-WINDOW_MS = flags.DEFINE_float("window_ms", 5.0, "how long a request waits for others")
+INT8 = flags.DEFINE_bool("int8", False, "store the weights in eight bits")
+MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "most robots in one call of the policy")
+WINDOW_MS = flags.DEFINE_float("window_ms", 5.0, "milliseconds a request waits for others")
 QUEUE = flags.DEFINE_integer("queue", 64, "most requests that wait; more are refused")
 MAX_CONNECTIONS = flags.DEFINE_integer("max_connections", 64, "most robots connected")
-MAX_MESSAGE_MB = flags.DEFINE_integer("max_message_mb", 16, "longest message read, in MiB")
-DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30.0, "how long a stop waits for requests")
+MAX_MESSAGE_MB = flags.DEFINE_integer("max_message_mb", 16, "largest request, in MiB")
+DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30.0, "seconds a stop waits for requests")
 COMPILED = cli.string_flag(
-    "compiled", "folder that keeps compiled functions", default="~/.cache/univla_jax/compiled"
+    "compiled", "folder of compiled functions", default="~/.cache/univla_jax/compiled"
 )
 
 
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> None:
     from univla_jax.inference.execution import Execution, Executor
     from univla_jax.inference.policy import Policy
 
+    # What can be wrong with the command line is found first: loading and compiling an 8B policy
+    # takes minutes, and a port that is taken should not cost them.
     config = ServerConfig(
         host=HOST.value,
         port=PORT.value,
@@ -75,9 +78,8 @@ def main(argv: list[str]) -> None:
         max_connections=MAX_CONNECTIONS.value,
         max_message_bytes=MAX_MESSAGE_MB.value * 2**20,
         drain_seconds=DRAIN_SECONDS.value,
-        api_key=API_KEY.value,
+        api_key=startup.read_api_key(API_KEY_FILE.value) if API_KEY_FILE.value else API_KEY.value,
     )
-    config = startup.with_api_key(config, API_KEY_FILE.value)
     tls = startup.tls_context(TLS_CERT.value, TLS_KEY.value)
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     startup.check_port(config.host, config.port)

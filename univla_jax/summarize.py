@@ -180,7 +180,7 @@ def _store(folder: pathlib.Path) -> dict[str, Any]:
     return {
         "episodes": manifest.episodes,
         "frames": manifest.frames,
-        "broken_episodes": len(manifest.problems),
+        "invalid_episodes": len(manifest.invalid_episodes),
         "grids": {view: list(grid) for view, grid in manifest.header.grids.items()},
     }
 

@@ -7,8 +7,8 @@
 Killed at any moment and started again it continues with the first unfinished shard; started again
 when all is done it changes nothing. Several processes or hosts share the shards of a store when
 each is given its part (``0/4`` ... ``3/4``); the one that finds all finished completes the store.
-Broken episodes are left out, listed and counted. ``--verify`` changes nothing: it recomputes the
-checksums of finished stores and encodes some of their episodes again.
+Invalid episodes, too short ones among them, are skipped, counted and listed. ``--verify`` changes
+nothing: it recomputes the checksums of finished stores and encodes some of their episodes again.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from absl import flags
 
 from univla_jax import cli
 from univla_jax.config import build_config
-from univla_jax.data.tokenize import Partition, TokenizeConfig, tokenize, verify_store
-from univla_jax.data.validation import describe
+from univla_jax.data.token_store import Manifest
+from univla_jax.data.tokenize import Part, TokenizeConfig, tokenize, verify_store
+from univla_jax.data.validation import describe_invalid
 from univla_jax.tokenizers.vision import VisionTokenizer
 
 CONFIG = cli.config_flag()
 SOURCE = cli.string_flag("source", "dataset folder")
 VISION = cli.string_flag("vision", "vision tokenizer folder")
 OUT = cli.string_flag("out", "folder for the stores, one per split")
-
-
 PART = cli.string_flag("part", "part of the work, such as 0/4", default="0/1")
 VERIFY = flags.DEFINE_bool("verify", False, "Checks finished stores instead of writing any")
 
@@ -42,28 +41,33 @@ def main(argv: list[str]) -> None:
     if VERIFY.value:
         _verify(config, vision)
         return
-    share = Partition.parse(PART.value)
-    for name, manifest in tokenize(config, SOURCE.value, OUT.value, vision, share).items():
+    part = Part.parse(PART.value)
+    for name, manifest in tokenize(config, SOURCE.value, OUT.value, vision, part).items():
         if manifest is None:
-            print(f"{name}: this process is done, others are not")
-            continue
+            print(f"{name}: this part is done, other parts are not")
+        else:
+            _report(name, manifest)
+
+
+def _report(name: str, manifest: Manifest) -> None:
+    """What went into a store on standard output, and what did not on standard error."""
+    header, invalid = manifest.header, manifest.invalid_episodes
+    print(f"{name}: {manifest.episodes} episodes, {manifest.frames} frames in {OUT.value}/{name}")
+    if invalid:
         print(
-            f"{name}: {manifest.episodes} episodes, {manifest.frames} frames in {OUT.value}/{name}"
+            f"{name}: {len(invalid)} of {header.source_episodes} episodes skipped "
+            f"(min_frames={header.min_frames}): {describe_invalid(invalid, 20)}",
+            file=sys.stderr,
         )
-        if manifest.problems:
-            print(
-                f"{name}: {len(manifest.problems)} broken: {describe(manifest.problems, 20)}",
-                file=sys.stderr,
-            )
 
 
 def _verify(config: TokenizeConfig, vision: VisionTokenizer) -> None:
     for name in config.splits:
         folder = pathlib.Path(OUT.value, name)
-        found = verify_store(folder, config, SOURCE.value, vision)
+        result = verify_store(folder, config, SOURCE.value, vision)
         print(
-            f"{name}: {found.shards} shards unchanged, {found.episodes} episodes encoded again, "
-            f"{found.equal:.2%} of their codes equal"
+            f"{name}: {result.shards} shards unchanged, {result.episodes} episodes encoded again, "
+            f"{result.equal:.2%} of their codes equal"
         )
 
 

@@ -40,6 +40,6 @@ def test_stages_fit_together():
     assert {values[stage]["corpus"] for stage in ("text", "action", "vision", "tokens")} == {
         demonstrations.suite
     }
-    assert values["action"]["chunk"] == policy.data.chunk_size
+    assert values["action"]["chunk_size"] == policy.data.chunk_size
     assert set(policy.data.views) == set(values["tokens"]["image_specs"])
     assert set(policy.data.views) == set(find_dataset_config(demonstrations.suite).views)

@@ -8,16 +8,21 @@ from univla_jax.errors import UserError
 
 
 @pytest.mark.parametrize("corpus", sorted(set(DATASETS) - {"tabletop"}))
-def test_every_corpus_has_a_recipe(corpus):
+def test_every_dataset_has_a_recipe(corpus):
     config = build_config(TokenizeConfig, tokens.get_config(corpus).to_dict())
-    specs = config.specs()
+    dataset, specs = config.resolve()
     assert {view: spec.size for view, spec in specs.items()} == DATASETS[corpus].image_sizes
-    assert config.row().min_frames >= 5
+    assert dataset.min_frames >= 5
 
 
 def test_published_settings():
     libero = tokens.get_config("libero")
     assert (libero.min_frames, libero.augmented_copies) == (10, 1)
     assert tokens.get_config("droid").min_frames == 90
-    with pytest.raises(UserError, match="name a corpus after a colon"):
+    assert {name: tokens.get_config(name).min_frames for name in ("calvin", "bridge", "aloha")} == {
+        "calvin": 10,
+        "bridge": 5,
+        "aloha": 20,
+    }
+    with pytest.raises(UserError, match="name a dataset after a colon"):
         tokens.get_config()

@@ -9,7 +9,7 @@ import numpy as np
 from univla_jax.data.datasets import DatasetConfig
 from univla_jax.episode import Episode
 
-CORPUS = DatasetConfig(
+DATASET = DatasetConfig(
     "blocks",
     views={"image": "observation/image", "wrist_image": "observation/wrist_image"},
     control_hz=5.0,

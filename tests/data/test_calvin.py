@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from univla_jax.data.datasets import DATASETS, open_reader
+from univla_jax.data.datasets import DATASETS
+from univla_jax.data.readers import open_reader
 from univla_jax.errors import UserError
 
 SENTENCES = ("push the button", "open the drawer", "lift the block")

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.test_video_folder import levels, write_video
-from univla_jax.data.datasets import DATASETS, open_reader
+from tests.data.test_video import levels, write_video
+from univla_jax.data.datasets import DATASETS
+from univla_jax.data.readers import open_reader
 from univla_jax.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -107,7 +108,7 @@ def folder(request, tmp_path):
 
 def test_both_formats_hold_the_same_episodes(folder):
     read = open_reader(folder, CORPUS, "train")
-    assert len(read) == 2 and set(read.sizes.values()) == {(16, 32)}
+    assert len(read) == 2 and set(read.image_sizes.values()) == {(16, 32)}
     for number, episode in enumerate(read):
         assert episode.instruction == TASKS[number]
         expected = number + np.arange(LENGTHS[number])

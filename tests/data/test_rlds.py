@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.data.episodes import CORPUS, assert_same, make_episode
+from tests.data.episodes import DATASET, assert_same, make_episode
 from univla_jax.data import rlds
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.errors import UserError
@@ -31,33 +31,31 @@ def copy(original, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "options", "expected"),
+    ("split", "expected"),
     [
-        ("train", {}, [0, 1, 2, 3]),
-        ("train", {"start": 1, "stride": 2}, [1, 3]),
-        ("train", {"stop": 2}, [0, 1]),
-        ("train[50%:]", {}, [2, 3]),
-        ("val", {}, [4]),
+        ("train", [0, 1, 2, 3]),
+        ("train[50%:]", [2, 3]),
+        ("val", [4]),
     ],
 )
-def test_reads_a_range(original, split, options, expected):
-    read = list(rlds.read_episodes(original, CORPUS, split, **options))
+def test_reads_a_split(original, split, expected):
+    read = list(rlds.RldsReader(original, DATASET, split))
     assert [e.episode_id for e in read] == [f"blocks-{i}" for i in expected]
     assert_same(read[0], EPISODES[expected[0]])
 
 
 def test_only_the_views_asked_for_are_read(original):
-    corpus = dataclasses.replace(CORPUS, views={"hand": "observation/wrist_image"}, state=None)
-    episode = rlds.RldsReader(original, corpus, "train")[1]
+    dataset = dataclasses.replace(DATASET, views={"hand": "observation/wrist_image"}, state=None)
+    episode = rlds.RldsReader(original, dataset, "train")[1]
     np.testing.assert_array_equal(episode.frames["hand"], EPISODES[1].frames["wrist_image"])
     assert list(episode.frames) == ["hand"] and episode.state is None
 
 
 def test_an_action_function_sees_every_field(original):
-    corpus = dataclasses.replace(
-        CORPUS, actions=lambda steps: steps["action"][:, :2] + steps["observation/state"][:, :2]
+    dataset = dataclasses.replace(
+        DATASET, actions=lambda steps: steps["action"][:, :2] + steps["observation/state"][:, :2]
     )
-    episode = rlds.RldsReader(original, corpus, "train")[0]
+    episode = rlds.RldsReader(original, dataset, "train")[0]
     np.testing.assert_allclose(
         episode.actions, EPISODES[0].actions[:, :2] + EPISODES[0].state[:, :2], rtol=1e-6
     )
@@ -65,8 +63,8 @@ def test_an_action_function_sees_every_field(original):
 
 def test_tensorflow_is_not_imported(original):
     program = (
-        "import sys; from tests.data.episodes import CORPUS; from univla_jax.data import rlds;"
-        f"print(len(list(rlds.read_episodes({str(original)!r}, CORPUS, 'train'))),"
+        "import sys; from tests.data.episodes import DATASET; from univla_jax.data import rlds;"
+        f"print(len(list(rlds.RldsReader({str(original)!r}, DATASET, 'train'))),"
         "'tensorflow' in sys.modules)"
     )
     result = subprocess.run(
@@ -98,7 +96,7 @@ BREAKAGES = {
 def test_a_broken_folder_is_named(copy, message):
     BREAKAGES[message](copy)
     with pytest.raises(UserError, match=message):
-        rlds.RldsReader(copy.parent.parent, CORPUS, "train")
+        rlds.RldsReader(copy.parent.parent, DATASET, "train")
 
 
 @pytest.mark.parametrize(
@@ -111,13 +109,13 @@ def test_a_broken_folder_is_named(copy, message):
         ({"instruction": "task"}, "train", "they have action, discount"),
     ],
 )
-def test_a_row_that_does_not_fit_is_named(original, changes, split, message):
+def test_a_config_that_does_not_fit_is_named(original, changes, split, message):
     with pytest.raises(UserError, match=message):
-        rlds.RldsReader(original, dataclasses.replace(CORPUS, **changes), split)
+        rlds.RldsReader(original, dataclasses.replace(DATASET, **changes), split)
 
 
 def test_an_episode_that_cannot_be_decoded_is_named(original):
-    corpus = dataclasses.replace(CORPUS, actions=lambda steps: steps["world_vector"])
-    source = rlds.RldsReader(original, corpus, "train")
+    dataset = dataclasses.replace(DATASET, actions=lambda steps: steps["world_vector"])
+    source = rlds.RldsReader(original, dataset, "train")
     with pytest.raises(UserError, match="train/000002 cannot be decoded: no field 'world_vector'"):
         source[2]

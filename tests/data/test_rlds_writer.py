@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.data import published
-from tests.data.episodes import CORPUS, assert_same, make_episode
+from tests.data.episodes import DATASET, assert_same, make_episode
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
 from univla_jax.data.rlds_writer import RecordedEpisode, write_rlds
@@ -73,7 +73,7 @@ def test_reads_back_over_several_shards(tmp_path):
     )
     assert len(list(folder.glob("blocks-train.array_record-*"))) > 1
     for split, episodes in {"train": train, "val": val}.items():
-        source = RldsReader(folder, CORPUS, split)
+        source = RldsReader(folder, DATASET, split)
         assert len(source) == len(episodes)
         for got, want in zip(source, episodes):
             assert_same(got, want)
@@ -85,7 +85,7 @@ def test_tfrecord_reads_back_the_same(tmp_path):
     folder = write_rlds(
         tmp_path, "blocks", "1.0.0", {"train": episodes}, file_format="tfrecord", progress=False
     )
-    for got, want in zip(RldsReader(folder, CORPUS, "train"), episodes, strict=True):
+    for got, want in zip(RldsReader(folder, DATASET, "train"), episodes, strict=True):
         assert_same(got, want)
 
 
@@ -97,7 +97,7 @@ def test_a_complete_dataset_is_left_alone_and_an_interrupted_one_replaced(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         write_rlds(tmp_path, "blocks", "1.0.0", {"train": interrupted()}, progress=False)
     with pytest.raises(UserError, match="no TFDS dataset"):
-        RldsReader(tmp_path, CORPUS, "train")
+        RldsReader(tmp_path, DATASET, "train")
     episodes = [make_episode(1)]
     folder = write_rlds(tmp_path, "blocks", "1.0.0", {"train": episodes}, progress=False)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -126,6 +126,6 @@ def test_open_sizes_and_no_state(tmp_path):
     folder = write_rlds(
         tmp_path, "b", "1.0.0", {"train": episodes}, fixed_sizes=False, progress=False
     )
-    source = RldsReader(folder, dataclasses.replace(CORPUS, state=None), "train")
-    assert source.sizes == {"image": None, "wrist_image": None}
+    source = RldsReader(folder, dataclasses.replace(DATASET, state=None), "train")
+    assert source.image_sizes == {"image": None, "wrist_image": None}
     assert [e.frames["image"].shape[1] for e in source] == [8, 16]

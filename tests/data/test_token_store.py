@@ -1,4 +1,4 @@
-"""The token store: resumed byte for byte, opened whole, and its breakages named."""
+"""The token store: continued byte for byte, opened whole, and damage named."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from tests.data.episodes import assert_same
 from tests.data.test_token_record import make_tokens
 from univla_jax.data.token_store import StoreHeader, TokenStore, TokenStoreWriter
+from univla_jax.data.validation import InvalidEpisode
 from univla_jax.errors import UserError
 
 HEADER = StoreHeader(
@@ -29,15 +30,15 @@ HEADER = StoreHeader(
     codebook_size=256,
     block_steps=4,
 )
-BROKEN = 4
-EPISODES = {i: make_tokens(i, steps=3 + i) for i in range(8) if i != BROKEN}
+INVALID = 4
+EPISODES = {i: make_tokens(i, steps=3 + i) for i in range(8) if i != INVALID}
 
 
 def fill(writer, number):
     with writer.shard(number) as shard:
         for index in writer.source_range(number):
-            if index == BROKEN:
-                shard.skip(f"blocks-{index}", "the instruction is empty")
+            if index == INVALID:
+                shard.skip(InvalidEpisode(f"blocks-{index}", "the instruction is empty"))
             else:
                 shard.add(EPISODES[index])
 
@@ -75,7 +76,7 @@ def test_the_manifest_says_what_is_inside(folder):
     actions = np.concatenate([e.actions for e in EPISODES.values()])
     assert (manifest.episodes, manifest.frames) == (7, len(actions))
     assert [s.steps for s in manifest.shards] == [(3, 4, 5), (6, 8), (9, 10)]
-    assert [(p.episode, p.reason) for p in manifest.problems] == [
+    assert [(e.episode_id, e.reason) for e in manifest.invalid_episodes] == [
         ("blocks-4", "the instruction is empty")
     ]
     assert manifest.header.vision_fingerprint == "mean"
@@ -133,13 +134,17 @@ def test_a_changed_shard_is_noticed(folder):
         TokenStore(folder)
 
 
-def test_a_broken_manifest_is_named(folder, tmp_path):
+def test_a_damaged_manifest_is_named(folder, tmp_path):
     with pytest.raises(UserError, match="holds no token store"):
         TokenStore(tmp_path)
     path = folder / "manifest.json"
     value = json.loads(path.read_text())
-    for broken, message in (("{", "not valid JSON"), ("[]", "a JSON list"), ("{}", "lacks")):
-        path.write_text(broken)
+    for damaged, message in (
+        ("{", "not valid JSON"),
+        ("[]", "a JSON list"),
+        ("{}", "is damaged .*missing key"),
+    ):
+        path.write_text(damaged)
         with pytest.raises(UserError, match=message):
             TokenStore(folder)
     old = {**value, "header": {**value["header"], "format": 1}}
@@ -173,10 +178,25 @@ def test_codes_must_fit_the_header(tmp_path, changes, message):
         shard.add(make_tokens(**changes))
 
 
-def test_a_corpus_without_actions_has_no_statistics(tmp_path):
+def test_a_dataset_without_actions_has_no_statistics(tmp_path):
     header = dataclasses.replace(HEADER, source_episodes=1)
     writer = TokenStoreWriter(tmp_path, header)
     with writer.shard(0) as shard:
         shard.add(make_tokens(actions=np.zeros((5, 0), np.float32)))
     writer.finish()
     assert set(TokenStore(tmp_path).statistics) == {"blocks/state"}
+
+
+def test_a_store_begun_under_former_names_is_finished(folder):
+    """Shards and manifest once called the invalid episodes "problems", and their ids "episode"."""
+    (folder / "manifest.json").unlink()
+    entry = folder / "shards" / "00001.json"
+    value = json.loads(entry.read_text())
+    former = [
+        {"episode": e["episode_id"], "reason": e["reason"]} for e in value["invalid_episodes"]
+    ]
+    assert former
+    entry.write_text(json.dumps({"shard": value["shard"], "problems": former}))
+    manifest = write(folder)
+    assert [e.episode_id for e in manifest.invalid_episodes] == ["blocks-4"]
+    assert TokenStore(folder).manifest.shards == manifest.shards

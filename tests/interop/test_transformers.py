@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 
 from tests.decoders import abstract_params
 from tests.inference import tiny_checkpoint
-from tests.interop import hub_folders
+from tests.interop import hf_folders
 from univla_jax.checkpoints import load_params
 from univla_jax.inference.sampler import Sampler
 from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.hf_config import HfModel
 from univla_jax.interop.hf_folder import HfFolder
+from univla_jax.interop.hf_weights import HfModel
 from univla_jax.interop.to_hf import to_hf
 from univla_jax.models.decoder import Decoder
 from univla_jax.tokenizers.vision import VisionTokenizer
@@ -81,7 +81,7 @@ def converted(folder: pathlib.Path, **options: Any) -> tuple[Decoder, Any]:
     """The decoder of a model folder, through the converter, in float32."""
     from_hf(folder, folder.parent / "ours", ConvertConfig(), progress=False, **options)
     hub = HfFolder.open(folder)
-    config = HfModel.of(hub.config, hub.tensors).decoder
+    config = HfModel.from_config(hub.config, hub.tensors).decoder
     model = Decoder(dataclasses.replace(config, dtype="float32", remat="none", dropout=0.0))
     return model, load_params(folder.parent / "ours", abstract_params(model))
 
@@ -152,7 +152,7 @@ def vision_model(request, tmp_path_factory):
     model.save_pretrained(folder / "source")
     from_hf(folder / "source", folder / "ours", ConvertConfig(), progress=False)
     to_hf(folder / "ours", folder / "back", progress=False)
-    assert hub_folders.contents(folder / "back") == hub_folders.contents(folder / "source")
+    assert hf_folders.contents(folder / "back") == hf_folders.contents(folder / "source")
     return model, VisionTokenizer.load(folder / "ours")
 
 
@@ -194,9 +194,9 @@ def test_codes_and_reconstructions(vision_model, shape):
 @pytest.mark.parametrize("layout", ["as saved", "as in memory"])
 def test_a_folder_with_both(layout, tmp_path):
     """``save_pretrained`` writes the names of version 4; version 5 has others in memory."""
-    size = hub_folders.decoder_config()["vocab_size"]
+    size = hf_folders.decoder_config()["vocab_size"]
     config = transformers.Emu3Config(
-        vq_config={**VISION, "codebook_size": hub_folders.CODES},
+        vq_config={**VISION, "codebook_size": hf_folders.CODES},
         text_config={"vocab_size": size, "pad_token_id": 266, "bos_token_id": 472, **TEXT},
         vocabulary_map={"<image>": 474},
     )
@@ -207,7 +207,7 @@ def test_a_folder_with_both(layout, tmp_path):
     state = model.state_dict()
     if layout == "as in memory":
         save_file(state, folder / "model.safetensors", {"format": "pt"})
-    for name, content in hub_folders.text_files().items():
+    for name, content in hf_folders.text_files().items():
         (folder / name).write_bytes(content)
     in_memory = "lm_head.weight" in HfFolder.open(folder).tensors
     assert in_memory == (layout == "as in memory")

@@ -126,7 +126,7 @@ def normalize(golden: Golden) -> Iterator[Check]:
         case = key.removesuffix("_wrapper|in")
         statistics = reference_statistics(arrays, f"config_{case}")
         ours = statistics.unnormalize(arrays[key])
-        theirs = arrays[f"{case}_wrapper|unnormalized"]
+        theirs = arrays[f"{case}_wrapper|unnormalised"]
         yield close(f"{case}_wrapper", "unnormalized", ours, theirs, NORMALIZED)
         if f"{case}_wrapper|after_gripper" in arrays:
             theirs = arrays[f"{case}_wrapper|after_gripper"]
@@ -197,9 +197,16 @@ def gripper(golden: Golden) -> Iterator[Check]:
             yield close(case, "rewritten", array, arrays[f"{case}|out_{what}"], REWRITTEN)
 
 
+def _rt1_actions(actions: np.ndarray) -> np.ndarray:
+    """RT-1 actions [T, 7]: the relative gripper becomes absolute, the rest stays."""
+    converted = np.array(actions, np.float32)
+    converted[:, 6] = action_conventions.relative_to_absolute_gripper(converted[:, 6])
+    return converted
+
+
 _CONVENTIONS = {
     "binarize": action_conventions.binarize_gripper,
     "rel2abs": action_conventions.relative_to_absolute_gripper,
-    "rt1": action_conventions.rt1_actions,
-    "droid": action_conventions.droid_actions,
+    "rt1": _rt1_actions,
+    "droid": lambda actions: action_conventions.binarized_gripper({"action": actions}),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,16 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.interop.state_dicts import import_state
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from tests.parity_groups.decoder import golden_batch, gradient_slices, id_ranges
 from univla_jax.inference.action_decoders import sample_actions
-from univla_jax.interop.key_table import (
-    config_from_huggingface,
-    expert_config_from_huggingface,
-    export_state,
-    import_state,
-    joint_rules,
-)
+from univla_jax.interop.hf_config import decoder_config_from_hf, expert_config_from_hf
+from univla_jax.interop.hf_weights import export_state, joint_rules
 from univla_jax.models.action_expert import ActionExpert, embed_tau
 from univla_jax.models.decoder import Decoder
 from univla_jax.training.losses import FLOW_MSE, FlowTarget, flow_loss
@@ -33,8 +30,10 @@ class Models:
     def __init__(self, golden: Golden, *, causal: bool) -> None:
         """Reads config and weights of the golden folder."""
         self.values = golden.json("action_expert_config")
-        config = config_from_huggingface(self.values, dtype="float32", remat="none", dropout=0.0)
-        settings = expert_config_from_huggingface(self.values, config, causal=causal)
+        config = decoder_config_from_hf(self.values)
+        config = dataclasses.replace(config, dtype="float32", remat="none", dropout=0.0)
+        settings = expert_config_from_hf(self.values, config)
+        settings = dataclasses.replace(settings, causal=causal)
         self.decoder, self.expert = Decoder(config), ActionExpert(settings, config)
         self.rules = joint_rules(settings, config)
         self.state = golden.state("action_expert")

@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from tests.parity_groups.checks import Check, Golden, equal
-from univla_jax.interop import vision_keys
-from univla_jax.interop.key_table import check_params, decoder_rules, expert_rules
+from univla_jax.interop.hf_weights import (
+    check_params,
+    decoder_rules,
+    expert_rules,
+    vision_rules,
+)
 from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
@@ -21,8 +25,10 @@ from univla_jax.training.model_setup import params_init
 def full_size(golden: Golden) -> Iterator[Check]:
     """Every key of the released models maps onto ours and agrees in shape."""
     wanted = golden.json("full_size_keys")
-    table = vision_keys.key_table(PRESETS["emu3"])
-    ours = {key: [entry.dtype, list(entry.shape)] for key, entry in table.items()}
+    ours = {
+        rule.key: ["int64" if rule.is_counter else "float32", list(rule.shape)]
+        for rule in vision_rules(PRESETS["emu3"])
+    }
     yield from _compare("vq", ours, wanted["vq"])
     model = Decoder(preset("emu3_8b"))
     rules = decoder_rules(model.config)

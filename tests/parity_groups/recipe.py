@@ -13,7 +13,7 @@ import numpy as np
 from tests.decoders import golden_decoder
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from tests.parity_groups.decoder import golden_batch, id_ranges
-from univla_jax.interop.key_table import decoder_rules, export_state
+from univla_jax.interop.hf_weights import decoder_rules, export_state
 from univla_jax.models.decoder import Decoder
 from univla_jax.training import optimizer
 from univla_jax.training.losses import weighted_cross_entropy

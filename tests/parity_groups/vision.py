@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from tests.interop.state_dicts import import_state
 from tests.parity_groups.checks import Check, Golden, close, equal
 from univla_jax.errors import UserError
-from univla_jax.interop import vision_keys
+from univla_jax.interop.hf_config import vision_config_from_reference
+from univla_jax.interop.hf_weights import export_state, vision_rules
 from univla_jax.tokenizers.image import ImageSpec, smart_resize, to_levels, to_pixels, to_rgb
 from univla_jax.tokenizers.vision_vq import VisionVQ
 
@@ -26,9 +28,10 @@ def _latents_and_codes(model: VisionVQ, pixels: jax.Array) -> tuple[jax.Array, j
 
 def vq(golden: Golden, name: str) -> Iterator[Check]:
     """Latents, codes and reconstructions of ``vq_<letter>``, and its weights there and back."""
-    config = vision_keys.config_from_reference(golden.json(f"{name}_config"))
+    config = vision_config_from_reference(golden.json(f"{name}_config"))
     weights = golden.state(name)
-    variables = vision_keys.from_reference(weights, config)
+    rules = vision_rules(config)
+    variables = import_state(rules, weights)
     model = VisionVQ(config)
     run = jax.jit(lambda v, x, method: model.apply(v, x, method=method), static_argnums=2)
     arrays = golden.arrays(name)
@@ -45,7 +48,7 @@ def vq(golden: Golden, name: str) -> Iterator[Check]:
             pixels = run(variables, arrays[key], "decode")
             expected = np.moveaxis(arrays[f"{case}_recon"], -3, -1)
             yield close(case, "reconstruction", pixels, expected, LATENTS)
-    back = vision_keys.to_reference(variables, config)
+    back = export_state(rules, variables)
     for key, value in weights.items():
         yield equal("weights", "weights there and back", back[key], value)
 

@@ -51,7 +51,7 @@ def test_recipes_have_the_references_numbers(name):
 
 def test_the_image_recipe_of_libero():
     made = build_config(TrainConfig, recipe("libero")("image").to_dict())
-    assert (made.data.layout, made.data.frames, made.data.sequence_length) == (
+    assert (made.data.task, made.data.frames, made.data.sequence_length) == (
         "policy_image",
         1,
         1600,

@@ -121,7 +121,7 @@ class Handle:
         return 0.0
 
 
-def ask(connection, message):
+def infer(connection, message):
     """The reply to a message; a text frame stays text."""
     connection.send(wire.pack(message))
     reply = connection.recv(timeout=20)

@@ -14,11 +14,11 @@ import trustme
 from websockets import exceptions
 from websockets.sync.client import connect
 
-from tests.serving.harness import CountingPolicy, ask, observation, running
+from tests.serving.harness import CountingPolicy, infer, observation, running
 from univla_jax.errors import UserError
 from univla_jax.serving import wire
 from univla_jax.serving.server import ServerConfig
-from univla_jax.serving.startup import check_port, tls_context, with_api_key
+from univla_jax.serving.startup import check_port, read_api_key, tls_context
 
 PIXELS = 8 * 8 * 3
 
@@ -33,10 +33,10 @@ def test_each_connection_has_an_episode_of_its_own_and_can_end_it():
     with running(CountingPolicy()) as server, server.connect() as a, server.connect() as b:
 
         def count(robot, **more):
-            return ask(robot, observation(1, **more))["actions"][0, 1]
+            return infer(robot, observation(1, **more))["actions"][0, 1]
 
         assert [count(a), count(a), count(b)] == [1, 2, 1]
-        assert ask(a, {"reset": True}) == {"reset": True}
+        assert infer(a, {"reset": True}) == {"reset": True}
         assert [count(a), count(b)] == [1, 2]
         assert count(a, reset=True) == 1
         assert [count(a, episode_id=i) for i in ("x", "x", "y")] == [1, 2, 1]
@@ -51,9 +51,9 @@ def test_mistakes_are_answered_and_the_connection_stays():
             (small, "observation: view 'image' has another size"),
             ([1, 2], "the message is a list"),
         ):
-            reply = ask(robot, message)
+            reply = infer(robot, message)
             assert reply.startswith("bad request: ") and error in reply
-        assert ask(robot, observation(1))["actions"][0, 1] == 1
+        assert infer(robot, observation(1))["actions"][0, 1] == 1
         assert policy.batches == [1]
         assert server.metric('univla_requests_total{outcome="bad_request"}') == 3
 
@@ -73,14 +73,14 @@ def test_frames_that_cannot_be_read_end_their_connection_only():
                 with pytest.raises(exceptions.ConnectionClosed) as closed:
                     robot.recv(timeout=10)
                 assert closed.value.rcvd.code == code
-        assert ask(good, observation(1))["actions"][0, 1] == 1
+        assert infer(good, observation(1))["actions"][0, 1] == 1
 
 
 def test_errors_of_the_policy_tell_nothing_and_spare_the_others(caplog):
     with running(CountingPolicy(), window_seconds=1.0) as server:
         with server.connect() as good, server.connect() as bad:
             good.send(wire.pack(observation(1)))
-            reply = ask(bad, observation(1, prompt="crash"))
+            reply = infer(bad, observation(1, prompt="crash"))
             assert reply.startswith("internal error") and "secret" not in reply
             assert wire.unpack(good.recv(timeout=10))["actions"][0, 0] == PIXELS
             with pytest.raises(exceptions.ConnectionClosed):
@@ -121,10 +121,11 @@ def test_a_full_queue_refuses_and_the_robot_may_try_again():
         assert policy.running.wait(10)
         robots[1].send(wire.pack(observation(1)))
         time.sleep(0.1)
-        assert ask(robots[2], observation(1)).startswith("busy: 1 requests are waiting; try again")
+        reply = infer(robots[2], observation(1))
+        assert reply.startswith("busy: 1 requests are waiting; try again")
         for robot in robots[:2]:
             assert wire.unpack(robot.recv(timeout=10))["actions"][0, 1] == 1
-        assert ask(robots[2], observation(1))["actions"][0, 1] == 1
+        assert infer(robots[2], observation(1))["actions"][0, 1] == 1
         for robot in robots:
             robot.close()
 
@@ -142,7 +143,7 @@ def test_only_robots_with_the_key_get_in():
                 _get(server.port, "/metrics", **headers)
         headers = {"Authorization": "Api-Key geheim"}
         with server.connect(additional_headers=headers) as robot:
-            assert ask(robot, observation(1))["actions_valid"]
+            assert infer(robot, observation(1))["actions_valid"]
         assert (
             _get(server.port, "/healthz")[0] == _get(server.port, "/metrics", **headers)[0] == 200
         )
@@ -169,7 +170,7 @@ def test_encrypted(tmp_path):
         connect(f"wss://127.0.0.1:{server.port}", ssl=trusting) as robot,
     ):
         assert wire.unpack(robot.recv(timeout=10)) == {"protocol": 1}
-        assert ask(robot, observation(1))["actions_valid"]
+        assert infer(robot, observation(1))["actions_valid"]
     with pytest.raises(UserError, match="both --tls_cert and --tls_key"):
         tls_context(files[0], None)
     with pytest.raises(UserError, match="cannot read"):
@@ -205,6 +206,6 @@ def test_taken_ports_and_bad_settings_are_named(tmp_path):
     with pytest.raises(UserError, match="--port: 70000"):
         ServerConfig(port=70000)
     with pytest.raises(UserError, match="--api_key_file"):
-        with_api_key(ServerConfig(), str(tmp_path / "none"))
+        read_api_key(str(tmp_path / "none"))
     (tmp_path / "key").write_text("geheim\n")
-    assert with_api_key(ServerConfig(), str(tmp_path / "key")).api_key == "geheim"
+    assert read_api_key(str(tmp_path / "key")) == "geheim"

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.configs.test_quickstart import recipe
+from tests.interop.state_dicts import import_state
 from tests.training import tiny_run
 from univla_jax import io
 from univla_jax.assets import Assets
@@ -19,8 +20,7 @@ from univla_jax.config import build_config
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy
-from univla_jax.interop.hf_config import HfModel
-from univla_jax.interop.key_table import check_params, import_state, joint_rules
+from univla_jax.interop.hf_weights import HfModel, check_params, joint_rules
 from univla_jax.interop.to_hf import to_hf
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import metrics, train_loop
@@ -84,7 +84,7 @@ def test_it_goes_to_the_hub_in_the_references_names(flow, tmp_path):
     run_model = _model(_config(flow), checkpoint)
     params = load_params(checkpoint, run_model.abstract.params)
     config = json.loads((tmp_path / "hub" / "config.json").read_text(encoding="utf-8"))
-    written = HfModel.of(config, ())
+    written = HfModel.from_config(config, ())
     assert written.expert == run_model.expert.config
     state = load_file(tmp_path / "hub" / "model.safetensors")
     rules = joint_rules(written.expert, run_model.model.config)

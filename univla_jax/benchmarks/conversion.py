@@ -29,10 +29,10 @@ from univla_jax import cli
 from univla_jax.benchmarks.measure import save
 from univla_jax.cli import format_table
 from univla_jax.errors import UserError
-from univla_jax.interop.hf_config import HfModel
+from univla_jax.interop.hf_config import decoder_config_to_hf
 from univla_jax.interop.hf_folder import INDEX
-from univla_jax.interop.key_table import config_to_huggingface
-from univla_jax.interop.tensor_files import make_header, write_safetensors
+from univla_jax.interop.hf_weights import HfModel
+from univla_jax.interop.tensor_io import make_header, write_safetensors
 from univla_jax.io import dump_json
 from univla_jax.models.decoder_config import preset
 
@@ -52,10 +52,10 @@ def make_model(folder: pathlib.Path, layers: int) -> int:
     config = {
         "architectures": ["Emu3MoE"],
         "model_type": "Emu3",
-        **config_to_huggingface(decoder),
+        **decoder_config_to_hf(decoder),
     }
     folder.mkdir(parents=True)
-    rules = HfModel.of(config, ()).state_rules
+    rules = HfModel.from_config(config, ()).state_rules
     parts = [rules[i : i + _SHARD_TENSORS] for i in range(0, len(rules), _SHARD_TENSORS)]
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.interop.key_table import decoder_rules, export_state
+from univla_jax.interop.hf_weights import decoder_rules, export_state
 from univla_jax.models.decoder_config import DecoderConfig
 
 

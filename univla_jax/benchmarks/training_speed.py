@@ -24,7 +24,7 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.benchmarks.measure import save
 from univla_jax.cli import format_table
-from univla_jax.interop.key_table import decoder_rules, export_state
+from univla_jax.interop.hf_weights import decoder_rules, export_state
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences.roles import Role

@@ -1,8 +1,9 @@
-"""What the raw actions of the corpora mean: their gripper and movement conventions.
+"""Gripper and movement conventions of raw actions, from the datasets' and to the simulators'.
 
-The functions of whole ``Steps`` are the ``actions`` of rows in ``corpora.py``.
+Sources: UniVLA ``tools/utils.py``, ``tools/process`` and ``tools/real_aloha``
+(github.com/baaivision/UniVLA). All of it is float32, as there, where nothing else is said.
 
-Axes: T steps, A action dimensions, P state dimensions. Everything is float32, as in the reference.
+Axes: T steps, A action dimensions, P state dimensions.
 """
 
 from __future__ import annotations
@@ -13,55 +14,127 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 Steps = Mapping[str, np.ndarray]
-"""The non-image fields of an episode by path, for example ``"observation/state"``: [T, ...]."""
+"""The non-image fields of an episode: path, for example ``"observation/state"`` -> [T, ...]."""
+
+# ----------------------------------------------------------------------------
+# Functions for ``DatasetConfig.actions``: from the fields of an episode to its actions.
+
+
+def action_field(path: str) -> Callable[[Steps], np.ndarray]:
+    """Takes the actions [T, A] from the field ``path`` unchanged."""
+
+    def actions(steps: Steps) -> np.ndarray:
+        return steps[path]
+
+    return actions
+
+
+unchanged = action_field("action")
+"""Takes the field ``action`` unchanged."""
+
+
+def no_actions(steps: Steps) -> np.ndarray:
+    """Videos without actions: [T, 0]."""
+    return np.zeros((len(next(iter(steps.values()))), 0), np.float32)
+
+
+def reached_movement(steps: Steps) -> np.ndarray:
+    """Bridge: the movement reached, gripper 0 or 1; [T - 2, 7], without first and last step."""
+    commands = np.array(steps["action"][1:], np.float32)
+    commands[:, 6] = binarize_gripper(commands[:, 6])
+    return relabel_bridge(steps["observation/state"][1:], commands)[0]
+
+
+def relative_gripper(steps: Steps) -> np.ndarray:
+    """Fractal, Kuka, UR5: ``gripper_closedness_action`` is a relative command; [T, 7]."""
+    closing = np.asarray(steps["action/gripper_closedness_action"], np.float32)
+    return _movement_and_gripper(steps, relative_to_absolute_gripper(closing.reshape(-1)))
+
+
+def open_gripper(steps: Steps) -> np.ndarray:
+    """Toto: ``open_gripper`` is true or false; [T, 7]."""
+    return _movement_and_gripper(steps, np.asarray(steps["action/open_gripper"], np.float32))
+
+
+def inverted_closedness(steps: Steps) -> np.ndarray:
+    """Viola: ``gripper_closedness_action`` clipped to 0...1 and inverted; [T, 7]."""
+    closed = np.clip(steps["action/gripper_closedness_action"], 0, 1)
+    return _movement_and_gripper(steps, invert_gripper(closed))
+
+
+def binarized_gripper(steps: Steps) -> np.ndarray:
+    """DROID: the field ``action`` with its gripper binarized; [T, 7]."""
+    return _with_gripper(steps["action"], binarize_gripper)
+
+
+def clipped_world_actions(steps: Steps) -> np.ndarray:
+    """TACO: the field ``rel_actions_world`` with its gripper clipped to 0...1; [T, 7]."""
+    return _with_gripper(steps["action/rel_actions_world"], lambda g: np.clip(g, 0, 1))
+
+
+def inverted_gripper(steps: Steps) -> np.ndarray:
+    """MUTEX: the field ``action`` with its gripper clipped to 0...1 and inverted; [T, 7]."""
+    return _with_gripper(steps["action"], lambda g: invert_gripper(np.clip(g, 0, 1)))
+
+
+def first_three_last_four(steps: Steps) -> np.ndarray:
+    """CMU play fusion: the first three and the last four dimensions of ``action``; [T, 7]."""
+    commands = np.asarray(steps["action"], np.float32)
+    return np.concatenate([commands[:, :3], commands[:, -4:]], 1)
+
+
+def _with_gripper(actions: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    converted = np.array(actions, np.float32)
+    converted[:, 6] = convert(converted[:, 6])
+    return converted
+
+
+def _movement_and_gripper(steps: Steps, gripper: np.ndarray) -> np.ndarray:
+    parts = (steps["action/world_vector"], steps["action/rotation_delta"], gripper[:, None])
+    return np.concatenate([np.asarray(part, np.float32) for part in parts], 1)
+
+
+# ----------------------------------------------------------------------------
+# The rules behind them. A relative or undecided gripper depends on other steps of its episode, so
+# they take whole episodes.
 
 
 def binarize_gripper(gripper: np.ndarray) -> np.ndarray:
     """Absolute gripper [T] to 0 (below 0.05) or 1 (above 0.95); between, the next decided value.
 
-    A tail in between keeps the raw last value (tools/utils.py:8-38).
+    Undecided steps at the end keep the raw last value (UniVLA tools/utils.py:8-38).
     """
     raw = np.asarray(gripper, np.float32)
     is_open, is_closed = raw > np.float32(0.95), raw < np.float32(0.05)
-    decided = is_open | is_closed
-    steps = np.where(decided, np.arange(len(raw)), len(raw))
-    following = np.minimum.accumulate(steps[::-1])[::-1]
-    values = np.append(is_open.astype(np.float32), raw[-1:])
-    return values[following]
+    # The reference walks backwards and carries the latest decision. Here each step looks up the
+    # index of the next decided one, a running minimum from the end; T stands for "none follows"
+    # and finds the raw last value that is appended there.
+    decided = np.where(is_open | is_closed, np.arange(len(raw)), len(raw))
+    following = np.minimum.accumulate(decided[::-1])[::-1]
+    return np.append(is_open.astype(np.float32), raw[-1:])[following]
 
 
 def invert_gripper(gripper: np.ndarray) -> np.ndarray:
-    """Swaps open and closed of an absolute gripper [T] in 0...1 (tools/utils.py)."""
+    """Swaps open and closed of an absolute gripper [T] in 0...1 (UniVLA tools/utils.py)."""
     return np.float32(1) - np.asarray(gripper, np.float32)
 
 
 def relative_to_absolute_gripper(gripper: np.ndarray) -> np.ndarray:
     """Relative commands [T] (+1 closes, -1 opens, |g| <= 0.1 keeps) to 0 closed, 1 open.
 
-    Before the first command the gripper is in the opposite state; with no command at all it is
-    open throughout (tools/utils.py:41-60).
+    Before the first command the gripper is in the opposite state; without any command it is open
+    throughout (UniVLA tools/utils.py:41-60).
     """
     raw = np.asarray(gripper, np.float32)
     command = np.where(raw < np.float32(-0.1), 1, np.where(raw > np.float32(0.1), -1, 0))
     given = np.flatnonzero(command)
-    start = -command[given[0]] if len(given) else 1
+    initial = -command[given[0]] if len(given) else 1
     latest = np.maximum.accumulate(np.where(command != 0, np.arange(1, len(raw) + 1), 0))
-    states = np.append(start, command)
-    return (states[latest] / 2 + 0.5).astype(np.float32)
-
-
-def rt1_actions(actions: np.ndarray) -> np.ndarray:
-    """RT-1 actions [T, 7]: the relative gripper becomes absolute, the rest stays."""
-    return _with_gripper(actions, relative_to_absolute_gripper)
-
-
-def droid_actions(actions: np.ndarray) -> np.ndarray:
-    """DROID actions [T, 7]: the gripper is binarised, the rest stays."""
-    return _with_gripper(actions, binarize_gripper)
+    return (np.append(initial, command)[latest] / 2 + 0.5).astype(np.float32)
 
 
 def relabel_bridge(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bridge: the movement actually reached replaces the commanded one (tools/utils.py:72-91).
+    """Replaces Bridge's commanded movement by the reached one (UniVLA tools/utils.py:72-91).
 
     Args:
       states: [T, P >= 6], pose first.
@@ -74,30 +147,36 @@ def relabel_bridge(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray,
     return np.concatenate([moved, np.asarray(actions, np.float32)[:-1, -1:]], 1), states[:-1]
 
 
-def sign_gripper(actions: np.ndarray) -> np.ndarray:
-    """Unnormalized actions [..., A] as LIBERO and CALVIN take them: the gripper is +1 or -1.
+# ----------------------------------------------------------------------------
+# From a policy's actions to those that simulators take.
 
-    Above 0 is +1 (RoboVLMs/eval/libero/model_wrapper_emu.py:297); dtype and the rest stay.
+
+def sign_gripper(actions: np.ndarray) -> np.ndarray:
+    """Unnormalized actions [..., A] for LIBERO and CALVIN: the gripper becomes +1 or -1.
+
+    Above 0 is +1 (RoboVLMs eval/libero/model_wrapper_emu.py:297); dtype and the rest stay.
     """
-    changed = np.array(actions)
-    changed[..., -1] = np.where(changed[..., -1] > 0, 1, -1)
-    return changed
+    signed = np.array(actions)
+    signed[..., -1] = np.where(signed[..., -1] > 0, 1, -1)
+    return signed
 
 
 def widowx_commands(actions: np.ndarray) -> np.ndarray:
-    """Unnormalized Bridge actions [..., 7] as SimplerEnv's WidowX takes them, float64.
+    """Unnormalized Bridge actions [..., 7] for SimplerEnv's WidowX, float64.
 
-    The rotation, fixed-axis Euler angles x, y, z in rad, becomes axis times angle; the gripper is
-    +1 (open) above 0.5, else -1 (RoboVLMs/eval/simpler/model_wrapper.py).
+    The rotation, fixed-axis Euler angles x, y, z in radians, becomes axis times angle; the gripper
+    +1 (open) above 0.5, else -1 (RoboVLMs eval/simpler/model_wrapper.py).
     """
-    changed = np.array(actions, np.float64)
-    changed[..., 3:6] = _rotation_vectors(changed[..., 3:6])
-    changed[..., 6] = np.where(changed[..., 6] > 0.5, 1, -1)
-    return changed
+    commands = np.array(actions, np.float64)
+    commands[..., 3:6] = _rotation_vectors(commands[..., 3:6])
+    commands[..., 6] = np.where(commands[..., 6] > 0.5, 1, -1)
+    return commands
 
 
 def _rotation_vectors(euler: np.ndarray) -> np.ndarray:
     """Angles [..., 3] to axis times angle in 0...2 pi, by way of the quaternion."""
+    # Not SciPy's Rotation: it returns the shorter way round, an angle in 0...pi, whereas the
+    # reference's transforms3d keeps 0...2 pi. Both are the same rotation but other numbers.
     (cx, cy, cz), (sx, sy, sz) = (np.moveaxis(f(euler / 2), -1, 0) for f in (np.cos, np.sin))
     real = cx * cy * cz + sx * sy * sz
     vector = np.stack(
@@ -108,99 +187,35 @@ def _rotation_vectors(euler: np.ndarray) -> np.ndarray:
     return np.divide(vector * angle, length, out=np.zeros_like(vector), where=length > 0)
 
 
-def _with_gripper(actions: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    changed = np.array(actions, np.float32)
-    changed[:, 6] = change(changed[:, 6])
-    return changed
-
-
-def field(path: str) -> Callable[[Steps], np.ndarray]:
-    """Actions that are the field ``path`` as it lies there."""
-
-    def actions(steps: Steps) -> np.ndarray:
-        return steps[path]
-
-    return actions
-
-
-commanded = field("action")
-"""The field ``action`` as it lies there."""
-
-
-def no_actions(steps: Steps) -> np.ndarray:
-    """Videos: [T, 0]."""
-    return np.zeros((len(next(iter(steps.values()))), 0), np.float32)
-
-
-def bridge(steps: Steps) -> np.ndarray:
-    """Bridge without its first and last step: reached movement, gripper 0 or 1, [T - 2, 7]."""
-    commands = np.array(steps["action"][1:], np.float32)
-    commands[:, 6] = binarize_gripper(commands[:, 6])
-    return relabel_bridge(steps["observation/state"][1:], commands)[0]
-
-
-def relative_gripper(steps: Steps) -> np.ndarray:
-    """Fractal, Kuka, UR5: ``gripper_closedness_action`` is relative; [T, 7]."""
-    closing = np.asarray(steps["action/gripper_closedness_action"], np.float32)
-    return _posed(steps, relative_to_absolute_gripper(closing.reshape(-1)))
-
-
-def open_gripper(steps: Steps) -> np.ndarray:
-    """Toto: ``open_gripper`` is true or false; [T, 7]."""
-    return _posed(steps, np.asarray(steps["action/open_gripper"], np.float32))
-
-
-def inverted_closedness(steps: Steps) -> np.ndarray:
-    """Viola: ``gripper_closedness_action`` clipped to 0...1, then 1 means open; [T, 7]."""
-    closed = np.clip(steps["action/gripper_closedness_action"], 0, 1)
-    return _posed(steps, invert_gripper(closed))
-
-
-def binary_gripper(steps: Steps) -> np.ndarray:
-    """DROID: six dimensions of movement and a binarised gripper; [T, 7]."""
-    return droid_actions(steps["action"])
-
-
-def clipped_world_actions(steps: Steps) -> np.ndarray:
-    """TACO: ``rel_actions_world`` with the gripper clipped to 0...1; [T, 7]."""
-    return _with_gripper(steps["action/rel_actions_world"], lambda g: np.clip(g, 0, 1))
-
-
-def inverted_gripper(steps: Steps) -> np.ndarray:
-    """MUTEX: the gripper clipped to 0...1, then 1 means open; [T, 7]."""
-    return _with_gripper(steps["action"], lambda g: invert_gripper(np.clip(g, 0, 1)))
-
-
-def first_and_last(steps: Steps) -> np.ndarray:
-    """CMU play fusion: the first three and the last four dimensions; [T, 7]."""
-    commands = np.asarray(steps["action"], np.float32)
-    return np.concatenate([commands[:, :3], commands[:, -4:]], 1)
+# ----------------------------------------------------------------------------
+# Action chunks relative to their first step.
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkDeltas:
-    """An action chunk relative to its own first step, in both directions.
+    """Converts action chunks between absolute poses and differences from their first pose.
 
-    Source: UniVLA tools/real_aloha/pickle_generation_multitask_sepnorm.py,
-    ``normalize_action_pose``.
+    Source: ``normalize_action_pose`` of UniVLA
+    tools/real_aloha/pickle_generation_multitask_sepnorm.py.
 
     Attributes:
-      absolute: dimensions that stay as they are, the grippers.
-      angles: dimensions in radians, brought to -pi...pi.
+      absolute: dimensions that stay absolute, such as grippers.
+      angles: dimensions in radians, wrapped to -pi...pi.
     """
 
     absolute: tuple[int, ...]
     angles: tuple[int, ...]
 
     def to_relative(self, chunks: np.ndarray) -> np.ndarray:
-        """[..., T, A] poses to float32 differences from step 0 of each chunk."""
+        """Poses [..., T, A] to float32 differences from step 0 of each chunk."""
         return self._wrapped(np.asarray(chunks, np.float32) - self._origin(chunks[..., :1, :]))
 
     def to_absolute(self, deltas: np.ndarray, pose: np.ndarray) -> np.ndarray:
-        """The poses [..., T, A] of differences, given the pose [..., A] they start from."""
+        """Differences [..., T, A] from the pose [..., A] to float32 poses."""
         return self._wrapped(deltas + self._origin(np.asarray(pose, np.float32)[..., None, :]))
 
     def _origin(self, pose: np.ndarray) -> np.ndarray:
+        """The pose with zeros where nothing is subtracted."""
         origin = np.array(pose, np.float32)
         origin[..., list(self.absolute)] = 0
         return origin
@@ -214,9 +229,4 @@ class ChunkDeltas:
 
 
 ALOHA_DELTAS = ChunkDeltas(absolute=(6, 13), angles=(3, 4, 5, 10, 11, 12))
-"""Two arms of seven: position, roll pitch yaw, gripper."""
-
-
-def _posed(steps: Steps, gripper: np.ndarray) -> np.ndarray:
-    movement = (steps["action/world_vector"], steps["action/rotation_delta"], gripper[:, None])
-    return np.concatenate([np.asarray(part, np.float32) for part in movement], 1)
+"""Two arms of seven dimensions each: position, roll, pitch, yaw, gripper."""

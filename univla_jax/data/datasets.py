@@ -1,21 +1,19 @@
-"""The corpora, one row each: where the fields lie, what the actions mean, how often it is seen.
+"""The datasets that can be read, and how to describe one of your own.
 
-Bring your own data with one row: say which reader opens the files, name its views and fields as
-they are called there and, where its actions are not simply the field ``action``, give a small
-function of ``conventions.py``. Sources: FACTS section 8, UniVLA tools/process, and the feature
-structures that the datasets publish.
+Everything the package knows about a dataset is one ``DatasetConfig``: which reader opens its files,
+where the fields of a step lie, what its actions mean, how its frames are sampled. The values of
+those below are the published ones: UniVLA (arXiv 2506.19850), its ``tools/process`` scripts
+(github.com/baaivision/UniVLA), and the feature structures in the TFDS catalog.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
-import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,34 +22,51 @@ from univla_jax.data.action_conventions import Steps
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
-READERS = ("rlds", "calvin", "lerobot", "videos")
-
 Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """One row of the table.
+    """Describes one dataset; the only thing to write for data of your own.
+
+    Paths name the fields of a step as the files do: ``"observation/image"`` in RLDS (nested keys
+    joined by slashes), ``"observation.images.top"`` in LeRobot, ``"rgb_static"`` in CALVIN. A robot
+    with one camera, an RLDS dataset and actions that need no conversion takes five lines::
+
+        DatasetConfig(
+            "my_robot",
+            views={"image": "observation/image"},
+            image_sizes={"image": (256, 256)},
+            control_hz=10.0,
+            frame_spacing=10,
+        )
+
+    Put it into ``DATASETS`` below, or keep it outside the package and give it to
+    ``register_dataset`` in a module that your config files import.
 
     Attributes:
-      name: key in ``DATASETS``.
-      views: camera name in this package -> path of its image inside a step.
+      name: key in ``DATASETS``; configs, token stores and checkpoints refer to the dataset by it.
+      views: camera name in this package -> path of its image. By convention ``"image"`` is the
+        third-person and ``"wrist_image"`` the wrist camera.
       control_hz: control rate in steps per second.
-      frame_spacing: steps between the frames of a world-model window, about a second.
-      image_sizes: camera name -> (height, width) in pixels at which its frames are tokenized
-        where a recipe says nothing else.
-      instruction: paths of the instruction inside the first step; the first that is not empty
-        counts.
-      actions: ``Steps`` -> [T', A] in the corpus' physical units; T' is T without ``trim``.
-      state: path of the proprioceptive state, None where there is none.
-      mixture_weight: share in the world-model mixture relative to the other corpora.
-      min_frames: shortest episode kept, in frames: one action chunk.
-      trim: steps left out at the start and at the end of an episode.
-      chunk_deltas: dimensions of an action chunk that are relative to its first step, and those of
-        them that are angles; None where actions stand for themselves.
-      texts: kind of text (``Episode.texts``) -> its path inside a step.
-      default_instruction: for episodes that come without one; empty where they are broken.
-      reader: of its files, one of ``READERS``.
+      frame_spacing: steps between two frames of a world-model sample, about one second.
+      image_sizes: camera name -> (height, width) in pixels at which its frames are tokenized,
+        multiples of the vision tokenizer's 8; a config may give ``image_specs`` instead.
+      instruction: paths of the instruction in the first step; the first non-empty one counts.
+      actions: converts ``Steps`` to actions [T', A] in physical units (anything NumPy casts to
+        float32), T' being T without ``trim``. By default the field ``"action"``; see
+        ``action_conventions`` for common conversions, or write a function.
+      state: path of the proprioceptive state [T, P], None where there is none.
+      mixture_weight: relative share in a training mixture of several datasets.
+      min_frames: shortest episode kept, in steps; shorter ones are skipped and reported. Must be at
+        least the length of an action chunk, and ``frame_spacing`` for the world model.
+      trim: steps dropped at the start and at the end of every episode.
+      chunk_deltas: for policies whose action chunks are relative to the pose at their first step;
+        None where every action stands for itself.
+      texts: kind of text (``Episode.texts``, such as ``"reasoning"``) -> its path.
+      default_instruction: for episodes without an instruction; where it is empty, they are invalid.
+      reader: file format, a key of ``readers.READERS``: ``"rlds"``, ``"calvin"``, ``"lerobot"`` or
+        ``"videos"``.
     """
 
     name: str
@@ -60,7 +75,7 @@ class DatasetConfig:
     frame_spacing: int
     image_sizes: Mapping[str, Size] = dataclasses.field(default_factory=dict)
     instruction: tuple[str, ...] = ("language_instruction",)
-    actions: Callable[[Steps], np.ndarray] = action_conventions.commanded
+    actions: Callable[[Steps], np.ndarray] = action_conventions.unchanged
     state: str | None = "observation/state"
     mixture_weight: float = 1.0
     min_frames: int = 10
@@ -70,19 +85,30 @@ class DatasetConfig:
     default_instruction: str = ""
     reader: str = "rlds"
 
-    def trimmed(self, steps: np.ndarray) -> np.ndarray:
-        """The steps [T, ...] without those of ``trim``."""
-        start, end = self.trim
-        return steps[start : len(steps) - end]
+    def with_views(self, views: Iterable[str]) -> DatasetConfig:
+        """The same dataset with only some of its cameras.
+
+        Raises:
+          UserError: it has no such camera.
+        """
+        unknown = sorted(set(views) - set(self.views))
+        if unknown:
+            raise UserError(
+                f"dataset {self.name!r} has no view {unknown[0]!r}; it has {', '.join(self.views)}"
+            )
+        return dataclasses.replace(self, views={view: self.views[view] for view in views})
+
+
+# ----------------------------------------------------------------------------
+# The built-in datasets. Actions: the gripper is 1 open, 0 closed where nothing else is said.
 
 
 _IN_OBSERVATION = ("observation/natural_language_instruction",)
-_TWO_VIEWS = {"image": "observation/image", "wrist_image": "observation/wrist_image"}
 _SQUARE = (256, 256)
 
 
 def _views(size: Size = _SQUARE, **fields: str) -> dict[str, Mapping]:
-    """``views`` and ``sizes`` of cameras in the observation, all tokenized at one size."""
+    """``views`` and ``image_sizes`` of cameras in the observation, all tokenized at one size."""
     paths = {view: f"observation/{field}" for view, field in fields.items()}
     return {"views": paths, "image_sizes": dict.fromkeys(paths, size)}
 
@@ -114,8 +140,13 @@ def _video(name: str, **changes) -> DatasetConfig:
     )
 
 
-_ROWS = (
-    DatasetConfig("tabletop", views=_TWO_VIEWS, control_hz=5.0, frame_spacing=5),
+_BUILT_IN = (
+    DatasetConfig(
+        "tabletop",
+        views={"image": "observation/image", "wrist_image": "observation/wrist_image"},
+        control_hz=5.0,
+        frame_spacing=5,
+    ),
     _libero("libero"),  # the four suites as one corpus with joint statistics, as published
     _libero("libero_spatial"),
     _libero("libero_object"),
@@ -127,7 +158,7 @@ _ROWS = (
         image_sizes={"image": (200, 200), "wrist_image": (80, 80)},
         control_hz=30.0,
         frame_spacing=10,
-        actions=action_conventions.field("rel_actions"),
+        actions=action_conventions.action_field("rel_actions"),
         # actions: the gripper is 1 open, -1 closed
         state="robot_obs",
         mixture_weight=0.8,
@@ -138,7 +169,8 @@ _ROWS = (
         **_views(image="image_0", side_image="image_1"),
         control_hz=5.0,
         frame_spacing=5,
-        actions=action_conventions.bridge,
+        actions=action_conventions.reached_movement,
+        min_frames=5,
         trim=(1, 1),
     ),
     DatasetConfig(
@@ -166,7 +198,7 @@ _ROWS = (
             "language_instruction_2",
             "language_instruction_3",
         ),
-        actions=action_conventions.binary_gripper,
+        actions=action_conventions.binarized_gripper,
         state="observation/cartesian_position",
         mixture_weight=0.2,
     ),
@@ -226,7 +258,7 @@ _ROWS = (
         **_views(image="image"),
         control_hz=5.0,
         frame_spacing=10,
-        actions=action_conventions.first_and_last,
+        actions=action_conventions.first_three_last_four,
         # actions: the gripper is as commanded
     ),
     DatasetConfig(
@@ -265,109 +297,96 @@ _ROWS = (
     _video("1x", default_instruction="a robot moves through a building"),
 )
 
-DATASETS: dict[str, DatasetConfig] = {row.name: row for row in _ROWS}
+DATASETS: dict[str, DatasetConfig] = {config.name: config for config in _BUILT_IN}
+"""All known datasets by name."""
+
+
+def register_dataset(config: DatasetConfig) -> None:
+    """Makes a dataset known under ``config.name`` without editing the package.
+
+    Call it in a module that every config file of the dataset imports, so that tokenizing, fitting
+    and training all know it. Registering a name again replaces the earlier one.
+
+    Raises:
+      UserError: a built-in dataset has that name.
+    """
+    if any(config.name == built_in.name for built_in in _BUILT_IN):
+        raise UserError(f"dataset {config.name!r} is built in; choose another name")
+    DATASETS[config.name] = config
 
 
 def find_dataset_config(name: str) -> DatasetConfig:
-    """The row called ``name``.
+    """The dataset called ``name``.
 
     Raises:
-      UserError: there is none; names the nearest one.
+      UserError: there is none; suggests the nearest name.
     """
     if name in DATASETS:
         return DATASETS[name]
     near = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}"
-    raise UserError(f"unknown corpus {name!r}; {hint} Add a row to univla_jax/data/datasets.py")
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}."
+    raise UserError(f"unknown dataset {name!r}; {hint} To add one, see univla_jax/data/datasets.py")
 
 
 # ----------------------------------------------------------------------------
-# What all readers share: their interface, splits by range, and fields to ``Episode``.
+# Shared by the readers of all file formats: from raw fields to an ``Episode``, and splits.
 #
-# Axes: T steps, H/W image height and width, A action dimensions, P state dimensions.
+# Axes: T steps, H/W image height and width.
 
 
-class EpisodeReader(Protocol):
-    """Random access to the episodes of one split of a dataset.
-
-    Attributes:
-      folder: where it lies.
-      name: dataset name, with a version where there is one.
-      sizes: per view the (H, W) which the dataset declares, None where it leaves them open.
-      fingerprint: sha256 of what describes the dataset.
-    """
-
-    folder: pathlib.Path
-    name: str
-    sizes: Mapping[str, tuple[int, int] | None]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        """Number of episodes in the split."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Episode:
-        """Reads one episode; UserError where it cannot be decoded."""
-        ...
-
-    def episode_id(self, index: int) -> str:
-        """Name of an episode, also of one that cannot be read."""
-        ...
-
-
-def assemble(
-    corpus: DatasetConfig, steps: Steps, frames: Mapping[str, np.ndarray], episode_id: str
+def build_episode(
+    dataset: DatasetConfig, steps: Steps, frames: Mapping[str, np.ndarray], episode_id: str
 ) -> Episode:
-    """An episode in the corpus' conventions.
+    """An episode in the dataset's conventions.
 
     Args:
-      corpus: says which fields are what.
-      steps: by path, [T, ...]; texts as objects.
+      dataset: says which field is what.
+      steps: path -> [T, ...]; texts as objects.
       frames: per view uint8 [T, H, W, 3].
-      episode_id: of the episode.
+      episode_id: unique in the dataset.
 
     Raises:
       KeyError: a field is missing.
-      ValueError: actions of another length than the frames that ``corpus.trim`` leaves.
+      ValueError: the frames that ``trim`` leaves and the actions differ in number.
     """
-    kept = {view: corpus.trimmed(array) for view, array in frames.items()}
-    actions = np.asarray(corpus.actions(steps), np.float32)
+    start, end = dataset.trim
+
+    def trimmed(array: np.ndarray) -> np.ndarray:
+        return array[start : len(array) - end]
+
+    kept = {view: trimmed(array) for view, array in frames.items()}
+    actions = np.asarray(dataset.actions(steps), np.float32)
     lengths = {len(array) for array in kept.values()}
     if lengths - {len(actions)}:
         raise ValueError(f"{len(actions)} actions for {sorted(lengths)} frames")
-    state = None if corpus.state is None else corpus.trimmed(steps[corpus.state])
+    instructions = (decode_text(steps[p][0]) for p in dataset.instruction if p in steps)
     return Episode(
-        instruction=_instruction(corpus, steps),
+        instruction=next((t for t in instructions if t.strip()), dataset.default_instruction),
         frames=kept,
         actions=actions,
-        control_hz=corpus.control_hz,
-        corpus=corpus.name,
+        control_hz=dataset.control_hz,
+        corpus=dataset.name,
         episode_id=episode_id,
-        state=None if state is None else np.asarray(state, np.float32),
-        texts={k: tuple(map(text, corpus.trimmed(steps[p]))) for k, p in corpus.texts.items()},
+        state=np.asarray(trimmed(steps[dataset.state]), np.float32) if dataset.state else None,
+        texts={k: tuple(map(decode_text, trimmed(steps[p]))) for k, p in dataset.texts.items()},
     )
 
 
-def text(value: Any) -> str:
-    """UTF-8 bytes or anything else as a string."""
+def decode_text(value: Any) -> str:
+    """UTF-8 bytes, or anything else, as a string."""
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _instruction(corpus: DatasetConfig, steps: Steps) -> str:
-    found = (text(steps[path][0]) for path in corpus.instruction if path in steps)
-    return next((words for words in found if words.strip()), corpus.default_instruction)
-
-
 def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tuple[str, range]:
-    """A split in TFDS notation, for datasets which TFDS does not read.
+    """Parses a split in TFDS notation, for formats that TFDS does not read.
 
     Args:
       split: such as ``"train"``, ``"train[:95%]"`` or ``"train[10:20]"``.
-      sizes: episodes per split.
-      where: the dataset, for messages.
+      sizes: split name -> number of episodes.
+      where: the dataset's folder, for messages.
 
     Returns:
-      name of the split, and the episodes of it.
+      name of the split, and the indices of its episodes.
 
     Raises:
       UserError: another notation, an unknown split, or no episodes in it.
@@ -376,40 +395,13 @@ def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tu
     if found is None or found[1] not in sizes:
         raise UserError(f"{where} has no split {split!r}; it has {', '.join(sizes) or 'none'}")
     size = sizes[found[1]]
-    chosen = range(size)[_bound(found[2], size) : _bound(found[3], size)]
-    if not chosen:
+
+    def bound(text: str | None) -> int | None:
+        if not text:
+            return None
+        return round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+    indices = range(size)[bound(found[2]) : bound(found[3])]
+    if not indices:
         raise UserError(f"{where}: split {split!r} holds no episodes")
-    return found[1], chosen
-
-
-def _bound(words: str | None, size: int) -> int | None:
-    if not words:
-        return None
-    return round(size * int(words[:-1]) / 100) if words.endswith("%") else int(words)
-
-
-# ----------------------------------------------------------------------------
-# Opens a dataset with the reader that its corpus' row names.
-
-
-_CLASSES = {
-    "rlds": ("univla_jax.data.rlds", "RldsReader"),
-    "calvin": ("univla_jax.data.calvin", "CalvinReader"),
-    "lerobot": ("univla_jax.data.lerobot", "LeRobotReader"),
-    "videos": ("univla_jax.data.video", "VideoFolderReader"),
-}
-
-
-def open_reader(folder: str | os.PathLike[str], corpus: DatasetConfig, split: str) -> EpisodeReader:
-    """Random access to the episodes of a split.
-
-    Args:
-      folder: the dataset.
-      corpus: row that says how it is read.
-      split: in TFDS notation, for example ``"train"`` or ``"train[:95%]"``.
-
-    Raises:
-      UserError: no dataset there, an unknown split, or a file or field that is missing.
-    """
-    module, name = _CLASSES[corpus.reader]
-    return getattr(importlib.import_module(module), name)(folder, corpus, split)
+    return found[1], indices

@@ -1,8 +1,11 @@
-"""Random access to the records of sharded ArrayRecord and TFRecord files.
+"""Random access to the records of sharded ArrayRecord and TFRecord files, without TensorFlow.
 
-Both formats are read without TensorFlow. A shard is opened at its first use and its number of
-records is checked then, so that a truncated file is an error and never a shorter dataset. However
-many shards there are, only the last used ones stay open.
+A shard is opened when it is first used and its number of records is checked then, so that a
+truncated file is an error and never a shorter dataset.
+
+Grain's ``ArrayRecordDataSource`` does neither and keeps every shard open: it runs out of file
+descriptors at 1,024 shards where the world-model mixture has 10,570. TFRecord has no reader with
+random access outside TensorFlow; Grain's reads from the beginning.
 """
 
 from __future__ import annotations
@@ -16,16 +19,15 @@ import resource
 import struct
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from array_record.python import array_record_module
 
 from univla_jax.errors import UserError
 
+# Each record is its own chunk (group_size:1) and reads are random: no read-ahead, no threads.
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
-_TFRECORD_HEADER = struct.Struct("<QI")
-_TFRECORD_FOOTER = 4
-_MOST_FILES = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+_MAX_OPEN_FILES = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Shard:
 
     Attributes:
       path: file; a name with ``.tfrecord`` in it is a TFRecord file, any other an ArrayRecord one.
-      records: records the whole file must hold.
+      records: records that the whole file must hold.
       skip: records left out at its start.
       take: records used after them; None for all the rest.
     """
@@ -49,8 +51,8 @@ class Shard:
         return self.records - self.skip if self.take is None else self.take
 
 
-class Records:
-    """The records of several shards as one sequence of ``bytes``; may be pickled and shared."""
+class ShardedRecords:
+    """The records of several shards as one sequence of ``bytes``; picklable and thread-safe."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         """Takes the shards in order; opens none of them."""
@@ -74,20 +76,18 @@ class Records:
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         shard = self._shards[number]
-        place = index - (self._ends[number] - len(shard)) + shard.skip
+        position = index - (self._ends[number] - len(shard)) + shard.skip
         reader = self._reader(number)
         try:
-            return reader.read(place)
+            return reader.read(position)
         except (RuntimeError, OSError) as error:
             reason = str(error).split(";")[0]
-            raise UserError(f"shard {shard.path}: record {place} is damaged: {reason}") from error
-
-    def __iter__(self) -> Iterator[bytes]:
-        """All records in order."""
-        return (self[i] for i in range(len(self)))
+            raise UserError(
+                f"shard {shard.path}: record {position} is damaged: {reason}"
+            ) from error
 
     def __getstate__(self) -> dict[str, object]:
-        """Leaves the open files behind."""
+        """The shards alone: open files stay in their process."""
         return {"_shards": self._shards}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -95,7 +95,7 @@ class Records:
         self.__init__(state["_shards"])
 
     def check(self) -> None:
-        """Opens every shard.
+        """Opens every shard once.
 
         Raises:
           UserError: a shard is missing, is truncated, or holds another number of records.
@@ -104,48 +104,51 @@ class Records:
             self._reader(number)
 
     def _reader(self, number: int) -> _ArrayRecordFile | _TfRecordFile:
-        with _open_files.lock:
+        with _open_shards.lock:
             if number not in self._readers:
-                self._readers[number] = _open(self._shards[number])
-            _open_files.use(self, number)
+                self._readers[number] = _open_shard(self._shards[number])
+            _open_shards.mark_used(self, number)
             return self._readers[number]
 
 
-class _OpenFiles:
-    """The open shards of all ``Records`` of this process, the longest unused first.
+class _OpenShards:
+    """Least-recently-used list of the open shards of all ``ShardedRecords`` of this process.
 
-    A mixture of corpora has more shards than a process may have files open.
+    A mixture of datasets has more shards than a process may have files open. Only the list of a
+    ``ShardedRecords`` refers to its readers, so dropping an entry there closes the file; the weak
+    reference lets a dataset that nobody uses any more go away with all of its files.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._order: collections.OrderedDict[tuple[weakref.ref[Records], int], None] = (
+        self._order: collections.OrderedDict[tuple[weakref.ref[ShardedRecords], int], None] = (
             collections.OrderedDict()
         )
 
-    def use(self, records: Records, number: int) -> None:
-        """Puts a shard last, and closes the first ones where there are too many."""
+    def mark_used(self, records: ShardedRecords, number: int) -> None:
+        """Moves a shard to the end, and closes the first ones where there are too many."""
         key = (weakref.ref(records), number)
         self._order[key] = None
         self._order.move_to_end(key)
-        while len(self._order) > _MOST_FILES:
+        while len(self._order) > _MAX_OPEN_FILES:
             (owner, unused), _ = self._order.popitem(last=False)
             if (found := owner()) is not None:
                 del found._readers[unused]
 
 
-_open_files = _OpenFiles()
+_open_shards = _OpenShards()
 
 
-def _open(shard: Shard) -> _ArrayRecordFile | _TfRecordFile:
+def _open_shard(shard: Shard) -> _ArrayRecordFile | _TfRecordFile:
     if not os.path.isfile(shard.path):
         raise UserError(f"shard {shard.path} is missing; restore or regenerate the dataset")
-    kind = _TfRecordFile if ".tfrecord" in os.path.basename(shard.path) else _ArrayRecordFile
-    reader = kind(shard.path)
-    if reader.count != shard.records:
+    is_tfrecord = ".tfrecord" in os.path.basename(shard.path)
+    reader = (_TfRecordFile if is_tfrecord else _ArrayRecordFile)(shard.path)
+    if reader.num_records != shard.records:
         raise UserError(
-            f"shard {shard.path} holds {reader.count} readable records, expected {shard.records}; "
-            "it is truncated or not the file its dataset describes; restore or regenerate it"
+            f"shard {shard.path} holds {reader.num_records} readable records, expected "
+            f"{shard.records}; it is truncated or not the file its dataset describes; restore or "
+            "regenerate it"
         )
     return reader
 
@@ -155,40 +158,38 @@ class _ArrayRecordFile:
 
     def __init__(self, path: str) -> None:
         self._reader = array_record_module.ArrayRecordReader(path, _RANDOM_ACCESS)
-        self.count = self._reader.num_records() if self._reader.ok() else 0
+        self.num_records = self._reader.num_records() if self._reader.ok() else 0
 
     def read(self, index: int) -> bytes:
         return self._reader.read([index])[0]
 
 
 class _TfRecordFile:
-    """One TFRecord file: length u64, its checksum u32, data, checksum of the data u32.
+    """One TFRecord file; its checksums are not verified."""
 
-    The places of all records are found by walking over the lengths; a record that reaches beyond
-    the end of the file is not counted. The checksums themselves are not verified.
-    """
+    _HEADER, _FOOTER = struct.Struct("<QI"), 4
 
     def __init__(self, path: str) -> None:
+        # A record is its length u64, a checksum of the length u32, the data, and a checksum of
+        # the data u32. The file has no index, so the positions are found once by jumping from
+        # length to length. A record that reaches beyond the end of the file is not counted, which
+        # makes a truncated file show in the number of records.
         self._path = path
-        self._places = list(_tfrecord_places(path))
-        self.count = len(self._places)
+        self._spans: list[tuple[int, int]] = []
+        size, start = os.path.getsize(path), self._HEADER.size
+        with open(path, "rb") as file:
+            while start <= size:
+                file.seek(start - self._HEADER.size)
+                length, _ = self._HEADER.unpack(file.read(self._HEADER.size))
+                following = start + length + self._FOOTER
+                if following > size:
+                    break
+                self._spans.append((start, length))
+                start = following + self._HEADER.size
+        self.num_records = len(self._spans)
 
     def read(self, index: int) -> bytes:
-        start, length = self._places[index]
+        start, length = self._spans[index]
         with open(self._path, "rb") as file:
             file.seek(start)
             return file.read(length)
-
-
-def _tfrecord_places(path: str) -> Iterator[tuple[int, int]]:
-    """Yields (start, length) in bytes of each whole record's data."""
-    size, start = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        while start + _TFRECORD_HEADER.size <= size:
-            file.seek(start)
-            length, _ = _TFRECORD_HEADER.unpack(file.read(_TFRECORD_HEADER.size))
-            start += _TFRECORD_HEADER.size
-            if start + length + _TFRECORD_FOOTER > size:
-                return
-            yield start, length
-            start += length + _TFRECORD_FOOTER

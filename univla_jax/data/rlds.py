@@ -1,10 +1,9 @@
-"""Reads robot episodes in RLDS form, that is TFDS dataset folders, without TensorFlow.
+"""Reads RLDS episodes from TFDS dataset folders without TensorFlow.
 
-The folder's own metadata (``dataset_info.json``, ``features.json``) says how its ArrayRecord or
-TFRecord shards are decoded. Images go through Pillow whatever else is installed, so the pixels
-are the same on every machine. ``univla_jax.data.rlds_writer`` writes such folders.
+The folder's own metadata (``dataset_info.json``, ``features.json``) say how its ArrayRecord or
+TFRecord shards are decoded. ``rlds_writer`` writes such folders.
 
-Axes: T steps, H/W image height and width, A action dimensions, P state dimensions.
+Axes: T steps, H/W image height and width.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from univla_jax.data.datasets import DatasetConfig, assemble, text
-from univla_jax.data.record_files import Records, Shard
+from univla_jax.data.datasets import DatasetConfig, build_episode, decode_text
+from univla_jax.data.record_files import Shard, ShardedRecords
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
@@ -28,40 +27,41 @@ _INFO, _FEATURES = "dataset_info.json", "features.json"
 
 
 class RldsReader:
-    """Random access to the episodes of one split of a TFDS dataset.
+    """Random access to the episodes of one split of a TFDS dataset; an ``EpisodeReader``.
 
     Attributes:
       folder: the version folder, which holds the metadata and the shards.
       name: dataset name and version, for example ``"tabletop:1.0.0"``.
-      sizes: per view the (H, W) which the dataset declares, None where it leaves them open.
+      image_sizes: view -> (height, width) that the dataset declares, None where it leaves them
+        open.
       fingerprint: sha256 over the metadata files.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], corpus: DatasetConfig, split: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], dataset: DatasetConfig, split: str) -> None:
         """Opens the dataset and checks every shard's number of records.
 
         Args:
           folder: the version folder, or a folder that holds exactly one dataset.
-          corpus: row that says which fields are read.
-          split: split in TFDS notation, for example ``"train"`` or ``"train[:95%]"``.
+          dataset: which fields are read.
+          split: in TFDS notation, for example ``"train"`` or ``"train[:95%]"``.
 
         Raises:
           UserError: no dataset there, an unknown split, a missing or truncated shard, or a field
             that the dataset lacks.
         """
-        self.folder = find_dataset(folder)
-        self._corpus, self._split = corpus, split
+        self.folder = _find_dataset(folder)
+        self._dataset, self._split = dataset, split
         builder = _builder(self.folder)
         self.name = f"{builder.info.name}:{builder.info.version}"
         self._features = builder.info.features
-        self._records = Records(_shards(builder, split, self.folder))
+        self._records = ShardedRecords(_shards(builder, split, self.folder))
         self._records.check()
         fields = _step_features(self._features)
-        self._skip = _skip_decoding(fields)
-        self.sizes = {view: self._size(fields, path) for view, path in corpus.views.items()}
-        for path in (*corpus.instruction, *filter(None, [corpus.state]), *corpus.texts.values()):
-            self._require(fields, path)
-        self.fingerprint = _fingerprint(self.folder)
+        self._check_fields(fields)
+        self._decoders = _skip_image_decoding(fields)
+        self.image_sizes = {v: _declared_size(fields[path]) for v, path in dataset.views.items()}
+        metadata = b"\0".join((self.folder / name).read_bytes() for name in (_INFO, _FEATURES))
+        self.fingerprint = hashlib.sha256(metadata).hexdigest()
 
     def __len__(self) -> int:
         """Number of episodes in the split."""
@@ -71,7 +71,7 @@ class RldsReader:
         """Reads and decodes one episode.
 
         Raises:
-          UserError: the record is damaged, or it cannot be decoded; names the episode.
+          UserError: its record is damaged or cannot be decoded; names the episode.
           IndexError: no such episode.
         """
         record = self._records[index]
@@ -81,64 +81,43 @@ class RldsReader:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{self.episode_id(index)} cannot be decoded: {what}") from error
 
-    def __iter__(self) -> Iterator[Episode]:
-        """All episodes in order."""
-        return (self[i] for i in range(len(self)))
-
     def episode_id(self, index: int) -> str:
-        """Name of an episode that carries none of its own."""
+        """Id of an episode that has none in its metadata."""
         return f"{self._split}/{index:06d}"
 
-    def _size(self, fields: Mapping[str, Any], path: str) -> tuple[int, int] | None:
-        self._require(fields, path)
-        height, width = fields[path].shape[:2]
-        return None if height is None or width is None else (height, width)
-
-    def _require(self, fields: Mapping[str, Any], path: str) -> None:
-        if path not in fields:
-            raise UserError(
-                f"corpus {self._corpus.name!r}: the steps of {self.folder} have no field "
-                f"{path!r}; they have {', '.join(sorted(fields))}"
-            )
+    def _check_fields(self, fields: Mapping[str, Any]) -> None:
+        dataset = self._dataset
+        state = [dataset.state] if dataset.state else []
+        for path in (
+            *dataset.views.values(),
+            *dataset.instruction,
+            *state,
+            *dataset.texts.values(),
+        ):
+            if path not in fields:
+                raise UserError(
+                    f"dataset {dataset.name!r}: the steps of {self.folder} have no field {path!r}; "
+                    f"they have {', '.join(sorted(fields))}"
+                )
 
     def _decode(self, record: bytes, index: int) -> Episode:
-        example = self._features.deserialize_example_np(record, decoders=self._skip)
-        steps = _stack(example["steps"])
-        corpus = self._corpus
+        example = self._features.deserialize_example_np(record, decoders=self._decoders)
+        steps: dict[str, list[Any]] = {}
+        for step in example["steps"]:
+            for path, value in _flatten(step):
+                steps.setdefault(path, []).append(value)
+        arrays = {path: _stack(values) for path, values in steps.items()}
+        frames = {view: _decode_images(arrays[p]) for view, p in self._dataset.views.items()}
         own_id = example.get("episode_metadata", {}).get("episode_id")
-        name = self.episode_id(index) if own_id is None else text(own_id)
-        frames = {view: _frames(steps[path]) for view, path in corpus.views.items()}
-        return assemble(corpus, steps, frames, name)
+        episode_id = self.episode_id(index) if own_id is None else decode_text(own_id)
+        return build_episode(self._dataset, arrays, frames, episode_id)
 
 
-def read_episodes(
-    folder: str | os.PathLike[str],
-    corpus: DatasetConfig,
-    split: str,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    stride: int = 1,
-) -> Iterator[Episode]:
-    """Yields the episodes ``start, start + stride, ...`` below ``stop`` of a split.
-
-    Raises:
-      UserError: as ``RldsReader``, at the first episode or at the broken one.
-    """
-    source = RldsReader(folder, corpus, split)
-    for index in range(*slice(start, stop, stride).indices(len(source))):
-        yield source[index]
-
-
-def find_dataset(folder: str | os.PathLike[str]) -> pathlib.Path:
-    """The TFDS version folder at ``folder``, or the only one up to two levels below it.
-
-    Raises:
-      UserError: the folder is missing, or holds no dataset, or several.
-    """
+def _find_dataset(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The TFDS version folder at ``folder``, or the only one up to two levels below it."""
     root = pathlib.Path(folder)
     if not root.is_dir():
-        raise UserError(f"no dataset folder {root}; write the dataset first or mend the path")
+        raise UserError(f"no dataset folder {root}; write the dataset first or correct the path")
     if (root / _INFO).is_file():
         return root
     candidates = [*root.glob(f"*/{_INFO}"), *root.glob(f"*/*/{_INFO}")]
@@ -179,23 +158,34 @@ def _shards(builder: Any, split: str, folder: pathlib.Path) -> list[Shard]:
     return shards
 
 
+# ----------------------------------------------------------------------------
+# Decoding of a record: nested fields to one array per path, images with Pillow.
+
+
+def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested features or values as (path joined by slashes, leaf)."""
+    for key, value in node.items():
+        if hasattr(value, "items"):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
 def _step_features(features: Any) -> dict[str, Any]:
-    """Path inside a step -> feature."""
-
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, feature in node.items():
-            if hasattr(feature, "items"):
-                yield from walk(feature, f"{prefix}{key}/")
-            else:
-                yield prefix + key, feature
-
+    """Path inside a step -> TFDS feature."""
     if "steps" not in features:
         raise UserError(f"not an RLDS dataset: no 'steps' among {', '.join(features)}")
-    return dict(walk(features["steps"].feature, ""))
+    return dict(_flatten(features["steps"].feature))
 
 
-def _skip_decoding(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoders that leave every image of the steps as its encoded bytes."""
+def _skip_image_decoding(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Decoders that leave every image of the steps as its encoded bytes.
+
+    TFDS decodes with OpenCV where it is installed and with TensorFlow or Pillow elsewhere. Those
+    differ by a gray level here and there in JPEGs, which moves visual codes. Images are therefore
+    always decoded with Pillow, so that a dataset has the same pixels on every machine, and only
+    those of the views in use.
+    """
     import tensorflow_datasets as tfds
 
     decoders: dict[str, Any] = {}
@@ -209,24 +199,13 @@ def _skip_decoding(fields: Mapping[str, Any]) -> dict[str, Any]:
     return decoders
 
 
-def _stack(steps: Any) -> dict[str, np.ndarray]:
-    """Nested steps to one array [T, ...] per path; text and encoded images as objects."""
-    columns: dict[str, list[Any]] = {}
-    for step in steps:
-        for path, value in _leaves(step, ""):
-            columns.setdefault(path, []).append(value)
-    return {path: _column(values) for path, values in columns.items()}
+def _declared_size(image: Any) -> tuple[int, int] | None:
+    height, width = image.shape[:2]
+    return None if height is None or width is None else (height, width)
 
 
-def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def _column(values: list[Any]) -> np.ndarray:
+def _stack(values: list[Any]) -> np.ndarray:
+    """Values of T steps as an array [T, ...]; texts and encoded images as objects [T]."""
     if not isinstance(values[0], (bytes, str)):
         return np.stack(values)
     column = np.empty(len(values), object)
@@ -234,14 +213,9 @@ def _column(values: list[Any]) -> np.ndarray:
     return column
 
 
-def _frames(encoded: np.ndarray) -> np.ndarray:
+def _decode_images(encoded: np.ndarray) -> np.ndarray:
     """Encoded images [T] to uint8 [T, H, W, 3], RGB."""
     images = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded]
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"images of different sizes: {sorted({i.shape[:2] for i in images})}")
     return np.stack(images)
-
-
-def _fingerprint(folder: pathlib.Path) -> str:
-    content = b"\0".join((folder / name).read_bytes() for name in (_INFO, _FEATURES))
-    return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""Writes robot episodes as a TFDS dataset in RLDS form, without TensorFlow.
+"""Writes robot episodes as an RLDS dataset that TFDS opens, without TensorFlow.
 
 Axes: T steps, H/W image height and width, A action dimensions, P state dimensions.
 """
@@ -26,10 +26,10 @@ FILE_FORMATS = ("array_record", "tfrecord")
 
 @dataclasses.dataclass(frozen=True)
 class RecordedEpisode(Episode):
-    """An episode with more in its observations than cameras and state.
+    """An episode whose observations have more fields than cameras and state.
 
     Attributes:
-      sensors: field of the observation -> float32 [T, P].
+      sensors: name of the field -> float32 [T, P].
     """
 
     sensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -81,22 +81,25 @@ def write_rlds(
     final = pathlib.Path(folder) / name / version
     if (final / "dataset_info.json").is_file():
         return final
-    form: _Form | None = None
+    serializer: _EpisodeSerializer | None = None
     infos = []
     with files.new_folder(final) as partial:
         for split, episodes in splits.items():
-            shards = _Shards(partial, name, split, file_format, shard_bytes)
+            writer = _SplitWriter(partial, name, split, file_format, shard_bytes)
             bar = tqdm.tqdm(episodes, f"write {split}", unit="episode", disable=not progress)
             for episode in bar:
-                form = form or _Form(episode, image_format, fixed_sizes, id_field)
-                shards.add(form.serialize(episode))
-            infos.append(shards.close())
-        _write_metadata(partial, version, form, infos, description)
+                if serializer is None:
+                    serializer = _EpisodeSerializer(episode, image_format, fixed_sizes, id_field)
+                writer.add(serializer.serialize(episode))
+            infos.append(writer.close())
+        if serializer is None:
+            raise UserError("a dataset needs at least one split")
+        _write_metadata(partial, version, serializer.features, infos, description)
     return final
 
 
 def check_description(folder: pathlib.Path, description: str) -> None:
-    """Makes sure that a dataset is the one that was to be written.
+    """Checks that an existing dataset is the one that would be written.
 
     Args:
       folder: of the version, as ``write_rlds`` returns it.
@@ -112,21 +115,17 @@ def check_description(folder: pathlib.Path, description: str) -> None:
         )
 
 
-class _Form:
-    """The feature structure which the first episode sets, and its serialization."""
+class _EpisodeSerializer:
+    """The feature structure that the first episode sets, and serialization in it."""
 
     def __init__(
         self, episode: Episode, image_format: str, fixed_sizes: bool, id_field: str
     ) -> None:
         self._sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
+        self._dims = _dimensions(episode)
         self._fixed, self._image_format, self._id_field = fixed_sizes, image_format, id_field
-        self._dims = _dims(episode)
-        self.features = _features(
-            {v: size if fixed_sizes else (None, None) for v, size in self._sizes.items()},
-            self._dims,
-            image_format,
-            id_field,
-        )
+        declared = {v: size if fixed_sizes else (None, None) for v, size in self._sizes.items()}
+        self.features = _features(declared, self._dims, image_format, id_field)
 
     def serialize(self, episode: Episode) -> bytes:
         """One record; raises UserError when the episode does not fit."""
@@ -140,7 +139,7 @@ class _Form:
     def _check(self, episode: Episode) -> None:
         sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
         same = sizes == self._sizes if self._fixed else set(sizes) == set(self._sizes)
-        dims = _dims(episode)
+        dims = _dimensions(episode)
         if not same or dims != self._dims:
             raise UserError(
                 f"{episode.episode_id}: image sizes {sizes} and dimensions {dims} differ from the "
@@ -175,12 +174,12 @@ class _Form:
 
 
 def _sensors(episode: Episode) -> dict[str, np.ndarray]:
-    """What an observation holds beside the views."""
+    """The fields of an observation beside the views."""
     state = {} if episode.state is None else {"state": episode.state}
     return state | dict(episode.sensors if isinstance(episode, RecordedEpisode) else {})
 
 
-def _dims(episode: Episode) -> dict[str, int]:
+def _dimensions(episode: Episode) -> dict[str, int]:
     """Dimensions of the action and of every sensor."""
     sensors = {name: values.shape[1] for name, values in _sensors(episode).items()}
     return {"action": episode.actions.shape[1], **sensors}
@@ -213,49 +212,53 @@ def _features(
     return kinds.FeaturesDict({"steps": kinds.Dataset(step), "episode_metadata": metadata})
 
 
-class _Shards:
-    """Appends records to numbered files of one split and names them when their number is known."""
+class _SplitWriter:
+    """Appends records to the numbered shards of one split."""
 
-    def __init__(self, folder: pathlib.Path, name: str, split: str, form: str, limit: int) -> None:
-        self._folder, self._split, self._format, self._limit = folder, split, form, limit
-        self._stem = f"{name}-{split}.{form}"
+    def __init__(
+        self, folder: pathlib.Path, name: str, split: str, file_format: str, limit: int
+    ) -> None:
+        self._folder, self._name, self._split = folder, name, split
+        self._format, self._limit = file_format, limit
+        self._stem = f"{name}-{split}.{file_format}"
         self._writer: Any = None
         self._counts: list[int] = []
-        self._bytes, self._total = 0, 0
+        self._shard_bytes, self._total_bytes = 0, 0
 
     def add(self, record: bytes) -> None:
         if self._writer is None:
             path = str(self._folder / f"{self._stem}-{len(self._counts):05d}")
             self._writer = _record_writer(path, self._format)
             self._counts.append(0)
-            self._bytes = 0
+            self._shard_bytes = 0
         self._writer.write(record)
         self._counts[-1] += 1
-        self._bytes += len(record)
-        self._total += len(record)
-        if self._bytes >= self._limit:
+        self._shard_bytes += len(record)
+        self._total_bytes += len(record)
+        if self._shard_bytes >= self._limit:
             self._finish_shard()
 
     def close(self) -> Any:
-        """Renames the shards to their final names and returns the split's ``SplitInfo``."""
+        """Gives the shards their final names; returns the ``tfds.core.SplitInfo``."""
         import tensorflow_datasets as tfds
 
         if not self._counts:
             raise UserError(f"split {self._split!r} has no episodes; drop the split or fill it")
         self._finish_shard()
+        # A shard's name holds the number of shards, which is known only now.
         for i in range(len(self._counts)):
             path = self._folder / f"{self._stem}-{i:05d}"
             path.rename(f"{path}-of-{len(self._counts):05d}")
         template = tfds.core.ShardedFileTemplate(
             data_dir=self._folder,
-            dataset_name=self._stem.split("-")[0],
+            dataset_name=self._name,
             split=self._split,
             filetype_suffix=self._format,
         )
         return tfds.core.SplitInfo(
             name=self._split,
             shard_lengths=self._counts,
-            num_bytes=self._total,
+            num_bytes=self._total_bytes,
             filename_template=template,
         )
 
@@ -274,15 +277,13 @@ def _record_writer(path: str, file_format: str) -> Any:
 
 
 def _write_metadata(
-    folder: pathlib.Path, version: str, form: _Form | None, infos: list[Any], description: str
+    folder: pathlib.Path, version: str, features: Any, infos: list[Any], description: str
 ) -> None:
     import tensorflow_datasets as tfds
 
-    if form is None:
-        raise UserError("a dataset needs at least one split")
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=form.features,
+        features=features,
         split_infos=infos,
         version=version,
         description=description,

@@ -1,4 +1,7 @@
-"""Reads a dataset once and writes its token stores; the work of ``univla_jax.tokenize_dataset``.
+"""Encodes a dataset into token stores; the work of ``univla_jax.tokenize_dataset``.
+
+Every frame is encoded once. Threads read, decode and resize episodes ahead of the vision tokenizer,
+which takes the frames of consecutive episodes in batches of one static shape.
 
 Axes: T steps, N batch, H/W image height and width, h/w code grid.
 """
@@ -12,35 +15,26 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tqdm
 from PIL import Image
 
 from univla_jax.config import build_config
-from univla_jax.data.datasets import DatasetConfig, EpisodeReader, find_dataset_config, open_reader
-from univla_jax.data.frame_encoder import ViewEncoders
+from univla_jax.data.datasets import DatasetConfig, find_dataset_config
+from univla_jax.data.readers import EpisodeReader, open_reader
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
-from univla_jax.data.token_store import (
-    Manifest,
-    ShardWriter,
-    StoreHeader,
-    TokenStore,
-    TokenStoreWriter,
-)
-from univla_jax.data.validation import InvalidEpisode, check_invalid_fraction, validate_episode
+from univla_jax.data.token_store import Manifest, StoreHeader, TokenStore, TokenStoreWriter
+from univla_jax.data.validation import InvalidEpisode, check_invalid_fraction, read_episode
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
-
-if TYPE_CHECKING:
-    from univla_jax.tokenizers.vision import FrameTokenizer
-
+from univla_jax.tokenizers.vision import FrameTokenizer
 
 # ----------------------------------------------------------------------------
-# The config of ``univla_jax.tokenize_dataset``.
+# Config, and the part of the work that one of several processes does.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +42,16 @@ class TokenizeConfig:
     """What is tokenized, and how.
 
     Attributes:
-      corpus: name of the row in ``data/datasets.py``.
+      corpus: name of the dataset in ``data/datasets.py``.
       splits: store name -> split of the dataset in TFDS notation, such as ``"train[:95%]"``.
-      image_specs: view -> fields of its ``ImageSpec``; other views of the corpus are left out.
-        Empty takes every view at the size in the corpus' row.
+      image_specs: view -> fields of its ``ImageSpec``; other views of the dataset are left out.
+        Empty takes every view at the dataset's ``image_sizes``.
       batch_frames: frames per call of the tokenizer.
       episodes_per_shard: source episodes per shard, the unit of work that a kill can lose.
-      min_frames: shortest episode kept, in frames; None takes the corpus' own.
-      max_invalid_fraction: share of broken episodes, in 0...1, beyond which a split fails.
+      min_frames: shortest episode kept, in frames; None takes the dataset's own.
+      max_invalid_fraction: fraction of invalid episodes, in 0...1, beyond which a split fails.
       augmented_copies: randomly shifted copies of each episode, stored right behind it.
-      max_shift: largest shift of a copy, as part of the frame's size.
+      max_shift: largest shift of a copy, as a fraction of the frame's size.
       read_threads: threads that read, decode and resize ahead of the tokenizer.
     """
 
@@ -75,7 +69,7 @@ class TokenizeConfig:
     read_threads: int = 2
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Raises UserError for a number out of range."""
         for name in ("batch_frames", "episodes_per_shard", "read_threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 1")
@@ -87,103 +81,53 @@ class TokenizeConfig:
         if not self.splits:
             raise UserError("config.splits must not be empty")
 
-    def specs(self) -> dict[str, ImageSpec]:
-        """The image specs by view.
+    def resolve(self) -> tuple[DatasetConfig, dict[str, ImageSpec]]:
+        """The dataset with the chosen views and ``min_frames``, and the image spec of each view.
 
         Raises:
-          UserError: a wrong field, or none given for a corpus whose row has no sizes.
+          UserError: an unknown dataset or view, a wrong field of an image spec, or none given for
+            a dataset without ``image_sizes``.
         """
+        dataset = find_dataset_config(self.corpus)
         if self.image_specs:
-            return {
+            specs = {
                 view: build_config(ImageSpec, values, where=f"config.image_specs.{view}")
                 for view, values in self.image_specs.items()
             }
-        sizes = find_dataset_config(self.corpus).image_sizes
-        if not sizes:
+        else:
+            specs = {view: ImageSpec(size=size) for view, size in dataset.image_sizes.items()}
+        if not specs:
             raise UserError(
-                f"config.image_specs: empty, and corpus {self.corpus!r} has no sizes of its own; "
-                "give one per view"
+                f"config.image_specs: empty, and dataset {self.corpus!r} has no image_sizes of its "
+                "own; give one per view"
             )
-        return {view: ImageSpec(size=size) for view, size in sizes.items()}
-
-    def row(self) -> DatasetConfig:
-        """The corpus with the chosen views only.
-
-        Raises:
-          UserError: unknown corpus, or a view that it does not have.
-        """
-        corpus = find_dataset_config(self.corpus)
-        chosen = tuple(self.image_specs) or tuple(corpus.image_sizes)
-        for view in chosen:
-            if view not in corpus.views:
-                raise UserError(
-                    f"config.image_specs.{view}: corpus {corpus.name!r} has no such view; it has "
-                    f"{', '.join(corpus.views)}"
-                )
-        views = {view: corpus.views[view] for view in chosen}
-        return dataclasses.replace(
-            corpus, views=views, min_frames=self.min_frames or corpus.min_frames
-        )
-
-
-# ----------------------------------------------------------------------------
-# Augmented copies of an episode's frames.
-#
-# Axes: T steps, H/W image height and width.
-
-
-def random_shift(frames: np.ndarray, max_shift: float, rng: np.random.Generator) -> np.ndarray:
-    """Moves all frames of one view by the same random part of their size; black comes in.
-
-    Reproduces ``random_shift`` of UniVLA models/tokenizer/emu3_tokenizer.py:15.
-
-    Args:
-      frames: uint8 [T, H, W, 3], at the size they are tokenized.
-      max_shift: largest part of width and height, in 0...1.
-      rng: draws the two parts.
-
-    Returns:
-      uint8 [T, H, W, 3].
-    """
-    height, width = frames.shape[1:3]
-    right, down = rng.uniform(-max_shift, max_shift, 2)
-    matrix = (1, 0, right * width, 0, 1, down * height)
-    moved = np.empty_like(frames)
-    for i, frame in enumerate(frames):
-        image = Image.fromarray(frame)
-        moved[i] = image.transform(
-            (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
-        )
-    return moved
-
-
-# ----------------------------------------------------------------------------
+        min_frames = self.min_frames or dataset.min_frames
+        return dataclasses.replace(dataset.with_views(specs), min_frames=min_frames), specs
 
 
 @dataclasses.dataclass(frozen=True)
-class Partition:
-    """The part of the work that one of several processes does: every ``of``-th shard.
+class Part:
+    """One of ``count`` parts of the work: every ``count``-th shard from ``index`` on."""
 
-    Attributes:
-      number: of this process, from 0.
-      of: processes that share the work.
-    """
-
-    number: int = 0
-    of: int = 1
+    index: int = 0
+    count: int = 1
 
     def __post_init__(self) -> None:
-        """Raises UserError for a number outside the range."""
-        if not 0 <= self.number < self.of:
-            raise UserError(f"part {self.number}/{self.of}: the number is 0...{self.of - 1}")
+        """Raises UserError for an index outside the range."""
+        if not 0 <= self.index < self.count:
+            raise UserError(f"part {self.index}/{self.count}: the index is 0...{self.count - 1}")
 
     @classmethod
-    def parse(cls, words: str) -> Partition:
-        """Reads ``"0/4"``; raises UserError for anything else."""
-        found = re.fullmatch(r"(\d+)/(\d+)", words)
+    def parse(cls, text: str) -> Part:
+        """Parses ``"0/4"``; raises UserError for anything else."""
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
         if found is None:
-            raise UserError(f"part {words!r}: expected NUMBER/PARTS, such as 0/4")
+            raise UserError(f"part {text!r}: expected INDEX/COUNT, such as 0/4")
         return cls(int(found[1]), int(found[2]))
+
+
+# ----------------------------------------------------------------------------
+# Tokenizing.
 
 
 def tokenize(
@@ -191,7 +135,7 @@ def tokenize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     vision: FrameTokenizer,
-    share: Partition = Partition(),
+    part: Part = Part(),
 ) -> dict[str, Manifest | None]:
     """Writes or completes the store ``out/<name>`` of every split.
 
@@ -200,7 +144,7 @@ def tokenize(
       source: dataset folder.
       out: parent folder of the stores.
       vision: encodes the frames.
-      share: of the shards that this process writes; whichever process finds all of them finished
+      part: the shards that this process writes; whichever process finds all shards finished
         completes the store.
 
     Returns:
@@ -208,9 +152,9 @@ def tokenize(
 
     Raises:
       UserError: anything wrong with the config, the dataset, or the stores already there; too
-        many broken episodes, after all others have been written.
+        many invalid episodes, after all others have been written.
     """
-    specs, corpus = config.specs(), config.row()
+    dataset, specs = config.resolve()
     for view, spec in specs.items():
         if spec.factor != vision.factor:
             raise UserError(
@@ -219,198 +163,267 @@ def tokenize(
             )
     manifests = {}
     for name, split in config.splits.items():
-        job = _Job(config, corpus, specs, open_reader(source, corpus, split), vision, split)
-        manifests[name] = job.run(pathlib.Path(out) / name, share)
+        reader = open_reader(source, dataset, split)
+        tokenizer = _SplitTokenizer(config, dataset, specs, reader, vision, split)
+        manifests[name] = tokenizer.run(pathlib.Path(out) / name, part)
     return manifests
 
 
-class _Job:
-    """The tokenization of one split."""
+class _SplitTokenizer:
+    """Tokenizes one split."""
 
     def __init__(
         self,
         config: TokenizeConfig,
-        corpus: DatasetConfig,
+        dataset: DatasetConfig,
         specs: Mapping[str, ImageSpec],
-        source: EpisodeReader,
+        reader: EpisodeReader,
         vision: FrameTokenizer,
         split: str,
     ) -> None:
-        self._config, self._corpus, self._specs = config, corpus, specs
-        self._source, self._vision, self._split = source, vision, split
-        self._sizes, self._action_dim = self._expectations()
+        self._config, self._dataset, self._specs = config, dataset, specs
+        self._reader, self._vision, self._split = reader, vision, split
+        self._image_sizes, self._action_dim = self._infer_shapes()
 
-    def run(self, folder: pathlib.Path, share: Partition) -> Manifest | None:
+    def run(self, folder: pathlib.Path, part: Part) -> Manifest | None:
+        """Writes the shards of a part; finishes the store once all shards are there."""
         writer = TokenStoreWriter(folder, self._header())
         if not writer.complete:
-            self._write_shards(writer, share)
+            self._write_shards(writer, part)
             if not all(map(writer.has_shard, range(writer.header.num_shards))):
                 return None
-            total = len(self._source)
             check_invalid_fraction(
-                writer.problems(), total, self._config.max_invalid_fraction, str(folder)
+                writer.invalid_episodes(),
+                len(self._reader),
+                self._config.max_invalid_fraction,
+                str(folder),
             )
         return writer.finish()
 
-    def _expectations(self) -> tuple[dict[str, tuple[int, int]], int]:
-        """Image sizes and action dimensions of the first episode that is whole in itself."""
-        problem = "it has none"
-        for index in range(len(self._source)):
-            try:
-                episode = self._source[index]
-            except UserError as error:
-                problem = str(error)
-                continue
-            declared = self._source.sizes
-            sizes = {v: declared[v] or f.shape[1:3] for v, f in episode.frames.items()}
-            reason = validate_episode(episode, min_frames=self._corpus.min_frames, sizes=sizes)
-            if reason is None:
-                return sizes, episode.actions.shape[1]
-            problem = f"{episode.episode_id}: {reason}"
+    def _infer_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Image sizes and action dimensions of the first valid episode.
+
+        Sizes that the dataset does not declare are taken from that episode, and all others must
+        agree with it: a store holds one code grid per view.
+        """
+        declared, reason = self._reader.image_sizes, "there is none"
+        for index in range(len(self._reader)):
+            sizes = {view: size for view, size in declared.items() if size}
+            min_frames = self._dataset.min_frames
+            episode = read_episode(self._reader, index, min_frames=min_frames, image_sizes=sizes)
+            if not isinstance(episode, InvalidEpisode):
+                found = {view: f.shape[1:3] for view, f in episode.frames.items()}
+                return found, episode.actions.shape[1]
+            reason = f"{episode.episode_id}: {episode.reason}"
         raise UserError(
-            f"{self._source.folder}: all {len(self._source)} episodes of {self._split!r} are "
-            f"broken; the last: {problem}"
+            f"{self._reader.folder}: all {len(self._reader)} episodes of {self._split!r} are "
+            f"invalid; the last: {reason}"
         )
 
     def _header(self) -> StoreHeader:
-        source, corpus = self._source, self._corpus
-        sizes = self._sizes.items()
+        reader, dataset, config = self._reader, self._dataset, self._config
+        sizes = self._image_sizes.items()
         grids = {view: self._specs[view].grid_size(*size) for view, size in sizes}
         return StoreHeader(
-            corpus=corpus.name,
+            corpus=dataset.name,
             split=self._split,
-            control_hz=corpus.control_hz,
-            source=source.name,
-            source_fingerprint=source.fingerprint,
-            source_episodes=len(source),
-            episodes_per_shard=self._config.episodes_per_shard,
-            min_frames=corpus.min_frames,
+            control_hz=dataset.control_hz,
+            source=reader.name,
+            source_fingerprint=reader.fingerprint,
+            source_episodes=len(reader),
+            episodes_per_shard=config.episodes_per_shard,
+            min_frames=dataset.min_frames,
             image_specs={view: spec.to_dict() for view, spec in self._specs.items()},
             grids=grids,
             vision_fingerprint=self._vision.fingerprint,
             codebook_size=self._vision.codebook_size,
             block_steps=block_steps(grids),
-            augmented_copies=self._config.augmented_copies,
-            max_shift=self._config.max_shift if self._config.augmented_copies else 0.0,
+            augmented_copies=config.augmented_copies,
+            max_shift=config.max_shift if config.augmented_copies else 0.0,
         )
 
-    def _write_shards(self, writer: TokenStoreWriter, share: Partition) -> None:
-        numbers = range(share.number, writer.header.num_shards, share.of)
-        done = [n for n in numbers if writer.has_shard(n)]
-        bar = tqdm.tqdm(
-            total=sum(len(writer.source_range(n)) for n in numbers),
-            initial=sum(len(writer.source_range(n)) for n in done),
-            desc=f"tokenize {writer.folder.name}",
-            unit="episode",
-        )
-        with bar:
-            meter = _Meter(bar)
-            for number in sorted({*numbers} - {*done}):
+    def _write_shards(self, writer: TokenStoreWriter, part: Part) -> None:
+        numbers = range(part.index, writer.header.num_shards, part.count)
+        missing = [n for n in numbers if not writer.has_shard(n)]
+        total = sum(len(writer.source_range(n)) for n in numbers)
+        done = total - sum(len(writer.source_range(n)) for n in missing)
+        description, start, frames = f"tokenize {writer.folder.name}", time.monotonic(), 0
+        with tqdm.tqdm(desc=description, total=total, initial=done, unit="episode") as bar:
+            for number in missing:
+                read = self._read_ahead(writer.source_range(number), bar.update)
                 with writer.shard(number) as shard:
-                    for episode in self._tokenized(writer.source_range(number), shard, bar):
+                    for episode in self._encode(read):
+                        if isinstance(episode, InvalidEpisode):
+                            shard.skip(episode)
+                            continue
                         shard.add(episode)
-                        meter.add(len(episode))
+                        frames += len(episode)
+                        rate = frames / max(time.monotonic() - start, 1e-9)
+                        bar.set_postfix_str(f"{rate:.0f} frames/s", refresh=False)
 
-    def _tokenized(
-        self, indices: range, shard: ShardWriter, bar: tqdm.tqdm
-    ) -> Iterator[TokenizedEpisode]:
-        """Yields the good episodes in order, and notes the broken ones in ``shard``."""
-        encoders = ViewEncoders(
+    def _encode(
+        self, read: Iterable[list[Episode] | InvalidEpisode]
+    ) -> Iterator[TokenizedEpisode | InvalidEpisode]:
+        """Encodes the frames of valid episodes; valid ones come out in the order they went in."""
+        # Frames are pushed as they come and encoded whenever a batch is full, so an episode's
+        # codes are complete only some episodes later. Until then it waits without its frames, and
+        # the queue's front leaves as soon as every view has as many codes as it has steps.
+        encoder = BatchedEncoder(
             self._vision.encode_frames, list(self._specs), self._config.batch_frames
         )
-        waiting: collections.deque[Episode] = collections.deque()
-        for copies in self._read_ahead(indices):
-            bar.update()
+        pending: collections.deque[Episode] = collections.deque()
+        for copies in read:
             if isinstance(copies, InvalidEpisode):
-                shard.skip(copies.episode, copies.reason)
+                yield copies
                 continue
             for episode in copies:
-                encoders.push(episode.frames)
-                waiting.append(dataclasses.replace(episode, frames={}))
-            while waiting and encoders.ready(len(waiting[0])):
-                yield _with_codes(waiting.popleft(), encoders)
-        encoders.flush()
-        while waiting:
-            yield _with_codes(waiting.popleft(), encoders)
+                encoder.push(episode.frames)
+                pending.append(dataclasses.replace(episode, frames={}))
+            while pending and encoder.num_ready >= len(pending[0]):
+                yield _with_codes(pending.popleft(), encoder)
+        encoder.flush()
+        while pending:
+            yield _with_codes(pending.popleft(), encoder)
 
-    def _read_ahead(self, indices: range) -> Iterator[list[Episode] | InvalidEpisode]:
-        """``_copies`` of each episode in order, made by threads while others are encoded."""
+    def _read_ahead(
+        self, indices: range, on_read: Callable[[], object]
+    ) -> Iterator[list[Episode] | InvalidEpisode]:
+        """``_read_copies`` of each episode in order, by threads while others are encoded."""
+        # At most ``read_threads`` episodes are in memory beside those being encoded:
+        # Executor.map would read the whole shard ahead.
         threads = self._config.read_threads
         pool = concurrent.futures.ThreadPoolExecutor(threads)
         try:
-            running = collections.deque(pool.submit(self._copies, i) for i in indices[:threads])
+            running = collections.deque(
+                pool.submit(self._read_copies, i) for i in indices[:threads]
+            )
             for index in [*indices[threads:], *[None] * len(running)]:
                 result = running.popleft().result()
                 if index is not None:
-                    running.append(pool.submit(self._copies, index))
+                    running.append(pool.submit(self._read_copies, index))
+                on_read()
                 yield result
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _copies(self, index: int) -> list[Episode] | InvalidEpisode:
-        """An episode at the tokenizer's sizes and its augmented copies, or why it is broken."""
-        episode = self._read(index)
+    def _read_copies(self, index: int) -> list[Episode] | InvalidEpisode:
+        """An episode resized for the tokenizer and its augmented copies, or why it is invalid."""
+        episode = read_episode(
+            self._reader,
+            index,
+            min_frames=self._dataset.min_frames,
+            image_sizes=self._image_sizes,
+            action_dim=self._action_dim,
+        )
         if isinstance(episode, InvalidEpisode):
             return episode
         frames = {v: s.resize(episode.frames[v], training=True) for v, s in self._specs.items()}
         copies = [dataclasses.replace(episode, frames=frames)]
         for copy in range(1, self._config.augmented_copies + 1):
+            # Seeded by episode and copy, so that a store comes out the same in any order of work.
             rng = np.random.default_rng((index, copy))
-            moved = {
+            shifted = {
                 view: random_shift(frames[view], self._config.max_shift, rng)
                 for view in sorted(frames)
             }
-            name = f"{episode.episode_id}+shift{copy}"
-            copies.append(dataclasses.replace(episode, frames=moved, episode_id=name))
+            copy_id = f"{episode.episode_id}+shift{copy}"
+            copies.append(dataclasses.replace(episode, frames=shifted, episode_id=copy_id))
         return copies
 
-    def _read(self, index: int) -> Episode | InvalidEpisode:
-        """Reads one episode, or says why it is broken."""
-        try:
-            episode = self._source[index]
-        except UserError as error:
-            return InvalidEpisode(self._source.episode_id(index), str(error))
-        reason = validate_episode(
-            episode,
-            min_frames=self._corpus.min_frames,
-            sizes=self._sizes,
-            action_dim=self._action_dim,
+
+def _with_codes(episode: Episode, encoder: BatchedEncoder) -> TokenizedEpisode:
+    names = {field.name for field in dataclasses.fields(Episode)} - {"frames"}
+    fields = {name: getattr(episode, name) for name in names}
+    return TokenizedEpisode(codes=encoder.take(len(episode)), **fields)
+
+
+def random_shift(frames: np.ndarray, max_shift: float, rng: np.random.Generator) -> np.ndarray:
+    """Augmentation: shifts all frames of a view by the same random fraction; black comes in.
+
+    Reproduces ``random_shift`` of UniVLA models/tokenizer/emu3_tokenizer.py:15.
+
+    Args:
+      frames: uint8 [T, H, W, 3], at the size they are tokenized.
+      max_shift: largest fraction of width and height, in 0...1.
+      rng: draws the two fractions.
+
+    Returns:
+      uint8 [T, H, W, 3].
+    """
+    height, width = frames.shape[1:3]
+    right, down = rng.uniform(-max_shift, max_shift, 2)
+    matrix = (1, 0, right * width, 0, 1, down * height)
+    shifted = np.empty_like(frames)
+    for i, frame in enumerate(frames):
+        image = Image.fromarray(frame)
+        shifted[i] = image.transform(
+            (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
         )
-        return episode if reason is None else InvalidEpisode(episode.episode_id, reason)
+    return shifted
 
 
-class _Meter:
-    """Shows the frames encoded per second beside the bar's ETA."""
+class BatchedEncoder:
+    """Encodes the frames of consecutive episodes in batches of one static shape per view.
 
-    def __init__(self, bar: tqdm.tqdm) -> None:
-        self._bar, self._frames, self._start = bar, 0, time.monotonic()
+    Episodes are shorter or longer than a batch. Their frames are joined to one stream per view, so
+    that short ones share batches and the tokenizer is compiled for one shape only; ``flush`` pads
+    the last batch with zeros.
+    """
 
-    def add(self, frames: int) -> None:
-        self._frames += frames
-        rate = self._frames / max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{rate:.0f} frames/s", refresh=False)
+    def __init__(
+        self, encode: Callable[[np.ndarray], np.ndarray], views: list[str], batch_size: int
+    ) -> None:
+        """Starts empty.
 
+        Args:
+          encode: uint8 [N, H, W, 3] -> uint16 [N, h, w], called with one N only.
+          views: cameras, each a stream of its own.
+          batch_size: N.
+        """
+        self._encode_batch, self._batch_size = encode, batch_size
+        self._frames: dict[str, list[np.ndarray]] = {view: [] for view in views}
+        self._codes = {view: collections.deque[np.ndarray]() for view in views}
 
-def _with_codes(episode: Episode, encoders: ViewEncoders) -> TokenizedEpisode:
-    return TokenizedEpisode(
-        instruction=episode.instruction,
-        codes=encoders.take(len(episode)),
-        actions=episode.actions,
-        control_hz=episode.control_hz,
-        corpus=episode.corpus,
-        episode_id=episode.episode_id,
-        state=episode.state,
-        texts=episode.texts,
-    )
+    @property
+    def num_ready(self) -> int:
+        """Number of frames whose codes can be taken of every view."""
+        return min(map(len, self._codes.values()))
+
+    def push(self, frames: Mapping[str, np.ndarray]) -> None:
+        """Adds an episode's frames, per view uint8 [T, H, W, 3], and encodes full batches."""
+        size = self._batch_size
+        for view, waiting in self._frames.items():
+            waiting.append(frames[view])
+            if sum(map(len, waiting)) >= size:
+                stream = np.concatenate(waiting)
+                full = len(stream) // size * size
+                for start in range(0, full, size):
+                    self._codes[view].extend(self._encode_batch(stream[start : start + size]))
+                self._frames[view] = [stream[full:]]
+
+    def flush(self) -> None:
+        """Encodes the frames left, padded to a batch."""
+        for view, waiting in self._frames.items():
+            rest = np.concatenate(waiting) if waiting else np.empty(0)
+            if len(rest):
+                padding = [(0, self._batch_size - len(rest))] + [(0, 0)] * (rest.ndim - 1)
+                codes = self._encode_batch(np.pad(rest, padding))
+                self._codes[view].extend(codes[: len(rest)])
+            self._frames[view] = []
+
+    def take(self, count: int) -> dict[str, np.ndarray]:
+        """Per view the next codes, uint16 [count, h, w]; ``num_ready`` must be that many."""
+        return {
+            view: np.stack([codes.popleft() for _ in range(count)]).astype(np.uint16)
+            for view, codes in self._codes.items()
+        }
 
 
 # ----------------------------------------------------------------------------
-# Is a token store still what it was, and does it hold what the tokenizer makes of its source?
-#
-# Axes: T steps, h/w code grid.
+# Verifying a finished store.
 
 
-_LEAST_EQUAL = 0.99  # other hardware rounds differently, which moves a few codes to a neighbor
+_MIN_EQUAL = 0.99  # other hardware rounds differently, which moves a few codes to a neighbor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,9 +431,9 @@ class VerificationResult:
     """What was compared.
 
     Attributes:
-      shards: whose checksums are right.
-      episodes: encoded again.
-      equal: share of their codes that are the same.
+      shards: number of shards, all with the right checksum.
+      episodes: number of episodes encoded again.
+      equal: fraction of their codes that are the same.
     """
 
     shards: int
@@ -431,7 +444,7 @@ class VerificationResult:
 def verify_store(
     folder: pathlib.Path,
     config: TokenizeConfig,
-    source: str,
+    source: str | os.PathLike[str],
     vision: FrameTokenizer,
     *,
     episodes: int = 8,
@@ -450,47 +463,32 @@ def verify_store(
     """
     store = TokenStore(folder)
     store.verify()
-    header = store.manifest.header
-    reader = open_reader(source, config.row(), header.split)
+    header, (dataset, specs) = store.manifest.header, config.resolve()
+    reader = open_reader(source, dataset, header.split)
     for what, stored, given in (
         ("dataset", header.source_fingerprint, reader.fingerprint),
         ("vision tokenizer", header.vision_fingerprint, vision.fingerprint),
     ):
         if stored != given:
             raise UserError(f"{folder} was made with another {what} ({stored} -> {given})")
-    broken = {problem.episode for problem in store.manifest.problems}
-    chosen = np.unique(np.linspace(0, len(reader) - 1, episodes).astype(int)).tolist()
-    originals = {store[i].episode_id: i for i in range(len(store))}
-    shares = [
-        _equal_codes(reader[i], store, originals, config, vision)
-        for i in chosen
-        if reader.episode_id(i) not in broken
-    ]
-    shares = [share for share in shares if share is not None]
-    verdict = VerificationResult(
-        len(store.manifest.shards), len(shares), float(np.mean(shares or [1.0]))
+    skipped = {invalid.episode_id for invalid in store.manifest.invalid_episodes}
+    indices = {store[i].episode_id: i for i in range(len(store))}
+    equal = []
+    for i in np.unique(np.linspace(0, len(reader) - 1, episodes).astype(int)).tolist():
+        # An invalid episode may not be readable at all; one that is read may have its own id.
+        episode = None if reader.episode_id(i) in skipped else reader[i]
+        if episode is not None and episode.episode_id in indices:
+            encoder = BatchedEncoder(vision.encode_frames, list(specs), config.batch_frames)
+            encoder.push({v: s.resize(episode.frames[v], training=True) for v, s in specs.items()})
+            encoder.flush()
+            codes, kept = encoder.take(len(episode)), store[indices[episode.episode_id]].codes
+            equal.append(np.mean([np.mean(codes[v] == np.asarray(kept[v])) for v in specs]))
+    result = VerificationResult(
+        len(store.manifest.shards), len(equal), float(np.mean(equal or [1.0]))
     )
-    if verdict.equal < _LEAST_EQUAL:
+    if result.equal < _MIN_EQUAL:
         raise UserError(
-            f"{folder}: only {verdict.equal:.1%} of the codes of {len(shares)} episodes are what "
+            f"{folder}: only {result.equal:.1%} of the codes of {len(equal)} episodes are what "
             "the tokenizer makes of them now; tokenize again"
         )
-    return verdict
-
-
-def _equal_codes(
-    episode: Episode,
-    store: TokenStore,
-    originals: Mapping[str, int],
-    config: TokenizeConfig,
-    vision: FrameTokenizer,
-) -> float | None:
-    """Share of equal codes of one episode; None where the store left it out."""
-    if episode.episode_id not in originals:
-        return None
-    specs = config.specs()
-    encoders = ViewEncoders(vision.encode_frames, list(specs), config.batch_frames)
-    encoders.push({v: s.resize(episode.frames[v], training=True) for v, s in specs.items()})
-    encoders.flush()
-    codes, stored = encoders.take(len(episode)), store[originals[episode.episode_id]].codes
-    return float(np.mean([np.mean(codes[view] == np.asarray(stored[view])) for view in specs]))
+    return result

@@ -1,4 +1,4 @@
-"""Fits the text and the action tokenizer to the episodes of an RLDS dataset.
+"""Fits the text and the action tokenizer to the episodes of a dataset.
 
 Axes: N chunks, T steps, A action dimensions.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from univla_jax import run_dir
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.token_store import action_rows
+from univla_jax.data.token_store import action_values
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.errors import UserError
 from univla_jax.io import write_json
@@ -24,14 +24,14 @@ from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 
 STATISTICS_FILE = "statistics.json"
-_MEASURED = 1000  # chunks or texts that the reports are taken from
+_REPORTED = 1000  # chunks or texts that the reports are taken from
 
 Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFitConfig(EpisodesConfig):
-    """How a SentencePiece model is fitted to instructions.
+    """How a SentencePiece model is fitted to the instructions.
 
     Attributes:
       kind: ``"text"``.
@@ -49,23 +49,23 @@ class ActionFitConfig(EpisodesConfig):
     """How FAST is fitted to action chunks.
 
     Attributes:
-      chunk: steps of an action chunk T.
+      chunk_size: steps of an action chunk T.
       kind: ``"action"``.
       scale: factor from cosine coefficients to integers; larger is finer and longer.
       vocabulary_size: upper limit of ids.
       max_chunks: windows used; when there are more, evenly spread ones are taken.
     """
 
-    chunk: int
+    chunk_size: int = dataclasses.field(metadata={"formerly": "chunk"})
     kind: str = "action"
     scale: float = 10.0
     vocabulary_size: int = 1024
     max_chunks: int = 100_000
 
     def __post_init__(self) -> None:
-        """Refuses empty chunks."""
-        if self.chunk < 1:
-            raise UserError(f"config.chunk: {self.chunk}; expected at least one step")
+        """Raises UserError for empty chunks."""
+        if self.chunk_size < 1:
+            raise UserError(f"config.chunk_size: {self.chunk_size}; expected at least one step")
 
 
 def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any
 
     Args:
       config: how.
-      source: RLDS dataset folder.
+      source: dataset folder.
       folder: gets the tokenizer's files, and ``fit.json`` at the end.
 
     Returns:
@@ -92,9 +92,9 @@ def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any
         "vocabulary_size": tokenizer.vocabulary_size,
         "instructions": len(texts),
         "distinct_instructions": len(set(texts)),
-        "mean_tokens": _mean_length([tokenizer.encode(text) for text in texts[:_MEASURED]]),
+        "mean_tokens": _mean_length([tokenizer.encode(text) for text in texts[:_REPORTED]]),
     }
-    run_dir.write_fit_report(folder, config, source=episodes.source.name, report=report)
+    run_dir.write_fit_report(folder, config, source=episodes.reader.name, report=report)
     return report
 
 
@@ -103,7 +103,7 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
 
     Args:
       config: how.
-      source: RLDS dataset folder.
+      source: dataset folder.
       folder: gets the tokenizer's files, ``statistics.json`` (corpus -> statistics), and
         ``fit.json`` at the end.
 
@@ -117,9 +117,9 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     """
     episodes = ValidEpisodes(config, source)
     actions = [episode.actions for episode in episodes]
-    rows = [action_rows(a, config.corpus, config.chunk) for a in actions]
-    statistics = stream_statistics(lambda: rows)
-    chunks = sliding_windows(actions, config.chunk)
+    values = [action_values(a, config.corpus, config.chunk_size) for a in actions]
+    statistics = stream_statistics(lambda: values)
+    chunks = sliding_windows(actions, config.chunk_size)
     chunks = chunks[:: -(-len(chunks) // config.max_chunks)]
     deltas = find_dataset_config(config.corpus).chunk_deltas
     chunks = statistics.normalize(chunks if deltas is None else deltas.to_relative(chunks))
@@ -129,9 +129,9 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     report = {
         "vocabulary_size": tokenizer.vocabulary_size,
         "chunks": len(chunks),
-        **_round_trip(tokenizer, chunks[:: max(1, len(chunks) // _MEASURED)]),
+        **_round_trip(tokenizer, chunks[:: max(1, len(chunks) // _REPORTED)]),
     }
-    run_dir.write_fit_report(folder, config, source=episodes.source.name, report=report)
+    run_dir.write_fit_report(folder, config, source=episodes.reader.name, report=report)
     return report
 
 
@@ -145,5 +145,5 @@ def _round_trip(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict[str, float
     }
 
 
-def _mean_length(rows: Sequence[Sequence[int]]) -> float:
-    return round(float(np.mean([len(row) for row in rows])), 2)
+def _mean_length(sequences: Sequence[Sequence[int]]) -> float:
+    return round(float(np.mean([len(ids) for ids in sequences])), 2)

@@ -1,4 +1,10 @@
-"""Validation of episodes: what makes one invalid, and how many may be."""
+"""Validation of episodes: what makes one invalid, and how many of a dataset may be.
+
+Invalid episodes are never repaired: they are skipped and reported, and too many of them are an
+error.
+
+Axes: T steps, H/W image height and width, A action dimensions.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +16,25 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tqdm
 
-from univla_jax.data.datasets import find_dataset_config, open_reader
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.readers import EpisodeReader, open_reader
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
-# ----------------------------------------------------------------------------
-# Broken episodes: why one is broken, and how many may be.
-#
-# Axes: T steps, H/W image height and width, A action dimensions.
-
-
 MAX_INSTRUCTION = 2000
-"""Longest instruction in characters; a longer one is not an instruction but a parsing accident."""
+"""Longest instruction in characters; a longer one is a parsing accident."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InvalidEpisode:
-    """One broken episode.
+    """An episode that was skipped.
 
     Attributes:
-      episode: its id inside the corpus.
+      episode_id: unique inside the dataset.
       reason: what is wrong, with the value and the expectation.
     """
 
-    episode: str
+    episode_id: str = dataclasses.field(metadata={"formerly": "episode"})
     reason: str
 
 
@@ -41,15 +42,15 @@ def validate_episode(
     episode: Episode,
     *,
     min_frames: int,
-    sizes: Mapping[str, tuple[int, int]],
+    image_sizes: Mapping[str, tuple[int, int]],
     action_dim: int | None = None,
 ) -> str | None:
-    """Why ``episode`` is broken, or None.
+    """Returns why ``episode`` is invalid, None where it is valid.
 
     Args:
-      episode: what was read.
+      episode: to check.
       min_frames: least number of steps T.
-      sizes: expected (H, W) in pixels per view; every one of these views must be there.
+      image_sizes: expected (H, W) in pixels per view; every one of these views must be there.
       action_dim: expected A, None where any will do.
     """
     if not episode.instruction.strip():
@@ -58,92 +59,92 @@ def validate_episode(
         return f"the instruction has {len(episode.instruction)} characters, over {MAX_INSTRUCTION}"
     if len(episode) < min_frames:
         return f"{len(episode)} frames, at least {min_frames} are needed"
-    for view, size in sizes.items():
-        if reason := _frames_problem(episode, view, size):
-            return reason
-    return _actions_problem(episode, action_dim) or _state_problem(episode)
-
-
-def _frames_problem(episode: Episode, view: str, size: tuple[int, int]) -> str | None:
-    frames = episode.frames.get(view)
-    if frames is None:
-        return f"view {view!r} is missing; it has {', '.join(episode.frames) or 'none'}"
-    expected = (len(episode), *size, 3)
-    if frames.shape != expected or frames.dtype != np.uint8:
-        found = f"{frames.dtype}{list(frames.shape)}"
-        return f"view {view!r} is {found}, expected uint8{list(expected)}"
-    return None
-
-
-def _actions_problem(episode: Episode, action_dim: int | None) -> str | None:
-    actions = episode.actions
+    for view, size in image_sizes.items():
+        frames, expected = episode.frames.get(view), (len(episode), *size, 3)
+        if frames is None:
+            return f"view {view!r} is missing; it has {', '.join(episode.frames) or 'none'}"
+        if frames.shape != expected or frames.dtype != np.uint8:
+            found = f"{frames.dtype}{list(frames.shape)}"
+            return f"view {view!r} is {found}, expected uint8{list(expected)}"
+    actions, state = episode.actions, episode.state
     if actions.ndim != 2 or action_dim not in (None, actions.shape[1]):
         return f"actions of shape {list(actions.shape)}, expected [T, {action_dim or 'A'}]"
-    return _not_finite("action", actions)
+    if state is not None and len(state) != len(episode):
+        return f"{len(state)} states for {len(episode)} actions"
+    return _first_not_finite("action", actions) or _first_not_finite("state", state)
 
 
-def _state_problem(episode: Episode) -> str | None:
-    if episode.state is None:
+def _first_not_finite(name: str, values: np.ndarray | None) -> str | None:
+    if values is None:
         return None
-    if len(episode.state) != len(episode):
-        return f"{len(episode.state)} states for {len(episode)} actions"
-    return _not_finite("state", episode.state)
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+    return f"{name} of step {bad[0]} is not finite: {values[bad[0]].tolist()}" if len(bad) else None
 
 
-def _not_finite(what: str, rows: np.ndarray) -> str | None:
-    bad = np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(1))
-    return f"{what} of step {bad[0]} is not finite: {rows[bad[0]].tolist()}" if len(bad) else None
+def read_episode(
+    reader: EpisodeReader,
+    index: int,
+    *,
+    min_frames: int,
+    image_sizes: Mapping[str, tuple[int, int]],
+    action_dim: int | None = None,
+) -> Episode | InvalidEpisode:
+    """Reads and validates one episode; the arguments are those of ``validate_episode``."""
+    try:
+        episode = reader[index]
+    except UserError as error:
+        return InvalidEpisode(reader.episode_id(index), str(error))
+    reason = validate_episode(
+        episode, min_frames=min_frames, image_sizes=image_sizes, action_dim=action_dim
+    )
+    return episode if reason is None else InvalidEpisode(episode.episode_id, reason)
 
 
 def check_invalid_fraction(
-    problems: Sequence[InvalidEpisode], total: int, max_invalid_fraction: float, what: str
+    invalid: Sequence[InvalidEpisode], total: int, max_invalid_fraction: float, source: str
 ) -> None:
-    """Fails when too many episodes are broken.
+    """Fails when too many episodes are invalid.
 
     Args:
-      problems: the broken ones.
-      total: all episodes looked at.
-      max_invalid_fraction: greatest tolerated share in 0...1.
-      what: the dataset, for the message.
+      invalid: the invalid episodes.
+      total: number of all episodes read.
+      max_invalid_fraction: largest accepted fraction in 0...1.
+      source: the dataset, for the message.
 
     Raises:
-      UserError: no episodes at all, every one broken, or more than the share; names the first.
+      UserError: no episodes at all, all of them invalid, or more than the fraction; names the
+        first.
     """
     if not total:
-        raise UserError(f"{what}: holds no episodes")
-    if len(problems) == total or len(problems) > max_invalid_fraction * total:
-        limit = (
-            "all of them"
-            if len(problems) == total
-            else f"over max_invalid_fraction={max_invalid_fraction}"
-        )
+        raise UserError(f"{source}: holds no episodes")
+    if len(invalid) == total or len(invalid) > max_invalid_fraction * total:
+        limit = f"over max_invalid_fraction={max_invalid_fraction}"
+        limit = "all of them" if len(invalid) == total else limit
         raise UserError(
-            f"{what}: {len(problems)} of {total} episodes are broken ({limit}); "
-            f"the first: {describe(problems)}"
+            f"{source}: {len(invalid)} of {total} episodes are invalid ({limit}); "
+            f"the first: {describe_invalid(invalid)}"
         )
 
 
-def describe(problems: Sequence[InvalidEpisode], limit: int = 3) -> str:
-    """The first problems in one line."""
-    listed = "; ".join(f"{p.episode}: {p.reason}" for p in problems[:limit])
-    return listed + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
+def describe_invalid(invalid: Sequence[InvalidEpisode], limit: int = 3) -> str:
+    """The first ``limit`` invalid episodes and their reasons in one line."""
+    listed = "; ".join(f"{each.episode_id}: {each.reason}" for each in invalid[:limit])
+    return listed + (f"; and {len(invalid) - limit} more" if len(invalid) > limit else "")
 
 
 # ----------------------------------------------------------------------------
-# The good episodes of a split, for whoever reads a dataset to fit something to it.
-#
-# Axes: T steps, H/W image height and width, A action dimensions.
+# The valid episodes of a split, for fitting tokenizers.
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodesConfig:
-    """Which episodes are read.
+    """Which episodes of a dataset are used.
 
     Attributes:
-      corpus: name of the row in ``data/datasets.py``.
+      corpus: name of the dataset in ``data/datasets.py``.
       split: split of the dataset in TFDS notation, such as ``"train[:95%]"``.
-      min_frames: shortest episode used, in frames; None takes the corpus' own.
-      max_invalid_fraction: share of broken episodes, in 0...1, beyond which reading fails.
+      min_frames: shortest episode used, in frames; None takes the dataset's own.
+      max_invalid_fraction: fraction of invalid episodes, in 0...1, beyond which reading fails.
       max_episodes: when the split has more, evenly spread ones are read; None reads all.
     """
 
@@ -157,7 +158,12 @@ class EpisodesConfig:
 
 
 class ValidEpisodes:
-    """Iterates over the episodes that are whole; names the broken ones on standard error."""
+    """Iterates over the valid episodes of a split; reports the invalid ones on standard error.
+
+    Attributes:
+      reader: of the split.
+      invalid: the invalid episodes of the latest iteration.
+    """
 
     def __init__(
         self, config: EpisodesConfig, folder: str | os.PathLike[str], views: Sequence[str] = ()
@@ -166,60 +172,41 @@ class ValidEpisodes:
 
         Args:
           config: which episodes.
-          folder: RLDS dataset folder.
+          folder: of the dataset.
           views: the only cameras decoded.
 
         Raises:
-          UserError: as ``RldsReader``, or a view that the corpus does not have.
+          UserError: as ``open_reader``, or a view that the dataset does not have.
         """
-        row = find_dataset_config(config.corpus)
-        for view in views:
-            if view not in row.views:
-                raise UserError(
-                    f"corpus {row.name!r} has no view {view!r}; it has {', '.join(row.views)}"
-                )
-        self._config = config
-        self._corpus = dataclasses.replace(row, views={view: row.views[view] for view in views})
-        self.source = open_reader(folder, self._corpus, config.split)
-        self.problems: list[InvalidEpisode] = []
-        most = config.max_episodes or len(self.source)
-        self._indices = range(0, len(self.source), -(-len(self.source) // most))
+        dataset = find_dataset_config(config.corpus).with_views(views)
+        self._config, self._min_frames = config, config.min_frames or dataset.min_frames
+        self.reader = open_reader(folder, dataset, config.split)
+        self.invalid: list[InvalidEpisode] = []
+        most = config.max_episodes or len(self.reader)
+        self._indices = range(0, len(self.reader), -(-len(self.reader) // most))
 
     def __len__(self) -> int:
-        """Number of episodes read, broken ones included."""
+        """Number of episodes read, invalid ones included."""
         return len(self._indices)
 
     def __iter__(self) -> Iterator[Episode]:
-        """All good episodes in order.
+        """All valid episodes in order.
 
         Raises:
-          UserError: after the last episode, when too many were broken; names the first.
+          UserError: after the last episode, when too many were invalid; names the first.
         """
-        self.problems = []
+        self.invalid = []
+        sizes = {view: size for view, size in self.reader.image_sizes.items() if size}
         for index in tqdm.tqdm(self._indices, f"read {self._config.split}", unit="episode"):
-            episode = self._read(index)
-            if episode is not None:
-                yield episode
-        what = f"{self.source.folder}, split {self._config.split!r}"
-        check_invalid_fraction(self.problems, len(self), self._config.max_invalid_fraction, what)
-        if self.problems:
-            print(
-                f"{what}: {len(self.problems)} broken: {describe(self.problems)}", file=sys.stderr
+            episode = read_episode(
+                self.reader, index, min_frames=self._min_frames, image_sizes=sizes
             )
-
-    def _read(self, index: int) -> Episode | None:
-        """One episode; a broken one is noted and None."""
-        try:
-            episode = self.source[index]
-        except UserError as error:
-            self.problems.append(InvalidEpisode(self.source.episode_id(index), str(error)))
-            return None
-        reason = validate_episode(
-            episode,
-            min_frames=self._config.min_frames or self._corpus.min_frames,
-            sizes={v: size for v, size in self.source.sizes.items() if size},
-        )
-        if reason is not None:
-            self.problems.append(InvalidEpisode(episode.episode_id, reason))
-            return None
-        return episode
+            if isinstance(episode, InvalidEpisode):
+                self.invalid.append(episode)
+            else:
+                yield episode
+        source = f"{self.reader.folder}, split {self._config.split!r}"
+        check_invalid_fraction(self.invalid, len(self), self._config.max_invalid_fraction, source)
+        if self.invalid:
+            count, listed = len(self.invalid), describe_invalid(self.invalid)
+            print(f"{source}: {count} invalid episodes skipped: {listed}", file=sys.stderr)

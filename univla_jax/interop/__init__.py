@@ -1,1 +1,1 @@
-"""Weights of other implementations, in and out."""
+"""Published checkpoints in and out: config, weights and assets of Hugging Face model folders."""

@@ -1,8 +1,8 @@
-"""The assets of a converted checkpoint: what a model folder holds, and what has to be added.
+"""Assets of a converted checkpoint: what a model folder contains, and what a config adds.
 
 The published checkpoints are weights and a text tokenizer. How camera frames become codes, what the
-actions mean and what the sequences look like was code around them; here it is a config
-(``configs/official.py``), and it goes into the checkpoint's assets once.
+actions mean and how sequences are laid out was code around them; here it is ``ConvertConfig``
+(``configs/official.py``), recorded in the checkpoint's assets once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from univla_jax.assets import Assets, LazyVisionTokenizer
 from univla_jax.errors import UserError
-from univla_jax.interop.hf_config import FLOATS, HfModel
 from univla_jax.interop.hf_folder import SINGLE, HfFolder
-from univla_jax.interop.vision_keys import open_vision
-from univla_jax.io import parse_json
+from univla_jax.interop.hf_weights import HfModel
+from univla_jax.interop.tensor_io import FLOAT_DTYPES, StoredTensor, parse_header, read_header
+from univla_jax.io import parse_json, read_files
 from univla_jax.normalization import ActionStatistics, state_key
 from univla_jax.tasks import TASK_NAMES, task_class
 from univla_jax.tasks.base import Needs
@@ -26,18 +26,19 @@ from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import RANK_FILE, TextTokenizer, TiktokenTextTokenizer
-from univla_jax.tokenizers.vision import PARAMS_FILE
+from univla_jax.tokenizers.vision import CONFIG_FILE, PARAMS_FILE, fingerprint_of
+from univla_jax.tokenizers.vision_vq import VisionConfig
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 # ----------------------------------------------------------------------------
-# The text tokenizer and the vocabulary of a model folder of the Emu3 family.
-
+# Text tokenizer and vocabulary of the Emu3 family.
 
 TOKENIZER = "tokenizer.json"
-_PLAIN_SPECIALS = 208  # three of the chat format and 205 extras, before the vision tokens
+# Special tokens that precede the vision tokens: three of the chat format and 205 extras.
+_PLAIN_SPECIALS = 208
 _FIRST_CODE = "<|visual token 000000|>"
 _CODE = "<|visual token "
-_NAMES = {
+_SPECIAL_TOKENS = {
     "pad": "<|endoftext|>",
     "bot": "<|extra_196|>",
     "eot": "<|extra_197|>",
@@ -51,9 +52,9 @@ _NAMES = {
     "boi": "<|image start|>",
     "eoi": "<|image end|>",
 }
-_ACTIONS = 2048  # of the universal FAST, where the folder's own action tokenizer is not known
-# Ids that a config.json may repeat -> attribute of the vocabulary.
-_REPEATED = {f"{name}_token_id": name for name in (*_NAMES, "bov", "eov")}
+_UNIVERSAL_FAST_SIZE = 2048  # where the folder's own action tokenizer is not known
+# Ids that a config.json may repeat -> field of Vocabulary.
+_REPEATED_IDS = {f"{name}_token_id": name for name in (*_SPECIAL_TOKENS, "bov", "eov")}
 
 
 def load_hf_text(folder: pathlib.Path) -> TiktokenTextTokenizer | None:
@@ -70,10 +71,11 @@ def load_hf_text(folder: pathlib.Path) -> TiktokenTextTokenizer | None:
 
 
 def _from_tokenizers(path: pathlib.Path) -> tuple[bytes, bytes]:
-    """Rank file and vision tokens out of the byte-level BPE that ``transformers`` made of them.
+    """Contents of Emu3's two tokenizer files, out of the ``tokenizer.json`` of ``transformers``.
 
-    Ids are ranks there too, so nothing is lost; the pattern that splits words is Emu3's own, which
-    the file does not have.
+    ``transformers`` turned the tiktoken ranks into a byte-level BPE whose ids are the same ranks,
+    so nothing is lost. Bytes are spelled there in GPT-2's printable characters. The pattern that
+    splits words is not in the file; ``TiktokenTextTokenizer`` has Emu3's own.
     """
     values = parse_json(path.read_bytes(), where=str(path))
     try:
@@ -92,33 +94,30 @@ def _from_tokenizers(path: pathlib.Path) -> tuple[bytes, bytes]:
 
 
 def _base64(token: str) -> str:
-    """A token in the characters that stand for bytes (GPT-2's table) as base64 of its bytes."""
+    """Base64 of the bytes that a token in GPT-2's characters stands for."""
     return base64.b64encode(bytes(_BYTES[character] for character in token)).decode()
 
 
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the ids from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
+# GPT-2's table (``openai/gpt-2:src/encoder.py``, bytes_to_unicode): printable bytes stand for
+# themselves, the others for the characters from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
 
 
 def vocabulary_of(text: TiktokenTextTokenizer, action_size: int | None = None) -> Vocabulary:
-    """The vocabulary that a text tokenizer of the Emu3 family lays out.
+    """The vocabulary around a text tokenizer of the Emu3 family.
 
     Args:
-      text: for the published files the result is ``Vocabulary.emu3(action_size)``.
+      text: the tokenizer; for the published files the result is ``Vocabulary.emu3(action_size)``.
       action_size: codes of the action tokenizer; None leaves room for the universal FAST.
 
     Raises:
       UserError: the tokenizer lacks a special token.
     """
     ids = text.special_tokens
-    lacking = [name for name in (*_NAMES.values(), _FIRST_CODE) if name not in ids]
+    lacking = [name for name in (*_SPECIAL_TOKENS.values(), _FIRST_CODE) if name not in ids]
     if lacking:
         raise UserError(
             f"the text tokenizer lacks {', '.join(lacking)}; is it that of an Emu3 model?"
@@ -128,14 +127,14 @@ def vocabulary_of(text: TiktokenTextTokenizer, action_size: int | None = None) -
         text_size=text.vocabulary_size,
         visual_start=ids[_FIRST_CODE],
         visual_size=sum(name.startswith(_CODE) for name in ids),
-        action_size=action_size or min(_ACTIONS, text.vocabulary_size),
+        action_size=action_size or min(_UNIVERSAL_FAST_SIZE, text.vocabulary_size),
         action_last=text.vocabulary_size - 1,
-        **{name: ids[token] for name, token in _NAMES.items()},
+        **{name: ids[token] for name, token in _SPECIAL_TOKENS.items()},
     )
 
 
 def check_vocabulary(vocabulary: Vocabulary, config: Mapping[str, Any], where: str) -> None:
-    """Compares a tokenizer's vocabulary with the config.json of the weights.
+    """Compares a text tokenizer's vocabulary with the config.json of the weights.
 
     Raises:
       UserError: another number of ids, or a special token of another id.
@@ -147,7 +146,7 @@ def check_vocabulary(vocabulary: Vocabulary, config: Mapping[str, Any], where: s
             f"the text tokenizer in {where} has {vocabulary.size} ids, config.json says vocab_size "
             f"{size}; give the tokenizer of this model as --config.text"
         )
-    for name, ours in _REPEATED.items():
+    for name, ours in _REPEATED_IDS.items():
         if isinstance(values.get(name), int) and values[name] != getattr(vocabulary, ours):
             raise UserError(
                 f"config.json says {name} {values[name]}, the text tokenizer in {where} has "
@@ -156,7 +155,7 @@ def check_vocabulary(vocabulary: Vocabulary, config: Mapping[str, Any], where: s
 
 
 # ----------------------------------------------------------------------------
-
+# What a model folder does not say.
 
 _HINTS = {
     "vision": ", the folder of a converted vision tokenizer",
@@ -231,6 +230,10 @@ class ConvertConfig:
                 )
 
 
+# ----------------------------------------------------------------------------
+# The assets made of both.
+
+
 def make_assets(
     folder: HfFolder, model: HfModel, config: ConvertConfig, own_vision: pathlib.Path | None
 ) -> Assets:
@@ -258,7 +261,7 @@ def make_assets(
     vocabulary = vocabulary_of(text, None if action is None else action.vocabulary_size)
     check_vocabulary(vocabulary, folder.config, where)
     vision = _vision(config, own_vision)
-    dtype = FLOATS[folder.tensors[model.state_rules[0].key].dtype]
+    dtype = FLOAT_DTYPES[folder.tensors[model.state_rules[0].key].dtype]
     return Assets(
         vocabulary=vocabulary,
         text=text,
@@ -273,15 +276,15 @@ def make_assets(
 
 
 def _text(folder: HfFolder, config: ConvertConfig) -> tuple[TextTokenizer, str]:
-    place = pathlib.Path(config.text).absolute() if config.text else folder.path
-    text = load_hf_text(place)
+    source = pathlib.Path(config.text).absolute() if config.text else folder.path
+    text = load_hf_text(source)
     if text is None:
         raise UserError(
-            f"{place}: no text tokenizer (emu3.tiktoken and emu3_vision_tokens.txt, or "
+            f"{source}: no text tokenizer (emu3.tiktoken and emu3_vision_tokens.txt, or "
             "tokenizer.json); give the folder that has one as --config.text=DIR, or --weights_only "
             "for a checkpoint that can only be converted back"
         )
-    return text, str(place)
+    return text, str(source)
 
 
 def _vision(config: ConvertConfig, own: pathlib.Path | None) -> LazyVisionTokenizer | None:
@@ -298,7 +301,27 @@ def _vision(config: ConvertConfig, own: pathlib.Path | None) -> LazyVisionTokeni
             f"config.vision: {folder} is as the hub stores it; convert it first "
             f"(--from_hf={folder} --to=DIR) and give --config.vision=DIR"
         )
-    return open_vision(folder)
+    # The weights pass through the fingerprint tensor by tensor and are not kept.
+    vision, tensors = read_vision(folder)
+    weights = ((name, tensor.read()) for name, tensor in sorted(tensors.items()))
+    return LazyVisionTokenizer(
+        folder,
+        fingerprint=fingerprint_of(vision, weights),
+        codebook_size=vision.codebook_size,
+        factor=vision.factor,
+    )
+
+
+def read_vision(folder: pathlib.Path) -> tuple[VisionConfig, dict[str, StoredTensor]]:
+    """Config and tensors, by our path, of a vision tokenizer's folder; reads no tensor.
+
+    Raises:
+      UserError: a file is missing or broken.
+    """
+    content = read_files(folder, [CONFIG_FILE], what="vision tokenizer")[CONFIG_FILE]
+    config = VisionConfig.from_dict(parse_json(content, where=f"{folder}/{CONFIG_FILE}"))
+    file = folder / PARAMS_FILE
+    return config, parse_header(read_header(file), file)
 
 
 def _image_specs(config: ConvertConfig, vision: LazyVisionTokenizer | None) -> dict[str, ImageSpec]:

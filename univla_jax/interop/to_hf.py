@@ -1,7 +1,7 @@
-"""A checkpoint or a vision tokenizer as a model folder of the hub, tensor by tensor.
+"""Conversion of a checkpoint or a vision tokenizer into a Hugging Face model folder.
 
-What was converted from the hub goes back to the same bytes, file by file, in the names and shards
-it came in. What was trained here gets the reference's names and shards of at most 5 GB.
+What was converted from such a folder gives the same bytes again, file by file. What was trained
+here gets the reference's names, in shards of at most 5 GB.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from univla_jax.assets import Assets
 from univla_jax.checkpoints import ASSETS, STATE, find_checkpoint, saved_shapes
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.interop.hf_config import FLOATS, HfModel
+from univla_jax.interop.hf_assets import read_vision
+from univla_jax.interop.hf_config import decoder_config_to_hf, expert_config_to_hf
 from univla_jax.interop.hf_folder import CONFIG, INDEX, SINGLE, SOURCE, SourceRecord, local_path
-from univla_jax.interop.key_table import (
+from univla_jax.interop.hf_weights import (
+    HfModel,
     KeyRule,
     check_params,
-    config_to_huggingface,
     decoder_rules,
-    expert_config_to_huggingface,
     joint_rules,
+    vision_rules,
 )
-from univla_jax.interop.tensor_files import (
+from univla_jax.interop.tensor_io import (
     DTYPES,
+    FLOAT_DTYPES,
     StateReader,
     StoredTensor,
     make_header,
     parse_header,
     write_safetensors,
 )
-from univla_jax.interop.vision_keys import foreign_tensor, vision_rules, vision_tensors
 from univla_jax.io import dump_json, new_folder, parse_json
 from univla_jax.models.action_expert import ActionExpertConfig
 from univla_jax.models.decoder_config import DecoderConfig
@@ -48,10 +49,8 @@ from univla_jax.tokenizers.vision import PARAMS_FILE
 _SHARD_BYTES = 5_000_000_000
 _BLOCK_BYTES = 32 << 20
 _PARAMS = "params"
-_TYPES = {name: stored for stored, name in FLOATS.items()}
-_IDS = ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof", "boa", "bov", "eov")
-_VISION_HEAD = {"architectures": ["Emu3VisionVQModel"], "model_type": "Emu3VisionVQ"}
-_DECODER_HEAD = {"architectures": ["Emu3MoE"], "model_type": "Emu3"}
+_STORED_NAMES = {name: stored for stored, name in FLOAT_DTYPES.items()}
+_SPECIAL_IDS = ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof", "boa", "bov", "eov")
 
 
 def to_hf(
@@ -66,8 +65,8 @@ def to_hf(
     Args:
       source: a checkpoint, the workdir of a training, or the folder of a vision tokenizer.
       to: absent or empty folder.
-      dtype: type of the weights of a model that was trained here, ``"bfloat16"`` for example; by
-        default as they are stored.
+      dtype: of the weights of a model that was trained here, ``"bfloat16"`` for example; by default
+        as they are stored.
       progress: whether to draw a progress bar.
 
     Raises:
@@ -77,68 +76,125 @@ def to_hf(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to}: exists already; choose another --to_hf, or remove it")
     is_vision = (source / PARAMS_FILE).is_file()
-    folder = source if is_vision else find_checkpoint(source)
+    folder = source if is_vision else pathlib.Path(find_checkpoint(source))
     record = SourceRecord.load(folder / SOURCE)
-    if record is not None and dtype:
-        raise UserError("--dtype is for models trained here; this one goes back as it came")
-    plan = _again(folder, record) if record else _trained(folder, is_vision, dtype)
+    if record is not None:
+        if dtype:
+            raise UserError("--dtype is for models trained here; this one goes back as it came")
+        export = HfExport.of_converted(folder, record)
+    elif is_vision:
+        export = HfExport.of_vision(folder)
+    else:
+        export = HfExport.of_checkpoint(folder, dtype)
     try:
-        with new_folder(to) as part:
-            plan.write(pathlib.Path(part), progress)
+        with new_folder(to) as partial:
+            export.write(pathlib.Path(partial), progress)
     except OSError as error:
         raise UserError(f"cannot write {to}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
-    """A model folder still to be written.
+class HfExport:
+    """A model folder still to be written: headers and small files, and where each tensor is.
 
     Attributes:
       headers: header of each weight file, by file name.
       files: every other file, by name.
-      rules: place of each tensor here.
+      rules: of each tensor.
       state: parameters of decoder and expert, or None.
       vision: tensors of the vision tokenizer by our path; empty where there is none.
     """
 
     headers: Mapping[str, bytes]
     files: Mapping[str, bytes]
-    rules: Mapping[str, KeyRule]
-    state: StateReader | None
-    vision: Mapping[str, StoredTensor]
+    rules: Sequence[KeyRule]
+    state: StateReader | None = None
+    vision: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_converted(cls, folder: pathlib.Path, record: SourceRecord) -> HfExport:
+        """The folder that a checkpoint or tokenizer was converted from."""
+        config = parse_json(record.files[CONFIG], where=f"{folder}/{SOURCE}/files/{CONFIG}")
+        shards = [parse_header(header, folder / name) for name, header in record.headers.items()]
+        model = HfModel.from_config(config, [key for shard in shards for key in shard])
+        state = _open_state(folder, model.state_rules) if model.state_rules else None
+        vision: Mapping[str, StoredTensor] = {}
+        if model.vision is not None:
+            vision_folder = folder if model.decoder is None else folder / ASSETS / "vision"
+            found, vision = read_vision(vision_folder)
+            if found != model.vision:
+                raise UserError(f"{vision_folder} is not the vision tokenizer of {SOURCE}/")
+        rules = [*model.state_rules, *model.vision_rules]
+        return cls(record.headers, record.files, rules, state, vision)
+
+    @classmethod
+    def of_vision(cls, folder: pathlib.Path) -> HfExport:
+        """A vision tokenizer that was fitted here."""
+        config, vision = read_vision(folder)
+        values = {"architectures": ["Emu3VisionVQModel"], "model_type": "Emu3VisionVQ"}
+        rules = vision_rules(config)
+        dtypes = {r.key: "I64" if r.is_counter else vision[r.path].dtype for r in rules}
+        headers, files = _shard(values | config.to_dict(), rules, dtypes)
+        return cls(headers, files, rules, vision=vision)
+
+    @classmethod
+    def of_checkpoint(cls, folder: pathlib.Path, dtype: str) -> HfExport:
+        """A decoder, with or without action expert, that was trained here."""
+        assets = Assets.load(folder / ASSETS)
+        decoder = build_config(DecoderConfig, assets.model, where="assets.model")
+        rules = decoder_rules(decoder)
+        values = {"architectures": ["Emu3MoE"], "model_type": "Emu3"}
+        values |= decoder_config_to_hf(decoder)
+        if assets.action_expert:
+            expert = build_config(ActionExpertConfig, assets.action_expert, where="assets")
+            rules = joint_rules(expert, decoder)
+            values |= expert_config_to_hf(expert, decoder)
+        state = _open_state(folder, rules)
+        dtypes = {}
+        for rule in rules:
+            name = dtype or state.array(f"{_PARAMS}/{rule.path}").dtype.name
+            if name not in _STORED_NAMES:
+                raise UserError(f"--dtype={name}: expected one of {', '.join(_STORED_NAMES)}")
+            dtypes[rule.key] = _STORED_NAMES[name]
+        values["torch_dtype"] = FLOAT_DTYPES[dtypes[rules[0].key]]
+        values |= {f"{name}_token_id": getattr(assets.vocabulary, name) for name in _SPECIAL_IDS}
+        headers, files = _shard(values, rules, dtypes)
+        text = {path.name: path.read_bytes() for path in (folder / ASSETS / "text").iterdir()}
+        return cls(headers, {**text, **files}, rules, state)
 
     def write(self, folder: pathlib.Path, progress: bool) -> None:
-        """Writes all files; config.json comes last."""
-        parts = {name: parse_header(header, folder / name) for name, header in self.headers.items()}
-        total = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
+        """Writes all files into an empty folder; config.json comes last."""
+        shards = {
+            name: parse_header(header, folder / name) for name, header in self.headers.items()
+        }
+        total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="convert", disable=not progress
         ) as bar:
-            for name, part in parts.items():
-                write_safetensors(
-                    folder / name, self.headers[name], self._blocks(part.values(), bar.update)
-                )
+            for name, tensors in shards.items():
+                data = self._data(tensors.values(), bar.update)
+                write_safetensors(folder / name, self.headers[name], data)
         for name in sorted(self.files, key=lambda name: name == CONFIG):
             (folder / name).write_bytes(self.files[name])
 
-    def _blocks(
-        self, tensors: Iterable[StoredTensor], done: Callable[[int], Any]
+    def _data(
+        self, tensors: Iterable[StoredTensor], advance: Callable[[int], Any]
     ) -> Iterator[np.ndarray]:
+        rules = {rule.key: rule for rule in self.rules}
         for tensor in tensors:
-            rule = self.rules[tensor.name]
-            for block in self._tensor(rule, DTYPES[tensor.dtype]):
+            for block in self._blocks(rules[tensor.name], DTYPES[tensor.dtype]):
                 yield block
-                done(block.nbytes)
+                advance(block.nbytes)
 
-    def _tensor(self, rule: KeyRule, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """The parts of one foreign tensor: blocks of rows where no axes are exchanged."""
+    def _blocks(self, rule: KeyRule, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """One tensor in parts: blocks of rows where no axes are exchanged, else the whole."""
         if rule.path in self.vision:
-            yield foreign_tensor(rule, self.vision[rule.path], dtype)
+            yield _convert_exactly(rule, self.vision[rule.path].read(), dtype)
             return
         path = f"{_PARAMS}/{rule.path}"
         if rule.layer is not None or rule.permutation:
             index = () if rule.layer is None else (rule.layer,)
-            yield rule.to_foreign(self.state.read(path, index)).astype(dtype, copy=False)
+            yield rule.to_hf(self.state.read(path, index)).astype(dtype, copy=False)
             return
         count = rule.shape[0]
         rows = max(1, _BLOCK_BYTES * count // max(1, math.prod(rule.shape) * dtype.itemsize))
@@ -147,57 +203,21 @@ class Export:
             yield block.astype(dtype, copy=False)
 
 
-def _again(folder: pathlib.Path, record: SourceRecord) -> Export:
-    """The very folder that was converted."""
-    config = parse_json(record.files[CONFIG], where=f"{folder}/{SOURCE}/files/{CONFIG}")
-    parts = [parse_header(header, folder / name) for name, header in record.headers.items()]
-    model = HfModel.of(config, [key for part in parts for key in part])
-    state = _open_state(folder, model.state_rules) if model.state_rules else None
-    vision: dict[str, StoredTensor] = {}
-    if model.vision is not None:
-        inside = folder if model.decoder is None else folder / ASSETS / "vision"
-        found, vision = vision_tensors(inside)
-        if found != model.vision:
-            raise UserError(f"{inside} is another vision tokenizer than {SOURCE}/ tells of")
-    rules = {rule.key: rule for rule in (*model.state_rules, *model.vision_rules)}
-    return Export(record.headers, record.files, rules, state, vision)
+def _convert_exactly(rule: KeyRule, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A float32 tensor of our vision tokenizer in the dtype that it was converted from.
 
-
-def _trained(folder: pathlib.Path, is_vision: bool, dtype: str) -> Export:
-    """What was made here, in the reference's names."""
-    if is_vision:
-        config, vision = vision_tensors(folder)
-        rules = vision_rules(config)
-        values = {**_VISION_HEAD, **config.to_dict()}
-        stored = {rule.key: vision[rule.path].dtype for rule in rules}
-        counters = {rule.key: "I64" for rule in rules if rule.path.endswith("/count")}
-        return _export(values, {}, rules, {**stored, **counters}, None, vision)
-    assets = Assets.load(folder / ASSETS)
-    decoder = build_config(DecoderConfig, assets.model, where="assets.model")
-    rules = decoder_rules(decoder)
-    values = {**_DECODER_HEAD, **config_to_huggingface(decoder)}
-    if assets.action_expert:
-        expert = build_config(ActionExpertConfig, assets.action_expert, where="assets")
-        rules = joint_rules(expert, decoder)
-        values |= expert_config_to_huggingface(expert, decoder.hidden_size)
-    state = _open_state(folder, rules)
-    stored = {rule.key: _stored_type(state, rule, dtype) for rule in rules}
-    values |= {f"{name}_token_id": getattr(assets.vocabulary, name) for name in _IDS}
-    values["torch_dtype"] = FLOATS[stored[rules[0].key]]
-    text = {path.name: path.read_bytes() for path in (folder / ASSETS / "text").iterdir()}
-    return _export(values, text, rules, stored, state, {})
-
-
-def _stored_type(state: StateReader, rule: KeyRule, dtype: str) -> str:
-    """Safetensors' name of the dtype a tensor is written in."""
-    name = dtype or state.array(f"{_PARAMS}/{rule.path}").dtype.name
-    if name not in _TYPES:
-        raise UserError(f"--dtype={name}: expected one of {', '.join(_TYPES)}")
-    return _TYPES[name]
+    Raises:
+      UserError: its values need more than ``dtype`` holds.
+    """
+    value = rule.to_hf(value)
+    converted = value.astype(dtype)
+    if not np.array_equal(converted.astype(value.dtype), value, equal_nan=True):
+        raise UserError(f"{rule.key}: its values do not fit into {dtype}")
+    return converted
 
 
 def _open_state(folder: pathlib.Path, rules: Sequence[KeyRule]) -> StateReader:
-    """The parameters of a checkpoint, after comparing their shapes with the table."""
+    """The parameters of a checkpoint, after comparing their shapes with the rules."""
     prefix = f"{_PARAMS}/"
     shapes = {
         name.removeprefix(prefix): jax.ShapeDtypeStruct(shape, np.float32)
@@ -208,30 +228,30 @@ def _open_state(folder: pathlib.Path, rules: Sequence[KeyRule]) -> StateReader:
     return StateReader(folder / STATE)
 
 
-def _export(
-    config: Mapping[str, Any],
-    files: Mapping[str, bytes],
-    rules: Sequence[KeyRule],
-    stored: Mapping[str, str],
-    state: StateReader | None,
-    vision: Mapping[str, StoredTensor],
-) -> Export:
-    """Shares the tensors out among files of at most 5 GB."""
+def _shard(
+    config: Mapping[str, Any], rules: Sequence[KeyRule], dtypes: Mapping[str, str]
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Headers of files of at most 5 GB, and config.json with the index that several need.
+
+    Args:
+      config: content of config.json.
+      rules: of all tensors, in the order they are stored.
+      dtypes: key -> safetensors' name of the dtype.
+    """
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     sizes = [0]
     for rule in rules:
-        nbytes = math.prod(rule.shape) * DTYPES[stored[rule.key]].itemsize
+        nbytes = math.prod(rule.shape) * DTYPES[dtypes[rule.key]].itemsize
         if shards[-1] and sizes[-1] + nbytes > _SHARD_BYTES:
             shards.append({})
             sizes.append(0)
-        shards[-1][rule.key] = stored[rule.key], rule.shape
+        shards[-1][rule.key] = dtypes[rule.key], rule.shape
         sizes[-1] += nbytes
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     names = names if count > 1 else [SINGLE]
-    files = {**files, CONFIG: dump_json(config)}
+    files = {CONFIG: dump_json(config)}
     if count > 1:
-        places = {key: name for name, shard in zip(names, shards) for key in shard}
-        files[INDEX] = dump_json({"metadata": {"total_size": sum(sizes)}, "weight_map": places})
-    headers = {name: make_header(shard) for name, shard in zip(names, shards)}
-    return Export(headers, files, {rule.key: rule for rule in rules}, state, vision)
+        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+        files[INDEX] = dump_json({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    return {name: make_header(shard) for name, shard in zip(names, shards)}, files

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import http
 import logging
@@ -111,55 +112,35 @@ class ServerConfig:
 
 
 class ServerMetrics:
-    """Prometheus metrics of one server, in a registry of their own.
-
-    Attributes:
-      connections: robots connected.
-      queue_length: requests waiting for a batch.
-      requests: by outcome: ok, reset, bad_request, busy, unreadable, error.
-      invalid_chunks: replies whose tokens decoded to no whole chunk.
-      seconds: from a request's arrival to its reply.
-      policy_seconds: time spent in the policy, by part.
-      batch_size: requests per call of the policy.
-    """
+    """Prometheus metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
         """Starts every counter at zero."""
-        self._registry = registry = prometheus.CollectorRegistry()
-        gauge, counter = prometheus.Gauge, prometheus.Counter
-        histogram = prometheus.Histogram
-        self.connections = gauge("univla_connections", "Robots connected", registry=registry)
-        self.queue_length = gauge(
-            "univla_queue_requests", "Requests waiting for a batch", registry=registry
+        self._registry = prometheus.CollectorRegistry()
+        gauge, counter, histogram = (
+            functools.partial(kind, registry=self._registry)
+            for kind in (prometheus.Gauge, prometheus.Counter, prometheus.Histogram)
         )
+        self.connections = gauge("univla_connections", "Robots connected")
+        self.queue_length = gauge("univla_queue_requests", "Requests waiting for a batch")
         self.requests = counter(
             "univla_requests",
             "Requests by outcome: ok, reset, bad_request, busy, unreadable, error",
             ["outcome"],
-            registry=registry,
         )
         self.invalid_chunks = counter(
-            "univla_invalid_chunks",
-            "Answers whose tokens decoded to no whole chunk",
-            registry=registry,
+            "univla_invalid_chunks", "Answers whose tokens decoded to no whole chunk"
         )
         self.seconds = histogram(
             "univla_request_seconds",
             "Time from a request's arrival to its answer",
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-            registry=registry,
         )
         self.policy_seconds = counter(
-            "univla_policy_seconds",
-            "Time spent in the policy, by part",
-            ["part"],
-            registry=registry,
+            "univla_policy_seconds", "Time spent in the policy, by part", ["part"]
         )
         self.batch_size = histogram(
-            "univla_batch_rows",
-            "Requests answered together",
-            buckets=(1, 2, 4, 8, 16, 32),
-            registry=registry,
+            "univla_batch_rows", "Requests answered together", buckets=(1, 2, 4, 8, 16, 32)
         )
 
     def page(self) -> bytes:

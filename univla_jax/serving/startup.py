@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import json
 import os
@@ -155,18 +154,16 @@ async def serve(
     report("stopped")
 
 
-def with_api_key(config: ServerConfig, file: str | None) -> ServerConfig:
-    """The config with the API key from a file, if one is named.
+def read_api_key(file: str) -> str:
+    """The API key in a file.
 
     Raises:
       UserError: the file cannot be read or is empty.
     """
-    if not file:
-        return config
     try:
         key = pathlib.Path(file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--api_key_file={file}: {error}") from error
     if not key:
         raise UserError(f"--api_key_file={file} is empty; write the key into it")
-    return dataclasses.replace(config, api_key=key)
+    return key

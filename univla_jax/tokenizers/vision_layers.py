@@ -3,7 +3,7 @@
 Axes: B videos, T frames, N = B * T frames taken one by one, H/W rows and columns, C channels,
 E = ``embed_dim`` channels of the quantized latent, h/w its rows and columns. Every layer is the
 one of Emu3's ``modeling_emu3visionvq.py`` (Emu3 paper, section 2.2) under the same name, so that
-``interop/vision_keys.py`` stays a list of spelling rules.
+``interop/hf_weights.py`` stays a list of spelling rules.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import jax
 
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint, newest_checkpoint
-from univla_jax.data.token_store import TokenStore, joint_statistics
+from univla_jax.data.token_store import TokenStore, compute_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
@@ -151,7 +151,7 @@ def statistics(stores: Sequence[TokenStore]) -> dict[str, ActionStatistics]:
 def _joint(key: str, stores: Sequence[TokenStore]) -> ActionStatistics:
     if len(stores) == 1:
         return stores[0].statistics[key]
-    return joint_statistics(stores, key, stores[0].manifest.header.min_frames)
+    return compute_statistics(stores, key, stores[0].manifest.header.min_frames)
 
 
 def _specs(store: TokenStore) -> dict[str, ImageSpec]:

@@ -425,7 +425,7 @@ def fit_vision(
         others = ValidEpisodes(held_out, source, list(specs))
         report = measure(tokenizer, collect_frames(others, specs, most=config.evaluation_frames))
     tokenizer.save(folder)
-    run_dir.write_fit_report(folder, config, source=episodes.source.name, report=report)
+    run_dir.write_fit_report(folder, config, source=episodes.reader.name, report=report)
     return report
 
 

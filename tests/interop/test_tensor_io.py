@@ -1,4 +1,4 @@
-"""Arrays written in pieces are ordinary Orbax arrays; any checkpoint's arrays are read in parts."""
+"""Streamed arrays are ordinary Orbax arrays; any checkpoint's arrays are read in parts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from univla_jax.interop.tensor_files import PiecedArray, StateReader, state_handler
+from univla_jax.interop.tensor_io import StateReader, StreamedArray, streamed_state_handler
 
 VALUE = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
 
-def pieced(value: np.ndarray, *, stacked: bool = False) -> PiecedArray:
-    pieces = [((i,), row) for i, row in enumerate(value)]
-    return PiecedArray(value.shape, value.dtype.name, stacked, lambda: iter(pieces))
+def streamed(value: np.ndarray, *, stacked: bool = False) -> StreamedArray:
+    blocks = [((i,), row) for i, row in enumerate(value)]
+    return StreamedArray(value.shape, value.dtype.name, stacked, lambda: iter(blocks))
 
 
 @pytest.fixture
 def state(tmp_path):
-    tree = {"params": {"a": {"b": pieced(VALUE, stacked=True)}, "c": pieced(VALUE[0])}}
-    with ocp.Checkpointer(state_handler()) as writer:
+    tree = {"params": {"a": {"b": streamed(VALUE, stacked=True)}, "c": streamed(VALUE[0])}}
+    with ocp.Checkpointer(streamed_state_handler()) as writer:
         writer.save(tmp_path / "state", ocp.args.PyTreeSave(tree))
     return tmp_path / "state"
 
@@ -68,7 +68,7 @@ def test_parts_of_what_orbax_wrote(options, tmp_path):
     ],
 )
 def test_chunks_are_small_and_of_one_layer(shape, stacked):
-    chunks = PiecedArray(shape, "bfloat16", stacked, lambda: iter(())).chunks
+    chunks = StreamedArray(shape, "bfloat16", stacked, lambda: iter(())).chunks
     assert 2 * math.prod(chunks) <= 8 << 20
     assert not stacked or chunks[0] == 1
     assert all(chunk <= size for chunk, size in zip(chunks, shape))

@@ -86,3 +86,17 @@ def test_wrong_batches_are_refused():
         normalization.RunningStatistics((np.zeros(1), np.ones(1))).update(np.full((2, 1), 2.0))
     with pytest.raises(UserError, match="2 dimensions"):
         normalization.ActionStatistics((0, 0), (1, 1), (0, 0), (1, 1)).normalize(np.zeros((4, 3)))
+
+
+def test_windows_stay_inside_their_episode():
+    episodes = [np.arange(4)[:, None], np.array([[9]]), np.array([[7], [8]])]
+    assert normalization.sliding_windows(episodes, 2)[..., 0].tolist() == [
+        [0, 1],
+        [1, 2],
+        [2, 3],
+        [7, 8],
+    ]
+    two = np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(normalization.sliding_windows([two], 2), [two[:2], two[1:]])
+    with pytest.raises(UserError, match="chunks of 5 steps wanted, the longest episode has 4"):
+        normalization.sliding_windows(episodes, 5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.interop import hub_folders
+from tests.interop import hf_folders
 from univla_jax.errors import UserError
 from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
@@ -75,7 +75,7 @@ def remove(*names: str) -> Callable[[pathlib.Path], None]:
 
 def text(codes: int) -> Callable[[pathlib.Path], None]:
     def change(folder: pathlib.Path) -> None:
-        for name, content in hub_folders.text_files(codes).items():
+        for name, content in hf_folders.text_files(codes).items():
             (folder / name).write_bytes(content)
 
     return change
@@ -179,7 +179,7 @@ def refuse(folder: pathlib.Path, to: pathlib.Path, message: str) -> None:
 @pytest.mark.parametrize("wrong", SHARDED)
 def test_wrong_shards(wrong, tmp_path):
     change, message = SHARDED[wrong]
-    folder = hub_folders.decoder_folder(tmp_path / "source")
+    folder = hf_folders.decoder_folder(tmp_path / "source")
     change(folder)
     refuse(folder, tmp_path / "ours", message)
 
@@ -187,13 +187,13 @@ def test_wrong_shards(wrong, tmp_path):
 @pytest.mark.parametrize("wrong", WHOLE)
 def test_wrong_folders(wrong, tmp_path):
     change, message = WHOLE[wrong]
-    folder = hub_folders.decoder_folder(tmp_path / "source", shards=1)
+    folder = hf_folders.decoder_folder(tmp_path / "source", shards=1)
     change(folder)
     refuse(folder, tmp_path / "ours", message)
 
 
 def test_a_remote_folder(tmp_path):
-    folder = hub_folders.vision_folder(tmp_path / "source")
+    folder = hf_folders.vision_folder(tmp_path / "source")
     for source, to in ((folder, "gs://bucket/ours"), ("hf://BAAI/Emu3", tmp_path / "ours")):
         with pytest.raises(UserError, match="conversion works on local folders"):
             from_hf(source, to, ConvertConfig(), progress=False)
@@ -204,7 +204,7 @@ def test_no_folder(tmp_path):
 
 
 def test_a_vision_tokenizer_with_a_wrong_counter(tmp_path):
-    folder = hub_folders.vision_folder(tmp_path / "source")
+    folder = hf_folders.vision_folder(tmp_path / "source")
     key = "encoder__time_res_stack__0__norm1__num_batches_tracked"
     tensors(**{key: np.full((), 7.0, np.float32)})(folder)
     refuse(folder, tmp_path / "ours", "num_batches_tracked is F32; expected I64")
@@ -221,7 +221,7 @@ def test_a_vision_tokenizer_with_a_wrong_counter(tmp_path):
     ],
 )
 def test_vision_settings_that_are_not_implemented(changes, message, tmp_path):
-    folder = hub_folders.both_folder(tmp_path / "source", "transformers")
+    folder = hf_folders.both_folder(tmp_path / "source", "transformers")
     values = json.loads((folder / "config.json").read_text())["vq_config"]
     config(vq_config=values | changes)(folder)
     refuse(folder, tmp_path / "ours", message)
@@ -236,20 +236,20 @@ def test_vision_settings_that_are_not_implemented(changes, message, tmp_path):
     ],
 )
 def test_decoder_settings_that_are_not_implemented(changes, message, tmp_path):
-    folder = hub_folders.both_folder(tmp_path / "source", "transformers")
+    folder = hf_folders.both_folder(tmp_path / "source", "transformers")
     values = json.loads((folder / "config.json").read_text())["text_config"]
     config(text_config=values | changes)(folder)
     refuse(folder, tmp_path / "ours", message)
 
 
 def test_a_vision_tokenizer_beside_the_folders_own(tmp_path):
-    folder = hub_folders.both_folder(tmp_path / "source", "transformers")
+    folder = hf_folders.both_folder(tmp_path / "source", "transformers")
     with pytest.raises(UserError, match="has its own vision tokenizer"):
         from_hf(folder, tmp_path / "ours", ConvertConfig(vision="other"), progress=False)
 
 
 def test_a_changed_source_record_does_not_go_back(tmp_path):
-    folder = hub_folders.vision_folder(tmp_path / "source")
+    folder = hf_folders.vision_folder(tmp_path / "source")
     from_hf(folder, tmp_path / "ours", ConvertConfig(), progress=False)
     record = tmp_path / "ours" / "source" / "files" / "preprocessor_config.json"
     record.write_text("{} ")

@@ -7,13 +7,13 @@ import json
 import pytest
 import tokenizers
 
-from tests.interop import hub_folders
+from tests.interop import hf_folders
 from univla_jax.errors import UserError
 from univla_jax.interop.hf_assets import check_vocabulary, load_hf_text, vocabulary_of
 from univla_jax.tokenizers.text import TiktokenTextTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
-FILES = hub_folders.text_files()
+FILES = hf_folders.text_files()
 
 
 def test_the_tokenizer_of_transformers_is_read(tmp_path):
@@ -33,7 +33,7 @@ def test_the_tokenizer_of_transformers_is_read(tmp_path):
     assert text.vocabulary_size == 270 and text.total_size == bpe.get_vocab_size()
     assert text.special_tokens == {name: bpe.token_to_id(name) for name in names}
     assert [text.decode([i]) for i in range(270)] == [bpe.decode([i]) for i in range(270)]
-    assert vocabulary_of(text).visual_size == hub_folders.CODES
+    assert vocabulary_of(text).visual_size == hf_folders.CODES
 
 
 def test_emu3s_own_files_come_first(tmp_path):
@@ -71,7 +71,7 @@ def test_a_tokenizer_without_the_special_tokens():
 
 def test_ids_that_a_config_repeats():
     vocabulary = vocabulary_of(TiktokenTextTokenizer(*FILES.values()))
-    check_vocabulary(vocabulary, hub_folders.decoder_config(), "somewhere")
+    check_vocabulary(vocabulary, hf_folders.decoder_config(), "somewhere")
     check_vocabulary(vocabulary, {"text_config": {"pad_token_id": vocabulary.pad}}, "somewhere")
     with pytest.raises(UserError, match="eov_token_id 7, the text tokenizer in somewhere has 492"):
         check_vocabulary(vocabulary, {"eov_token_id": 7}, "somewhere")

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from univla_jax.data.datasets import DATASETS, open_reader
+from univla_jax.data.datasets import DATASETS
+from univla_jax.data.readers import open_reader
 from univla_jax.data.video import read_frames
 from univla_jax.errors import UserError
 

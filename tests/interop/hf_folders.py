@@ -12,8 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from univla_jax.interop.hf_assets import vocabulary_of
-from univla_jax.interop.hf_config import HfModel
-from univla_jax.interop.key_table import KeyRule, decoder_rules
+from univla_jax.interop.hf_weights import HfModel, KeyRule, decoder_rules
 from univla_jax.tokenizers.text import TiktokenTextTokenizer
 
 CODES = 16
@@ -70,7 +69,7 @@ def draw(rules: tuple[KeyRule, ...] | list[KeyRule], dtype: Any, seed: int = 0) 
         value = rng.normal(size=rule.shape) * 0.2 + (len(rule.shape) == 1)
         if rule.path.endswith("/var"):
             value = np.abs(value) + 0.5
-        kind = np.int64 if rule.path.endswith("/count") else dtype
+        kind = np.int64 if rule.is_counter else dtype
         state[rule.key] = (np.full(rule.shape, 7) if kind is np.int64 else value).astype(kind)
     return state
 
@@ -106,7 +105,7 @@ def decoder_folder(
 ) -> pathlib.Path:
     """A UniVLA checkpoint with its text tokenizer."""
     config = decoder_config(**changes)
-    model = HfModel.of(config, ())
+    model = HfModel.from_config(config, ())
     files = {**text_files(), "generation_config.json": b"{}", "tokenization_emu3.py": b"# code\n"}
     return write(folder, config, draw(model.state_rules, dtype), files, shards=shards)
 
@@ -114,7 +113,7 @@ def decoder_folder(
 def vision_folder(folder: pathlib.Path, **changes: Any) -> pathlib.Path:
     """A vision tokenizer in the reference's names."""
     config = {**VISION, **changes}
-    model = HfModel.of(config, ())
+    model = HfModel.from_config(config, ())
     return write(
         folder, config, draw(model.vision_rules, np.float32), {"preprocessor_config.json": b"{}"}
     )
@@ -139,8 +138,10 @@ def both_folder(folder: pathlib.Path, naming: str) -> pathlib.Path:
             "hidden_size": 32,
         },
     }
-    lone = dict.fromkeys(r.key for r in decoder_rules(HfModel.of(text, ()).decoder, naming))
-    model = HfModel.of(config, lone)
+    lone = dict.fromkeys(
+        r.key for r in decoder_rules(HfModel.from_config(text, ()).decoder, naming)
+    )
+    model = HfModel.from_config(config, lone)
     rules = [*model.state_rules, *model.vision_rules]
     return write(folder, config, draw(rules, ml_dtypes.bfloat16), text_files(), shards=2)
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.interop import hub_folders
+from tests.interop import hf_folders
+from tests.interop.state_dicts import import_state
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import find_checkpoint, load_params
 from univla_jax.config import build_config
@@ -26,9 +27,8 @@ from univla_jax.inference.policy import Policy
 from univla_jax.interop import from_hf as from_hf_module
 from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.hf_config import HfModel
-from univla_jax.interop.key_table import import_state, joint_rules
-from univla_jax.interop.tensor_files import StoredTensor
+from univla_jax.interop.hf_weights import HfModel, joint_rules
+from univla_jax.interop.tensor_io import StoredTensor
 from univla_jax.interop.to_hf import to_hf
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
@@ -49,16 +49,16 @@ EXPERT = {
 }
 STATISTICS = {"mean": 0, "std": 1, "q01": -1, "q99": 1}
 MAKERS = {
-    "one file": lambda folder: hub_folders.decoder_folder(folder, shards=1),
-    "shards": hub_folders.decoder_folder,
-    "float16 base": lambda folder: hub_folders.decoder_folder(
+    "one file": lambda folder: hf_folders.decoder_folder(folder, shards=1),
+    "shards": hf_folders.decoder_folder,
+    "float16 base": lambda folder: hf_folders.decoder_folder(
         folder, dtype=np.float16, architectures=["Emu3ForCausalLM"]
     ),
-    "qkv bias": lambda folder: hub_folders.decoder_folder(folder, qkv_bias=True),
-    "action expert": lambda folder: hub_folders.decoder_folder(folder, **EXPERT),
-    "vision tokenizer": hub_folders.vision_folder,
-    "transformers": lambda folder: hub_folders.both_folder(folder, "transformers"),
-    "transformers 4": lambda folder: hub_folders.both_folder(folder, "transformers_v4"),
+    "qkv bias": lambda folder: hf_folders.decoder_folder(folder, qkv_bias=True),
+    "action expert": lambda folder: hf_folders.decoder_folder(folder, **EXPERT),
+    "vision tokenizer": hf_folders.vision_folder,
+    "transformers": lambda folder: hf_folders.both_folder(folder, "transformers"),
+    "transformers 4": lambda folder: hf_folders.both_folder(folder, "transformers_v4"),
 }
 
 
@@ -71,7 +71,7 @@ def test_there_and_back_gives_the_same_files(kind, tmp_path):
     source = MAKERS[kind](tmp_path / "source")
     convert(source, tmp_path / "ours")
     to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
-    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+    assert hf_folders.contents(tmp_path / "back") == hf_folders.contents(source)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "ours", "back"}
 
 
@@ -84,9 +84,9 @@ def state_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def test_parameters_are_those_of_the_folder(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
     convert(source, tmp_path / "ours")
-    model = HfModel.of(json.loads((source / "config.json").read_text()), ())
+    model = HfModel.from_config(json.loads((source / "config.json").read_text()), ())
     expected = import_state(model.state_rules, state_of(source))
     decoder = Decoder(dataclasses.replace(model.decoder, param_dtype="bfloat16"))
     params = load_params(tmp_path / "ours", shapes_of(decoder))
@@ -98,19 +98,19 @@ def test_parameters_are_those_of_the_folder(tmp_path):
 
 
 def test_assets_of_a_base_model(tmp_path):
-    convert(hub_folders.decoder_folder(tmp_path / "source"), tmp_path / "ours")
+    convert(hf_folders.decoder_folder(tmp_path / "source"), tmp_path / "ours")
     assets = Assets.load(tmp_path / "ours" / "assets")
     assert assets.vision is None and assets.action is None and not assets.layout
     assert assets.text.encode("the red block") == [258, 261, 32, 262, 111, 264]
-    assert assets.vocabulary.size == 493 and assets.vocabulary.visual_size == hub_folders.CODES
+    assert assets.vocabulary.size == 493 and assets.vocabulary.visual_size == hf_folders.CODES
     config = build_config(DecoderConfig, assets.model)
     assert (config.vocab_size, config.dtype, config.num_layers) == (493, "bfloat16", 2)
 
 
 def test_a_joint_checkpoint_holds_decoder_and_expert(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source", **EXPERT)
+    source = hf_folders.decoder_folder(tmp_path / "source", **EXPERT)
     convert(source, tmp_path / "ours")
-    model = HfModel.of(json.loads((source / "config.json").read_text()), ())
+    model = HfModel.from_config(json.loads((source / "config.json").read_text()), ())
     expected = import_state(joint_rules(model.expert, model.decoder), state_of(source))
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "ours", template), expected)
@@ -120,9 +120,9 @@ def test_a_joint_checkpoint_holds_decoder_and_expert(tmp_path):
 def parts(tmp_path_factory):
     """A converted vision tokenizer and an action tokenizer, and a model folder beside them."""
     folder = tmp_path_factory.mktemp("parts")
-    convert(hub_folders.vision_folder(folder / "vision_source"), folder / "vision")
+    convert(hf_folders.vision_folder(folder / "vision_source"), folder / "vision")
     UniformBinTokenizer(16).save(folder / "action")
-    hub_folders.decoder_folder(folder / "source", dtype=np.float32)
+    hf_folders.decoder_folder(folder / "source", dtype=np.float32)
     return folder
 
 
@@ -169,7 +169,7 @@ def test_a_converted_policy_acts_with_the_state_it_was_trained_with(parts, tmp_p
 @pytest.fixture(scope="module")
 def flow_policy(parts):
     """A converted checkpoint whose action expert acts, without any action tokenizer."""
-    source = hub_folders.decoder_folder(parts / "flow_source", dtype=np.float32, **EXPERT)
+    source = hf_folders.decoder_folder(parts / "flow_source", dtype=np.float32, **EXPERT)
     three = {name: (value,) * 3 for name, value in STATISTICS.items()}
     config = settings(parts, task="policy_flow", frames=1, action="", statistics=three)
     convert(source, parts / "flow", **config)
@@ -211,7 +211,7 @@ def test_an_expert_that_is_not_there_or_of_another_size(parts, tmp_path):
     flow = settings(parts, task="policy_flow", frames=1, action="")
     with pytest.raises(UserError, match=r"'policy_flow', but .*source has no action expert"):
         convert(parts / "source", tmp_path / "ours", **flow)
-    source = hub_folders.decoder_folder(tmp_path / "source", **EXPERT)
+    source = hf_folders.decoder_folder(tmp_path / "source", **EXPERT)
     with pytest.raises(UserError, match=r"expert makes 3 dimensions.*corpus 'robot' have 2"):
         convert(source, tmp_path / "ours", **flow)
     assert not (tmp_path / "ours").exists()
@@ -297,11 +297,11 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
     monkeypatch.setattr(StoredTensor, "read", original)
     convert(source, tmp_path / "ours")
     to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
-    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+    assert hf_folders.contents(tmp_path / "back") == hf_folders.contents(source)
 
 
 def test_what_a_killed_conversion_left_is_cleared_away(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
     for left in (".ours.partial", "ours.orbax-checkpoint-tmp"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "rest").write_text("half")
@@ -310,7 +310,7 @@ def test_what_a_killed_conversion_left_is_cleared_away(tmp_path):
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
     with pytest.raises(UserError, match="exists already; choose another --to"):
         convert(source, source)
     convert(source, tmp_path / "ours")
@@ -320,7 +320,7 @@ def test_an_existing_folder_is_not_touched(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError, ValueError])
 def test_a_full_disk_is_one_message(error, tmp_path, monkeypatch):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
 
     def full(*_):
         raise error("No space left on device")
@@ -332,9 +332,9 @@ def test_a_full_disk_is_one_message(error, tmp_path, monkeypatch):
 
 
 def test_weights_only_go_back_too(tmp_path):
-    source = hub_folders.decoder_folder(tmp_path / "source")
+    source = hf_folders.decoder_folder(tmp_path / "source")
     (source / "emu3.tiktoken").unlink()
     from_hf(source, tmp_path / "ours", ConvertConfig(), weights_only=True, progress=False)
     assert not (tmp_path / "ours" / "assets").exists()
     to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
-    assert hub_folders.contents(tmp_path / "back") == hub_folders.contents(source)
+    assert hf_folders.contents(tmp_path / "back") == hf_folders.contents(source)

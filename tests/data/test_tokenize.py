@@ -1,4 +1,4 @@
-"""From an RLDS folder to token stores: broken episodes, interruptions, mistakes."""
+"""From an RLDS folder to token stores: invalid episodes, interruptions, mistakes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 
-from tests.data.episodes import CORPUS, MeanTokenizer, make_episode
+from tests.data.episodes import DATASET, MeanTokenizer, make_episode
 from tests.data.test_token_store import content
 from univla_jax.config import build_config
 from univla_jax.data import datasets
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.token_store import TokenStore
-from univla_jax.data.tokenize import Partition, TokenizeConfig, tokenize, verify_store
+from univla_jax.data.tokenize import BatchedEncoder, Part, TokenizeConfig, tokenize, verify_store
 from univla_jax.errors import UserError
 
 SPEC = {"min_pixels": 64}
@@ -29,23 +29,23 @@ SETTINGS = {
 }
 
 
-def broken_actions(index):
+def not_finite(index):
     actions = make_episode(index).actions.copy()
     actions[1] = np.nan
     return make_episode(index, actions=actions)
 
 
 EPISODES = [make_episode(i) for i in range(12)]
-EPISODES[0] = broken_actions(0)
+EPISODES[0] = not_finite(0)
 EPISODES[3] = make_episode(3, instruction="")
 EPISODES[4] = make_episode(4, size=(8, 8))
 EPISODES[11] = make_episode(11, steps=2)
-BROKEN = (0, 3, 4, 11)
+INVALID = (0, 3, 4, 11)
 
 
 @pytest.fixture(autouse=True)
-def row(monkeypatch):
-    monkeypatch.setitem(datasets.DATASETS, "blocks", CORPUS)
+def registered(monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "blocks", DATASET)
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +64,15 @@ def make_config(**changes):
     return build_config(TokenizeConfig, {**SETTINGS, **changes})
 
 
-def test_good_episodes_are_encoded_and_broken_ones_named(source, tmp_path):
+def test_valid_episodes_are_encoded_and_invalid_ones_named(source, tmp_path):
     tokenizer = MeanTokenizer()
     manifests = tokenize(make_config(), source, tmp_path, tokenizer)
     assert set(tokenizer.shapes) == {(4, 16, 24, 3), (4, 16, 8, 3)}
-    good = [i for i in range(12) if i not in BROKEN]
+    valid = [i for i in range(12) if i not in INVALID]
     stores = {name: TokenStore(tmp_path / name) for name in ("train", "val")}
     read = [*stores["train"], *stores["val"]]
-    assert [e.episode_id for e in read] == [f"blocks-{i}" for i in good]
-    for index, got in zip(good, read):
+    assert [e.episode_id for e in read] == [f"blocks-{i}" for i in valid]
+    for index, got in zip(valid, read):
         want = EPISODES[index]
         codes = MeanTokenizer().encode_frames(want.frames["image"])
         np.testing.assert_array_equal(got.codes["image"], codes)
@@ -80,8 +80,10 @@ def test_good_episodes_are_encoded_and_broken_ones_named(source, tmp_path):
         np.testing.assert_array_equal(got.actions, want.actions)
         np.testing.assert_array_equal(got.state, want.state)
         assert got.instruction == want.instruction
-    assert [p.episode for p in manifests["train"].problems] == ["blocks-0", "blocks-3", "blocks-4"]
-    assert "2 frames" in manifests["val"].problems[0].reason
+    assert [e.episode_id for e in manifests["train"].invalid_episodes] == [
+        f"blocks-{i}" for i in (0, 3, 4)
+    ]
+    assert "2 frames" in manifests["val"].invalid_episodes[0].reason
     header = manifests["val"].header
     assert (header.source, header.split) == ("blocks:1.0.0", "train[75%:]")
     assert header.image_specs["image"]["size"] == [16, 24]
@@ -100,12 +102,12 @@ def test_an_interrupted_run_comes_out_the_same(source, tmp_path):
     assert content(stopped) == content(whole)
 
 
-def test_too_many_broken_episodes_fail_and_lose_nothing(source, tmp_path):
-    with pytest.raises(UserError, match=r"3 of 9 episodes are broken .*blocks-0: action of step"):
+def test_too_many_invalid_episodes_fail_and_lose_nothing(source, tmp_path):
+    with pytest.raises(UserError, match=r"3 of 9 episodes are invalid .*blocks-0: action of step"):
         tokenize(make_config(max_invalid_fraction=0.1), source, tmp_path, MeanTokenizer())
     tokenize(make_config(), source, tmp_path, MeanTokenizer())
     assert len(TokenStore(tmp_path / "train")) == 6
-    with pytest.raises(UserError, match="all 2 episodes of 'bad' are broken"):
+    with pytest.raises(UserError, match="all 2 episodes of 'bad' are invalid"):
         tokenize(make_config(splits={"bad": "bad"}), source, tmp_path, MeanTokenizer())
 
 
@@ -119,10 +121,10 @@ def test_other_settings_need_another_folder(source, tmp_path):
     ("changes", "message"),
     [
         ({"corpus": "block"}, "did you mean 'blocks'"),
-        ({"image_specs": {"top": SPEC}}, "no such view; it has image, wrist_image"),
+        ({"image_specs": {"top": SPEC}}, "no view 'top'; it has image, wrist_image"),
         ({"image_specs": {"image": {"size": (16, 24), "sise": 3}}}, "did you mean 'size'"),
         ({"image_specs": {"image": {"factor": 4, **SPEC}}}, "one code of 8 pixels"),
-        ({"image_specs": {}}, "has no sizes of its own"),
+        ({"image_specs": {}}, "has no image_sizes of its own"),
         ({"splits": {}}, "must not be empty"),
         ({"augmented_copies": -1}, "expected 0 or more"),
         ({"splits": {"train": "training"}}, "no split 'training'"),
@@ -152,12 +154,12 @@ class SlowTokenizer(MeanTokenizer):
 
 
 def tokenize_slowly(source, out):
-    datasets.DATASETS["blocks"] = CORPUS
+    datasets.DATASETS["blocks"] = DATASET
     tokenize(ONE_BY_ONE, source, out, SlowTokenizer())
 
 
 def test_killed_at_twenty_random_moments_it_comes_out_the_same(tmp_path, monkeypatch):
-    monkeypatch.setitem(datasets.DATASETS, "blocks", CORPUS)
+    monkeypatch.setitem(datasets.DATASETS, "blocks", DATASET)
     episodes = [make_episode(i) for i in range(60)]
     source = write_rlds(tmp_path, "blocks", "1.0.0", {"train": episodes}, progress=False)
     tokenize(ONE_BY_ONE, source, tmp_path / "whole", MeanTokenizer())
@@ -179,17 +181,17 @@ def test_killed_at_twenty_random_moments_it_comes_out_the_same(tmp_path, monkeyp
 def test_processes_share_the_shards(source, tmp_path):
     tokenize(make_config(), source, tmp_path / "one", MeanTokenizer())
     for number in (2, 0, 1):
-        share = Partition(number, 3)
-        manifests = tokenize(make_config(), source, tmp_path / "three", MeanTokenizer(), share)
+        part = Part(number, 3)
+        manifests = tokenize(make_config(), source, tmp_path / "three", MeanTokenizer(), part)
         assert (manifests["train"] is None) == (number != 1)
     assert content(tmp_path / "three") == content(tmp_path / "one")
-    assert Partition.parse("2/3") == Partition(2, 3)
-    for words, message in (
-        ("3/3", r"part 3/3: the number is 0\.\.\.2"),
-        ("1 of 2", "NUMBER/PARTS"),
+    assert Part.parse("2/3") == Part(2, 3)
+    for text, message in (
+        ("3/3", r"part 3/3: the index is 0\.\.\.2"),
+        ("1 of 2", "INDEX/COUNT"),
     ):
         with pytest.raises(UserError, match=message):
-            Partition.parse(words)
+            Part.parse(text)
 
 
 def test_augmented_copies_stand_behind_their_episode(source, tmp_path):
@@ -212,8 +214,8 @@ def test_verification_notices_what_changed(source, tmp_path):
     config = make_config()
     tokenize(config, source, tmp_path, MeanTokenizer())
     folder = tmp_path / "train"
-    verdict = verify_store(folder, config, source, MeanTokenizer())
-    assert verdict.equal == 1 and verdict.shards == verdict.episodes == 5
+    result = verify_store(folder, config, source, MeanTokenizer())
+    assert result.equal == 1 and result.shards == result.episodes == 5
 
     class Darker(MeanTokenizer):
         def encode_frames(self, frames):
@@ -237,3 +239,22 @@ def test_a_full_disk_is_named(source, tmp_path, monkeypatch):
         tokenize(make_config(), source, tmp_path, MeanTokenizer())
     tokenize(make_config(), source, tmp_path, MeanTokenizer())
     assert not list(tmp_path.rglob(".*partial"))
+
+
+@pytest.mark.parametrize("lengths", [[1], [4], [3, 2, 9, 1, 1], [8, 8], [25]])
+def test_codes_come_out_in_order_from_batches_of_one_shape(lengths):
+    rng = np.random.default_rng(0)
+    episodes = [rng.integers(0, 256, (n, 8, 16, 3), np.uint8) for n in lengths]
+    tokenizer = MeanTokenizer()
+    encoder = BatchedEncoder(tokenizer.encode_frames, ["image"], batch_size=4)
+    for frames in episodes:
+        encoder.push({"image": frames})
+    assert encoder.num_ready == sum(lengths) // 4 * 4
+    encoder.flush()
+    encoder.flush()
+    assert encoder.num_ready == sum(lengths)
+    assert tokenizer.shapes == [(4, 8, 16, 3)] * -(-sum(lengths) // 4)
+    for frames in episodes:
+        codes = encoder.take(len(frames))["image"]
+        assert codes.dtype == np.uint16
+        np.testing.assert_array_equal(codes, MeanTokenizer().encode_frames(frames))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from websockets import exceptions
 
-from tests.serving.harness import CountingPolicy, ask, observation, running
+from tests.serving.harness import CountingPolicy, infer, observation, running
 from univla_jax.benchmarks.measure import resident_megabytes
 from univla_jax.serving import wire
 
@@ -72,7 +72,7 @@ def _check_fuzzed(count):
         before = resident_megabytes()
         assert _fuzz(server, count, seed=0) > 0
         for i in range(2, 5):
-            assert ask(good, observation(1))["actions"][0, 1] == i - 1
+            assert infer(good, observation(1))["actions"][0, 1] == i - 1
         assert server.metric("univla_connections") == 1
         return resident_megabytes() - before
 
@@ -93,7 +93,7 @@ def test_a_robot_that_dies_while_it_waits():
         bad.send(wire.pack(observation(9)))
         assert policy.running.wait(10)
         bad.socket.shutdown(socket.SHUT_RDWR)
-        assert ask(good, observation(1))["actions"][0].tolist() == [PIXELS, 1]
+        assert infer(good, observation(1))["actions"][0].tolist() == [PIXELS, 1]
         _until(lambda: server.metric("univla_connections") == 1)
 
 
@@ -108,7 +108,7 @@ def test_a_robot_that_dies_within_a_frame():
         _until(lambda: server.metric("univla_connections") == 2)
         raw.close()
         _until(lambda: server.metric("univla_connections") == 1)
-        assert ask(good, observation(1))["actions_valid"]
+        assert infer(good, observation(1))["actions_valid"]
 
 
 def test_a_robot_that_does_not_read_is_cut_off():
@@ -128,7 +128,7 @@ def test_a_robot_that_does_not_read_is_cut_off():
         thread.start()
         before = resident_megabytes()
         for _ in range(20):
-            assert ask(good, observation(1))["actions_valid"]
+            assert infer(good, observation(1))["actions_valid"]
             time.sleep(0.02)
         _until(lambda: server.metric("univla_connections") == 1)
         stop.set()

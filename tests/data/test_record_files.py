@@ -10,7 +10,7 @@ import pytest
 from array_record.python import array_record_module
 
 from univla_jax.data import record_files as module
-from univla_jax.data.record_files import Records, Shard
+from univla_jax.data.record_files import Shard, ShardedRecords
 from univla_jax.errors import UserError
 
 
@@ -44,7 +44,7 @@ def path(request, tmp_path):
 def test_shards_are_one_sequence(tmp_path):
     a = write_array_record(tmp_path / "a", contents(3))
     b = write_tfrecord(tmp_path / "b.tfrecord", contents(4, start=3))
-    records = Records([Shard(a, 3), Shard(b, 4, skip=1, take=2)])
+    records = ShardedRecords([Shard(a, 3), Shard(b, 4, skip=1, take=2)])
     expected = [*contents(3), *contents(2, start=4)]
     assert len(records) == 5
     assert list(records) == expected
@@ -52,7 +52,7 @@ def test_shards_are_one_sequence(tmp_path):
     assert list(pickle.loads(pickle.dumps(records))) == expected
     with pytest.raises(IndexError):
         records[5]
-    assert len(Records([])) == 0
+    assert len(ShardedRecords([])) == 0
 
 
 def test_a_truncated_shard_is_an_error(path):
@@ -62,17 +62,17 @@ def test_a_truncated_shard_is_an_error(path):
         with open(path, "wb") as file:
             file.write(whole[:end])
         with pytest.raises(UserError, match="readable records, expected 5"):
-            Records([Shard(path, 5)]).check()
+            ShardedRecords([Shard(path, 5)]).check()
 
 
 def test_another_number_of_records_is_an_error(path):
     with pytest.raises(UserError, match="holds 5 readable records, expected 4"):
-        Records([Shard(path, 4)])[0]
+        ShardedRecords([Shard(path, 4)])[0]
 
 
 def test_a_missing_shard_is_an_error(tmp_path):
     with pytest.raises(UserError, match="is missing"):
-        Records([Shard(str(tmp_path / "none"), 4)]).check()
+        ShardedRecords([Shard(str(tmp_path / "none"), 4)]).check()
 
 
 def test_a_flipped_bit_is_an_error(tmp_path):
@@ -82,20 +82,20 @@ def test_a_flipped_bit_is_an_error(tmp_path):
     place = data.index(contents(1, start=2)[0][:50])
     data[place] ^= 1
     path.write_bytes(data)
-    records = Records([Shard(str(path), 5)])
+    records = ShardedRecords([Shard(str(path), 5)])
     assert records[1] == contents(2)[1]
     with pytest.raises(UserError, match="record 2 is damaged"):
         records[2]
 
 
 def test_only_the_last_used_shards_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MOST_FILES", 3)
-    monkeypatch.setattr(module, "_open_files", module._OpenFiles())
+    monkeypatch.setattr(module, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(module, "_open_shards", module._OpenShards())
     items = contents(20)
     paths = [write_array_record(tmp_path / f"{n}", items[n : n + 1]) for n in range(20)]
     stores = [
-        Records([Shard(p, 1) for p in paths[:10]]),
-        Records([Shard(p, 1) for p in paths[10:]]),
+        ShardedRecords([Shard(p, 1) for p in paths[:10]]),
+        ShardedRecords([Shard(p, 1) for p in paths[10:]]),
     ]
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):

@@ -1,12 +1,50 @@
-"""Every RLDS corpus, read from a dataset of its published structure."""
+"""The dataset registry, and every built-in RLDS dataset read in its published structure."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 
 from tests.data import published
-from univla_jax.data.datasets import DATASETS, open_reader
+from tests.data.episodes import DATASET
+from univla_jax.data import datasets
+from univla_jax.data.datasets import DATASETS, find_dataset_config, register_dataset
+from univla_jax.data.readers import open_reader
+from univla_jax.errors import UserError
+
+
+def test_datasets_are_found_by_name():
+    assert all(find_dataset_config(name).name == name for name in DATASETS)
+
+
+def test_a_mistyped_name_is_corrected():
+    with pytest.raises(UserError, match="did you mean 'libero_goal'"):
+        find_dataset_config("libero_gaol")
+    with pytest.raises(UserError, match="known: tabletop"):
+        find_dataset_config("qqq")
+
+
+def test_a_dataset_can_be_registered_again_but_replaces_no_built_in_one(monkeypatch):
+    monkeypatch.setattr(datasets, "DATASETS", dict(DATASETS))
+    register_dataset(DATASET)
+    register_dataset(dataclasses.replace(DATASET, min_frames=7))
+    assert find_dataset_config("blocks").min_frames == 7
+    with pytest.raises(UserError, match="'droid' is built in"):
+        register_dataset(dataclasses.replace(DATASET, name="droid"))
+
+
+def test_views_can_be_chosen():
+    assert list(DATASET.with_views(["wrist_image"]).views) == ["wrist_image"]
+    with pytest.raises(UserError, match="no view 'top'; it has image, wrist_image"):
+        DATASET.with_views(["image", "top"])
+
+
+def test_an_unknown_reader_is_named(tmp_path):
+    with pytest.raises(UserError, match="reader 'csv' is not one of rlds, calvin"):
+        open_reader(tmp_path, dataclasses.replace(DATASET, reader="csv"), "train")
+
 
 TRIMMED = {"bridge": 2}
 SIGNED = ("libero", "libero_spatial", "libero_10", "fmb", "maniskill", "cmu_play_fusion")
@@ -15,25 +53,25 @@ SIGNED = ("libero", "libero_spatial", "libero_10", "fmb", "maniskill", "cmu_play
 @pytest.mark.parametrize("name", published.STRUCTURES)
 def test_the_published_structure_is_read(name, tmp_path):
     published.write(tmp_path / name, name)
-    corpus = DATASETS[name]
-    source = open_reader(tmp_path / name, corpus, "train")
+    dataset = DATASETS[name]
+    source = open_reader(tmp_path / name, dataset, "train")
     (episode,) = source
     steps = 14 - TRIMMED.get(name, 0)
     assert episode.actions.shape == (steps, 7) and episode.actions.dtype == np.float32
     assert {v: f.shape for v, f in episode.frames.items()} == {
-        view: (steps, 16, 24, 3) for view in corpus.views
+        view: (steps, 16, 24, 3) for view in dataset.views
     }
     assert episode.instruction == "pick up the cup" and episode.corpus == name
-    assert (episode.state is None) == (corpus.state is None)
+    assert (episode.state is None) == (dataset.state is None)
     assert episode.state is None or len(episode.state) == steps
     gripper = episode.actions[:, 6]
     if name not in SIGNED:
         assert gripper.min() >= 0 and gripper.max() <= 1
-    assert set(corpus.image_sizes) == set(corpus.views)
+    assert set(dataset.image_sizes) == set(dataset.views)
 
 
-def test_every_rlds_row_has_a_structure_here():
-    rlds = {name for name, row in DATASETS.items() if row.reader == "rlds"}
+def test_every_rlds_dataset_has_a_structure_here():
+    rlds = {name for name, dataset in DATASETS.items() if dataset.reader == "rlds"}
     assert rlds - set(published.STRUCTURES) == {"tabletop", "libero_object", "libero_goal"}
 
 
@@ -70,8 +108,8 @@ def test_weights_spacings_and_sizes_of_the_world_model_mixture():
         "1x": (1.0, 1, (256, 256)),
     }
     for name, values in expected.items():
-        row = DATASETS[name]
-        first = row.image_sizes[next(iter(row.views))]
-        assert (row.mixture_weight, row.frame_spacing, first) == values, name
+        dataset = DATASETS[name]
+        first = dataset.image_sizes[next(iter(dataset.views))]
+        assert (dataset.mixture_weight, dataset.frame_spacing, first) == values, name
     assert (DATASETS["calvin"].mixture_weight, DATASETS["calvin"].frame_spacing) == (0.8, 10)
     assert DATASETS["libero"].frame_spacing == 10

@@ -1,0 +1,114 @@
+"""Invalid episodes are recognized, skipped and counted; too many of them are an error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.data.episodes import DATASET, make_episode
+from univla_jax.data import datasets
+from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.data.validation import (
+    EpisodesConfig,
+    InvalidEpisode,
+    ValidEpisodes,
+    check_invalid_fraction,
+    describe_invalid,
+    validate_episode,
+)
+from univla_jax.errors import UserError
+
+SIZES = {"image": (16, 24), "wrist_image": (8, 8)}
+
+
+def with_nan(name):
+    rows = getattr(make_episode(0), name).copy()
+    rows[1, 2] = np.nan
+    return {name: rows}
+
+
+def without_a_frame():
+    frames = dict(make_episode(0).frames)
+    return {"frames": {**frames, "image": frames["image"][1:]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"state": None}, None),
+        ({"steps": 2}, "2 frames, at least 3"),
+        ({"instruction": "  "}, "instruction is empty"),
+        ({"instruction": "go " * 4000}, "12000 characters"),
+        ({"size": (16, 16)}, "expected uint8[3, 16, 24, 3]"),
+        (without_a_frame(), "is uint8[2, 16, 24, 3]"),
+        ({"frames": {"image": make_episode(0).frames["image"]}}, "'wrist_image' is missing"),
+        (with_nan("actions"), "action of step 1 is not finite"),
+        (with_nan("state"), "state of step 1 is not finite"),
+        ({"actions": np.zeros((3, 6), np.float32)}, "expected [T, 7]"),
+        ({"state": np.zeros((2, 4), np.float32)}, "2 states for 3 actions"),
+    ],
+)
+def test_an_invalid_episode_has_a_reason(changes, reason):
+    episode = make_episode(0, **changes)
+    found = validate_episode(episode, min_frames=3, image_sizes=SIZES, action_dim=7)
+    assert (found is None) if reason is None else (reason in found)
+
+
+def test_too_many_invalid_episodes_are_an_error():
+    invalid = [InvalidEpisode(f"e{i}", "is blue") for i in range(5)]
+    check_invalid_fraction(invalid, 100, 0.05, "set")
+    check_invalid_fraction([], 1, 0.0, "set")
+    with pytest.raises(UserError, match=r"5 of 50 .*over max_invalid_fraction=0.05.*e0: is blue"):
+        check_invalid_fraction(invalid, 50, 0.05, "set")
+    with pytest.raises(UserError, match="all of them"):
+        check_invalid_fraction(invalid, 5, 1.0, "set")
+    with pytest.raises(UserError, match="no episodes"):
+        check_invalid_fraction([], 0, 1.0, "set")
+    assert describe_invalid(invalid) == "e0: is blue; e1: is blue; e2: is blue; and 2 more"
+
+
+NOT_FINITE = make_episode(2, actions=np.full((5, 7), np.nan, np.float32))
+EPISODES = [make_episode(0), make_episode(1), NOT_FINITE, make_episode(3), make_episode(4, steps=2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rlds")
+    return write_rlds(path, "blocks", "1.0.0", {"train": EPISODES}, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "blocks", DATASET)
+
+
+def ids(folder, **fields):
+    episodes = ValidEpisodes(EpisodesConfig("blocks", **fields), folder, ["image"])
+    return [episode.episode_id for episode in episodes]
+
+
+def test_invalid_episodes_are_skipped_and_named(folder, capsys):
+    assert ids(folder, max_invalid_fraction=0.5) == ["blocks-0", "blocks-1", "blocks-3"]
+    errors = capsys.readouterr().err
+    assert "2 invalid episodes skipped: blocks-2: action of step 0 is not finite" in errors
+    assert "blocks-4: 2 frames, at least 3 are needed" in errors
+    assert len(ids(folder, max_invalid_fraction=0.5, min_frames=2)) == 4
+
+
+def test_a_split_with_too_many_invalid_episodes_is_an_error(folder):
+    with pytest.raises(
+        UserError, match=r"2 of 5 episodes are invalid \(over max_invalid_fraction=0\.05\)"
+    ):
+        ids(folder)
+
+
+def test_a_part_of_the_episodes_is_spread_over_the_split(folder):
+    assert ids(folder, max_episodes=2, max_invalid_fraction=0.5) == ["blocks-0", "blocks-3"]
+
+
+def test_only_the_views_asked_for_are_decoded(folder):
+    config = EpisodesConfig("blocks", max_invalid_fraction=0.5)
+    assert [list(e.frames) for e in ValidEpisodes(config, folder)] == [[], [], []]
+    with pytest.raises(UserError, match="no view 'side'; it has image, wrist_image"):
+        ValidEpisodes(config, folder, ["side"])

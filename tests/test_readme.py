@@ -1,0 +1,114 @@
+"""The READMEs: their examples run as written, their links and paths lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+from univla_jax.config import build_config
+from univla_jax.data import action_conventions, datasets
+from univla_jax.data.datasets import DatasetConfig
+from univla_jax.data.rlds_writer import write_rlds
+from univla_jax.data.token_store import TokenStore
+from univla_jax.data.tokenize import TokenizeConfig, tokenize
+from univla_jax.episode import Episode
+from univla_jax.tokenizers.vision import VisionTokenizer
+
+BEFORE = REPOSITORY / "tests" / "fixtures" / "before"
+READMES = sorted(
+    path
+    for path in REPOSITORY.rglob("README.md")
+    if not {".venv", "fixtures", "build"} & set(path.relative_to(REPOSITORY).parts)
+)
+
+
+def block(heading, language="python"):
+    """The code block under a heading of the README."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+
+
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch):
+    """A folder in which ``quickstart/policy`` and ``quickstart/world_model`` are tiny."""
+    for stage in ("policy", "world_model"):
+        shutil.copytree(BEFORE / stage, tmp_path / "quickstart" / stage)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_it_is_short():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    for heading in ("Load a checkpoint and act", "Imagine"):
+        assert len([line for line in block(heading).splitlines() if line]) <= 8
+
+
+def test_its_policy_acts(quickstart):
+    names = {}
+    exec(block("Load a checkpoint and act"), names)
+    chunk = names["chunk"]
+    assert chunk.valid and chunk.actions.shape == (5, 7) and chunk.actions.dtype == np.float32
+
+
+def test_its_world_model_imagines(quickstart):
+    Image.fromarray(np.full((48, 48, 3), 128, np.uint8)).save("table.png")
+    exec(block("Imagine"), {})
+    assert Image.open("imagined.png").size == (3 * 32, 32)
+
+
+def test_its_dataset_is_tokenized_without_losing_an_episode(tmp_path, monkeypatch):
+    names = {"DatasetConfig": DatasetConfig, "action_conventions": action_conventions}
+    dataset = eval(block("Bring your own data").strip(), names)
+    monkeypatch.setitem(datasets.DATASETS, dataset.name, dataset)
+    lengths = (12, 25, 40)
+    episodes = [_episode(steps, seed) for seed, steps in enumerate(lengths)]
+    source = write_rlds(tmp_path, "my_robot", "1.0.0", {"train": episodes})
+    recipe = runpy.run_path(str(REPOSITORY / "configs" / "tokens.py"))["get_config"]
+    config = build_config(TokenizeConfig, recipe("my_robot").to_dict())
+    vision = VisionTokenizer.load(BEFORE / "tokenizers" / "vision")
+    tokenize(config, source, tmp_path / "tokens", vision)
+    store = TokenStore(tmp_path / "tokens" / "train")
+    assert sorted(len(episode.actions) for episode in store) == sorted(lengths)
+    assert store[0].codes["image"].shape[1:] == (32, 32)
+    assert store[0].codes["wrist_image"].shape[1:] == (16, 16)
+
+
+def _episode(steps, seed):
+    rng = np.random.default_rng(seed)
+    frames = {
+        view: rng.integers(0, 256, (steps, side, side, 3), np.uint8)
+        for view, side in (("image", 64), ("wrist_image", 32))
+    }
+    actions = rng.uniform(-1, 1, (steps, 7)).astype(np.float32)
+    state = np.zeros((steps, 8), np.float32)
+    return Episode("push the cup", frames, actions, 10.0, "my_robot", f"{seed}", state=state)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_modules_and_files_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    for module in re.findall(r"python -m ((?:univla_jax|tests)[\w.]*)", text):
+        assert (REPOSITORY / (module.replace(".", "/") + ".py")).exists(), module
+    roots = (path.parent, REPOSITORY, REPOSITORY / "univla_jax")
+    for file in re.findall(r"[`= ]([\w/]+\.(?:py|sh|yaml))(?=[`:\s])", text):
+        assert any((root / file).exists() for root in roots), file
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_the_contents_of_a_folder_are_listed_completely(path):
+    """Where a README has a table of modules, it names every one of the folder."""
+    text = path.read_text(encoding="utf-8")
+    if "| module | |" not in text:
+        pytest.skip("no table of modules")
+    for module in path.parent.glob("*.py"):
+        assert module.name == "__init__.py" or f"`{module.name}`" in text, module.name
