@@ -23,7 +23,7 @@ def sampler():
 
 @pytest.fixture(scope="module")
 def prefix_cache(sampler):
-    return PrefixCache(sampler, RULES, lengths=(TURN, WHOLE), batch_size=4)
+    return PrefixCache(sampler, RULES, usual_lengths=(TURN, WHOLE), batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_growing_prompts(prefix_cache, alone):
 @pytest.mark.parametrize("rows", [4, None])
 def test_new_and_old_rows_in_one_call(sampler, alone, rows):
     """Read together where a batch has places left, else apart and joined."""
-    prefix_cache = PrefixCache(sampler, RULES, lengths=(TURN, WHOLE), batch_size=rows)
+    prefix_cache = PrefixCache(sampler, RULES, usual_lengths=(TURN, WHOLE), batch_size=rows)
     rng = np.random.default_rng(1)
     first = _ids(rng, 60)
     (known,) = prefix_cache.complete([first], [None])
@@ -84,12 +84,12 @@ def test_new_and_old_rows_in_one_call(sampler, alone, rows):
 
 
 def test_free_places_of_a_batch_take_rows_of_shorter_groups(sampler):
-    prefix_cache = PrefixCache(sampler, RULES, lengths=(TURN, WHOLE))
+    prefix_cache = PrefixCache(sampler, RULES, usual_lengths=(TURN, WHOLE))
     prompts = [np.zeros(n, np.int32) for n in (90, 60, 80, 10, 70)]
     known = [0, 50, 0, 0, 60]
-    assert prefix_cache._grouped(prompts[:4], known) == {96: [0, 2], 32: [1, 3]}
+    assert prefix_cache._group_by_width(prompts[:4], known) == {96: [0, 2], 32: [1, 3]}
     assert known == [0, 50, 0, 0, 60]
-    assert prefix_cache._grouped(prompts[:3] + prompts[:1], known) == {96: [0, 1, 2, 3]}
+    assert prefix_cache._group_by_width(prompts[:3] + prompts[:1], known) == {96: [0, 1, 2, 3]}
     assert known == [0, 0, 0, 0, 60]
 
 
@@ -135,7 +135,7 @@ def test_warm_leaves_nothing_to_compile(sampler):
     """Rows at all places of their episodes, alone and together; parameters as a restored one's."""
     compiled = compilations()
     restored = jax.device_put(sampler.params, jax.devices()[0])
-    prefix_cache = PrefixCache(Sampler(sampler.model, restored), RULES, lengths=(TURN, WHOLE))
+    prefix_cache = PrefixCache(Sampler(sampler.model, restored), RULES, usual_lengths=(TURN, WHOLE))
     for rows in (1, 2):
         prefix_cache.warmup(rows)
     rng, before = np.random.default_rng(5), len(compiled)

@@ -146,7 +146,7 @@ def test_drafts_right_and_wrong(sampler, prompts, plain):
 def test_a_cache_kept_from_the_call_before(sampler, prompts, plain):
     """Each prompt is met first without its end, then with it."""
     rules = GenerationRules(ALLOWED, STOP, COUNT)
-    prefix_cache = PrefixCache(sampler, rules, lengths=(8, 64), batch_size=ROWS)
+    prefix_cache = PrefixCache(sampler, rules, usual_lengths=(8, 64), batch_size=ROWS)
     got = []
     for start in range(0, PROMPTS, ROWS):
         # a common beginning makes the whole longer than what is new
@@ -174,7 +174,7 @@ def test_a_form_alone_and_in_batches(sampler, prompts, formed):
 def test_drafts_as_a_policy_uses_them(sampler, prompts, plain, formed, grammar):
     """Guessed from what was chosen before, over kept caches; each prompt is met twice."""
     rules = GenerationRules(ALLOWED, STOP, COUNT, grammar=grammar, speculative_block=3)
-    prefix_cache = PrefixCache(sampler, rules, lengths=(8, 64), batch_size=ROWS)
+    prefix_cache = PrefixCache(sampler, rules, usual_lengths=(8, 64), batch_size=ROWS)
     expected, got, before = plain if grammar is None else formed, [], [np.zeros(0, np.int32)] * ROWS
     for start in range(0, PROMPTS, ROWS):
         rows, cached_prefixes = prompts[start : start + ROWS], [None] * ROWS

@@ -88,7 +88,7 @@ def test_a_place_moves_by_what_is_written():
     place = MASK.initial_state(2)
     assert MASK.allowed(place).tolist() == [[True, False, True, True, False]] * 2
     place = MASK.next_state(place, jnp.array([2, 3]))  # é and a beginning; é
-    assert (place.left.tolist(), place.part.tolist()) == ([3, 3], [1, 0])
+    assert (place.remaining.tolist(), place.prefix.tolist()) == ([3, 3], [1, 0])
     assert MASK.allowed(place).tolist()[0] == [False, True, False, False, False]
 
 

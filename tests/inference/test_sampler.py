@@ -160,9 +160,9 @@ def test_bad_calls(sampler):
         sampler.prefill(np.array([[1, 100]]))
     with pytest.raises(UserError, match=r"lengths \[0\]"):
         sampler.prefill(np.array([[1, 2]]), [0])
-    with pytest.raises(UserError, match="packed=3: the rows have 4 tokens"):
-        sampler.prefill(np.array([[1, 2], [3, 4]]), packed=3)
-    with pytest.raises(UserError, match="1 rows of tokens for a state of 2"):
+    with pytest.raises(UserError, match="packed_length=3: the prompts have 4 tokens"):
+        sampler.prefill(np.array([[1, 2], [3, 4]]), packed_length=3)
+    with pytest.raises(UserError, match="tokens of 1 sequences for a state of 2"):
         sampler.extend(state, np.array([[1]]))
     with pytest.raises(UserError, match="stop id 9 is not among"):
         sampler.generate(state, max_new_tokens=2, allowed=[1, 2], stop_id=9)
@@ -232,7 +232,7 @@ def test_guidance_mixes_the_logits_with_and_without(sampler):
         rows = [[*row, choice] for row in rows]
     chosen = rows[0][-count:]
     assert _lists(generated) == [chosen, chosen]
-    with pytest.raises(UserError, match="got 1 rows"):
+    with pytest.raises(UserError, match="got 1"):
         sampler.generate(sampler.prefill(np.array([[1]])), max_new_tokens=1, guidance=2.0)
 
 

@@ -13,11 +13,11 @@ from univla_jax.models.kv_cache import KVCache
 
 
 def test_where_tokens_stand():
-    packed = PackedSequences.of(jnp.asarray([3, 2, 4]), 10, 4, "auto")
-    np.testing.assert_array_equal(packed.row, [0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
-    np.testing.assert_array_equal(packed.place, [0, 1, 2, 0, 1, 0, 1, 2, 3, 3])
-    np.testing.assert_array_equal(packed.token[:, :2], [[0, 1], [3, 4], [5, 6]])
-    np.testing.assert_array_equal(packed.token[2], [5, 6, 7, 8])
+    packed = PackedSequences.of_lengths(jnp.asarray([3, 2, 4]), 10, 4, "auto")
+    np.testing.assert_array_equal(packed.sequence, [0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    np.testing.assert_array_equal(packed.position, [0, 1, 2, 0, 1, 0, 1, 2, 3, 3])
+    np.testing.assert_array_equal(packed.token_index[:, :2], [[0, 1], [3, 4], [5, 6]])
+    np.testing.assert_array_equal(packed.token_index[2], [5, 6, 7, 8])
 
 
 @pytest.mark.parametrize("lengths", [[5, 1, 12, 7], [12, 12, 12, 12]])

@@ -45,10 +45,15 @@ def _schedule(name: str, steps: np.ndarray, rates: np.ndarray) -> Iterator[Check
     after = np.arange(len(rates)) > peak
     if after.any():
         floor = int(np.argmin(np.where(after, rates, np.inf)))
-    schedule = optimizer.cosine_with_min_lr(
-        float(rates[peak]), float(rates[floor]), int(steps[peak]), int(steps[floor])
+    settings = optimizer.OptimizerConfig(
+        learning_rate=float(rates[peak]),
+        min_learning_rate=float(rates[floor]),
+        warmup_steps=int(steps[peak]),
     )
-    yield relative(name, "learning rates", [schedule(int(s)) for s in steps], rates, RATES)
+    schedule = optimizer.make_schedule(settings, int(steps[floor]))
+    with jax.enable_x64(True):
+        exact = [float(schedule(jnp.int64(s))) for s in steps]
+    yield relative(name, "learning rates", exact, rates, RATES)
     yield _single(
         name, "rates in float32 / highest", [schedule(jnp.int32(s)) for s in steps], rates
     )

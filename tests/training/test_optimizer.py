@@ -1,7 +1,8 @@
-"""The schedule, the decay mask, clipping and AdamW against the reference's numbers."""
+"""Schedule, decay mask, clipping and AdamW against the reference's numbers; Muon."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -10,7 +11,7 @@ import pytest
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.training import optimizer
-from univla_jax.training.optimizer import OptimizerConfig
+from univla_jax.training.optimizer import MuonConfig, OptimizerConfig
 
 
 def test_schedule_and_decay_equal_the_reference(golden_dir):
@@ -81,3 +82,35 @@ def test_bfloat16_moments_end_near_float32_ones():
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(UserError, match=rf"optimizer\.{field}: "):
         OptimizerConfig(**{field: value})
+
+
+def test_a_run_that_ends_in_the_warm_up_has_its_rates():
+    config = OptimizerConfig(learning_rate=0.1, min_learning_rate=0.01, warmup_steps=10)
+    schedule = optimizer.make_schedule(config, total_steps=4)
+    np.testing.assert_allclose([schedule(step) for step in range(4)], [0, 0.01, 0.02, 0.03])
+
+
+def test_orthogonalize():
+    matrix = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    values = np.linalg.svd(optimizer.orthogonalize(jnp.asarray(matrix)), compute_uv=False)
+    assert values.shape == (5,) and values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_takes_wide_kernels_and_adam_the_rest():
+    params = {"conv": {"kernel": jnp.ones((3, 3, 8, 8)), "bias": jnp.ones(8)}}
+    params["narrow"] = {"kernel": jnp.ones((64, 4))}
+    transform = optimizer.make_muon(MuonConfig(warmup_steps=0, clip_norm=1e6), total_steps=10)
+    key = jax.random.key(0)
+    grads = jax.tree.map(lambda p: jax.random.normal(key, p.shape), params)
+    updates, _ = transform.update(grads, transform.init(params), params)
+    rate = MuonConfig.learning_rate
+    for name, kernel in (("bias", updates["conv"]), ("kernel", updates["narrow"])):
+        np.testing.assert_allclose(jnp.abs(kernel[name]), rate, rtol=1e-3)  # Adam's first step
+    kernel = updates["conv"]["kernel"]
+    root_mean_square = jnp.sqrt(jnp.mean(kernel**2)) / (rate * MuonConfig.kernel_factor)
+    assert 0.1 < root_mean_square < 0.3
+
+
+def test_muon_refuses_bad_rates():
+    with pytest.raises(UserError, match=r"optimizer\.min_learning_rate: 4e-05"):
+        MuonConfig(learning_rate=1e-6)

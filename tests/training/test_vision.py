@@ -12,7 +12,7 @@ import pytest
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision import VisionConfig
 from univla_jax.training import vision_training
-from univla_jax.training.muon import MuonConfig, make_muon, orthogonalize
+from univla_jax.training.optimizer import MuonConfig, make_muon
 from univla_jax.training.vision_training import VisionLossConfig, initial_state, make_step
 
 CONFIG = VisionConfig(
@@ -101,16 +101,8 @@ def test_rows_follow_their_latents_and_dead_ones_move():
     assert {codebook[1].item(), codebook[2].item()} <= {5.0, 7.0}
 
 
-def test_orthogonalize():
-    matrix = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
-    values = np.linalg.svd(orthogonalize(jnp.asarray(matrix)), compute_uv=False)
-    assert values.shape == (5,) and values.min() > 0.6 and values.max() < 1.3
-
-
 def test_dropout_and_bad_rates_are_refused():
     with pytest.raises(UserError, match=r"dropout 0\.1 cannot be trained"):
         initial_state(dataclasses.replace(CONFIG, dropout=0.1), OPTIMIZER, seed=0)
     with pytest.raises(UserError, match="decay 1 is not between"):
         VisionLossConfig(decay=1)
-    with pytest.raises(UserError, match="min_learning_rate"):
-        MuonConfig(learning_rate=1e-6)

@@ -298,7 +298,7 @@ def episode(problem: DecodeProblem, kept: str, calls: int = 4) -> list[tuple[Spe
     """
     rules = GenerationRules(problem.allowed, int(problem.allowed[-1]), problem.count)
     whole = _OPENING + 2 * _TURN + problem.count
-    prefix_cache = PrefixCache(problem.sampler, rules, lengths=(_TURN + 1, whole))
+    prefix_cache = PrefixCache(problem.sampler, rules, usual_lengths=(_TURN + 1, whole))
     prefix_cache.warmup(1)
     rng = np.random.default_rng(1)
     turns = rng.integers(0, _some_ids(problem), (calls, _TURN)).astype(np.int32)

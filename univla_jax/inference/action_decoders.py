@@ -211,7 +211,7 @@ class TokenActionDecoder:
     def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
         """Fixes the shapes; see ``PrefixCache``."""
         self.prefix_cache = PrefixCache(
-            self._sampler, self.rules, lengths=lengths, batch_size=batch_size
+            self._sampler, self.rules, usual_lengths=lengths, batch_size=batch_size
         )
 
     def predict(

@@ -1,11 +1,19 @@
-"""Jitted decode step: prefill, append, and the decode loop over the key/value cache."""
+"""Jitted prefill, append and decode loop over one key/value cache.
+
+From top to bottom: the state between two calls; a few tokens per sequence through the decoder, as
+the decode loop needs them; prompts of unequal length packed for prefill; and the jitted functions
+that ``Sampler`` calls.
+
+Axes: B batch, S new tokens, P tokens of a packed batch, D model, N query heads, K key/value heads,
+C head dim, M cache slots, L layers, R ids that may be chosen, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -14,20 +22,31 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.inference import int8
-from univla_jax.inference.sampling import apply_grammar, sample_token
+from univla_jax.inference.sampling import (
+    GrammarMask,
+    GrammarState,
+    Sampling,
+    apply_grammar,
+    sample_token,
+)
 from univla_jax.models.attention import MASKED, attention
-from univla_jax.models.decoder import Block, Decoder, LayerInputs, compute_logits, mask_padded_vocab
+from univla_jax.models.decoder import (
+    Block,
+    Decoder,
+    LayerInputs,
+    compute_logits,
+    mask_padded_vocab,
+)
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.layers import RotaryEmbedding
 
+LayerKeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer
+
 # ----------------------------------------------------------------------------
-# Where a batch of sequences stands between calls of the sampler.
-#
-# Axes: B rows, N most generated tokens, D model, L layers, M cache slots, K key/value heads,
-# C head dim.
+# State of a batch of sequences between two calls.
 
 
-NO_TOKEN = -1  # in ``Generated.tokens`` behind a row's end; in ``DecodeBatch.pending`` when none is
+NO_TOKEN = -1  # in ``Generated.tokens`` after a sequence's end; in ``DecodeBatch.pending`` for none
 
 
 @flax.struct.dataclass
@@ -36,36 +55,43 @@ class DecodeBatch:
 
     Attributes:
       cache: keys and values [L, B, M, K, C]; a token's slot is its position.
-      lengths: int32 [B], tokens of each row in the cache.
-      hidden: [B, D] final hidden state of each row's last cached token.
-      pending: int32 [B], the row's last token when it is not in the cache yet, else -1::
+      lengths: int32 [B], tokens of each sequence in the cache.
+      last_hidden: [B, D] final hidden state of each sequence's last cached token.
+      pending: int32 [B], the sequence's last token when it is not in the cache yet, else -1::
 
           prompt 7 8 9, generated 4 2:   cache 7 8 9 4    lengths 4    pending 2
     """
 
     cache: KVCache
     lengths: jax.Array
-    hidden: jax.Array
+    last_hidden: jax.Array
     pending: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where a batch of sequences stands. Calls consume it: use the returned one, or ``copy``.
+    """A batch of sequences and host-side bounds of it.
+
+    Calls of the sampler donate the arrays: go on with the state they return, or ``copy`` first.
 
     Attributes:
       batch: device arrays.
-      bound: no row has more tokens than this, pending ones included.
-      has_pending: whether some row may have a pending token.
+      max_length: no sequence has more tokens than this, pending ones included.
+      has_pending: whether some sequence may have a pending token.
     """
 
     batch: DecodeBatch
-    bound: int
+    max_length: int
     has_pending: bool = False
 
     @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.batch.lengths)
+
+    @property
     def lengths(self) -> jax.Array:
-        """int32 [B], tokens of each row, pending ones included."""
+        """int32 [B], tokens of each sequence, pending ones included."""
         return self.batch.lengths + (self.batch.pending != NO_TOKEN)
 
     def copy(self) -> DecodeState:
@@ -73,15 +99,11 @@ class DecodeState:
         return dataclasses.replace(self, batch=jax.tree.map(jnp.copy, self.batch))
 
     def select(self, indices: np.ndarray) -> DecodeState:
-        """The rows ``indices`` (int32 [B']) in that order, repeats allowed, in new buffers."""
-        indices, rows = jnp.asarray(indices), self.batch
-        kept = DecodeBatch(
-            rows.cache.select(indices),
-            rows.lengths[indices],
-            rows.hidden[indices],
-            rows.pending[indices],
-        )
-        return dataclasses.replace(self, batch=kept)
+        """The sequences ``indices`` (int32 [B']) in that order, repeats allowed, in new buffers."""
+        batch, indices = self.batch, jnp.asarray(indices)
+        rest = (batch.lengths, batch.last_hidden, batch.pending)
+        selected = DecodeBatch(batch.cache.select(indices), *(x[indices] for x in rest))
+        return dataclasses.replace(self, batch=selected)
 
     def rewind(self, lengths: np.ndarray) -> DecodeState:
         """Forgets all but the first ``lengths`` (int32 [B]) tokens; extend before generate.
@@ -89,24 +111,25 @@ class DecodeState:
         Raises:
           UserError: a length that the cache does not hold.
         """
-        lengths = np.asarray(lengths, np.int32)
-        held = np.asarray(self.batch.lengths)
-        if lengths.shape != held.shape or (lengths > held).any() or (lengths < 0).any():
-            raise UserError(f"rewind to {lengths.tolist()}: the cache holds {held.tolist()} tokens")
+        lengths, cached = np.asarray(lengths, np.int32), np.asarray(self.batch.lengths)
+        if lengths.shape != cached.shape or (lengths > cached).any() or (lengths < 0).any():
+            raise UserError(
+                f"rewind to {lengths.tolist()}: the cache holds {cached.tolist()} tokens"
+            )
         pending = jnp.full_like(self.batch.pending, NO_TOKEN)
-        rows = self.batch.replace(lengths=jnp.asarray(lengths), pending=pending)
-        return DecodeState(rows, bound=int(lengths.max()))
+        batch = self.batch.replace(lengths=jnp.asarray(lengths), pending=pending)
+        return DecodeState(batch, max_length=int(lengths.max()))
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Generated:
-    """What ``generate`` chose.
+    """Tokens of one call of ``Sampler.generate``.
 
     Attributes:
-      tokens: int32 [B, N], the stop id included, -1 behind each row's end.
-      lengths: int32 [B], tokens chosen per row.
-      stopped: bool [B], whether the row ended with the stop id (else N ran out).
-      num_overridden: int32 [B], how often the likeliest id was one that the grammar rules out.
+      tokens: int32 [B, max_new_tokens], the stop id included, -1 after each sequence's end.
+      lengths: int32 [B], tokens generated per sequence.
+      stopped: bool [B], whether the sequence ended with the stop id (else the tokens ran out).
+      num_overridden: int32 [B], how often the grammar ruled out the likeliest id.
     """
 
     tokens: jax.Array
@@ -116,75 +139,74 @@ class Generated:
 
 
 # ----------------------------------------------------------------------------
-# A few tokens per row through the decoder, laid out for the decode loop.
+# A few tokens per sequence through the decoder.
 #
-# A decode step is bound by the bytes it reads: every weight and every cached key once. So layers
-# have parameters of their own (slices of a stack are copied before they are used), and keys and
-# values lie as [B, K, M, C], which the products of attention read in order.
-#
-# Axes: B rows, S new tokens, D model, N query heads, K key/value heads, G = N / K, C head dim,
-# M cache slots, L layers.
+# A decode step is bound by the bytes it reads: every weight and every cached key once. XLA copies a
+# slice of a stacked array before it uses it, so the decode loop keeps each layer's parameters, keys
+# and values as arrays of their own. Keys and values lie as [B, K, M, C], the order in which the two
+# products of attention read them; the cache's [L, B, M, K, C] is rearranged once before the loop
+# (``unstack_cache``) and once after it (``restack_cache``), not in every step.
 
 
 @flax.struct.dataclass
 class DecodeLayerCache:
-    """Keys and values of one layer while tokens are added.
+    """Keys and values of one layer while tokens are appended; a ``LayerCache``.
 
     Attributes:
       keys: [B, K, M, C], rotated.
       values: [B, K, M, C].
-      positions: int32 [B], slot of each row's first new token; token s sees all slots up to its
+      starts: int32 [B], slot of each sequence's first new token; token s sees all slots up to its
         own.
     """
 
     keys: jax.Array
     values: jax.Array
-    positions: jax.Array
+    starts: jax.Array
 
     def write(self, key: jax.Array, value: jax.Array) -> DecodeLayerCache:
-        """Puts the new tokens' keys and values [B, S, K, C] at their slots."""
-        keys = _put(self.keys, key, self.positions)
-        return self.replace(keys=keys, values=_put(self.values, value, self.positions))
+        """Puts the new tokens' keys and values [B, S, K, C] into their slots."""
+        keys = _write_slots(self.keys, key, self.starts)
+        return self.replace(keys=keys, values=_write_slots(self.values, value, self.starts))
 
     def attend(self, query: jax.Array) -> jax.Array:
-        """Attention [B, S, N, C] of the new tokens, whose keys are written; softmax in float32."""
+        """Attention [B, S, N, C] of the new tokens, already written; softmax in float32."""
         b, s, n, c = query.shape
-        heads, slots = self.keys.shape[1:3]
-        grouped = query.reshape(b, s, heads, n // heads, c).swapaxes(1, 2)
-        grouped = grouped.reshape(b, heads, s * n // heads, c)
+        k, m = self.keys.shape[1:3]
+        # The N / K query heads of a key head and the S tokens become rows of one matrix, so that
+        # each key is read once for all of them: [B, S, N, C] -> [B, K, Q, C], Q = S * N / K.
+        query_BKQC = query.reshape(b, s, k, n // k, c).swapaxes(1, 2).reshape(b, k, s * n // k, c)
         scores = jnp.einsum(
-            "bkqc,bkmc->bkqm", grouped, self.keys, preferred_element_type=jnp.float32
+            "bkqc,bkmc->bkqm", query_BKQC, self.keys, preferred_element_type=jnp.float32
         )
-        last = self.positions[:, None] + jnp.repeat(jnp.arange(s), n // heads)
-        visible = jnp.arange(slots) <= last[:, None, :, None]
+        last_slot_BQ = self.starts[:, None] + jnp.repeat(jnp.arange(s), n // k)
+        visible = jnp.arange(m) <= last_slot_BQ[:, None, :, None]
         probabilities = jax.nn.softmax(jnp.where(visible, scores * c**-0.5, MASKED), axis=-1)
         out = jnp.einsum("bkqm,bkmc->bkqc", probabilities.astype(query.dtype), self.values)
-        return out.reshape(b, heads, s, n // heads, c).swapaxes(1, 2).reshape(query.shape)
+        return out.reshape(b, k, s, n // k, c).swapaxes(1, 2).reshape(query.shape)
 
 
-def _put(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Writes [B, S, K, C] into [B, K, M, C] from ``positions`` [B] on."""
-    b, s, k, c = new.shape
-    new = (new.reshape(b, k, 1, c) if s == 1 else new.swapaxes(1, 2)).astype(slots.dtype)
-    put = jax.vmap(lambda row, add, at: jax.lax.dynamic_update_slice(row, add, (0, at, 0)))
-    return put(slots, new, positions)
+def _write_slots(cache_BKMC: jax.Array, new_BSKC: jax.Array, starts_B: jax.Array) -> jax.Array:
+    b, s, k, c = new_BSKC.shape
+    new = new_BSKC.reshape(b, k, 1, c) if s == 1 else new_BSKC.swapaxes(1, 2)
+    write = jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (0, at, 0)))
+    return write(cache_BKMC, new.astype(cache_BKMC.dtype), starts_B)
 
 
-def unstack_layer_params(params: Any, layers: int) -> list[Any]:
+def unstack_layer_params(params: Any, num_layers: int) -> list[Any]:
     """The parameters of each layer by itself, from the decoder's stacked ones."""
     stacked = params["stack"]["layers"]
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers)]
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)]
 
 
-def unstack_cache(cache: KVCache, window: int) -> list[tuple[jax.Array, jax.Array]]:
-    """Keys and values [B, K, window, C] of every layer."""
+def unstack_cache(cache: KVCache, window: int) -> list[LayerKeyValues]:
+    """Keys and values [B, K, window, C] of each layer's first slots."""
     cut = lambda x: x[:, :, :window].swapaxes(2, 3)  # noqa: E731
     return list(zip(cut(cache.keys), cut(cache.values)))
 
 
-def update_cache(cache: KVCache, slots: Sequence[tuple[jax.Array, jax.Array]]) -> KVCache:
-    """The cache with its first slots replaced by those of every layer."""
-    keys, values = (jnp.stack(x).swapaxes(2, 3) for x in zip(*slots))
+def restack_cache(cache: KVCache, layers: Sequence[LayerKeyValues]) -> KVCache:
+    """The cache with its first slots replaced by those of ``unstack_cache``."""
+    keys, values = (jnp.stack(x).swapaxes(2, 3) for x in zip(*layers))
     put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)  # noqa: E731
     return KVCache(put(cache.keys, keys), put(cache.values, values))
 
@@ -192,120 +214,124 @@ def update_cache(cache: KVCache, slots: Sequence[tuple[jax.Array, jax.Array]]) -
 def decode_tokens(
     model: Decoder,
     params: Any,
-    layers: Sequence[Any],
-    tokens: jax.Array,
-    positions: jax.Array,
-    slots: Sequence[tuple[jax.Array, jax.Array]],
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """Some tokens per row, equal to ``Decoder.__call__`` with a cache.
+    layers: Sequence[Any] | None,
+    tokens_BS: jax.Array,
+    starts_B: jax.Array,
+    cache: Sequence[LayerKeyValues],
+) -> tuple[jax.Array, list[LayerKeyValues]]:
+    """Hidden states of a few new tokens, equal to ``Decoder.__call__`` with a cache.
 
     Args:
       model: the decoder.
-      params: its parameters outside the layers.
-      layers: parameters of each layer (``unstack_layer_params``).
-      tokens: int32 [B, S].
-      positions: int32 [B], slot and position of each row's first token.
-      slots: keys and values [B, K, M, C] of each layer.
+      params: its parameters.
+      layers: parameters of each layer by itself; None cuts them from ``params`` here, inside the
+        loop, so that no second copy of them stays in memory.
+      tokens_BS: int32 [B, S].
+      starts_B: int32 [B], slot and position of each sequence's first new token.
+      cache: keys and values [B, K, M, C] of each layer.
 
     Returns:
-      hidden states [B, S, D] after the final norm, and the slots with the new tokens.
+      hidden states [B, S, D] after the final norm, and the cache with the new tokens.
     """
     config = model.config
-    places = positions[:, None] + jnp.arange(tokens.shape[1])
-    rotation = RotaryEmbedding.at_positions(places, config.head_dim, config.rope_theta)
-    x = model.apply({"params": params}, tokens, method="embed")
+    layers = layers or unstack_layer_params(params, config.num_layers)
+    layers = int8.dequantize_params(layers, config.compute_dtype)
+    variables = {"params": _without_stack(model, params)}
+    positions_BS = starts_B[:, None] + jnp.arange(tokens_BS.shape[1])
+    rotation = RotaryEmbedding.at_positions(positions_BS, config.head_dim, config.rope_theta)
+    x_BSD = model.apply(variables, tokens_BS, method="embed")
     written = []
-    for number, (layer, (keys, values)) in enumerate(zip(layers, slots, strict=True)):
+    for number, (layer, (keys, values)) in enumerate(zip(layers, cache, strict=True)):
         inputs = LayerInputs(
             rotation=rotation,
             segment_ids=None,
-            cache=DecodeLayerCache(keys, values, positions),
-            starts=positions,
+            cache=DecodeLayerCache(keys, values, starts_B),
+            starts=starts_B,
             window=keys.shape[2],
             train=False,
         )
-        x, new = Block(config).apply({"params": layer}, x, number, inputs)
+        x_BSD, new = Block(config).apply({"params": layer}, x_BSD, number, inputs)
         written.append(new)
-    return model.apply({"params": params}, x, method="final_norm"), written
+    return model.apply(variables, x_BSD, method="final_norm"), written
 
 
 # ----------------------------------------------------------------------------
-# Rows of unequal length read one behind the other, so that no padding is multiplied.
+# Packed prefill: prompts of unequal length one behind the other, so that no padding is multiplied.
 #
-#     rows  7 8 9      read as  7 8 9 4 5 2 1 1 .      keys, values and attention row by row,
-#           4 5                                        all else over the tokens alone
-#           2 1 1
+#     prompts  7 8 9      packed  7 8 9 4 5 2 1 1 .
+#              4 5
+#              2 1 1
 #
-# Axes: T tokens of all rows, B rows, S most tokens of a row, N query heads, K key/value heads, C
-# head dim, L layers, D model.
+# Projections and feed-forward layers, nearly all of the work, run over the P packed tokens. Only
+# attention needs sequences: its queries, keys and values are gathered to [B, S, ...], padded as
+# usual, and its output is gathered back. The cache keeps the [B, S, ...] keys and values.
 
 
 @flax.struct.dataclass
 class PackedSequences:
-    """Which token stands where, and the keys and values of a layer once they are written.
+    """Where each token of a packed batch belongs, and a layer's keys and values; a ``LayerCache``.
 
     Attributes:
-      row: int32 [T], the row of each token.
-      place: int32 [T], its place there.
-      token: int32 [B, S], the token at each place; any token behind a row's end.
+      sequence: int32 [P], the sequence of each packed token.
+      position: int32 [P], its position there.
+      token_index: int32 [B, S], the packed token at each position; any token after the end.
       keys: [B, S, K, C], rotated.
       values: [B, S, K, C].
       implementation: of attention.
     """
 
-    row: jax.Array
-    place: jax.Array
-    token: jax.Array
+    sequence: jax.Array
+    position: jax.Array
+    token_index: jax.Array
     keys: jax.Array | None = None
     values: jax.Array | None = None
     implementation: str = flax.struct.field(pytree_node=False, default="auto")
 
     @classmethod
-    def of(
-        cls, lengths: jax.Array, tokens: int, width: int, implementation: str
+    def of_lengths(
+        cls, lengths: jax.Array, num_tokens: int, width: int, implementation: str
     ) -> PackedSequences:
-        """Rows of ``lengths`` [B], S at most, in T tokens; those left over count to the last."""
+        """Sequences of ``lengths`` [B], S at most, in P tokens; what is left over is the last's."""
         ends = jnp.cumsum(lengths)
         begins = ends - lengths
-        order = jnp.arange(tokens)
-        row = jnp.minimum(jnp.searchsorted(ends, order, side="right"), len(lengths) - 1)
-        place = jnp.minimum(order - begins[row], width - 1)
-        token = jnp.minimum(begins[:, None] + jnp.arange(width), tokens - 1)
-        return cls(row, place, token, implementation=implementation)
+        order = jnp.arange(num_tokens)
+        sequence = jnp.minimum(jnp.searchsorted(ends, order, side="right"), len(lengths) - 1)
+        position = jnp.minimum(order - begins[sequence], width - 1)
+        token_index = jnp.minimum(begins[:, None] + jnp.arange(width), num_tokens - 1)
+        return cls(sequence, position, token_index, implementation=implementation)
 
     def write(self, key: jax.Array, value: jax.Array) -> PackedSequences:
-        """Keys and values [1, T, K, C], row by row."""
-        return self.replace(keys=key[0, self.token], values=value[0, self.token])
+        """Gathers keys and values [1, P, K, C] by sequence."""
+        return self.replace(keys=key[0, self.token_index], values=value[0, self.token_index])
 
     def attend(self, query: jax.Array) -> jax.Array:
-        """Attention [1, T, N, C], each token in its own row."""
-        rows = query[0, self.token]
-        out = attention(rows, self.keys, self.values, implementation=self.implementation)
-        return out[self.row, self.place][None]
+        """Attention [1, P, N, C], each token within its own sequence."""
+        query_BSNC = query[0, self.token_index]
+        out = attention(query_BSNC, self.keys, self.values, implementation=self.implementation)
+        return out[self.sequence, self.position][None]
 
 
 def packed_forward(
     model: Decoder, params: Any, tokens: jax.Array, lengths: jax.Array, width: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Rows of unequal length, equal to ``Decoder.__call__`` on each.
+) -> tuple[jax.Array, LayerKeyValues]:
+    """Packed sequences through the decoder, equal to ``Decoder.__call__`` on each.
 
     Args:
       model: the decoder.
       params: its parameters.
-      tokens: int32 [T], one row behind the other.
-      lengths: int32 [B], at least 1, T at most together.
-      width: S, static; no row is longer.
+      tokens: int32 [P], one sequence behind the other.
+      lengths: int32 [B], at least 1, P at most together.
+      width: S, static; no sequence is longer.
 
     Returns:
-      hidden states [B, D] of each row's last token after the final norm, and keys and values
-      [L, B, S, K, C], which mean nothing behind a row's end.
+      hidden states [B, D] of each sequence's last token after the final norm, and keys and values
+      [L, B, S, K, C], which mean nothing after a sequence's end.
     """
     config = model.config
-    packed = PackedSequences.of(lengths, tokens.shape[0], width, config.attention)
+    packed = PackedSequences.of_lengths(lengths, tokens.shape[0], width, config.attention)
+    positions = packed.position[None]
     inputs = LayerInputs(
-        rotation=RotaryEmbedding.at_positions(
-            packed.place[None], config.head_dim, config.rope_theta
-        ),
+        rotation=RotaryEmbedding.at_positions(positions, config.head_dim, config.rope_theta),
         segment_ids=None,
         cache=packed,
         starts=None,
@@ -313,185 +339,226 @@ def packed_forward(
         train=False,
     )
 
-    def through(decoder: Decoder) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def forward(decoder: Decoder) -> tuple[jax.Array, LayerKeyValues]:
         x, new = decoder.stack(decoder.embed(tokens[None]), inputs)
         return decoder.final_norm(x[:, jnp.cumsum(lengths) - 1])[0], new
 
-    return model.apply({"params": params}, method=through)
+    return model.apply({"params": params}, method=forward)
 
 
 # ----------------------------------------------------------------------------
-# The jitted functions behind the sampler: prefill, append, and the decode loop.
+# The jitted functions.
 #
-# Axes: B rows, S new tokens, R ids that may be chosen, D model, W window of slots that are read.
+# Shapes and the ``window`` of cache slots that a call may see are static; ``Sampler`` rounds both
+# to buckets, so that few variants are compiled. What grows a batch consumes it: its buffers are
+# donated, and the cache is updated in place instead of copied.
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
-def prefill(model, params, tokens, lengths, *, slots):
-    """Reads tokens [B, S], of which ``lengths`` [B] are real, into a new cache of ``slots``."""
+def prefill(
+    model: Decoder, params: Any, tokens: jax.Array, lengths: jax.Array, *, slots: int
+) -> DecodeBatch:
+    """A new cache of ``slots`` with tokens [B, S], of which ``lengths`` [B] are real."""
     cache = KVCache.create(model.config, tokens.shape[0], slots)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache = model.apply(_variables(model, params), tokens, positions, cache=cache, window=0)
-    none = jnp.full_like(lengths, NO_TOKEN)
-    return DecodeBatch(cache, lengths, _at(hidden, lengths - 1), none)
+    return DecodeBatch(cache, lengths, _hidden_at(hidden, lengths - 1), _no_tokens(lengths))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width", "slots"))
-def prefill_packed(model, params, tokens, lengths, *, width, slots):
-    """``prefill`` of rows that stand one behind the other in tokens [T], none beyond ``width``."""
+def prefill_packed(
+    model: Decoder, params: Any, tokens: jax.Array, lengths: jax.Array, *, width: int, slots: int
+) -> DecodeBatch:
+    """``prefill`` of packed tokens [P]; no sequence is longer than ``width``."""
     params = _variables(model, params)["params"]
     hidden, new = packed_forward(model, params, tokens, lengths, width)
     cache = KVCache.create(model.config, len(lengths), slots)
     cache = cache.write(*new, jnp.zeros_like(lengths))
-    return DecodeBatch(cache, lengths, hidden, jnp.full_like(lengths, NO_TOKEN))
+    return DecodeBatch(cache, lengths, hidden, _no_tokens(lengths))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "window"), donate_argnames="rows")
-def append_pending(model, params, rows, tokens, lengths, *, window):
-    """Puts each row's pending token before its new ones [B, S], then appends; consumes ``rows``."""
-    waiting = rows.pending != NO_TOKEN
-    joined = jnp.concatenate([rows.pending[:, None], tokens], axis=1)
-    column = jnp.arange(joined.shape[1]) + ~waiting[:, None]
-    joined = jnp.take_along_axis(joined, jnp.minimum(column, joined.shape[1] - 1), axis=1)
-    joined = jnp.maximum(joined, 0)
-    return _append(model, params, rows, joined, lengths + waiting, window)
+@functools.partial(
+    jax.jit, static_argnames=("model", "window", "has_pending"), donate_argnames="batch"
+)
+def append(
+    model: Decoder,
+    params: Any,
+    batch: DecodeBatch,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    window: int,
+    has_pending: bool,
+) -> DecodeBatch:
+    """Appends ``lengths`` [B] of tokens [B, S] to every sequence, its pending token first.
 
-
-@functools.partial(jax.jit, static_argnames=("model", "window"), donate_argnames="rows")
-def append(model, params, rows, tokens, lengths, *, window):
-    """Reads ``lengths`` [B] of tokens [B, S] behind what each row has; consumes ``rows``."""
-    return _append(model, params, rows, tokens, lengths, window)
-
-
-def _append(model, params, rows, tokens, lengths, window):
-    positions = rows.lengths[:, None] + jnp.arange(tokens.shape[1])
+    Args:
+      model: static.
+      params: parameters.
+      batch: donated.
+      tokens: int32 [B, S].
+      lengths: int32 [B], 0 for a sequence that stays as it is.
+      window: leading cache slots that may be seen, at least the longest sequence.
+      has_pending: whether some sequence may have a pending token; S grows by one then.
+    """
+    if has_pending:
+        # A sequence with a pending token starts with it, one without skips that column.
+        waits = batch.pending != NO_TOKEN
+        tokens = jnp.concatenate([batch.pending[:, None], tokens], axis=1)
+        columns = jnp.arange(tokens.shape[1]) + ~waits[:, None]
+        tokens = jnp.take_along_axis(tokens, jnp.minimum(columns, tokens.shape[1] - 1), axis=1)
+        tokens, lengths = jnp.maximum(tokens, 0), lengths + waits
+    positions = batch.lengths[:, None] + jnp.arange(tokens.shape[1])
     hidden, cache = model.apply(
-        _variables(model, params), tokens, positions, cache=rows.cache, window=window
+        _variables(model, params), tokens, positions, cache=batch.cache, window=window
     )
-    last = jnp.where(lengths[:, None] > 0, _at(hidden, lengths - 1), rows.hidden)
-    none = jnp.full_like(rows.pending, NO_TOKEN)
-    return DecodeBatch(cache, rows.lengths + lengths, last, none)
+    last = jnp.where(lengths[:, None] > 0, _hidden_at(hidden, lengths - 1), batch.last_hidden)
+    return DecodeBatch(cache, batch.lengths + lengths, last, _no_tokens(lengths))
+
+
+class _Loop(NamedTuple):
+    """Carry of the decode loop; ``tokens[:, step - 1]`` are chosen and not in the cache yet."""
+
+    cache: list[LayerKeyValues]
+    lengths: jax.Array
+    last_hidden: jax.Array
+    tokens: jax.Array
+    step: jax.Array
+    running: jax.Array
+    grammar_state: GrammarState | None
+    num_overridden: jax.Array
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "count", "sampling", "window", "guidance"),
-    donate_argnames="rows",
+    static_argnames=("model", "max_new_tokens", "sampling", "window", "guidance"),
+    donate_argnames="batch",
 )
 def generate(
-    model, params, layers, rows, ids, stop, keys, active, forced, grammar, *,
-    count, sampling, window, guidance,
-):  # fmt: skip
-    """The decode loop: choose, then read what was chosen and choose again until all rows end.
+    model: Decoder,
+    params: Any,
+    layers: Sequence[Any] | None,
+    batch: DecodeBatch,
+    ids: jax.Array | None,
+    stop_id: jax.Array,
+    keys: jax.Array | None,
+    active: jax.Array,
+    forced_ids: jax.Array | None,
+    grammar: GrammarMask | None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    window: int,
+    guidance: float,
+) -> tuple[DecodeBatch, Generated]:
+    """The decode loop: choose a token, decode it, and again until every sequence has ended.
 
     Args:
       model: static.
       params: parameters.
       layers: parameters of each layer by itself, or None to cut them from ``params``.
-      rows: consumed; none of them has a pending token.
+      batch: donated; no sequence has a pending token.
       ids: int32 [R] ascending ids that may be chosen, or None for all.
-      stop: int32 id that ends a row, -1 for none.
-      keys: one random key per row (per pair with guidance), or None if greedy.
-      active: bool [B], rows that take part.
-      forced: int32 [N] the only id that may stand at each place, negative where there is a choice;
-        or None.
-      grammar: what whole outputs look like (``forms.GrammarMask`` over ``ids``), or None.
-      count: N, static.
-      sampling: static rules of choice.
-      window: static number of leading slots that may be read.
-      guidance: static weight of the first half of the rows against the second, the same sequences
-        without their instruction; 1 for rows that have nothing to do with each other.
+      stop_id: int32 id that ends a sequence, -1 for none.
+      keys: one random key per sequence (per pair with guidance), or None if greedy.
+      active: bool [B], sequences that take part.
+      forced_ids: int32 [max_new_tokens] the only id at each position, negative where there is a
+        choice; or None.
+      grammar: mask over ``ids``, or None.
+      max_new_tokens: static.
+      sampling: static.
+      window: static number of leading slots, ``max_new_tokens`` beyond the longest sequence.
+      guidance: static weight of the first half of the batch against the second, the same sequences
+        without their instruction; 1 where the halves have nothing to do with each other.
 
     Returns:
-      rows behind the last choice, tokens int32 [B, N], chosen per row [B], stopped bool [B], ids
-      per row that the grammar ruled out where they were the likeliest [B].
+      the batch behind the last decoded token, the last chosen one pending; and what was chosen.
     """
-    head = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
+    # Only the head's rows of allowed ids are multiplied: 2,000 action ids instead of 184,622.
+    head_RD = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
 
-    def pick(hidden, step, place):
-        logits = compute_logits(hidden, head)
+    def choose(loop: _Loop) -> _Loop:
+        """Chooses the tokens of ``loop.step`` from the hidden states before them."""
+        step, state = loop.step, loop.grammar_state
+        logits = compute_logits(loop.last_hidden, head_RD)
         if guidance != 1:
-            given, without = jnp.split(logits, 2)
-            logits = without + guidance * (given - without)
+            conditional, unconditional = jnp.split(logits, 2)
+            logits = unconditional + guidance * (conditional - unconditional)
         if ids is None:
             logits = mask_padded_vocab(logits, model.config.vocab_size)
-        drawn = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        logits, num_overridden = apply_grammar(grammar, place, logits)
-        column = sample_token(logits, sampling, drawn)
-        place = None if grammar is None else grammar.next_state(place, column)
-        choice = column if ids is None else ids[column]
-        if guidance != 1:
-            choice, num_overridden = jnp.tile(choice, 2), jnp.tile(num_overridden, 2)
-        choice = choice if forced is None else jnp.where(forced[step] < 0, choice, forced[step])
-        return choice, place, num_overridden
+        logits, overridden = apply_grammar(grammar, state, logits)
+        step_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
+        column = sample_token(logits, sampling, step_keys)
+        state = None if grammar is None else grammar.next_state(state, column)
+        token = column if ids is None else ids[column]
+        if guidance != 1:  # both halves continue with the same token
+            token, overridden = jnp.tile(token, 2), jnp.tile(overridden, 2)
+        if forced_ids is not None:
+            token = jnp.where(forced_ids[step] < 0, token, forced_ids[step])
+        token = jnp.where(loop.running, token, NO_TOKEN)
+        return loop._replace(
+            tokens=loop.tokens.at[:, step].set(token),
+            step=step + 1,
+            running=loop.running & (token != stop_id),
+            grammar_state=state,
+            num_overridden=loop.num_overridden + (overridden & loop.running),
+        )
 
-    def take(carry, hidden):
-        slots, lengths, tokens, step, running, place, num_overridden = carry
-        choice, place, changed = pick(hidden, step, place)
-        chosen = jnp.where(running, choice, NO_TOKEN)
-        num_overridden = num_overridden + (changed & running)
-        running = running & (chosen != stop)
-        tokens = tokens.at[:, step].set(chosen)
-        return slots, lengths, tokens, step + 1, running, place, num_overridden, hidden
+    def decode_and_choose(loop: _Loop) -> _Loop:
+        # Sequences that ended are computed too (shapes are static), into a slot past their length:
+        # neither length nor hidden state moves, so that nothing ever sees it.
+        token_B1 = jnp.maximum(loop.tokens[:, loop.step - 1], 0)[:, None]
+        hidden, cache = decode_tokens(model, params, layers, token_B1, loop.lengths, loop.cache)
+        last_hidden = jnp.where(loop.running[:, None], hidden[:, 0], loop.last_hidden)
+        lengths = loop.lengths + loop.running
+        return choose(loop._replace(cache=cache, lengths=lengths, last_hidden=last_hidden))
 
-    def more(carry):
-        _, _, _, step, running, *_ = carry
-        return (step < count) & jnp.any(running)
+    def unfinished(loop: _Loop) -> jax.Array:
+        return (loop.step < max_new_tokens) & jnp.any(loop.running)
 
-    def advance(carry):
-        slots, lengths, tokens, step, running, place, num_overridden, hidden = carry
-        token = jnp.maximum(tokens[:, step - 1], 0)[:, None]
-        new, slots = read_tokens(model, params, layers, token, lengths, slots)
-        hidden = jnp.where(running[:, None], new[:, 0], hidden)
-        carry = slots, lengths + running, tokens, step, running, place, num_overridden
-        return take(carry, hidden)
-
-    batch = active.shape[0]
-    tokens = jnp.full((batch, count), NO_TOKEN, jnp.int32)
-    place = None if grammar is None else grammar.initial_state(batch)
-    num_overridden = jnp.zeros(batch, jnp.int32)
-    slots = unstack_cache(rows.cache, window)
-    start = take(
-        (slots, rows.lengths, tokens, jnp.int32(0), active, place, num_overridden), rows.hidden
+    # The first token needs no decoding, its hidden state is there; the last one chosen is not
+    # decoded: it stays pending and is read together with whatever the next call appends.
+    batch_size = len(active)
+    start = _Loop(
+        cache=unstack_cache(batch.cache, window),
+        lengths=batch.lengths,
+        last_hidden=batch.last_hidden,
+        tokens=jnp.full((batch_size, max_new_tokens), NO_TOKEN, jnp.int32),
+        step=jnp.int32(0),
+        running=active,
+        grammar_state=None if grammar is None else grammar.initial_state(batch_size),
+        num_overridden=jnp.zeros(batch_size, jnp.int32),
     )
-    end = jax.lax.while_loop(more, advance, start)
-    slots, lengths, tokens, _, running, _, num_overridden, hidden = end
-    chosen = jnp.sum(tokens != NO_TOKEN, axis=1)
-    last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
-    rows = DecodeBatch(
-        update_cache(rows.cache, slots),
-        lengths,
-        hidden,
-        jnp.where(chosen > 0, last, rows.pending),
+    end = jax.lax.while_loop(unfinished, decode_and_choose, choose(start))
+    counts = jnp.sum(end.tokens != NO_TOKEN, axis=1)
+    last = jnp.take_along_axis(end.tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+    batch = DecodeBatch(
+        restack_cache(batch.cache, end.cache),
+        end.lengths,
+        end.last_hidden,
+        jnp.where(counts > 0, last, batch.pending),
     )
-    return rows, tokens, chosen, active & ~running, num_overridden
+    return batch, Generated(end.tokens, counts, active & ~end.running, end.num_overridden)
 
 
-def read_tokens(model, params, layers, tokens, lengths, slots):
-    """Reads tokens [B, S] behind each row's ``lengths`` [B]; see ``few_tokens.step``.
-
-    Layers of their own are used as they are; else they are cut from the stacked ones here, in the
-    loop, so that no second copy stays.
-    """
-    layers = layers or unstack_layer_params(params, model.config.num_layers)
-    layers = int8.dequantize_params(layers, model.config.compute_dtype)
-    return decode_tokens(model, _outside(model, params), layers, tokens, lengths, slots)
-
-
-def _variables(model, params):
-    """What ``model.apply`` takes; the head, which no reading uses, may be quantized."""
+def _variables(model: Decoder, params: Any) -> dict[str, Any]:
+    """Variables of ``model.apply`` for calls that do not use the head."""
     stack = int8.dequantize_params(params["stack"], model.config.compute_dtype)
-    return {"params": {**_outside(model, params), "stack": stack}}
+    return {"params": {**_without_stack(model, params), "stack": stack}}
 
 
-def _outside(model, params):
-    """The parameters outside the layers, as arrays."""
+def _without_stack(model: Decoder, params: Any) -> dict[str, Any]:
+    """The parameters outside the layers; zeros, never computed, stand for the unused head."""
     config = model.config
-    shape = config.padded_vocab_size, config.hidden_size
-    unused = jnp.zeros(shape, config.storage_dtype)  # never computed: nothing depends on it
+    unused = jnp.zeros((config.padded_vocab_size, config.hidden_size), config.storage_dtype)
     return {name: value for name, value in params.items() if name != "stack"} | {"head": unused}
 
 
-def _at(hidden, index):
-    """Rows [B, D] of [B, S, D] at ``index`` [B]; the first where it is negative."""
-    return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
+def _hidden_at(hidden_BSD: jax.Array, index_B: jax.Array) -> jax.Array:
+    """[B, D] at position ``index_B``; the first where it is negative."""
+    index = jnp.maximum(index_B, 0)[:, None, None]
+    return jnp.take_along_axis(hidden_BSD, index, axis=1)[:, 0]
+
+
+def _no_tokens(lengths: jax.Array) -> jax.Array:
+    return jnp.full_like(lengths, NO_TOKEN)

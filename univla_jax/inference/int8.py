@@ -1,9 +1,9 @@
-"""Weights in eight bits (qwix): the layers' matrices and the head, one scale per output channel.
+"""int8 weights (qwix): the layers' matrices and the head, one scale per output channel.
 
-They are stored so and turned back where they are used; activations keep their type. What it
-changes is measured, not promised: ``python -m univla_jax.benchmarks.decode_speed``.
+Weights are stored in eight bits and dequantized next to where they are used; activations keep their
+type. ``python -m univla_jax.benchmarks.decode_speed`` and ``.quantization`` measure what changes.
 
-Axes: L layers, D model, N heads, C head dim, F mlp, V vocabulary.
+Axes: R rows, V vocabulary, D model.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def quantize_params(params: Any) -> Any:
     except ModuleNotFoundError as error:
         raise UserError("int8 weights need the package qwix: pip install .[int8]") from error
 
+    # One scale per layer and output channel: the error of a product is then bounded channel by
+    # channel, and the scale could be applied after the product as well.
     def layer_leaf(path: Any, x: jax.Array) -> Any:
         if path[-1].key != "kernel":
             return x
@@ -42,7 +44,7 @@ def quantize_params(params: Any) -> Any:
 
 
 def dequantize_params(params: Any, dtype: Any) -> Any:
-    """The same parameters as arrays; inside ``jit``, next to where they are used."""
+    """The same parameters as arrays; quantized ones in ``dtype``, the others as they are."""
     return jax.tree.map(
         lambda x: _dequantize(x).astype(dtype) if _is_quantized(x) else x,
         params,
@@ -58,7 +60,7 @@ def dequantized_rows(table: Any, ids: jax.Array | None, dtype: Any) -> jax.Array
 
 
 def num_bytes(params: Any) -> int:
-    """Bytes of all arrays."""
+    """Bytes of all arrays, quantized or not."""
     return sum(x.nbytes for x in jax.tree.leaves(params))
 
 

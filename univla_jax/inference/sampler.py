@@ -1,15 +1,15 @@
 """Prefill, extend and generate over one key/value cache, each a jitted function of static shapes.
 
-    state = sampler.prefill(tokens, lengths)        read prompts of unequal length
-    ids, state = sampler.generate(state, ...)       let rows continue until each stops
-    state = sampler.extend(state, tokens)           add tokens that are given, not chosen
+    state = sampler.prefill(tokens, lengths)        prompts of unequal length
+    ids, state = sampler.generate(state, ...)       every sequence continues until it stops
+    state = sampler.extend(state, tokens)           tokens that are given, not chosen
     ids, state = sampler.generate(state, ...)       and on, over the same cache
 
-Nothing is read twice: the last generated token of a row is not in the cache yet ("pending") and is
-read together with whatever comes next.
+Nothing is computed twice: the last generated token of a sequence is not in the cache yet
+("pending") and is decoded together with whatever comes next.
 
-Axes: B rows, S new tokens, N most generated tokens, R ids that may be chosen, D model, L layers,
-M cache slots, W window of slots that are read.
+Axes: B batch, S new tokens, P tokens of a packed batch, R ids that may be chosen, H tokens that
+drafts are copied from.
 """
 
 from __future__ import annotations
@@ -26,25 +26,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.inference import decode_step
+from univla_jax.inference import decode_step, speculative
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
-from univla_jax.inference.speculative import generate_speculative
 from univla_jax.models.decoder import Decoder
-
-# ----------------------------------------------------------------------------
-# Where the time of a call went.
 
 
 class Timer:
-    """Adds up the milliseconds of named parts; what a part computes is waited for.
+    """Adds up the wall time of named sections of a call.
 
     Attributes:
-      milliseconds: part -> time so far.
+      milliseconds: section -> time so far.
     """
 
     def __init__(self) -> None:
-        """Starts with no parts."""
+        """Starts without sections."""
         self.milliseconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -58,10 +54,10 @@ class Timer:
 
 
 # ----------------------------------------------------------------------------
-# Few static shapes for inputs of any size, so that nothing is compiled again at every call.
+# Buckets: few static shapes for inputs of any size, so that hardly any call compiles.
 
 
-_LEAST_LENGTH = 32
+_MIN_LENGTH = 32
 _SMALL_BATCH = 8
 
 
@@ -69,16 +65,17 @@ def length_bucket(length: int) -> int:
     """The smallest bucket of at least ``length`` tokens.
 
     Buckets are multiples of 32, and of an eighth of the power of two below: at most an eighth of
-    a long row is padding, and each doubling has eight buckets.
+    a long sequence is padding, and each doubling has eight buckets.
     """
-    return _up(length, max(_LEAST_LENGTH, _power_below(length) // 8))
+    power_below = 1 << (max(length, 1).bit_length() - 1)
+    return _round_up(length, max(_MIN_LENGTH, power_below // 8))
 
 
 def batch_bucket(batch_size: int) -> int:
     """The smallest bucket of at least ``batch_size`` sequences: 1, 2, 4, 8, 16, 24, 32, …"""
     if batch_size <= _SMALL_BATCH:
         return 1 << max(0, batch_size - 1).bit_length()
-    return _up(batch_size, _SMALL_BATCH)
+    return _round_up(batch_size, _SMALL_BATCH)
 
 
 def pad_prompts(
@@ -89,8 +86,8 @@ def pad_prompts(
     Args:
       prompts: int32 [n] each.
       pad: id that fills up on the right.
-      batch_size: at least the number of prompts; a bucket by default. The rows that
-        are missing repeat the first prompt.
+      batch_size: at least the number of prompts; a bucket by default. Sequences that are missing
+        repeat the first prompt.
 
     Returns:
       tokens int32 [B, S] and lengths int32 [B].
@@ -104,19 +101,22 @@ def pad_prompts(
     return tokens, lengths
 
 
-def _up(value: int, step: int) -> int:
+def _round_up(value: int, step: int) -> int:
     return -(-max(value, 1) // step) * step
 
 
-def _power_below(value: int) -> int:
-    return 1 << (max(value, 1).bit_length() - 1)
+def _pad_to_bucket(tokens: np.ndarray, extra: int = 0) -> np.ndarray:
+    """Widens [B, S] so that S plus ``extra`` columns is a power of two or ``length_bucket``."""
+    width = max(1, tokens.shape[1] + extra)
+    bucket = 1 << (width - 1).bit_length() if width <= _MIN_LENGTH else length_bucket(width)
+    return np.pad(tokens, ((0, 0), (0, bucket - extra - tokens.shape[1])))
 
 
 # ----------------------------------------------------------------------------
 
 
 class Sampler:
-    """A decoder with its parameters, ready to read and continue batches of sequences."""
+    """A decoder with its parameters that prefills and continues batches of sequences."""
 
     def __init__(self, model: Decoder, params: Any, *, unstack_layers: bool | None = None) -> None:
         """Takes a decoder and its parameters (any sharding).
@@ -124,16 +124,18 @@ class Sampler:
         Args:
           model: the decoder.
           params: its parameters.
-          unstack_layers: whether to keep a second copy of the layers, one by one, for the decode
+          unstack_layers: whether to hold a second copy of the layers, one by one, for the decode
             loop: on a CPU it saves a third of the time per token, and is the default there.
         """
         self.model = model
         self.params = params
         if unstack_layers is None:
             unstack_layers = jax.default_backend() == "cpu"
-        keep = unstack_layers and params is not None
+        unstack_layers = unstack_layers and params is not None
         self._layers = (
-            decode_step.unstack_layer_params(params, model.config.num_layers) if keep else None
+            decode_step.unstack_layer_params(params, model.config.num_layers)
+            if unstack_layers
+            else None
         )
 
     def prefill(
@@ -142,36 +144,37 @@ class Sampler:
         lengths: np.ndarray | None = None,
         *,
         slots: int | None = None,
-        packed: int | None = None,
+        packed_length: int | None = None,
     ) -> DecodeState:
-        """Reads prompts into a new cache.
+        """Prefills prompts into a new cache.
 
         Args:
           tokens: int32 [B, S], right-padded with any id.
-          lengths: int32 [B] real tokens per row, at least 1; all S by default.
-          slots: room per row to reserve now, so that later calls need not move the cache.
-          packed: reads the rows one behind the other, as so many tokens, instead of side by side;
-            at least the sum of the lengths.
+          lengths: int32 [B] real tokens per sequence, at least 1; all S by default.
+          slots: cache slots per sequence to reserve now, so that later calls need not grow it.
+          packed_length: P, to compute the prompts one behind the other instead of side by side; at
+            least the sum of the lengths.
 
         Raises:
-          UserError: ids outside the vocabulary, or lengths that fit neither S nor ``packed``.
+          UserError: ids outside the vocabulary, or lengths that fit neither S nor
+            ``packed_length``.
         """
-        tokens, lengths = self._check(tokens, lengths, at_least=1)
+        tokens, lengths = self._check_tokens(tokens, lengths, min_length=1)
         tokens = _pad_to_bucket(tokens)
-        slots = length_bucket(max(slots or 0, tokens.shape[1]))
-        if packed is None:
-            rows = decode_step.prefill(self.model, self.params, tokens, lengths, slots=slots)
-            return DecodeState(rows, bound=int(lengths.max()))
-        width = tokens.shape[1]
+        width, max_length = tokens.shape[1], int(lengths.max())
+        slots = length_bucket(max(slots or 0, width))
+        if packed_length is None:
+            batch = decode_step.prefill(self.model, self.params, tokens, lengths, slots=slots)
+            return DecodeState(batch, max_length)
         real = tokens[np.arange(width) < lengths[:, None]]
-        if len(real) > packed:
-            raise UserError(f"packed={packed}: the rows have {len(real)} tokens together")
-        flat = np.zeros(packed, np.int32)
-        flat[: len(real)] = real
-        rows = decode_step.prefill_packed(
-            self.model, self.params, flat, lengths, width=width, slots=slots
+        if len(real) > packed_length:
+            raise UserError(f"packed_length={packed_length}: the prompts have {len(real)} tokens")
+        packed = np.zeros(packed_length, np.int32)
+        packed[: len(real)] = real
+        batch = decode_step.prefill_packed(
+            self.model, self.params, packed, lengths, width=width, slots=slots
         )
-        return DecodeState(rows, bound=int(lengths.max()))
+        return DecodeState(batch, max_length)
 
     def extend(
         self,
@@ -181,26 +184,37 @@ class Sampler:
         *,
         window: int | None = None,
     ) -> DecodeState:
-        """Appends given tokens to every row, after its pending one.
+        """Appends given tokens to every sequence, after its pending one.
 
         Args:
-          state: consumed.
+          state: donated.
           tokens: int32 [B, S], right-padded with any id.
-          lengths: int32 [B] real tokens per row, 0 leaves a row as it is; all S by default.
-          window: slots that are read at least, so that calls share one shape.
+          lengths: int32 [B] real tokens per sequence, 0 leaves it as it is; all S by default.
+          window: cache slots that are attended at least, so that calls share one shape.
 
         Raises:
-          UserError: ids outside the vocabulary, or another number of rows.
+          UserError: ids outside the vocabulary, or another number of sequences.
         """
-        tokens, lengths = self._check(tokens, lengths, batch_size=state.batch.pending.shape[0])
-        bound = state.bound + int(lengths.max(initial=0))
-        padded = _pad_to_bucket(tokens, extra=int(state.has_pending))
-        start = state.bound - int(state.has_pending)
-        room = state.bound + padded.shape[1]
-        rows, window = _make_room(state.batch, read=max(start, window or 0), write=room)
-        append = decode_step.append_pending if state.has_pending else decode_step.append
-        rows = append(self.model, self.params, rows, padded, lengths, window=window)
-        return DecodeState(rows, bound=bound)
+        tokens, lengths = self._check_tokens(tokens, lengths, batch_size=state.batch_size)
+        pending = int(state.has_pending)
+        padded = _pad_to_bucket(tokens, extra=pending)
+        # The call attends what is cached (all but a pending token), and writes the padding too:
+        # it needs slots for it, though the next call overwrites them.
+        batch, window = _make_room(
+            state.batch,
+            window=max(state.max_length - pending, window or 0),
+            slots=state.max_length + padded.shape[1],
+        )
+        batch = decode_step.append(
+            self.model,
+            self.params,
+            batch,
+            padded,
+            lengths,
+            window=window,
+            has_pending=state.has_pending,
+        )
+        return DecodeState(batch, state.max_length + int(lengths.max(initial=0)))
 
     def generate(
         self,
@@ -217,63 +231,66 @@ class Sampler:
         grammar: GrammarMask | None = None,
         guidance: float = 1.0,
     ) -> tuple[Generated, DecodeState]:
-        """Lets every row choose tokens until it stops, in one jitted loop.
+        """Continues every sequence until it stops, in one jitted loop.
 
         Args:
-          state: consumed.
-          max_new_tokens: N.
+          state: donated.
+          max_new_tokens: the most tokens chosen per sequence.
           allowed: int [R] ids that may be chosen; only these rows of the head are multiplied,
             which equals masking the full logits. None allows the whole vocabulary.
-          stop_id: a row ends after choosing it; it must be allowed. None lets every row choose N.
+          stop_id: a sequence ends after choosing it; it must be allowed. None lets every sequence
+            choose ``max_new_tokens``.
           sampling: how to choose.
-          key: random key, or one per row [B]; by default that of ``sampling.seed``.
-          active: bool [B], rows that take part; the others stay as they are. All by default.
-          window: slots that are read at least, so that calls share one shape.
-          forced_ids: int32 [N], the only id that may stand at each place, or negative where any
-            allowed one may (``sequences.frames.video_grammar``); ids it forces need not be
+          key: random key, or one per sequence [B]; by default that of ``sampling.seed``.
+          active: bool [B], sequences that take part; the others stay as they are. All by default.
+          window: cache slots that are attended at least, so that calls share one shape.
+          forced_ids: int32 [max_new_tokens], the only id that may stand at each position, negative
+            where any allowed one may (``sequences.frames.video_grammar``); they need not be
             allowed.
           grammar: what whole outputs look like, over the allowed ids in ascending order.
-          guidance: weight of classifier-free guidance. Unless 1, the second half of the rows are
-            those of the first without their instruction; both get the ids chosen from
+          guidance: weight of classifier-free guidance. Unless 1, the second half of the batch are
+            the sequences of the first without their instruction; both get the ids chosen from
             ``without + guidance * (with - without)``.
 
         Returns:
           what was chosen, and the state behind it.
 
         Raises:
-          UserError: an id outside the vocabulary, a stop id that is not allowed, a grammar
-            of another length, a grammar of other ids, or guidance of an odd number of rows or with
-            a grammar.
+          UserError: an id outside the vocabulary, a stop id that is not allowed, forced ids of
+            another length, a grammar of other ids, or guidance of an odd number of sequences or
+            with a grammar.
         """
-        if state.has_pending:
-            nothing = np.zeros((state.batch.pending.shape[0], 0), np.int32)
-            state = self.extend(state, nothing)
-        forced = self._forced(forced_ids, max_new_tokens)
-        ids = self._allowed(allowed, stop_id, forced)
+        forced_ids = self._check_forced(forced_ids, max_new_tokens)
+        ids = self._check_allowed(allowed, stop_id, forced_ids)
         _check_grammar(grammar, ids, guidance)
-        batch = state.batch.pending.shape[0]
-        if guidance != 1 and batch % 2:
-            raise UserError(f"guidance needs rows with and without instruction, got {batch} rows")
-        bound = state.bound + max_new_tokens
-        rows, window = _make_room(state.batch, read=max(bound, window or 0), write=bound)
-        rows, tokens, lengths, stopped, num_overridden = decode_step.generate(
+        state, num_keys = self._append_pending(state), state.batch_size
+        if guidance != 1:
+            if num_keys % 2:
+                raise UserError(
+                    f"guidance needs sequences with and without instruction, got {num_keys}"
+                )
+            num_keys //= 2
+        max_length = state.max_length + max_new_tokens
+        batch, window = _make_room(
+            state.batch, window=max(max_length, window or 0), slots=max_length
+        )
+        batch, generated = decode_step.generate(
             self.model,
             self.params,
             self._layers,
-            rows,
+            batch,
             ids,
             np.int32(NO_TOKEN if stop_id is None else stop_id),
-            _row_keys(key, batch if guidance == 1 else batch // 2, sampling),
-            np.ones(batch, bool) if active is None else np.asarray(active, bool),
-            forced,
+            _sequence_keys(key, num_keys, sampling),
+            _active(active, state.batch_size),
+            forced_ids,
             grammar,
-            count=max_new_tokens,
+            max_new_tokens=max_new_tokens,
             sampling=dataclasses.replace(sampling, seed=0),  # static: another seed compiles nothing
             window=window,
             guidance=guidance,
         )
-        generated = Generated(tokens, lengths, stopped, num_overridden)
-        return generated, DecodeState(rows, bound, has_pending=True)
+        return generated, DecodeState(batch, max_length, has_pending=True)
 
     def generate_speculative(
         self,
@@ -288,103 +305,109 @@ class Sampler:
         window: int | None = None,
         block: int = 4,
     ) -> tuple[Generated, DecodeState, int]:
-        """Greedy ``generate`` that reads several guessed tokens at once; the same tokens.
+        """Greedy ``generate`` that verifies several drafted tokens at once; the same tokens.
 
         Args:
-          state: consumed.
-          max_new_tokens: N.
+          state: donated.
+          max_new_tokens: the most tokens chosen per sequence.
           allowed: int [R] ids that may be chosen.
           draft_source: int32 [B, H], H at least 1, what drafts are copied from, for example the
-            chunk before; negative where nothing is.
+            previous action chunk; negative where nothing is.
           stop_id: as in ``generate``.
           grammar: as in ``generate``.
           active: as in ``generate``.
           window: as in ``generate``.
-          block: tokens read per step, at least 2.
+          block: tokens decoded per step, at least 2.
 
         Returns:
-          what was chosen, the state behind it, and the steps it took.
+          what was chosen, the state behind it, and the number of steps.
 
         Raises:
           UserError: as ``generate``; or a block below 2, or nothing to copy from.
         """
         draft_source = np.asarray(draft_source, np.int32)
-        batch = state.batch.pending.shape[0]
-        if (
-            block < 2
-            or draft_source.ndim != 2
-            or len(draft_source) != batch
-            or not draft_source.shape[1]
-        ):
+        found, wanted = draft_source.shape, state.batch_size
+        if block < 2 or len(found) != 2 or found[0] != wanted or not found[1]:
             raise UserError(
-                f"speculative decoding: block {block} and {list(draft_source.shape)} ids to copy "
-                f"from, expected at least 2 and [{batch}, H]"
+                f"speculative decoding: a block of {block} and a draft source {list(found)}, "
+                f"expected at least 2 and [{wanted}, H]"
             )
-        if state.has_pending:
-            state = self.extend(state, np.zeros((batch, 0), np.int32))
-        ids = self._allowed(allowed, stop_id, None)
+        ids = self._check_allowed(allowed, stop_id)
         _check_grammar(grammar, ids)
-        bound = state.bound + max_new_tokens
-        need = max(bound + block, window or 0)
-        rows, window = _make_room(state.batch, read=need, write=need)
-        rows, tokens, lengths, stopped, num_overridden, steps = generate_speculative(
+        state = self._append_pending(state)
+        max_length = state.max_length + max_new_tokens
+        slots = max(max_length + block, window or 0)  # rejected drafts are written as well
+        batch, window = _make_room(state.batch, window=slots, slots=slots)
+        batch, generated, steps = speculative.generate(
             self.model,
             self.params,
             self._layers,
-            rows,
+            batch,
             ids,
             np.int32(NO_TOKEN if stop_id is None else stop_id),
-            np.ones(batch, bool) if active is None else np.asarray(active, bool),
+            _active(active, state.batch_size),
             draft_source,
             grammar,
-            count=max_new_tokens,
+            max_new_tokens=max_new_tokens,
             block=block,
             window=window,
         )
-        generated = Generated(tokens, lengths, stopped, num_overridden)
-        return generated, DecodeState(rows, bound), int(steps)
+        return generated, DecodeState(batch, max_length), int(steps)
 
-    def _check(
-        self, tokens: Any, lengths: Any, *, batch_size: int | None = None, at_least: int = 0
+    def _append_pending(self, state: DecodeState) -> DecodeState:
+        if not state.has_pending:
+            return state
+        return self.extend(state, np.zeros((state.batch_size, 0), np.int32))
+
+    def _check_tokens(
+        self, tokens: Any, lengths: Any, *, batch_size: int | None = None, min_length: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, S] with zeros after each sequence's end, and lengths [B]."""
         tokens = np.asarray(tokens, np.int32)
-        width = tokens.shape[1]
-        if lengths is None:
-            lengths = np.full(tokens.shape[0], width)
-        lengths = np.asarray(lengths, np.int32)
-        if batch_size not in (None, tokens.shape[0]):
-            raise UserError(f"{tokens.shape[0]} rows of tokens for a state of {batch_size} rows")
-        fits = (lengths >= at_least) & (lengths <= width)
-        if lengths.shape != tokens.shape[:1] or not fits.all():
+        found, width = tokens.shape
+        lengths = np.asarray(np.full(found, width) if lengths is None else lengths, np.int32)
+        if batch_size not in (None, found):
+            raise UserError(f"tokens of {found} sequences for a state of {batch_size}")
+        fits = (lengths >= min_length) & (lengths <= width)
+        if lengths.shape != (found,) or not fits.all():
             raise UserError(
-                f"lengths {lengths.tolist()}: expected {tokens.shape[0]} of {at_least} to {width}"
+                f"lengths {lengths.tolist()}: expected {found} of {min_length} to {width}"
             )
-        real = tokens[np.arange(width) < lengths[:, None]]
-        _check_ids(real, self.model.config.vocab_size)
-        return np.where(np.arange(width) < lengths[:, None], tokens, 0), lengths
+        is_real = np.arange(width) < lengths[:, None]
+        self._check_ids(tokens[is_real])
+        return np.where(is_real, tokens, 0), lengths
 
-    def _allowed(
-        self, allowed: np.ndarray | None, stop_id: int | None, forced: np.ndarray | None
+    def _check_allowed(
+        self,
+        allowed: np.ndarray | None,
+        stop_id: int | None,
+        forced_ids: np.ndarray | None = None,
     ) -> np.ndarray | None:
-        size = self.model.config.vocab_size
-        _check_ids(np.array([] if stop_id is None else [stop_id]), size)
+        """Ascending int32 [R] of the allowed ids."""
+        self._check_ids(np.array([] if stop_id is None else [stop_id]))
         if allowed is None:
             return None
         ids = np.unique(np.asarray(allowed, np.int32))
-        _check_ids(ids, size)
-        reachable = ids if forced is None else np.union1d(ids, forced)
+        self._check_ids(ids)
+        reachable = ids if forced_ids is None else np.union1d(ids, forced_ids)
         if ids.size == 0 or (stop_id is not None and stop_id not in reachable):
             raise UserError(f"stop id {stop_id} is not among the {ids.size} allowed ids; add it")
         return ids
 
-    def _forced(self, forced_ids: np.ndarray | None, count: int) -> np.ndarray | None:
+    def _check_forced(self, forced_ids: np.ndarray | None, count: int) -> np.ndarray | None:
         if forced_ids is None:
             return None
-        forced = np.asarray(forced_ids, np.int32)
-        if forced.shape != (count,):
-            raise UserError(f"forced_ids of shape {forced.shape} for {count} new tokens")
-        _check_ids(forced[forced >= 0], self.model.config.vocab_size)
-        return forced
+        forced_ids = np.asarray(forced_ids, np.int32)
+        if forced_ids.shape != (count,):
+            raise UserError(f"forced_ids of shape {forced_ids.shape} for {count} new tokens")
+        self._check_ids(forced_ids[forced_ids >= 0])
+        return forced_ids
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        size = self.model.config.vocab_size
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if wrong.size:
+            raise UserError(f"token id {int(wrong[0])} is outside the vocabulary of {size} ids")
 
 
 def _check_grammar(
@@ -392,7 +415,7 @@ def _check_grammar(
 ) -> None:
     if grammar is None:
         return
-    columns = grammar.finishes.shape[1]
+    columns = grammar.num_completed.shape[1]
     if ids is None or len(ids) != columns or guidance != 1:
         allowed = "all" if ids is None else len(ids)
         raise UserError(
@@ -401,32 +424,22 @@ def _check_grammar(
         )
 
 
-def _check_ids(ids: np.ndarray, size: int) -> None:
-    wrong = ids[(ids < 0) | (ids >= size)]
-    if wrong.size:
-        raise UserError(f"token id {int(wrong[0])} is outside the vocabulary of {size} ids")
+def _active(active: np.ndarray | None, batch_size: int) -> np.ndarray:
+    return np.ones(batch_size, bool) if active is None else np.asarray(active, bool)
 
 
-def _row_keys(key: jax.Array | None, batch: int, sampling: Sampling) -> jax.Array | None:
-    """One key per row; row i of any batch gets the same one from the same key."""
+def _sequence_keys(key: jax.Array | None, batch_size: int, sampling: Sampling) -> jax.Array | None:
+    """One key per sequence; sequence i of any batch gets the same one from the same key."""
     if sampling.greedy:
         return None
     key = jax.random.key(sampling.seed) if key is None else key
     if key.ndim:
         return key
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size))
 
 
-def _pad_to_bucket(tokens: np.ndarray, extra: int = 0) -> np.ndarray:
-    """Widens [B, S] so that S plus ``extra`` columns is a bucket: a power of two, or from 32 on
-    one of ``length_bucket``."""
-    width = max(1, tokens.shape[1] + extra)
-    bucket = 1 << (width - 1).bit_length() if width <= 32 else length_bucket(width)
-    return np.pad(tokens, ((0, 0), (0, bucket - extra - tokens.shape[1])))
-
-
-def _make_room(rows: DecodeBatch, *, read: int, write: int) -> tuple[DecodeBatch, int]:
-    """A cache of at least ``write`` slots, and a window bucket of at least ``read``."""
-    if write > rows.cache.slots:
-        rows = rows.replace(cache=rows.cache.grow(length_bucket(write)))
-    return rows, min(length_bucket(read), rows.cache.slots)
+def _make_room(batch: DecodeBatch, *, window: int, slots: int) -> tuple[DecodeBatch, int]:
+    """A cache of at least ``slots`` slots, and a bucket of at least ``window`` of them."""
+    if slots > batch.cache.slots:
+        batch = batch.replace(cache=batch.cache.grow(length_bucket(slots)))
+    return batch, min(length_bucket(window), batch.cache.slots)

@@ -1,4 +1,8 @@
-"""Sampling of one token: temperature, top-k, top-p, and a grammar mask."""
+"""Choosing one token from its logits: temperature, top-k, top-p, and a grammar mask.
+
+Axes: B batch, R ids that may be chosen (the whole vocabulary, or a list of allowed ids), P proper
+prefixes of characters.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,6 @@ from absl import flags
 
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.constrained import FORBIDDEN, CodeGrammar
-
-# ----------------------------------------------------------------------------
-# How one token is chosen from its logits: greedy, or drawn with temperature, top-k and top-p.
-#
-# Axes: B rows, R ids that may be chosen (the whole vocabulary, or a restricted list).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +82,21 @@ def sample_token(logits: jax.Array, sampling: Sampling, keys: jax.Array | None) 
     """
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
     logits = logits / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return _draw(keys, logits)
+        return draw(keys, logits).astype(jnp.int32)
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     values, columns = jax.lax.top_k(logits, kept)
     values = mask_top_p(values, sampling.top_p)
-    return jnp.take_along_axis(columns, _draw(keys, values)[:, None], axis=1)[:, 0]
+    drawn = draw(keys, values)[:, None]
+    return jnp.take_along_axis(columns, drawn, axis=1)[:, 0].astype(jnp.int32)
 
 
 def mask_top_p(sorted_logits: jax.Array, top_p: float) -> jax.Array:
-    """Sets to -inf what lies behind the smallest head of at least ``top_p`` probability.
+    """Nucleus sampling: -inf outside the smallest set of at least ``top_p`` probability.
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, section 3.1.
 
     Args:
       sorted_logits: float32 [B, R], descending.
@@ -102,22 +105,29 @@ def mask_top_p(sorted_logits: jax.Array, top_p: float) -> jax.Array:
     if top_p == 1:
         return sorted_logits
     probabilities = jax.nn.softmax(sorted_logits, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return jnp.where(before < top_p, sorted_logits, -jnp.inf)
-
-
-def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    return jnp.where(mass_before < top_p, sorted_logits, -jnp.inf)
 
 
 # ----------------------------------------------------------------------------
-# A grammar over the ids that may be chosen, followed by every row on its own.
+# Constrained decoding: every sequence follows a grammar of action chunks on its own.
 #
-# The likeliest of the legal ids is taken, so whatever is chosen up to the stop id is a whole chunk.
-# A row whose likeliest ids are all legal gets what it would get without; how often another one had
-# to be taken is counted.
-#
-# Axes: B rows, P beginnings of characters, R ids that may be chosen.
+# Only ids are allowed from which a whole chunk can still be reached, so whatever is chosen up to
+# the stop id decodes. Where the likeliest id is allowed, constrained and free decoding agree; how
+# often it is not is counted (``num_overridden``). The grammar is two int32 tables [P, R] indexed
+# by the unfinished prefix, so that the check is a gather and a few comparisons per step.
+
+
+class GrammarState(NamedTuple):
+    """How far each sequence's chunk has come.
+
+    Attributes:
+      remaining: int32 [B], characters still to complete.
+      prefix: int32 [B], the prefix of a character that is unfinished; 0 is none.
+    """
+
+    remaining: jax.Array
+    prefix: jax.Array
 
 
 @flax.struct.dataclass
@@ -125,71 +135,64 @@ class GrammarMask:
     """A ``CodeGrammar`` with the stop id, its columns in ascending order of ids.
 
     Attributes:
-      finishes: int32 [P, R].
-      begins: int32 [P, R].
-      characters: int32, of a whole chunk.
+      num_completed: int32 [P, R], characters that an id completes after prefix p, or ``FORBIDDEN``.
+      next_prefix: int32 [P, R], the prefix that it leaves unfinished; 0 is none.
+      num_characters: int32, of a whole chunk.
     """
 
-    finishes: np.ndarray
-    begins: np.ndarray
-    characters: np.ndarray
+    num_completed: np.ndarray
+    next_prefix: np.ndarray
+    num_characters: np.ndarray
 
     @classmethod
     def from_grammar(cls, grammar: CodeGrammar, ids: np.ndarray, stop_id: int) -> GrammarMask:
-        """The grammar of a grammar.
+        """Adds a stop id to the grammar of codes.
 
         Args:
           grammar: of the codes.
-          ids: int [R], the token id of each code.
+          ids: int [R - 1], the token id of each code.
           stop_id: ends a whole chunk, and nothing else.
         """
         stop = np.full((len(grammar.num_completed), 1), FORBIDDEN, np.int32)
         stop[0] = 0
         order = np.argsort([*ids, stop_id])
-        finishes = np.append(grammar.num_completed, stop, axis=1)[:, order]
-        begins = np.append(grammar.next_prefix, np.zeros_like(stop), axis=1)[:, order]
-        return cls(finishes, begins, np.int32(grammar.num_characters))
+        num_completed = np.append(grammar.num_completed, stop, axis=1)[:, order]
+        next_prefix = np.append(grammar.next_prefix, np.zeros_like(stop), axis=1)[:, order]
+        return cls(num_completed, next_prefix, np.int32(grammar.num_characters))
 
     def initial_state(self, batch_size: int) -> GrammarState:
-        """Where every row stands before its first id."""
-        return GrammarState(jnp.full(batch_size, self.characters), jnp.zeros(batch_size, jnp.int32))
+        """The state before the first id."""
+        return GrammarState(
+            jnp.full(batch_size, self.num_characters), jnp.zeros(batch_size, jnp.int32)
+        )
 
     def allowed(self, state: GrammarState) -> jax.Array:
-        """bool [B, R], whether an id leads to a whole chunk. All bytes being codes, one does."""
-        finishes, begins = self.finishes[state.part], self.begins[state.part]
-        left = state.left[:, None] - finishes
-        writes = (finishes > 0) | (begins > 0)
-        fits = (left > 0) | ((left == 0) & (begins == 0))
-        return (finishes != FORBIDDEN) & fits & (writes | (left == 0))
+        """bool [B, R], whether a whole chunk can be reached through an id; through one it can."""
+        completed, prefix = self.num_completed[state.prefix], self.next_prefix[state.prefix]
+        remaining = state.remaining[:, None] - completed
+        # An id may not run past the chunk's end, nor leave a character unfinished there; one that
+        # adds nothing (the stop id) is allowed at the end only.
+        fits = (remaining > 0) | ((remaining == 0) & (prefix == 0))
+        adds = (completed > 0) | (prefix > 0)
+        return (completed != FORBIDDEN) & fits & (adds | (remaining == 0))
 
     def next_state(self, state: GrammarState, column: jax.Array) -> GrammarState:
-        """Where the rows stand behind the ids of ``column`` int32 [B]."""
-        finished = jnp.maximum(self.finishes[state.part, column], 0)
-        return GrammarState(state.left - finished, self.begins[state.part, column])
-
-
-class GrammarState(NamedTuple):
-    """Where rows stand in their chunks.
-
-    Attributes:
-      left: int32 [B], characters still to finish.
-      part: int32 [B], number of the beginning that is open, 0 for none.
-    """
-
-    left: jax.Array
-    part: jax.Array
+        """The state after the ids of ``column`` int32 [B]."""
+        completed = jnp.maximum(self.num_completed[state.prefix, column], 0)
+        return GrammarState(state.remaining - completed, self.next_prefix[state.prefix, column])
 
 
 def apply_grammar(
     grammar: GrammarMask | None, state: GrammarState | None, logits: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits float32 [B, R] with -inf for what is not legal, and bool [B] whether that matters.
+    """Logits float32 [B, R] with -inf for ids that are not allowed.
 
-    It matters where the likeliest id is not legal. Without a grammar everything is.
+    Returns:
+      them, and bool [B] whether the likeliest id is not allowed. Without a grammar all are.
     """
     if grammar is None:
         return logits, jnp.zeros(len(logits), bool)
-    legal = grammar.allowed(state)
-    likeliest = jnp.argmax(logits, axis=-1)
-    num_overridden = ~jnp.take_along_axis(legal, likeliest[:, None], axis=1)[:, 0]
-    return jnp.where(legal, logits, -jnp.inf), num_overridden
+    allowed = grammar.allowed(state)
+    likeliest = jnp.argmax(logits, axis=-1)[:, None]
+    overridden = ~jnp.take_along_axis(allowed, likeliest, axis=1)[:, 0]
+    return jnp.where(allowed, logits, -jnp.inf), overridden

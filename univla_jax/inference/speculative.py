@@ -1,152 +1,220 @@
-"""Several tokens per step: a guess of what comes next, read at once and kept as far as it is right.
+"""Prompt-lookup speculative decoding: several tokens per step, the same tokens as greedy decoding.
 
-    chosen so far   7 4 9        certain next      2
-    draft           2 8 8 1      read              2 8 8 1   (one call over four tokens)
-    what follows    8 8 3 …      kept              2 8 8     next certain: 3
+    chosen so far    7 4 9        certain next      2
+    drafted block    2 8 8 1      decoded           2 8 8 1   (one call over four tokens)
+    verified         8 8 3 …      accepted          2 8 8     certain next: 3
 
-Every kept token is the most likely one after those before it, so the result is that of plain greedy
-decoding. Drafts come from where the last two tokens stood before (in the chunk before, or in what
-was chosen since); else the last one; else from the same place of the chunk before.
+Every accepted token is the most likely one after those before it. Drafts are looked up, not
+computed: what followed the last two tokens where they stood before (in ``draft_source``, such as
+the previous action chunk, or among the tokens chosen since); else what followed the last one; else
+what ``draft_source`` has at the same position.
 
-Axes: B rows, N most generated tokens, H tokens to copy from, K tokens read per step, R allowed ids.
+Reference: https://github.com/apoorvumang/prompt-lookup-decoding
+
+Axes: B batch, H tokens of the draft source, Q tokens of a block, R ids that may be chosen, D model.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from univla_jax.inference import decode_step, int8
-from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, read_tokens
-from univla_jax.inference.sampling import apply_grammar
-from univla_jax.models.decoder import compute_logits
+from univla_jax.inference import int8
+from univla_jax.inference.decode_step import (
+    NO_TOKEN,
+    DecodeBatch,
+    Generated,
+    LayerKeyValues,
+    decode_tokens,
+    restack_cache,
+    unstack_cache,
+)
+from univla_jax.inference.sampling import GrammarMask, GrammarState, apply_grammar
+from univla_jax.models.decoder import Decoder, compute_logits
 
 
-def propose_draft(text: jax.Array, end: jax.Array, first: jax.Array, place: jax.Array, count: int):
-    """Guesses what follows one row's next token.
+def propose_draft(
+    history: jax.Array, end: jax.Array, token: jax.Array, fallback: jax.Array, count: int
+) -> jax.Array:
+    """Looks up what may follow one sequence's next token.
 
     Args:
-      text: int32 [T], the chunk before and then what was chosen; negative where nothing is.
+      history: int32 [H + max_new_tokens], the draft source and then what was chosen; negative where
+        nothing is.
       end: how many entries of it count.
-      first: the next token, which is certain.
-      place: entry of the chunk before at the same place as ``first``.
+      token: the next token, which is certain.
+      fallback: entry of the draft source at the position of ``token``.
       count: tokens wanted.
 
     Returns:
       int32 [count], any ids where there is nothing to copy.
     """
-    index = jnp.arange(text.shape[0])
-    before = text[jnp.maximum(end - 1, 0)]
-    one = (text == first) & (index < end)
-    two = one & (jnp.roll(text, 1) == before) & (index > 0)
-    last = lambda found: jnp.max(jnp.where(found, index, -1))  # noqa: E731
-    start = jnp.where(last(two) >= 0, last(two), jnp.where(last(one) >= 0, last(one), place))
-    draft_source = text[jnp.minimum(start + 1 + jnp.arange(count), text.shape[0] - 1)]
-    return jnp.maximum(draft_source, 0)
+    index = jnp.arange(history.shape[0])
+    previous = history[jnp.maximum(end - 1, 0)]
+    matches = (history == token) & (index < end)
+    matches_two = matches & (jnp.roll(history, 1) == previous) & (index > 0)
+    latest = lambda found: jnp.max(jnp.where(found, index, -1))  # noqa: E731
+    one, two = latest(matches), latest(matches_two)
+    start = jnp.where(two >= 0, two, jnp.where(one >= 0, one, fallback))
+    copied = history[jnp.minimum(start + 1 + jnp.arange(count), history.shape[0] - 1)]
+    return jnp.maximum(copied, 0)
+
+
+class _Loop(NamedTuple):
+    """Carry of the decode loop; all chosen tokens are in the cache."""
+
+    cache: list[LayerKeyValues]
+    lengths: jax.Array
+    last_hidden: jax.Array
+    history: jax.Array
+    counts: jax.Array
+    running: jax.Array
+    grammar_state: GrammarState | None
+    num_overridden: jax.Array
+    steps: jax.Array
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "count", "block", "window"), donate_argnames="rows"
+    jax.jit,
+    static_argnames=("model", "max_new_tokens", "block", "window"),
+    donate_argnames="batch",
 )
-def generate_speculative(
-    model, params, layers, rows, ids, stop, active, draft_source, grammar, *, count, block, window
-):
-    """The greedy decode loop with ``block`` tokens per step; see ``decode_steps.generate``.
+def generate(
+    model: Decoder,
+    params: Any,
+    layers: Sequence[Any] | None,
+    batch: DecodeBatch,
+    ids: jax.Array,
+    stop_id: jax.Array,
+    active: jax.Array,
+    draft_source: jax.Array,
+    grammar: GrammarMask | None,
+    *,
+    max_new_tokens: int,
+    block: int,
+    window: int,
+) -> tuple[DecodeBatch, Generated, jax.Array]:
+    """The greedy decode loop of ``decode_step.generate`` with ``block`` tokens per step.
 
     Args:
       model: static.
       params: parameters.
       layers: parameters of each layer by itself, or None to cut them from ``params``.
-      rows: consumed; none of them has a pending token.
+      batch: donated; no sequence has a pending token.
       ids: int32 [R] ascending ids that may be chosen.
-      stop: int32 id that ends a row, -1 for none.
-      active: bool [B], rows that take part.
-      draft_source: int32 [B, H], what to copy drafts from; negative where nothing is.
-      grammar: as in ``decode_steps.generate``.
-      count: N, static.
-      block: K, static.
-      window: static number of slots, ``count + block`` beyond the longest row.
+      stop_id: int32 id that ends a sequence, -1 for none.
+      active: bool [B], sequences that take part.
+      draft_source: int32 [B, H], tokens that drafts are copied from; negative where nothing is.
+      grammar: mask over ``ids``, or None.
+      max_new_tokens: static.
+      block: Q, static.
+      window: static number of leading slots, ``max_new_tokens + block`` beyond the longest
+        sequence.
 
     Returns:
-      rows, tokens int32 [B, N], chosen per row [B], stopped bool [B], ids per row that the grammar
-      ruled out where they were the likeliest [B], steps taken int32.
+      the batch with all chosen tokens, what was chosen, and the steps taken int32.
     """
-    head = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
-    batch, held = draft_source.shape
-    guess = jax.vmap(functools.partial(propose_draft, count=block - 1))
+    head_RD = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
+    batch_size, num_source = draft_source.shape
+    draft = jax.vmap(functools.partial(propose_draft, count=block - 1))
 
-    def most_likely(logits, place):
-        logits, num_overridden = apply_grammar(grammar, place, logits)
+    def most_likely(
+        logits: jax.Array, state: GrammarState | None
+    ) -> tuple[jax.Array, GrammarState | None, jax.Array]:
+        logits, overridden = apply_grammar(grammar, state, logits)
         column = jnp.argmax(logits, axis=-1)
-        return (
-            ids[column],
-            None if grammar is None else grammar.next_state(place, column),
-            num_overridden,
-        )
+        state = None if grammar is None else grammar.next_state(state, column)
+        return ids[column], state, overridden
 
-    def verify(read, first, place, num_overridden):
-        """The likeliest ids behind each token read [B, K], and place and count after each."""
-        logits, found, places, counts = (
-            compute_logits(read, head),
-            [first],
-            [place],
-            [num_overridden],
-        )
-        for k in range(block - 1):  # what comes after a wrong draft is not kept
-            likely, place, changed = most_likely(logits[:, k], places[-1])
-            found, places = [*found, likely], [*places, place]
+    def verify(
+        hidden_BQD: jax.Array, first: jax.Array, state: GrammarState | None, overridden: jax.Array
+    ) -> tuple[jax.Array, GrammarState | None, jax.Array]:
+        """The greedy block [B, Q], and grammar state and overrides after each of its tokens.
+
+        The grammar follows the greedy choice, not the draft: they agree up to the first wrong
+        draft, and nothing behind that is accepted.
+        """
+        logits = compute_logits(hidden_BQD, head_RD)
+        tokens, states, counts = [first], [state], [overridden]
+        for q in range(block - 1):
+            token, state, changed = most_likely(logits[:, q], states[-1])
+            tokens, states = [*tokens, token], [*states, state]
             counts.append(counts[-1] + changed)
-        return jnp.stack(found, 1), jax.tree.map(lambda *x: jnp.stack(x, 1), *places), counts
+        stacked = jax.tree.map(lambda *x: jnp.stack(x, 1), *states)
+        return jnp.stack(tokens, 1), stacked, jnp.stack(counts, 1)
 
-    def more(carry):
-        return jnp.any(carry[-2])
-
-    def advance(carry):
-        slots, lengths, text, chosen, hidden, place, num_overridden, running, steps = carry
-        first, behind, changed = most_likely(compute_logits(hidden, head), place)
-        drafts = guess(text, held + chosen, first, jnp.minimum(chosen, held - 1))
+    def decode_block(loop: _Loop) -> _Loop:
+        # The first token of the block is certain: it follows from the last hidden state. The rest
+        # are drafts; all are decoded in one call, which reads every weight once.
+        first, state, overridden = most_likely(
+            compute_logits(loop.last_hidden, head_RD), loop.grammar_state
+        )
+        fallback = jnp.minimum(loop.counts, num_source - 1)
+        drafts = draft(loop.history, num_source + loop.counts, first, fallback)
         tokens = jnp.concatenate([first[:, None], drafts], axis=1)
-        read, slots = read_tokens(model, params, layers, tokens, lengths, slots)
-        likely, places, counts = verify(read, first, behind, num_overridden + changed)
-        kept = 1 + jnp.sum(jnp.cumprod(tokens[:, 1:] == likely[:, 1:], axis=1), axis=1)
-        ends = jnp.where(jnp.any(tokens == stop, axis=1), jnp.argmax(tokens == stop, axis=1), block)
-        stops = ends < kept
-        kept = jnp.minimum(jnp.minimum(kept, ends + 1), count - chosen) * running
-        target = jnp.where(jnp.arange(block) < kept[:, None], held + chosen[:, None], text.shape[1])
-        target += jnp.arange(block)
-        text = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(text, target, tokens)
-        end = jnp.maximum(kept - 1, 0)
-        last = jnp.take_along_axis(read, end[:, None, None], axis=1)[:, 0]
-        hidden = jnp.where(running[:, None], last, hidden)
-        place, num_overridden = jax.tree.map(
-            lambda old, new: jnp.where(running, new[jnp.arange(batch), end], old),
-            (place, num_overridden),
-            (places, jnp.stack(counts, 1)),
+        hidden, cache = decode_tokens(model, params, layers, tokens, loop.lengths, loop.cache)
+        greedy, states, overrides = verify(hidden, first, state, loop.num_overridden + overridden)
+
+        # Accepted is the longest prefix that greedy decoding would have chosen, cut after a stop id
+        # and at ``max_new_tokens``. Keys of rejected tokens stay in the cache beyond the length,
+        # where nothing sees them and the next block overwrites them.
+        accepted = 1 + jnp.sum(jnp.cumprod(tokens[:, 1:] == greedy[:, 1:], axis=1), axis=1)
+        is_stop = tokens == stop_id
+        stop_at = jnp.where(jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1), block)
+        stops = stop_at < accepted
+        accepted = jnp.minimum(jnp.minimum(accepted, stop_at + 1), max_new_tokens - loop.counts)
+        accepted *= loop.running
+
+        # What is not accepted is scattered out of bounds, and so dropped.
+        column = num_source + loop.counts[:, None] + jnp.arange(block)
+        column = jnp.where(
+            jnp.arange(block) < accepted[:, None], column, loop.history.shape[1] + column
         )
-        chosen = chosen + kept
-        running = running & ~(stops & (kept == ends + 1)) & (chosen < count)
-        return (
-            slots,
-            lengths + kept,
-            text,
-            chosen,
-            hidden,
-            place,
-            num_overridden,
-            running,
-            steps + 1,
+        history = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(
+            loop.history, column, tokens
+        )
+        last = jnp.maximum(accepted - 1, 0)
+        last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        state, overridden = jax.tree.map(
+            lambda old, new: jnp.where(loop.running, new[jnp.arange(batch_size), last], old),
+            (loop.grammar_state, loop.num_overridden),
+            (states, overrides),
+        )
+        counts = loop.counts + accepted
+        stopped = stops & (accepted == stop_at + 1)
+        return _Loop(
+            cache=cache,
+            lengths=loop.lengths + accepted,
+            last_hidden=jnp.where(loop.running[:, None], last_hidden, loop.last_hidden),
+            history=history,
+            counts=counts,
+            running=loop.running & ~stopped & (counts < max_new_tokens),
+            grammar_state=state,
+            num_overridden=overridden,
+            steps=loop.steps + 1,
         )
 
-    text = jnp.concatenate([draft_source, jnp.full((batch, count), NO_TOKEN, jnp.int32)], axis=1)
-    none = jnp.zeros(batch, jnp.int32)
-    slots = decode_step.unstack_cache(rows.cache, window)
-    place = None if grammar is None else grammar.initial_state(batch)
-    start = (slots, rows.lengths, text, none, rows.hidden, place, none, active, jnp.int32(0))
-    end = jax.lax.while_loop(more, advance, start)
-    slots, lengths, text, chosen, hidden, _, num_overridden, _, steps = end
-    tokens = text[:, held:]
-    last = jnp.take_along_axis(tokens, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
-    rows = DecodeBatch(decode_step.update_cache(rows.cache, slots), lengths, hidden, rows.pending)
-    return rows, tokens, chosen, active & (chosen > 0) & (last == stop), num_overridden, steps
+    none = jnp.zeros(batch_size, jnp.int32)
+    empty = jnp.full((batch_size, max_new_tokens), NO_TOKEN, jnp.int32)
+    start = _Loop(
+        cache=unstack_cache(batch.cache, window),
+        lengths=batch.lengths,
+        last_hidden=batch.last_hidden,
+        history=jnp.concatenate([draft_source, empty], axis=1),
+        counts=none,
+        running=active,
+        grammar_state=None if grammar is None else grammar.initial_state(batch_size),
+        num_overridden=none,
+        steps=jnp.int32(0),
+    )
+    end = jax.lax.while_loop(lambda loop: jnp.any(loop.running), decode_block, start)
+    tokens, counts = end.history[:, num_source:], end.counts
+    last = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+    stopped = active & (counts > 0) & (last == stop_id)
+    cache = restack_cache(batch.cache, end.cache)
+    batch = DecodeBatch(cache, end.lengths, end.last_hidden, batch.pending)
+    return batch, Generated(tokens, counts, stopped, end.num_overridden), end.steps

@@ -62,7 +62,9 @@ class KVCache:
         return KVCache(_put(self.keys, keys, starts), _put(self.values, values, starts))
 
     def grow(self, slots: int) -> KVCache:
-        """The same content with room for ``slots`` tokens per row."""
+        """The same content with at least ``slots`` slots per sequence."""
+        if slots <= self.slots:
+            return self
         more = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0), (0, 0))
         return jax.tree.map(lambda x: jnp.pad(x, more), self)
 

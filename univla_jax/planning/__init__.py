@@ -1,1 +1,1 @@
-"""What a run will take, found out before renting anything."""
+"""Memory and time of training and decoding on TPU slices, from ahead-of-time compilation."""

@@ -1,4 +1,4 @@
-"""The plan of acting: reading a prompt and decoding tokens, as the policy server does it."""
+"""Memory per chip and lower bound on the time of prefill and decoding on a slice."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from univla_jax.inference.sampler import length_bucket
 from univla_jax.inference.sampling import GREEDY
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
-from univla_jax.planning.topologies import GIB, Compiled, Topology, compile_for, shard_bytes
-from univla_jax.planning.training_plan import gib
+from univla_jax.planning.topologies import (
+    GIB,
+    CompiledProgram,
+    Topology,
+    compile_ahead,
+    format_gib,
+    shard_bytes,
+)
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware, sharding
-from univla_jax.training.hardware import Chip
 from univla_jax.training.model_setup import decoder_config, model_rules, params_init
 from univla_jax.training.sharding import MeshConfig, make_mesh
 from univla_jax.training.train_config import TrainConfig
@@ -32,26 +37,26 @@ class DecodePlan:
 
     Attributes:
       topology: name of the slice.
-      chips: in it.
+      chips: number of chips in it.
       copies: of the model in the slice, each split over ``chips / copies`` chips.
-      rows: robots per copy.
-      prompt_tokens: of each robot, bucket included.
+      batch_size: robots per copy.
+      prompt_tokens: of each robot, padded to its length bucket.
       new_tokens: the most that are decoded per call.
-      parameters: bytes, in the compute type.
+      parameters: bytes, in the compute dtype.
       cache: bytes of keys and values.
-      prefill_total: bytes at the worst moment of reading the prompt.
+      prefill_total: bytes at the worst moment of prefill.
       decode_total: bytes at the worst moment of decoding.
-      usable: bytes which a program may use on this chip.
+      usable: bytes that a program may use on this chip.
       fits: whether the compiler placed both.
-      prefill_seconds: reading the prompt takes at least that long, by arithmetic.
-      token_seconds: each decoded token takes at least that long, by memory traffic.
+      prefill_seconds: lower bound on prefill, by arithmetic.
+      token_seconds: lower bound on each decoded token, by memory traffic.
       compile_seconds: of both programs.
     """
 
     topology: str
     chips: int
     copies: int
-    rows: int
+    batch_size: int
     prompt_tokens: int
     new_tokens: int
     parameters: int
@@ -68,76 +73,91 @@ class DecodePlan:
         """JSON values."""
         return dataclasses.asdict(self)
 
+    def describe(self) -> str:
+        """A few lines of text."""
+        fits = "fits" if self.fits else "DOES NOT FIT"
+        call = self.prefill_seconds + self.new_tokens * self.token_seconds
+        lines = {
+            "slice": f"{self.topology}, {self.chips} chips, {self.copies} cop(ies) of the model, "
+            f"{self.batch_size} robot(s) each",
+            "prompt": f"{self.prompt_tokens} tokens, then up to {self.new_tokens} decoded ones",
+            "parameters": format_gib(self.parameters),
+            "cache": format_gib(self.cache),
+            "prefill": f"{format_gib(self.prefill_total)} in total, {format_gib(self.usable)} "
+            f"usable: {fits}",
+            "decoding": f"{format_gib(self.decode_total)} in total",
+            "time": f"at least {1e3 * self.prefill_seconds:.1f} ms of prefill, "
+            f"{1e3 * self.token_seconds:.2f} ms per token, {1e3 * call:.0f} ms for all tokens",
+            "compilation": f"{self.compile_seconds:.0f} s",
+        }
+        return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 
-def plan_decoding(config: TrainConfig, topology: Topology, *, rows: int = 1) -> DecodePlan:
+
+def plan_decoding(config: TrainConfig, topology: Topology, *, batch_size: int = 1) -> DecodePlan:
     """Compiles prefill and the decode loop of a recipe's policy or world model for a slice.
 
-    The heads are split over as many chips as share the key heads evenly; chips beyond that hold
-    further copies.
+    The attention heads are split over as many chips as divide the key heads evenly; chips beyond
+    that hold further copies of the model.
 
     Args:
       config: the recipe.
       topology: the slice.
-      rows: robots per copy.
+      batch_size: robots per copy.
     """
-    vocabulary = Vocabulary.emu3()
-    decoder = inference_config(decoder_config(config.model, vocabulary))
+    vocabulary, chip = Vocabulary.emu3(), topology.chip
+    # As loaded for inference: no dropout, weights in the compute dtype.
+    trained = decoder_config(config.model, vocabulary)
+    decoder = dataclasses.replace(trained, dropout=0.0, remat="none", param_dtype=trained.dtype)
     parts = math.gcd(len(topology.devices), decoder.num_kv_heads)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=parts), topology.devices)
-    job = _Job.of(config, vocabulary, decoder, mesh, rows)
+    programs = _DecodePrograms.of(config, vocabulary, decoder, mesh, batch_size)
     with jax.set_mesh(mesh), nn.logical_axis_rules(model_rules(decoder, mesh)):
-        prefill, decode = job.prefill(), job.decode()
-    chip, copies = topology.chip, len(topology.devices) // parts
-    cache = shard_bytes(job.rows.cache)
+        prefill, decode = programs.compile_prefill(), programs.compile_decode()
+    prompt, cache = programs.prompt_tokens, shard_bytes(programs.batch.cache)
+    prefill_flops = batch_size * prompt * hardware.token_flops(decoder, prompt, 0.0)
+    # A decode step reads all layers, the head rows of the ids that may be chosen, and the cache.
+    head = programs.num_allowed * decoder.hidden_size * decoder.compute_dtype.itemsize
+    traffic = shard_bytes(programs.params["stack"]) + head + cache
     return DecodePlan(
         topology=topology.name,
         chips=len(topology.devices),
-        copies=copies,
-        rows=rows,
-        prompt_tokens=job.prompt,
-        new_tokens=job.count,
-        parameters=shard_bytes(job.params),
+        copies=len(topology.devices) // parts,
+        batch_size=batch_size,
+        prompt_tokens=prompt,
+        new_tokens=programs.new_tokens,
+        parameters=shard_bytes(programs.params),
         cache=cache,
-        prefill_total=prefill.total,
-        decode_total=decode.total,
+        prefill_total=prefill.peak,
+        decode_total=decode.peak,
         usable=int(chip.hbm_gib * GIB),
         fits=prefill.fits and decode.fits,
-        prefill_seconds=prefill_seconds(decoder, chip, rows * job.prompt, job.prompt, parts),
-        token_seconds=token_seconds(job, decoder, chip, cache),
+        prefill_seconds=prefill_flops / parts / (chip.teraflops * 1e12),
+        token_seconds=traffic / (chip.gigabytes_per_second * 1e9),
         compile_seconds=prefill.seconds + decode.seconds,
     )
 
 
-def inference_config(decoder: DecoderConfig) -> DecoderConfig:
-    """The decoder as it is loaded for acting: no dropout, weights in the compute type."""
-    return dataclasses.replace(decoder, dropout=0.0, remat="none", param_dtype=decoder.dtype)
-
-
-def prefill_seconds(
-    decoder: DecoderConfig, chip: Chip, tokens: int, length: int, parts: int
-) -> float:
-    """Shortest time to read ``tokens`` in rows of ``length`` on ``parts`` chips."""
-    return tokens * hardware.token_flops(decoder, length, 0.0) / parts / (chip.teraflops * 1e12)
-
-
-def token_seconds(job: _Job, decoder: DecoderConfig, chip: Chip, cache: int) -> float:
-    """Shortest time of one decoded token: all layers, the chosen head rows and the cache."""
-    weights = shard_bytes(job.params["stack"])
-    head = job.choices * decoder.hidden_size * decoder.compute_dtype.itemsize
-    return (weights + head + cache) / (chip.gigabytes_per_second * 1e9)
-
-
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """Abstract arguments of both programs."""
+class _DecodePrograms:
+    """Prefill and the decode loop with abstract, sharded arguments.
+
+    Attributes:
+      model: the decoder.
+      mesh: devices of the slice.
+      params: abstract parameters.
+      batch: abstract sequences after prefill, with their cache.
+      prompt_tokens: padded length of a prompt.
+      new_tokens: the most that are decoded per call.
+      num_allowed: number of ids that may be chosen.
+    """
 
     model: Decoder
     mesh: Mesh
     params: Any
-    rows: Any
-    prompt: int
-    count: int
-    choices: int
+    batch: Any
+    prompt_tokens: int
+    new_tokens: int
+    num_allowed: int
 
     @classmethod
     def of(
@@ -146,97 +166,63 @@ class _Job:
         vocabulary: Vocabulary,
         decoder: DecoderConfig,
         mesh: Mesh,
-        rows: int,
-    ) -> _Job:
+        batch_size: int,
+    ) -> _DecodePrograms:
         model = Decoder(decoder)
-        boxed = jax.eval_shape(params_init(model), jax.random.key(0))
-        params = sharding.place(boxed, mesh)
+        params = sharding.place(jax.eval_shape(params_init(model), jax.random.key(0)), mesh)
         acts = config.data.needs.actions
         labeled = config.loss.max_labeled or config.data.sequence_length
-        count = -(-labeled // config.data.frames)
+        new_tokens = -(-labeled // config.data.frames)
         prompt = length_bucket(config.data.sequence_length)
-        choices = vocabulary.action_size + 2 if acts else vocabulary.visual_size
-        state = jax.eval_shape(
+        batch = jax.eval_shape(
             lambda: decode_step.prefill(
                 model,
                 sharding.unbox(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)),
-                jnp.zeros((rows * mesh.shape["data"], prompt), jnp.int32),
-                jnp.ones((rows * mesh.shape["data"],), jnp.int32),
-                slots=length_bucket(prompt + count),
+                jnp.zeros((batch_size * mesh.shape["data"], prompt), jnp.int32),
+                jnp.ones((batch_size * mesh.shape["data"],), jnp.int32),
+                slots=length_bucket(prompt + new_tokens),
             )
         )
-        return cls(model, mesh, params, _placed(state, mesh), prompt, count, choices)
+        num_allowed = vocabulary.action_size + 2 if acts else vocabulary.visual_size
+        sharded = jax.tree.map(lambda x: _shard_over_copies(x, mesh), batch)
+        return cls(model, mesh, params, sharded, prompt, new_tokens, num_allowed)
 
-    def prefill(self) -> Compiled:
-        tokens = self._array((self._batch, self.prompt), jnp.int32)
-        lengths = self._array((self._batch,), jnp.int32)
-        slots = self.rows.cache.slots
-        arguments = (self.model, self.params, tokens, lengths)
-        lowered = decode_step.prefill.lower(*arguments, slots=slots)
-        return compile_for(lowered, shard_bytes(arguments[1:]))
-
-    def decode(self) -> Compiled:
-        ids = self._array((self.choices,), jnp.int32, split=False)
-        active = self._array((self._batch,), bool)
-        lowered = decode_step.generate.lower(
-            self.model,
-            self.params,
-            rows=self.rows,
-            layers=None,
-            ids=ids,
-            stop=self._array((), jnp.int32, split=False),
-            keys=None,
-            active=active,
-            forced=None,
-            form=None,
-            count=self.count,
-            sampling=GREEDY,
-            window=self.rows.cache.slots,
-            guidance=1,
+    def compile_prefill(self) -> CompiledProgram:
+        count = len(self.batch.lengths)
+        tokens = self._abstract((count, self.prompt_tokens), jnp.int32)
+        lengths = self._abstract((count,), jnp.int32)
+        slots = self.batch.cache.slots
+        return compile_ahead(
+            decode_step.prefill.lower(self.model, self.params, tokens, lengths, slots=slots)
         )
-        return compile_for(lowered, shard_bytes((self.params, self.rows)))
 
-    @property
-    def _batch(self) -> int:
-        return self.rows.lengths.shape[0]
+    def compile_decode(self) -> CompiledProgram:
+        return compile_ahead(
+            decode_step.generate.lower(
+                self.model,
+                self.params,
+                rows=self.batch,
+                layers=None,
+                ids=self._abstract((self.num_allowed,), jnp.int32, split=False),
+                stop=self._abstract((), jnp.int32, split=False),
+                keys=None,
+                active=self._abstract((len(self.batch.lengths),), bool),
+                forced=None,
+                grammar=None,
+                count=self.new_tokens,
+                sampling=GREEDY,
+                window=self.batch.cache.slots,
+                guidance=1,
+            )
+        )
 
-    def _array(self, shape: tuple[int, ...], dtype: Any, split: bool = True) -> Any:
+    def _abstract(self, shape: tuple[int, ...], dtype: Any, split: bool = True) -> Any:
         spec = PartitionSpec("data") if split else PartitionSpec()
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
 
-def _placed(rows: Any, mesh: Mesh) -> Any:
-    """Rows split over copies, the cache also over key heads."""
-
-    def leaf(x: Any) -> jax.ShapeDtypeStruct:
-        is_cache = x.ndim == 5  # [L, B, M, K, C]
-        spec = (None, "data", None, "tensor") if is_cache else ("data",)
-        split = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
-
-    return jax.tree.map(leaf, rows)
-
-
-def describe(plan: DecodePlan) -> str:
-    """A plan in a few lines."""
-    fits = "fits" if plan.fits else "DOES NOT FIT"
-    chunk = plan.prefill_seconds + plan.new_tokens * plan.token_seconds
-    lines = [
-        (
-            "slice",
-            f"{plan.topology}, {plan.chips} chips, {plan.copies} cop(ies) of the model, "
-            f"{plan.rows} row(s) each",
-        ),
-        ("prompt", f"{plan.prompt_tokens} tokens, then up to {plan.new_tokens} decoded ones"),
-        ("parameters", gib(plan.parameters)),
-        ("cache", gib(plan.cache)),
-        ("prefill", f"{gib(plan.prefill_total)} in total, {gib(plan.usable)} usable: {fits}"),
-        ("decoding", f"{gib(plan.decode_total)} in total"),
-        (
-            "time",
-            f"at least {1e3 * plan.prefill_seconds:.1f} ms to read the prompt, "
-            f"{1e3 * plan.token_seconds:.2f} ms per token, {1e3 * chunk:.0f} ms for all tokens",
-        ),
-        ("compilation", f"{plan.compile_seconds:.0f} s"),
-    ]
-    return "\n".join(f"{name:<16}{value}" for name, value in lines)
+def _shard_over_copies(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The batch axis split over copies of the model; the cache [L, B, M, K, C] over K as well."""
+    spec = (None, "data", None, "tensor") if leaf.ndim == 5 else ("data",)
+    placement = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)

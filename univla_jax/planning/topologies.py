@@ -1,9 +1,10 @@
-"""TPU slices that need not be here: devices to compile for."""
+"""TPU topologies by name, and ahead-of-time compilation for their devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
@@ -18,14 +19,19 @@ from univla_jax.training.hardware import CHIPS, Chip
 GIB = 2**30
 
 
+def format_gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f} GiB"
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice by name, such as ``v5p:4x4x4``.
+    """A TPU slice.
 
     Attributes:
-      name: chip and shape.
+      name: chip and shape, such as ``v5p:4x4x4``.
       chip: one of ``CHIPS``.
-      devices: of the slice, to compile for; nothing can run on them.
+      devices: to compile for; nothing can run on them.
     """
 
     name: str
@@ -34,39 +40,36 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """The slice called ``name``.
+    """The slice called ``name``; needs the TPU compiler, no TPU.
 
     Raises:
       UserError: no such chip or shape, or the TPU compiler is not installed.
     """
+    from jax.experimental import topologies
+
     kind = name.split(":", 1)[0]
     if kind not in CHIPS or not re.fullmatch(r"[^:]+:\d+(x\d+)+", name):
         raise UserError(
             f"topology {name!r} is unknown; expected CHIP:SHAPE such as v5p:4x4x4, v6e:8x8 or "
             f"v5e:16x16, with a chip of {', '.join(CHIPS)}"
         )
-    return Topology(name, CHIPS[kind], _devices(name))
-
-
-def _devices(name: str) -> Sequence[Any]:
-    from jax.experimental import topologies
-
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "planning needs the TPU compiler; pip install 'univla_jax[plan]' (no TPU is needed)"
         )
-    _silence()
+    _configure_libtpu()
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # libtpu reports a bad shape as a bare runtime error
         reason = str(error).splitlines()[0]
         raise UserError(
             f"topology {name!r}: the TPU compiler knows no slice of that shape ({reason})"
         ) from error
+    return Topology(name, CHIPS[kind], devices)
 
 
-def _silence() -> None:
-    """Keeps libtpu from asking the cloud which machine this is, and from complaining."""
+def _configure_libtpu() -> None:
+    """Keeps libtpu from querying the cloud's metadata server, and from logging."""
     for key, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs: several plans may be made at once
         "TPU_SKIP_MDS_QUERY": "1",
@@ -80,74 +83,60 @@ def _silence() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Compiles a program for chips that are not here and reads off what it needs.
+# Ahead-of-time compilation.
 
-
-_EXCEEDED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of one program, per chip.
+class CompiledProgram:
+    """What the compiler reports of one program.
 
     Attributes:
-      seconds: it took to compile, by the clock.
-      processor_seconds: the same in processor time of all threads, which other programs on the
-        machine do not lengthen.
-      arguments: bytes of what goes in: parameters, optimizer state, batch.
-      temporaries: bytes of everything in between: activations, gradients, gathered parameters.
-      total: bytes at the worst moment, code included.
+      seconds: of compilation, by the clock.
+      processor_seconds: of compilation, over all threads; other programs on the machine do not
+        lengthen it.
+      peak: bytes per chip at the worst moment, code included.
       fits: whether the compiler placed it in the chip's memory.
     """
 
     seconds: float
     processor_seconds: float
-    arguments: int
-    temporaries: int
-    total: int
+    peak: int
     fits: bool
 
 
-def compile_for(lowered: Any, arguments: int) -> Compiled:
-    """Compiles ``lowered``; a program too large for the chip is a result, not an error.
+def compile_ahead(lowered: Any) -> CompiledProgram:
+    """Compiles ``jax.jit(...).lower(...)`` for devices of a topology.
 
-    Args:
-      lowered: from ``jax.jit(...).lower``, for devices of a topology.
-      arguments: bytes of the arguments per chip, for a program that does not fit.
+    A program too large for the chip is a result, not an error: the compiler's message says how much
+    it would use.
     """
     clock, processor = time.perf_counter(), time.process_time()
-    elapsed = lambda: (time.perf_counter() - clock, time.process_time() - processor)  # noqa: E731
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        total = _needed(str(error))
-        if total is None:
+        peak, fits = _required_memory(str(error)), False
+        if peak is None:
             raise
-        return Compiled(*elapsed(), arguments, total - arguments, total, fits=False)
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    given, between = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    total = given + kept + between + code
-    return Compiled(*elapsed(), given, between + kept, total, fits=True)
+    else:
+        # Donated inputs are reused for outputs (alias), so only the other outputs take memory.
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+        peak, fits = peak + memory.generated_code_size_in_bytes, True
+    return CompiledProgram(time.perf_counter() - clock, time.process_time() - processor, peak, fits)
 
 
-def _needed(message: str) -> int | None:
+def _required_memory(message: str) -> int | None:
     """Bytes that an out-of-memory message of the compiler names, None for other messages."""
-    found = _EXCEEDED.search(message)
+    found = _OUT_OF_MEMORY.search(message)
     return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
 
-def shard_bytes(placed: Any) -> int:
+def shard_bytes(tree: Any) -> int:
     """Bytes per chip of a pytree of ``jax.ShapeDtypeStruct`` with shardings."""
     return sum(
-        jax.numpy.dtype(x.dtype).itemsize * _size(x.sharding.shard_shape(x.shape))
-        for x in jax.tree.leaves(placed)
+        jax.numpy.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(tree)
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from univla_jax.errors import UserError
 from univla_jax.training import sharding
 from univla_jax.training.losses import LossFn
-from univla_jax.training.optimizer import Schedule
 from univla_jax.training.sharding import batch_parts
 
 Init = Callable[[jax.Array], Any]
@@ -121,7 +120,7 @@ def make_train_step(
     abstract: TrainState,
     batch_sharding: NamedSharding,
     *,
-    schedule: Schedule,
+    schedule: optax.Schedule,
     seed: int,
     accumulation: int = 1,
     normalization: str = "global",

@@ -29,7 +29,7 @@ from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vision import PRESETS, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, init_variables, nearest_codes
 from univla_jax.training.metrics import MetricsLogger
-from univla_jax.training.muon import MuonConfig, make_muon
+from univla_jax.training.optimizer import MuonConfig, make_muon
 from univla_jax.training.preemption import SigtermHandler
 from univla_jax.training.train_loop import fit
 

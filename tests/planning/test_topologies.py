@@ -1,0 +1,25 @@
+"""Names of slices, and what the compiler says of a program that does not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from univla_jax.errors import UserError
+from univla_jax.planning.topologies import _required_memory, find_topology
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "v5p", "v5p:big", ""])
+def test_an_unknown_topology_is_named(name):
+    with pytest.raises(UserError, match="is unknown; expected CHIP:SHAPE"):
+        find_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("Ran out of memory in memory space hbm. Used 48.50G of 31.25G hbm.", 52_076_478_464),
+        ("Something else", None),
+    ],
+)
+def test_memory_required_by_a_program_that_does_not_fit(message, size):
+    assert _required_memory(message) == size

@@ -1,0 +1,47 @@
+"""What is counted of a train step, and one through the real TPU compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.planning.recipes import SMALL, needs_compiler, recipe_config
+from univla_jax.planning.topologies import find_topology
+from univla_jax.planning.training_plan import least_traffic, plan_training, useful_tokens
+from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training.model_setup import decoder_config
+
+
+def test_useful_tokens_by_the_usual_sample():
+    assert useful_tokens(recipe_config()) == 192 * 2630
+    assert useful_tokens(recipe_config(sample_tokens=1000)) == 192 * 3000
+    assert useful_tokens(recipe_config(sample_tokens=0)) == 192 * 3200
+    assert useful_tokens(dataclasses.replace(recipe_config(), sample_tokens=4000)) == 192 * 3200
+
+
+def test_the_least_traffic_of_a_step():
+    """A parameter part of 4 bytes x 10, on 4 x 2 chips of which 2 split the heads."""
+    config = recipe_config()
+    decoder = decoder_config(config.model, Vocabulary.emu3())
+    mesh = {"replica": 1, "data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    inputs = 2 * (192 * 3200 / 4) * 32 * 4096 * 2
+    expected = 2 * (40 + 80 + 40) + 3 * (40 * 4 / 2) + inputs
+    assert least_traffic(config, decoder, 40, 80, mesh) == expected
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_small_step_through_the_tpu_compiler():
+    plan = plan_training(recipe_config(**SMALL), find_topology("v5e:4x4"), full_logits=True)
+    assert plan.fits and plan.chips == 16
+    assert plan.mesh == {"fsdp": 8, "tensor": 2}
+    assert plan.tokens == 16 * 256 and plan.useful_tokens == 16 * 200
+    # the moments are twice the parameters, and a counter
+    assert plan.optimizer == 2 * plan.parameters + 8
+    assert plan.parameters + plan.optimizer + plan.activations == plan.total
+    assert plan.total < plan.full_logits_total
+    text = plan.describe()
+    assert "fits" in text and "15.75 GiB usable" in text and "of processor time" in text
+    assert json.loads(json.dumps(plan.to_dict()))["lower_bound_seconds"] > 0
