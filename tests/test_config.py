@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from univla_jax.config import build_config, complete
 from univla_jax.errors import UserError
@@ -54,3 +56,13 @@ def test_a_renamed_field_is_found_under_its_former_name():
     assert complete(_Run, {"steps": 2, "data": {"action_frames": 3}}).data.chunk_size == 3
     with pytest.raises(UserError, match="action_frames: renamed to 'chunk_size', which is set too"):
         build_config(_Run, {"steps": 2, "data": {"chunk_size": 3, "action_frames": 3}})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("0.25", 0.25), ("1", 1.0), ("(0.5, 1, 100)", (0.5, 1.0, 100))]
+)
+def test_a_number_or_a_tuple_can_be_set_on_the_command_line(given, expected):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", complete(_Run, {"steps": 2}), flag_values=values)
+    values(["program", f"--config.weight={given}"])
+    assert build_config(_Run, values.config.to_dict()) == _Run(2, weight=expected)

@@ -74,7 +74,9 @@ def complete(cls: type, values: Mapping[str, Any]) -> config_dict.ConfigDict:
       UserError: as ``build_config``.
     """
     _new_names.update(_renamed_fields(cls))
-    return config_dict.ConfigDict(dataclasses.asdict(build_config(cls, values)), convert_dict=True)
+    made = config_dict.ConfigDict(dataclasses.asdict(build_config(cls, values)), convert_dict=True)
+    _open_unions(made, cls)
+    return made
 
 
 def of_stage(
@@ -120,6 +122,21 @@ def _renamed_fields(cls: type) -> dict[str, str]:
             if dataclasses.is_dataclass(inner):
                 names |= _renamed_fields(inner)
     return names
+
+
+def _open_unions(config: config_dict.ConfigDict, cls: type) -> None:
+    """Lets fields that may be a number or a tuple take either on the command line.
+
+    ml_collections parses an override by the type of the present value; a reference of type object
+    makes it parse any Python literal, which ``build_config`` then checks.
+    """
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            _open_unions(config[name], hint)
+        elif any(typing.get_origin(option) is tuple for option in typing.get_args(hint)) and (
+            typing.get_origin(hint) is not tuple
+        ):
+            config[name] = config_dict.FieldReference(config[name], field_type=object)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
