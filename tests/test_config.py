@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 from absl import flags
@@ -61,8 +62,9 @@ def test_a_renamed_field_is_found_under_its_former_name():
 @pytest.mark.parametrize(
     ("given", "expected"), [("0.25", 0.25), ("1", 1.0), ("(0.5, 1, 100)", (0.5, 1.0, 100))]
 )
-def test_a_number_or_a_tuple_can_be_set_on_the_command_line(given, expected):
+def test_a_number_or_a_tuple_can_be_set_on_the_command_line(given, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", f"--config.weight={given}"])
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", complete(_Run, {"steps": 2}), flag_values=values)
-    values(["program", f"--config.weight={given}"])
+    values(sys.argv)
     assert build_config(_Run, values.config.to_dict()) == _Run(2, weight=expected)
