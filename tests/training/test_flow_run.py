@@ -29,7 +29,7 @@ from univla_jax.training.sharding import MeshConfig, make_mesh
 from univla_jax.training.train_config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-FLOW = {"data__layout": "policy_flow", "data__frames": 1, "data__packing": False}
+FLOW = {"data__task": "policy_flow", "data__frames": 1, "data__packing": False}
 EXPERT = {"num_layers": 1, "mlp_size": 16}
 
 

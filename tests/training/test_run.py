@@ -138,7 +138,7 @@ def world_model(world, tmp_path_factory):
     config = tiny_run.config(
         world,
         total_steps=2,
-        data__layout="world_model",
+        data__task="world_model",
         data__frame_spacing=3,
         data__vision_weight=1.0,
         accumulation=2,

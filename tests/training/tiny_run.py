@@ -93,7 +93,7 @@ def values(world: pathlib.Path, **changes: Any) -> dict[str, Any]:
         "model": {"preset": "tiny"},
         "data": {
             "stores": (str(world / "store"),),
-            "layout": "policy_video",
+            "task": "policy_video",
             "sequence_length": 256,
             "batch_size": 4,
             "frames": 2,
