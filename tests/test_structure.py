@@ -19,7 +19,7 @@ RANKS = {
     "tokenizers": 2,
     "assets": 3,
     "data": 3,
-    "sequences": 6,
+    "sequences": 4,
     "tasks": 5,
     "pipeline": 6,
     "models": 1,
