@@ -61,14 +61,12 @@ def golden_decoder(folder: pathlib.Path, **changes: Any) -> tuple[Decoder, Any]:
     return Decoder(config), jax.tree.map(jnp.asarray, params)
 
 
-@dataclasses.dataclass
-class Batch:
-    """The arrays [B, S] that the loss reads."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedBatch:
+    """Token arrays [B, S] and the loss weight of predicting each token."""
 
     tokens: Any
-    loss_weight: Any
+    weights: Any
     positions: Any
     segment_ids: Any
-
-
-jax.tree_util.register_dataclass(Batch, ["tokens", "loss_weight", "positions", "segment_ids"], [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.decoders import golden_decoder
+from tests.decoders import WeightedBatch, golden_decoder
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from univla_jax.inference.sampler import Sampler
 from univla_jax.interop.hf_weights import decoder_rules, export_state
@@ -32,17 +31,6 @@ def decoder(golden: Golden) -> Iterator[Check]:
     loss, gradient = loss_and_gradient(model, params, golden_batch(data, values), values)
     yield close("batch", "loss", loss, data["loss"], LOSS)
     yield from _gradients(golden, export_state(decoder_rules(model.config), gradient), data)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WeightedBatch:
-    """Token arrays [B, S] and the loss weight of each token."""
-
-    tokens: Any
-    weights: Any
-    positions: Any
-    segment_ids: Any
 
 
 def golden_batch(

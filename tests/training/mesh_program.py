@@ -22,6 +22,7 @@ import numpy as np
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.sequences.roles import Role
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.optimizer import OptimizerConfig
@@ -55,9 +56,10 @@ def packed_batch(seed: int) -> Batch:
     starts = np.diff(segments, axis=1, prepend=0) != 0
     begun = np.maximum.accumulate(np.where(starts, np.arange(LENGTH), 0), axis=1)
     labeled = (rng.random((ROWS, LENGTH)) < 0.4) & ~starts & (segments > 0)
-    weight = np.where(labeled, rng.choice([0.5, 1.0], (ROWS, LENGTH)), 0).astype(np.float32)
+    role = rng.choice([Role.VISION, Role.ACTION], (ROWS, LENGTH))
+    roles = np.where(labeled, role, Role.TEXT).astype(np.uint8)
     positions = np.where(segments > 0, np.arange(LENGTH) - begun, 0).astype(np.int32)
-    return Batch(tokens, weight, positions, segments)
+    return Batch(tokens, roles, np.zeros_like(roles), positions, segments)
 
 
 def build(sizes: dict[str, int], accumulation: int) -> TrainSetup:
@@ -69,7 +71,14 @@ def build(sizes: dict[str, int], accumulation: int) -> TrainSetup:
     config = TrainConfig(
         total_steps=STEPS,
         model=ModelConfig("tiny", {"qkv_bias": True, "dropout": 0.0 if accumulation > 1 else 0.1}),
-        data=DataConfig(stores=(), task="policy_video", sequence_length=LENGTH, batch_size=ROWS),
+        data=DataConfig(
+            stores=(),
+            task="policy_video",
+            sequence_length=LENGTH,
+            batch_size=ROWS,
+            loss_on="both",
+            vision_weight=(0.5, 0.25, 2),
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=1),
         loss=LossConfig(max_labeled=24),
         mesh=MeshConfig(**{"fsdp": 1, **sizes}),

@@ -120,7 +120,7 @@ def test_what_does_not_do_is_named(world, tmp_path):
 
 
 def test_the_full_size_recipe_has_the_references_expert(golden_dir):
-    config = build_config(TrainConfig, recipe("libero")("flow"))
+    config = build_config(TrainConfig, recipe("libero")("flow").to_dict())
     model = TrainSetup.build(config, Vocabulary.emu3(), make_mesh(MeshConfig()))
     rules = joint_rules(model.expert.config, model.model.config)
     check_params(rules, model.abstract.params)

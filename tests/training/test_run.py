@@ -62,13 +62,14 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
     assert set(assets.statistics) == {"tabletop"}
 
 
-def test_the_layout_says_whether_states_are_shown(world):
-    """Only where they are: the layout of a run without them keeps the keys it always had."""
+def test_the_record_says_whether_states_are_shown(world):
+    """Only where they are: the record of a run without them keeps the keys it always had."""
     data = tiny_run.config(world).data
     stores = [TokenStore(folder) for folder in data.stores]
-    plain = run_assets.task_settings(data, stores)
-    shown = run_assets.task_settings(dataclasses.replace(data, state=True), stores)
+    plain = run_assets.task_record(data, stores).to_json()
+    shown = run_assets.task_record(dataclasses.replace(data, state=True), stores).to_json()
     assert "state" not in plain and shown == {**plain, "state": True}
+    assert plain["layout"] == "policy_video" and plain["action_frames"] == 3
 
 
 @pytest.mark.parametrize("crash", [1, 5])
@@ -196,7 +197,7 @@ def test_an_earlier_stage_of_another_size_is_refused(world, world_model, tmp_pat
         ({"init_from": "/nowhere"}, "no complete checkpoint in /nowhere"),
         ({"model__preset": "huge"}, "model preset 'huge' is unknown"),
         ({"model__overrides": {"vocab_size": 3}}, "comes from the vocabulary"),
-        ({"loss__max_labeled": 2}, "max_labeled=2, but row"),
+        ({"loss__max_labeled": 2}, "max_labeled=2, but element"),
         ({"data__held_out_every": 0, "evaluation__every": 2}, "nothing is held out"),
         ({"loss__normalization": "local"}, r"loss\.normalization: 'local'"),
         ({"optimiser": {}}, r"config\.optimiser: unknown key; did you mean 'optimizer'"),
@@ -230,3 +231,28 @@ def test_the_config_of_a_workdir_can_be_read_back(world, whole):
     from univla_jax.training.train_config import TrainConfig
 
     assert run_dir.read_config(whole, TrainConfig) == tiny_run.config(world, **EVALUATED)
+
+
+def test_a_run_goes_on_with_another_vision_weight(world, tmp_path):
+    """A number or a schedule: neither the data nor the run's identity depends on it."""
+    settings = {"data__loss_on": "both", "data__vision_weight": 0.5}
+    _train(tiny_run.config(world, **settings, total_steps=2), tmp_path)
+    _train(tiny_run.config(world, **settings, total_steps=4), tmp_path)
+    scheduled = settings | {"data__vision_weight": (1.0, 0.0, 4)}
+    _train(tiny_run.config(world, **scheduled, total_steps=6), tmp_path)
+    assert checkpoints.find_checkpoint(tmp_path).name == "6"
+    steps = [line["step"] for line in io.read_jsonl(tmp_path / metrics.FILE) if "loss" in line]
+    assert steps == list(range(6))
+
+
+def test_a_vision_weight_schedule_sets_the_loss_of_each_step(world, tmp_path):
+    """At a weight of 0 visual ids are not labeled at all."""
+    settings = {"total_steps": 2, "data__loss_on": "both"}
+    losses = {}
+    for name, weight in {"one": 1.0, "none": 0.0, "line": (1.0, 0.0, 1)}.items():
+        _train(tiny_run.config(world, **settings, data__vision_weight=weight), tmp_path / name)
+        lines = io.read_jsonl(tmp_path / name / metrics.FILE)
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+        counted = ["visual_loss" in line for line in lines if "loss" in line]
+        assert counted == {"one": [True, True], "none": [False, False], "line": [True, False]}[name]
+    assert losses["line"][0] == losses["one"][0] != losses["none"][0]

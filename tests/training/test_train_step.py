@@ -25,9 +25,10 @@ def _init(key):
     return {"w": jax.random.normal(key, (3,))}
 
 
-def _loss(params, batch, rng):
+def _loss(params, batch, step, rng):
     error = (batch["x"] @ params["w"] - batch["y"]) ** 2
     sums = {
+        "step": (jnp.float32(step), jnp.float32(1)),
         "error": (error.sum(), jnp.float32(error.size)),
         "nothing": (jnp.float32(0), jnp.float32(0)),
         "rows": jnp.float32(error.size),
@@ -106,11 +107,22 @@ def test_random_numbers_follow_the_step_and_the_seed():
     assert len({noise(0, 1), noise(0, 2), noise(1, 1)}) == 3
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_loss_knows_the_step(accumulation):
+    step, state, batch, _ = _step(accumulation=accumulation)
+    steps = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        steps.append(float(metrics["step"]))
+    assert steps == [0.0, 1.0, 2.0]
+
+
 def test_eval_step_returns_sums():
     _, state, batch, abstract = _step()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    total, weight, sums = make_eval_step(_loss, abstract, batch_sharding(mesh))(state.params, batch)
-    assert float(weight) == pytest.approx(8.0)
+    evaluate = make_eval_step(_loss, abstract, batch_sharding(mesh))
+    total, weight, sums = evaluate(state.params, jnp.int32(5), batch)
+    assert float(weight) == pytest.approx(8.0) and float(sums["step"][0]) == 5.0
     assert float(total) > 0 and "noise" not in sums and float(sums["error"][1]) == 8.0
 
 
