@@ -91,6 +91,9 @@ def pack(elements: Sequence[Sequence[Example]], *, length: int, pad: int) -> dic
     tokens = np.full(shape, pad, np.int32)
     roles, task_ids = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
     positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    # Padding keeps role, task, position and segment 0. Segments count from 1, so attention and loss
+    # tell it from a first example; positions restart in every segment, which is what rotary
+    # embeddings and the "first token is never predicted" rule of the loss rely on.
     counting = np.arange(length, dtype=np.int32)
     for i, examples in enumerate(elements):
         start = 0

@@ -182,6 +182,8 @@ class BatchIterator:
                 "another number of hosts, whose states are needed together"
             )
         own = [positions[str(element)] for element in self._elements] if step else []
+        # Grain iterators are opened anew at the position instead of being moved there: no batch in
+        # front of it is built, however late in the run it is.
         _close_all(self._open)
         self._open.append(self._arrays(step, own))
         self._step, self._positions = step, own
@@ -215,6 +217,8 @@ def _grain_dataset(
     config: DataConfig, source: PackedSource, parts: int
 ) -> grain.IterDataset[Arrays]:
     """The items of a source, made by threads or worker processes, joined to whole batches."""
+    # Threads or worker processes build items in order; a prefetch thread then keeps whole batches
+    # ready, so that the step never waits for the slowest item.
     ahead = config.read_threads * _PARTS_AHEAD_PER_THREAD
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.source(source).to_iter_dataset(options)
@@ -318,6 +322,8 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """NumPy batches [B / hosts, S]."""
+        # Hosts take episodes in turns, and all of them yield the same number of batches: a host
+        # that ran out early would leave the others waiting in a collective.
         own = self._episodes[self._host :: self._hosts]
         empty = {key: np.zeros_like(a[0]) for key, a in self._packed(self._episodes[:1]).items()}
         empty["tokens"] += self._pad

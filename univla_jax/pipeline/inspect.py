@@ -118,6 +118,7 @@ def _example(
     episode: TokenizedEpisode, spec: SampleSpec, config: DataConfig, assets: Assets
 ) -> dict[str, Any]:
     tokens = spec.fill(assets.vocabulary)
+    # The weights of step 0, by the rule of ``training.losses.LabelWeights``.
     by_role = labeled_roles(config.labels).astype(np.float32)
     by_role[Role.VISION] *= config.vision_schedule[0]
     weights = by_role[tokens.roles] * (np.arange(len(tokens)) > 0)

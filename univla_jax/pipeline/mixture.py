@@ -70,6 +70,8 @@ class Split:
         every = self._every
         if not every:
             return self.source[index]
+        # Groups of ``every`` episodes give their last one to the held-out split. Copies of an
+        # episode are neighbors in the store, so the arithmetic is on whole episodes.
         group, copy = divmod(index, self._copies)
         whole = group * every + every - 1 if self._held_out else group + group // (every - 1)
         return self.source[whole * self._copies + copy]
@@ -95,6 +97,7 @@ def _open_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
     unknown = sorted(set(views) - set(header.image_specs))
     if unknown and not config.needs.single_view:
         raise UserError(f"{where}: no view {unknown[0]!r}, only {sorted(header.image_specs)}")
+    # Codes only mean what the checkpoint thinks if frames were resized alike before encoding.
     specs = {v: ImageSpec.from_dict(s) for v, s in header.image_specs.items() if v in views}
     assets.require_same_image_specs(specs, source=where)
     needed = make_task(config.task, config.settings, assets).steps_needed(header.corpus)

@@ -38,6 +38,8 @@ def frame_block(
     Raises:
       UserError: codes of another rank, or outside the codebook.
     """
+    # The block is allocated once and its frames are filled as rows of [count, h*w + eof]: joining
+    # the ids of thousands of codes from lists would dominate the cost of a training sample.
     vocabulary, (frames, height, width) = text_encoder.vocabulary, _frame_shape(codes)
     head = frame_header(text_encoder, height, width, frames)
     count = frames if shown is None else shown

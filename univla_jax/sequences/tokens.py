@@ -45,6 +45,8 @@ def compose(vocabulary: Vocabulary, pieces: Iterable[Piece]) -> Tokens:
     """
     roles, arrays = zip(*pieces)
     ids = np.concatenate(arrays).astype(np.int32, copy=False)
+    # Frames are written as one piece of codes and markup; their codes are told apart by id, so that
+    # no writer of a frame has to count roles.
     role_of = np.repeat(np.asarray(roles, np.uint8), [len(a) for a in arrays])
     role_of[(ids >= vocabulary.bov) & (ids <= vocabulary.eov)] = Role.VISION
     return Tokens(ids, role_of)

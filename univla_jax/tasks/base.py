@@ -137,6 +137,9 @@ class SampleSpec:
         Raises:
           UserError: a code outside the vocabulary, or a damaged record.
         """
+        # Only VISION roles are placeholders, and ``shown`` is in the order of their positions, so
+        # one masked assignment fills all frames. The reads of the codes happen here and nowhere
+        # before: packing plans many samples for each one that a row finally takes.
         codes = np.concatenate([codes[step].ravel() for codes, step in self.shown])
         ids = self.tokens.ids.copy()
         ids[self.tokens.roles == Role.VISION] = vocabulary.visual_ids(codes)
@@ -258,6 +261,8 @@ class Task(abc.ABC):
         Raises:
           UserError: there are no statistics of the corpus.
         """
+        # Poses become differences to the first step of their own chunk before they are normalized:
+        # the statistics are those of the differences.
         actions = episode.actions[starts.start : starts.stop]
         chunks = actions.reshape(-1, self.settings.chunk_size, actions.shape[-1])
         dataset = DATASETS.get(episode.corpus)
@@ -347,6 +352,8 @@ class ActionTask(Task):
 
     def parse(self, ids: np.ndarray, shape: tuple[int, int]) -> DecodedActions:
         """The normalized chunk [T, A] that generated ids [n] mean, their eoa included."""
+        # Without eoa the number of new tokens ran out in the middle of a chunk. What decodes of it
+        # might look like a chunk, so it is reported and never executed.
         if not len(ids) or ids[-1] != self.vocabulary.eoa:
             return DecodedActions.invalid(f"no end of action within {len(ids)} tokens", *shape)
         codes = self.vocabulary.action_codes(ids[:-1]).tolist()
@@ -356,6 +363,8 @@ class ActionTask(Task):
         self, frames: Sequence[Piece], state: np.ndarray | None, chunk: np.ndarray | None
     ) -> list[Piece]:
         """Frames, state and action of one moment; without a chunk it ends with boa."""
+        # Training writes a moment with its chunk and a prompt writes it without: the same lines, so
+        # that a policy is never prompted with a sequence that it was not trained on.
         shown = [] if state is None else [(Role.STATE, np.asarray(state, np.int32))]
         return [*frames, *shown, action_block(self.vocabulary, chunk)]
 

@@ -69,6 +69,8 @@ class ChainOfThought(Task):
             *self.frame_pieces(views, frames_shown),
             (Role.THOUGHT, np.array([vocabulary.bot], np.int32)),
         ]
+        # bot stands in the prompt and is labeled with the thought: a model that is not prompted
+        # with it could then decide by itself to reason.
         if reasoning is not None:
             thought = np.append(self.text_encoder.encode(reasoning), vocabulary.eot)
             pieces += [(Role.THOUGHT, thought), action_block(vocabulary, chunk)]

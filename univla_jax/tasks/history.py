@@ -47,6 +47,8 @@ class History:
         """
         if len(self.moments) != len(self.actions):
             raise UserError("history: an observation came before the last one's action")
+        # The window holds observations and the actions between them; an observation that leaves it
+        # takes the action behind it along, so that the rest is a training sequence again.
         forgotten = max(0, len(self.moments) - (self.window - 1))
         moments = (*self.moments[forgotten:], np.asarray(moment, np.int32))
         return dataclasses.replace(self, moments=moments, actions=self.actions[forgotten:])
@@ -86,6 +88,8 @@ class History:
         Args:
           opening: ids of bos and instruction (``Task.opening``).
         """
+        # The next ``observe`` will drop what leaves the window; what stays is the beginning of the
+        # next prompt, and can be prefilled while the robot moves.
         first = max(0, len(self.moments) - (self.window - 1))
         kept = zip(self.moments[first:], self.actions[first:])
         return np.concatenate([opening, *(ids for pair in kept for ids in pair)]).astype(np.int32)

@@ -83,6 +83,8 @@ class PolicyVideo(ActionTask):
             states is not None and len(states) != moments
         ):
             raise UserError(f"{len(chunks)} action chunks for {moments} moments of frames")
+        # All frames of a camera become ids in one vectorized call, then the moments interleave
+        # them.
         pieces = [opening(self.text_encoder, instruction)]
         blocks = [frame_blocks(self.text_encoder, view) for view in views]
         for t in range(moments):

@@ -69,6 +69,8 @@ class TaskRecord:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for the assets."""
+        # The file keeps its first key names and leaves out what older checkpoints do not have, so
+        # that a run which is continued finds the fingerprint that it saved.
         values = dataclasses.asdict(self)
         if not self.state:
             del values["state"]  # absent, as in assets saved before there were states

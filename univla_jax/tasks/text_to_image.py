@@ -28,6 +28,7 @@ class TextToImage(Task):
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
     ) -> SampleSpec:
         """The instruction and one frame of one camera."""
+        # The camera is drawn before the step: the order of the draws is part of what a seed means.
         view, step = self.draw_camera(episode, rng), self.draw_window(episode, 1, 1, rng).start
         tokens = self.build(instruction, placeholders(view, 1)[0])
         return SampleSpec(tokens, frames_in_order([view], [step]))

@@ -45,6 +45,8 @@ class WorldModelTask(FrameTask):
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
     ) -> SampleSpec:
         """Up to ``frames`` frames of one camera, ``frame_spacing`` steps apart."""
+        # The window is drawn before the camera: the order of the draws is part of what a seed
+        # means.
         spacing = corpus_frame_spacing(self.settings, episode.corpus)
         moments = self.draw_window(episode, self.settings.frames, spacing, rng)
         view = self.draw_camera(episode, rng)
