@@ -35,6 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["univla_jax", "univla_jax.*"]),
+    package_data={"univla_jax.evaluation": ["templates/*.jinja"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.7",
@@ -45,6 +46,7 @@ setup(
         "imageio>=2.34",
         "jinja2>=3.1",
         "jax>=0.10",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5",

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from univla_jax.config import complete, of_stage
 from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig
-from univla_jax.simulators.libero.libero_demonstrations import LiberoDemonstrationsConfig
+from univla_jax.simulators.libero.libero_demonstrations import DemonstrationsConfig
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.vision_training import VisionFitConfig
 
@@ -45,7 +45,7 @@ Values = dict[str, Any]
 def demonstrations() -> ConfigDict:
     """Scripted episodes from the initial states 20 to 49, which evaluation leaves alone."""
     values = {"suite": SUITE, "tasks": (TASK,), "train_episodes": 60, "val_episodes": 6}
-    return complete(LiberoDemonstrationsConfig, values)
+    return complete(DemonstrationsConfig, values)
 
 
 def text() -> ConfigDict:

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from univla_jax.config import complete, of_stage
 from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig
+from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
-from univla_jax.evaluation.study import EvaluateConfig
 from univla_jax.simulators.tabletop.tabletop_expert import DemonstrationsConfig
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.vision_training import VisionFitConfig
@@ -124,8 +124,9 @@ def training(steps: int, data: Values) -> Values:
 
 
 def evaluate() -> ConfigDict:
-    """Closed loop on held-out episodes, beside what the score is worth."""
-    return complete(EvaluateConfig, {"episodes": 150, "batch": 75})
+    """Closed loop on held-out episodes, beside its baselines."""
+    conditions = ("policy", "other_instruction", "untrained", "random")
+    return complete(EvaluateConfig, {"episodes": 150, "batch": 75, "conditions": conditions})
 
 
 def imagine() -> ConfigDict:

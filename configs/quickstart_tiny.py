@@ -16,7 +16,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "vision": {"total_steps": 6, "batch_size": 2, "evaluation_frames": 16},
     "world_model": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "policy": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
-    "evaluate": {"episodes": 5, "batch": 5, "max_steps": 10, "video_episodes": 2},
+    "evaluate": {"episodes": 5, "batch": 5, "max_steps": 10},
     "imagine": {"episodes": 2, "batch": 2},
 }
 

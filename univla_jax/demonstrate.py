@@ -11,35 +11,26 @@ the command leaves it as it is.
 
 from __future__ import annotations
 
+import importlib
+
 from absl import flags
 
 from univla_jax import cli
 from univla_jax.config import build_config
-from univla_jax.simulators.libero.libero_demonstrations import (
-    LiberoDemonstrationsConfig,
-    write_libero_demonstrations,
-)
-from univla_jax.simulators.tabletop.tabletop_expert import (
-    DemonstrationsConfig,
-    write_demonstrations,
-)
+from univla_jax.simulators.base import DEMONSTRATIONS
 
 CONFIG = cli.config_flag()
 OUT = cli.string_flag("out", "folder for the dataset")
-BENCHMARK = flags.DEFINE_enum("benchmark", "tabletop", ["tabletop", "libero"], "whose experts")
+BENCHMARK = flags.DEFINE_enum("benchmark", "tabletop", list(DEMONSTRATIONS), "whose experts")
 ASSETS = cli.string_flag("assets", "the simulator's assets", required=False)
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    values = CONFIG.value.to_dict()
-    if BENCHMARK.value == "libero":
-        config = build_config(LiberoDemonstrationsConfig, values)
-        folder = write_libero_demonstrations(config, OUT.value, assets=ASSETS.value)
-    else:
-        config = build_config(DemonstrationsConfig, values)
-        folder = write_demonstrations(config, OUT.value)
+    module = importlib.import_module(DEMONSTRATIONS[BENCHMARK.value])
+    config = build_config(module.DemonstrationsConfig, CONFIG.value.to_dict())
+    folder = module.write_demonstrations(config, OUT.value, assets=ASSETS.value)
     print(f"{config.train_episodes} + {config.val_episodes} demonstrations in {folder}")
 
 

@@ -10,7 +10,7 @@ The first form writes ``imagined.png`` (real frames above imagined ones), ``imag
 ``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
 last frame given. Started again on finished results, the command says so. The second continues a
 picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera;
-``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` draws frames instead of taking the
+``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples frames instead of taking the
 likeliest.
 """
 
@@ -46,7 +46,7 @@ _SHOWN = {
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in a few lines, all frames together."""
+    """The scores over all frames, for a terminal."""
     rows = [["frames", "PSNR dB", "SSIM", "tokens right %"]]
     for name, label in _SHOWN.items():
         means = report["overall"][name]
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
             OUT.value,
             sampling=SAMPLING(),
         )
-        _list(imagined_episodes.pictures(config))
+        _print_paths(imagined_episodes.picture_files(config))
         return
     was_finished = imagined_episodes.finished(OUT.value)
     report = imagined_episodes.imagine(
@@ -81,10 +81,10 @@ def main(argv: list[str]) -> None:
         print(f"{OUT.value} holds these results already")
     print(f"{report['episodes']} held-out episodes, {report['frames']} frames")
     print(table(report))
-    _list([*imagined_episodes.pictures(config), imagined_episodes.REPORT])
+    _print_paths([*imagined_episodes.picture_files(config), imagined_episodes.REPORT])
 
 
-def _list(names: Sequence[str]) -> None:
+def _print_paths(names: Sequence[str]) -> None:
     for name in names:
         print(f"{OUT.value}/{name}")
 

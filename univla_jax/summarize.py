@@ -1,4 +1,4 @@
-"""Gathers what all stages of a workdir have shown into one report and one learning curve.
+"""Summarizes all stages of a workdir in one report and one picture of learning curves.
 
     python -m univla_jax.summarize --workdir=WORKDIR
 
@@ -22,11 +22,11 @@ from univla_jax import cli, io, run_dir
 from univla_jax.cli import format_table
 from univla_jax.data.token_store import MANIFEST, read_manifest
 from univla_jax.errors import UserError
-from univla_jax.evaluation import imagined_episodes, study
+from univla_jax.evaluation import closed_loop, imagined_episodes
 from univla_jax.training import metrics
 
 # ----------------------------------------------------------------------------
-# Learning curves of training stages as one picture.
+# Learning curves.
 
 
 Lines = Sequence[Mapping[str, float]]
@@ -60,20 +60,20 @@ def write_learning_curves(path: str | os.PathLike[str], stages: Mapping[str, Lin
     FigureCanvasAgg(figure).print_png(os.fspath(path))
 
 
-def _draw(axes, lines: Lines, name: str, what: str, modality: str) -> None:
-    """The metric as it is, thin, its running mean, and the held-out one as dots."""
+def _draw(axes: Any, lines: Lines, name: str, label: str, modality: str) -> None:
+    """The metric as a thin line, its running mean, and the held-out one as dots."""
     color = _COLORS[modality]
     steps, values = _series(lines, name)
     if len(steps):
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=color, linewidth=1.8, label=f"{what}training")
+        axes.plot(steps, _smooth(values), color=color, linewidth=1.8, label=f"{label}training")
     steps, values = _series(lines, f"eval/{name}")
     if len(steps):
-        axes.plot(steps, values, "o", color=color, markersize=4, label=f"{what}held out")
+        axes.plot(steps, values, "o", color=color, markersize=4, label=f"{label}held out")
 
 
-def _logarithmic(axes) -> None:
-    """Logarithmic with numbers one can read."""
+def _logarithmic(axes: Any) -> None:
+    """Logarithmic with plain numbers at 1, 2 and 5 of each decade."""
     from matplotlib import ticker
 
     axes.set_yscale("log")
@@ -82,7 +82,7 @@ def _logarithmic(axes) -> None:
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _label(axes, quantity: str) -> None:
+def _label(axes: Any, quantity: str) -> None:
     axes.set_ylabel(quantity)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
@@ -95,7 +95,7 @@ def _series(lines: Lines, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over about a fortieth of the curve."""
+    """Centered running mean over about a fortieth of the curve."""
     half = max(1, len(values) // 80)
     sums = np.cumsum(np.insert(values, 0, 0.0))
     index = np.arange(len(values))
@@ -104,27 +104,27 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------
-# One report over all stages of a workdir; the work of ``univla_jax.summarize``.
+# The report.
 
 
 REPORT, CURVE, STAGES = "report.json", "learning_curve.png", "stages.jsonl"
 _SPLITS = ("train", "val")
 _RUNS = {"world_model": "world model (visual tokens)", "policy": "policy (action tokens)"}
 _TAIL = 10  # a run is described by the mean of the last tenth of its lines
-_PICTURES = {
-    "imagined": ("imagination", imagined_episodes.PICTURE),
-    "rollouts": ("evaluation", study.VIDEO_FILE),
+_FILES = {
+    "imagined": ("imagination", imagined_episodes.STRIPS),
+    "evaluation": ("evaluation", closed_loop.PAGE),
 }
 
 
 def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Gathers, draws the learning curves, writes ``report.json``.
+    """Reads all results, draws the learning curves, and writes ``report.json``.
 
     Args:
       workdir: the folder of all stages.
 
     Returns:
-      the report; ``files`` holds the paths of what there is to look at.
+      the report; ``files`` holds its path and those of pictures and pages.
 
     Raises:
       UserError: nothing there, or a result that is damaged.
@@ -136,7 +136,7 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         "tokenizers": _tokenizers(root / "tokenizers"),
         "tokens": _tokens(root / "tokens"),
         "training": {name: _final(found) for name, found in lines.items()},
-        "evaluation": _result(root / "evaluation" / study.REPORT),
+        "evaluation": _result(root / "evaluation" / closed_loop.REPORT),
         "imagination": _result(root / "imagination" / imagined_episodes.REPORT),
         "stages": _stages(root / STAGES),
     }
@@ -147,15 +147,15 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if lines:
         paths["learning_curve"] = root / CURVE
         write_learning_curves(root / CURVE, {_RUNS[name]: found for name, found in lines.items()})
-    pictures = {name: root.joinpath(*parts) for name, parts in _PICTURES.items()}
-    paths |= {name: path for name, path in pictures.items() if path.exists()}
+    files = {name: root.joinpath(*parts) for name, parts in _FILES.items()}
+    paths |= {name: path for name, path in files.items() if path.exists()}
     report["files"] = {name: str(path) for name, path in paths.items()}
     io.write_json(root / REPORT, report)
     return report
 
 
 def summary_table(report: Mapping[str, Any]) -> str:
-    """The report in a few lines."""
+    """The report for a terminal."""
     rows = [("what", "result"), *_tokenizer_rows(report), *_training_rows(report)]
     rows += [*_evaluation_rows(report), *_imagination_rows(report), *_stage_rows(report)]
     return format_table(rows, left=2)
@@ -186,7 +186,7 @@ def _store(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _final(lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean of each metric over the last tenth of the run, and its last held-out values."""
+    """Means of the metrics over the last tenth of a run, and its last held-out values."""
     training = [line for line in lines if "loss" in line]
     tail = training[-max(1, len(training) // _TAIL) :]
     names = sorted({n for n in training[-1] if n == "loss" or n.endswith(("_loss", "_accuracy"))})
@@ -205,7 +205,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _stages(path: pathlib.Path) -> dict[str, Any]:
-    """Wall time and peak memory per stage, over all attempts at it."""
+    """Wall time and peak memory of each stage, over all attempts at it."""
     stages: dict[str, dict[str, float]] = {}
     for line in _attempts(path):
         stage = stages.setdefault(line["stage"], {"seconds": 0.0, "peak_gigabytes": 0.0})
@@ -221,7 +221,7 @@ def _stages(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _attempts(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines of ``launch/stage.py`` but those that a crash cut short."""
+    """The lines of ``launch/stage.py``, without one that a crash cut short."""
     for text in path.read_text("utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(text)
@@ -271,13 +271,13 @@ def _evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     conditions = report.get("evaluation", {}).get("conditions", {})
     for name in sorted(conditions, key=lambda name: name != "policy"):
         summary = conditions[name]
-        rows.append((f"success, {name.replace('_', ' ')}", _share(summary["success"])))
+        rows.append((f"success, {name.replace('_', ' ')}", _rate(summary["success"])))
         if name == "policy":
-            rows += [(f"  {family}", _share(s)) for family, s in summary["families"].items()]
+            rows += [(f"  {task['task']}", _rate(task)) for task in summary.get("tasks", ())]
     return rows
 
 
-def _share(success: Mapping[str, Any]) -> str:
+def _rate(success: Mapping[str, Any]) -> str:
     low, high = 100 * success["low"], 100 * success["high"]
     count = f"{success['successes']}/{success['episodes']}"
     return f"{100 * success['rate']:.1f} % ({count}, 95 %: {low:.0f} - {high:.0f})"

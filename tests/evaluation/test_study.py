@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from univla_jax.evaluation.study import EvaluateConfig, evaluate
 
 from tests.inference import tiny_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation import study
-from univla_jax.evaluation.study import EvaluateConfig, evaluate
 from univla_jax.simulators.tabletop.tabletop_env import FAMILIES
 
 SMALL = {"episodes": 5, "batch": 2, "max_steps": 7, "video_episodes": 3}

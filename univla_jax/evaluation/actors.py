@@ -1,4 +1,7 @@
-"""Actors of an evaluation beside a policy: baselines, scripted experts, a remote server."""
+"""Actors other than a policy of this process: baselines, scripted experts, a remote policy.
+
+Axes: T steps, A action dimensions.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,19 @@ from univla_jax.simulators.base import PlannedObservation
 from univla_jax.tokenizers.action import ActionTokenizer
 
 # ----------------------------------------------------------------------------
-# What a score is worth: actors that look at nothing.
+# Baselines, which ignore what they observe.
 
 
 class RandomActions:
     """Actions drawn uniformly between the 1 % and 99 % quantiles of the training actions."""
 
     def __init__(self, statistics: ActionStatistics, chunk: int) -> None:
-        """Takes the range and the length of a chunk.
-
-        Args:
-          statistics: of the corpus, in physical units.
-          chunk: actions per call.
-        """
+        """Takes the statistics, in physical units, and the length of a chunk."""
         self._low, self._high = np.asarray(statistics.q01), np.asarray(statistics.q99)
         self._chunk = chunk
 
     def start(self, seed: int = 0) -> np.random.Generator:
-        """Randomness of one episode."""
+        """The random generator of one episode."""
         return np.random.default_rng([seed, 1])
 
     def act(
@@ -56,7 +54,7 @@ class ZeroActions:
         self._shape = chunk, action_dim
 
     def start(self, seed: int = 0) -> None:
-        """Nothing to remember."""
+        """There is no session."""
 
     def act(
         self, observations: Sequence[Observation], sessions: Sequence[None]
@@ -66,14 +64,12 @@ class ZeroActions:
 
 
 # ----------------------------------------------------------------------------
-# Scripts as actors: what the simulator's script plans is done, straight or through tokens.
-#
-# Axes: T steps, A action dimensions.
+# Scripted experts: the simulator plans, the actor sends the plan back, directly or through tokens.
 
 
 @dataclasses.dataclass(frozen=True)
 class ActionRoundTrip:
-    """The way of a policy's actions: normalized, ids, and back to physical units.
+    """The path of a policy's actions: normalized, encoded as ids, and back to physical units.
 
     Attributes:
       statistics: of the corpus.
@@ -84,7 +80,7 @@ class ActionRoundTrip:
     tokenizer: ActionTokenizer
 
     def __call__(self, actions: np.ndarray) -> ActionChunk:
-        """What is left of a chunk [T, A] when it comes out of the ids it was written as."""
+        """A chunk float [T, A] after the round trip."""
         ids = self.tokenizer.encode(self.statistics.normalize(actions))
         decoded = self.tokenizer.decode(ids, *actions.shape)
         return ActionChunk(
@@ -92,7 +88,7 @@ class ActionRoundTrip:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What it consists of, as JSON values."""
+        """Statistics and fingerprint of the tokenizer, as JSON values."""
         return {
             "statistics": self.statistics.to_dict(),
             "action_tokenizer": self.tokenizer.fingerprint,
@@ -100,75 +96,75 @@ class ActionRoundTrip:
 
 
 class ScriptedActor:
-    """Does what is planned."""
+    """Executes the plans of the simulator's scripted expert."""
 
-    def __init__(self, path: ActionRoundTrip | None = None) -> None:
-        """Takes the way of the actions; None executes them as they are."""
-        self._path = path
+    def __init__(self, round_trip: ActionRoundTrip | None = None) -> None:
+        """Takes what the actions go through; None leaves them as they are."""
+        self._round_trip = round_trip
 
     def start(self, seed: int = 0) -> None:
-        """Nothing to remember."""
+        """There is no session."""
 
     def act(
         self, observations: Sequence[PlannedObservation], sessions: Sequence[None]
     ) -> list[ActionChunk]:
         """The plan of every episode."""
-        plans = [seen.plan for seen in observations]
-        return [self._path(plan) if self._path else ActionChunk(plan) for plan in plans]
+        through = self._round_trip or ActionChunk
+        return [through(observation.plan) for observation in observations]
 
 
 # ----------------------------------------------------------------------------
 # A policy behind a server that speaks openpi's protocol, one connection per episode.
 
 
-_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
-_ANSWER_SECONDS = 300.0
+_RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
+_REPLY_SECONDS = 300.0
 
 
 class RemotePolicy:
-    """Asks a server; its episodes are forgotten when their connections break.
+    """A policy behind a server; the history of an episode is lost when its connection breaks.
 
     Attributes:
       address: ``ws://host:port``.
-      metadata: what the server says about itself.
+      metadata: the server's description of its policy.
     """
 
-    def __init__(self, address: str, *, waits: Sequence[float] = _WAITS) -> None:
+    def __init__(self, address: str, *, retry_seconds: Sequence[float] = _RETRY_SECONDS) -> None:
         """Connects once to see that the server is there.
 
         Args:
           address: ``ws://host:port`` or ``wss://host:port``.
-          waits: seconds before each further attempt to reach the server.
+          retry_seconds: before each further attempt to reach the server.
 
         Raises:
           UserError: no server, or the package websockets is missing.
         """
-        self.address, self._waits, self._losses = address, tuple(waits), 0
+        self.address, self._retry_seconds, self._losses = address, tuple(retry_seconds), 0
         self.metadata: dict[str, Any] = {}
         self.start().close()
 
     def start(self, seed: int = 0) -> Any:
-        """A connection, which is the memory of an episode; the server draws nothing at random.
+        """A connection: the server keeps an episode's history with it, and draws nothing at random.
 
         Raises:
           UserError: the server stays away.
         """
         del seed
-        for wait in (0.0, *self._waits):
-            time.sleep(wait)
+        for seconds in (0.0, *self._retry_seconds):
+            time.sleep(seconds)
             try:
                 return self._connect()
             except (OSError, TimeoutError) as error:
                 reason = str(error) or type(error).__name__
         raise UserError(
-            f"--policy={self.address}: no server after {1 + len(self._waits)} attempts ({reason}); "
-            "start it, then run the same command again to go on"
+            f"--policy={self.address}: no server after {1 + len(self._retry_seconds)} attempts "
+            f"({reason}); start it, then run the same command again to go on"
         )
 
     def act(
         self, observations: Sequence[Observation], sessions: Sequence[Any]
     ) -> list[ActionChunk]:
-        """The next chunk of every episode; all are asked before the first answer is read.
+        """The next chunk of every episode; all requests are sent before the first reply is read.
 
         Raises:
           PolicyLost: a connection broke.
@@ -179,7 +175,7 @@ class RemotePolicy:
         try:
             for observation, session in zip(observations, sessions, strict=True):
                 session.send(wire.pack(protocol.request_message(observation)))
-            frames = [session.recv(timeout=_ANSWER_SECONDS) for session in sessions]
+            frames = [session.recv(timeout=_REPLY_SECONDS) for session in sessions]
         except (OSError, TimeoutError, WebSocketException) as error:
             self._lost(sessions, error)
         self._losses = 0
@@ -193,7 +189,7 @@ class RemotePolicy:
             raise UserError("--policy=ws://... needs websockets: pip install .[serve]") from error
         try:
             connection = connect(self.address, max_size=None, compression=None)
-            self.metadata = wire.unpack(connection.recv(timeout=_ANSWER_SECONDS))
+            self.metadata = wire.unpack(connection.recv(timeout=_REPLY_SECONDS))
         except (WebSocketException, ValueError) as error:
             raise OSError(str(error)) from error
         return connection
@@ -203,7 +199,7 @@ class RemotePolicy:
             with contextlib.suppress(Exception):
                 session.close()
         self._losses += 1
-        if self._losses > len(self._waits):
+        if self._losses > len(self._retry_seconds):
             raise UserError(f"--policy={self.address}: every connection breaks: {error}") from error
         raise PolicyLost(str(error)) from error
 
@@ -211,9 +207,9 @@ class RemotePolicy:
         if isinstance(frame, str):
             raise UserError(f"--policy={self.address} answers: {frame.strip().splitlines()[-1]}")
         reply = wire.unpack(frame)
-        actions = np.asarray(reply["actions"], np.float32)
-        valid, reason = reply.get("actions_valid", True), reply.get("actions_invalid_reason", "")
-        num_overridden = int(reply.get("actions_steered", 0))
         return ActionChunk(
-            actions, valid=bool(valid), reason=str(reason), num_overridden=num_overridden
+            np.asarray(reply["actions"], np.float32),
+            valid=bool(reply.get("actions_valid", True)),
+            reason=str(reply.get("actions_invalid_reason", "")),
+            num_overridden=int(reply.get("actions_steered", 0)),
         )

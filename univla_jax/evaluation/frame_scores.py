@@ -1,6 +1,6 @@
-"""How alike two pictures are.
+"""PSNR, SSIM and visual-token accuracy of predicted frames.
 
-Axes: N pictures, H/W pixels.
+Axes: E episodes, N frames (after the context), H/W pixels, h/w code grid.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------
-# Imagined frames against what really happened, and against the guess that nothing changes.
-#
-# Axes: E episodes, N frames after the context, H/W pixels, h/w code grid.
+# Imagined frames, and baselines that predict no change, against the real ones.
 
 
 PREDICTIONS = ("imagined", "repeat_context", "repeat_reconstruction", "real_reconstruction")
@@ -59,7 +57,7 @@ NOTES = {
     "imagined": "the world model's frames",
     "repeat_context": "the last context frame itself, unchanged",
     "repeat_reconstruction": "the last context frame through the vision tokenizer, unchanged",
-    "real_reconstruction": "the real frame through the vision tokenizer: the best pixels there are",
+    "real_reconstruction": "the real frame through the vision tokenizer: an upper bound",
     "psnr": "10 log10(255^2 / mean squared error over all frames), dB",
     "ssim": "mean over frames",
     "token_accuracy": "share of visual codes equal to the real frame's",
@@ -68,7 +66,7 @@ NOTES = {
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What some way of guessing says about the next frames of some episodes.
+    """Predicted frames after the context, of some episodes.
 
     Attributes:
       frames: uint8 [E, N, H, W, 3].
@@ -81,7 +79,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Per episode and frame; NaN where the real episode has ended.
+    """Scores per episode and frame; NaN where the real episode has ended.
 
     Attributes:
       error: mean squared pixel error, float64 [E, N].
@@ -94,23 +92,23 @@ class Scores:
     accuracy: np.ndarray
 
     @classmethod
-    def of(cls, guess: Prediction, real: Prediction, valid: np.ndarray) -> Scores:
-        """Compares a guess with the real frames.
+    def of(cls, prediction: Prediction, real: Prediction, valid: np.ndarray) -> Scores:
+        """Compares predicted with real frames.
 
         Args:
-          guess: what was guessed.
-          real: the frames as the tokenizer sees them, and their codes.
+          prediction: the predicted ones.
+          real: the frames at the tokenizer's size, and their codes.
           valid: bool [E, N], whether the real frame exists.
         """
         shape = valid.shape
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (guess.frames, real.frames)]
-        equal = (guess.codes == real.codes).mean((-2, -1))
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (prediction.frames, real.frames)]
+        equal = (prediction.codes == real.codes).mean((-2, -1))
         values = squared_error(*flat).reshape(shape), ssim(*flat).reshape(shape), equal
         return cls(*(np.where(valid, x, np.nan) for x in values))
 
     @classmethod
     def join(cls, parts: list[Scores]) -> Scores:
-        """The scores of all episodes."""
+        """Concatenates the scores of several batches of episodes."""
         names = [f.name for f in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
 
@@ -128,24 +126,24 @@ class Scores:
 
 
 def score_table(scores: Mapping[str, Scores], seconds_per_frame: float) -> dict[str, Any]:
-    """JSON of all guesses: together, and per frame after the context.
+    """JSON of all predictions: together, and per frame after the context.
 
     Args:
-      scores: guess -> its scores, all of the same episodes.
+      scores: name of a prediction -> its scores, all of the same episodes.
       seconds_per_frame: between two frames.
     """
     first = next(iter(scores.values()))
-    there = ~np.isnan(first.error)
-    frames = [n for n in range(there.shape[1]) if there[:, n].any()]
+    exists = ~np.isnan(first.error)
+    frames = [n for n in range(exists.shape[1]) if exists[:, n].any()]
     return {
-        "episodes": int(there.any(1).sum()),
-        "frames": int(there.sum()),
+        "episodes": int(exists.any(1).sum()),
+        "frames": int(exists.sum()),
         "overall": {name: s.means() for name, s in scores.items()},
         "per_frame": [
             {
                 "frame": n + 1,
                 "seconds": round((n + 1) * seconds_per_frame, 3),
-                "episodes": int(there[:, n].sum()),
+                "episodes": int(exists[:, n].sum()),
                 **{name: s.means(n) for name, s in scores.items()},
             }
             for n in frames

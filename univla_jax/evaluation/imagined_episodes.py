@@ -1,4 +1,4 @@
-"""Held-out episodes continued by the world model, scored and drawn; the work of ``imagine``.
+"""Held-out episodes continued by a world model, scored and drawn.
 
 Axes: E episodes, C context frames, N frames after them, T = C + N, H/W pixels, h/w code grid.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,7 @@ from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.io import json_values
 from univla_jax.run_dir import check_config, write_config
 
-PICTURE, VIDEO_FILE, REPORT = "imagined.png", "imagined.gif", "imagine.json"
-VIDEO = "imagined.mp4"
+STRIPS, GIF, MP4, REPORT = "imagined.png", "imagined.gif", "imagined.mp4", "imagine.json"
 _IDENTITY = "imagination.json"
 
 
@@ -37,7 +36,7 @@ class ImagineConfig:
     """Which episodes are continued, and how.
 
     Attributes:
-      corpus: row of ``data/datasets.py``.
+      corpus: name of a dataset in ``data/datasets.py``.
       split: split of the dataset in TFDS notation; held out from training.
       episodes: how many of it; 0 takes all.
       frames: frames N to imagine.
@@ -48,7 +47,7 @@ class ImagineConfig:
       batch: episodes imagined together.
       shown: episodes in the pictures.
       picture_size: least height of a drawn frame, in pixels.
-      mp4: whether a video is written beside the animation.
+      mp4: whether an MP4 video is written beside the GIF.
     """
 
     corpus: str = "tabletop"
@@ -65,8 +64,8 @@ class ImagineConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        least = {"episodes": 0, "frames": 1, "context": 1}
-        least |= {"batch": 1, "shown": 1, "picture_size": 1}
+        least = {"episodes": 0, "frames": 1, "context": 1, "batch": 1}
+        least |= {"shown": 1, "picture_size": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least {value}")
@@ -74,15 +73,13 @@ class ImagineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GroundTruth:
-    """What really happened.
+    """A real episode.
 
     Attributes:
-      name: the episode's id.
       instruction: the task in words.
       frames: uint8 [n, H, W, 3] at the model's spacing and size, n at most T.
     """
 
-    name: str
     instruction: str
     frames: np.ndarray
 
@@ -103,7 +100,7 @@ def imagine(
       checkpoint: of a world model: its folder, or the workdir whose newest one is taken.
       source: RLDS dataset folder with the held-out split.
       out: folder for pictures and report.
-      sampling: how codes are chosen; each batch draws from a seed of its own.
+      sampling: of the visual tokens; each batch draws from a seed of its own.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -117,15 +114,14 @@ def imagine(
     extra = {"checkpoint": checkpoint_identity(folder), **dataclasses.asdict(sampling)}
     if sampling.top_p == 1:
         del extra["top_p"]  # folders from before there was one are continued
-    made_with = {"name": _IDENTITY, "extra": extra}
-    if not check_config(out, config, **made_with):
-        write_config(out, config, **made_with)
+    if not check_config(out, config, name=_IDENTITY, extra=extra):
+        write_config(out, config, name=_IDENTITY, extra=extra)
     out = pathlib.Path(out)
     if finished(out):
         return io.read_json(out / REPORT)
     model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
-    truths, short = _read(config, model, source)
-    parts = [
+    truths, too_short = _read_episodes(config, model, source)
+    batches = [
         _imagine_batch(
             config,
             model,
@@ -134,8 +130,9 @@ def imagine(
         )
         for start in tqdm.trange(0, len(truths), config.batch, unit="batch", disable=not progress)
     ]
-    scores = {name: Scores.join([p.scores[name] for p in parts]) for name in PREDICTIONS}
-    _draw(config, model, parts, truths, out)
+    imagined = np.concatenate([frames for frames, _ in batches])
+    scores = {name: Scores.join([part[name] for _, part in batches]) for name in PREDICTIONS}
+    _draw(config, model.seconds_per_frame, imagined, truths, out)
     report = {
         "checkpoint": str(folder),
         "source": str(source),
@@ -143,7 +140,7 @@ def imagine(
         "sampling": dataclasses.asdict(sampling),
         "view": model.view,
         "frame_spacing_steps": model.frame_spacing,
-        "episodes_too_short": short,
+        "episodes_too_short": too_short,
         **score_table(scores, model.seconds_per_frame),
     }
     io.write_json(out / REPORT, report)
@@ -155,88 +152,85 @@ def finished(out: str | os.PathLike[str]) -> bool:
     return (pathlib.Path(out) / REPORT).exists()
 
 
-def pictures(config: ImagineConfig) -> list[str]:
+def picture_files(config: ImagineConfig) -> list[str]:
     """Names of the picture files that are written."""
-    return [PICTURE, VIDEO_FILE, *([VIDEO] if config.mp4 else [])]
+    return [STRIPS, GIF, *([MP4] if config.mp4 else [])]
 
 
-@dataclasses.dataclass(frozen=True)
-class _PartialImagination:
-    """One batch: its scores, and its frames uint8 [E, N, H, W, 3]."""
-
-    scores: dict[str, Scores]
-    imagined: np.ndarray
-
-
-def _read(
+def _read_episodes(
     config: ImagineConfig, model: WorldModel, source: str | os.PathLike[str]
 ) -> tuple[list[GroundTruth], int]:
     """The episodes to continue, and how many were too short for a single frame."""
-    row = find_dataset_config(config.corpus)
-    row = dataclasses.replace(row, views={model.view: row.views[model.view]})
-    episodes = RldsReader(source, row, config.split)
-    wanted = config.episodes or len(episodes)
-    truths, short = [], 0
+    dataset = find_dataset_config(config.corpus)
+    dataset = dataclasses.replace(dataset, views={model.view: dataset.views[model.view]})
+    episodes = RldsReader(source, dataset, config.split)
+    count = config.episodes or len(episodes)
+    truths, too_short = [], 0
     for episode in episodes:
-        if len(truths) == wanted:
+        if len(truths) == count:
             break
         spaced = episode.frames[model.view][:: model.frame_spacing]
         if len(spaced) <= config.context:
-            short += 1
+            too_short += 1
             continue
         frames = model.resize(spaced[: config.context + config.frames])
-        truths.append(GroundTruth(episode.episode_id, episode.instruction, frames))
+        truths.append(GroundTruth(episode.instruction, frames))
     if not truths:
         raise UserError(
             f"{source}: no episode of split {config.split!r} is longer than {config.context} "
             f"frame(s) {model.frame_spacing} steps apart; lower config.context"
         )
-    return truths, short
+    return truths, too_short
 
 
 def _imagine_batch(
     config: ImagineConfig, model: WorldModel, truths: Sequence[GroundTruth], sampling: Sampling
-) -> _PartialImagination:
-    """Continues some episodes; a batch that is not full is filled up with its first."""
+) -> tuple[np.ndarray, dict[str, Scores]]:
+    """Continues some episodes: imagined frames uint8 [E, N, H, W, 3], and all scores."""
+    # Every batch has the same shapes, so that nothing is compiled twice: one that is not full
+    # repeats its first episode, and an episode that ends early its last frame. Neither is scored.
     filled = [*truths, *[truths[0]] * (config.batch - len(truths))]
-    length = config.context + config.frames
-    valid = np.array([[n < len(t.frames) for n in range(config.context, length)] for t in filled])
+    length, count = config.context + config.frames, len(truths)
+    valid = np.array([[n < len(t.frames) for n in range(config.context, length)] for t in truths])
     frames = np.stack([_extended(t.frames, length) for t in filled])
     codes = model.encode(frames)
-    dreamt = model.imagine(
+    imagined = model.imagine(
         [t.instruction for t in filled],
         codes[:, : config.context],
         config.frames,
         sampling=sampling,
         guidance=config.guidance,
     )
-    real = Prediction(frames[:, config.context :], codes[:, config.context :])
-    last = config.context - 1
-    guesses = dict(_guesses(model, frames[:, last], codes[:, last:], dreamt))
-    count = len(truths)
-    cut = lambda g: Prediction(g.frames[:count], g.codes[:count])  # noqa: E731
-    scores = {n: Scores.of(cut(g), cut(real), valid[:count]) for n, g in guesses.items()}
-    return _PartialImagination(scores, guesses["imagined"].frames[:count])
+    predictions = _predictions(model, frames[:, config.context - 1], codes, imagined)
+    real = Prediction(frames[:count, config.context :], codes[:count, config.context :])
+    scores = {
+        name: Scores.of(Prediction(p.frames[:count], p.codes[:count]), real, valid)
+        for name, p in predictions.items()
+    }
+    return predictions["imagined"].frames[:count], scores
 
 
-def _guesses(
-    model: WorldModel, last: np.ndarray, codes: np.ndarray, dreamt: np.ndarray
-) -> Iterator[tuple[str, Prediction]]:
-    """Every way of guessing the frames after the context.
+def _predictions(
+    model: WorldModel, last: np.ndarray, codes: np.ndarray, imagined: np.ndarray
+) -> dict[str, Prediction]:
+    """Every prediction of the frames after the context, by its name in ``PREDICTIONS``.
 
     Args:
       model: decodes the codes.
       last: the last context frame, uint8 [E, H, W, 3].
-      codes: of it and of the real frames after it, [E, 1 + N, h, w].
-      dreamt: imagined codes [E, N, h, w].
+      codes: of all real frames [E, T, h, w].
+      imagined: codes [E, N, h, w].
     """
-    count = dreamt.shape[1]
+    count = imagined.shape[1]
+    codes = codes[:, -1 - count :]  # of the last context frame and those after it
     repeated = _repeat(codes[:, 0], count)
-    rebuilt = model.decode(codes)
-    yield "imagined", Prediction(model.decode(dreamt), dreamt)
-    yield "repeat_context", Prediction(_repeat(last, count), repeated)
-    yield "repeat_reconstruction", Prediction(_repeat(rebuilt[:, 0], count), repeated)
-    yield "real_reconstruction", Prediction(rebuilt[:, 1:], codes[:, 1:])
+    decoded = model.decode(codes)
+    return {
+        "imagined": Prediction(model.decode(imagined), imagined),
+        "repeat_context": Prediction(_repeat(last, count), repeated),
+        "repeat_reconstruction": Prediction(_repeat(decoded[:, 0], count), repeated),
+        "real_reconstruction": Prediction(decoded[:, 1:], codes[:, 1:]),
+    }
 
 
 def _repeat(x: np.ndarray, count: int) -> np.ndarray:
@@ -251,49 +245,41 @@ def _extended(frames: np.ndarray, length: int) -> np.ndarray:
 
 def _draw(
     config: ImagineConfig,
-    model: WorldModel,
-    parts: Sequence[_PartialImagination],
+    seconds_per_frame: float,
+    imagined: np.ndarray,
     truths: Sequence[GroundTruth],
     out: pathlib.Path,
 ) -> None:
-    """Writes the strip and the video of the first episodes that are long enough."""
-    imagined = np.concatenate([part.imagined for part in parts])
+    """Writes the strips and the video of the first episodes, preferably long enough ones."""
     length = config.context + config.frames
     order = sorted(range(len(truths)), key=lambda i: len(truths[i].frames) < length)
-    shown = sorted(order[: config.shown])
     strips, clips = [], []
-    for i in shown:
-        real = _extended(truths[i].frames, length)
-        dreamt = np.concatenate([real[: config.context], imagined[i]])
+    for i in sorted(order[: config.shown]):
+        instruction, real = truths[i].instruction, _extended(truths[i].frames, length)
+        continued = np.concatenate([real[: config.context], imagined[i]])
         factor = -(-config.picture_size // real.shape[1])
-        real, dreamt = enlarge(real, factor), enlarge(dreamt, factor)
-        strips.append(Strip(truths[i].instruction, {"real": real, "imagined": dreamt}))
-        beside = np.concatenate([real, np.full_like(real[:, :, :4], 255), dreamt], axis=2)
-        clips.append(Clip(f"{truths[i].instruction} (real | imagined)", list(beside)))
-    write_strips(out / PICTURE, strips, _headings(config, model.seconds_per_frame))
-    write_videos(config, clips, model.seconds_per_frame, out)
+        real, continued = enlarge(real, factor), enlarge(continued, factor)
+        strips.append(Strip(instruction, {"real": real, "imagined": continued}))
+        gap = np.full_like(real[:, :, :4], 255)
+        beside = np.concatenate([real, gap, continued], axis=2)
+        clips.append(Clip(f"{instruction} (real | imagined)", list(beside)))
+    times = [f"{i * seconds_per_frame:g} s" for i in range(length)]
+    given = [f"given {time}" for time in times[: config.context]]
+    write_strips(out / STRIPS, strips, [*given, *times[config.context :]])
+    _write_videos(config, clips, seconds_per_frame, out)
 
 
-def write_videos(
+def _write_videos(
     config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: pathlib.Path
 ) -> None:
-    """Writes the animation and, if wanted, the video."""
     settings = {"columns": 2, "fps": 1 / seconds_per_frame, "hold_seconds": 1.5}
-    write_gif(out / VIDEO_FILE, clips, **settings)
+    write_gif(out / GIF, clips, **settings)
     if config.mp4:
-        write_mp4(out / VIDEO, clips, **settings)
-
-
-def _headings(config: ImagineConfig, seconds: float) -> list[str]:
-    context = [f"given {i * seconds:g} s" for i in range(config.context)]
-    ahead = range(config.context, config.context + config.frames)
-    return context + [f"{i * seconds:g} s" for i in ahead]
+        write_mp4(out / MP4, clips, **settings)
 
 
 # ----------------------------------------------------------------------------
-# One picture and an instruction continued by the world model; the work of ``imagine --image``.
-#
-# Axes: E draws, N frames, H/W pixels, h/w code grid.
+# One picture and an instruction, continued. Here E are samples.
 
 
 def imagine_picture(
@@ -313,7 +299,7 @@ def imagine_picture(
       image: picture file, any size the model's image spec takes.
       instruction: the task in words.
       out: folder for the pictures.
-      sampling: how codes are chosen; ``config.shown`` times unless greedy.
+      sampling: of the visual tokens; ``config.shown`` samples are drawn unless it is greedy.
 
     Returns:
       uint8 [E, N, H, W, 3].
@@ -323,16 +309,17 @@ def imagine_picture(
     """
     model = WorldModel.load(checkpoint, corpus=config.corpus, view=config.view or None)
     given = model.resize(_read_picture(image)[None])
-    draws = 1 if sampling.greedy else config.shown
+    samples = 1 if sampling.greedy else config.shown
     codes = model.imagine(
-        [instruction] * draws,
-        np.repeat(model.encode(given[None]), draws, axis=0),
+        [instruction] * samples,
+        np.repeat(model.encode(given[None]), samples, axis=0),
         config.frames,
         sampling=sampling,
         guidance=config.guidance,
     )
     frames = model.decode(codes)
-    _draw_picture(config, model, given, frames, instruction, pathlib.Path(out))
+    seconds = model.seconds_per_frame
+    _draw_samples(config, seconds, given, frames, instruction, pathlib.Path(out))
     return frames
 
 
@@ -344,22 +331,22 @@ def _read_picture(path: str | os.PathLike[str]) -> np.ndarray:
         raise UserError(f"--image={path} is no picture that can be read: {error}") from error
 
 
-def _draw_picture(
+def _draw_samples(
     config: ImagineConfig,
-    model: WorldModel,
+    seconds_per_frame: float,
     given: np.ndarray,
     frames: np.ndarray,
     instruction: str,
     out: pathlib.Path,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for draw, rows in enumerate(frames):
-        for number, frame in enumerate(rows):
-            Image.fromarray(frame).save(out / f"draw{draw}_frame{number + 1}.png")
+    for sample, own in enumerate(frames):
+        for number, frame in enumerate(own, 1):
+            Image.fromarray(frame).save(out / f"draw{sample}_frame{number}.png")
     factor = -(-config.picture_size // given.shape[1])
-    videos = [enlarge(np.concatenate([given, rows]), factor) for rows in frames]
-    seconds = model.seconds_per_frame
-    headings = ["given", *(f"{(n + 1) * seconds:g} s" for n in range(frames.shape[1]))]
-    strip = Strip(instruction, {f"draw {i + 1}": video for i, video in enumerate(videos)})
-    write_strips(out / PICTURE, [strip], headings)
-    write_videos(config, [Clip(instruction, list(video)) for video in videos], seconds, out)
+    videos = [enlarge(np.concatenate([given, own]), factor) for own in frames]
+    times = [f"{n * seconds_per_frame:g} s" for n in range(1, 1 + frames.shape[1])]
+    strip = Strip(instruction, {f"draw {i}": video for i, video in enumerate(videos, 1)})
+    write_strips(out / STRIPS, [strip], ["given", *times])
+    clips = [Clip(instruction, list(video)) for video in videos]
+    _write_videos(config, clips, seconds_per_frame, out)

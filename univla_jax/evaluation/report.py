@@ -1,409 +1,189 @@
-"""What a campaign found, as JSON values and as one HTML page."""
+"""The report of an evaluation as one HTML page, and as a table for a terminal."""
 
 from __future__ import annotations
 
 import base64
-import html
-import math
+import io
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import jinja2
+import markupsafe
 
-# ----------------------------------------------------------------------------
-# Numbers of a report: success with its interval, counts, times.
+from univla_jax.cli import format_table
 
-
-Record = Mapping[str, Any]
-_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion (Wilson 1927), both ends in 0...1.
-
-    Args:
-      successes: how many succeeded.
-      trials: of how many; 0 gives (0, 1).
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    share, square = successes / trials, _Z * _Z / trials
-    center = (share + square / 2) / (1 + square)
-    half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
-    return max(0.0, center - half), min(1.0, center + half)
+Report = Mapping[str, Any]
+_LETTERS = 52  # of a task's name in a chart
 
 
-def proportion(outcomes: Iterable[bool]) -> dict[str, Any]:
-    """``successes``, ``episodes``, ``rate`` and the ends ``low``, ``high`` of its interval."""
-    values = [bool(o) for o in outcomes]
-    successes, episodes = sum(values), len(values)
-    low, high = wilson_interval(successes, episodes)
-    rate = successes / episodes if episodes else 0.0
-    return {
-        "successes": successes,
-        "episodes": episodes,
-        "rate": round(rate, 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-    }
+def main_condition(report: Report) -> Mapping[str, Any]:
+    """The figures of the first condition: what the report is about."""
+    return report["conditions"][report["protocol"]["conditions"][0]]
 
 
-def summarize_episodes(records: Sequence[Record]) -> dict[str, Any]:
-    """One condition: success together and per family, steps, chunks that did not decode.
-
-    Args:
-      records: of its episodes, as ``rollout.rollout`` makes them.
-    """
-    families = sorted({r["family"] for r in records})
-    result = {
-        "success": proportion(r["success"] for r in records),
-        "families": {
-            f: proportion(r["success"] for r in records if r["family"] == f) for f in families
-        },
-        "mean_steps": round(float(np.mean([r["steps"] for r in records])), 2),
-        "chunks": sum(r["chunks"] for r in records),
-        "overridden_chunks": sum(r["num_overridden"] for r in records),
-        "invalid_chunks": sum(r["invalid"] for r in records),
-    }
-    if any(r["told"] != r["instruction"] for r in records):
-        result["told_task_success"] = proportion(r["told_success"] for r in records)
-    return result
-
-
-def latency(calls: Sequence[Record]) -> dict[str, Any]:
-    """Wall time of policy calls in seconds; the first ones compile.
-
-    Args:
-      calls: ``rows`` (episodes answered) and ``seconds`` of each.
-    """
-    if not calls:
-        return {"calls": 0}
-    seconds = np.array([c["seconds"] for c in calls])
-    rows = sum(c["rows"] for c in calls)
-    return {
-        "calls": len(calls),
-        "chunks": rows,
-        "p50_seconds": round(float(np.percentile(seconds, 50)), 4),
-        "p95_seconds": round(float(np.percentile(seconds, 95)), 4),
-        "max_seconds": round(float(seconds.max()), 4),
-        "seconds_per_chunk": round(float(seconds.sum() / rows), 5),
-    }
-
-
-# ----------------------------------------------------------------------------
-# Drawings of a report as SVG: they stand in the page and can be saved for a paper.
-
-
-_BLUE, _ORANGE, _INK, _LINE = "#3a6ea5", "#d98032", "#1e1e22", "#dddddd"
-_ROW, _LABEL, _WIDTH, _TOP = 24, 330, 420, 22
-_LETTERS = 52
-
-
-def success_chart(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Success per task with 95 % intervals, a bar for each series.
-
-    Args:
-      series: name -> per task ``task``, ``rate``, ``low`` and ``high`` in 0...1; the same tasks.
-    """
-    names = list(series)
-    tasks = [row["task"] for row in series[names[0]]]
-    thick = (_ROW - 6) / len(names)
-    parts = [_axis(len(tasks))]
-    for place, task in enumerate(tasks):
-        top = _TOP + place * _ROW + 3
-        parts.append(_words(_LABEL - 8, top + 13, _short(task), "end"))
-        for number, name in enumerate(names):
-            color = (_BLUE, _ORANGE)[number % 2]
-            parts.append(_bar(series[name][place], top + number * thick, thick, color))
-    if len(names) > 1:
-        for number, name in enumerate(names):
-            color = (_BLUE, _ORANGE)[number % 2]
-            parts.append(_words(_LABEL + 90 * number, 12, f"■ {name}", "start", color))
-    return _svg(_LABEL + _WIDTH + 40, _TOP + len(tasks) * _ROW + 22, parts)
-
-
-def histogram(counts: Sequence[int], edges: Sequence[float], unit: str = "ms") -> str:
-    """Bars of counts; ``edges`` are one more than ``counts``, in thousands of ``unit``."""
-    width, height = 520 / len(counts), 110
-    parts = []
-    for i, count in enumerate(counts):
-        size = height * count / max(counts)
-        place = f"x='{30 + i * width:.1f}' y='{_TOP + height - size:.1f}'"
-        label = f"{1000 * edges[i]:.1f} to {1000 * edges[i + 1]:.1f} {unit}: {count}"
-        parts.append(
-            f"<rect {place} width='{width - 2:.1f}' height='{size:.1f}' fill='{_BLUE}'>"
-            f"<title>{label}</title></rect>"
-        )
-        if count:
-            middle = 30 + (i + 0.5) * width
-            parts.append(_words(middle, _TOP + height - size - 4, str(count), "middle"))
-    for place, edge in ((30, edges[0]), (550, edges[-1])):
-        parts.append(_words(place, _TOP + height + 16, f"{1000 * edge:.1f} {unit}", "middle"))
-    return _svg(600, _TOP + height + 24, parts)
-
-
-def _axis(tasks: int) -> str:
-    """Lines and numbers at 0, 25, … 100 %."""
-    bottom = _TOP + tasks * _ROW
-    parts = []
-    for share in (0, 25, 50, 75, 100):
-        x = _LABEL + _WIDTH * share / 100
-        line = f"x1='{x}' x2='{x}' y1='{_TOP}' y2='{bottom}' stroke='{_LINE}'"
-        parts += [f"<line {line}/>", _words(x, bottom + 16, f"{share} %", "middle")]
-    return "".join(parts)
-
-
-def _bar(row: Mapping[str, Any], top: float, thick: float, color: str) -> str:
-    rate, low, high = (_LABEL + _WIDTH * row[key] for key in ("rate", "low", "high"))
-    middle = top + thick / 2
-    label = f"{100 * row['rate']:.1f} % ({100 * row['low']:.1f} – {100 * row['high']:.1f})"
-    return (
-        f"<rect x='{_LABEL}' y='{top:.1f}' width='{max(rate - _LABEL, 1):.1f}' "
-        f"height='{thick - 1:.1f}' fill='{color}'><title>{label}</title></rect>"
-        f"<line x1='{low:.1f}' x2='{high:.1f}' y1='{middle:.1f}' y2='{middle:.1f}' "
-        f"stroke='{_INK}' stroke-width='1.5'/>"
-    )
-
-
-def _words(x: float, y: float, text: str, anchor: str, color: str = _INK) -> str:
-    place = f"x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='{color}'"
-    return f"<text {place}>{html.escape(text)}</text>"
-
-
-def _short(task: str) -> str:
-    words = task.replace("_", " ")
-    return words if len(words) <= _LETTERS else words[: _LETTERS - 1] + "…"
-
-
-def _svg(width: float, height: float, parts: Sequence[str]) -> str:
-    size = f"width='{width:.0f}' height='{height:.0f}'"
-    return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' {size} font-family='sans-serif' font-size='11'>"
-        f"{''.join(parts)}</svg>"
-    )
-
-
-# ----------------------------------------------------------------------------
-
-
-_Record = Mapping[str, Any]
-_BINS = 12
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#1e1e22}"
-    "table{border-collapse:collapse;margin:1em 0}td+td,th+th{white-space:nowrap}"
-    ".pairs td{text-align:left;white-space:normal}"
-    "td,th{padding:.2em .8em;text-align:right;vertical-align:top;"
-    "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
-    "figure{display:inline-block;margin:.5em}figcaption{font-size:80%}"
-)
-
-
-def task_table(records: Sequence[_Record]) -> list[dict[str, Any]]:
-    """Per task in order: ``number``, ``task`` and the fields of ``statistics.proportion``."""
-    rows = []
-    for number in sorted({r["number"] for r in records}):
-        own = [r for r in records if r["number"] == number]
-        names = [r["task"] for r in own if "error" not in r] or [own[0]["task"]]
-        success = proportion(r["success"] for r in own)
-        rows.append({"number": number, "task": names[0], **success})
-    return rows
-
-
-def summary(
-    records: Sequence[_Record], calls: Sequence[_Record], times: Sequence[_Record]
-) -> dict[str, Any]:
-    """The numbers of a campaign.
-
-    Args:
-      records: of its episodes.
-      calls: to the policy.
-      times: seconds of episodes inside the simulator, and of whole runs.
-    """
-    return {
-        "success": proportion(r["success"] for r in records),
-        "tasks": task_table(records),
-        "mean_steps": round(float(np.mean([r["steps"] for r in records])), 2),
-        "chunks": sum(r["chunks"] for r in records),
-        "overridden_chunks": sum(r["num_overridden"] for r in records),
-        "invalid_chunks": sum(r["invalid"] for r in records),
-        "episodes_lost_to_the_simulator": sum("error" in r for r in records),
-        "latency": {**latency(calls), "histogram": _histogram([c["seconds"] for c in calls])},
-        "throughput": _throughput(times),
-    }
-
-
-def report_page(report: Mapping[str, Any], videos: Sequence[pathlib.Path]) -> str:
+def report_page(report: Report, videos: Sequence[pathlib.Path]) -> str:
     """One HTML page that needs no other file.
 
     Args:
-      report: of ``summary``, with ``benchmark``, ``protocol``, ``versions`` and ``published``.
-      videos: GIF files shown, named by task and outcome.
+      report: of ``closed_loop.evaluate``.
+      videos: GIF files shown, named by condition, task and outcome.
     """
-    parts = [
-        f"<h1>{_text(report['benchmark'])}: {_percent(report['success'])}</h1>",
-        success_chart({"success": report["tasks"]}),
-        _table(["task", "success %", "95 %", "episodes"], map(_row, report["tasks"])),
-        _chains(report),
-        _published(report),
-        f"<p>{report['invalid_chunks']} of {report['chunks']} chunks did not decode; "
-        f"in {report['overridden_chunks']} the grammar overruled the model; "
-        f"{report['episodes_lost_to_the_simulator']} episodes were lost to the simulator.</p>",
-        "<h2>Latency of the policy</h2>" + _latency(report["latency"]),
-    ]
-    for name in ("protocol", "versions", "throughput"):
-        rows = sorted(report[name].items())
-        parts.append(f"<h2>{name.capitalize()}</h2>" + _table(["", ""], rows, "pairs"))
-    parts += ["<h2>Episodes</h2>", *map(_figure, videos)]
-    return _document(str(report["benchmark"]), parts)
+    tasks, histogram = _tasks(report), main_condition(report)["latency"].get("histogram")
+    return _render(
+        "report.html.jinja",
+        title=report["benchmark"],
+        report=report,
+        main=main_condition(report),
+        tasks=tasks,
+        success_chart=success_chart(list(report["conditions"]), tasks),
+        latency_chart=latency_chart(**histogram) if histogram else "",
+        videos=[(v.stem, base64.b64encode(v.read_bytes()).decode()) for v in videos],
+    )
 
 
 def comparison_page(
-    names: Sequence[str], reports: Sequence[Mapping[str, Any]], found: Mapping[str, Any]
+    names: Sequence[str], reports: Sequence[Report], found: Mapping[str, Any]
 ) -> str:
     """One HTML page about two reports.
 
     Args:
       names: of the two.
-      reports: of ``summary``, as ``page`` takes them.
-      found: ``comparison`` of them.
+      reports: of ``closed_loop.evaluate``.
+      found: of ``closed_loop.compare``.
     """
-    common = {row[0] for row in found["tasks"][:-1]}
-    series = {
-        name: [row for row in report["tasks"] if row["task"] in common]
-        for name, report in zip("AB", reports, strict=True)
-    }
-    order = {row["task"]: place for place, row in enumerate(series["A"])}
-    series["B"].sort(key=lambda row: order[row["task"]])
-    ends = " – ".join(f"{100 * found[end]:.1f}" for end in ("low", "high"))
-    parts = [
-        f"<h1>{_text(reports[0]['benchmark'])}</h1>",
-        *(
-            f"<p>{k}: {_text(n)}, {_percent(r['success'])}</p>"
-            for k, n, r in zip("AB", names, reports)
-        ),
-        f"<p>B − A: {100 * found['difference']:.1f} points (95 %: {ends})</p>",
-        success_chart(series) if common else "",
-        "<h2>Settings that differ</h2>",
-        _table(["", "A", "B"], [[key, *pair] for key, pair in found["differs"].items()], "pairs")
-        if found["differs"]
-        else "<p>none</p>",
+    return _render(
+        "comparison.html.jinja",
+        title=f"comparison: {reports[0]['benchmark']}",
+        names=names,
+        found=found,
+        differs=[[key, *values] for key, values in found["differs"].items()],
+        success_chart=success_chart(["A", "B"], found["tasks"]),
+    )
+
+
+def summary_table(report: Report) -> str:
+    """Success per task, a column for each condition, for a terminal."""
+    conditions = report["conditions"]
+    rows = [["% success", *(name.replace("_", " ") for name in conditions)]]
+    rows += [
+        [name, *(_percent(s["rate"]) for s in successes)] for name, *successes in _tasks(report)
     ]
-    return _document(f"comparison: {reports[0]['benchmark']}", parts)
+    for label, cell in _FIGURES.items():
+        rows.append([label, *(cell(figures) for figures in conditions.values())])
+    for title, groups in main_condition(report)["breakdown"].items():
+        for name in groups:
+            cells = [c["breakdown"].get(title, {}).get(name) for c in conditions.values()]
+            label = f"{title}: {name}".replace("_", " ")
+            rows.append([label, *("" if s is None else _percent(s["rate"]) for s in cells)])
+    return format_table(rows)
 
 
-def _document(title: str, parts: Sequence[str]) -> str:
-    head = f"<meta charset='utf-8'><title>{_text(title)}</title><style>{_STYLE}</style>"
-    body = "\n".join(parts)
-    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
+_FIGURES = {
+    "95 %": lambda c: _interval(c["success"]),
+    "episodes": lambda c: c["success"]["episodes"],
+    "overridden chunks": lambda c: f"{c['overridden_chunks']}/{c['chunks']}",
+    "invalid chunks": lambda c: f"{c['invalid_chunks']}/{c['chunks']}",
+    "seconds per call": lambda c: f"{c['latency'].get('p50_seconds', 0):.3f}",
+}
 
 
-def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two reports of one benchmark side by side.
+def comparison_table(found: Mapping[str, Any]) -> str:
+    """Two reports beside each other, and what differs between their settings."""
+    rows = [["task", "A", "B"]]
+    rows += [[name, *(_percent(s["rate"]) for s in pair)] for name, *pair in found["tasks"]]
+    lines = [
+        format_table(rows),
+        f"B - A: {_percent(found['difference'])} points (95 %: {_interval(found)})",
+    ]
+    return "\n".join(lines + [f"{k}: {a!r} | {b!r}" for k, (a, b) in found["differs"].items()])
 
-    Returns:
-      ``tasks`` [name, rate, rate] with the total last, ``difference`` of the success rates and the
-      ends ``low``, ``high`` of its 95 % interval (Newcombe 1998, method 10), and ``differs``: the
-      fields of protocol and versions that are not the same, each with both values.
+
+def success_chart(names: Sequence[str], tasks: Sequence[Sequence[Any]]) -> str:
+    """Success per task with 95 % intervals as SVG, a bar for each series.
+
+    Args:
+      names: of the series.
+      tasks: name, then a proportion for each series.
     """
-    others = {row["task"]: row for row in second["tasks"]}
-    both = [row for row in first["tasks"] if row["task"] in others]
-    rows = [[row["task"], row["rate"], others[row["task"]]["rate"]] for row in both]
-    a, b = first["success"], second["success"]
-    difference = b["rate"] - a["rate"]
-    low = difference - np.hypot(b["rate"] - b["low"], a["high"] - a["rate"])
-    high = difference + np.hypot(b["high"] - b["rate"], a["rate"] - a["low"])
-    known = [{**r["protocol"], **r["versions"]} for r in (first, second)]
-    return {
-        "tasks": [*rows, ["all", a["rate"], b["rate"]]],
-        "difference": round(difference, 4),
-        "low": round(float(low), 4),
-        "high": round(float(high), 4),
-        "differs": {
-            key: [k.get(key) for k in known]
-            for key in sorted(known[0].keys() | known[1].keys())
-            if known[0].get(key) != known[1].get(key)
-        },
-    }
+    figure = _figure(8, 0.6 + len(tasks) * (0.16 + 0.12 * len(names)))
+    axes, thickness = figure.subplots(), 0.8 / len(names)
+    for number, name in enumerate(names):
+        successes = [task[1 + number] for task in tasks]
+        rates = [100 * s["rate"] for s in successes]
+        errors = [
+            [100 * (s["rate"] - s["low"]) for s in successes],
+            [100 * (s["high"] - s["rate"]) for s in successes],
+        ]
+        places = [row + (number - (len(names) - 1) / 2) * thickness for row in range(len(tasks))]
+        # Rounding may put a rate a little outside its interval.
+        clipped = [[max(0.0, error) for error in side] for side in errors]
+        axes.barh(places, rates, thickness, xerr=clipped, label=name.replace("_", " "))
+    labels = [
+        textwrap.shorten(str(t[0]).replace("_", " "), _LETTERS, placeholder="…") for t in tasks
+    ]
+    axes.set_yticks(range(len(tasks)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("success %")
+    if len(names) > 1:
+        axes.legend(fontsize=8)
+    return _svg(figure)
 
 
-def _throughput(times: Sequence[_Record]) -> dict[str, Any]:
-    """Episodes and steps a second, and the share of all workers' time spent in the simulator."""
-    runs = [t for t in times if "run_seconds" in t]
-    episodes = [t for t in times if "episode_seconds" in t]
-    wall = sum(r["run_seconds"] for r in runs)
-    if not wall:
-        return {}
-    inside = sum(e["episode_seconds"] for e in episodes)
-    return {
-        "workers": max(r["workers"] for r in runs),
-        "seconds": round(wall, 2),
-        "episodes_per_minute": round(60 * len(episodes) / wall, 3),
-        "steps_per_second": round(sum(e["steps"] for e in episodes) / wall, 2),
-        "simulator_share": round(inside / sum(r["run_seconds"] * r["workers"] for r in runs), 3),
-    }
+def latency_chart(counts: Sequence[int], edges: Sequence[float]) -> str:
+    """Histogram of the seconds of policy calls as SVG; one more edge than counts."""
+    figure = _figure(7, 2)
+    axes = figure.subplots()
+    axes.stairs(counts, [1000 * edge for edge in edges], fill=True)
+    axes.set_xlabel("milliseconds of a call")
+    axes.set_ylabel("calls")
+    return _svg(figure)
 
 
-def _histogram(seconds: Sequence[float]) -> dict[str, list[float]]:
-    if not seconds:
-        return {"edges": [], "counts": []}
-    counts, edges = np.histogram(seconds, _BINS)
-    return {"edges": [round(float(e), 5) for e in edges], "counts": counts.tolist()}
+def _tasks(report: Report) -> list[list[Any]]:
+    """Name and the conditions' proportions of each task, the total last."""
+    conditions = list(report["conditions"].values())
+    rows = zip(*(figures["tasks"] for figures in conditions), strict=True)
+    total = ["all", *(figures["success"] for figures in conditions)]
+    return [*([row[0]["task"], *row] for row in rows), total]
 
 
-def _row(task: Mapping[str, Any]) -> list[Any]:
-    interval = f"{100 * task['low']:.1f} – {100 * task['high']:.1f}"
-    return [task["task"].replace("_", " "), f"{100 * task['rate']:.1f}", interval, task["episodes"]]
-
-
-def _chains(report: Mapping[str, Any]) -> str:
-    """CALVIN's tables: tasks solved in a row, and each kind of task by itself."""
-    if "chain_rates" not in report:
-        return ""
-    heads = ["success %", "95 %", "tried"]
-    in_a_row = [_row({"task": n, **found}) for n, found in report["chain_rates"].items()]
-    kinds = [_row({"task": name, **found}) for name, found in report["subtasks"].items()]
-    mean = f"<p>{report['mean_length']:.2f} tasks in a row on average</p>"
-    return mean + _table(["tasks in a row", *heads], in_a_row) + _table(["task", *heads], kinds)
-
-
-def _published(report: Mapping[str, Any]) -> str:
-    own = 100 * report["success"]["rate"]
-    rows = [[name, f"{own:.1f}", f"{value:.1f}"] for name, value in report["published"].items()]
-    return _table(["", "here %", "published %"], rows) if rows else ""
-
-
-def _percent(success: Mapping[str, Any]) -> str:
-    low, high = 100 * success["low"], 100 * success["high"]
-    return f"{100 * success['rate']:.1f} % (95 %: {low:.1f} – {high:.1f})"
-
-
-def _latency(found: Mapping[str, Any]) -> str:
-    drawn = found["histogram"]
-    if not drawn["counts"]:
-        return "<p>no calls</p>"
-    numbers = f"median {1000 * found['p50_seconds']:.1f} ms, 95 % below "
-    numbers += f"{1000 * found['p95_seconds']:.1f} ms, {found['calls']} calls"
-    return f"<p>{numbers}</p>" + histogram(drawn["counts"], drawn["edges"])
-
-
-def _table(heads: Sequence[str], rows: Any, kind: str = "") -> str:
-    head = "".join(f"<th>{_text(h)}</th>" for h in heads)
-    body = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
-    return (
-        f"<table class='{kind}'><tr>{head}</tr>"
-        + "".join(f"<tr>{r}</tr>" for r in body)
-        + "</table>"
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("univla_jax.evaluation"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
+    environment.filters |= {
+        "rate": _percent,
+        "percent": lambda s: f"{_percent(s['rate'])} % (95 %: {_interval(s)})",
+        "words": lambda text: str(text).replace("_", " "),
+    }
+    return environment.get_template(template).render(values)
 
 
-def _figure(video: pathlib.Path) -> str:
-    data = base64.b64encode(video.read_bytes()).decode()
-    return (
-        f"<figure><img src='data:image/gif;base64,{data}'>"
-        f"<figcaption>{_text(video.stem)}</figcaption></figure>"
-    )
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}"
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def _interval(ends: Mapping[str, float]) -> str:
+    return f"{_percent(ends['low'])} – {_percent(ends['high'])}"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> markupsafe.Markup:
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "univla_jax"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return markupsafe.Markup(text[text.index("<svg") :])

@@ -1,18 +1,16 @@
-"""Many episodes of a benchmark: simulators in worker processes, one policy that answers in batches.
+"""Runs the episodes of a benchmark: many simulators, one policy that answers all in one batch.
 
 ::
 
     out/
-      campaign.json     protocol and policy; fixed when the campaign is begun
       episodes.jsonl    one line per finished episode, written at once
       calls.jsonl       wall time of every call to the policy
       times.jsonl       seconds inside the simulator per episode, and of whole runs
-      videos/            <task>_<trial>_<success or failure>.gif
-      workers/          what each simulator printed
-      report.json       written last
+      videos/           <condition>_<task>_<trial>_<success or failure>.gif
+      workers/          what each simulator in a process of its own printed
 
-Episodes do not depend on each other nor on which worker runs them, so the records of a campaign
-that was killed and gone on with equal those of an uninterrupted one.
+Episodes do not depend on each other nor on which worker runs them, so the records of a run that
+was killed and resumed equal those of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import dataclasses
 import multiprocessing.connection
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,23 +28,27 @@ import tqdm
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
-from univla_jax.evaluation.worker import Worker
+from univla_jax.evaluation.worker import InProcessWorker, Message, ProcessWorker
 from univla_jax.inference.policy import no_motion
 from univla_jax.io import JsonlWriter
-from univla_jax.simulators.base import Benchmark, Trial
+from univla_jax.simulators.base import Benchmark, Simulator, Trial
 
-# ----------------------------------------------------------------------------
-# Many episodes stepped together against one policy that answers them in one batch.
-#
-# Each chunk is executed open loop, then every episode that still runs is observed and the policy is
-# asked once for all of them.
+EPISODES, CALLS, TIMES = "episodes.jsonl", "calls.jsonl", "times.jsonl"
+VIDEOS, _LOGS = "videos", "workers"
+_FORMER_KEYS = {
+    "family": "task",
+    "steered": "num_overridden",
+    "told": "given_instruction",
+    "told_success": "given_task_success",
+}
+_ATTEMPTS = 2  # of an episode whose worker crashes or hangs
 
 
 class Actor(Protocol):
     """What acts: a trained policy or a baseline."""
 
     def start(self, seed: int = 0) -> Any:
-        """The memory of a new episode; ``seed`` fixes whatever is drawn at random in it."""
+        """The session of a new episode; ``seed`` fixes whatever is drawn at random in it."""
         ...
 
     def act(
@@ -56,133 +58,18 @@ class Actor(Protocol):
         ...
 
 
-class Simulated(Protocol):
-    """One episode of a benchmark."""
-
-    @property
-    def seed(self) -> int:
-        """What fixes its scene and task."""
-        ...
-
-    def observe(self) -> Observation:
-        """What the policy sees now."""
-        ...
-
-    def step(self, action: np.ndarray) -> bool:
-        """Executes one action float [A], in physical units; returns whether the episode ended."""
-        ...
-
-    def result(self) -> dict[str, Any]:
-        """Task and outcome as JSON values, ``success`` among them."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class PolicyCall:
-    """One question to the policy: how many episodes it was for, and how long it took."""
-
-    rows: int
-    seconds: float
-
-
-@dataclasses.dataclass
-class _Run:
-    """The state of one episode on its way."""
-
-    index: int
-    episode: Simulated
-    session: Any
-    chunks: int = 0
-    num_overridden: int = 0
-    invalid: int = 0
-    invalid_reason: str = ""
-
-    def execute(self, chunk: ActionChunk, steps: int, watch: Watch | None) -> bool:
-        """Executes the first ``steps`` actions; returns whether the episode ended."""
-        self.chunks += 1
-        self.num_overridden += chunk.num_overridden > 0
-        if not chunk.valid:
-            self.invalid += 1
-            self.invalid_reason = self.invalid_reason or chunk.reason
-        for action in chunk.actions[:steps]:
-            ended = self.episode.step(action)
-            if watch is not None:
-                watch(self.index, self.episode)
-            if ended:
-                return True
-        return False
-
-    def record(self) -> dict[str, Any]:
-        """What is written about the episode."""
-        names = ("chunks", "num_overridden", "invalid", "invalid_reason")
-        counts = {name: getattr(self, name) for name in names}
-        return {**self.episode.result(), **counts}
-
-
-Watch = Callable[[int, Simulated], None]
-
-
-def rollout(
-    actor: Actor,
-    episodes: Sequence[Simulated],
-    *,
-    execute: int | None = None,
-    on_call: Callable[[PolicyCall], None] | None = None,
-    watch: Watch | None = None,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Runs episodes to their ends.
-
-    The order of calls depends on the episodes alone, so the same ones give the same records.
-
-    Args:
-      actor: acts in all of them.
-      episodes: freshly reset.
-      execute: steps executed of each chunk; all by default.
-      on_call: told of every call to the actor.
-      watch: shown every episode at its start and after each step.
-
-    Yields:
-      (position in ``episodes``, record) as each ends; the record is the episode's result with
-      ``chunks``, ``num_overridden`` (chunks whose grammar overruled the model), ``invalid`` (that
-      did not decode, replaced by no motion) and ``invalid_reason`` (of the first).
-    """
-    active = [_Run(i, e, actor.start(e.seed)) for i, e in enumerate(episodes)]
-    for run in active if watch else ():
-        watch(run.index, run.episode)
-    while active:
-        observations = [run.episode.observe() for run in active]
-        begin = time.perf_counter()
-        chunks = actor.act(observations, [run.session for run in active])
-        if on_call is not None:
-            on_call(PolicyCall(len(active), time.perf_counter() - begin))
-        running = []
-        for run, chunk in zip(active, chunks, strict=True):
-            if run.execute(chunk, execute or len(chunk.actions), watch):
-                yield run.index, run.record()
-            else:
-                running.append(run)
-        active = running
-
-
-# ----------------------------------------------------------------------------
-
-
-EPISODES, CALLS, TIMES = "episodes.jsonl", "calls.jsonl", "times.jsonl"
-_ATTEMPTS = 2  # of an episode whose worker crashes or hangs
-
-
 class PolicyLost(Exception):
-    """The policy forgot its sessions, for example because its server went away and came back."""
+    """The policy lost its sessions, for example because its server was restarted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunnerConfig:
-    """How a campaign is run; nothing here changes a record.
+    """How a benchmark is run; nothing here changes a record.
 
     Attributes:
-      workers: simulators at once.
-      hang_seconds: a simulator silent for so long is started anew.
-      videos: episodes of each task that are with_video.
+      workers: simulators at once, and so the most episodes in a call to the policy.
+      hang_seconds: a simulator silent for so long is restarted.
+      videos: episodes of each task that are recorded.
       progress: whether to draw a progress bar on standard error.
     """
 
@@ -201,200 +88,278 @@ class RunnerConfig:
 
 
 @dataclasses.dataclass
-class _WorkerSlot:
-    """One worker and the episode it runs."""
+class WorkerSlot:
+    """One simulator and the episode it runs.
 
+    Attributes:
+      worker: the simulator.
+      number: of the slot.
+      since: monotonic time of the last message to the worker.
+      trial: the episode; None while there is none.
+      video: where its video goes, less outcome and suffix.
+      session: of the policy.
+      observation: that waits for an action; None while the worker computes.
+      last_action: float [A], the last of the chunk before.
+      counts: chunks, those the grammar overruled, and those that did not decode.
+      invalid_reason: of the first that did not decode.
+    """
+
+    worker: InProcessWorker | ProcessWorker
     number: int
-    worker: Worker
     since: float = 0.0
-    job: Trial | None = None
+    trial: Trial | None = None
+    video: pathlib.Path | None = None
     session: Any = None
-    seen: Observation | None = None
+    observation: Observation | None = None
     last_action: np.ndarray | None = None
-    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    reason: str = ""
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    invalid_reason: str = ""
 
-    def begin(self, job: Trial, video: pathlib.Path | None) -> None:
-        self.forget()
-        self.job, self.seen, self.last_action = job, None, None
-        self.counts, self.reason, self.since = collections.Counter(), "", time.monotonic()
-        self.worker.reset(job, video)
+    def begin(self, trial: Trial, video: pathlib.Path | None) -> None:
+        """Resets the simulator to an episode."""
+        self.close_session()
+        self.trial, self.video, self.observation, self.last_action = trial, video, None, None
+        self.counts, self.invalid_reason = collections.Counter(), ""
+        self.since = time.monotonic()
+        self.worker.reset(trial, video)
 
     def act(self, chunk: ActionChunk, execute: int) -> None:
+        """Executes the first ``execute`` actions of a chunk, all of them if it is 0."""
         self.counts["chunks"] += 1
         self.counts["num_overridden"] += chunk.num_overridden > 0
         if not chunk.valid:
             self.counts["invalid"] += 1
-            self.reason = self.reason or chunk.reason
+            self.invalid_reason = self.invalid_reason or chunk.reason
         actions = chunk.actions[: execute or None]
-        self.last_action, self.seen, self.since = actions[-1], None, time.monotonic()
+        self.last_action, self.observation = actions[-1], None
+        self.since = time.monotonic()
         self.worker.act(actions)
 
-    def forget(self) -> None:
+    def close_session(self) -> None:
         """Ends the session; one that holds a connection closes it."""
         if hasattr(self.session, "close"):
             self.session.close()
         self.session = None
 
-    def record(self) -> dict[str, Any]:
+    def chunk_counts(self) -> dict[str, Any]:
+        """What the policy answered in this episode, for its record."""
         counts = {name: self.counts[name] for name in ("chunks", "num_overridden", "invalid")}
-        return {**counts, "invalid_reason": self.reason}
+        return {**counts, "invalid_reason": self.invalid_reason}
 
 
 class BenchmarkRunner:
-    """The missing episodes of a benchmark, run to the end.
+    """Runs the missing episodes of a benchmark, one condition at a time; a context manager.
 
     Attributes:
+      episodes: records, one per finished episode.
+      calls: to the policy.
+      times: seconds of episodes inside the simulator, and of whole runs.
       versions: of simulator and renderer, once a worker is ready.
     """
 
-    def __init__(
-        self, benchmark: Benchmark, actor: Actor, out: pathlib.Path, effort: RunnerConfig
-    ) -> None:
-        """Opens the journals in ``out``, which must exist."""
-        self._benchmark, self._actor, self._out, self._effort = benchmark, actor, out, effort
+    def __init__(self, benchmark: Benchmark, out: pathlib.Path, config: RunnerConfig) -> None:
+        """Opens the logs in ``out``, which must exist."""
+        self._benchmark, self._out, self._config = benchmark, out, config
         self.versions: dict[str, str] = {}
-        for name in ("videos", "workers"):
+        for name in (VIDEOS, _LOGS):
             (out / name).mkdir(exist_ok=True)
+        self.episodes, self.calls, self.times = (
+            JsonlWriter(out / name) for name in (EPISODES, CALLS, TIMES)
+        )
+        self.episodes.lines[:] = [self._renamed(line) for line in self.episodes.lines]
 
-    def run(self) -> None:
-        """Runs what is missing.
+    def __enter__(self) -> BenchmarkRunner:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the logs."""
+        for log in (self.episodes, self.calls, self.times):
+            log.close()
+
+    def missing(self, condition: str) -> list[Trial]:
+        """The trials without a record, in the benchmark's order."""
+        done = {
+            Trial(line["number"], line["trial"])
+            for line in self.episodes.lines
+            if line["condition"] == condition
+        }
+        return [trial for trial in self._benchmark.trials if trial not in done]
+
+    def run(
+        self,
+        condition: str,
+        actor: Actor,
+        make: Callable[[], Simulator] | None = None,
+        *,
+        videos: bool = True,
+    ) -> None:
+        """Runs what is missing of a condition.
+
+        Args:
+          condition: name in the records.
+          actor: acts in all episodes.
+          make: makes a simulator; the benchmark's by default.
+          videos: whether to record any.
 
         Raises:
           UserError: a simulator cannot start, or the policy's server stays away; finished
             episodes are kept and the next run goes on.
         """
-        names = (EPISODES, CALLS, TIMES)
-        self._episodes, self._calls, self._times = (JsonlWriter(self._out / name) for name in names)
-        done = {Trial(line["number"], line["trial"]) for line in self._episodes.lines}
-        jobs = self._benchmark.jobs
-        self._waiting = collections.deque(job for job in jobs if job not in done)
+        self._condition, self._actor, self._videos = condition, actor, videos
+        self._make = make or self._benchmark.make
+        missing, total = self.missing(condition), len(self._benchmark.trials)
+        self._waiting = collections.deque(missing)
         self._failures: collections.Counter[Trial] = collections.Counter()
-        count = min(self._effort.workers, len(self._waiting))
-        self._seats = [_WorkerSlot(n, self._start(n)) for n in range(count)]
-        begin, finished = time.perf_counter(), len(self._episodes.lines)
-        hidden = not self._effort.progress
-        with tqdm.tqdm(total=len(jobs), initial=len(done), unit="episode", disable=hidden) as bar:
-            self._bar = bar
+        self._slots: list[WorkerSlot] = []
+        hidden, done = not self._config.progress, total - len(missing)
+        begin = time.perf_counter()
+        with tqdm.tqdm(
+            total=total, initial=done, desc=condition, unit="episode", disable=hidden
+        ) as self._bar:
             try:
+                for number in range(min(self._config.workers, len(missing))):
+                    self._slots.append(WorkerSlot(self._start_worker(number), number))
                 self._loop()
             finally:
-                for seat in self._seats:
-                    seat.forget()
-                    seat.worker.stop()
-                self._note_run(time.perf_counter() - begin, len(self._episodes.lines) - finished)
-                for journal in (self._episodes, self._calls, self._times):
-                    journal.close()
+                for slot in self._slots:
+                    slot.close_session()
+                    slot.worker.stop()
+                self._record_run(time.perf_counter() - begin, self._bar.n - done)
 
-    def _start(self, number: int) -> Worker:
-        return Worker(self._benchmark.make, self._out / "workers" / f"{number}.log")
+    def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record with today's names, where an older version wrote it."""
+        record = {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
+        if "episode" in record:
+            trial = self._benchmark.trials[record.pop("episode")]
+            record |= {"number": trial.task, "trial": trial.trial}
+        return record
+
+    def _start_worker(self, number: int) -> InProcessWorker | ProcessWorker:
+        if self._benchmark.in_process:
+            return InProcessWorker(self._make, self._benchmark.video_every)
+        log = self._out / _LOGS / f"{number}.log"
+        return ProcessWorker(self._make, self._benchmark.video_every, log)
 
     def _loop(self) -> None:
-        """Listens to the workers, and answers all that wait in one call."""
-        for seat in self._seats:
-            seat.since = time.monotonic()
-        while self._seats:
-            busy = {seat.worker.connection: seat for seat in self._seats if seat.seen is None}
-            for connection in multiprocessing.connection.wait(list(busy), timeout=1.0):
-                self._hear(busy[connection], busy[connection].worker.receive())
-            self._end_hanging()
-            self._seats = [seat for seat in self._seats if not self._idle(seat)]
-            if all(seat.seen is not None for seat in self._seats) or self._patient():
-                self._answer([seat for seat in self._seats if seat.seen is not None])
+        """Receives from the workers, and answers all that wait in one call to the policy."""
+        for slot in self._slots:
+            slot.since = time.monotonic()
+        while self._slots:
+            for slot in self._ready([slot for slot in self._slots if slot.observation is None]):
+                self._receive(slot, slot.worker.receive())
+            self._restart_hanging()
+            self._slots = [slot for slot in self._slots if not self._finished(slot)]
+            waiting = [slot for slot in self._slots if slot.observation is not None]
+            # A call costs about the same for one episode as for all, so it is made once no worker
+            # executes a chunk any more. Those that start a process or reset a simulator would
+            # keep the others waiting for too long; in this process they are ready by the next
+            # round.
+            absent = [slot for slot in self._slots if slot.observation is None]
+            executing = [s for s in absent if s.counts["chunks"] or self._benchmark.in_process]
+            if waiting and not executing:
+                self._query(waiting)
 
-    def _patient(self) -> bool:
-        """Whether some episodes wait and the rest are between episodes, which takes longer."""
-        slow = [seat for seat in self._seats if seat.seen is None and not seat.counts["chunks"]]
-        silent = [seat for seat in self._seats if seat.seen is None]
-        return len(silent) == len(slow) < len(self._seats)
+    def _ready(self, slots: Sequence[WorkerSlot]) -> list[WorkerSlot]:
+        """Those with a message: all in this process, or what comes within a second."""
+        if self._benchmark.in_process:
+            return list(slots)
+        connections = {slot.worker.connection: slot for slot in slots}
+        ready = multiprocessing.connection.wait(list(connections), timeout=1.0)
+        return [connections[connection] for connection in ready]
 
-    def _hear(self, seat: _WorkerSlot, message: tuple[Any, ...]) -> None:
-        kind, *rest = message
-        if kind == "mistake":
-            raise UserError(rest[0])
-        if kind == "crash":
-            self._crashed(seat, rest[0])
-        elif kind == "ready":
-            self.versions = rest[0]
-            self._next(seat)
-        elif kind == "see":
-            seat.seen, fresh = rest
-            if fresh:
-                seat.forget()
-                seat.session, seat.last_action = self._actor.start(seat.job.trial), None
-        else:
-            self._finished(seat, *rest)
+    def _receive(self, slot: WorkerSlot, message: Message) -> None:
+        match message:
+            case "ready", versions:
+                self.versions = versions
+                self._assign(slot)
+            case "observation", observation, starts:
+                slot.observation = observation
+                if starts:
+                    slot.close_session()
+                    slot.session = self._actor.start(self._benchmark.seed(slot.trial))
+                    slot.last_action = None
+            case "end", result, seconds:
+                self._record_episode(slot, result)
+                self.times.append(
+                    {
+                        "condition": self._condition,
+                        "episode_seconds": round(seconds, 3),
+                        "steps": result["steps"],
+                    }
+                )
+                self._assign(slot)
+            case "crash", how:
+                self._restart(slot, how.strip().splitlines()[-1])
+            case "user_error", text:
+                raise UserError(text)
 
-    def _finished(self, seat: _WorkerSlot, result: dict[str, Any], seconds: float) -> None:
-        self._write(seat, {**result, **seat.record()})
-        self._times.append({"episode_seconds": round(seconds, 3), "steps": result["steps"]})
-        self._next(seat)
-
-    def _write(self, seat: _WorkerSlot, record: dict[str, Any]) -> None:
-        self._episodes.append({"number": seat.job.task, "trial": seat.job.trial, **record})
+    def _record_episode(self, slot: WorkerSlot, result: dict[str, Any]) -> None:
+        where = {"number": slot.trial.task, "trial": slot.trial.trial}
+        record = {"condition": self._condition, **where, **result, **slot.chunk_counts()}
+        self.episodes.append(record)
         self._bar.update()
 
-    def _next(self, seat: _WorkerSlot) -> None:
-        """Gives a worker its next episode, or lets it rest."""
-        seat.forget()
-        seat.job = None
+    def _assign(self, slot: WorkerSlot) -> None:
+        """Gives a worker its next episode, or none."""
+        slot.close_session()
+        slot.trial = None
         if self._waiting:
-            job = self._waiting.popleft()
-            with_video = job.trial < self._effort.videos
-            video = self._out / "videos" / f"{job.task:03d}_{job.trial:02d}" if with_video else None
-            seat.begin(job, video)
+            trial = self._waiting.popleft()
+            recorded = self._videos and trial.trial < self._config.videos
+            name = f"{self._condition}_{trial.task:03d}_{trial.trial:02d}"
+            slot.begin(trial, self._out / VIDEOS / name if recorded else None)
 
-    def _idle(self, seat: _WorkerSlot) -> bool:
-        """Whether a seat has nothing left to do; its worker is ended then."""
-        idle = seat.job is None and bool(self.versions) and not self._waiting
-        if idle:
-            seat.worker.stop()
-        return idle
+    def _finished(self, slot: WorkerSlot) -> bool:
+        """Whether a slot has nothing left to do; its worker is ended then."""
+        finished = slot.trial is None and not self._waiting
+        if finished:
+            slot.worker.stop()
+        return finished
 
-    def _end_hanging(self) -> None:
-        now, limit = time.monotonic(), self._effort.hang_seconds
-        for seat in self._seats:
-            if seat.seen is None and now - seat.since > limit:
-                self._crashed(seat, f"silent for {limit:g} s")
+    def _restart_hanging(self) -> None:
+        now, limit = time.monotonic(), self._config.hang_seconds
+        for slot in self._slots:
+            if slot.observation is None and now - slot.since > limit:
+                self._restart(slot, f"silent for {limit:g} s")
 
-    def _crashed(self, seat: _WorkerSlot, how: str) -> None:
-        """Starts a worker anew; its episode is repeated once, then reported as failed."""
-        seat.worker.stop()
-        if seat.job is None:
-            raise UserError(
-                f"the simulator does not start: {how.strip().splitlines()[-1]}; see "
-                f"{seat.worker.log}"
-            )
-        self._failures[seat.job] += 1
-        if self._failures[seat.job] < _ATTEMPTS:
-            self._waiting.appendleft(seat.job)
+    def _restart(self, slot: WorkerSlot, error: str) -> None:
+        """Restarts a worker; its episode is repeated once, then recorded as failed."""
+        slot.worker.stop()
+        if slot.trial is None:
+            raise UserError(f"the simulator does not start: {error}; see {slot.worker.log}")
+        self._failures[slot.trial] += 1
+        if self._failures[slot.trial] < _ATTEMPTS:
+            self._waiting.appendleft(slot.trial)
         else:
-            error = how.strip().splitlines()[-1]
-            lost = {"task": str(seat.job.task), "success": False, "steps": 0, "error": error}
-            self._write(seat, {**lost, **seat.record()})
-        seat.worker, seat.job = self._start(seat.number), None
-        seat.seen, seat.since = None, time.monotonic()
+            lost = {"task": str(slot.trial.task), "success": False, "steps": 0, "error": error}
+            self._record_episode(slot, lost)
+        slot.worker, slot.trial = self._start_worker(slot.number), None
+        slot.counts = collections.Counter()
+        slot.observation, slot.since = None, time.monotonic()
 
-    def _answer(self, seats: Sequence[_WorkerSlot]) -> None:
-        if not seats:
-            return
+    def _query(self, slots: Sequence[WorkerSlot]) -> None:
+        """One call to the policy for the episodes of ``slots``, which all wait for it."""
         begin = time.perf_counter()
         try:
-            chunks = self._actor.act([s.seen for s in seats], [s.session for s in seats])
+            chunks = self._actor.act(
+                [slot.observation for slot in slots], [slot.session for slot in slots]
+            )
         except PolicyLost:
-            for seat in seats:
-                seat.begin(seat.job, None)
+            for slot in slots:
+                slot.begin(slot.trial, slot.video)
             return
-        self._calls.append({"rows": len(seats), "seconds": time.perf_counter() - begin})
-        for seat, chunk in zip(seats, chunks, strict=True):
-            checked = sanitize_chunk(chunk, self._benchmark.action_dim, seat.last_action)
-            seat.act(checked, self._benchmark.execute)
+        seconds = time.perf_counter() - begin
+        self.calls.append({"condition": self._condition, "rows": len(slots), "seconds": seconds})
+        for slot, chunk in zip(slots, chunks, strict=True):
+            checked = sanitize_chunk(chunk, self._benchmark.action_dim, slot.last_action)
+            slot.act(checked, self._benchmark.execute)
 
-    def _note_run(self, seconds: float, episodes: int) -> None:
+    def _record_run(self, seconds: float, episodes: int) -> None:
         if episodes:
-            workers = self._effort.workers
-            run = {"run_seconds": round(seconds, 3), "episodes": episodes, "workers": workers}
-            self._times.append(run)
+            run = {"condition": self._condition, "run_seconds": round(seconds, 3)}
+            workers = 1 if self._benchmark.in_process else self._config.workers
+            self.times.append({**run, "episodes": episodes, "workers": workers})
 
 
 def sanitize_chunk(
@@ -403,7 +368,7 @@ def sanitize_chunk(
     """The chunk itself, or no motion, marked as not valid, where it cannot be executed.
 
     Args:
-      chunk: what the policy answered.
+      chunk: the policy's answer.
       action_dim: dimensions A the simulator takes.
       last_action: [A] executed before; its gripper is kept. None at the start.
     """

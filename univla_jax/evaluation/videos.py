@@ -1,4 +1,4 @@
-"""Videos and strips of pictures, drawn with Pillow.
+"""GIF and MP4 videos of several clips, and strips of frames, drawn with Pillow.
 
 Axes: T steps, H/W pixels.
 """
@@ -16,18 +16,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from univla_jax.errors import UserError
 
-_PAPER, _INK = (255, 255, 255), (30, 30, 34)
-_GOOD, _BAD = (38, 140, 70), (190, 50, 44)
+_BACKGROUND, _TEXT = (255, 255, 255), (30, 30, 34)
+_SUCCESS, _FAILURE = (38, 140, 70), (190, 50, 44)
 _MARGIN = 8
-_COLORS, _LOOKED_AT = 256, 16
+_COLORS, _PALETTE_SHEETS = 256, 16
 
 
 @dataclasses.dataclass
 class Clip:
-    """One video with its caption.
+    """The frames of one episode.
 
     Attributes:
-      caption: what it shows.
+      caption: above the frames.
       frames: uint8 [H, W, 3] each.
       success: colors the border of the last frame; None leaves it.
     """
@@ -52,29 +52,33 @@ def write_gif(
       clips: all of one frame size; a shorter one waits at its last frame.
       columns: clips per row.
       fps: steps per second.
-      hold_seconds: how long the last picture stays.
+      hold_seconds: how long the last frame stays.
     """
     sheets = _sheets(clips, columns)
     length = len(sheets)
     palette = _palette(sheets)
-    pictures = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
-    step = round(1000 / fps)
-    pictures[0].save(
+    quantized = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
+    milliseconds = round(1000 / fps)
+    quantized[0].save(
         path,
         format="GIF",
         save_all=True,
-        append_images=pictures[1:],
-        duration=[step] * (length - 1) + [round(1000 * hold_seconds)],
+        append_images=quantized[1:],
+        duration=[milliseconds] * (length - 1) + [round(1000 * hold_seconds)],
         loop=0,
         optimize=False,
     )
 
 
 def _palette(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Colors of the whole video; an octree keeps those of small things too."""
-    chosen = np.unique(np.linspace(0, len(sheets) - 1, _LOOKED_AT).round().astype(int))
-    together = np.concatenate([np.asarray(sheets[i]) for i in chosen])
-    return Image.fromarray(together).quantize(_COLORS, method=Image.Quantize.FASTOCTREE)
+    """The 256 colors of a whole video, from a sample of its frames.
+
+    One palette for all of them, since a palette per frame flickers; an octree keeps the colors of
+    small things, which a median cut merges with the background's.
+    """
+    sample = np.unique(np.linspace(0, len(sheets) - 1, _PALETTE_SHEETS).round().astype(int))
+    stacked = np.concatenate([np.asarray(sheets[i]) for i in sample])
+    return Image.fromarray(stacked).quantize(_COLORS, method=Image.Quantize.FASTOCTREE)
 
 
 def write_mp4(
@@ -108,8 +112,8 @@ def write_mp4(
         container.mux(stream.encode())
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, so that no file is needed."""
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's built-in font, so that no file is needed."""
     return ImageFont.load_default(size)
 
 
@@ -120,11 +124,11 @@ def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """Rows of pictures under one title.
+    """Several videos as rows of frames under one title.
 
     Attributes:
       title: for example the instruction.
-      rows: label of the row -> pictures uint8 [T, H, W, 3]; all rows have the same size.
+      rows: label of the row -> frames uint8 [T, H, W, 3]; all rows have the same size.
     """
 
     title: str
@@ -138,21 +142,20 @@ def write_strips(
 
     Args:
       path: the file.
-      strips: all of the same picture size and labels.
+      strips: all of the same frame size and labels.
       columns: heading of each column.
     """
     labels = list(strips[0].rows)
-    pictures = strips[0].rows[labels[0]]
-    height, width = pictures.shape[1:3]
-    text = font(14)
-    left = _MARGIN + max(int(text.getlength(label)) for label in labels) + _MARGIN
+    height, width = strips[0].rows[labels[0]].shape[1:3]
+    label_font = _font(14)
+    left = _MARGIN + max(int(label_font.getlength(label)) for label in labels) + _MARGIN
     block = 26 + len(labels) * (height + 4) + 10
     size = (left + len(columns) * (width + 4) + _MARGIN, 28 + len(strips) * block)
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for i, heading in enumerate(columns):
         center = left + i * (width + 4) + width / 2
-        draw.text((center, 8), heading, _INK, font=text, anchor="mt")
+        draw.text((center, 8), heading, _TEXT, font=label_font, anchor="mt")
     for number, strip in enumerate(strips):
         _draw_strip(sheet, draw, strip, (left, 28 + number * block))
     sheet.save(path, format="PNG")
@@ -162,13 +165,13 @@ def _draw_strip(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, strip: Strip, origin: tuple[int, int]
 ) -> None:
     left, top = origin
-    draw.text((left, top + 4), strip.title, _INK, font=font(15))
+    draw.text((left, top + 4), strip.title, _TEXT, font=_font(15))
     top += 26
-    for label, pictures in strip.rows.items():
-        height, width = pictures.shape[1:3]
-        draw.text((_MARGIN, top + height / 2), label, _INK, font=font(14), anchor="lm")
-        for i, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (left + i * (width + 4), top))
+    for label, frames in strip.rows.items():
+        height, width = frames.shape[1:3]
+        draw.text((_MARGIN, top + height / 2), label, _TEXT, font=_font(14), anchor="lm")
+        for i, frame in enumerate(frames):
+            sheet.paste(Image.fromarray(frame), (left + i * (width + 4), top))
         top += height + 4
 
 
@@ -184,26 +187,24 @@ def _sheet(clips: Sequence[Clip], step: int, columns: int) -> Image.Image:
     rows = -(-len(clips) // columns)
     caption = 40
     tile = width + _MARGIN, height + caption + _MARGIN
-    sheet = Image.new("RGB", (columns * tile[0] + _MARGIN, rows * tile[1] + _MARGIN), _PAPER)
+    sheet = Image.new("RGB", (columns * tile[0] + _MARGIN, rows * tile[1] + _MARGIN), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for number, clip in enumerate(clips):
         x = _MARGIN + number % columns * tile[0]
         y = _MARGIN + number // columns * tile[1]
-        draw.multiline_text((x, y), _wrapped(clip.caption, width), _INK, font=font(14), spacing=2)
+        draw.multiline_text((x, y), _wrapped(clip.caption, width), _TEXT, font=_font(14), spacing=2)
         last = step >= len(clip.frames) - 1
         frame = clip.frames[min(step, len(clip.frames) - 1)]
         sheet.paste(Image.fromarray(frame), (x, y + caption))
         if last and clip.success is not None:
             corner = (x + width - 1, y + caption + height - 1)
-            draw.rectangle(((x, y + caption), corner), outline=_color(clip.success), width=4)
+            draw.rectangle(
+                ((x, y + caption), corner), outline=_SUCCESS if clip.success else _FAILURE, width=4
+            )
     return sheet
-
-
-def _color(success: bool) -> tuple[int, int, int]:
-    return _GOOD if success else _BAD
 
 
 def _wrapped(text: str, width: int) -> str:
     """At most two lines of about ``width`` pixels."""
-    letters = max(8, int(width / font(14).getlength("n")))
+    letters = max(8, int(width / _font(14).getlength("n")))
     return "\n".join(textwrap.wrap(text, letters, max_lines=2, placeholder=" …"))

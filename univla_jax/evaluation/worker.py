@@ -1,21 +1,19 @@
-"""A simulator in a process of its own, and the handle on it.
+"""A simulator behind messages: in a process of its own, or in the runner's.
 
-    campaign → worker   the simulator's factory, once; ("reset", job, video or None);
-                        ("act", actions float32 [n, A])
-    worker → campaign   ("ready", versions); ("see", observation, fresh); ("end", result, seconds);
-                        ("mistake", message); ("crash", traceback)
+    runner → worker   the simulator's factory, once; ("reset", trial, video or None);
+                      ("act", actions float32 [n, A])
+    worker → runner   ("ready", versions); ("observation", observation, starts);
+                      ("end", result, seconds); ("user_error", message); ("crash", traceback)
 
-``fresh`` says that the policy starts anew; ``seconds`` is the time inside the simulator. A worker
-ends by itself when its campaign is gone.
+``starts`` says that the policy starts without history; ``seconds`` is the time inside the
+simulator. A process ends by itself when its runner is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import pathlib
-import pickle
 import socket
 import subprocess
 import sys
@@ -31,53 +29,75 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.videos import Clip, write_gif
 from univla_jax.simulators.base import Simulator, StepResult, Trial
 
-_VIDEO_EVERY = 4  # steps between the pictures of a video
+Message = tuple[Any, ...]
 
 
-class Worker:
-    """The handle on one worker process.
+class InProcessWorker:
+    """A simulator in this process; its exceptions are the caller's."""
+
+    connection = None
+
+    def __init__(self, make: Callable[[], Simulator], video_every: int) -> None:
+        """Makes the simulator; see ``ProcessWorker``."""
+        self._server = SimulatorServer(make(), video_every)
+        self._message = self._server.ready()
+
+    def reset(self, trial: Trial, video: pathlib.Path | None = None) -> None:
+        """See ``ProcessWorker.reset``."""
+        self._message = self._server.reset(trial, video)
+
+    def act(self, actions: np.ndarray) -> None:
+        """See ``ProcessWorker.act``."""
+        self._message = self._server.act(actions)
+
+    def receive(self) -> Message:
+        """What the last call led to."""
+        return self._message
+
+    def stop(self) -> None:
+        """There is nothing to end."""
+
+
+class ProcessWorker:
+    """The handle on a simulator in another process.
 
     Attributes:
-      connection: to the worker, for ``multiprocessing.connection.wait``.
+      connection: to the process, for ``multiprocessing.connection.wait``.
       log: file with everything the simulator prints.
     """
 
-    def __init__(self, make: Callable[[], Simulator], log: pathlib.Path) -> None:
+    def __init__(self, make: Callable[[], Simulator], video_every: int, log: pathlib.Path) -> None:
         """Starts the process; its first message is "ready".
 
         Args:
           make: makes the simulator; pickled.
+          video_every: steps between the frames of a video.
           log: file its output is added to.
         """
-        mine, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
         self.log = log
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
         with log.open("ab") as output, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), str(video_every)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=environment,
             )
-        self.connection = Connection(mine.detach())
-        self._tell(make)
+        self.connection = Connection(ours.detach())
+        self._send(make)
 
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
-
-    def reset(self, job: Trial, video: pathlib.Path | None = None) -> None:
+    def reset(self, trial: Trial, video: pathlib.Path | None = None) -> None:
         """Begins an episode; ``video`` is where its video goes, less outcome and suffix."""
-        self._tell(("reset", job, video))
+        self._send(("reset", trial, video))
 
     def act(self, actions: np.ndarray) -> None:
         """Executes float32 [n, A], fewer where the episode ends or its task changes before."""
-        self._tell(("act", np.asarray(actions)))
+        self._send(("act", np.asarray(actions)))
 
-    def receive(self) -> tuple[Any, ...]:
+    def receive(self) -> Message:
         """The next message; a process that died makes it ("crash", how)."""
         try:
             return self.connection.recv()
@@ -90,88 +110,84 @@ class Worker:
         self._process.kill()
         self._process.wait()
 
-    def _tell(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # it died; ``receive`` says so
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(OSError):  # it died; ``receive`` reports that
             self.connection.send(message)
 
 
-def serve(connection: Connection) -> None:
-    """Answers a campaign until it is gone."""
+class SimulatorServer:
+    """Executes chunks in a simulator and records videos; each call returns a message."""
+
+    def __init__(self, simulator: Simulator, video_every: int) -> None:
+        """Takes a simulator and the steps between the frames of a video."""
+        self._simulator, self._video_every = simulator, video_every
+        self._video: pathlib.Path | None = None
+        self._clip = Clip("")
+        self._seconds, self._steps = 0.0, 0
+
+    def ready(self) -> Message:
+        """The message that the simulator is made."""
+        return "ready", self._simulator.versions()
+
+    def reset(self, trial: Trial, video: pathlib.Path | None) -> Message:
+        """Begins an episode."""
+        begin = time.perf_counter()
+        self._simulator.reset(trial)
+        observation = self._simulator.observe()
+        self._video, self._clip, self._steps = video, Clip(observation.instruction), 0
+        if video is not None:
+            self._clip.frames.append(np.array(self._simulator.video_frame()))
+        self._seconds = time.perf_counter() - begin
+        return "observation", observation, True
+
+    def act(self, actions: np.ndarray) -> Message:
+        """Executes a chunk [n, A] until it, the episode or its task is over."""
+        begin = time.perf_counter()
+        message = self._execute(actions)
+        self._seconds += time.perf_counter() - begin
+        return (*message, self._seconds) if message[0] == "end" else message
+
+    def _execute(self, actions: np.ndarray) -> Message:
+        # Rendering may take far longer than the physics, so a step is rendered only where it is
+        # recorded or is the last of the chunk, after which the policy observes.
+        for index, action in enumerate(actions):
+            recorded = self._video is not None and self._steps % self._video_every == 0
+            result = self._simulator.step(action, render=recorded or index == len(actions) - 1)
+            self._steps += 1
+            if recorded:
+                self._clip.frames.append(np.array(self._simulator.video_frame()))
+            if result is StepResult.ENDED:
+                return "end", self._end()
+            if result is StepResult.NEXT_TASK:
+                return "observation", self._simulator.observe(), True
+        return "observation", self._simulator.observe(), False
+
+    def _end(self) -> dict[str, Any]:
+        result = self._simulator.result()
+        if self._video is not None:
+            self._clip.success = bool(result["success"])
+            outcome = "success" if self._clip.success else "failure"
+            write_gif(self._video.with_name(f"{self._video.name}_{outcome}.gif"), [self._clip])
+        return result
+
+
+def serve(connection: Connection, video_every: int) -> None:
+    """Answers a runner until it is gone; the body of a worker process."""
     try:
         make = connection.recv()
-        _Server(connection, make()).run()
+        server = SimulatorServer(make(), video_every)
+        connection.send(server.ready())
+        while True:
+            kind, *arguments = connection.recv()
+            answer = server.reset if kind == "reset" else server.act
+            connection.send(answer(*arguments))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except UserError as error:
-        connection.send(("mistake", str(error)))
-    except pickle.PicklingError as error:
-        connection.send(("mistake", f"the simulator cannot be sent to a worker: {error}"))
+        connection.send(("user_error", str(error)))
     except Exception:
         connection.send(("crash", traceback.format_exc(limit=-4)))
 
 
-class _Server:
-    """The loop inside the worker."""
-
-    def __init__(self, connection: Connection, simulator: Simulator) -> None:
-        self._connection, self._simulator = connection, simulator
-        self._film: _VideoRecorder | None = None
-        self._seconds = 0.0
-
-    def run(self) -> None:
-        self._connection.send(("ready", self._simulator.versions()))
-        while True:
-            kind, *arguments = self._connection.recv()
-            begin = time.perf_counter()
-            answer = self._reset(*arguments) if kind == "reset" else self._act(*arguments)
-            self._seconds += time.perf_counter() - begin
-            self._connection.send((*answer, self._seconds) if answer[0] == "end" else answer)
-
-    def _reset(self, job: Trial, video: pathlib.Path | None) -> tuple[Any, ...]:
-        self._seconds = 0.0
-        self._simulator.reset(job)
-        seen = self._simulator.observe()
-        self._film = _VideoRecorder(video, seen.instruction) if video else None
-        return "see", seen, True
-
-    def _act(self, actions: np.ndarray) -> tuple[Any, ...]:
-        for left, action in zip(reversed(range(len(actions))), actions, strict=True):
-            with_video = self._film is not None and self._film.due()
-            turn = self._simulator.step(action, look=left == 0 or with_video)
-            if with_video:
-                self._film.take(self._simulator.picture())
-            if turn is StepResult.ENDED:
-                return "end", self._end()
-            if turn is StepResult.NEXT_TASK:
-                return "see", self._simulator.observe(), True
-        return "see", self._simulator.observe(), False
-
-    def _end(self) -> dict[str, Any]:
-        result = self._simulator.result()
-        if self._film is not None:
-            self._film.write(bool(result["success"]))
-        return result
-
-
-class _VideoRecorder:
-    """Pictures of an episode under way."""
-
-    def __init__(self, path: pathlib.Path, caption: str) -> None:
-        self._path, self._clip = path, Clip(caption)
-        self._steps = itertools.count()
-
-    def due(self) -> bool:
-        """Whether the step about to be made is shown."""
-        return next(self._steps) % _VIDEO_EVERY == 0
-
-    def take(self, picture: np.ndarray) -> None:
-        self._clip.frames.append(np.array(picture))
-
-    def write(self, success: bool) -> None:
-        self._clip.success = success
-        outcome = "success" if success else "failure"
-        write_gif(self._path.with_name(f"{self._path.name}_{outcome}.gif"), [self._clip])
-
-
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -1,1 +1,1 @@
-"""Simulators: environment, scripted expert, protocol and adapter of each benchmark in one place."""
+"""Benchmarks: environment, scripted expert, protocol and adapter of each in one place."""

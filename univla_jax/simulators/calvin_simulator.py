@@ -1,6 +1,6 @@
 """CALVIN's long-horizon challenge: chains of five tasks (Mees et al. 2022, arXiv 2112.03227).
 
-Follows calvin_models/calvin_agent/evaluation/evaluate_policy.py; ``calvin_env`` and
+Follows mees/calvin:calvin_models/calvin_agent/evaluation/evaluate_policy.py. ``calvin_env`` and
 ``calvin_agent`` are imported only inside a worker, as their users install them.
 """
 
@@ -18,8 +18,7 @@ import numpy as np
 from univla_jax.data.action_conventions import sign_gripper
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.evaluation.report import proportion
-from univla_jax.simulators.base import Benchmark, StepResult, Trial, package_versions
+from univla_jax.simulators.base import Benchmark, Breakdown, StepResult, Trial, package_versions
 
 CHAIN = 5
 SEQUENCES = 1000
@@ -37,7 +36,7 @@ class CalvinProtocol:
       execute: actions executed of each chunk; 0 executes all. The published policy predicts 10.
       resize: by the image spec in the checkpoint's assets (static 200 as it is, gripper 84 to 80).
       gripper: ``"sign"`` sends +1 (open) above 0, else -1 (close).
-      forget: when the policy's history is cleared.
+      history_reset: when the policy's history is cleared.
       success: what counts.
     """
 
@@ -46,7 +45,7 @@ class CalvinProtocol:
     execute: int = 0
     resize: str = "checkpoint"
     gripper: str = "sign"
-    forget: str = "at every task"
+    history_reset: str = "at every task"
     success: str = "the task oracle after any step; the rest of the chunk is dropped"
 
     def __post_init__(self) -> None:
@@ -58,53 +57,57 @@ class CalvinProtocol:
             )
 
 
-def benchmark(rules: CalvinProtocol, *, dataset: str | None) -> Benchmark:
-    """The challenge ready for a campaign.
+def make_benchmark(
+    *, assets: str | None = None, episodes_per_task: int = SEQUENCES, execute: int = 0
+) -> Benchmark:
+    """The challenge.
 
     Args:
-      rules: the protocol.
-      dataset: folder of CALVIN's data set; its ``validation`` describes the scene.
+      assets: folder of CALVIN's data set; its ``validation`` describes the scene.
+      episodes_per_task: chains of the official list.
+      execute: actions executed of each chunk; 0 executes all.
 
     Raises:
-      UserError: no such folder.
+      UserError: no such folder, or a number out of range.
     """
-    if dataset is None or not (pathlib.Path(dataset) / "validation").is_dir():
-        raise UserError(f"--assets: {dataset!r} holds no folder 'validation' of CALVIN's data set")
+    protocol = CalvinProtocol(sequences=episodes_per_task, execute=execute)
+    if assets is None or not (pathlib.Path(assets) / "validation").is_dir():
+        raise UserError(f"--assets: {assets!r} holds no folder 'validation' of CALVIN's data set")
     return Benchmark(
         name="calvin",
-        protocol={"benchmark": "calvin", **dataclasses.asdict(rules)},
-        jobs=tuple(Trial(0, trial) for trial in range(rules.sequences)),
-        make=functools.partial(CalvinSimulator, rules, dataset),
-        execute=rules.execute,
-        summary=chain_summary,
+        protocol={"benchmark": "calvin", **dataclasses.asdict(protocol)},
+        trials=tuple(Trial(0, trial) for trial in range(protocol.sequences)),
+        make=functools.partial(CalvinSimulator, protocol, assets),
+        execute=protocol.execute,
+        breakdown=chain_breakdown,
         published={"ABCD→D, mean length (of 5)": 4.63},
     )
 
 
-def chain_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``mean_length``, ``chain_rates`` of 1 … 5 tasks in a row, and ``subtasks`` by name."""
+def chain_breakdown(records: Sequence[dict[str, Any]]) -> Breakdown:
+    """Mean length of the solved chains, rates of 1 … 5 tasks in a row, and of each kind of task."""
     solved = np.array([r.get("solved", 0) for r in records])
-    tried: dict[str, list[bool]] = {}
+    subtasks: dict[str, list[bool]] = {}
     for record in records:
         for name, success in record.get("subtasks", ()):
-            tried.setdefault(name, []).append(success)
-    return {
-        "mean_length": round(float(solved.mean()), 4),
-        "chain_rates": {str(n): proportion(solved >= n) for n in range(1, CHAIN + 1)},
-        "subtasks": {name: proportion(tried[name]) for name in sorted(tried)},
-    }
+            subtasks.setdefault(name, []).append(success)
+    in_a_row = {str(n): (solved >= n).tolist() for n in range(1, CHAIN + 1)}
+    return Breakdown(
+        figures={"mean_length": round(float(solved.mean()), 4)},
+        outcomes={"tasks_in_a_row": in_a_row, "subtasks": dict(sorted(subtasks.items()))},
+    )
 
 
 class CalvinSimulator:
     """One scene, chain after chain."""
 
-    def __init__(self, rules: CalvinProtocol, dataset: str) -> None:
+    def __init__(self, protocol: CalvinProtocol, dataset: str) -> None:
         """Opens the scene and the official list of chains.
 
         Raises:
           UserError: CALVIN's packages are missing.
         """
-        self._rules = rules
+        self._protocol = protocol
         try:
             import calvin_agent
             import hydra
@@ -118,33 +121,33 @@ class CalvinSimulator:
         conf = pathlib.Path(os.fspath(calvin_agent.__file__)).resolve().parents[1] / "conf"
         tasks = OmegaConf.load(conf / "callbacks/rollout/tasks/new_playtable_tasks.yaml")
         self._oracle = hydra.utils.instantiate(tasks)
-        words = conf / "annotations/new_playtable_validation.yaml"
-        self._words = OmegaConf.load(words)
+        annotations = conf / "annotations/new_playtable_validation.yaml"
+        self._instructions = OmegaConf.load(annotations)
         self._sequences = multistep_sequences.get_sequences(SEQUENCES)
-        self._initial = utils.get_env_state_for_initial_condition
+        self._initial_state = utils.get_env_state_for_initial_condition
         self._env = get_env(pathlib.Path(dataset) / "validation", show_gui=False)
 
-    def reset(self, job: Trial) -> None:
-        """Begins chain ``job.trial``."""
-        initial, self._chain = self._sequences[job.trial]
-        robot, scene = self._initial(initial)
+    def reset(self, trial: Trial) -> None:
+        """Begins chain ``trial.trial``."""
+        initial, self._chain = self._sequences[trial.trial]
+        robot, scene = self._initial_state(initial)
         self._env.reset(robot_obs=robot, scene_obs=scene)
-        self._trial, self._solved, self._steps = job.trial, 0, 0
-        self._seen = self._env.get_obs()
+        self._sequence, self._solved, self._steps = trial.trial, 0, 0
+        self._observed = self._env.get_obs()
         self._begin_task()
 
     def observe(self) -> Observation:
-        """Both cameras, the robot's state, and the words of the present task."""
-        cameras = self._seen["rgb_obs"]
+        """Both cameras, the robot's state, and the instruction of the present task."""
+        cameras = self._observed["rgb_obs"]
         frames = {"image": cameras["rgb_static"], "wrist_image": cameras["rgb_gripper"]}
-        state = np.asarray(self._seen["robot_obs"], np.float32)
-        return Observation(str(self._words[self._task][0]), frames, state)
+        state = np.asarray(self._observed["robot_obs"], np.float32)
+        return Observation(str(self._instructions[self._task][0]), frames, state)
 
-    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
-        """Executes one relative action [7]; asks the oracle after it. It is drawn in any case."""
-        del look
-        command = sign_gripper(action) if self._rules.gripper == "sign" else action
-        self._seen, _, _, info = self._env.step(np.asarray(command, np.float64))
+    def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
+        """Executes one relative action [7], and checks the present task with CALVIN's oracle."""
+        del render  # ``calvin_env`` renders at every step
+        command = sign_gripper(action) if self._protocol.gripper == "sign" else action
+        self._observed, _, _, info = self._env.step(np.asarray(command, np.float64))
         self._steps += 1
         self._left -= 1
         if self._oracle.get_task_info_for_set(self._start, info, {self._task}):
@@ -160,16 +163,16 @@ class CalvinSimulator:
         tried = self._chain[: self._solved + 1]
         return {
             "task": "chain of five",
-            "sequence": self._trial,
+            "sequence": self._sequence,
             "solved": self._solved,
             "subtasks": [[name, i < self._solved] for i, name in enumerate(tried)],
             "success": self._solved == len(self._chain),
             "steps": self._steps,
         }
 
-    def picture(self) -> np.ndarray:
+    def video_frame(self) -> np.ndarray:
         """The static camera."""
-        return self._seen["rgb_obs"]["rgb_static"]
+        return self._observed["rgb_obs"]["rgb_static"]
 
     def versions(self) -> dict[str, str]:
         """Of the packages that move the score."""
@@ -180,4 +183,4 @@ class CalvinSimulator:
         return self._chain[self._solved]
 
     def _begin_task(self) -> None:
-        self._start, self._left = self._env.get_info(), self._rules.steps_per_task
+        self._start, self._left = self._env.get_info(), self._protocol.steps_per_task

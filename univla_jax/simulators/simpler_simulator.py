@@ -1,8 +1,8 @@
 """SimplerEnv's WidowX tasks for policies trained on Bridge (Li et al. 2024, arXiv 2405.05941).
 
-Follows simpler_env/evaluation/maniskill2_evaluator.py and UniVLA reference/RoboVLMs/eval/simpler;
-``simpler_env`` is imported only inside a worker and used through its gym interface, whose tasks
-bring overlay, camera and robot pose with them.
+Follows simpler-env/SimplerEnv:simpler_env/evaluation/maniskill2_evaluator.py and
+baaivision/UniVLA:reference/RoboVLMs/eval/simpler. ``simpler_env`` is imported only inside a worker
+and used through its gym interface, whose tasks bring overlay, camera and robot pose with them.
 """
 
 from __future__ import annotations
@@ -66,16 +66,25 @@ class SimplerProtocol:
             )
 
 
-def benchmark(rules: SimplerProtocol) -> Benchmark:
-    """The tasks ready for a campaign."""
-    steps = {task: MAX_STEPS[task] for task in rules.tasks}
-    episodes = range(rules.episodes_per_task)
+def make_benchmark(*, episodes_per_task: int = EPISODES, execute: int = 0) -> Benchmark:
+    """The four tasks.
+
+    Args:
+      episodes_per_task: object layouts of each task.
+      execute: actions executed of each chunk; 0 executes all.
+
+    Raises:
+      UserError: a number out of range.
+    """
+    protocol = SimplerProtocol(episodes_per_task=episodes_per_task, execute=execute)
+    steps = {task: MAX_STEPS[task] for task in protocol.tasks}
+    layouts = range(protocol.episodes_per_task)
     return Benchmark(
         name="simpler_bridge",
-        protocol={"benchmark": "simpler", **dataclasses.asdict(rules), "max_steps": steps},
-        jobs=tuple(Trial(task, i) for task in range(len(rules.tasks)) for i in episodes),
-        make=functools.partial(SimplerSimulator, rules),
-        execute=rules.execute,
+        protocol={"benchmark": "simpler", **dataclasses.asdict(protocol), "max_steps": steps},
+        trials=tuple(Trial(task, i) for task in range(len(protocol.tasks)) for i in layouts),
+        make=functools.partial(SimplerSimulator, protocol),
+        execute=protocol.execute,
         random_range=_RANGE,
     )
 
@@ -83,7 +92,7 @@ def benchmark(rules: SimplerProtocol) -> Benchmark:
 class SimplerSimulator:
     """The tasks, one environment at a time."""
 
-    def __init__(self, rules: SimplerProtocol) -> None:
+    def __init__(self, protocol: SimplerProtocol) -> None:
         """Imports the simulator.
 
         Raises:
@@ -97,44 +106,41 @@ class SimplerSimulator:
                 f"SimplerEnv needs the package {error.name}; install it as "
                 "github.com/simpler-env/SimplerEnv says"
             ) from error
-        self._rules, self._make = rules, simpler_env.make
+        self._protocol, self._make = protocol, simpler_env.make
         self._image_of = observation_utils.get_image_from_maniskill2_obs_dict
         self._env: Any = None
         self._name = ""
 
-    def reset(self, job: Trial) -> None:
-        """Begins layout ``job.trial`` of a task."""
-        name = self._rules.tasks[job.task]
+    def reset(self, trial: Trial) -> None:
+        """Begins layout ``trial.trial`` of a task."""
+        name = self._protocol.tasks[trial.task]
         if name != self._name:
             if self._env is not None:
                 self._env.close()
             self._env, self._name = self._make(name), name
-        options = {"obj_init_options": {"episode_id": job.trial}}
-        self._seen, _ = self._env.reset(options=options)
-        self._layout, self._steps, self._success = job.trial, 0, False
+        options = {"obj_init_options": {"episode_id": trial.trial}}
+        self._observed, _ = self._env.reset(options=options)
+        self._layout, self._steps, self._success = trial.trial, 0, False
         self._ever, self._stats = False, {}
-        self._words = self._env.get_language_instruction()
+        self._instruction = self._env.get_language_instruction()
 
     def observe(self) -> Observation:
-        """The third-person camera and the words of now."""
-        return Observation(self._words, {"image": self.picture()})
+        """The third-person camera and the present instruction."""
+        return Observation(self._instruction, {"image": self.video_frame()})
 
-    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
-        """Executes one action of the Bridge corpus [7]: meters, Euler angles, gripper 0...1.
-
-        It is drawn in any case.
-        """
-        del look
-        self._seen, _, done, truncated, info = self._env.step(widowx_commands(action))
+    def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
+        """Executes one action of the Bridge corpus [7]: meters, Euler angles, gripper 0...1."""
+        del render  # ``simpler_env`` renders at every step
+        self._observed, _, done, truncated, info = self._env.step(widowx_commands(action))
         self._steps += 1
         self._success = bool(done)
         self._ever |= self._success
         self._stats = info.get("episode_stats", {})
         out_of_time = bool(truncated) or self._steps >= MAX_STEPS[self._name]
-        if out_of_time or (self._success and self._rules.stop_at_success):
+        if out_of_time or (self._success and self._protocol.stop_at_success):
             return StepResult.ENDED
-        before, self._words = self._words, self._env.get_language_instruction()
-        return StepResult.CONTINUES if before == self._words else StepResult.NEXT_TASK
+        before, self._instruction = self._instruction, self._env.get_language_instruction()
+        return StepResult.CONTINUES if before == self._instruction else StepResult.NEXT_TASK
 
     def result(self) -> dict[str, Any]:
         """Outcome after the last step, whether it ever succeeded, and the task's own counts."""
@@ -147,9 +153,9 @@ class SimplerSimulator:
             "stats": {name: float(value) for name, value in self._stats.items()},
         }
 
-    def picture(self) -> np.ndarray:
+    def video_frame(self) -> np.ndarray:
         """The third-person camera, uint8 [480, 640, 3]."""
-        return np.asarray(self._image_of(self._env, self._seen))
+        return np.asarray(self._image_of(self._env, self._observed))
 
     def versions(self) -> dict[str, str]:
         """Of the packages that move the score."""

@@ -1,8 +1,8 @@
 """LIBERO as its users score it, every choice a field (Liu et al. 2023, arXiv 2306.03310).
 
-The protocol is that of UniVLA (reference/RoboVLMs/eval/libero): ``libero_utils.py`` for steps,
-seed, rotation and wait, ``evaluate_libero_emu.py:125-172`` for the loop, ``model_wrapper_emu.py``
-for the gripper. ``libero_simulator.py`` carries it out.
+The protocol is that of UniVLA, baaivision/UniVLA:reference/RoboVLMs/eval/libero:
+``libero_utils.py`` for steps, seed, rotation and wait, ``evaluate_libero_emu.py:125-172`` for the
+loop, ``model_wrapper_emu.py`` for the gripper. ``hf-libero`` is imported when a simulator is made.
 
 Axes: H/W pixels, A action dimensions (7).
 """
@@ -23,6 +23,7 @@ from univla_jax.data.action_conventions import sign_gripper
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.simulators.base import (
+    EXPERT_CHUNK,
     Benchmark,
     PlannedObservation,
     StepResult,
@@ -30,7 +31,7 @@ from univla_jax.simulators.base import (
     package_versions,
 )
 from univla_jax.simulators.libero import libero_mujoco, libero_scripts
-from univla_jax.simulators.libero.libero_mujoco import MujocoScene, bookmark
+from univla_jax.simulators.libero.libero_mujoco import MujocoScene, save_state
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS
 
 MAX_STEPS = {
@@ -40,7 +41,7 @@ MAX_STEPS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in MAX_STEPS}
+_NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in MAX_STEPS}
 INITIAL_STATES = 50
 # UniVLA table 2 (video fine-tuning), success in percent.
 PUBLISHED = {
@@ -61,7 +62,7 @@ class LiberoProtocol:
       episodes_per_task: initial states 0 … n - 1 of each task's fixed 50.
       render_size: side in pixels of both cameras.
       rotate_180: both views upside down and mirrored, as in the published training data.
-      resize: who brings the views to the size of the training data: the image spec in the
+      resize: what resizes the views to the training data's size: the image spec in the
         checkpoint's assets, the same that encoded the training data.
       jpeg: whether frames pass through JPEG before the resize.
       wait_steps: actions ``wait_action`` before the first observation, while objects settle.
@@ -72,7 +73,7 @@ class LiberoProtocol:
       gripper: ``"sign"`` sends +1 (close) above 0, else -1 (open); ``"raw"`` sends the value.
       success: what counts.
       control_hz: of the simulator.
-      gpu: index of the device that draws; -1 leaves it to the renderer.
+      gpu: index of the device that renders; -1 leaves it to the renderer.
     """
 
     suite: str
@@ -109,16 +110,16 @@ class LiberoProtocol:
             raise UserError(f"unknown gripper rule {self.gripper!r} or resize {self.resize!r}")
 
     def view(self, frame: np.ndarray) -> np.ndarray:
-        """What the policy sees of a rendered frame uint8 [H, W, 3]."""
+        """The policy's view of a rendered frame uint8 [H, W, 3]."""
         return np.ascontiguousarray(frame[::-1, ::-1]) if self.rotate_180 else frame
 
     def command(self, action: np.ndarray) -> np.ndarray:
-        """What the simulator gets of an action float [A] in physical units, float64."""
-        ruled = sign_gripper(action) if self.gripper == "sign" else action
-        return np.asarray(ruled, np.float64)
+        """The simulator's command float64 [A] for an action float [A] in physical units."""
+        command = sign_gripper(action) if self.gripper == "sign" else action
+        return np.asarray(command, np.float64)
 
 
-def protocol(suite: str, **changes: Any) -> LiberoProtocol:
+def published_protocol(suite: str, **changes: Any) -> LiberoProtocol:
     """The published protocol of a suite, with the fields named changed.
 
     Raises:
@@ -127,63 +128,95 @@ def protocol(suite: str, **changes: Any) -> LiberoProtocol:
     return LiberoProtocol(suite, **{"max_steps": MAX_STEPS.get(suite, 0), **changes})
 
 
-def benchmark(
-    rules: LiberoProtocol,
+def make_benchmark(
+    *,
+    suite: str = "libero_goal",
+    tasks: tuple[int, ...] = (),
+    episodes_per_task: int = INITIAL_STATES,
+    max_steps: int = 0,
+    execute: int = 0,
+    assets: str | None = None,
+    expert: bool = False,
+) -> Benchmark:
+    """A suite of LIBERO under the published protocol; see ``suite_benchmark``.
+
+    Args:
+      suite: a key of ``MAX_STEPS``.
+      tasks: indices of tasks in the suite.
+      episodes_per_task: initial states of each task.
+      max_steps: actions after which an episode ends; 0 for the published number.
+      execute: actions executed of each chunk; 0 executes all.
+      assets: folder with LIBERO's meshes and textures.
+      expert: whether scripted experts are evaluated, too.
+
+    Raises:
+      UserError: no such suite or task, or a value out of range.
+    """
+    changes = {"max_steps": max_steps} if max_steps else {}
+    protocol = published_protocol(
+        suite, episodes_per_task=episodes_per_task, execute=execute, **changes
+    )
+    return suite_benchmark(protocol, tasks=tasks, assets=assets, expert=expert)
+
+
+def suite_benchmark(
+    protocol: LiberoProtocol,
     *,
     tasks: tuple[int, ...] = (),
     assets: str | None = None,
-    scripted: int = 0,
+    expert: bool = False,
 ) -> Benchmark:
-    """A suite ready for a campaign.
+    """A suite of LIBERO under any protocol.
 
     Args:
-      rules: the protocol.
-      tasks: numbers of tasks in the suite; all by default, and of those that have a script where
-        ``scripted``.
+      protocol: its rules.
+      tasks: indices of tasks in the suite; all by default, with ``expert`` those with a script.
       assets: folder with LIBERO's meshes and textures; by default the one of
         ``$LIBERO_CONFIG_PATH/config.yaml``, or of the package.
-      scripted: actions that the tasks' scripts plan at once, for ``expert.ScriptedActor``; 0 runs
-        without scripts.
+      expert: whether scripted experts are evaluated, too.
 
     Raises:
-      UserError: no such task, no script for it, or scripts whose plans are not executed whole.
+      UserError: no such task, no script for it, or an expert's plans that are not executed whole.
     """
-    chosen, name = _chosen(rules, tasks, bool(scripted)), rules.suite
-    if scripted and rules.execute not in (0, scripted):
-        raise UserError(f"--execute: {rules.execute}; the expert's {scripted} actions are all done")
-    make = functools.partial(ScriptedLibero, chunk=scripted) if scripted else LiberoSimulator
+    suite = protocol.suite
+    chosen = _check_tasks(suite, tasks, expert)
+    if expert and protocol.execute not in (0, EXPERT_CHUNK):
+        raise UserError(
+            f"--execute: {protocol.execute}; all {EXPERT_CHUNK} actions of an expert's plan are "
+            "executed"
+        )
+    states = range(protocol.episodes_per_task)
     return Benchmark(
-        name=name,
-        protocol={"benchmark": "libero", **dataclasses.asdict(rules), "tasks": list(chosen)},
-        jobs=tuple(Trial(t, i) for t in chosen for i in range(rules.episodes_per_task)),
-        make=functools.partial(make, rules, assets),
-        execute=rules.execute,
-        published={name: PUBLISHED[name]} if name in PUBLISHED else {},
+        name=suite,
+        protocol={"benchmark": "libero", **dataclasses.asdict(protocol), "tasks": list(chosen)},
+        trials=tuple(Trial(task, state) for task in chosen for state in states),
+        make=functools.partial(LiberoSimulator, protocol, assets),
+        variants={"expert": functools.partial(ScriptedLibero, protocol, assets)} if expert else {},
+        execute=protocol.execute,
+        published={suite: PUBLISHED[suite]} if suite in PUBLISHED else {},
     )
 
 
-def _chosen(rules: LiberoProtocol, tasks: tuple[int, ...], scripted: bool) -> tuple[int, ...]:
-    """Numbers of the tasks to run."""
-    count = TASKS[rules.suite]
+def _check_tasks(suite: str, tasks: tuple[int, ...], expert: bool) -> tuple[int, ...]:
+    """Indices of the tasks to run."""
+    count = _NUM_TASKS[suite]
     wrong = [task for task in tasks if not 0 <= task < count]
     if wrong:
-        raise UserError(f"--tasks: {wrong[0]}, {rules.suite} has tasks 0 to {count - 1}")
-    if not scripted:
+        raise UserError(f"--tasks: {wrong[0]}, {suite} has tasks 0 to {count - 1}")
+    if not expert:
         return tasks or tuple(range(count))
-    known = SCRIPTS.get(rules.suite, {})
-    missing = [task for task in tasks if task not in known]
-    if missing or not known:
-        listed = ", ".join(map(str, known)) or "none"
+    scripts = SCRIPTS.get(suite, {})
+    missing = [task for task in tasks if task not in scripts]
+    if missing or not scripts:
+        listed = ", ".join(map(str, scripts)) or "none"
         raise UserError(
-            f"--tasks: {missing[0] if missing else 'all'}, {rules.suite} has scripts for {listed}"
+            f"--tasks: {missing[0] if missing else 'all'}, {suite} has scripts for {listed}"
         )
-    return tasks or tuple(known)
+    return tasks or tuple(scripts)
 
 
 # ----------------------------------------------------------------------------
-# LIBERO's simulator under a protocol, drawn only where somebody looks.
-#
-# ``hf-libero`` is imported when the simulator is made. Axes: H/W pixels, A action dimensions (7).
+# The simulator under a protocol, rendered only where it is observed.
 
 
 _PACKAGES = ("hf-libero", "mujoco", "robosuite", "numpy")
@@ -193,80 +226,82 @@ _CAMERAS = {"image": "agentview_image", "wrist_image": "robot0_eye_in_hand_image
 class LiberoSimulator:
     """The tasks of one suite, one environment at a time."""
 
-    def __init__(self, rules: LiberoProtocol, assets: str | None = None) -> None:
+    def __init__(self, protocol: LiberoProtocol, assets: str | None = None) -> None:
         """Finds the package and its files.
 
         Raises:
           UserError: ``hf-libero`` or a folder of assets is missing.
         """
-        self._rules = rules
-        self._suite = libero_mujoco.open_suite(rules.suite, assets)
+        self._protocol = protocol
+        self._suite = libero_mujoco.open_suite(protocol.suite, assets)
         self._env: Any = None
         self._number = -1
 
-    def reset(self, job: Trial) -> None:
-        """Begins trial ``job.trial`` of task ``job.task`` and lets the objects settle.
+    def reset(self, trial: Trial) -> None:
+        """Begins initial state ``trial.trial`` of a task and lets the objects settle.
 
         Raises:
-          UserError: an asset is missing, or nothing can draw here.
+          UserError: an asset is missing, or nothing can render here.
         """
-        if job.task != self._number:
-            self._open(job.task)
-        self._trial, self._steps, self._success = job.trial, 0, False
-        self._env.seed(self._rules.seed)
-        self._renderer.open = False
+        if trial.task != self._number:
+            self._open(trial.task)
+        self._initial_state, self._steps, self._success = trial.trial, 0, False
+        self._env.seed(self._protocol.seed)
+        self._renderer.enabled = False
         self._env.reset()
-        wait = self._rules.wait_steps
-        self._renderer.open = wait < 2  # the first step after it still shows the initial state
-        self._seen = self._env.set_init_state(self._states[job.trial])
-        for left in reversed(range(wait)):
-            self._renderer.open = left == 0
-            self._seen = self._env.step(list(self._rules.wait_action))[0]
+        # Only the last wait step is observed. Where there are fewer than two, the initial state is
+        # rendered too: the first step after ``set_init_state`` still returns that picture.
+        wait_steps = self._protocol.wait_steps
+        self._renderer.enabled = wait_steps < 2
+        self._observed = self._env.set_init_state(self._states[trial.trial])
+        for remaining in reversed(range(wait_steps)):
+            self._renderer.enabled = remaining == 0
+            self._observed = self._env.step(list(self._protocol.wait_action))[0]
 
     def observe(self) -> Observation:
         """Both cameras, and end effector position, axis-angle and finger positions [8].
 
         Raises:
-          RuntimeError: the last step was made without looking.
+          RuntimeError: the last step was not rendered.
         """
-        self._check_drawn()
-        seen = self._seen
-        frames = {view: self._rules.view(seen[name]) for view, name in _CAMERAS.items()}
-        turn = axis_angle(seen["robot0_eef_quat"])
-        state = np.concatenate([seen["robot0_eef_pos"], turn, seen["robot0_gripper_qpos"]])
-        return Observation(self._task.language, frames, state.astype(np.float32))
+        self._check_rendered()
+        observed = self._observed
+        frames = {view: self._protocol.view(observed[name]) for view, name in _CAMERAS.items()}
+        rotation = axis_angle(observed["robot0_eef_quat"])
+        state = [observed["robot0_eef_pos"], rotation, observed["robot0_gripper_qpos"]]
+        return Observation(self._task.language, frames, np.concatenate(state).astype(np.float32))
 
     def joints(self) -> np.ndarray:
         """Angles of the arm's joints, float32 [7]."""
-        return np.asarray(self._seen["robot0_joint_pos"], np.float32)
+        return np.asarray(self._observed["robot0_joint_pos"], np.float32)
 
-    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
+    def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
         """Executes one action: position and axis-angle in controller units ±1, gripper."""
-        self._renderer.open = look
-        self._seen, _, done, _ = self._env.step(self._rules.command(action).tolist())
+        self._renderer.enabled = render
+        self._observed, _, done, _ = self._env.step(self._protocol.command(action).tolist())
         self._steps += 1
         self._success = bool(done)
-        over = self._success or self._steps >= self._rules.max_steps
-        return StepResult.ENDED if over else StepResult.CONTINUES
+        ended = self._success or self._steps >= self._protocol.max_steps
+        return StepResult.ENDED if ended else StepResult.CONTINUES
 
     def result(self) -> dict[str, Any]:
         """Task and outcome."""
         return {
             "task": self._task.name,
             "instruction": self._task.language,
-            "initial_state": self._trial,
+            "initial_state": self._initial_state,
             "success": self._success,
             "steps": self._steps,
         }
 
-    def picture(self) -> np.ndarray:
+    def video_frame(self) -> np.ndarray:
         """The fixed camera upright, at half size.
 
         Raises:
-          RuntimeError: the last step was made without looking.
+          RuntimeError: the last step was not rendered.
         """
-        self._check_drawn()
-        return self._seen["agentview_image"][::-2, ::2]
+        self._check_rendered()
+        return self._observed["agentview_image"][::-2, ::2]
 
     def versions(self) -> dict[str, str]:
         """Of the packages that move the score, and the renderer."""
@@ -284,45 +319,45 @@ class LiberoSimulator:
         self._task, self._number = self._suite.get_task(number), number
         self._states = self._suite.get_task_init_states(number)
         bddl = self._suite.get_task_bddl_file_path(number)
-        side, gpu = self._rules.render_size, self._rules.gpu
+        side, gpu = self._protocol.render_size, self._protocol.gpu
         self._env = libero_mujoco.open_environment(bddl, side, gpu)
         self._renderer = LazyRenderer(self._env.env)
 
-    def _check_drawn(self) -> None:
-        if not self._renderer.drawn:
-            raise RuntimeError("nothing was drawn at the last step; step with look=True")
+    def _check_rendered(self) -> None:
+        if not self._renderer.rendered:
+            raise RuntimeError("the last step was not rendered; step with render=True")
 
 
 class LazyRenderer:
-    """Keeps a robosuite environment from drawing while it is closed.
+    """Keeps a robosuite environment from rendering while it is disabled.
 
-    An environment draws its cameras after the first of the 25 physics steps of an action, whether
-    or not anybody looks; without a GPU that takes 15 times as long as the physics. While closed,
-    pictures are black. When pictures are taken, and all else, is left as it is.
+    An environment renders its cameras after the first of the 25 physics steps of an action,
+    whether or not they are needed; without a GPU that takes 15 times as long as the physics. While
+    disabled, pictures are black. When pictures are taken, and all else, is left as it is.
 
     Attributes:
-      open: whether to draw.
-      drawn: whether the latest picture is a real one.
+      enabled: whether to render.
+      rendered: whether the latest picture is a real one.
     """
 
     def __init__(self, env: Any) -> None:
-        """Takes hold of the environment, which makes itself a new simulation at every reset."""
-        self.open, self.drawn = True, True
+        """Replaces the environment's render function, anew at every reset: it makes a new one."""
+        self.enabled, self.rendered = True, True
         self._env, self._initialize = env, env._initialize_sim
-        env._initialize_sim = self._renewed
-        self._hold()
+        env._initialize_sim = self._initialize_sim
+        self._replace()
 
-    def _renewed(self, *arguments: Any) -> None:
+    def _initialize_sim(self, *arguments: Any) -> None:
         self._initialize(*arguments)
-        self._hold()
+        self._replace()
 
-    def _hold(self) -> None:
-        draw = self._env.sim.render
+    def _replace(self) -> None:
+        original = self._env.sim.render
 
         def render(*, width: int, height: int, **options: Any) -> np.ndarray:
-            self.drawn = self.open
-            if self.open:
-                return draw(width=width, height=height, **options)
+            self.rendered = self.enabled
+            if self.enabled:
+                return original(width=width, height=height, **options)
             return np.zeros((height, width, 3), np.uint8)
 
         self._env.sim.render = render
@@ -338,59 +373,48 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------
-# A LIBERO simulator whose script says what to do next.
+# The simulator with a scripted expert.
 #
-# The scripts of ``simulators/libero/libero_scripts.py`` read the simulator's state before every
-# action, so they run where the simulator does. A chunk is planned by letting the script act for
-# its length and going back; what the campaign then sends is executed from the same state. Sent
-# back unchanged, the actions lead where the script went, to the bit; sent through an action
-# tokenizer they lead near it, and the next chunk is planned from there.
-#
-# Axes: H/W pixels, A action dimensions (7).
+# The scripts of ``libero_scripts.py`` read the simulator's state before every action, so they run
+# where the simulator does. A chunk is planned by letting the script act for its length and going
+# back; what the runner then sends is executed from the same state. Sent back unchanged, the
+# actions lead where the script went, to the bit; sent through an action tokenizer they lead near
+# it, and the next chunk is planned from there.
 
 
 class ScriptedLibero(LiberoSimulator):
     """Observations carry the script's next actions instead of pictures."""
 
-    def __init__(self, rules: LiberoProtocol, assets: str | None = None, *, chunk: int) -> None:
-        """Finds the package and its files.
-
-        Args:
-          rules: the protocol.
-          assets: as for ``LiberoSimulator``.
-          chunk: actions planned at once, all of which are to be executed.
-
-        Raises:
-          UserError: ``hf-libero`` or a folder of assets is missing.
-        """
-        super().__init__(rules, assets)
-        self._chunk = chunk
+    def __init__(self, protocol: LiberoProtocol, assets: str | None = None) -> None:
+        """See ``LiberoSimulator``."""
+        super().__init__(protocol, assets)
         self._script: Iterator[np.ndarray] = iter(())
 
-    def reset(self, job: Trial) -> None:
+    def reset(self, trial: Trial) -> None:
         """Begins the episode and the script of its task."""
-        super().reset(job)
-        script = libero_scripts.SCRIPTS[self._rules.suite][job.task]
+        super().reset(trial)
+        script = libero_scripts.SCRIPTS[self._protocol.suite][trial.task]
         self._script = libero_scripts.solve(script, MujocoScene(self._env.sim))
 
     def observe(self) -> PlannedObservation:
-        """The script's next ``chunk`` actions [chunk, A]."""
-        back = bookmark(self._env.env)
-        self._renderer.open = False
+        """The script's next ``EXPERT_CHUNK`` actions, float32 [T, A]."""
+        restore = save_state(self._env.env)
+        self._renderer.enabled = False
         plan = []
-        for action in itertools.islice(self._script, self._chunk):
+        for action in itertools.islice(self._script, EXPERT_CHUNK):
             plan.append(np.asarray(action, np.float32))
-            self._env.step(self._rules.command(plan[-1]).tolist())
-        back()
+            self._env.step(self._protocol.command(plan[-1]).tolist())
+        restore()
         return PlannedObservation(self._task.language, {}, None, np.stack(plan))
 
-    def step(self, action: np.ndarray, look: bool = True) -> StepResult:
-        """Executes one action; nothing is drawn, since nobody looks."""
-        return super().step(action, look=False)
+    def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
+        """Executes one action; nothing is rendered, since plans need no pictures."""
+        del render
+        return super().step(action, render=False)
 
-    def picture(self) -> np.ndarray:
-        """The fixed camera upright, at half size, drawn now."""
-        self._renderer.open = True
-        side = self._rules.render_size
+    def video_frame(self) -> np.ndarray:
+        """The fixed camera upright, at half size, rendered now."""
+        self._renderer.enabled = True
+        side = self._protocol.render_size
         frame = self._env.sim.render(camera_name="agentview", width=side, height=side)
         return frame[::-2, ::2]

@@ -1,8 +1,8 @@
 """Demonstrations of LIBERO's scripted experts, as RLDS with the fields of the published data.
 
 Observations are those of an evaluation: both cameras rotated by 180 degrees, the state [8], and the
-joint angles. The gripper is -1 open, +1 closed. Steps without motion stay, other than in the
-published data without no-ops: in them the fingers close.
+joint angles. The gripper is -1 open, +1 closed. Steps without motion stay, unlike in the published
+data without no-ops: during them the fingers close.
 
 Axes: T steps, A action dimensions (7).
 """
@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -22,17 +22,21 @@ from univla_jax.data.rlds_writer import RecordedEpisode, check_description, writ
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.simulators.base import StepResult, Trial
-from univla_jax.simulators.libero.libero_benchmark import INITIAL_STATES, LiberoSimulator, protocol
+from univla_jax.simulators.libero.libero_benchmark import (
+    INITIAL_STATES,
+    LiberoSimulator,
+    published_protocol,
+)
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS, Arm, Script, solve
 
 FIRST_STATE = 20
 """Initial states before this one are for evaluation; demonstrations begin from the others."""
-_ATTEMPTS = 3  # for each episode wanted, over all
+_ATTEMPTS = 3  # per episode of a split
 
 
 @dataclasses.dataclass(frozen=True)
-class LiberoDemonstrationsConfig:
+class DemonstrationsConfig:
     """Which demonstrations are written.
 
     Attributes:
@@ -71,15 +75,15 @@ class LiberoDemonstrationsConfig:
             )
 
 
-def write_libero_demonstrations(
-    config: LiberoDemonstrationsConfig, out: str | os.PathLike[str], *, assets: str | None = None
+def write_demonstrations(
+    config: DemonstrationsConfig, out: str | os.PathLike[str], *, assets: str | None = None
 ) -> pathlib.Path:
     """Writes the dataset unless it is there.
 
     Args:
       config: which demonstrations.
       out: parent of the dataset.
-      assets: folder of LIBERO's assets, as for ``libero.benchmark``.
+      assets: folder of LIBERO's assets, as for ``libero_benchmark.suite_benchmark``.
 
     Returns:
       the version folder.
@@ -92,7 +96,7 @@ def write_libero_demonstrations(
     )
     folder = pathlib.Path(out) / config.suite / config.version
     if not (folder / "dataset_info.json").is_file():  # else no simulator is needed
-        simulator = LiberoSimulator(protocol(config.suite), assets)
+        simulator = LiberoSimulator(published_protocol(config.suite), assets)
         counts = {"train": config.train_episodes, "val": config.val_episodes}
         splits = {
             split: _Episodes(simulator, config, count, number)
@@ -106,12 +110,12 @@ def write_libero_demonstrations(
 
 
 class _Episodes:
-    """The successful demonstrations of one split, with a length for the progress bar."""
+    """The successful demonstrations of one split; its length is their number."""
 
     def __init__(
         self,
         simulator: LiberoSimulator,
-        config: LiberoDemonstrationsConfig,
+        config: DemonstrationsConfig,
         count: int,
         seed: int,
     ) -> None:
@@ -122,19 +126,17 @@ class _Episodes:
 
     def __iter__(self) -> Iterator[RecordedEpisode]:
         for task in self._config.tasks:
-            found = 0
-            for attempt in range(_ATTEMPTS * self._count):
-                episode = self._attempt(task, attempt)
-                if episode is not None:
-                    found += 1
-                    yield episode
-                if found == self._count:
-                    break
-            else:
-                raise UserError(
-                    f"{self._config.suite} task {task}: {found} of {_ATTEMPTS * self._count} "
-                    f"demonstrations succeeded, {self._count} are wanted; lower displacement"
-                )
+            attempts = range(_ATTEMPTS * self._count)
+            episodes = (self._attempt(task, attempt) for attempt in attempts)
+            successes = filter(None, episodes)
+            for number in range(self._count):
+                episode = next(successes, None)
+                if episode is None:
+                    raise UserError(
+                        f"{self._config.suite} task {task}: {number} of {len(attempts)} "
+                        f"demonstrations succeeded, {self._count} are needed; lower displacement"
+                    )
+                yield episode
 
     def _attempt(self, task: int, attempt: int) -> RecordedEpisode | None:
         config = self._config
@@ -156,7 +158,7 @@ class _Episodes:
 def demonstrate(
     simulator: LiberoSimulator,
     script: Script,
-    job: Trial,
+    trial: Trial,
     offset: np.ndarray,
     name: str,
     corpus: DatasetConfig,
@@ -166,7 +168,7 @@ def demonstrate(
     Args:
       simulator: of the suite.
       script: of the task.
-      job: task and initial state.
+      trial: task and initial state.
       offset: [3], meters the hand is moved before the episode begins.
       name: of the episode.
       corpus: of the suite.
@@ -174,14 +176,14 @@ def demonstrate(
     Returns:
       the episode, None where the script failed.
     """
-    simulator.reset(job)
+    simulator.reset(trial)
     scene = MujocoScene(simulator.env.sim)
     for action in Arm(scene).shift(offset):
         simulator.step(action)
-    seen: list[Observation] = []
+    observations: list[Observation] = []
     joints, actions = [], []
     for action in solve(script, scene):
-        seen.append(simulator.observe())
+        observations.append(simulator.observe())
         joints.append(simulator.joints())
         actions.append(np.asarray(action, np.float32))
         if simulator.step(actions[-1]) is StepResult.ENDED:
@@ -189,16 +191,15 @@ def demonstrate(
     if not simulator.result()["success"]:
         return None
     return RecordedEpisode(
-        instruction=seen[0].instruction,
-        frames={view: _stacked(seen, view) for view in seen[0].frames},
+        instruction=observations[0].instruction,
+        frames={
+            view: np.stack([observation.frames[view] for observation in observations])
+            for view in observations[0].frames
+        },
         actions=np.stack(actions),
         control_hz=corpus.control_hz,
         corpus=corpus.name,
         episode_id=name,
-        state=np.stack([one.state for one in seen]),
+        state=np.stack([observation.state for observation in observations]),
         sensors={"joint_state": np.stack(joints)},
     )
-
-
-def _stacked(seen: Sequence[Observation], view: str) -> np.ndarray:
-    return np.stack([one.frames[view] for one in seen])

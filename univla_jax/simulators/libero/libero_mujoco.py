@@ -1,4 +1,7 @@
-"""Opens ``hf-libero``: its files, its assets, its renderer; nothing is asked or downloaded."""
+"""Access to ``hf-libero`` and its MuJoCo state: files, assets, renderer, scene, save and restore.
+
+Nothing is asked interactively or downloaded.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from scipy.spatial.transform import Rotation
 from univla_jax.errors import UserError
 from univla_jax.simulators.libero.libero_scripts import Box
 
-_DRAWING = (
-    "drawing without a display needs EGL (Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri) "
-    "or MUJOCO_GL=osmesa (libosmesa6)"
+_RENDERING = (
+    "rendering without a display needs EGL (Debian: apt-get install libegl1 libgl1 "
+    "libgl1-mesa-dri) or MUJOCO_GL=osmesa (libosmesa6)"
 )
 
 
@@ -62,10 +65,10 @@ def open_environment(bddl: str, side: int, gpu: int) -> Any:
     Args:
       bddl: file that describes the task.
       side: of both cameras, in pixels.
-      gpu: index of the device that draws; -1 leaves it to the renderer.
+      gpu: index of the device that renders; -1 leaves it to the renderer.
 
     Raises:
-      UserError: a mesh or texture is missing, or nothing can draw here.
+      UserError: a mesh or texture is missing, or nothing can render here.
     """
     try:
         from libero.libero.envs import OffScreenRenderEnv
@@ -86,7 +89,7 @@ def open_environment(bddl: str, side: int, gpu: int) -> Any:
         ) from error
     except (AttributeError, ImportError, OSError) as error:
         raise UserError(
-            f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {type(error).__name__}: {error}; {_DRAWING}"
+            f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {type(error).__name__}: {error}; {_RENDERING}"
         ) from error
 
 
@@ -116,9 +119,7 @@ def _write_config(home: pathlib.Path, root: pathlib.Path, assets: pathlib.Path) 
 
 
 # ----------------------------------------------------------------------------
-# The state of a robosuite simulation as scripts read it, and how to go back to an earlier one.
-#
-# Axes: N corners.
+# The state of a robosuite simulation: as scripts read it, saved and restored. Axes: N corners.
 
 
 _HAND = "gripper0_grip_site"
@@ -128,77 +129,75 @@ class MujocoScene:
     """``Scene`` of a robosuite simulation."""
 
     def __init__(self, sim: Any) -> None:
-        """Reads ``sim`` whenever it is asked."""
+        """Takes robosuite's ``sim``, which every method reads anew."""
         self._sim = sim
-        self._shapes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._extents: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def hand(self) -> tuple[np.ndarray, Rotation]:
-        """Centre between the fingertips [3] and where the hand is turned."""
+        """Center between the fingertips [3] and orientation of the hand."""
         data = self._sim.data
-        turn = Rotation.from_matrix(data.get_site_xmat(_HAND).copy())
-        return data.get_site_xpos(_HAND).copy(), turn
+        rotation = Rotation.from_matrix(data.get_site_xmat(_HAND).copy())
+        return data.get_site_xpos(_HAND).copy(), rotation
 
-    def place(self, name: str) -> np.ndarray:
+    def position(self, name: str) -> np.ndarray:
         """Position [3] of a body or site."""
-        data = self._sim.data
-        read = data.get_body_xpos if name in self._sim.model.body_names else data.get_site_xpos
-        return read(name).copy()
+        model, data = self._sim.model, self._sim.data
+        lookup = data.get_body_xpos if name in model.body_names else data.get_site_xpos
+        return lookup(name).copy()
 
     def box(self, name: str) -> Box:
-        """What a body takes up, by the shapes that collide."""
-        if name not in self._shapes:
-            self._shapes[name] = self._measure(name)
-        middle, half = self._shapes[name]
+        """Bounding box of a body's collision geometry."""
+        if name not in self._extents:
+            self._extents[name] = self._measure(name)
+        middle, half = self._extents[name]
         axes = self._sim.data.get_body_xmat(name).copy()
         return Box(self._sim.data.get_body_xpos(name) + axes @ middle, axes, half)
 
     def _measure(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Middle and half lengths [3] of the box along the axes of a body."""
+        """Center and half lengths [3] of the box along the axes of a body."""
         model = self._sim.model._model
         body = self._sim.model.body_name2id(name)
-        shapes = [
-            shape
-            for shape in range(model.ngeom)
-            if model.geom_bodyid[shape] == body and model.geom_contype[shape]
+        geoms = [
+            geom
+            for geom in range(model.ngeom)
+            if model.geom_bodyid[geom] == body and model.geom_contype[geom]
         ]
-        corners = np.concatenate([self._corners(shape, body) for shape in shapes])
+        corners = np.concatenate([self._corners(geom, body) for geom in geoms])
         low, high = corners.min(0), corners.max(0)
         return (low + high) / 2, (high - low) / 2
 
-    def _corners(self, shape: int, body: int) -> np.ndarray:
-        """Points [N, 3] on the box around a collision shape, in the axes of its body."""
+    def _corners(self, geom: int, body: int) -> np.ndarray:
+        """Points [N, 3] that bound a collision geometry, in the axes of its body."""
         import mujoco
 
         model, data = self._sim.model._model, self._sim.data._data
         axes = data.xmat[body].reshape(3, 3)
-        turn = axes.T @ data.geom_xmat[shape].reshape(3, 3)
-        center = axes.T @ (data.geom_xpos[shape] - data.xpos[body])
+        rotation = axes.T @ data.geom_xmat[geom].reshape(3, 3)
+        center = axes.T @ (data.geom_xpos[geom] - data.xpos[body])
         kinds = mujoco.mjtGeom
-        kind, half = model.geom_type[shape], model.geom_size[shape].copy()
+        kind, half = model.geom_type[geom], model.geom_size[geom].copy()
         if kind == kinds.mjGEOM_MESH:
-            mesh = model.geom_dataid[shape]
+            mesh = model.geom_dataid[geom]
             first = model.mesh_vertadr[mesh]
             points = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
-            return points @ turn.T + center
+            return points @ rotation.T + center
+        # MuJoCo gives a cylinder's radius and half height, a sphere's radius only.
         if kind == kinds.mjGEOM_CYLINDER:
             half = half[[0, 0, 1]]
         elif kind == kinds.mjGEOM_SPHERE:
             half = half[[0, 0, 0]]
-        reach = np.abs(turn) @ half
+        reach = np.abs(rotation) @ half
         return np.stack([center - reach, center + reach])
 
 
-def bookmark(env: Any) -> Callable[[], None]:
-    """Remembers where a robosuite environment is.
+def save_state(env: Any) -> Callable[[], None]:
+    """Saves the state of a robosuite environment, and returns a function that restores it.
 
-    Beside MuJoCo's own state that is the controllers' goals, how far the grippers are told to
-    open, and the clock; all else follows from these at the next step.
+    Beside MuJoCo's own state that is the controllers' goals, how far the grippers are to open, and
+    the clock; all else follows from these at the next step, to the bit.
 
     Args:
       env: a robosuite environment.
-
-    Returns:
-      a function that goes back there, to the bit.
     """
     import mujoco
 
@@ -206,23 +205,25 @@ def bookmark(env: Any) -> Callable[[], None]:
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     state = np.empty(mujoco.mj_stateSize(model, kind))
     mujoco.mj_getState(model, data, state, kind)
-    holders = [
+    owners = [
         (env, ("timestep", "cur_time", "done")),
         *((robot.controller, ("goal_pos", "goal_ori", "new_update")) for robot in env.robots),
         *((robot.gripper, ("current_action",)) for robot in env.robots),
     ]
-    values = [
-        (holder, name, _copy(getattr(holder, name))) for holder, names in holders for name in names
+    attributes = [
+        (owner, name, _copy(getattr(owner, name))) for owner, names in owners for name in names
     ]
 
-    def back() -> None:
+    def restore() -> None:
         mujoco.mj_setState(model, data, state, kind)
         mujoco.mj_forward(model, data)
-        mujoco.mj_setState(model, data, state, kind)  # the solver's start, which that changed
-        for holder, name, value in values:
-            setattr(holder, name, _copy(value))
+        # ``mj_forward`` recomputes what follows from the state, but changes the solver's starting
+        # point, which belongs to it: set the state once more.
+        mujoco.mj_setState(model, data, state, kind)
+        for owner, name, value in attributes:
+            setattr(owner, name, _copy(value))
 
-    return back
+    return restore
 
 
 def _copy(value: Any) -> Any:

@@ -1,143 +1,174 @@
-"""The embedded tabletop as a benchmark: which episodes, what the policy is told, what counts.
+"""The embedded tabletop as a benchmark: which episodes, what the policy is told to do, what counts.
 
 Scenes come from the seeds kept for evaluation, which no demonstration uses; the task families take
 turns, so each has the same number of episodes. An episode succeeds when the predicate of its true
-task holds after any step, and ends there, when the task in the policy's words is done, or after
+task holds after any step, and ends there, when the task of the given instruction is done, or after
 ``max_steps``.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.tabletop.tabletop_env import CONTROL_HZ, FAMILIES, TabletopEnv
+from univla_jax.simulators.base import Benchmark, Breakdown, StepResult, Trial, package_versions
+from univla_jax.simulators.tabletop.tabletop_env import (
+    CONTROL_HZ,
+    FAMILIES,
+    TabletopEnv,
+    TabletopTask,
+)
 from univla_jax.simulators.tabletop.tabletop_expert import EVALUATION_SEEDS
 
+_VIDEO_SIZE = 192  # pixels
 
-class TabletopEpisode:
-    """One episode; the policy may be told the same kind of task for another thing on the table.
 
-    Attributes:
-      seed: of the scene and the task.
-      instruction: of the true task, which alone decides about success.
-      told: what the policy is told.
+def make_benchmark(
+    *, episodes: int = 120, max_steps: int = 40, first_seed: int = 0, execute: int = 0
+) -> Benchmark:
+    """The embedded tabletop.
+
+    Args:
+      episodes: of each condition; the families take turns.
+      max_steps: steps after which an episode ends.
+      first_seed: index of the first seed in the range kept for evaluation.
+      execute: actions executed of each chunk; 0 executes all.
+
+    Raises:
+      UserError: a number out of range.
     """
-
-    def __init__(
-        self, seed: int, family: str, *, max_steps: int, other_instruction: bool = False
-    ) -> None:
-        """Resets the scene.
-
-        Args:
-          seed: of ``TabletopEnv.reset``.
-          family: task family.
-          max_steps: steps after which the episode ends.
-          other_instruction: tell the policy about another block, or another zone.
-        """
-        self.seed = seed
-        self._env = _Table(max_steps=max_steps)
-        self._env.reset(seed=seed, options={"family": family})
-        self._told = self._other_task() if other_instruction else self._env.task
-        self.instruction, self.told = self._env.task.instruction, self._told.instruction
-        self._steps, self._success, self._told_success = 0, False, False
-
-    def observe(self) -> Observation:
-        """Both cameras, the state, and the words the policy is told."""
-        seen = self._env.look()
-        frames = {view: seen[view] for view in ("image", "wrist_image")}
-        return Observation(self.told, frames, seen["state"])
-
-    def step(self, action: np.ndarray) -> bool:
-        """Executes float [7] (gripper > 0 closes); True when the episode ended.
-
-        It also ends when the told task is done. Where that took touching another block, the true
-        task can no longer succeed; where it took reaching another zone, the robot has answered.
-        """
-        _, _, terminated, truncated, _ = self._env.step(action)
-        self._steps += 1
-        self._success = terminated
-        self._told_success = self._told.succeeded(self._env.scene)
-        return terminated or truncated or self._told_success
-
-    def result(self) -> dict[str, Any]:
-        """Task and outcome; ``told_success`` is that of the task in the policy's words."""
-        return {
-            "seed": self.seed,
-            "family": self._env.task.family,
-            "instruction": self.instruction,
-            "told": self.told,
-            "success": self._success,
-            "told_success": self._told_success,
-            "steps": self._steps,
-        }
-
-    def render(self, size: int) -> np.ndarray:
-        """The fixed camera, uint8 [size, size, 3]."""
-        return self._env.render(size)
-
-    def _other_task(self):
-        """The same kind of task for another block or zone, which one depends on the seed alone."""
-        others = self._env.task.others(self._env.scene)
-        return others[int(np.random.default_rng(self.seed).integers(len(others)))]
-
-
-class Tabletop:
-    """The benchmark ``"tabletop"``."""
-
-    name = "tabletop"
-    corpus = "tabletop"
-    control_hz = CONTROL_HZ
-
-    def __init__(self, *, first_seed: int = 0, max_steps: int = 40) -> None:
-        """Chooses the episodes.
-
-        Args:
-          first_seed: place of the first seed in the range kept for evaluation.
-          max_steps: steps after which an episode ends.
-
-        Raises:
-          UserError: a number out of range.
-        """
-        if max_steps < 1 or not 0 <= first_seed < len(EVALUATION_SEEDS):
-            raise UserError(
-                f"tabletop: max_steps {max_steps} must be at least 1, first_seed {first_seed} in "
-                f"0...{len(EVALUATION_SEEDS) - 1}"
-            )
-        self._first, self._max_steps = first_seed, max_steps
-
-    def episode(self, index: int, *, other_instruction: bool = False) -> TabletopEpisode:
-        """Episode ``index``, freshly reset."""
-        seed = EVALUATION_SEEDS[self._first + index]
-        family = FAMILIES[index % len(FAMILIES)]
-        return TabletopEpisode(
-            seed, family, max_steps=self._max_steps, other_instruction=other_instruction
+    last = first_seed + episodes
+    if min(episodes, max_steps) < 1 or min(first_seed, execute) < 0 or last > len(EVALUATION_SEEDS):
+        raise UserError(
+            f"tabletop: episodes {episodes} and max_steps {max_steps} must be at least 1, execute "
+            f"{execute} at least 0, the seeds {first_seed} to {last - 1} in "
+            f"0...{len(EVALUATION_SEEDS) - 1}"
         )
-
-    def protocol(self) -> dict[str, Any]:
-        """Every choice that moves the score, for the report."""
-        return {
-            "benchmark": self.name,
-            "first_seed": EVALUATION_SEEDS[self._first],
+    make = functools.partial(TabletopSimulator, max_steps=max_steps, first_seed=first_seed)
+    return Benchmark(
+        name="tabletop",
+        protocol={
+            "benchmark": "tabletop",
+            "episodes": episodes,
+            "first_seed": EVALUATION_SEEDS[first_seed],
             "families": list(FAMILIES),
-            "max_steps": self._max_steps,
-            "control_hz": self.control_hz,
-            "views": ["image", "wrist_image"],
+            "max_steps": max_steps,
+            "execute": execute,
+            "control_hz": CONTROL_HZ,
             "image_orientation": "as recorded",
             "gripper": "unnormalized value, > 0 closes",
             "success": "predicate of the true task after any step",
+        },
+        trials=tuple(trial_of(index) for index in range(episodes)),
+        make=make,
+        variants={"other_instruction": functools.partial(make, other_instruction=True)},
+        conditions=("policy", "other_instruction", "untrained", "random"),
+        in_process=True,
+        batch=40,
+        corpus="tabletop",
+        seed=functools.partial(scene_seed, first_seed=first_seed),
+        execute=execute,
+        video_every=1,
+        breakdown=instruction_breakdown,
+    )
+
+
+def trial_of(index: int) -> Trial:
+    """The trial of an episode by its number: the families take turns."""
+    return Trial(index % len(FAMILIES), index // len(FAMILIES))
+
+
+def scene_seed(trial: Trial, *, first_seed: int = 0) -> int:
+    """The seed of ``TabletopEnv.reset`` of a trial."""
+    return EVALUATION_SEEDS[first_seed + trial.trial * len(FAMILIES) + trial.task]
+
+
+def instruction_breakdown(records: Sequence[dict[str, Any]]) -> Breakdown:
+    """Success in the task of the given instruction, where that is another than the true one."""
+    others = [r for r in records if r["given_instruction"] != r["instruction"]]
+    if not others:
+        return Breakdown()
+    return Breakdown(outcomes={"given_task": {"all": [r["given_task_success"] for r in others]}})
+
+
+class TabletopSimulator:
+    """One table, episode after episode; drawn only where it is observed.
+
+    Attributes:
+      env: the environment.
+      given_task: whose instruction the policy gets; ``env.task``, which alone decides about
+        success, unless the policy is given another.
+    """
+
+    def __init__(
+        self, *, max_steps: int = 40, first_seed: int = 0, other_instruction: bool = False
+    ) -> None:
+        """Makes the environment.
+
+        Args:
+          max_steps: steps after which an episode ends.
+          first_seed: index of the first seed in the range kept for evaluation.
+          other_instruction: give the policy the instruction of the same kind of task for another
+            block, or another zone.
+        """
+        self.env = TabletopEnv(max_steps=max_steps, lazy=True)
+        self._first_seed, self._other_instruction = first_seed, other_instruction
+        self.given_task: TabletopTask
+
+    def reset(self, trial: Trial) -> None:
+        """Places the scene of a trial and draws its task."""
+        self._seed = scene_seed(trial, first_seed=self._first_seed)
+        self.env.reset(seed=self._seed, options={"family": FAMILIES[trial.task]})
+        self.given_task = self._other_task() if self._other_instruction else self.env.task
+        self._steps, self._success, self._given_task_success = 0, False, False
+
+    def observe(self) -> Observation:
+        """Both cameras, the state, and the given instruction."""
+        observed = self.env.observe()
+        frames = {view: observed[view] for view in ("image", "wrist_image")}
+        return Observation(self.given_task.instruction, frames, observed["state"])
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
+        """Executes float [7] (gripper > 0 closes).
+
+        The episode also ends when the given task is done. Where that took touching another block,
+        the true task can no longer succeed; where it took reaching another zone, the robot has
+        answered.
+        """
+        del render  # ``observe`` draws
+        _, _, terminated, truncated, _ = self.env.step(action)
+        self._steps += 1
+        self._success = terminated
+        self._given_task_success = self.given_task.succeeded(self.env.scene)
+        ended = terminated or truncated or self._given_task_success
+        return StepResult.ENDED if ended else StepResult.CONTINUES
+
+    def result(self) -> dict[str, Any]:
+        """Task and outcome; ``given_task_success`` is that of the given instruction's task."""
+        return {
+            "task": self.env.task.family,
+            "seed": self._seed,
+            "instruction": self.env.task.instruction,
+            "given_instruction": self.given_task.instruction,
+            "success": self._success,
+            "given_task_success": self._given_task_success,
+            "steps": self._steps,
         }
 
+    def video_frame(self) -> np.ndarray:
+        """The fixed camera, uint8 [192, 192, 3]."""
+        return self.env.render(_VIDEO_SIZE)
 
-class _Table(TabletopEnv):
-    """Draws the cameras only when looked at: once per chunk, not at every step."""
+    def versions(self) -> dict[str, str]:
+        """Of the packages that move the score."""
+        return package_versions(("gymnasium", "numpy"))
 
-    def _observe(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def look(self) -> dict[str, np.ndarray]:
-        """The observation of now."""
-        return super()._observe()
+    def _other_task(self) -> TabletopTask:
+        """The same kind of task for another block or zone, drawn by the seed alone."""
+        others = self.env.task.others(self.env.scene)
+        return others[int(np.random.default_rng(self._seed).integers(len(others)))]

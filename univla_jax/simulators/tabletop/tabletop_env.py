@@ -242,14 +242,19 @@ class TabletopEnv(gymnasium.Env):
     image_size = 64
     wrist_size = 32
 
-    def __init__(self, *, max_steps: int = 40, render_mode: str | None = None):
+    def __init__(
+        self, *, max_steps: int = 40, render_mode: str | None = None, lazy: bool = False
+    ) -> None:
         """Makes an environment; nothing is placed before ``reset``.
 
         Args:
           max_steps: steps after which an episode is truncated.
           render_mode: ``"rgb_array"`` or None.
+          lazy: whether ``reset`` and ``step`` return an empty observation, for callers that need
+            fewer and call ``observe``.
         """
         self.max_steps = max_steps
+        self._lazy = lazy
         self.render_mode = render_mode
         box = gymnasium.spaces.Box
         self.observation_space = gymnasium.spaces.Dict(
@@ -279,7 +284,7 @@ class TabletopEnv(gymnasium.Env):
         colors = [b.color for b in self.scene.blocks], [z.color for z in self.scene.zones]
         self.task = sample_task(rng, self.scene, *colors, family=(options or {}).get("family"))
         self._steps = 0
-        return self._observe(), self._info()
+        return self._observation(), self._info()
 
     def step(self, action: np.ndarray):
         """Moves by one action, clipped to the action space.
@@ -297,13 +302,14 @@ class TabletopEnv(gymnasium.Env):
         self._steps += 1
         info = self._info()
         truncated = self._steps >= self.max_steps
-        return self._observe(), float(info["success"]), info["success"], truncated, info
+        return self._observation(), float(info["success"]), info["success"], truncated, info
 
     def render(self, size: int = 256) -> np.ndarray:
         """The fixed camera at any size, uint8 [size, size, 3]."""
         return tabletop_render.render_fixed(self.scene, size)
 
-    def _observe(self) -> dict[str, np.ndarray]:
+    def observe(self) -> dict[str, np.ndarray]:
+        """The observation of the present scene, drawn now."""
         gripper = self.scene.gripper
         state = [*gripper.position, gripper.height, *gripper.rotation]
         state += [float(gripper.is_open), float(self.scene.held is not None)]
@@ -312,6 +318,9 @@ class TabletopEnv(gymnasium.Env):
             "wrist_image": tabletop_render.render_wrist(self.scene, self.wrist_size),
             "state": np.array(state, np.float32),
         }
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {} if self._lazy else self.observe()
 
     def _info(self) -> dict[str, Any]:
         return {

@@ -239,8 +239,15 @@ def _demonstrate(seed: int, family: str | None) -> Episode:
     return demonstrate(seed, family=family)
 
 
-def write_demonstrations(config: DemonstrationsConfig, out: str | os.PathLike[str]) -> pathlib.Path:
+def write_demonstrations(
+    config: DemonstrationsConfig, out: str | os.PathLike[str], *, assets: str | None = None
+) -> pathlib.Path:
     """Writes the dataset unless it is there.
+
+    Args:
+      config: which demonstrations.
+      out: parent of the dataset.
+      assets: not needed here.
 
     Returns:
       the version folder.
@@ -248,6 +255,7 @@ def write_demonstrations(config: DemonstrationsConfig, out: str | os.PathLike[st
     Raises:
       UserError: a dataset of other demonstrations lies there.
     """
+    del assets
     description = "Scripted expert of the embedded tabletop: " + json.dumps(
         dataclasses.asdict(config), sort_keys=True
     )

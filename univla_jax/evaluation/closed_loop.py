@@ -1,0 +1,356 @@
+"""Closed-loop evaluation: a policy and its baselines in a benchmark, resumable, ending in a report.
+
+::
+
+    out/
+      evaluation.json   config and policy; fixed when the evaluation is begun
+      ...               what ``runner.py`` writes while episodes run
+      versions.json     of everything involved
+      report.html       for people, one page that needs no other file
+      report.json       written last; its presence means finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+from univla_jax import __version__, io
+from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
+from univla_jax.errors import UserError
+from univla_jax.evaluation import report as reports
+from univla_jax.evaluation import statistics
+from univla_jax.evaluation.actors import (
+    ActionRoundTrip,
+    RandomActions,
+    RemotePolicy,
+    ScriptedActor,
+    ZeroActions,
+)
+from univla_jax.evaluation.runner import VIDEOS, Actor, BenchmarkRunner, RunnerConfig
+from univla_jax.inference.policy import Policy
+from univla_jax.inference.sampling import GREEDY, Sampling
+from univla_jax.normalization import ActionStatistics
+from univla_jax.run_dir import check_config, write_config
+from univla_jax.simulators.base import EXPERT_CHUNK, Benchmark, Breakdown, make_benchmark
+
+REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
+CONDITIONS = ("policy", "untrained", "random", "zero")
+"""Conditions of every benchmark; some have more, see ``Benchmark.variants``."""
+WITHOUT_POLICY = ("zero", "random", "expert")
+"""Conditions that can be evaluated without any policy."""
+_IDENTITY, _VERSIONS = "evaluation.json", "versions.json"
+_FREE = ("assets", "batch", "hang_seconds", "video_episodes")  # may differ when a run is resumed
+_MAX_VIDEOS = 24  # shown in the page
+_OPTIONS = (
+    "suite",
+    "tasks",
+    "episodes",
+    "episodes_per_task",
+    "max_steps",
+    "first_seed",
+    "execute",
+    "assets",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is evaluated. Where a value is 0 or empty, the benchmark's own default applies.
+
+    Attributes:
+      benchmark: a key of ``simulators.base.BENCHMARKS``.
+      suite: of tasks.
+      tasks: indices of tasks in the suite.
+      episodes: of each condition, all tasks together.
+      episodes_per_task: initial states of each task (CALVIN: chains).
+      max_steps: steps after which an episode ends.
+      first_seed: index of the first seed in the range kept for evaluation.
+      execute: actions executed of each chunk; by default all.
+      assets: the simulator's assets or data set.
+      conditions: "policy"; the same model with random parameters ("untrained"); random actions;
+        zero actions; and where the benchmark has them the policy given another object's
+        instruction but scored on the true task ("other_instruction"), or scripts ("expert").
+      corpus: whose cameras and action statistics the policy uses.
+      untrained_seed: of the random parameters.
+      batch: episodes run at once and answered in one call to the policy, each in a process of its
+        own unless the benchmark is stepped in the policy's.
+      hang_seconds: a simulator silent for so long is restarted.
+      video_episodes: episodes of each task that are recorded, of the first condition.
+    """
+
+    benchmark: str = "tabletop"
+    suite: str = ""
+    tasks: tuple[int, ...] = ()
+    episodes: int = 0
+    episodes_per_task: int = 0
+    max_steps: int = 0
+    first_seed: int = 0
+    execute: int = 0
+    assets: str = ""
+    conditions: tuple[str, ...] = ()
+    corpus: str = ""
+    untrained_seed: int = 0
+    batch: int = 0
+    hang_seconds: float = 600.0
+    video_episodes: int = dataclasses.field(default=1, metadata={"formerly": "film_episodes"})
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that no benchmark takes."""
+        if len(set(self.conditions)) != len(self.conditions):
+            raise UserError("config.conditions: name each condition once")
+        for name in ("episodes", "episodes_per_task", "max_steps", "execute", "batch"):
+            if getattr(self, name) < 0:
+                raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 0")
+
+    def make_benchmark(self) -> Benchmark:
+        """The benchmark with the options that are set.
+
+        Raises:
+          UserError: an option the benchmark does not have, or a value it does not take.
+        """
+        options = {name: value for name in _OPTIONS if (value := getattr(self, name))}
+        if "expert" in self.conditions:
+            options["expert"] = True
+        return make_benchmark(self.benchmark, **options)
+
+
+def evaluate(
+    config: EvaluateConfig,
+    policy: str | None,
+    out: str | os.PathLike[str],
+    *,
+    sampling: Sampling = GREEDY,
+    round_trip: ActionRoundTrip | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs what is missing of an evaluation and writes its report.
+
+    Args:
+      config: what to run.
+      policy: a checkpoint folder, the workdir whose newest one is taken, or ``ws://host:port``;
+        None where no condition needs one.
+      out: folder of the evaluation.
+      sampling: of the policy's tokens.
+      round_trip: what the expert's actions go through; nothing by default.
+      progress: whether to draw a progress bar on standard error.
+
+    Returns:
+      the report, also where it was finished already.
+
+    Raises:
+      UserError: ``out`` holds another evaluation, the policy cannot be used, or the simulator
+        cannot start.
+    """
+    benchmark = config.make_benchmark()
+    conditions = config.conditions or benchmark.conditions
+    _check_conditions(conditions, benchmark, policy)
+    policy_identity = None if policy is None else _policy_identity(policy)
+    extra = {} if policy is None else {"checkpoint": policy_identity}
+    extra |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
+    extra |= {} if round_trip is None else {"action_path": round_trip.identity()}
+    if not check_config(out, config, name=_IDENTITY, extra=extra, free=_FREE):
+        write_config(out, config, name=_IDENTITY, extra=extra)
+    folder = pathlib.Path(out)
+    if finished(folder):
+        return read_report(folder)
+    batch = config.batch or benchmark.batch
+    actors = _Actors(config, benchmark, policy, batch, sampling, round_trip)
+    limits = RunnerConfig(batch, config.hang_seconds, config.video_episodes, progress)
+    with BenchmarkRunner(benchmark, folder, limits) as runner:
+        for condition in conditions:
+            if runner.missing(condition):
+                make = benchmark.variants.get(condition)
+                first = condition == conditions[0]
+                runner.run(condition, actors.make(condition), make, videos=first)
+        versions = _versions(runner, folder)
+        figures = {name: _figures(benchmark, runner, name) for name in conditions}
+        throughput = statistics.throughput(runner.times.lines)
+    about = {"policy": policy, "conditions": list(conditions), "batch": batch}
+    about |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
+    report = {
+        "benchmark": benchmark.name,
+        "protocol": {**benchmark.protocol, **about, **actors.describe()},
+        "policy_identity": policy_identity,
+        "versions": versions,
+        "published": benchmark.published,
+        "conditions": figures,
+        "throughput": throughput,
+    }
+    videos = sorted((folder / VIDEOS).glob(f"{conditions[0]}_*.gif"))[:_MAX_VIDEOS]
+    io.write_text(folder / PAGE, reports.report_page(report, videos))
+    io.write_json(folder / REPORT, report)
+    return report
+
+
+def finished(out: str | os.PathLike[str]) -> bool:
+    """Whether ``out`` holds a finished evaluation."""
+    return (pathlib.Path(out) / REPORT).exists()
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The report of a finished evaluation; older ones of one condition are brought to this form.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = pathlib.Path(folder) / REPORT
+    report = io.read_json(path) if path.exists() else {}
+    if "tasks" in report:
+        policy = report["protocol"]["policy"]
+        condition = policy if policy in WITHOUT_POLICY else "policy"
+        figures = {"figures": {}, "breakdown": {}, **report}
+        protocol = {**report["protocol"], "conditions": [condition]}
+        report = {**report, "protocol": protocol, "conditions": {condition: figures}}
+    if "conditions" not in report:
+        raise UserError(f"{str(folder)!r} holds no finished report of a benchmark")
+    order = report["protocol"]["conditions"]  # JSON is written with sorted keys
+    return {**report, "conditions": {name: report["conditions"][name] for name in order}}
+
+
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Compares the first conditions of two finished evaluations.
+
+    Args:
+      first: folder A.
+      second: folder B.
+      out: folder that gets ``comparison.html``; nothing is written by default.
+
+    Returns:
+      ``statistics.compare``, and ``differs``: the fields of protocol and versions that are not
+      the same, each with both values.
+
+    Raises:
+      UserError: a folder without a report of a benchmark, or of different ones.
+    """
+    pair = [read_report(folder) for folder in (first, second)]
+    if pair[0]["benchmark"] != pair[1]["benchmark"]:
+        names = " and ".join(report["benchmark"] for report in pair)
+        raise UserError(f"--compare: {first} and {second} are of {names}")
+    settings = [{**report["protocol"], **report["versions"]} for report in pair]
+    found = statistics.compare(*map(reports.main_condition, pair))
+    found["differs"] = {
+        key: [one.get(key) for one in settings]
+        for key in sorted(settings[0].keys() | settings[1].keys())
+        if settings[0].get(key) != settings[1].get(key)
+    }
+    if out is not None:
+        names = [os.fspath(folder) for folder in (first, second)]
+        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+        page = reports.comparison_page(names, pair, found)
+        io.write_text(pathlib.Path(out) / COMPARISON, page)
+    return found
+
+
+def _check_conditions(
+    conditions: tuple[str, ...], benchmark: Benchmark, policy: str | None
+) -> None:
+    known = (*CONDITIONS, *benchmark.variants)
+    for condition in conditions:
+        if condition not in known:
+            raise UserError(
+                f"condition {condition!r}: {benchmark.name} has {', '.join(sorted(known))}"
+            )
+        if policy is None and condition not in WITHOUT_POLICY:
+            raise UserError(f"condition {condition!r} needs --checkpoint=... or --policy=...")
+
+
+def _policy_identity(policy: str) -> str:
+    return policy if _is_address(policy) else checkpoint_identity(find_checkpoint(policy))
+
+
+def _is_address(policy: str) -> bool:
+    return policy.startswith(("ws://", "wss://"))
+
+
+def _figures(benchmark: Benchmark, runner: BenchmarkRunner, condition: str) -> dict[str, Any]:
+    records, calls = (
+        [line for line in log.lines if line["condition"] == condition]
+        for log in (runner.episodes, runner.calls)
+    )
+    breakdown = benchmark.breakdown(records) if benchmark.breakdown else Breakdown()
+    return statistics.summarize(records, calls, breakdown)
+
+
+def _versions(runner: BenchmarkRunner, folder: pathlib.Path) -> dict[str, str]:
+    """Of everything involved; kept in a file for a run that finds all episodes finished."""
+    path = folder / _VERSIONS
+    if runner.versions or not path.exists():
+        own = {"univla_jax": __version__, "jax": jax.__version__}
+        own |= {"python": platform.python_version(), "platform": jax.default_backend()}
+        io.write_json(path, {**runner.versions, **own})
+    return io.read_json(path)
+
+
+class _Actors:
+    """Makes what acts in each condition; a checkpoint is loaded when it is first needed."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        benchmark: Benchmark,
+        policy: str | None,
+        batch: int,
+        sampling: Sampling,
+        round_trip: ActionRoundTrip | None,
+    ) -> None:
+        self._config, self._benchmark, self._path = config, benchmark, policy
+        self._round_trip = round_trip
+        corpus = config.corpus or benchmark.corpus
+        self._options = {"corpus": corpus, "batch_size": batch, "sampling": sampling}
+
+    def make(self, condition: str) -> Actor:
+        """What acts in a condition."""
+        if condition == "expert":
+            return ScriptedActor(self._round_trip)
+        if condition == "zero":
+            return ZeroActions(self._benchmark.action_dim, self._chunk())
+        if condition == "random":
+            return RandomActions(self._statistics(), self._chunk())
+        if condition == "untrained":
+            seed = self._config.untrained_seed
+            return Policy.load(self._path, untrained=True, seed=seed, **self._options)
+        return self._policy
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says about the policy and the expert."""
+        round_trip = self._round_trip
+        about = {"action_path": round_trip.identity() if round_trip else "none"}
+        about = about if "expert" in self._config.conditions else {}
+        if isinstance(self._policy, RemotePolicy):
+            about["server"] = str(self._policy.metadata)
+        elif self._policy is not None:
+            policy, assets = self._policy, self._policy.loaded.assets
+            about |= {"chunk": policy.chunk_size, "corpus": policy.corpus, "views": list(policy.views)}
+            about |= {f"image_spec_{v}": str(assets.image_specs[v]) for v in policy.views}
+            about["task"] = policy.loaded.record.task
+        return about
+
+    @functools.cached_property
+    def _policy(self) -> Policy | RemotePolicy | None:
+        if self._path is None:
+            return None
+        if _is_address(self._path):
+            return RemotePolicy(self._path)
+        return Policy.load(self._path, **self._options)
+
+    def _chunk(self) -> int:
+        """Actions that a baseline plans at once: as many as the policy."""
+        return self._policy.chunk_size if isinstance(self._policy, Policy) else EXPERT_CHUNK
+
+    def _statistics(self) -> ActionStatistics:
+        """Whose quantiles bound random actions."""
+        if isinstance(self._policy, Policy):
+            return self._policy.statistics
+        low, high = (tuple(map(float, end)) for end in self._benchmark.random_range)
+        return ActionStatistics(mean=low, std=high, q01=low, q99=high)
