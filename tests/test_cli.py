@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from tests.conftest import REPOSITORY
+from univla_jax.cli import format_table
 
 CONFIG = """
 import dataclasses
@@ -115,3 +116,9 @@ def test_a_bug_keeps_its_traceback(folder, arguments):
     result = run(folder, "defaulted.py", *arguments)
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_a_table_has_words_to_the_left_and_numbers_to_the_right():
+    rows = [("what", "n"), ("a longer name", 12)]
+    assert format_table(rows) == "what            n\na longer name  12"
+    assert format_table(rows, left=2) == "what           n\na longer name  12"

@@ -20,7 +20,7 @@ from univla_jax.config import build_config
 from univla_jax.data.token_store import TokenStore
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig
 from univla_jax.episode import Observation
-from univla_jax.evaluation import study
+from univla_jax.evaluation import closed_loop
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.policy import Policy
 from univla_jax.pipeline.dataset import training_batches
@@ -132,12 +132,12 @@ def test_a_run_goes_on_with_the_same_losses(run, folder):
 
 
 def test_an_evaluation_goes_on_with_the_same_episodes(folder):
-    config = recipe(study.EvaluateConfig, "evaluate")
-    study.evaluate(config, folder / "policy", folder / "evaluation", progress=False)
+    config = recipe(closed_loop.EvaluateConfig, "evaluate")
+    closed_loop.evaluate(config, folder / "policy", folder / "evaluation", progress=False)
     lines = (folder / "evaluation/episodes.jsonl").read_text().splitlines()
     got = [json.loads(line) for line in lines]
     assert len(got) == len(EXPECTED["episodes"])
-    key = lambda episode: (episode["condition"], episode["episode"])  # noqa: E731
+    key = lambda episode: (episode["condition"], episode["seed"])  # noqa: E731
     for episode, expected in zip(sorted(got, key=key), sorted(EXPECTED["episodes"], key=key)):
         shared = episode.keys() & expected.keys()
         assert {"success", "steps", "instruction", "seed"} <= shared

@@ -20,7 +20,7 @@ import ml_collections
 def get_config():
     return ml_collections.ConfigDict({
         "benchmark": "tabletop", "episodes": 40, "batch": 2, "max_steps": 20,
-        "conditions": ("random", "zero"),
+        "conditions": ("random", "zero"), "video_episodes": 0,
     })
 """
 
@@ -43,7 +43,7 @@ def _run(folder, checkpoint, out, *arguments):
 
 def _episodes(out):
     lines = map(json.loads, (out / "episodes.jsonl").read_text().splitlines())
-    return sorted(lines, key=lambda line: (line["condition"], line["episode"]))
+    return sorted(lines, key=lambda line: (line["condition"], line["seed"]))
 
 
 def test_killed_and_started_again_it_gives_the_same_table(checkpoint, tmp_path):
@@ -68,12 +68,39 @@ def test_killed_and_started_again_it_gives_the_same_table(checkpoint, tmp_path):
     whole = _run(tmp_path, checkpoint, "whole")
     assert whole.returncode == 0, whole.stderr
     assert _episodes(tmp_path / "killed") == _episodes(tmp_path / "whole")
-    without_latency = lambda text: [line.rsplit(None, 1)[0] for line in text.splitlines()[1:4]]  # noqa: E731
-    assert without_latency(resumed.stdout) == without_latency(whole.stdout)
-    assert "whole/rollouts.gif" in whole.stdout and "random" in whole.stdout
+    success = [run.stdout.split("seconds per call")[0] for run in (resumed, whole)]
+    assert success[0] == success[1] and "random" in success[0] and "place" in success[0]
+    assert "whole/report.html" in whole.stdout
 
     again = _run(tmp_path, checkpoint, "whole")
     assert again.returncode == 0 and "holds this evaluation already" in again.stdout
-    other = _run(tmp_path, checkpoint, "whole", "--config.batch=4")
+    other = _run(tmp_path, checkpoint, "whole", "--max_steps=4")
     assert other.returncode == 2
-    assert other.stderr.splitlines()[-1].startswith("error: whole belongs to another config")
+    assert "whole belongs to another config: max_steps was 20, is 4" in other.stderr
+
+
+def test_flags_alone_name_an_evaluation_and_mistakes_are_one_line(tmp_path):
+    command = [sys.executable, "-m", "univla_jax.evaluate"]
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
+
+    def run(*arguments):
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    flags = ("--benchmark=tabletop", "--policy=zero", "--episodes=5", "--max_steps=3", "--out=out")
+    done = run(*flags, "--videos=0")
+    assert done.returncode == 0, done.stderr
+    assert "5" in done.stdout and (tmp_path / "out" / "report.html").exists()
+    compared = run("--compare", "out", "out")
+    assert "B - A: 0.0 points" in compared.stdout
+    for arguments, message in (
+        ((), "give --out=..."),
+        (("--out=new",), "give --config=FILE.py[:NAME], or --benchmark=..."),
+        ((*flags, "--suite=libero_goal"), "benchmark 'tabletop' has no 'suite'"),
+        ((*flags, "--tasks=a"), "--tasks: 'a', expected numbers"),
+        (("--benchmark=tabletop", "--out=new"), "needs --checkpoint"),
+        (("--benchmark=calvin", "--policy=expert", "--out=new"), "has no 'expert'"),
+    ):
+        wrong = run(*arguments)
+        assert (wrong.returncode, message in wrong.stderr) == (2, True), wrong.stderr

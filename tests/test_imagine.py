@@ -13,10 +13,6 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 from tests.inference import tiny_checkpoint
-from univla_jax.data.video import read_frames
-from univla_jax.errors import UserError
-from univla_jax.evaluation.imagined_episodes import ImagineConfig, imagine, imagine_picture
-from univla_jax.inference.sampling import Sampling
 from univla_jax.simulators.tabletop.tabletop_expert import (
     DemonstrationsConfig,
     write_demonstrations,
@@ -86,25 +82,3 @@ def test_the_command_runs_names_mistakes_and_is_done_once(demonstrations, checkp
     assert other.returncode == 2 and "frames was 3, is 2" in other.stderr
     wrong = run("--config.frame=2")
     assert wrong.returncode == 2 and "did you mean 'frames'?" in wrong.stderr
-
-
-def test_episodes_that_are_too_short_are_named(demonstrations, checkpoint, tmp_path):
-    with pytest.raises(UserError, match="no episode of split 'val' is longer than 9"):
-        imagine(ImagineConfig(context=9), checkpoint, demonstrations, tmp_path, progress=False)
-
-
-def test_a_picture_of_ones_own(checkpoint, tmp_path):
-    """Draws, guidance, another view and a video; no dataset is needed."""
-    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "in.png")
-    config = ImagineConfig(frames=2, guidance=2.0, shown=2, view="wrist_image", mp4=True)
-    out = tmp_path / "out"
-    picture, hot = tmp_path / "in.png", Sampling(temperature=1.0)
-    frames = imagine_picture(config, checkpoint, picture, "touch green", out, sampling=hot)
-    assert frames.shape[:2] == (2, 2) and not np.array_equal(frames[0], frames[1])
-    with Image.open(out / "draw1_frame2.png") as saved:
-        np.testing.assert_array_equal(np.asarray(saved), frames[1, 1])
-    video = read_frames(out / "imagined.mp4")
-    assert len(video) >= 3 and (out / "imagined.gif").exists() and (out / "imagined.png").exists()
-    (tmp_path / "no.png").write_text("no picture")
-    with pytest.raises(UserError, match="no picture that can be read"):
-        imagine_picture(config, checkpoint, tmp_path / "no.png", "", out)

@@ -9,7 +9,7 @@ import pytest
 from univla_jax import io, run_dir
 from univla_jax.data.tokenizer_fitting import TextFitConfig
 from univla_jax.errors import UserError
-from univla_jax.evaluation.study import EvaluateConfig
+from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.io import json_values
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig

@@ -24,7 +24,7 @@ RANKS = {
     "pipeline": 6,
     "models": 1,
     "checkpoints": 7,
-    "simulators": 10,
+    "simulators": 7,
     "training": 8,
     "inference": 9,
     "interop": 10,

@@ -35,12 +35,12 @@ def workdir(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         _write(tmp_path / run / "metrics.jsonl", text)
     conditions = {
-        "another": {"success": SUCCESS, "families": {}},
-        "policy": {"success": SUCCESS, "families": {"push": SUCCESS}},
-        "random": {"success": {**SUCCESS, "successes": 0, "rate": 0.0}, "families": {}},
+        "another": {"success": SUCCESS, "tasks": []},
+        "policy": {"success": SUCCESS, "tasks": [{"task": "push", **SUCCESS}]},
+        "random": {"success": {**SUCCESS, "successes": 0, "rate": 0.0}, "tasks": []},
     }
     _write(tmp_path / "evaluation" / "report.json", {"conditions": conditions})
-    _write(tmp_path / "evaluation" / "rollouts.gif", "")
+    _write(tmp_path / "evaluation" / "report.html", "")
     overall = {"imagined": MEANS, "repeat_context": {**MEANS, "psnr": 20.0}}
     _write(tmp_path / "imagination" / "imagine.json", {"overall": overall})
     vision = {"psnr": {"image": 28.123456, "wrist": 20.0}, "codes_used": 0.5, "perplexity": 90.0}
@@ -65,7 +65,7 @@ def test_everything_is_gathered(workdir):
     assert policy["mean_of_last_tenth"]["action_accuracy"] == pytest.approx(37.5 / 40)
     assert report["stages"]["each"]["policy"] == {"seconds": 90.0, "peak_gigabytes": 2.5}
     assert (report["stages"]["seconds"], report["stages"]["peak_gigabytes"]) == (120.0, 2.5)
-    assert set(report["files"]) == {"report", "learning_curve", "rollouts"}
+    assert set(report["files"]) == {"report", "learning_curve", "evaluation"}
     assert json.loads((workdir / "report.json").read_text()) == report
     with Image.open(workdir / "learning_curve.png") as picture:
         assert picture.size[0] > 900
@@ -78,6 +78,7 @@ def test_everything_is_gathered(workdir):
         "25.00 dB",
         "20.00 dB",
         "2.0 min, peak 2.50 GB",
+        "  push ",
     ):
         assert words in table
     assert table.index("success, policy") < table.index("success, another")
@@ -97,5 +98,18 @@ def test_the_command_prints_the_table_and_the_paths(workdir):
     environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{workdir}/evaluation/rollouts.gif"
+    assert done.stdout.splitlines()[-1] == f"{workdir}/evaluation/report.html"
     assert "success, policy" in done.stdout
+
+
+def test_learning_curves(tmp_path):
+    lines = [
+        {"step": n, "loss": 2.0 / (n + 1), "visual_accuracy": n / 50, "grad_norm": 1.0}
+        for n in range(50)
+    ]
+    lines += [{"step": 50, "eval/loss": 0.1}]
+    summarize.write_learning_curves(
+        tmp_path / "curve.png", {"world model": lines, "policy": lines[:1]}
+    )
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.format == "PNG" and image.size[0] > 900

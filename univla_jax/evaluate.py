@@ -78,7 +78,9 @@ _FIELDS = {
     "hang_seconds": flags.DEFINE_float(
         "hang_seconds", None, "a simulator silent for so long is restarted"
     ),
-    "video_episodes": flags.DEFINE_integer("videos", None, "episodes of each task that are recorded"),
+    "video_episodes": flags.DEFINE_integer(
+        "videos", None, "episodes of each task that are recorded"
+    ),
 }
 
 

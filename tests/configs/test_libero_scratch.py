@@ -12,7 +12,7 @@ from univla_jax.data.datasets import find_dataset_config
 from univla_jax.errors import UserError
 from univla_jax.simulators.libero.libero_demonstrations import (
     FIRST_STATE,
-    LiberoDemonstrationsConfig,
+    DemonstrationsConfig,
 )
 from univla_jax.training.train_config import TrainConfig
 
@@ -34,7 +34,7 @@ def test_an_unknown_stage_is_named_beside_the_known_ones(stage):
 def test_stages_fit_together():
     """Same cameras and chunks; no demonstration begins where the 20 scored episodes do."""
     values = {stage: RECIPE["get_config"](stage).to_dict() for stage in STAGES}
-    demonstrations = build_config(LiberoDemonstrationsConfig, values["demonstrations"])
+    demonstrations = build_config(DemonstrationsConfig, values["demonstrations"])
     policy = build_config(TrainConfig, values["policy"])
     assert FIRST_STATE >= 20
     assert {values[stage]["corpus"] for stage in ("text", "action", "vision", "tokens")} == {

@@ -1,7 +1,8 @@
-"""Simulators that compute nothing but can be counted on."""
+"""The benchmark ``countdown``: simulators that compute nothing but can be relied on."""
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import time
@@ -10,21 +11,23 @@ import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.base import Benchmark, StepResult, Trial
+from univla_jax.simulators.base import BENCHMARKS, Benchmark, StepResult, Trial
+
+BENCHMARKS["countdown"] = __name__
 
 
 class Countdown:
     """Succeeds in even trials after ``task + 2`` actions; ends after 6 at the latest."""
 
-    def __init__(self, trouble: str = "", folder: str = "") -> None:
+    def __init__(self, trouble: str = "", folder: str = "", other: bool = False) -> None:
         if trouble == "refuse":
             raise UserError("no such assets: 'nowhere'")
-        self.trouble, self.folder = trouble, folder
+        self.trouble, self.folder, self.other = trouble, folder, other
 
-    def reset(self, job):
-        self.looked = True
-        self.job, self.steps, self.total = job, 0, 0.0
-        if job == Trial(1, 1) and self.trouble:
+    def reset(self, trial):
+        self.rendered = True
+        self.trial, self.steps, self.total = trial, 0, 0.0
+        if trial == Trial(1, 1) and self.trouble:
             self._misbehave()
 
     def _misbehave(self):
@@ -39,42 +42,41 @@ class Countdown:
         raise RuntimeError("the physics exploded")
 
     def observe(self):
-        assert self.looked
+        assert self.rendered
         frame = np.full((4, 4, 3), self.steps, np.uint8)
-        return Observation(f"count to {self.job.task + 2}", {"image": frame})
+        verb = "wait" if self.other else "count"
+        return Observation(f"{verb} to {self.trial.task + 2}", {"image": frame})
 
-    def step(self, action, look=True):
-        self.steps, self.looked = self.steps + 1, look
+    def step(self, action, *, render=True):
+        self.steps, self.rendered = self.steps + 1, render
         self.total += float(action.sum())
         return StepResult.ENDED if self._success() or self.steps == 6 else StepResult.CONTINUES
 
     def _success(self):
-        return self.job.trial % 2 == 0 and self.steps >= self.job.task + 2
+        return self.trial.trial % 2 == 0 and self.steps >= self.trial.task + 2
 
     def result(self):
         outcome = {"success": self._success(), "steps": self.steps, "total": round(self.total, 4)}
-        return {"task": f"task {self.job.task}", **outcome}
+        return {"task": f"task {self.trial.task}", **outcome}
 
-    def picture(self):
-        assert self.looked
+    def video_frame(self):
+        assert self.rendered
         return np.full((32, 32, 3), 40 * self.steps, np.uint8)
 
     def versions(self):
         return {"countdown": "1"}
 
 
-class MakeCountdown:
-    """A factory that travels to the worker."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __call__(self):
-        return Countdown(*self.arguments)
-
-
-def countdown(*arguments, tasks=2, trials=3, **changes):
-    """The benchmark of these simulators."""
-    jobs = tuple(Trial(t, i) for t in range(tasks) for i in range(trials))
-    make = MakeCountdown(*map(str, arguments))
-    return Benchmark("countdown", {"benchmark": "countdown"}, jobs, make, **changes)
+def make_benchmark(*, suite="", assets="", tasks=(0, 1), episodes_per_task=3, **fields):
+    """``suite`` is the trouble of trial 1 of task 1, ``assets`` the folder where it is marked."""
+    if suite == "two dimensions":
+        suite, fields["action_dim"] = "", 2
+    make = functools.partial(Countdown, suite, assets)
+    return Benchmark(
+        name="countdown",
+        protocol={"benchmark": "countdown"},
+        trials=tuple(Trial(task, i) for task in tasks for i in range(episodes_per_task)),
+        make=make,
+        variants={"other_instruction": functools.partial(make, other=True)},
+        **fields,
+    )

@@ -91,7 +91,7 @@ def test_it_ends_with_a_table_and_the_results(whole):
         "learning_curve.png",
         "imagination/imagined.png",
         "imagination/imagined.gif",
-        "evaluation/rollouts.gif",
+        "evaluation/report.html",
         "evaluation/report.json",
     ):
         assert (whole / name).stat().st_size > 100, name

@@ -23,7 +23,8 @@ from univla_jax.episode import Observation
 from univla_jax.inference import int8
 from univla_jax.inference.action_decoders import Session
 from univla_jax.inference.policy import Policy
-from univla_jax.simulators.tabletop.tabletop_benchmark import Tabletop
+from univla_jax.simulators.base import StepResult
+from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator, trial_of
 
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
 EPISODES = flags.DEFINE_integer("episodes", 32, "scenes")
@@ -50,14 +51,16 @@ class Moment:
 
 def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[Moment]:
     """All calls of some episodes, each executed chunk by chunk to its end."""
-    benchmark, moments = Tabletop(first_seed=first_seed), []
+    simulator, moments = TabletopSimulator(first_seed=first_seed), []
     for index in range(episodes):
-        episode, session, ended = benchmark.episode(index), policy.start(), False
+        simulator.reset(trial_of(index))
+        session, ended = policy.start(), False
         while not ended:
-            seen, before = episode.observe(), dataclasses.replace(session, cached_prefix=None)
-            (chunk,) = policy.act([seen], [session])
-            moments.append(Moment(seen, before, session.last_ids))
-            ended = any(episode.step(action) for action in chunk.actions)
+            observation = simulator.observe()
+            before = dataclasses.replace(session, cached_prefix=None)
+            (chunk,) = policy.act([observation], [session])
+            moments.append(Moment(observation, before, session.last_ids))
+            ended = any(simulator.step(a) is StepResult.ENDED for a in chunk.actions)
     return moments
 
 

@@ -123,7 +123,7 @@ class EvaluateConfig:
 
 def evaluate(
     config: EvaluateConfig,
-    policy: str | None,
+    policy: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
     sampling: Sampling = GREEDY,
@@ -148,6 +148,7 @@ def evaluate(
       UserError: ``out`` holds another evaluation, the policy cannot be used, or the simulator
         cannot start.
     """
+    policy = None if policy is None else os.fspath(policy)
     benchmark = config.make_benchmark()
     conditions = config.conditions or benchmark.conditions
     _check_conditions(conditions, benchmark, policy)

@@ -213,7 +213,7 @@ class BenchmarkRunner:
         self._failures: collections.Counter[Trial] = collections.Counter()
         self._slots: list[WorkerSlot] = []
         hidden, done = not self._config.progress, total - len(missing)
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), len(self.episodes.lines)
         with tqdm.tqdm(
             total=total, initial=done, desc=condition, unit="episode", disable=hidden
         ) as self._bar:
@@ -225,10 +225,12 @@ class BenchmarkRunner:
                 for slot in self._slots:
                     slot.close_session()
                     slot.worker.stop()
-                self._record_run(time.perf_counter() - begin, self._bar.n - done)
+                self._record_run(time.perf_counter() - begin, len(self.episodes.lines) - before)
 
     def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record with today's names, where an older version wrote it."""
+        if "condition" not in record:
+            raise UserError(f"{self._out} was begun by an older version; use another --out")
         record = {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
         if "episode" in record:
             trial = self._benchmark.trials[record.pop("episode")]

@@ -1,7 +1,8 @@
-"""LIBERO's protocol, choice by choice, against a package that only notes what is done to it."""
+"""LIBERO's protocol, choice by choice, against a package that only logs what is done to it."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluation import fake_libero
+from tests.simulators.libero import fake_libero
 from univla_jax.errors import UserError
-from univla_jax.evaluation import scoring
-from univla_jax.evaluation.runner import EPISODES, RunnerConfig
+from univla_jax.evaluation.closed_loop import EvaluateConfig, evaluate
+from univla_jax.evaluation.runner import EPISODES
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.base import StepResult, Trial
-from univla_jax.simulators.libero import libero_benchmark
+from univla_jax.simulators.base import StepResult, Trial, make_benchmark
+from univla_jax.simulators.libero.libero_benchmark import (
+    MAX_STEPS,
+    LiberoSimulator,
+    published_protocol,
+)
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS
 from univla_jax.tokenizers.image import ImageSpec
 
@@ -42,9 +47,7 @@ def _forget():
 
 
 def _simulator(assets, **changes):
-    simulator = libero_benchmark.LiberoSimulator(
-        libero_benchmark.protocol("libero_goal", **changes), str(assets)
-    )
+    simulator = LiberoSimulator(published_protocol("libero_goal", **changes), str(assets))
     envs = importlib.import_module("libero.libero.envs")
     return simulator, envs.LOG
 
@@ -63,13 +66,16 @@ def test_an_episode_begins_as_published(assets):
 def test_both_views_are_rotated_by_180_degrees(assets):
     simulator, _ = _simulator(assets)
     simulator.reset(Trial(0, 0))
-    seen = simulator.observe()
-    assert seen.instruction == "close drawer 0" and set(seen.frames) == {"image", "wrist_image"}
-    for frame in seen.frames.values():
+    observation = simulator.observe()
+    assert observation.instruction == "close drawer 0" and set(observation.frames) == {
+        "image",
+        "wrist_image",
+    }
+    for frame in observation.frames.values():
         assert frame.shape == (256, 256, 3) and frame[-1, -1].tolist() == [10, 20, 30]
-    assert seen.frames["wrist_image"][-1, -2].tolist() == [200] * 3
+    assert observation.frames["wrist_image"][-1, -2].tolist() == [200] * 3
     expected = [0.1, 0.2, 0.3, 0, 0, np.pi, 0.04, -0.04]
-    np.testing.assert_allclose(seen.state, expected, atol=1e-6)
+    np.testing.assert_allclose(observation.state, expected, atol=1e-6)
     flipped, _ = _simulator(assets, rotate_180=False)
     flipped.reset(Trial(0, 0))
     assert flipped.observe().frames["image"][0, 0].tolist() == [10, 20, 30]
@@ -78,11 +84,11 @@ def test_both_views_are_rotated_by_180_degrees(assets):
 def test_the_gripper_closes_above_zero(assets):
     simulator, log = _simulator(assets)
     simulator.reset(Trial(0, 0))
-    turns = [simulator.step(np.array([0.5, 0, 0, 0, 0, 0, g])) for g in (0.1, 0.0, -0.3, 2, 0.01)]
+    results = [simulator.step(np.array([0.5, 0, 0, 0, 0, 0, g])) for g in (0.1, 0.0, -0.3, 2, 0.01)]
     assert [entry[-1] for entry in log[-5:]] == [1, -1, -1, 1, 1]
     assert log[-1][1] == 0.5
     assert (
-        turns == [StepResult.CONTINUES] * 4 + [StepResult.ENDED] and simulator.result()["success"]
+        results == [StepResult.CONTINUES] * 4 + [StepResult.ENDED] and simulator.result()["success"]
     )
     raw, log = _simulator(assets, gripper="raw")
     raw.reset(Trial(0, 0))
@@ -90,13 +96,13 @@ def test_the_gripper_closes_above_zero(assets):
     assert log[-1][-1] == 0.25
 
 
-def test_nothing_is_shown_of_a_step_made_without_looking(assets):
+def test_a_step_that_was_not_rendered_cannot_be_observed(assets):
     simulator, _ = _simulator(assets)
     simulator.reset(Trial(0, 0))
-    simulator.step(np.array(OPEN), look=False)
-    for ask in (simulator.observe, simulator.picture):
-        with pytest.raises(RuntimeError, match="look=True"):
-            ask()
+    simulator.step(np.array(OPEN), render=False)
+    for method in (simulator.observe, simulator.video_frame):
+        with pytest.raises(RuntimeError, match="render=True"):
+            method()
     simulator.step(np.array(OPEN))
     assert simulator.observe().frames["image"][-1, -1].tolist() == [10, 20, 30]
 
@@ -104,8 +110,8 @@ def test_nothing_is_shown_of_a_step_made_without_looking(assets):
 def test_an_episode_fails_after_its_steps_wait_not_counted(assets):
     simulator, _ = _simulator(assets)
     simulator.reset(Trial(0, 1))
-    turns = [simulator.step(np.array(OPEN)) for _ in range(300)]
-    assert turns[:-1] == [StepResult.CONTINUES] * 299 and turns[-1] is StepResult.ENDED
+    results = [simulator.step(np.array(OPEN)) for _ in range(300)]
+    assert results[:-1] == [StepResult.CONTINUES] * 299 and results[-1] is StepResult.ENDED
     assert simulator.result() == {
         "task": "close_drawer_0",
         "instruction": "close drawer 0",
@@ -116,9 +122,7 @@ def test_an_episode_fails_after_its_steps_wait_not_counted(assets):
 
 
 def test_the_step_limits_are_published_ones():
-    limits = {
-        suite: libero_benchmark.protocol(suite).max_steps for suite in libero_benchmark.MAX_STEPS
-    }
+    limits = {suite: published_protocol(suite).max_steps for suite in MAX_STEPS}
     assert list(limits.values()) == [220, 280, 300, 520, 400]
 
 
@@ -147,91 +151,77 @@ def test_other_statistics_move_the_robot_elsewhere(assets):
 
 
 def test_a_suite_through_workers_never_asks_anything(assets, tmp_path):
-    rules = libero_benchmark.protocol("libero_goal", episodes_per_task=2, max_steps=4)
-    suite = libero_benchmark.benchmark(rules, tasks=(1, 5), assets=str(assets))
-    effort = RunnerConfig(workers=2, videos=0, progress=False)
-    report = scoring.score(suite, "zero", tmp_path / "out", effort)
-    assert report["success"]["episodes"] == 4 and report["success"]["successes"] == 0
-    assert [t["task"] for t in report["tasks"]] == ["close_drawer_1", "close_drawer_5"]
+    config = EvaluateConfig(
+        benchmark="libero",
+        suite="libero_goal",
+        tasks=(1, 5),
+        episodes_per_task=2,
+        max_steps=4,
+        assets=str(assets),
+        conditions=("zero",),
+        batch=2,
+        video_episodes=0,
+    )
+    report = evaluate(config, None, tmp_path / "out", progress=False)
+    figures = report["conditions"]["zero"]
+    assert figures["success"]["episodes"] == 4 and figures["success"]["successes"] == 0
+    assert [t["task"] for t in figures["tasks"]] == ["close_drawer_1", "close_drawer_5"]
     lines = [json.loads(x) for x in (tmp_path / "out" / EPISODES).read_text().splitlines()]
-    assert sorted((x["number"], x["initial_state"]) for x in lines) == [
-        (1, 0),
-        (1, 1),
-        (5, 0),
-        (5, 1),
-    ]
+    states = sorted((x["number"], x["initial_state"]) for x in lines)
+    assert states == [(1, 0), (1, 1), (5, 0), (5, 1)]
     assert report["protocol"]["rotate_180"] and report["protocol"]["wait_steps"] == 10
     assert report["versions"]["renderer"] == "egl"
-    assert scoring.score(suite, "zero", tmp_path / "out", effort) == json.loads(json.dumps(report))
-    longer = libero_benchmark.benchmark(
-        libero_benchmark.protocol("libero_goal"), tasks=(1, 5), assets=str(assets)
-    )
-    with pytest.raises(UserError, match=r"protocol\.episodes_per_task was 2, is 50; protocol\.max"):
-        scoring.score(longer, "zero", tmp_path / "out", effort)
+    again = evaluate(config, None, tmp_path / "out", progress=False)
+    assert again == json.loads(json.dumps(report))
+    longer = dataclasses.replace(config, episodes_per_task=0)
+    with pytest.raises(UserError, match="episodes_per_task was 2, is 0"):
+        evaluate(longer, None, tmp_path / "out", progress=False)
 
 
 def test_the_expert_acts_in_the_tasks_that_have_a_script():
-    suite = libero_benchmark.benchmark(
-        libero_benchmark.protocol("libero_goal", episodes_per_task=2), scripted=10
-    )
-    assert suite.protocol["tasks"] == list(SCRIPTS["libero_goal"])
-    assert suite.jobs[:2] == (Trial(0, 0), Trial(0, 1)) and len(suite.jobs) == 2 * len(
-        SCRIPTS["libero_goal"]
-    )
+    benchmark = make_benchmark("libero", episodes_per_task=2, expert=True)
+    tasks = list(SCRIPTS["libero_goal"])
+    assert benchmark.protocol["tasks"] == tasks and set(benchmark.variants) == {"expert"}
+    assert benchmark.trials[:2] == (Trial(0, 0), Trial(0, 1))
+    assert len(benchmark.trials) == 2 * len(tasks)
 
 
 def test_missing_assets_are_named(assets, tmp_path):
-    rules = libero_benchmark.protocol("libero_goal", episodes_per_task=1)
-    suite = libero_benchmark.benchmark(rules, assets=str(tmp_path / "void"))
+    config = EvaluateConfig(
+        benchmark="libero",
+        episodes_per_task=1,
+        assets=str(tmp_path / "void"),
+        conditions=("zero",),
+    )
     with pytest.raises(UserError, match=r"void/scenes' is no folder.*--assets"):
-        scoring.score(suite, "zero", tmp_path / "out", RunnerConfig(progress=False))
+        evaluate(config, None, tmp_path / "out", progress=False)
 
 
 def test_assets_come_from_the_config_of_libero(assets, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "config.yaml").write_text(f"assets: {assets}\n")
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "home"))
-    libero_benchmark.LiberoSimulator(libero_benchmark.protocol("libero_10"))
+    LiberoSimulator(published_protocol("libero_10"))
     assert importlib.import_module("libero.libero")._assets_path_cache == str(assets)
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("options", "message"),
     [
-        (lambda: libero_benchmark.protocol("libero_gaol"), "--suite: 'libero_gaol'"),
-        (
-            lambda: libero_benchmark.protocol("libero_goal", episodes_per_task=51),
-            "51, expected 1 to 50",
-        ),
-        (lambda: libero_benchmark.protocol("libero_goal", max_steps=-1), "--max_steps: -1"),
-        (
-            lambda: libero_benchmark.protocol("libero_goal", gripper="inverted"),
-            "gripper rule 'inverted'",
-        ),
-        (
-            lambda: libero_benchmark.benchmark(
-                libero_benchmark.protocol("libero_goal"), tasks=(10,)
-            ),
-            "--tasks: 10, libero_goal has tasks 0 to 9",
-        ),
-        (
-            lambda: libero_benchmark.benchmark(
-                libero_benchmark.protocol("libero_goal"), tasks=(2,), scripted=10
-            ),
-            "--tasks: 2, libero_goal has scripts for 0, 1",
-        ),
-        (
-            lambda: libero_benchmark.benchmark(libero_benchmark.protocol("libero_90"), scripted=10),
-            "--tasks: all, libero_90 has scripts for none",
-        ),
-        (
-            lambda: libero_benchmark.benchmark(
-                libero_benchmark.protocol("libero_goal", execute=5), scripted=10
-            ),
-            "--execute: 5; the expert's 10 actions are all done",
-        ),
+        ({"suite": "libero_gaol"}, "--suite: 'libero_gaol'"),
+        ({"episodes_per_task": 51}, "51, expected 1 to 50"),
+        ({"max_steps": -1}, "--max_steps: -1"),
+        ({"tasks": (10,)}, "--tasks: 10, libero_goal has tasks 0 to 9"),
+        ({"tasks": (2,), "expert": True}, "--tasks: 2, libero_goal has scripts for 0, 1"),
+        ({"suite": "libero_90", "expert": True}, "--tasks: all, libero_90 has scripts for none"),
+        ({"execute": 5, "expert": True}, "--execute: 5; all 10 actions of an expert's plan"),
     ],
 )
-def test_mistakes_are_named(call, message):
+def test_mistakes_are_named(options, message):
     with pytest.raises(UserError, match=message):
-        call()
+        make_benchmark("libero", **options)
+
+
+def test_an_unknown_gripper_rule_is_named():
+    with pytest.raises(UserError, match="gripper rule 'inverted'"):
+        published_protocol("libero_goal", gripper="inverted")

@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.data.episodes import assert_same
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.rlds import RldsReader
+from univla_jax.errors import UserError
+from univla_jax.simulators.tabletop import tabletop_expert
 from univla_jax.simulators.tabletop.tabletop_env import FAMILIES, MAX_STEP, TabletopEnv
 from univla_jax.simulators.tabletop.tabletop_expert import (
     DEMONSTRATION_SEEDS,
     EVALUATION_SEEDS,
+    DemonstrationsConfig,
     demonstrate,
+    write_demonstrations,
 )
 
 
@@ -53,3 +60,40 @@ def test_the_same_seed_gives_the_same_demonstration():
 def test_seeds_are_disjoint():
     assert not set(DEMONSTRATION_SEEDS[::10_000]) & set(EVALUATION_SEEDS)
     assert max(DEMONSTRATION_SEEDS) < min(EVALUATION_SEEDS)
+
+
+def test_demonstrations_read_back_with_disjoint_seeds(tmp_path):
+    config = DemonstrationsConfig(train_episodes=2, val_episodes=1, first_seed=40)
+    write_demonstrations(config, tmp_path)
+    read = []
+    for split in ("train", "val"):
+        read += RldsReader(tmp_path, find_dataset_config("tabletop"), split)
+    assert len(read) == 3
+    for got, seed in zip(read, DEMONSTRATION_SEEDS[40:]):
+        assert_same(got, demonstrate(seed))
+    write_demonstrations(config, tmp_path)
+    other = DemonstrationsConfig(train_episodes=1, val_episodes=1)
+    with pytest.raises(UserError, match="holds other demonstrations"):
+        write_demonstrations(other, tmp_path)
+
+
+def test_several_processes_write_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(tabletop_expert, "EPISODES_PER_WORKER", 2)
+    monkeypatch.setattr(tabletop_expert.os, "sched_getaffinity", lambda process: {0, 1})
+    config = DemonstrationsConfig(4, 1, families=("touch", "push", "place"))
+    write_demonstrations(config, tmp_path)
+    read = list(RldsReader(tmp_path, find_dataset_config("tabletop"), "train"))
+    assert len(read) == 4
+    for seed, (got, family) in enumerate(zip(read, ("touch", "push", "place", "touch"))):
+        assert_same(got, demonstrate(seed, family=family))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train_episodes": 0}, {"val_episodes": 0}, {"first_seed": -1}]
+)
+def test_numbers_are_checked(changes):
+    values = {"train_episodes": 1, "val_episodes": 1, **changes}
+    with pytest.raises(UserError, match="must be at least"):
+        DemonstrationsConfig(**values)
+    with pytest.raises(UserError, match="kept for demonstrations"):
+        DemonstrationsConfig(train_episodes=10**9, val_episodes=1)

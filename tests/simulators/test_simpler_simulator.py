@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators import simpler_simulator
-from univla_jax.simulators.base import StepResult, Trial
+from univla_jax.simulators.base import StepResult, Trial, make_benchmark
 from univla_jax.simulators.simpler_simulator import SimplerProtocol, SimplerSimulator
 
 
@@ -65,8 +64,8 @@ def test_success_is_that_of_the_last_step(log):
     assert log == [("widowx_spoon_on_towel", {"obj_init_options": {"episode_id": 5}})]
     assert simulator.observe().instruction == "do widowx_spoon_on_towel"
     assert simulator.observe().frames["image"].shape == (480, 640, 3)
-    turns = [simulator.step(_action(1.0)) for _ in range(59)] + [simulator.step(_action(0.2))]
-    assert turns == [StepResult.CONTINUES] * 59 + [StepResult.ENDED]
+    results = [simulator.step(_action(1.0)) for _ in range(59)] + [simulator.step(_action(0.2))]
+    assert results == [StepResult.CONTINUES] * 59 + [StepResult.ENDED]
     result = simulator.result()
     assert result["ever_success"] and not result["success"] and result["steps"] == 60
     assert result["stats"] == {"moved_correct_obj": 1.0}
@@ -83,8 +82,8 @@ def test_the_eggplant_has_twice_the_time(log):
     for task in (2, 3):
         simulator.reset(Trial(task, 0))
     assert "closed" in log
-    turns = [simulator.step(_action(0.0)) for _ in range(120)]
-    assert turns.index(StepResult.ENDED) == 119
+    results = [simulator.step(_action(0.0)) for _ in range(120)]
+    assert results.index(StepResult.ENDED) == 119
 
 
 def test_gripper_and_rotation_follow_their_rules(log):
@@ -106,11 +105,11 @@ def test_another_instruction_starts_the_policy_anew(log):
 
 
 def test_the_benchmark_and_its_mistakes():
-    ready = simpler_simulator.benchmark(SimplerProtocol())
-    assert len(ready.jobs) == 4 * 24
+    benchmark = make_benchmark("simpler")
+    assert len(benchmark.trials) == 4 * 24
     with pytest.raises(UserError, match="25, expected 1 to 24"):
-        SimplerProtocol(episodes_per_task=25)
+        make_benchmark("simpler", episodes_per_task=25)
     with pytest.raises(UserError, match="task 'widowx_swim'"):
         SimplerProtocol(tasks=("widowx_swim",))
     with pytest.raises(UserError, match=r"SimplerEnv needs the package simpler_env"):
-        ready.make()
+        benchmark.make()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import itertools
-import json
 import os
 import runpy
 import shutil
@@ -18,15 +17,25 @@ from tests.conftest import REPOSITORY
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
-from univla_jax.evaluation import scoring
-from univla_jax.evaluation.actors import ActionRoundTrip
-from univla_jax.evaluation.runner import EPISODES, RunnerConfig
+from univla_jax.evaluation.actors import (
+    ActionRoundTrip,
+    RandomActions,
+    ScriptedActor,
+    ZeroActions,
+)
+from univla_jax.evaluation.runner import BenchmarkRunner, RunnerConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.base import StepResult, Trial
-from univla_jax.simulators.libero import libero_benchmark, libero_scripts
+from univla_jax.simulators.base import EXPERT_CHUNK, StepResult, Trial
+from univla_jax.simulators.libero import libero_scripts
+from univla_jax.simulators.libero.libero_benchmark import (
+    LiberoSimulator,
+    ScriptedLibero,
+    published_protocol,
+    suite_benchmark,
+)
 from univla_jax.simulators.libero.libero_demonstrations import (
-    LiberoDemonstrationsConfig,
-    write_libero_demonstrations,
+    DemonstrationsConfig,
+    write_demonstrations,
 )
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
 from univla_jax.tokenizers.action import load_action_tokenizer
@@ -54,49 +63,53 @@ def assets(shared_dir):
 @pytest.fixture(scope="module")
 def simulator(assets):
     """The suite libero_goal in this process."""
-    return libero_benchmark.LiberoSimulator(
-        libero_benchmark.protocol("libero_goal", render_size=SIDE), assets
-    )
+    return LiberoSimulator(published_protocol("libero_goal", render_size=SIDE), assets)
 
 
 def _brief(suite, tasks, assets, **changes):
     """A suite of short episodes in small pictures."""
     changes = {"max_steps": 3, "render_size": 64, "wait_steps": 2, **changes}
-    return libero_benchmark.benchmark(
-        libero_benchmark.protocol(suite, **changes), tasks=tasks, assets=assets
-    )
+    return suite_benchmark(published_protocol(suite, **changes), tasks=tasks, assets=assets)
+
+
+def _run(benchmark, actor, out, *, make=None, **limits):
+    """The records in the order of the trials, and the versions."""
+    out.mkdir()
+    with BenchmarkRunner(benchmark, out, RunnerConfig(progress=False, **limits)) as runner:
+        runner.run("policy", actor, make)
+        records = sorted(runner.episodes.lines, key=lambda line: line["trial"])
+        return records, runner.versions
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_task_of_every_suite_resets_steps_and_ends(assets, suite, tmp_path):
     """All 40: ``evaluate --policy=zero --max_steps=3 --episodes_per_task=1``, see the README."""
-    effort = RunnerConfig(videos=0, progress=False)
-    ready = _brief(suite, (3,), assets, episodes_per_task=1)
-    report = scoring.score(ready, "zero", tmp_path / "out", effort)
-    assert report["mean_steps"] == 3 and report["episodes_lost_to_the_simulator"] == 0
-    assert report["versions"]["mujoco"].startswith("3.") and report["versions"]["renderer"] == "egl"
+    benchmark = _brief(suite, (3,), assets, episodes_per_task=1)
+    ((record,), versions) = _run(benchmark, ZeroActions(7, 10), tmp_path / "out", videos=0)
+    assert record["steps"] == 3 and "error" not in record
+    assert versions["mujoco"].startswith("3.") and versions["renderer"] == "egl"
 
 
 def test_the_same_seed_gives_the_same_records(assets, tmp_path):
-    """Whatever the number of workers, whether with_video or not."""
+    """Whatever the number of workers, whether recorded or not."""
     records = []
-    for name, effort in (("a", RunnerConfig(1, videos=1)), ("b", RunnerConfig(2, videos=0))):
-        ready = _brief("libero_goal", (0,), assets, episodes_per_task=2, max_steps=25)
-        scoring.score(ready, "random", tmp_path / name, effort)
-        lines = (tmp_path / name / EPISODES).read_text().splitlines()
-        records.append(sorted(map(json.loads, lines), key=lambda line: line["trial"]))
+    bounds = ActionStatistics((-1.0,) * 7, (1.0,) * 7, (-1.0,) * 7, (1.0,) * 7)
+    for name, limits in (("a", {"videos": 1}), ("b", {"workers": 2, "videos": 0})):
+        benchmark = _brief("libero_goal", (0,), assets, episodes_per_task=2, max_steps=25)
+        actor = RandomActions(bounds, 10)
+        records.append(_run(benchmark, actor, tmp_path / name, **limits)[0])
     assert len(records[0]) == 2 and records[0] == records[1]
-    assert (tmp_path / "a" / "videos" / "000_00_failure.gif").exists()
+    assert (tmp_path / "a" / "videos" / "policy_000_00_failure.gif").exists()
 
 
-def test_what_is_drawn_only_when_looked_at_is_what_was_drawn_always(simulator):
+def test_lazy_rendering_changes_no_frame_and_no_state(simulator):
     """Episode after episode, so that none depends on the one before either."""
     ends = []
     for trial, often in ((1, True), (0, False), (1, False)):
         simulator.reset(Trial(0, trial))
         rng = np.random.default_rng(0)
         for step in range(20):
-            simulator.step(rng.uniform(-1, 1, 7), look=often or step == 19)
+            simulator.step(rng.uniform(-1, 1, 7), render=often or step == 19)
         ends.append((simulator.env.get_sim_state(), simulator.observe().frames))
     (state, frames), (other_state, _), (again_state, again) = ends
     assert np.array_equal(state, again_state) and not np.array_equal(state, other_state)
@@ -174,8 +187,8 @@ def test_the_statistics_decide_how_far_the_robot_moves(simulator):
 
 def test_an_episode_ends_with_its_steps(simulator):
     simulator.reset(Trial(0, 0))
-    turns = [simulator.step(STAY, look=False) for _ in range(300)]
-    assert turns == [StepResult.CONTINUES] * 299 + [StepResult.ENDED]
+    results = [simulator.step(STAY, render=False) for _ in range(300)]
+    assert results == [StepResult.CONTINUES] * 299 + [StepResult.ENDED]
     result = simulator.result()
     assert result["steps"] == 300 and not result["success"]
 
@@ -185,56 +198,55 @@ def test_a_missing_mesh_is_named(assets, tmp_path):
     copy = tmp_path / "assets"
     shutil.copytree(assets, copy, copy_function=os.symlink)
     (copy / "stable_scanned_objects" / "plate" / "visual" / "model_vis.msh").unlink()
-    ready = _brief("libero_goal", (0,), str(copy), episodes_per_task=1)
+    benchmark = _brief("libero_goal", (0,), str(copy), episodes_per_task=1)
     with pytest.raises(UserError, match=r"open_the_middle_drawer.*model_vis\.msh.*--assets"):
-        scoring.score(ready, "zero", tmp_path / "out", RunnerConfig(progress=False))
+        _run(benchmark, ZeroActions(7, 10), tmp_path / "out")
 
 
-def test_a_plan_done_as_it_is_leads_where_the_script_went(assets):
+def test_a_plan_executed_as_it_is_leads_where_the_script_went(assets):
     """To the bit: planning leaves no trace in the simulator."""
-    rules = libero_benchmark.protocol("libero_goal", render_size=64, max_steps=45)
+    protocol = published_protocol("libero_goal", render_size=64, max_steps=45)
     ends = []
-    scripted = libero_benchmark.ScriptedLibero(rules, assets, chunk=10)
+    scripted = ScriptedLibero(protocol, assets)
     scripted.reset(Trial(8, 0))
-    turn = StepResult.CONTINUES
-    while turn is StepResult.CONTINUES:
-        for action in scripted.observe().plan[: 45 - scripted.result()["steps"]]:
-            turn = scripted.step(action)
+    result = StepResult.CONTINUES
+    while result is StepResult.CONTINUES:
+        plan = scripted.observe().plan
+        assert len(plan) == EXPERT_CHUNK
+        for action in plan[: 45 - scripted.result()["steps"]]:
+            result = scripted.step(action)
     ends.append(scripted.env.get_sim_state())
-    plain = libero_benchmark.LiberoSimulator(rules, assets)
+    plain = LiberoSimulator(protocol, assets)
     plain.reset(Trial(8, 0))
     script = libero_scripts.solve(
         libero_scripts.SCRIPTS["libero_goal"][8], MujocoScene(plain.env.sim)
     )
     for action in itertools.islice(script, 45):
-        plain.step(np.asarray(action, np.float32), look=False)
+        plain.step(np.asarray(action, np.float32), render=False)
     ends.append(plain.env.get_sim_state())
     assert np.array_equal(*ends)
 
 
 @pytest.mark.parametrize("through", ["nothing", "ids"])
 def test_an_expert_turns_on_the_stove(assets, shared_dir, tmp_path, through):
-    path = None
+    round_trip = None
     if through == "ids":
         official = runpy.run_path(str(REPOSITORY / "configs" / "official.py"))
-        path = ActionRoundTrip(
+        round_trip = ActionRoundTrip(
             ActionStatistics.from_dict(official["LIBERO"]),
             load_action_tokenizer(shared_dir / "fast_tokenizers" / "fast"),
         )
-    rules = libero_benchmark.protocol("libero_goal", render_size=64, episodes_per_task=2)
-    ready = libero_benchmark.benchmark(rules, tasks=(7,), assets=assets, scripted=10)
-    effort = RunnerConfig(videos=1, progress=False)
-    report = scoring.score(ready, "expert", tmp_path / "out", effort, path=path)
-    assert report["success"]["successes"] == 2
-    assert (tmp_path / "out" / "videos" / "007_00_success.gif").exists()
-    assert (report["protocol"]["action_path"] == "none") == (through == "nothing")
+    protocol = published_protocol("libero_goal", render_size=64, episodes_per_task=2)
+    benchmark = suite_benchmark(protocol, tasks=(7,), assets=assets, expert=True)
+    make, out = benchmark.variants["expert"], tmp_path / "out"
+    records, _ = _run(benchmark, ScriptedActor(round_trip), out, make=make)
+    assert [record["success"] for record in records] == [True, True]
+    assert (out / "videos" / "policy_007_00_success.gif").exists()
 
 
 def test_demonstrations_read_back_as_libero(assets, tmp_path):
-    config = LiberoDemonstrationsConfig(
-        suite="libero_goal", tasks=(7,), train_episodes=1, val_episodes=1
-    )
-    folder = write_libero_demonstrations(config, tmp_path, assets=assets)
+    config = DemonstrationsConfig(suite="libero_goal", tasks=(7,), train_episodes=1, val_episodes=1)
+    folder = write_demonstrations(config, tmp_path, assets=assets)
     (train,) = RldsReader(folder, find_dataset_config("libero_goal"), "train")
     (val,) = RldsReader(folder, find_dataset_config("libero_goal"), "val")
     for episode in (train, val):

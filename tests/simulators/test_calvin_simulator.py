@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.evaluation import report as campaign_report
-from univla_jax.simulators import calvin_simulator
-from univla_jax.simulators.base import StepResult, Trial
-from univla_jax.simulators.calvin_simulator import CalvinProtocol, CalvinSimulator, chain_summary
+from univla_jax.simulators.base import StepResult, Trial, make_benchmark
+from univla_jax.simulators.calvin_simulator import (
+    CalvinProtocol,
+    CalvinSimulator,
+    chain_breakdown,
+)
 
 CHAIN = ["open_drawer", "lift_red_block", "turn_on_led", "move_slider_left", "push_blue_block"]
 
@@ -51,7 +53,7 @@ class _Oracle:
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """The packages of CALVIN, as far as the adapter looks."""
+    """The packages of CALVIN, as far as the adapter uses them."""
     env, folder = _Table(), tmp_path / "calvin_models" / "calvin_agent"
     folder.mkdir(parents=True)
     loaded = {"validation": {task: [f"please {task}", "other words"] for task in CHAIN}}
@@ -92,15 +94,15 @@ def test_a_chain_is_solved_task_by_task(table):
     simulator = CalvinSimulator(CalvinProtocol(), "data")
     simulator.reset(Trial(0, 3))
     assert table.resets == [("robot 3", "scene")]
-    turns = []
+    results = []
     for place in range(1, 6):
-        seen = simulator.observe()
-        assert seen.instruction == f"please {CHAIN[place - 1]}"
-        assert seen.frames["image"].shape == (200, 200, 3)
-        assert seen.frames["wrist_image"].shape == (84, 84, 3)
+        observation = simulator.observe()
+        assert observation.instruction == f"please {CHAIN[place - 1]}"
+        assert observation.frames["image"].shape == (200, 200, 3)
+        assert observation.frames["wrist_image"].shape == (84, 84, 3)
         assert simulator.step(_action(0)) is StepResult.CONTINUES
-        turns.append(simulator.step(_action(place)))
-    assert turns == [StepResult.NEXT_TASK] * 4 + [StepResult.ENDED]
+        results.append(simulator.step(_action(place)))
+    assert results == [StepResult.NEXT_TASK] * 4 + [StepResult.ENDED]
     result = simulator.result()
     assert result["success"] and result["solved"] == 5 and result["steps"] == 10
     assert [a[-1] for a in table.actions] == [1.0] * 10
@@ -109,8 +111,8 @@ def test_a_chain_is_solved_task_by_task(table):
 def test_a_chain_ends_at_the_first_task_out_of_time(table):
     simulator = CalvinSimulator(CalvinProtocol(steps_per_task=3), "data")
     simulator.reset(Trial(0, 0))
-    turns = [simulator.step(_action(n, gripper=-0.1)) for n in (0, 1, 0, 0, 0)]
-    assert turns == [
+    results = [simulator.step(_action(n, gripper=-0.1)) for n in (0, 1, 0, 0, 0)]
+    assert results == [
         StepResult.CONTINUES,
         StepResult.NEXT_TASK,
         StepResult.CONTINUES,
@@ -130,47 +132,22 @@ def test_mean_length_and_rates():
         {"solved": 0, "subtasks": [["open_drawer", False]]},
         {"error": "lost"},
     ]
-    found = chain_summary(records)
-    assert found["mean_length"] == 1.5
-    assert [found["chain_rates"][n]["rate"] for n in "12345"] == [0.5, 0.25, 0.25, 0.25, 0.25]
-    assert found["subtasks"]["open_drawer"]["successes"] == 2
-    assert found["subtasks"]["lift_red_block"]["episodes"] == 2
-
-
-def test_the_page_shows_chains_and_kinds_of_tasks():
-    records = [
-        {
-            "number": 0,
-            "task": "chain of five",
-            "success": False,
-            "steps": 400,
-            "chunks": 40,
-            "invalid": 0,
-            "num_overridden": 0,
-            "solved": 1,
-            "subtasks": [["open_drawer", True], ["lift_red_block", False]],
-        }
-    ]
-    report = {
-        **campaign_report.summary(records, [], []),
-        **chain_summary(records),
-        "benchmark": "calvin",
-        "protocol": {},
-        "versions": {},
-        "published": {},
-    }
-    page = campaign_report.report_page(report, [])
-    assert "1.00 tasks in a row on average" in page
-    assert "<td>open drawer</td><td>100.0</td>" in page and "<td>2</td><td>0.0</td>" in page
+    found = chain_breakdown(records)
+    assert found.figures == {"mean_length": 1.5}
+    in_a_row = found.outcomes["tasks_in_a_row"]
+    assert [np.mean(in_a_row[n]) for n in "12345"] == [0.5, 0.25, 0.25, 0.25, 0.25]
+    subtasks = found.outcomes["subtasks"]
+    assert subtasks["open_drawer"] == [True, True, False]
+    assert subtasks["lift_red_block"] == [True, False] and list(subtasks) == sorted(subtasks)
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(UserError, match="1001 sequences"):
-        CalvinProtocol(sequences=1001)
-    with pytest.raises(UserError, match="no folder 'validation'"):
-        calvin_simulator.benchmark(CalvinProtocol(), dataset=str(tmp_path))
     (tmp_path / "validation").mkdir()
-    ready = calvin_simulator.benchmark(CalvinProtocol(), dataset=str(tmp_path))
-    assert len(ready.jobs) == 1000 and ready.protocol["steps_per_task"] == 360
+    with pytest.raises(UserError, match="1001 sequences"):
+        make_benchmark("calvin", assets=str(tmp_path), episodes_per_task=1001)
+    with pytest.raises(UserError, match="no folder 'validation'"):
+        make_benchmark("calvin", assets=str(tmp_path / "validation"))
+    benchmark = make_benchmark("calvin", assets=str(tmp_path))
+    assert len(benchmark.trials) == 1000 and benchmark.protocol["steps_per_task"] == 360
     with pytest.raises(UserError, match=r"CALVIN needs the package .*mees/calvin"):
-        ready.make()
+        benchmark.make()

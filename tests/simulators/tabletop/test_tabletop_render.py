@@ -1,0 +1,29 @@
+"""The cameras of the tabletop."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.simulators.tabletop.test_tabletop_env import scene
+from univla_jax.simulators.tabletop import tabletop_render
+from univla_jax.simulators.tabletop.tabletop_env import BLOCK_RGB
+
+
+def test_the_fixed_camera_shows_each_block_where_it_is():
+    table = scene({"red": (0.25, 0.75)}, gripper_at=(0.8, 0.2))
+    image = tabletop_render.render_fixed(table, 110)
+    row, column = round((1.05 - 0.75) * 100), round((0.05 + 0.25) * 100)
+    distance = np.abs(image[row - 4, column - 4].astype(int) - BLOCK_RGB["red"]).max()
+    assert distance < 60
+
+
+def test_the_wrist_camera_moves_with_the_gripper_and_widens_with_height():
+    near = scene({"red": (0.5, 0.6)}, height=0.05)
+    far = scene({"red": (0.5, 0.6)}, height=0.3)
+    elsewhere = scene({"red": (0.5, 0.6)}, gripper_at=(0.1, 0.1), height=0.05)
+
+    def reds(table):
+        image = tabletop_render.render_wrist(table, 64).astype(int)
+        return int(((image[..., 0] > 150) & (image[..., 1] < 90)).sum())
+
+    assert reds(near) > reds(far) > reds(elsewhere) == 0
