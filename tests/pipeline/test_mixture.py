@@ -167,7 +167,7 @@ def test_errors_name_the_episode():
         (small.episode(0, 9), {"views": ("front",)}, "a0: no view 'front'"),
         (small.episode(0, 9), {"state": True}, "a0: it has no state"),
         (other, {}, "mars/a0: no statistics of 'mars'"),
-        (other, {"task": "world_model"}, "unknown corpus 'mars'"),
+        (other, {"task": "world_model"}, "unknown dataset 'mars'"),
     ]
     for episode, changes, message in cases:
         with pytest.raises(UserError, match=message):

@@ -65,7 +65,7 @@ def test_frames_of_a_sample_are_spaced():
 def test_an_episode_needs_a_whole_spacing():
     assert TASK.steps_needed("tabletop") == 5
     assert small.task("world_model", frame_spacing=2).steps_needed("tabletop") == 2
-    with pytest.raises(UserError, match="unknown corpus 'mars'"):
+    with pytest.raises(UserError, match="unknown dataset 'mars'"):
         sample(dataclasses.replace(small.episode(0, 9), corpus="mars"))
 
 
