@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from univla_jax.evaluation import report as reports
 from univla_jax.evaluation.statistics import summarize
-from univla_jax.simulators.base import Breakdown
+from univla_jax.simulators.benchmark import Breakdown
 
 
 def _record(number, success):

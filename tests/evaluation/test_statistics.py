@@ -12,7 +12,7 @@ from univla_jax.evaluation.statistics import (
     throughput,
     wilson_interval,
 )
-from univla_jax.simulators.base import Breakdown
+from univla_jax.simulators.benchmark import Breakdown
 
 
 @pytest.mark.parametrize(

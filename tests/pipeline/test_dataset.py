@@ -15,7 +15,7 @@ from tests.pipeline import small
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
-from univla_jax.sequences.roles import Role, labeled_roles
+from univla_jax.sequences.tokens import Role, labeled_roles
 from univla_jax.training.losses import LabelWeights
 
 TWO = {"stores": ("a", "b")}

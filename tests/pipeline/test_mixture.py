@@ -20,7 +20,7 @@ from univla_jax.pipeline.mixture import (
     slots_per_store,
     source_fingerprint,
 )
-from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Role
 from univla_jax.tokenizers.image import ImageSpec
 
 

@@ -15,8 +15,7 @@ from tests.sequences.spelling import ASSETS, TEXT_ENCODER, chunk, code, spell
 from univla_jax import tasks
 from univla_jax.errors import UserError
 from univla_jax.pipeline.dataset import training_batches
-from univla_jax.sequences.roles import LABELS, Role
-from univla_jax.sequences.tokens import opening
+from univla_jax.sequences.tokens import LABELS, Role, opening
 from univla_jax.tasks.base import (
     Needs,
     SampleSpec,

@@ -10,7 +10,7 @@ import pytest
 from tests.pipeline import small
 from tests.sequences.spelling import FRAME, chunk, code, spell
 from univla_jax.errors import UserError
-from univla_jax.sequences.roles import LABELS, Role
+from univla_jax.sequences.tokens import LABELS, Role
 
 TASK = small.task("chain_of_thought")
 

@@ -10,7 +10,7 @@ from tests.pipeline import small
 from tests.sequences.spelling import ASSETS, FRAME, code, spell
 from univla_jax.data.action_conventions import ChunkDeltas
 from univla_jax.data.datasets import DATASETS
-from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Role
 from univla_jax.tasks import make_task
 from univla_jax.tasks.base import TaskSettings
 

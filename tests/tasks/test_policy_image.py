@@ -8,7 +8,7 @@ import pytest
 from tests.pipeline import small
 from tests.sequences.spelling import FRAME, chunk, code, spell
 from univla_jax.errors import UserError
-from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Role
 
 TASK = small.task("policy_image")
 TWO = np.concatenate([code(1, 2), code(3, 4)])

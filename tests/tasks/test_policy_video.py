@@ -11,7 +11,7 @@ import pytest
 from tests.pipeline import small
 from tests.sequences.spelling import ASSETS, FRAME, chunk, code, spell
 from univla_jax.errors import UserError
-from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Role
 from univla_jax.tasks import make_task
 from univla_jax.tasks.base import TaskSettings
 

@@ -10,7 +10,7 @@ import pytest
 from tests.pipeline import small
 from tests.sequences.spelling import ASSETS, FRAME, code, spell
 from univla_jax.errors import UserError
-from univla_jax.sequences.roles import Role, labeled_roles
+from univla_jax.sequences.tokens import Role, labeled_roles
 from univla_jax.tasks import make_task
 from univla_jax.tasks.base import TaskSettings
 

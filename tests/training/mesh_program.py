@@ -22,7 +22,7 @@ import numpy as np
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Role
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.optimizer import OptimizerConfig

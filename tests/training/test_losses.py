@@ -19,7 +19,7 @@ from tests.pipeline import small
 from tests.sequences.spelling import chunk, code
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Batch, Example, pack
-from univla_jax.sequences.roles import LABELS, Role, labeled_roles
+from univla_jax.sequences.tokens import LABELS, Role, labeled_roles
 from univla_jax.training.losses import (
     DROPPED,
     MODALITIES,

@@ -27,7 +27,7 @@ from univla_jax.cli import format_table
 from univla_jax.interop.hf_weights import decoder_rules, export_state
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Role
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.optimizer import OptimizerConfig

@@ -18,7 +18,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.runner import PolicyLost
 from univla_jax.normalization import ActionStatistics
 from univla_jax.serving import protocol, wire
-from univla_jax.simulators.base import PlannedObservation
+from univla_jax.simulators.benchmark import PlannedObservation
 from univla_jax.tokenizers.action import ActionTokenizer
 
 # ----------------------------------------------------------------------------

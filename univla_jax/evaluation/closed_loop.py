@@ -38,7 +38,7 @@ from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
 from univla_jax.run_dir import check_config, write_config
-from univla_jax.simulators.base import EXPERT_CHUNK, Benchmark, Breakdown, make_benchmark
+from univla_jax.simulators.benchmark import EXPERT_CHUNK, Benchmark, Breakdown, make_benchmark
 
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 CONDITIONS = ("policy", "untrained", "random", "zero")
@@ -332,7 +332,11 @@ class _Actors:
             about["server"] = str(self._policy.metadata)
         elif self._policy is not None:
             policy, assets = self._policy, self._policy.loaded.assets
-            about |= {"chunk": policy.chunk_size, "corpus": policy.corpus, "views": list(policy.views)}
+            about |= {
+                "chunk": policy.chunk_size,
+                "corpus": policy.corpus,
+                "views": list(policy.views),
+            }
             about |= {f"image_spec_{v}": str(assets.image_specs[v]) for v in policy.views}
             about["task"] = policy.loaded.record.task
         return about

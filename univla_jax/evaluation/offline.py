@@ -37,8 +37,7 @@ from univla_jax.pipeline.batch import Batch, Example, pack
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import open_stores
 from univla_jax.run_dir import check_config, write_config
-from univla_jax.sequences.roles import Role
-from univla_jax.sequences.tokens import Tokens
+from univla_jax.sequences.tokens import Role, Tokens
 from univla_jax.tasks import task_class
 from univla_jax.tasks.base import FrameTask
 from univla_jax.training.losses import MODALITIES, Modalities, weighted_cross_entropy

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from univla_jax.simulators.base import Breakdown
+from univla_jax.simulators.benchmark import Breakdown
 
 Record = Mapping[str, Any]
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution

@@ -27,7 +27,7 @@ class Example:
 
     Attributes:
       tokens: int32 [n].
-      roles: uint8 [n], values of ``sequences.roles.Role``.
+      roles: uint8 [n], values of ``sequences.tokens.Role``.
       task_id: position of its task in the run's mixture.
       actions: float32 [T, A] normalized chunk for the action expert, else None.
     """

@@ -6,7 +6,7 @@ import dataclasses
 
 from univla_jax import tasks
 from univla_jax.errors import UserError
-from univla_jax.sequences.roles import LABELS
+from univla_jax.sequences.tokens import LABELS
 from univla_jax.tasks.base import Needs, TaskSettings
 
 _WEIGHT_UNITS = ("episode", "store")
@@ -36,7 +36,7 @@ class DataConfig:
       aligned_windows: fraction of the windows that begin a whole number of chunks into their
         episode, where a policy that executes whole chunks is queried; the rest begins anywhere. In
         short episodes the first chunk, which only the instruction decides, would else be rare.
-      loss_on: key of ``sequences.roles.LABELS``; empty takes the task's own. "both" with a vision
+      loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own. "both" with a vision
         weight is the composite loss of the action's accuracy and the predicted frames' consistency.
       vision_weight: loss weight of a visual id, where other labeled ids weigh 1: a number, or
         (start, end, steps) for a line from ``start`` at step 0 to ``end`` at step ``steps``.
@@ -111,7 +111,7 @@ class DataConfig:
 
     @property
     def labels(self) -> str:
-        """The key of ``sequences.roles.LABELS`` in force: ``loss_on``, else the task's own."""
+        """The key of ``sequences.tokens.LABELS`` in force: ``loss_on``, else the task's own."""
         return self.loss_on or tasks.task_class(self.task).labels
 
     @property

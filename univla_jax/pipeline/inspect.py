@@ -23,8 +23,7 @@ from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.dataset import training_stream
 from univla_jax.pipeline.mixture import EpisodeSource, SampleBuilder, open_stores
-from univla_jax.sequences.roles import Role, labeled_roles
-from univla_jax.sequences.tokens import Tokens
+from univla_jax.sequences.tokens import Role, Tokens, labeled_roles
 from univla_jax.tasks.base import SampleSpec
 
 _ROLE_COLORS = {

@@ -1,21 +1,66 @@
-"""Token sequences with the role of every token, and the pieces they are composed of.
+"""Token sequences: roles of tokens, which of them are learned, and the pieces of a sequence.
 
-Axes: S sequence, N chunks, T steps, A action dimensions, P state dimensions.
+Axes: S sequence, R roles, N chunks, T steps, A action dimensions, P state dimensions.
+
+    sequence         bos text │ boi "1*5*5" img │ codes │ eof eoi │ boa a a eoa
+    role              T   T      M     M     M      V      M   M     A  A A  A
+    loss on "action"  .   .      .     .     .      .      .   .     1  1 1  1
+    "vision"          .   .      .     .     .      v      .   .     .  . .  .
+    "both"            .   .      1     1     1      v      1   1     1  1 1  1
+    "all"             .   1      1     1     1      v      1   1     1  1 1  1
+
+``v`` is the vision weight, ``.`` is 0. Text is learned only by "all"; padding and the first token
+of a sequence never are. The loss divides by the sum of the weights (UniVLA
+reference/Emu3/emu3/mllm/modeling_emu3.py:1586-1598).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from univla_jax.normalization import ActionStatistics
-from univla_jax.sequences.roles import Role
 from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.tokenizers.action import ActionTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
+
+
+class Role(enum.IntEnum):
+    """What a token is there for; stored with every token as uint8."""
+
+    TEXT = 0  # bos, instruction, chat template, eos
+    MARKUP = 1  # boi, "1*h*w", img, eol, eof, eoi
+    VISION = 2  # visual codes
+    STATE = 3  # proprioception in front of an action
+    THOUGHT = 4  # bot, reasoning text, eot
+    ANSWER = 5  # the assistant's reply, with its eos
+    ACTION = 6  # boa, action ids, eoa
+
+
+LABELS: Mapping[str, frozenset[Role]] = {
+    "action": frozenset({Role.ACTION}),
+    "vision": frozenset({Role.VISION}),
+    "both": frozenset({Role.MARKUP, Role.VISION, Role.ACTION}),
+    "thought_and_action": frozenset({Role.THOUGHT, Role.ACTION}),
+    "answer": frozenset({Role.ANSWER}),
+    "all": frozenset(Role) - {Role.STATE},
+}
+"""Named sets of labeled roles, the values of ``DataConfig.loss_on``.
+
+"action" and "both" are the two of the reference's interleaved policies (UniVLA
+train/datasets.py:245-269), "vision" is its world model's (:535-536), "all" its image mode's without
+flags (:289-313).
+"""
+
+
+def labeled_roles(labels: str) -> np.ndarray:
+    """bool [R], which roles the choice ``labels`` of ``LABELS`` learns to predict."""
+    return np.isin(np.arange(len(Role)), list(LABELS[labels]))
+
 
 Piece = tuple[Role, np.ndarray]
 """int32 ids of one part of a sequence, and the role of those that are not visual codes."""

@@ -25,10 +25,10 @@ from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics, state_key
 from univla_jax.sequences.frames import frame_block, frame_separator
-from univla_jax.sequences.roles import Role
 from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.sequences.tokens import (
     Piece,
+    Role,
     Tokens,
     action_block,
     compose,
@@ -151,7 +151,7 @@ class Task(abc.ABC):
 
     Attributes:
       name: the registered name, which is the name of the module.
-      labels: key of ``sequences.roles.LABELS``: what is learned unless ``data.loss_on`` is set.
+      labels: key of ``sequences.tokens.LABELS``: what is learned unless ``data.loss_on`` is set.
       needs: of data and model.
     """
 

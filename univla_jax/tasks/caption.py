@@ -14,8 +14,7 @@ import numpy as np
 
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.sequences.frames import frame_header
-from univla_jax.sequences.roles import Role
-from univla_jax.sequences.tokens import Tokens, opening
+from univla_jax.sequences.tokens import Role, Tokens, opening
 from univla_jax.tasks.base import SampleSpec, Task, count_moments, frames_in_order, placeholders
 
 

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.sequences.roles import Role
-from univla_jax.sequences.tokens import Tokens, action_block, opening
+from univla_jax.sequences.tokens import Role, Tokens, action_block, opening
 from univla_jax.tasks.base import (
     Needs,
     SampleSpec,

@@ -21,8 +21,7 @@ import numpy as np
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_blocks
-from univla_jax.sequences.roles import Role
-from univla_jax.sequences.tokens import Tokens, opening
+from univla_jax.sequences.tokens import Role, Tokens, opening
 from univla_jax.tasks.base import (
     ActionTask,
     Needs,

@@ -24,7 +24,7 @@ from univla_jax.errors import UserError
 from univla_jax.models.action_expert import DECODER, EXPERT, ActionExpert
 from univla_jax.models.decoder import Decoder
 from univla_jax.pipeline.batch import Batch
-from univla_jax.sequences.roles import Role
+from univla_jax.sequences.tokens import Role
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.cross_entropy import cross_entropy
 from univla_jax.training.metrics import TOKENS
@@ -47,7 +47,7 @@ class LabelWeights:
 
     Attributes:
       labeled: per task of the run bool [R], which roles it learns to predict
-        (``sequences.roles.labeled_roles``).
+        (``sequences.tokens.labeled_roles``).
       vision: per task (start, end, steps): the weight of a visual id goes in a line from ``start``
         at step 0 to ``end`` at step ``steps`` and stays there; every other labeled id weighs 1.
     """

@@ -28,7 +28,7 @@ from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig, preset
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.sequences.roles import labeled_roles
+from univla_jax.sequences.tokens import labeled_roles
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware, sharding
 from univla_jax.training.losses import LabelWeights, LossFn, make_loss

@@ -25,7 +25,7 @@ from univla_jax.evaluation.actors import (
 )
 from univla_jax.evaluation.runner import BenchmarkRunner, RunnerConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.base import EXPERT_CHUNK, StepResult, Trial
+from univla_jax.simulators.benchmark import EXPERT_CHUNK, StepResult, Trial
 from univla_jax.simulators.libero import libero_scripts
 from univla_jax.simulators.libero.libero_benchmark import (
     LiberoSimulator,
