@@ -65,7 +65,7 @@ def _finish(process):
 
 def _wait_for_lines(process, workdir, count):
     while process.poll() is None:
-        file = workdir / metrics.FILE
+        file = workdir / metrics.METRICS_FILE
         if file.exists() and len(io.read_jsonl(file)) >= count:
             return
         time.sleep(0.01)
@@ -77,7 +77,7 @@ def whole(command, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     status, errors = _finish(command(workdir))
     assert status == 0, errors
-    return (workdir / metrics.FILE).read_bytes()
+    return (workdir / metrics.METRICS_FILE).read_bytes()
 
 
 def test_sigterm_saves_the_step_and_the_same_command_goes_on(command, whole, tmp_path):
@@ -90,7 +90,7 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(command, whole, tmp
     status, errors = _finish(command(tmp_path))
     assert status == 0, errors
     assert "continuing" in errors
-    assert (tmp_path / metrics.FILE).read_bytes() == whole
+    assert (tmp_path / metrics.METRICS_FILE).read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_kill_9_leaves_no_trace(command, whole, tmp_path, seed):
     _kill(process)
     status, errors = _finish(command(tmp_path))
     assert status == 0, errors
-    assert (tmp_path / metrics.FILE).read_bytes() == whole
+    assert (tmp_path / metrics.METRICS_FILE).read_bytes() == whole
 
 
 def _unfinished(workdir):

@@ -130,7 +130,7 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: nothing there, or a result that is damaged.
     """
     root = pathlib.Path(workdir)
-    lines = {name: io.read_jsonl(root / name / metrics.FILE) for name in _RUNS}
+    lines = {name: io.read_jsonl(root / name / metrics.METRICS_FILE) for name in _RUNS}
     lines = {name: found for name, found in lines.items() if found}
     report = {
         "tokenizers": _tokenizers(root / "tokenizers"),

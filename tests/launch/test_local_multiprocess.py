@@ -62,7 +62,7 @@ def start(tmp_path_factory):
 
 
 def _lines(workdir):
-    file = workdir / metrics.FILE
+    file = workdir / metrics.METRICS_FILE
     return io.read_jsonl(file) if file.exists() else []
 
 

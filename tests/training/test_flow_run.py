@@ -53,7 +53,7 @@ def _model(config: TrainConfig, checkpoint: pathlib.Path) -> TrainSetup:
 
 @pytest.mark.slow
 def test_the_flow_is_learnt_and_measured(flow):
-    lines = io.read_jsonl(flow / metrics.FILE)
+    lines = io.read_jsonl(flow / metrics.METRICS_FILE)
     held_out = [line["eval/flow_mse"] for line in lines if "eval/flow_mse" in line]
     assert len(held_out) == 4 and held_out[-1] < held_out[0]
     assert all(line["loss"] > line["flow_mse"] > 0 for line in lines if "loss" in line)

@@ -123,7 +123,7 @@ def test_specs_of_every_parameter_of_the_full_model(sizes, width, heads):
 
 def _full_params(mesh):
     boxed = jax.eval_shape(params_init(Decoder(PRESETS["emu3_8b"])), jax.random.key(0))
-    flat, _ = jax.tree_util.tree_flatten_with_path(sharding.place(boxed, mesh))
+    flat, _ = jax.tree_util.tree_flatten_with_path(sharding.with_shardings(boxed, mesh))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
 
 
@@ -132,7 +132,7 @@ def test_moments_are_split_as_their_parameters():
     init = params_init(Decoder(PRESETS["tiny"]))
     boxed = jax.eval_shape(lambda k: TrainState.create(init(k), optax.adam(1.0)), jax.random.key(0))
     assert isinstance(jax.tree.leaves(boxed, is_leaf=_boxed)[1], nn.Partitioned)
-    state = sharding.place(boxed, mesh)
+    state = sharding.with_shardings(boxed, mesh)
     moments = state.opt_state[0].mu
     specs = [jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (state.params, moments)]
     assert specs[0] == specs[1]

@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config
 from univla_jax.training import sharding
-from univla_jax.training import sharding as batches
 from univla_jax.training.sharding import AXES, MeshConfig
 
 
@@ -91,41 +87,17 @@ def test_activations_lose_the_axes_that_do_not_divide_them():
 
 def test_batches_that_do_not_divide():
     mesh = _mesh(data=2, fsdp=2, context=4)
-    batches.check_batch(mesh, 8, accumulation=2, length=16)
+    sharding.check_batch(mesh, 8, accumulation=2, length=16)
     with pytest.raises(UserError, match=r"batch size: 12 .* a multiple of 8"):
-        batches.check_batch(mesh, 12, accumulation=2)
+        sharding.check_batch(mesh, 12, accumulation=2)
     with pytest.raises(UserError, match="sequence length: 18"):
-        batches.check_batch(mesh, 8, length=18)
+        sharding.check_batch(mesh, 8, length=18)
 
 
 def test_multi_slice_devices_want_one_replica_per_slice():
     devices = [types.SimpleNamespace(platform="tpu", slice_index=i // 2, id=i) for i in range(4)]
     with pytest.raises(UserError, match=r"mesh\.replica: 1; expected 2"):
         sharding.make_mesh(MeshConfig(fsdp=4), devices)
-
-
-def test_global_batches_keep_position_and_values():
-    class Source:
-        position = 3
-
-        def __next__(self):
-            return {"x": np.arange(4.0, dtype=np.float32)}
-
-        def get_state(self):
-            return bytes([self.position])
-
-        def set_state(self, state):
-            self.position = state[0]
-
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    source = Source()
-    wrapped = batches.GlobalBatches(source, batches.batch_sharding(mesh))
-    batch = next(wrapped)
-    assert isinstance(batch["x"], jax.Array)
-    np.testing.assert_array_equal(batch["x"], jnp.arange(4.0))
-    assert wrapped.get_state() == b"\x03"
-    wrapped.set_state(b"\x07")
-    assert source.position == 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +126,10 @@ def _row_sharding(*held: tuple[int, int, int]):
     ],
 )
 def test_which_rows_a_process_reads(held, share):
-    found = batches.HostRows.of(_row_sharding(*held), 8)
+    found = sharding.HostSlice.of(_row_sharding(*held), 8)
     assert (found.index, found.count) == share
 
 
 def test_rows_shared_by_halves_are_refused():
-    with pytest.raises(UserError, match="share a part of their rows"):
-        batches.HostRows.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), 8)
+    with pytest.raises(UserError, match="share a part of their batch elements"):
+        sharding.HostSlice.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), 8)

@@ -169,7 +169,9 @@ class _DecodePrograms:
         batch_size: int,
     ) -> _DecodePrograms:
         model = Decoder(decoder)
-        params = sharding.place(jax.eval_shape(params_init(model), jax.random.key(0)), mesh)
+        params = sharding.with_shardings(
+            jax.eval_shape(params_init(model), jax.random.key(0)), mesh
+        )
         acts = config.data.needs.actions
         labeled = config.loss.max_labeled or config.data.sequence_length
         new_tokens = -(-labeled // config.data.frames)
@@ -177,7 +179,7 @@ class _DecodePrograms:
         batch = jax.eval_shape(
             lambda: decode_step.prefill(
                 model,
-                sharding.unbox(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)),
+                nn.unbox(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)),
                 jnp.zeros((batch_size * mesh.shape["data"], prompt), jnp.int32),
                 jnp.ones((batch_size * mesh.shape["data"],), jnp.int32),
                 slots=length_bucket(prompt + new_tokens),

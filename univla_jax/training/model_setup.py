@@ -8,6 +8,7 @@ import math
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -163,9 +164,9 @@ class TrainSetup:
         return count
 
     @property
-    def host_slice(self) -> sharding.HostRows:
+    def host_slice(self) -> sharding.HostSlice:
         """The part of every batch that this process reads."""
-        return sharding.HostRows.of(self.batch_sharding, self.config.data.batch_size)
+        return sharding.HostSlice.of(self.batch_sharding, self.config.data.batch_size)
 
     def check_batch(self, batch: Batch) -> None:
         """Checks on the host that the loss gathers all labels of a batch.
@@ -214,7 +215,7 @@ class TrainSetup:
         if joint:
             return load(template)
         fresh = jax.jit(
-            lambda key: sharding.unbox(params_init(self.model, self.expert)(key)[EXPERT]),
+            lambda key: nn.unbox(params_init(self.model, self.expert)(key)[EXPERT]),
             out_shardings=sharding.shardings(template[EXPERT]),
         )
         return {

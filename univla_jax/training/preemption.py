@@ -1,11 +1,13 @@
-"""Leaving in good order when the machine is taken away."""
+"""Stopping in an orderly way: on SIGTERM, and when the data stops coming."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import threading
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,9 @@ from univla_jax.errors import UserError
 
 EXIT_STATUS = 83
 """Exit status of a command that saved its step on SIGTERM; start the same command to go on."""
+
+# ----------------------------------------------------------------------------
+# SIGTERM, which clusters send some time before they take a machine away.
 
 
 class Preempted(Exception):
@@ -32,16 +37,16 @@ class Preempted(Exception):
         self.step = step
 
 
-class SigtermHandler:
-    """Remembers a SIGTERM; ``watch(step)`` says whether to stop before that step.
+class SigtermHandler(contextlib.AbstractContextManager):
+    """Remembers a SIGTERM; ``handler(step)`` tells whether to stop before that step.
 
     One process: a signal handler, installed while the context is entered. Several processes: JAX's
     own notifier, which makes all of them stop at the same step wherever the signal arrived.
     """
 
     def __init__(self) -> None:
-        """Starts with no signal seen."""
-        self._seen = False
+        """Starts with no signal received."""
+        self._received = False
         self._previous: signal.Handlers | None = None
 
     def __enter__(self) -> SigtermHandler:
@@ -59,74 +64,48 @@ class SigtermHandler:
     def __call__(self, step: int) -> bool:
         """True when training should save ``step`` and stop."""
         if jax.process_count() == 1:
-            return self._seen
+            return self._received
         return multihost_utils.reached_preemption_sync_point(step)
 
     def _remember(self, signum: int, frame: types.FrameType | None) -> None:
         del signum, frame
-        self._seen = True
+        self._received = True
 
 
 # ----------------------------------------------------------------------------
-# Data that stops coming stops the run with a message.
+# A watchdog of the data: a dead network disk would otherwise hold the whole pod for ever.
 
 
 class StalledDataError(UserError):
     """The data source gave nothing for too long; threads of it may still be waiting."""
 
 
-class DataWatchdog:
-    """An iterator of batches that waits for each of them only so long.
+def next_within(iterator: Iterator[Any], seconds: float) -> Any:
+    """``next(iterator)``, but an error where it takes longer than ``seconds``.
 
-    Position and state are those of the iterator inside.
+    The iterator runs in a thread of its own per call, because a read that hangs cannot be
+    interrupted; such a thread is left behind.
+
+    Raises:
+      StalledDataError: nothing came in time.
+      StopIteration: the data ended.
     """
+    result: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
 
-    def __init__(self, batches: Any, seconds: float) -> None:
-        """Wraps ``batches``.
-
-        Args:
-          batches: an iterator with ``get_state``, ``set_state`` and ``close``.
-          seconds: the longest wait for one batch.
-        """
-        self._batches, self._seconds = batches, seconds
-
-    def __iter__(self) -> DataWatchdog:
-        """Returns itself."""
-        return self
-
-    def __next__(self) -> Any:
-        """The next batch.
-
-        Raises:
-          StalledDataError: it did not come in time.
-        """
-        answer: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
-        threading.Thread(target=self._fetch, args=(answer,), daemon=True).start()
+    def fetch() -> None:
         try:
-            batch, error = answer.get(timeout=self._seconds)
-        except queue.Empty:
-            raise StalledDataError(
-                f"the data source gave no batch for {self._seconds:g} s; look at the disk or "
-                "network that data.stores are on, or raise config.data_timeout_seconds"
-            ) from None
-        if error is not None:
-            raise error
-        return batch
+            result.put((next(iterator), None))
+        except BaseException as error:  # raised again below, on the thread that waits
+            result.put((None, error))
 
-    def _fetch(self, answer: queue.Queue) -> None:
-        try:
-            answer.put((next(self._batches), None))
-        except BaseException as error:  # raised again where the batch is waited for
-            answer.put((None, error))
-
-    def get_state(self) -> bytes:
-        """The position before the next batch."""
-        return self._batches.get_state()
-
-    def set_state(self, *states: bytes) -> None:
-        """Moves to a position that ``get_state`` returned, here or on all processes together."""
-        self._batches.set_state(*states)
-
-    def close(self) -> None:
-        """Closes the iterator inside."""
-        self._batches.close()
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        item, error = result.get(timeout=seconds)
+    except queue.Empty:
+        raise StalledDataError(
+            f"the data source gave no batch for {seconds:g} s; look at the disk or network that "
+            "data.stores are on, or raise config.data_timeout_seconds"
+        ) from None
+    if error is not None:
+        raise error
+    return item

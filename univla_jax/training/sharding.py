@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, one table of rules from logical names to mesh axes, and batches.
+"""Device mesh, one table of sharding rules from logical to mesh axes, and global batches.
 
 Models name the dimensions of their parameters and activations (``nn.with_logical_partitioning``,
 ``nn.with_logical_constraint``); only this table knows the mesh.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -52,13 +52,13 @@ RULES: ShardingRules = (
     (decoder_config.ACTIVATION_KV_HEADS, ("tensor",)),
     (decoder_config.ACTIVATION_MLP, ("tensor",)),
     (decoder_config.ACTIVATION_VOCAB, ("tensor",)),
-    # embeddings as they are looked up: every device reads its columns of the table for all rows,
+    # embeddings as they are looked up: every device reads its columns of the table for all tokens,
     # so that tokens travel instead of the table, and the table's gradient stays where it is
     (decoder_config.LOOKUP_BATCH, ("replica", "data")),
     (decoder_config.LOOKUP_LENGTH, ()),
     (decoder_config.LOOKUP_EMBED, ("fsdp", "context")),
-    # the loss: every device has its rows of the head, and sees the positions of all; hidden states
-    # travel instead of the head and its gradient, which are larger
+    # the loss: every device has a part of the head's vocabulary and gets the positions of all, so
+    # that hidden states travel instead of the head and its gradient, which are larger
     (decoder_config.LOSS_BATCH, ("replica", "data")),
     (decoder_config.LOSS_LENGTH, ()),
     (decoder_config.LOSS_VOCAB, ("tensor", "fsdp", "context")),
@@ -93,17 +93,17 @@ class MeshConfig:
         free = [i for i, size in enumerate(sizes) if size == -1]
         known = math.prod(size for size in sizes if size != -1)
         if len(free) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise UserError(f"mesh: {self._words(sizes)}; expected positive sizes, one at most -1")
+            raise UserError(f"mesh: {_sizes_text(sizes)}; expected positive sizes, one at most -1")
         if devices % known or (not free and known != devices):
             raise UserError(
-                f"mesh: {self._words(sizes)} does not divide {devices} device(s); the product of "
+                f"mesh: {_sizes_text(sizes)} does not divide {devices} device(s); the product of "
                 f"the sizes is {known}, set one of them to -1 to take the rest"
             )
         return tuple(devices // known if size == -1 else size for size in sizes)
 
-    @staticmethod
-    def _words(sizes: Sequence[int]) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
+
+def _sizes_text(sizes: Sequence[int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -117,6 +117,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    # On TPU the position of a device in the mesh decides over which links its axes run. Within a
+    # slice JAX lays the axes along the torus; between slices there is only the data-center network,
+    # which the first axis, replica, is kept for.
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -149,6 +152,9 @@ def resolve(
     Raises:
       ValueError: a name that the rules lack.
     """
+    # A mesh axis can split only one dimension of an array, so earlier dimensions take theirs first
+    # and later ones go without: an embedding [VOCAB, EMBED] takes tensor for the vocabulary, and
+    # fsdp and context for the width.
     table = dict(rules)
     unknown = [name for name in names if name is not None and name not in table]
     if unknown:
@@ -190,7 +196,7 @@ def activation_rules(
     )
 
 
-def place(abstract: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
+def with_shardings(abstract: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     """Resolves a pytree of shapes, boxed with logical names or not, to shapes with shardings.
 
     Args:
@@ -212,22 +218,13 @@ def place(abstract: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     return jax.tree.map(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def unbox(tree: Any) -> Any:
-    """The pytree without the boxes that carry logical names."""
-    return jax.tree.map(
-        lambda x: x.value if isinstance(x, nn.Partitioned) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, nn.Partitioned),
-    )
-
-
 def shardings(placed: Any) -> Any:
-    """The shardings of what ``place`` returned, as a pytree."""
+    """The shardings of what ``with_shardings`` returned, as a pytree."""
     return jax.tree.map(lambda x: x.sharding, placed)
 
 
 def describe(placed: Any) -> list[str]:
-    """One line per array: path, shape and partition spec, as ``place`` resolved them."""
+    """One line per array: path, shape and partition spec, as ``with_shardings`` resolved them."""
     flat, _ = jax.tree_util.tree_flatten_with_path(placed)
     return [
         f"{jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(x.shape)} "
@@ -237,35 +234,35 @@ def describe(placed: Any) -> list[str]:
 
 
 # ----------------------------------------------------------------------------
-# From what each process reads to global arrays over the mesh.
+# Batches: from what each process reads to global arrays over the mesh.
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Into how many parts the elements of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh, *, sequence: bool = False) -> NamedSharding:
-    """Rows over replica, data and fsdp; with ``sequence`` the second dimension over context."""
+    """Elements over replica, data and fsdp; with ``sequence`` the second dimension over context."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *(["context"] if sequence else [])))
 
 
-def check_batch(mesh: Mesh, rows: int, *, accumulation: int = 1, length: int | None = None) -> None:
+def check_batch(mesh: Mesh, size: int, *, accumulation: int = 1, length: int | None = None) -> None:
     """Refuses a global batch that the mesh and the accumulation cannot share out evenly.
 
     Args:
       mesh: of the run.
-      rows: global batch size.
+      size: global batch size.
       accumulation: micro-batches per step.
-      length: tokens per row, where the sequence may be split.
+      length: tokens per element, where the sequence may be split.
 
     Raises:
       UserError: naming the sizes.
     """
     parts = batch_parts(mesh) * accumulation
-    if rows % parts:
+    if size % parts:
         raise UserError(
-            f"batch size: {rows} does not divide into {batch_parts(mesh)} part(s) of the mesh x "
+            f"batch size: {size} does not divide into {batch_parts(mesh)} part(s) of the mesh x "
             f"{accumulation} micro-batch(es); make it a multiple of {parts}"
         )
     if length is not None and length % mesh.shape["context"]:
@@ -276,96 +273,47 @@ def check_batch(mesh: Mesh, rows: int, *, accumulation: int = 1, length: int | N
 
 
 @dataclasses.dataclass(frozen=True)
-class HostRows:
+class HostSlice:
     """Which part of every global batch this process reads.
 
     Attributes:
       index: number of the part.
-      count: parts; fewer than processes where several hold the same rows (tensor or context parts
-        that span hosts), which then all read them.
+      count: parts; fewer than processes where several hold the same elements (tensor or context
+        parts that span hosts), which then all read them.
     """
 
     index: int
     count: int
 
     @classmethod
-    def of(cls, sharding: NamedSharding, rows: int) -> HostRows:
-        """The part of a process under a sharding of the batch.
+    def of(cls, sharding: NamedSharding, size: int) -> HostSlice:
+        """The part of this process under a sharding of a batch of ``size`` elements.
 
         Raises:
-          UserError: processes share some rows but not all.
+          UserError: processes share some elements but not all.
         """
+        # Which elements the devices of each process hold. Processes that hold the same ones form
+        # one part; parts that overlap otherwise cannot be read by one process each.
         held: dict[int, set[int]] = {}
-        for device, (rows_held, *_) in sharding.devices_indices_map((rows,)).items():
-            begin, end, _ = rows_held.indices(rows)
-            held.setdefault(device.process_index, set()).update(range(begin, end))
+        for device, (elements, *_) in sharding.devices_indices_map((size,)).items():
+            held.setdefault(device.process_index, set()).update(range(*elements.indices(size)))
         parts = sorted({tuple(sorted(part)) for part in held.values()})
-        if sum(map(len, parts)) != rows:
+        if sum(map(len, parts)) != size:
             raise UserError(
-                "mesh: some processes would share a part of their rows; order the mesh so that "
-                "each process holds whole parts of the batch"
+                "mesh: some processes would share a part of their batch elements; order the mesh "
+                "so that each process holds whole parts of the batch"
             )
         here = jax.process_index() if jax.process_index() in held else min(held)
         return cls(parts.index(tuple(sorted(held[here]))), len(parts))
 
 
-class GlobalBatches:
-    """An iterator of this process's batches made an iterator of global arrays.
-
-    Position and state are those of the iterator inside.
-    """
-
-    def __init__(
-        self,
-        batches: Any,
-        sharding: NamedSharding,
-        check: Callable[[Any], None] | None = None,
-        *,
-        parts: int = 1,
-    ) -> None:
-        """Wraps ``batches``.
-
-        Args:
-          batches: iterator of pytrees of numpy arrays, this process's rows; has ``get_state`` and
-            ``set_state``.
-          sharding: of every array.
-          check: called with each batch of this process; raises where it cannot be trained on.
-          parts: into which the processes share the rows, see ``HostRows``.
-        """
-        self._batches, self._sharding, self._check = batches, sharding, check
-        self._parts = parts
-
-    def __iter__(self) -> GlobalBatches:
-        """Returns itself."""
-        return self
-
-    def __next__(self) -> Any:
-        """The next batch, on its way to the devices."""
-        batch = next(self._batches)
-        if self._check is not None:
-            self._check(batch)
-        return to_global(batch, self._sharding, self._parts)
-
-    def get_state(self) -> bytes:
-        """The position before the next batch."""
-        return self._batches.get_state()
-
-    def set_state(self, *states: bytes) -> None:
-        """Moves to a position that ``get_state`` returned, here or on all processes together."""
-        self._batches.set_state(*states)
-
-    def close(self) -> None:
-        """Stops the threads and processes of the iterator inside."""
-        self._batches.close()
-
-
 def to_global(batch: Any, sharding: NamedSharding, parts: int = 1) -> Any:
-    """Makes global arrays of the rows that each process holds.
+    """Makes global arrays of the elements that each process holds.
 
     Args:
       batch: pytree of numpy arrays [B / parts, ...], whole along the other axes.
       sharding: of every array.
-      parts: see ``HostRows``.
+      parts: see ``HostSlice``.
     """
 
     def leaf(x: Any) -> jax.Array:

@@ -59,7 +59,7 @@ def abstract_state(init: Init, optimizer: optax.GradientTransformation, mesh: Me
       a ``TrainState`` of ``jax.ShapeDtypeStruct`` with ``.sharding``: what restoring needs.
     """
     boxed = jax.eval_shape(lambda key: TrainState.create(init(key), optimizer), jax.random.key(0))
-    return sharding.place(boxed, mesh)
+    return sharding.with_shardings(boxed, mesh)
 
 
 def init_state(
@@ -74,7 +74,7 @@ def init_state(
       abstract: from ``abstract_state``.
     """
     create = jax.jit(
-        lambda key: TrainState.create(sharding.unbox(init(key)), optimizer),
+        lambda key: TrainState.create(nn.unbox(init(key)), optimizer),
         out_shardings=sharding.shardings(abstract),
     )
     return create(jax.random.key(seed))

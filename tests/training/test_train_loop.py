@@ -1,24 +1,159 @@
-"""Whole runs in miniature: exact resume, stages that follow one another, what is refused."""
+"""The loop's order and exact resume; whole runs in miniature, and what they refuse."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training import tiny_run
+from tests.training import tiny_run, toy
 from univla_jax import checkpoints, io
 from univla_jax.assets import Assets
+from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
-from univla_jax.training import metrics, run_assets, train_loop
+from univla_jax.training import run_assets, train_loop
+from univla_jax.training.metrics import METRICS_FILE, MetricsLogger
 from univla_jax.training.model_setup import TrainSetup
-from univla_jax.training.sharding import GlobalBatches, MeshConfig, make_mesh
+from univla_jax.training.preemption import Preempted, SigtermHandler
+from univla_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
+from univla_jax.training.train_loop import fit
+
+TOTAL = 10
+
+
+def _fit(workdir, *, batches=None, every=3, **options):
+    """Trains the toy in ``workdir``, from its newest checkpoint if there is one."""
+    batches = batches or toy.Batches()
+    state = toy.create()
+    with Checkpointer(workdir, CheckpointConfig(every=every)) as saver:
+        state = saver.restore(toy.template(state), batches) or state
+        with MetricsLogger(
+            workdir, start_step=int(state.step), total_steps=TOTAL, progress=False
+        ) as log:
+            return fit(
+                state,
+                toy.step,
+                batches,
+                total_steps=TOTAL,
+                checkpointer=saver,
+                logger=log,
+                **options,
+            )
+
+
+def _lines(workdir):
+    return io.read_jsonl(workdir / METRICS_FILE)
+
+
+def _assert_same(folder, other, state, other_state):
+    assert (folder / METRICS_FILE).read_bytes() == (other / METRICS_FILE).read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, state, other_state)
+
+
+def test_trains_to_the_end_and_saves_it(tmp_path):
+    state = _fit(tmp_path)
+    assert int(state.step) == TOTAL
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(TOTAL))
+    assert _lines(tmp_path)[-1]["loss"] < _lines(tmp_path)[0]["loss"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "9"]
+
+
+@pytest.mark.parametrize("crash", [1, 3, 4, 7, 9])
+def test_a_crash_and_a_resume_leave_no_trace(tmp_path, crash):
+    """The data source breaks before batch ``crash``; the second start ends bit-equal."""
+    whole = _fit(tmp_path / "whole")
+    with pytest.raises(UserError, match=f"ended before step {crash}"):
+        _fit(tmp_path / "cut", batches=toy.Batches(end=crash))
+    _assert_same(tmp_path / "whole", tmp_path / "cut", whole, _fit(tmp_path / "cut"))
+
+
+def test_sigterm_saves_the_step_at_hand(tmp_path):
+    whole = _fit(tmp_path / "whole")
+
+    class Shoot(toy.Batches):
+        def __next__(self):
+            if self.position == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    with SigtermHandler() as watch, pytest.raises(Preempted) as stopped:
+        _fit(tmp_path / "cut", batches=Shoot(), stop=watch)
+    assert stopped.value.step == 5
+    assert (tmp_path / "cut" / "checkpoints" / "5").is_dir()
+    _assert_same(tmp_path / "whole", tmp_path / "cut", whole, _fit(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("poison", [5, 6])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, poison):
+    """Also when the poisoned step is the one right before a checkpoint (step 6 saves state 6)."""
+    with pytest.raises(UserError, match=f"loss is nan at step {poison}"):
+        _fit(tmp_path, batches=toy.Batches(poison=poison))
+    good = {5: "3", 6: "6"}[poison]
+    assert max(p.name for p in (tmp_path / "checkpoints").iterdir()) == good
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(poison))
+
+
+class _Evaluation:
+    def due(self, step):
+        return step > 0 and step % 4 == 0
+
+    def __call__(self, state):
+        return {"eval/norm": float((state.params["w"] ** 2).sum())}
+
+
+def test_evaluation_lines_survive_a_crash(tmp_path):
+    whole = _fit(tmp_path / "whole", evaluation=_Evaluation())
+    evaluated = [line["step"] for line in _lines(tmp_path / "whole") if "eval/norm" in line]
+    assert evaluated == [4, 8, 10]
+    with pytest.raises(UserError):
+        _fit(tmp_path / "cut", batches=toy.Batches(end=8), every=4, evaluation=_Evaluation())
+    again = _fit(tmp_path / "cut", every=4, evaluation=_Evaluation())
+    _assert_same(tmp_path / "whole", tmp_path / "cut", whole, again)
+
+
+def test_global_batches_keep_position_and_values():
+    class Source:
+        position = 3
+
+        def __next__(self):
+            return {"x": np.arange(4.0, dtype=np.float32)}
+
+        def get_state(self):
+            return bytes([self.position])
+
+        def set_state(self, state):
+            self.position = state[0]
+
+        def close(self):
+            self.position = None
+
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    source = Source()
+    checked = []
+    wrapped = train_loop.GlobalBatches(source, batch_sharding(mesh), check=checked.append)
+    batch = next(wrapped)
+    assert len(checked) == 1
+    assert isinstance(batch["x"], jax.Array)
+    np.testing.assert_array_equal(batch["x"], jnp.arange(4.0))
+    assert wrapped.get_state() == b"\x03"
+    wrapped.set_state(b"\x07")
+    assert source.position == 7
+    with wrapped:
+        pass
+    assert source.position is None
+
+
+# ----------------------------------------------------------------------------
+# Whole runs.
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 EVALUATED = {"evaluation__every": 3}
@@ -44,7 +179,7 @@ def whole(world, tmp_path_factory):
 
 
 def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
-    lines = io.read_jsonl(whole / metrics.FILE)
+    lines = io.read_jsonl(whole / METRICS_FILE)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(6))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
@@ -85,21 +220,21 @@ def test_a_crash_and_a_resume_are_bit_equal_to_an_uninterrupted_run(
         taken.append(0)
         return following(self)
 
-    following = GlobalBatches.__next__
+    following = train_loop.GlobalBatches.__next__
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(GlobalBatches, "__next__", fail_at)
+        patch.setattr(train_loop.GlobalBatches, "__next__", fail_at)
         _train(config, tmp_path)
     _train(config, tmp_path)
-    assert (tmp_path / metrics.FILE).read_bytes() == (whole / metrics.FILE).read_bytes()
+    assert (tmp_path / METRICS_FILE).read_bytes() == (whole / METRICS_FILE).read_bytes()
     left, right = _params(tmp_path, config), _params(whole, config)
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_a_finished_run_says_so(world, whole, capsys):
-    before = (whole / metrics.FILE).read_bytes()
+    before = (whole / METRICS_FILE).read_bytes()
     _train(tiny_run.config(world, **EVALUATED), whole)
     assert "is trained to step 6 already" in capsys.readouterr().err
-    assert (whole / metrics.FILE).read_bytes() == before
+    assert (whole / METRICS_FILE).read_bytes() == before
 
 
 def test_another_config_is_refused(world, whole):
@@ -151,7 +286,7 @@ def world_model(world, tmp_path_factory):
 
 def test_a_policy_starts_from_a_world_model(world, world_model, tmp_path):
     earlier, folder = world_model
-    line = io.read_jsonl(folder / metrics.FILE)[0]
+    line = io.read_jsonl(folder / METRICS_FILE)[0]
     assert line["visual_loss"] == pytest.approx(line["loss"], rel=0.1)
     config = tiny_run.config(
         world,
@@ -241,7 +376,7 @@ def test_a_run_goes_on_with_another_vision_weight(world, tmp_path):
     scheduled = settings | {"data__vision_weight": (1.0, 0.0, 4)}
     _train(tiny_run.config(world, **scheduled, total_steps=6), tmp_path)
     assert checkpoints.find_checkpoint(tmp_path).name == "6"
-    steps = [line["step"] for line in io.read_jsonl(tmp_path / metrics.FILE) if "loss" in line]
+    steps = [line["step"] for line in io.read_jsonl(tmp_path / METRICS_FILE) if "loss" in line]
     assert steps == list(range(6))
 
 
@@ -251,7 +386,7 @@ def test_a_vision_weight_schedule_sets_the_loss_of_each_step(world, tmp_path):
     losses = {}
     for name, weight in {"one": 1.0, "none": 0.0, "line": (1.0, 0.0, 1)}.items():
         _train(tiny_run.config(world, **settings, data__vision_weight=weight), tmp_path / name)
-        lines = io.read_jsonl(tmp_path / name / metrics.FILE)
+        lines = io.read_jsonl(tmp_path / name / METRICS_FILE)
         losses[name] = [line["loss"] for line in lines if "loss" in line]
         counted = ["visual_loss" in line for line in lines if "loss" in line]
         assert counted == {"one": [True, True], "none": [False, False], "line": [True, False]}[name]
