@@ -16,8 +16,20 @@ from safetensors.numpy import load_file
 from tests.interop.state_dicts import import_state
 from univla_jax.interop.hf_config import decoder_config_from_hf
 from univla_jax.interop.hf_weights import decoder_rules
+from univla_jax.models import decoder_config
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.decoder_config import preset
+from univla_jax.models.decoder_config import DecoderConfig, preset
+
+PARAMETER_AXES = {
+    decoder_config.LAYERS,
+    decoder_config.EMBED,
+    decoder_config.NORM,
+    decoder_config.HEADS,
+    decoder_config.KV_HEADS,
+    decoder_config.HEAD_DIM,
+    decoder_config.MLP,
+    decoder_config.VOCAB,
+}
 
 
 def tiny_decoder(*, seed: int = 0, scale: float = 0.2, **changes: Any) -> tuple[Decoder, Any]:
@@ -70,3 +82,11 @@ class WeightedBatch:
     weights: Any
     positions: Any
     segment_ids: Any
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Number of parameters without the vocabulary's padding, without allocating any."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens)
+    total = sum(x.size for x in jax.tree.leaves(nn.unbox(shapes)))
+    return total - 2 * (config.padded_vocab_size - config.vocab_size) * config.hidden_size

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.decoders import PARAMETER_AXES
 from tests.experts import abstract, draw_inputs, tiny_expert
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
-from univla_jax.models import decoder_config
 from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig, embed_tau
 from univla_jax.models.decoder_config import preset
 
@@ -91,7 +91,7 @@ def test_every_parameter_has_logical_names(causal):
     for box in boxes:
         assert isinstance(box, nn.Partitioned)
         assert len(box.names) == len(box.value.shape)
-        assert set(box.names) <= {*decoder_config.PARAMETER_AXES, None}
+        assert set(box.names) <= {*PARAMETER_AXES, None}
 
 
 def test_an_untrained_expert_predicts_no_velocity(causal):

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.decoders import tiny_decoder, tokens_and_positions
+from tests.decoders import PARAMETER_AXES, parameter_count, tiny_decoder, tokens_and_positions
 from tests.parity import assert_parity
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config
-from univla_jax.models.decoder import MASKED_LOGIT, Decoder, parameter_count
+from univla_jax.models.decoder import MASKED_LOGIT, Decoder, compute_logits
 from univla_jax.models.decoder_config import preset
 from univla_jax.models.kv_cache import KVCache
 
@@ -42,7 +42,7 @@ def test_every_parameter_has_logical_names():
     for box in boxes:
         assert isinstance(box, nn.Partitioned)
         assert len(box.names) == len(box.value.shape)
-        assert set(box.names) <= set(decoder_config.PARAMETER_AXES)
+        assert set(box.names) <= PARAMETER_AXES
     stacked = params["stack"]["layers"]["attention"]["key"]["kernel"]
     assert stacked.names == (
         decoder_config.LAYERS,
@@ -134,14 +134,14 @@ def test_pad_row_gets_no_gradient(decoder):
     assert not rows[3] and rows[int(tokens[0, 0])]
 
 
-def test_restricted_rows_equal_the_full_head(decoder):
+def test_logits_of_some_ids_equal_the_full_head_without_its_padding(decoder):
     model, params = decoder
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 32)), jnp.float32)
-    rows = jnp.asarray([149, 0, 7])
+    ids = jnp.asarray([149, 0, 7])
     full = model.apply({"params": params}, hidden, method="unembed")
-    part = model.apply({"params": params}, hidden, rows, method="unembed")
+    part = compute_logits(hidden, params["head"][ids])
     assert full.shape == (2, 3, 192) and part.shape == (2, 3, 3)
-    np.testing.assert_allclose(part, full[..., rows], atol=1e-5)
+    np.testing.assert_allclose(part, full[..., ids], atol=1e-5)
     assert (np.asarray(full[..., 150:]) == MASKED_LOGIT).all()
 
 

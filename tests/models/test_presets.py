@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.decoders import parameter_count
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config
-from univla_jax.models.decoder import parameter_count
 from univla_jax.models.decoder_config import PRESETS, preset
 
 

@@ -13,11 +13,25 @@ from tests.decoders import WeightedBatch, golden_decoder
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from univla_jax.inference.sampler import Sampler
 from univla_jax.interop.hf_weights import decoder_rules, export_state
-from univla_jax.models.decoder import Decoder, layer_states
+from univla_jax.models.decoder import Decoder
 from univla_jax.training.losses import Modalities, weighted_cross_entropy
 
 ACTIVATIONS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4
 IGNORED = -100
+
+
+def layer_states(
+    model: Decoder, params: Any, tokens_BS: jax.Array, positions_BS: jax.Array
+) -> jax.Array:
+    """Hidden states of every depth [L+1, B, S, D], the reference's ``output_hidden_states``.
+
+    Entry 0 is the embedding, entry i the output of layer i, and the last is after the final norm.
+    """
+    (last, _), kept = model.apply(
+        {"params": params}, tokens_BS, positions_BS, mutable=["intermediates"]
+    )
+    inputs = kept["intermediates"]["stack"]["layers"]["inputs"][0]
+    return jnp.concatenate([inputs, last[None]])
 
 
 def decoder(golden: Golden) -> Iterator[Check]:

@@ -8,6 +8,7 @@ import types
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from tests.decoders import PARAMETER_AXES
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config
 from univla_jax.training import sharding
@@ -65,10 +66,9 @@ def test_resolve(names, shape, mesh, spec):
 
 
 def test_every_axis_of_the_models_has_a_rule():
-    assert set(dict(sharding.RULES)) == {
-        *decoder_config.PARAMETER_AXES,
-        *decoder_config.ACTIVATION_AXES,
-    }
+    others = ("ACTIVATION", "LOOKUP", "LOSS", "BATCH", "LENGTH", "CACHE_LENGTH")
+    names = {getattr(decoder_config, n) for n in vars(decoder_config) if n.startswith(others)}
+    assert set(dict(sharding.RULES)) == {*PARAMETER_AXES, *names}
 
 
 def test_unknown_logical_name():

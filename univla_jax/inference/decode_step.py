@@ -238,12 +238,12 @@ def decode_tokens(
     layers = int8.dequantize_params(layers, config.compute_dtype)
     variables = {"params": _without_stack(model, params)}
     positions_BS = starts_B[:, None] + jnp.arange(tokens_BS.shape[1])
-    rotation = RotaryEmbedding.at_positions(positions_BS, config.head_dim, config.rope_theta)
+    rotary = RotaryEmbedding.at_positions(positions_BS, config.head_dim, config.rope_theta)
     x_BSD = model.apply(variables, tokens_BS, method="embed")
     written = []
     for number, (layer, (keys, values)) in enumerate(zip(layers, cache, strict=True)):
         inputs = LayerInputs(
-            rotation=rotation,
+            rotary=rotary,
             segment_ids=None,
             cache=DecodeLayerCache(keys, values, starts_B),
             starts=starts_B,
@@ -331,7 +331,7 @@ def packed_forward(
     packed = PackedSequences.of_lengths(lengths, tokens.shape[0], width, config.attention)
     positions = packed.position[None]
     inputs = LayerInputs(
-        rotation=RotaryEmbedding.at_positions(positions, config.head_dim, config.rope_theta),
+        rotary=RotaryEmbedding.at_positions(positions, config.head_dim, config.rope_theta),
         segment_ids=None,
         cache=packed,
         starts=None,

@@ -1,11 +1,11 @@
-"""How much of each chunk is executed, and how chunks that overlap are joined.
+"""Execution of action chunks: whole, receding horizon, or temporal ensembling.
 
     chunk       a0 a1 a2 a3 a4 │ b0 b1 …       all of a chunk, then the next
     receding    a0 a1 │ b0 b1 │ c0 c1 │ …      its first steps only
-    ensemble    a0 │ (a1 b0) │ (a2 b1 c0) │ …  the mean of all that was said about a step
+    ensemble    a0 │ (a1 b0) │ (a2 b1 c0) │ …  the mean of all chunks that reach a step
 
-The mean weighs what was said ``i``-th first by ``exp(-decay * i)`` (ACT, arXiv 2304.13705; octo
-utils/gym_wrappers.py:154-196).
+The mean weighs the ``i``-th oldest prediction of a step by ``exp(-decay * i)`` (ACT, arXiv
+2304.13705, algorithm 2; octo-models/octo octo/utils/gym_wrappers.py:154-196).
 
 Axes: T steps of a chunk, A action dimensions.
 """
@@ -28,7 +28,7 @@ MODES = ("chunk", "receding", "ensemble")
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """A mode and its numbers.
+    """An execution mode and its parameters.
 
     Attributes:
       mode: one of ``MODES``.
@@ -52,26 +52,34 @@ class Execution:
 
 @dataclasses.dataclass(eq=False)
 class ExecutorSession:
-    """The session of an executed episode.
+    """A policy's session, and the chunks of it that reach beyond the current step.
 
     Attributes:
       session: the policy's.
-      chunks: float32 [n, A] each, what earlier chunks say about the steps from now on, oldest
+      chunks: float32 [n, A] each, the actions of earlier chunks from the current step on, oldest
         first.
     """
 
     session: Any
     chunks: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def join(self, chunk: ActionChunk, execution: Execution) -> np.ndarray:
-        """Adds a chunk; returns the actions of the next steps [steps, A]."""
+    def ensemble(self, chunk: ActionChunk, execution: Execution) -> np.ndarray:
+        """Adds a chunk and advances; returns the averaged actions of the next steps [steps, A].
+
+        A chunk that is not valid is left out, unless there is no other.
+        """
         if chunk.valid:
             self.chunks.append(chunk.actions)
-        said = self.chunks or [chunk.actions]
-        steps = min(execution.steps, max(map(len, said)))
-        actions = np.stack([_mean(said, step, execution.decay) for step in range(steps)])
+        chunks = self.chunks or [chunk.actions]
+        steps = min(execution.steps, max(map(len, chunks)))
+        actions = []
+        for step in range(steps):
+            predictions = np.stack([c[step] for c in chunks if len(c) > step])
+            weights = np.exp(-execution.decay * np.arange(len(predictions)))
+            mean = (weights[:, None] * predictions).sum(0).astype(np.float32)
+            actions.append(mean / np.float32(weights.sum()))
         self.chunks = [c[steps:] for c in self.chunks if len(c) > steps]
-        return actions
+        return np.stack(actions)
 
 
 class Executor:
@@ -101,7 +109,7 @@ class Executor:
         return self.policy.chunk_size if self.execution.mode == "chunk" else self.execution.steps
 
     def start(self, seed: int = 0) -> ExecutorSession:
-        """The memory of a new episode."""
+        """The session of a new episode; see ``Policy.start``."""
         return ExecutorSession(self.policy.start(seed))
 
     def check(self, observation: Observation, name: str = "observation") -> None:
@@ -119,19 +127,12 @@ class Executor:
         *,
         timer: Timer | None = None,
     ) -> list[ActionChunk]:
-        """What every robot does until it asks again; see ``Policy.act``."""
-        inner = [plan.session for plan in sessions]
+        """The actions of every robot until its next call; see ``Policy.act``."""
+        inner = [session.session for session in sessions]
         chunks = self.policy.act(observations, inner, timer=timer)
-        return [self._executed(plan, chunk) for plan, chunk in zip(sessions, chunks)]
+        return [self._executed(session, chunk) for session, chunk in zip(sessions, chunks)]
 
-    def _executed(self, plan: ExecutorSession, chunk: ActionChunk) -> ActionChunk:
+    def _executed(self, session: ExecutorSession, chunk: ActionChunk) -> ActionChunk:
         if self.execution.mode == "ensemble":
-            return dataclasses.replace(chunk, actions=plan.join(chunk, self.execution))
+            return dataclasses.replace(chunk, actions=session.ensemble(chunk, self.execution))
         return dataclasses.replace(chunk, actions=chunk.actions[: self.steps])
-
-
-def _mean(said: Sequence[np.ndarray], step: int, decay: float) -> np.ndarray:
-    """What chunks say about a step [A], the oldest weighing most."""
-    heard = np.stack([chunk[step] for chunk in said if len(chunk) > step])
-    weights = np.exp(-decay * np.arange(len(heard)))
-    return (weights[:, None] * heard).sum(0).astype(np.float32) / np.float32(weights.sum())

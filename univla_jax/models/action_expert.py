@@ -1,7 +1,7 @@
-"""The action expert: continuous action chunks by flow matching on the decoder's hidden states.
+"""Flow-matching action expert: velocity of action chunks given the decoder's hidden states.
 
-Reproduces the reference's optional ``action_experts`` (``modeling_emu3.py:1364-1450``,
-``:1660-1733``; FACTS §6)::
+Reproduces the reference's optional ``action_experts`` (UniVLA reference/Emu3/emu3/mllm/
+modeling_emu3.py:1364-1450 and 1660-1733; below, ``:n`` are lines of that file)::
 
     a(tau) [B, T, A] ── projector (with the embedding of tau) ──┐
     hidden [B, S, D] ──────────────────── [hidden ; actions] [B, S + T, D]
@@ -38,7 +38,7 @@ _LONGEST_PERIOD = 10_000.0  # of the embedding of tau
 
 @dataclasses.dataclass(frozen=True)
 class ActionExpertConfig:
-    """What shapes the expert beside its decoder; the defaults are the reference's.
+    """Sizes of the expert on top of its decoder; the defaults are the reference's.
 
     Attributes:
       action_dim: A.
@@ -61,11 +61,7 @@ class ActionExpertConfig:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses a chunk without dimensions.
-
-        Raises:
-          UserError: naming the field.
-        """
+        """Raises UserError for a chunk without dimensions."""
         if self.action_dim < 1:
             raise UserError(f"action_expert.action_dim: {self.action_dim} is not positive")
 
@@ -138,7 +134,7 @@ class FinalLayer(nn.Module):
     """Velocity: a norm without weights, shifted and scaled by tau, then linear (``:1394-1425``).
 
     The linear map starts at zero, so that an untrained expert predicts no velocity; the reference
-    means to but draws it again afterwards (golden fact 17).
+    means to, but its general initialization draws it again afterwards.
     """
 
     config: DecoderConfig
@@ -199,9 +195,9 @@ class ActionExpert(nn.Module):
           actions_BTA: noisy normalized actions [B, T, A].
           tau_B: [B] noise levels, 1 is pure noise.
           hidden_BSD: [B, S, D] from the decoder, after its final norm.
-          lengths_B: int32 [B] real tokens per row; what follows is invisible and the actions take
-            the positions behind them. None treats all S as real, as the reference does even with
-            padded rows.
+          lengths_B: int32 [B] real tokens per sequence; what follows is invisible and the actions
+            take the positions after them. None treats all S as real, as the reference does even
+            where they are padded.
 
         Returns:
           velocity float32 [B, T, A] (noise minus data) and hidden states [B, S, D].
@@ -210,8 +206,16 @@ class ActionExpert(nn.Module):
         tau_BD = embed_tau(tau_B, self.decoder.hidden_size)
         tokens = self.projector(actions_BTA, tau_BD)
         x = jnp.concatenate([hidden_BSD.astype(tokens.dtype), tokens], axis=1)
-        positions, segments = _places(hidden_BSD.shape[0], length, steps, lengths_B)
-        x, _ = self.stack(x, self._inputs(positions, segments))
+        order_BS = jnp.broadcast_to(jnp.arange(length + steps), x.shape[:2])
+        positions_BS, segments_BS = order_BS, None
+        if lengths_B is not None:
+            # Padding stands between real hidden states and actions: it gets a segment of its own,
+            # and the actions continue the positions of what is real.
+            is_action = order_BS >= length
+            end_B1 = lengths_B[:, None]
+            positions_BS = jnp.where(is_action, order_BS - length + end_B1, order_BS)
+            segments_BS = (is_action | (order_BS < end_B1)).astype(jnp.int32)
+        x, _ = self.stack(x, self._inputs(positions_BS, segments_BS))
         return self.final(x[:, length:], tau_BD), x[:, :length]
 
     def prefill(self, hidden_BSD: jax.Array) -> KVCache:
@@ -220,38 +224,38 @@ class ActionExpert(nn.Module):
         Only causal attention allows it: then hidden states never see the actions.
 
         Args:
-          hidden_BSD: [B, S, D], right-padded rows.
+          hidden_BSD: [B, S, D], right-padded.
 
         Raises:
           UserError: the expert is not causal.
         """
         if not self.config.causal:
-            raise UserError("action expert: only a causal one can read the hidden states once")
+            raise UserError("action expert: only a causal one can prefill its hidden states")
         batch, length, _ = hidden_BSD.shape
-        positions, _ = _places(batch, length, 0, None)
+        positions_BS = jnp.broadcast_to(jnp.arange(length), (batch, length))
         empty = KVCache.create(self.layer_config, batch, length)
         starts = jnp.zeros(batch, jnp.int32)
-        inputs = self._inputs(positions, None).replace(cache=empty, starts=starts)
+        inputs = self._inputs(positions_BS, None).replace(cache=empty, starts=starts)
         hidden = hidden_BSD.astype(self.layer_config.compute_dtype)
         return empty.write(*self.stack(hidden, inputs)[1], starts)
 
     def velocity(
         self, actions_BTA: jax.Array, tau_B: jax.Array, cache: KVCache, lengths_B: jax.Array
     ) -> jax.Array:
-        """What ``__call__`` gives for hidden states that were prefilled.
+        """The velocity of ``__call__`` for hidden states that were prefilled.
 
         Args:
           actions_BTA: [B, T, A].
           tau_B: [B].
           cache: from ``prefill``.
-          lengths_B: int32 [B] real tokens per row.
+          lengths_B: int32 [B] real tokens per sequence.
 
         Returns:
           velocity float32 [B, T, A].
         """
         tau_BD = embed_tau(tau_B, self.decoder.hidden_size)
-        positions = lengths_B[:, None] + jnp.arange(actions_BTA.shape[1])
-        inputs = self._inputs(positions, None).replace(
+        positions_BT = lengths_B[:, None] + jnp.arange(actions_BTA.shape[1])
+        inputs = self._inputs(positions_BT, None).replace(
             cache=cache, starts=lengths_B, window=cache.slots
         )
         x_BTD, _ = self.stack(self.projector(actions_BTA, tau_BD), inputs)
@@ -260,7 +264,7 @@ class ActionExpert(nn.Module):
     def _inputs(self, positions: jax.Array, segments: jax.Array | None) -> LayerInputs:
         config = self.layer_config
         return LayerInputs(
-            rotation=RotaryEmbedding.at_positions(positions, config.head_dim, config.rope_theta),
+            rotary=RotaryEmbedding.at_positions(positions, config.head_dim, config.rope_theta),
             segment_ids=segments,
             cache=None,
             starts=None,
@@ -268,19 +272,6 @@ class ActionExpert(nn.Module):
             train=False,
             causal=self.config.causal,
         )
-
-
-def _places(
-    batch: int, length: int, steps: int, lengths_B: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Positions int32 [B, S + T] and segments: 1 for what is real, 0 for padding, or None."""
-    order = jnp.broadcast_to(jnp.arange(length + steps), (batch, length + steps))
-    if lengths_B is None:
-        return order, None
-    behind = lengths_B[:, None]
-    is_action = order >= length
-    positions = jnp.where(is_action, order - length + behind, order)
-    return positions, (is_action | (order < behind)).astype(jnp.int32)
 
 
 DECODER, EXPERT = "decoder", "action_expert"

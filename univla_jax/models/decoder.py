@@ -1,14 +1,15 @@
 """The UniVLA decoder: one causal transformer over text, image and action tokens.
 
-Reproduces ``Emu3MoE`` without its action expert (reference ``modeling_emu3.py:800-1110``,
-``:1451-1600``; FACTS §5) as a pure ``flax.linen`` module, layers stacked and scanned.
+Reproduces ``Emu3MoE`` without its action expert (UniVLA reference/Emu3/emu3/mllm/
+modeling_emu3.py:800-1110 and 1451-1600) as a ``flax.linen`` module, its layers stacked and scanned.
 
-Axes: B batch, S sequence, D model, V padded vocabulary, R chosen vocabulary rows, L layers,
-M cache slots, W cache window, K key/value heads, C head dim.
+Axes: B batch, S sequence, D model, V vocabulary (padded), K key/value heads, C head dim, L layers,
+R some ids of the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -38,17 +39,17 @@ class LayerInputs:
     """What every layer of one call shares.
 
     Attributes:
-      rotation: rotary factors at the positions of this call.
+      rotary: rotary factors at the positions of this call.
       segment_ids: int32 [B, S] or None.
-      cache: the whole cache before this call, or what one layer keeps, or None.
-      starts: int32 [B] position of each row's first token; None without a cache.
-      window: leading cache slots that may be visible; 0 reads nothing (prefill).
+      cache: all layers' cache before this call, one layer's own, or None.
+      starts: int32 [B] position of each sequence's first token; None without a cache.
+      window: leading cache slots that are attended; 0 attends none (prefill).
       train: whether dropout is on.
       key_segment_ids: int32 [B, S] segments of the tokens as keys where they differ, or None.
       causal: whether a token sees only itself and earlier ones.
     """
 
-    rotation: RotaryEmbedding
+    rotary: RotaryEmbedding
     segment_ids: jax.Array | None
     cache: KVCache | LayerCache | None
     starts: jax.Array | None
@@ -69,14 +70,14 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """New residual stream, and the new keys and values [B, S, K, C] when caching."""
         config = self.config
-        self.sow("intermediates", "inputs", x_BSD)
+        self.sow("intermediates", "inputs", x_BSD)  # kept only by callers that ask for it
         x_BSD = _constrain(x_BSD)
         normed = RMSNorm(config, name="attention_norm")(x_BSD)
         out, new = Attention(config, name="attention")(
             normed,
-            inputs.rotation,
+            inputs.rotary,
             inputs.segment_ids,
-            _cached(inputs, index),
+            _layer_cache(inputs, index),
             inputs.train,
             inputs.key_segment_ids,
             inputs.causal,
@@ -98,12 +99,16 @@ class Stack(nn.Module):
         self, x_BSD: jax.Array, inputs: LayerInputs
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Residual stream after the last layer; new keys and values [L, B, S, K, C] or None."""
+        # One layer is traced and compiled, whatever their number. Its new keys and values leave the
+        # scan as outputs and are written to the cache once, after it: a cache carried through the
+        # scan would be copied in every layer. The scan keeps XLA from merging the recomputation
+        # with the forward pass, so remat need not prevent it (``prevent_cse``).
         config = self.config
         block = Block
         if config.remat != "none":
-            block = nn.remat(
-                Block, policy=decoder_config.remat_policy(config.remat), prevent_cse=False
-            )
+            kept = decoder_config.REMAT_PRESETS[config.remat]
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -120,7 +125,7 @@ class Decoder(nn.Module):
     """Embedding, stacked layers, final norm and an untied head.
 
     ``apply`` takes ``{"params": params}``; dropout needs ``rngs={"dropout": key}``. The head runs
-    only when ``unembed`` is called, so that callers choose positions and rows first.
+    only when ``unembed`` is called, so that callers choose positions first.
     """
 
     config: DecoderConfig
@@ -154,12 +159,12 @@ class Decoder(nn.Module):
         Args:
           tokens_BS: int32 [B, S] ids.
           positions_BS: int32 [B, S] position of each token in its own sequence. With a cache they
-            must be ``start .. start + S - 1`` in each row, and ``start + S <= cache.slots``.
+            must be ``start .. start + S - 1`` in each sequence, and ``start + S <= cache.slots``.
           segment_ids_BS: int32 [B, S] packed segments, 0 for padding; None means one segment.
           key_segment_ids_BS: int32 [B, S] segments of the tokens as keys, where they differ: all
             ones as queries and the attention mask as keys is how the reference pads.
           cache: keys and values of earlier tokens; slot = position.
-          window: how many leading cache slots to read, at least the largest start; all by
+          window: how many leading cache slots to attend, at least the largest start; all by
             default, 0 for a prefill into an empty cache.
           train: turns dropout on.
 
@@ -172,7 +177,7 @@ class Decoder(nn.Module):
         _check_call(tokens_BS, segment_ids_BS, cache, window)
         config = self.config
         inputs = LayerInputs(
-            rotation=RotaryEmbedding.at_positions(positions_BS, config.head_dim, config.rope_theta),
+            rotary=RotaryEmbedding.at_positions(positions_BS, config.head_dim, config.rope_theta),
             segment_ids=segment_ids_BS,
             cache=cache,
             starts=None if cache is None else positions_BS[:, 0],
@@ -187,7 +192,9 @@ class Decoder(nn.Module):
         return hidden_BSD, None if cache is None else cache.write(*new, inputs.starts)
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
-        """Embeddings [B, S, D] in the compute type; the pad row passes no gradient."""
+        """Embeddings [B, S, D] in the compute type; the pad id passes no gradient."""
+        # The lookup has logical axes of its own: every device looks up all tokens in its columns
+        # of the table, so that tokens travel instead of the table and its gradient.
         lookup = (decoder_config.LOOKUP_BATCH, decoder_config.LOOKUP_LENGTH)
         tokens_BS = nn.with_logical_constraint(tokens_BS, lookup)
         x_BSD = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.config.compute_dtype)
@@ -201,74 +208,44 @@ class Decoder(nn.Module):
         """Hidden states [B, S, D] of the residual stream behind the last layer."""
         return self.norm(x_BSD)
 
-    def head_weights(self, rows: jax.Array | None = None) -> jax.Array:
-        """The head [V, D], or only its rows [R, D], in the compute type."""
-        table = self.head if rows is None else jnp.take(self.head, rows, axis=0)
-        return table.astype(self.config.compute_dtype)
+    def head_weights(self) -> jax.Array:
+        """The output head [V, D] in the compute type."""
+        return self.head.astype(self.config.compute_dtype)
 
-    def unembed(self, hidden: jax.Array, rows: jax.Array | None = None) -> jax.Array:
-        """Logits of hidden states.
-
-        Args:
-          hidden: [..., D] from ``__call__``.
-          rows: int32 [R] ids below ``vocab_size``; only these rows of the head are multiplied.
-
-        Returns:
-          float32 [..., V] with the padding rows at ``MASKED_LOGIT``, or [..., R].
-        """
-        logits = compute_logits(hidden, self.head_weights(rows))
-        return logits if rows is not None else mask_padded_vocab(logits, self.config.vocab_size)
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of hidden states [..., D]; padding ids get ``MASKED_LOGIT``."""
+        return mask_padded_vocab(
+            compute_logits(hidden, self.head_weights()), self.config.vocab_size
+        )
 
 
 def compute_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """float32 logits [..., R] of hidden [..., D] on head rows [R, D]."""
+    """float32 logits [..., R] of hidden states [..., D] for the ids of a head [R, D]."""
     return jnp.einsum("...d,rd->...r", hidden, head, preferred_element_type=jnp.float32)
 
 
 def mask_padded_vocab(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Sets the columns of the vocabulary padding [..., vocab_size:] to ``MASKED_LOGIT``."""
+    """Logits [..., V] with ``MASKED_LOGIT`` for the padding ids, ``vocab_size`` and above."""
     if logits.shape[-1] == vocab_size:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED_LOGIT)
 
 
-def layer_states(
-    model: Decoder, params: Any, tokens_BS: jax.Array, positions_BS: jax.Array
-) -> jax.Array:
-    """Hidden states of every depth [L+1, B, S, D], the reference's ``output_hidden_states``.
-
-    Row 0 is the embedding, row i the output of layer i, and the last row is after the final norm.
-    """
-    (last, _), kept = model.apply(
-        {"params": params}, tokens_BS, positions_BS, mutable=["intermediates"]
-    )
-    inputs = kept["intermediates"]["stack"]["layers"]["inputs"][0]
-    return jnp.concatenate([inputs, last[None]])
-
-
-def parameter_count(config: DecoderConfig) -> int:
-    """Number of parameters with unpadded vocabulary rows, without allocating any."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens)
-    total = sum(x.size for x in jax.tree.leaves(nn.unbox(shapes)))
-    return total - 2 * (config.padded_vocab_size - config.vocab_size) * config.hidden_size
-
-
-def _table_init(config: DecoderConfig, zero_row: int | None):
-    """Normal rows; the padding rows, and ``zero_row`` if given, start at zero."""
+def _table_init(config: DecoderConfig, zero_id: int | None) -> Callable[..., jax.Array]:
+    """Initializer [V, D] of a vocabulary table: normal; padding ids and ``zero_id`` are zero."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        rows = jnp.arange(shape[0])[:, None]
-        keep = rows < config.vocab_size
-        if zero_row is not None:
-            keep &= rows != zero_row
-        return jnp.where(keep, config.initializer_range * jax.random.normal(key, shape, dtype), 0)
+        ids = jnp.arange(shape[0])[:, None]
+        used = ids < config.vocab_size
+        if zero_id is not None:
+            used &= ids != zero_id
+        return jnp.where(used, config.initializer_range * jax.random.normal(key, shape, dtype), 0)
 
     return init
 
 
-def _cached(inputs: LayerInputs, index: jax.Array) -> CachedKeyValues | LayerCache | None:
-    """The slots of one layer that this call may see, or None when there are none."""
+def _layer_cache(inputs: LayerInputs, index: jax.Array) -> CachedKeyValues | LayerCache | None:
+    """The cache of one layer, or None where this call attends no cached slot."""
     if isinstance(inputs.cache, LayerCache):
         return inputs.cache
     if inputs.cache is None or inputs.window == 0:
@@ -277,7 +254,12 @@ def _cached(inputs: LayerInputs, index: jax.Array) -> CachedKeyValues | LayerCac
     return CachedKeyValues(keys, values, inputs.starts)
 
 
-def _check_call(tokens_BS, segment_ids_BS, cache, window) -> None:
+def _check_call(
+    tokens_BS: jax.Array,
+    segment_ids_BS: jax.Array | None,
+    cache: KVCache | None,
+    window: int | None,
+) -> None:
     if cache is None:
         return
     if segment_ids_BS is not None:

@@ -1,22 +1,23 @@
-"""Decoder configuration: logical axis names, remat presets, and the named sizes."""
+"""Decoder configuration: logical axis names, remat presets, and the named sizes.
+
+Axes: D model, N query heads, K key/value heads, C head dim, F mlp.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from univla_jax.errors import UserError
 
 # ----------------------------------------------------------------------------
-# Logical axis names of the decoder: the only words models and sharding rules share.
+# Logical axis names: all that models and sharding rules share.
 #
 # Parameters are created with these names and activations are constrained by them; the table that
-# maps each name to mesh axes lives in ``training/sharding.py``. Without rules in scope every name
-# is a no-op.
+# maps each name to mesh axes is in ``training/sharding.py``. Without rules in scope every name is a
+# no-op.
 
 
 BATCH = "batch"
@@ -42,31 +43,13 @@ LOSS_BATCH = "loss_batch"
 LOSS_LENGTH = "loss_length"
 LOSS_VOCAB = "loss_vocab"
 
-PARAMETER_AXES = (LAYERS, EMBED, NORM, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB)
-ACTIVATION_AXES = (
-    BATCH,
-    LENGTH,
-    CACHE_LENGTH,
-    ACTIVATION_EMBED,
-    ACTIVATION_HEADS,
-    ACTIVATION_KV_HEADS,
-    ACTIVATION_MLP,
-    ACTIVATION_VOCAB,
-    LOOKUP_BATCH,
-    LOOKUP_LENGTH,
-    LOOKUP_EMBED,
-    LOSS_BATCH,
-    LOSS_LENGTH,
-    LOSS_VOCAB,
-)
-
 
 # ----------------------------------------------------------------------------
-# What the backward pass keeps of each decoder layer: presets of named tensors.
+# Rematerialization: which intermediates of a layer the backward pass keeps.
 #
 # Each layer names its large intermediates with ``jax.ad_checkpoint.checkpoint_name``. A preset
 # lists those that stay in memory; everything else of the layer is computed again in the backward
-# pass. The layer's input is always kept, it is the carry of the scan over layers.
+# pass. The layer's input is always kept: it is the carry of the scan over layers.
 
 
 QUERY = "query"
@@ -91,24 +74,8 @@ REMAT_PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_remat(name: str) -> None:
-    """Raises ``UserError`` when ``name`` is not a preset."""
-    if name not in REMAT_PRESETS:
-        raise UserError(f"remat: unknown preset {name!r}; known: {', '.join(REMAT_PRESETS)}")
-
-
-def remat_policy(name: str) -> Callable[..., bool]:
-    """The ``jax.checkpoint`` policy of a preset.
-
-    Raises:
-      UserError: ``name`` is not a preset.
-    """
-    check_remat(name)
-    return jax.checkpoint_policies.save_only_these_names(*REMAT_PRESETS[name])
-
-
 # ----------------------------------------------------------------------------
-# Decoder sizes: one frozen dataclass and the named presets from ``tiny`` to ``emu3_8b``.
+# Sizes.
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -117,17 +84,17 @@ ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "blocked", "splash", "cudnn")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that shapes the decoder (FACTS §5; reference ``configuration_emu3.py``).
+    """Everything that shapes the decoder (UniVLA reference/Emu3/emu3/mllm/configuration_emu3.py).
 
     Attributes:
-      vocab_size: number of real token ids; rows beyond it exist only as padding.
+      vocab_size: number of real token ids; ids beyond it exist only as padding.
       hidden_size: D, width of the residual stream.
       num_layers: number of decoder layers.
       num_heads: N, query heads.
       num_kv_heads: K, key and value heads; divides ``num_heads``.
       head_dim: C, even (rotary pairs).
       mlp_size: F, width of the gated feed-forward layer.
-      vocab_pad_multiple: embedding and head rows are padded up to a multiple of this.
+      vocab_pad_multiple: embedding and head have a multiple of so many ids.
       rope_theta: base of the rotary frequencies.
       rms_eps: epsilon of every RMSNorm.
       dropout: in training, on embeddings, attention probabilities and both residual branches
@@ -137,11 +104,11 @@ class DecoderConfig:
       qkv_bias: biases on the query, key and value projections.
       dtype: compute type of activations; norms, softmax, rotations and logits stay float32.
       param_dtype: type the parameters are stored in.
-      remat: preset of ``models/decoder_config.py``; what the backward pass keeps of each layer.
+      remat: name in ``REMAT_PRESETS``; what the backward pass keeps of each layer.
       scan_unroll: layers per iteration of the scan; ``num_layers`` unrolls it (fast on CPU).
       attention: implementation by name; ``"auto"`` chooses by platform and shape.
-      pad_id: embedding row that starts at zero and never gets a gradient, or None
-        (torch's ``padding_idx``; golden fact 10).
+      pad_id: id whose embedding starts at zero and never gets a gradient, or None (torch's
+        ``padding_idx``).
       initializer_range: standard deviation of every matrix at initialization.
     """
 
@@ -167,37 +134,35 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_size",
-            "vocab_pad_multiple",
-            "scan_unroll",
-        ):
-            _require(getattr(self, field) > 0, self, field, "a positive number")
+        """Raises UserError for a value out of range; names the field."""
+        positive = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
+        positive += ("head_dim", "mlp_size", "vocab_pad_multiple", "scan_unroll")
+        for field in positive:
+            self._require(getattr(self, field) > 0, field, "a positive number")
         groups = self.num_heads % self.num_kv_heads == 0
-        _require(groups, self, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
-        _require(self.head_dim % 2 == 0, self, "head_dim", "an even number (rotary pairs)")
-        _require(0 <= self.dropout < 1, self, "dropout", "a rate in [0, 1)")
+        self._require(groups, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
+        self._require(self.head_dim % 2 == 0, "head_dim", "an even number (rotary pairs)")
+        self._require(0 <= self.dropout < 1, "dropout", "a rate in [0, 1)")
         rate = self.attention_dropout
-        _require(
-            rate is None or 0 <= rate < 1, self, "attention_dropout", "a rate in [0, 1), or None"
-        )
-        _require(self.dtype in DTYPES, self, "dtype", f"one of {DTYPES}")
-        _require(self.param_dtype in DTYPES, self, "param_dtype", f"one of {DTYPES}")
+        in_range = rate is None or 0 <= rate < 1
+        self._require(in_range, "attention_dropout", "a rate in [0, 1), or None")
+        self._require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
+        self._require(self.param_dtype in DTYPES, "param_dtype", f"one of {DTYPES}")
         known = self.attention in ATTENTION_IMPLEMENTATIONS
-        _require(known, self, "attention", f"one of {ATTENTION_IMPLEMENTATIONS}")
-        inside = self.pad_id is None or 0 <= self.pad_id < self.vocab_size
-        _require(inside, self, "pad_id", f"an id below vocab_size={self.vocab_size}, or None")
-        check_remat(self.remat)
+        self._require(known, "attention", f"one of {ATTENTION_IMPLEMENTATIONS}")
+        is_id = self.pad_id is None or 0 <= self.pad_id < self.vocab_size
+        self._require(is_id, "pad_id", f"an id below vocab_size={self.vocab_size}, or None")
+        if self.remat not in REMAT_PRESETS:
+            known = ", ".join(REMAT_PRESETS)
+            raise UserError(f"remat: unknown preset {self.remat!r}; known: {known}")
+
+    def _require(self, condition: bool, field: str, expected: str) -> None:
+        if not condition:
+            raise UserError(f"model.{field}: {getattr(self, field)!r} is not {expected}")
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head: ``vocab_size`` rounded up."""
+        """Ids of the embedding and of the head: ``vocab_size`` rounded up."""
         return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
 
     @property
@@ -214,11 +179,6 @@ class DecoderConfig:
     def storage_dtype(self) -> jnp.dtype:
         """``param_dtype`` as a JAX type."""
         return jnp.dtype(self.param_dtype)
-
-
-def _require(true: bool, config: DecoderConfig, field: str, expected: str) -> None:
-    if not true:
-        raise UserError(f"model.{field}: {getattr(config, field)!r} is not {expected}")
 
 
 PRESETS: dict[str, DecoderConfig] = {

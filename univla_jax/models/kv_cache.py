@@ -1,14 +1,14 @@
-"""The key/value cache: slot of a token = its absolute position in its row.
+"""Key/value cache: the slot of a token is its position in its sequence.
 
-Axes: L layers, B batch, M slots, W window (leading slots that are read), S new tokens,
-K key/value heads, C head dim.
+Axes: B batch, S new tokens, M cache slots, W window (leading slots that are attended), K key/value
+heads, C head dim, L layers.
 
-Rows may have different lengths. A call writes S slots from each row's start; what a right-padded
-row writes beyond its real length is never read, because reads stop below the next call's start and
-that call overwrites the rest::
+Sequences may have different lengths. A call writes S slots from each sequence's start; what a
+right-padded sequence writes beyond its length is never read, because reads stop below the next
+call's start and that call overwrites the rest::
 
-    row 0, length 3:  k0 k1 k2 -- --        row 0 sees slots 0 .. start-1 and its own new tokens
-    row 1, length 1:  k0 ?? ?? -- --        ?? is padding: the next call starts at slot 1
+    length 3:  k0 k1 k2 -- --        sees slots 0 .. start - 1 and its own new tokens
+    length 1:  k0 ?? ?? -- --        ?? is padding: the next call starts at slot 1
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ class KVCache:
     values: jax.Array
 
     @classmethod
-    def create(cls, config: DecoderConfig, batch: int, slots: int) -> KVCache:
-        """An empty cache for ``batch`` rows of at most ``slots`` tokens, in the compute type."""
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    def create(cls, config: DecoderConfig, batch_size: int, slots: int) -> KVCache:
+        """An empty cache for ``batch_size`` sequences of at most ``slots`` tokens.
+
+        The cache's dtype is chosen here, and is the compute type; writes cast to it.
+        """
+        shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_dim)
         zeros = jnp.zeros(shape, config.compute_dtype)
         return cls(keys=zeros, values=zeros)
 
     @property
     def slots(self) -> int:
-        """M, the most tokens a row can hold."""
+        """M, the most tokens a sequence can have."""
         return self.keys.shape[2]
 
     def layer(self, index: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
@@ -52,29 +55,30 @@ class KVCache:
         return cut(self.keys), cut(self.values)
 
     def write(self, keys: jax.Array, values: jax.Array, starts: jax.Array) -> KVCache:
-        """Puts the new tokens of every layer at each row's start.
+        """Writes the new tokens of every layer at each sequence's start.
 
         Args:
           keys: [L, B, S, K, C].
           values: [L, B, S, K, C].
           starts: int32 [B]; ``starts + S <= M`` must hold, JAX would shift the write otherwise.
         """
-        return KVCache(_put(self.keys, keys, starts), _put(self.values, values, starts))
+        return KVCache(_write(self.keys, keys, starts), _write(self.values, values, starts))
 
     def grow(self, slots: int) -> KVCache:
         """The same content with at least ``slots`` slots per sequence."""
         if slots <= self.slots:
             return self
-        more = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0), (0, 0))
-        return jax.tree.map(lambda x: jnp.pad(x, more), self)
+        widths = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0), (0, 0))
+        return jax.tree.map(lambda x: jnp.pad(x, widths), self)
 
     def select(self, indices: jax.Array) -> KVCache:
-        """The rows ``indices`` (int32 [B']), in that order; repeats are allowed."""
+        """The sequences ``indices`` (int32 [B']), in that order; repeats are allowed."""
         return jax.tree.map(lambda x: x[:, indices], self)
 
 
-def _put(cache: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
-    def one(row, new_row, start):  # [L, M, K, C], [L, S, K, C]
-        return jax.lax.dynamic_update_slice(row, new_row.astype(row.dtype), (0, start, 0, 0))
+def _write(cache_LBMKC: jax.Array, new_LBSKC: jax.Array, starts_B: jax.Array) -> jax.Array:
+    def one(cache_LMKC: jax.Array, new_LSKC: jax.Array, start: jax.Array) -> jax.Array:
+        new_LSKC = new_LSKC.astype(cache_LMKC.dtype)
+        return jax.lax.dynamic_update_slice(cache_LMKC, new_LSKC, (0, start, 0, 0))
 
-    return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(cache, new, starts)
+    return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(cache_LBMKC, new_LBSKC, starts_B)

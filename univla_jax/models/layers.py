@@ -1,4 +1,4 @@
-"""Parts of a decoder layer: norm, projections, rotary positions, gated feed-forward.
+"""Parts of a decoder layer: RMSNorm, rotary embedding, projections, attention, gated MLP.
 
 Axes: B batch, S sequence, D model, F mlp, N query heads, K key/value heads, C head dim.
 """
@@ -35,7 +35,7 @@ class RotaryEmbedding:
         return cls(jnp.cos(angles), jnp.sin(angles))
 
     def __call__(self, x_BSNC: jax.Array) -> jax.Array:
-        """Rotates the pairs (i, i + C/2) in float32 and casts back (reference ``rotate_half``)."""
+        """Rotates the pairs (i, i + C/2) in float32 and casts back (``rotate_half`` of Llama)."""
         cos, sin = self.cos[:, :, None], self.sin[:, :, None]
         low, high = jnp.split(x_BSNC.astype(jnp.float32), 2, axis=-1)
         rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
@@ -50,28 +50,33 @@ def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Ar
     return (x * scale).astype(x.dtype)
 
 
+# JAX's rule for the derivative by the kernel puts d_y first, and XLA on CPU then fuses the
+# elementwise work behind d_y into a transposing copy that costs more than the product itself: a
+# third of a training step at the quickstart size. Here it is one product of x and d_y in that
+# order.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear(contracted: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``jnp.tensordot(x, kernel, axes=contracted)`` with its own backward pass.
-
-    The derivative by the kernel is one product of x and d_y in that order. JAX's rule puts d_y
-    first, and XLA on CPU then fuses the elementwise work behind d_y into a transposing copy that
-    costs more than the product itself (a third of a training step at the quickstart size).
-    """
-    return jnp.tensordot(x, kernel, axes=contracted)
+def linear(num_contracted: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``jnp.tensordot(x, kernel, axes=num_contracted)`` with its own backward pass."""
+    return jnp.tensordot(x, kernel, axes=num_contracted)
 
 
-def _linear_forward(contracted, x, kernel):
-    return jnp.tensordot(x, kernel, axes=contracted), (x, kernel)
+def _linear_forward(
+    num_contracted: int, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.tensordot(x, kernel, axes=num_contracted), (x, kernel)
 
 
-def _linear_backward(contracted, saved, d_y):
+def _linear_backward(
+    num_contracted: int, saved: tuple[jax.Array, jax.Array], d_y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    leading = x.ndim - contracted
-    last = tuple(range(contracted, kernel.ndim))
-    d_x = jax.lax.dot_general(d_y, kernel, ((tuple(range(leading, d_y.ndim)), last), ((), ())))
-    both = tuple(range(leading))
-    return d_x, jax.lax.dot_general(x, d_y, ((both, both), ((), ())))
+    leading = tuple(range(x.ndim - num_contracted))
+    x_outputs = tuple(range(len(leading), d_y.ndim))
+    kernel_outputs = tuple(range(num_contracted, kernel.ndim))
+    d_x = jax.lax.dot_general(d_y, kernel, ((x_outputs, kernel_outputs), ((), ())))
+    return d_x, jax.lax.dot_general(x, d_y, ((leading, leading), ((), ())))
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -79,7 +84,10 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @runtime_checkable
 class LayerCache(Protocol):
-    """Keys and values of a layer that know how new tokens are written and seen."""
+    """Keys and values of one layer that know how new tokens are written and attended.
+
+    ``inference/decode_step.py`` has two: one for the decode loop, one for packed prefill.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -94,7 +102,10 @@ class LayerCache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast to the compute type, then times the weight (golden fact 11)."""
+    """x / rms(x) in float32, cast to the compute type, then times the weight.
+
+    The order of cast and product is that of ``Emu3RMSNorm`` and matters in bfloat16.
+    """
 
     config: DecoderConfig
 
@@ -147,7 +158,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions (reference ``Emu3Attention``)."""
+    """Grouped-query attention with rotary positions (``Emu3Attention``)."""
 
     config: DecoderConfig
 
@@ -155,7 +166,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        rotation: RotaryEmbedding,
+        rotary: RotaryEmbedding,
         segment_ids_BS: jax.Array | None,
         cached: CachedKeyValues | LayerCache | None,
         train: bool,
@@ -164,29 +175,30 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Output [B, S, D] and the rotated keys and the values of the new tokens [B, S, K, C].
 
-        ``LayerCache`` hold the new tokens too; then all of them are returned.
+        A ``LayerCache`` holds the new tokens too; then all of its keys and values are returned.
         """
         config = self.config
-        query = self._heads("query", config.num_heads, decoder_config.HEADS)(x_BSD)
-        key = self._heads("key", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
-        value = self._heads("value", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
-        query = _constrain(rotation(query), decoder_config.ACTIVATION_HEADS, None)
-        key = _constrain(rotation(key), decoder_config.ACTIVATION_KV_HEADS, None)
-        value = _constrain(value, decoder_config.ACTIVATION_KV_HEADS, None)
-        query = checkpoint_name(query, decoder_config.QUERY)
-        key, value = (
-            checkpoint_name(key, decoder_config.KEY),
-            checkpoint_name(value, decoder_config.VALUE),
-        )
-        rate = config.attention_rate if train else 0.0
+        q_BSNC = self._heads("query", config.num_heads, decoder_config.HEADS)(x_BSD)
+        k_BSKC = self._heads("key", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
+        v_BSKC = self._heads("value", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
+        # Heads are sharded here as the attention call expects them, so that it moves nothing
+        # but keys and values; the checkpoint names are what remat presets choose from.
+        q_BSNC = _constrain(rotary(q_BSNC), decoder_config.ACTIVATION_HEADS, None)
+        k_BSKC = _constrain(rotary(k_BSKC), decoder_config.ACTIVATION_KV_HEADS, None)
+        v_BSKC = _constrain(v_BSKC, decoder_config.ACTIVATION_KV_HEADS, None)
+        q_BSNC = checkpoint_name(q_BSNC, decoder_config.QUERY)
+        k_BSKC = checkpoint_name(k_BSKC, decoder_config.KEY)
+        v_BSKC = checkpoint_name(v_BSKC, decoder_config.VALUE)
+        new = k_BSKC, v_BSKC
         if isinstance(cached, LayerCache):
-            cached = cached.write(key, value)
-            out, (key, value) = cached.attend(query), (cached.keys, cached.values)
+            cached = cached.write(k_BSKC, v_BSKC)
+            out_BSNC, new = cached.attend(q_BSNC), (cached.keys, cached.values)
         else:
-            out = attention(
-                query,
-                key,
-                value,
+            rate = config.attention_rate if train else 0.0
+            out_BSNC = attention(
+                q_BSNC,
+                k_BSKC,
+                v_BSKC,
                 segment_ids=segment_ids_BS,
                 key_segment_ids=key_segment_ids_BS,
                 causal=causal,
@@ -195,11 +207,11 @@ class Attention(nn.Module):
                 dropout=rate,
                 dropout_key=self.make_rng("dropout") if rate else None,
             )
-        out = _constrain(out, decoder_config.ACTIVATION_HEADS, None)
+        out_BSNC = _constrain(out_BSNC, decoder_config.ACTIVATION_HEADS, None)
         names = (decoder_config.HEADS, decoder_config.HEAD_DIM, decoder_config.EMBED)
         heads = (config.num_heads, config.head_dim)
-        out = Projection(config, heads, (config.hidden_size,), names, name="out")(out)
-        return checkpoint_name(out, decoder_config.OUTPUT), (key, value)
+        out = Projection(config, heads, (config.hidden_size,), names, name="out")(out_BSNC)
+        return checkpoint_name(out, decoder_config.OUTPUT), new
 
     def _heads(self, name: str, count: int, axis: str) -> Projection:
         config = self.config
@@ -209,7 +221,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (reference ``Emu3MLP``)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (``Emu3MLP``; Shazeer, arXiv 2002.05202)."""
 
     config: DecoderConfig
 
@@ -217,22 +229,17 @@ class GatedMLP(nn.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """[B, S, D] in and out."""
         config = self.config
-        width, hidden = (config.hidden_size,), (config.mlp_size,)
-        wide, narrow = (
-            (decoder_config.EMBED, decoder_config.MLP),
-            (decoder_config.MLP, decoder_config.EMBED),
-        )
-        gate = Projection(config, width, hidden, wide, name="gate")(x_BSD)
-        up = Projection(config, width, hidden, wide, name="up")(x_BSD)
-        gate, up = (
-            checkpoint_name(gate, decoder_config.GATE),
-            checkpoint_name(up, decoder_config.UP),
-        )
-        mixed = _constrain(nn.silu(gate) * up, decoder_config.ACTIVATION_MLP)
-        down = Projection(config, hidden, width, narrow, name="down")(mixed)
-        return checkpoint_name(down, decoder_config.DOWN)
+        model, mlp = (config.hidden_size,), (config.mlp_size,)
+        names = (decoder_config.EMBED, decoder_config.MLP)
+        gate_BSF = Projection(config, model, mlp, names, name="gate")(x_BSD)
+        up_BSF = Projection(config, model, mlp, names, name="up")(x_BSD)
+        gate_BSF = checkpoint_name(gate_BSF, decoder_config.GATE)
+        up_BSF = checkpoint_name(up_BSF, decoder_config.UP)
+        mixed_BSF = _constrain(nn.silu(gate_BSF) * up_BSF, decoder_config.ACTIVATION_MLP)
+        down_BSD = Projection(config, mlp, model, names[::-1], name="down")(mixed_BSF)
+        return checkpoint_name(down_BSD, decoder_config.DOWN)
 
 
 def _constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins [B, S, ...] to the mesh axes of (batch, length, *names); a no-op without rules."""
+    """Shards [B, S, ...] by the logical axes (batch, length, *names); a no-op without rules."""
     return nn.with_logical_constraint(x, (decoder_config.BATCH, decoder_config.LENGTH, *names))
