@@ -101,6 +101,29 @@ def test_flags_alone_name_an_evaluation_and_mistakes_are_one_line(tmp_path):
         ((*flags, "--tasks=a"), "--tasks: 'a', expected numbers"),
         (("--benchmark=tabletop", "--out=new"), "needs --checkpoint"),
         (("--benchmark=calvin", "--policy=expert", "--out=new"), "has no 'expert'"),
+        (("--benchmark=tabletop", "--out=new", "--top_p=2"), "top_p: 2.0 is not in (0, 1]"),
+        (
+            ("--benchmark=tabletop", "--policy=ws://a:1", "--out=new", "--temperature=1"),
+            "samples as it was started",
+        ),
+        (("--offline=a", "--checkpoint=b", "--out=new", "--temperature=1"), "leave --temperature"),
     ):
         wrong = run(*arguments)
         assert (wrong.returncode, message in wrong.stderr) == (2, True), wrong.stderr
+
+
+def test_sampling_flags_arrive(checkpoint, tmp_path):
+    """The recorded episode depends on them and on the seed, and is the same when repeated."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    shared = ("--conditions=policy", "--episodes=1", "--workers=1", "--max_steps=3", "--videos=1")
+    hot = ("--temperature=2", "--top_k=40", "--top_p=0.9", "--seed=1")
+    videos, reports = {}, {}
+    for out, arguments in (("greedy", ()), ("hot", hot), ("again", hot)):
+        done = _run(tmp_path, checkpoint, out, *shared, *arguments)
+        assert done.returncode == 0, done.stderr
+        reports[out] = json.loads((tmp_path / out / "report.json").read_text())["protocol"]
+        (video,) = (tmp_path / out / "videos").glob("*.gif")
+        videos[out] = video.read_bytes()
+    sampling = {"temperature": 2.0, "top_k": 40, "top_p": 0.9, "seed": 1}
+    assert reports["hot"]["sampling"] == sampling and "sampling" not in reports["greedy"]
+    assert videos["hot"] == videos["again"] != videos["greedy"]

@@ -119,6 +119,8 @@ def _round_trip() -> ActionRoundTrip | None:
 def _evaluate_offline() -> None:
     if CHECKPOINT.value is None:
         raise UserError("missing; give --checkpoint=..., a policy or a world model")
+    if not SAMPLING().greedy:
+        raise UserError("--offline compares greedy predictions; leave --temperature at 0")
     episodes = _FIELDS["episodes"].value or 0
     found = offline.evaluate(CHECKPOINT.value, OFFLINE.value, OUT.value, episodes=episodes)
     print(f"{found['layout']} on {found['episodes']} episodes of {found['store']}")

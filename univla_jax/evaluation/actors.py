@@ -144,7 +144,7 @@ class RemotePolicy:
         self.start().close()
 
     def start(self, seed: int = 0) -> Any:
-        """A connection: the server keeps an episode's history with it, and draws nothing at random.
+        """A connection: the server keeps an episode's history with it, and samples by its own seed.
 
         Raises:
           UserError: the server stays away.

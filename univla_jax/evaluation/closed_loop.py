@@ -149,6 +149,8 @@ def evaluate(
         cannot start.
     """
     policy = None if policy is None else os.fspath(policy)
+    if policy is not None and _is_address(policy) and sampling != GREEDY:
+        raise UserError(f"{policy} samples as it was started; give it --temperature there")
     benchmark = config.make_benchmark()
     conditions = config.conditions or benchmark.conditions
     _check_conditions(conditions, benchmark, policy)
