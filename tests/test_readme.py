@@ -89,20 +89,44 @@ def _episode(steps, seed):
     return Episode("push the cup", frames, actions, 10.0, "my_robot", f"{seed}", state=state)
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_links_modules_and_files_exist(path):
+every_readme = pytest.mark.parametrize(
+    "path", READMES, ids=lambda path: str(path.relative_to(REPOSITORY))
+)
+FILES = {path.name for path in REPOSITORY.rglob("*") if ".venv" not in path.parts}
+SHARED_FLAGS = (
+    "cli.py",
+    "inference/sampling.py",
+    "training/distributed.py",
+    "benchmarks/measure.py",
+)
+
+
+@every_readme
+def test_links_and_files_exist(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (path.parent / target).exists(), target
-    for module in re.findall(r"python -m ((?:univla_jax|tests)[\w.]*)", text):
-        assert (REPOSITORY / (module.replace(".", "/") + ".py")).exists(), module
-    roots = (path.parent, REPOSITORY, REPOSITORY / "univla_jax")
     for file in re.findall(r"[`= ]([\w/]+\.(?:py|sh|yaml))(?=[`:\s])", text):
-        own = "my_" in file  # a file for the reader to write
-        assert own or any((root / file).exists() for root in roots), file
+        roots = (path.parent, REPOSITORY, REPOSITORY / "univla_jax")
+        named = file in FILES or "my_" in file  # a file for the reader to write
+        assert named or any((root / file).exists() for root in roots), file
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@every_readme
+def test_commands_and_their_flags_exist(path):
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for module, arguments in re.findall(
+        r"python -m ((?:univla_jax|tests)[\w.]*)([^\n`|#&]*)", text
+    ):
+        file = REPOSITORY / (module.replace(".", "/") + ".py")
+        assert file.exists(), module
+        sources = [file, *(REPOSITORY / "univla_jax" / name for name in SHARED_FLAGS)]
+        defined = "".join(source.read_text(encoding="utf-8") for source in sources)
+        for flag in re.findall(r"--(\w+)(?![\w.])", arguments):
+            assert f'"{flag}"' in defined or f'"--{flag}"' in defined, f"{module} --{flag}"
+
+
+@every_readme
 def test_the_contents_of_a_folder_are_listed_completely(path):
     """Where a README has a table of modules, it names every one of the folder."""
     text = path.read_text(encoding="utf-8")
