@@ -11,7 +11,7 @@ from univla_jax.inference.policy import Policy
 
 
 def _check(policy, clients, requests, compared):
-    found = serving_speed.figures(policy, clients, requests, compared, turns=1)
+    found = serving_speed.measure(policy, clients, requests, compared, turns=1)
     assert found["compiled_while_serving"] == 0
     assert found["answers"] == clients * requests
     for way in ("together_", "one_at_a_time_"):

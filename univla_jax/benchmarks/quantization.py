@@ -1,10 +1,10 @@
-"""What int8 weights and drafts change in what a trained policy does, and in its time.
+"""Actions of a trained policy with int8 weights and with speculative decoding, beside without.
 
     python -m univla_jax.benchmarks.quantization --checkpoint=WORKDIR [--episodes=32] [--json=FILE]
 
-A policy of the embedded tabletop acts in scenes that no demonstration uses. Every call is then made
-again with each option: the same observation and history, so that one token that differs changes
-no later call. Nothing is kept between calls.
+A policy of the embedded tabletop acts in held-out scenes. Every call is then repeated with each
+option: the same observation and history, so that one token that differs changes no later call.
+Nothing is cached between calls.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import Spent, save, timed
-from univla_jax.cli import format_table
+from univla_jax.benchmarks.measure import Elapsed, print_cases, save, timed
 from univla_jax.episode import Observation
 from univla_jax.inference import int8
 from univla_jax.inference.action_decoders import Session
@@ -27,20 +26,20 @@ from univla_jax.simulators.benchmark import StepResult
 from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator, trial_of
 
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
-EPISODES = flags.DEFINE_integer("episodes", 32, "scenes")
-FIRST = flags.DEFINE_integer("first_seed", 500, "place of the first scene among those held out")
+EPISODES = flags.DEFINE_integer("episodes", 32, "Scenes")
+FIRST_SEED = flags.DEFINE_integer("first_seed", 500, "First scene among those held out")
 SPECULATIVE_BLOCK = flags.DEFINE_integer(
-    "speculative_block", 4, "tokens verified per speculative decode step"
+    "speculative_block", 4, "Tokens verified per speculative decode step"
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
+class PolicyCall:
     """One call of the plain policy.
 
     Attributes:
-      observation: what was seen.
-      session: the episode so far; calls are made with copies.
+      observation: of the robot.
+      session: the episode before the call; repeated calls get copies.
       ids: int32 [n] chosen.
     """
 
@@ -49,9 +48,9 @@ class Moment:
     ids: np.ndarray
 
 
-def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[Moment]:
+def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[PolicyCall]:
     """All calls of some episodes, each executed chunk by chunk to its end."""
-    simulator, moments = TabletopSimulator(first_seed=first_seed), []
+    simulator, calls = TabletopSimulator(first_seed=first_seed), []
     for index in range(episodes):
         simulator.reset(trial_of(index))
         session, ended = policy.start(), False
@@ -59,39 +58,39 @@ def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[Moment]:
             observation = simulator.observe()
             before = dataclasses.replace(session, cached_prefix=None)
             (chunk,) = policy.act([observation], [session])
-            moments.append(Moment(observation, before, session.last_ids))
+            calls.append(PolicyCall(observation, before, session.last_ids))
             ended = any(simulator.step(a) is StepResult.ENDED for a in chunk.actions)
-    return moments
+    return calls
 
 
-def repeat(policy: Policy, moments: Sequence[Moment]) -> tuple[list[np.ndarray], list[Spent]]:
-    """The ids that a policy chooses at the same moments, and the time of each call."""
+def repeat(policy: Policy, calls: Sequence[PolicyCall]) -> tuple[list[np.ndarray], list[Elapsed]]:
+    """The ids that a policy chooses in the same calls, and the time of each."""
     policy.warmup(1)
     ids, times = [], []
-    for moment in moments:
-        session = dataclasses.replace(moment.session)
-        _, spent = timed(lambda s=session, m=moment: policy.act([m.observation], [s]))
+    for call in calls:
+        session = dataclasses.replace(call.session)
+        _, spent = timed(lambda s=session, c=call: policy.act([c.observation], [s]))
         ids.append(session.last_ids)
         times.append(spent)
     return ids, times
 
 
-def compare(policy: Policy, moments: Sequence[Moment]) -> dict[str, Any]:
-    """Figures of one option.
+def compare(policy: Policy, calls: Sequence[PolicyCall]) -> dict[str, Any]:
+    """Figures of one option beside the plain policy's calls.
 
     Returns:
-      bytes of the parameters, mean milliseconds of a call by wall and processor, the share of
-      calls whose tokens are all those of the plain policy, and the share of equal tokens.
+      bytes of the parameters, mean milliseconds of a call, the share of calls whose tokens are all
+      those of the plain policy, and the share of equal tokens.
     """
-    chosen, times = repeat(policy, moments)
-    pairs = [(ids, moment.ids) for ids, moment in zip(chosen, moments)]
-    right = sum(int(np.sum(a[: len(b)] == b[: len(a)])) for a, b in pairs)
+    chosen, times = repeat(policy, calls)
+    pairs = [(ids, call.ids) for ids, call in zip(chosen, calls)]
+    equal = sum(int(np.sum(a[: len(b)] == b[: len(a)])) for a, b in pairs)
     return {
         "bytes": int8.num_bytes(policy.loaded.params),
         "ms per call": 1e3 * float(np.mean([t.wall for t in times])),
         "processor ms": 1e3 * float(np.mean([t.processor for t in times])),
         "equal chunks %": 100 * float(np.mean([np.array_equal(a, b) for a, b in pairs])),
-        "equal tokens %": 100 * right / sum(len(b) for _, b in pairs),
+        "equal tokens %": 100 * equal / sum(len(b) for _, b in pairs),
     }
 
 
@@ -99,22 +98,21 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    plain = Policy.load(CHECKPOINT.value)
-    moments = record(plain, EPISODES.value, FIRST.value)
+    plain, block = Policy.load(CHECKPOINT.value), SPECULATIVE_BLOCK.value
+    calls = record(plain, EPISODES.value, FIRST_SEED.value)
     policies = {
         "plain": plain,
         "int8": Policy.load(CHECKPOINT.value, int8=True),
-        f"speculative_block={SPECULATIVE_BLOCK.value}": Policy.load(
-            CHECKPOINT.value, speculative_block=SPECULATIVE_BLOCK.value
-        ),
+        f"speculative {block}": Policy.load(CHECKPOINT.value, speculative_block=block),
     }
-    found = {name: compare(policy, moments) for name, policy in policies.items()}
-    rows = [
-        [n, *(f"{v:,}" if type(v) is int else f"{v:.2f}" for v in f.values())]
-        for n, f in found.items()
-    ]
-    print(format_table([[f"{len(moments)} calls", *found["plain"]], *rows]))
-    save({"calls": len(moments), **found})
+    figures = {name: compare(policy, calls) for name, policy in policies.items()}
+    print_cases(
+        [
+            {f"{len(calls)} calls": name, **{key: round(value, 2) for key, value in own.items()}}
+            for name, own in figures.items()
+        ]
+    )
+    save({"calls": len(calls), **figures})
 
 
 if __name__ == "__main__":

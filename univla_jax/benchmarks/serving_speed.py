@@ -1,16 +1,19 @@
-"""Many robots at one server: answers per second, waiting times, and whether histories mix.
+"""Answers per second and waiting times of many robots at one policy server.
 
     python -m univla_jax.benchmarks.serving_speed [--checkpoint=WORKDIR] [--clients=8]
         [--requests=200] [--compared=20] [--turns=2] [--json=FILE]
+    python -m univla_jax.benchmarks.serving_speed --clients=4 --requests=4 --compared=2 \\
+        --turns=1                                                               # quick
 
-Each robot has frames, an instruction and episodes of its own (``robots.py``); all run in a second
-process and ask again as soon as they have their answer. Every answer is compared with that of the
-policy alone with this robot. The first ``--compared`` requests of each are then sent again by
-turns to a server that answers in batches and to one that answers one by one.
+Each robot has random frames, an instruction and episodes of its own; all run in a second process
+and send a request as soon as they have their answer. Every answer is compared with that of the
+policy alone with this robot. The first ``--compared`` requests of each are then sent again,
+alternately to a server that answers in batches and to one that answers one by one.
 
-Batching pays where a call is bound by reading the weights, as choosing tokens is; reading a prompt
-is bound by arithmetic. Without ``--checkpoint`` the policy has random weights around the decoder of
-``benchmarks.decode`` (110 MB read per token), prompts of about 100 tokens and chunks of about 15.
+Batching pays where a call is bound by reading the weights, as decoding is; prefill is bound by
+arithmetic. Without ``--checkpoint`` the policy has random weights around the decoder of
+``benchmarks.decode_speed`` (110 MB read per token), prompts of about 100 tokens and chunks of about
+15.
 """
 
 from __future__ import annotations
@@ -18,43 +21,145 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
-import functools
 import multiprocessing
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags, logging
+from websockets.asyncio.client import ClientConnection, connect
 
 from univla_jax import cli
-from univla_jax.benchmarks import robots
-from univla_jax.benchmarks.measure import compilations, resident_megabytes, save, timed
-from univla_jax.benchmarks.robots import Load
+from univla_jax.benchmarks.measure import (
+    compilations,
+    print_figures,
+    resident_megabytes,
+    save,
+    timed,
+)
 from univla_jax.benchmarks.synthetic import random_policy
-from univla_jax.cli import format_table
-from univla_jax.episode import ActionChunk
+from univla_jax.episode import ActionChunk, Observation
 from univla_jax.inference.policy import Policy
-from univla_jax.serving import startup
+from univla_jax.serving import protocol, startup, wire
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 CHECKPOINT = cli.string_flag(
     "checkpoint", "policy checkpoint, or the workdir of its training", required=False
 )
 PRESET = cli.string_flag("preset", "decoder of the policy without checkpoint", default="small")
-CLIENTS = flags.DEFINE_integer("clients", 8, "robots")
-REQUESTS = flags.DEFINE_integer("requests", 200, "requests of each")
-COMPARED = flags.DEFINE_integer("compared", 20, "requests of each that are sent one at a time too")
-TURNS = flags.DEFINE_integer("turns", 2, "how often both servers are compared")
+CLIENTS = flags.DEFINE_integer("clients", 8, "Robots")
+REQUESTS = flags.DEFINE_integer("requests", 200, "Requests of each")
+COMPARED = flags.DEFINE_integer("compared", 20, "Requests of each that are sent one at a time too")
+TURNS = flags.DEFINE_integer("turns", 2, "How often both servers are compared")
 
 
-def alone(policy: Policy, robot: int, requests: int) -> list[ActionChunk]:
+_EPISODE = 10  # requests
+_TIMEOUT = 600.0  # seconds for one answer
+
+# ----------------------------------------------------------------------------
+# Robots: this part runs in the second process.
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What all robots got in one run.
+
+    Attributes:
+      seconds: from the first request to the last answer.
+      waits: seconds each answer took, over all robots.
+      chunks: per robot, its action chunks in order.
+      timings: per answer, the milliseconds of the policy's call by part.
+      processor: seconds of all threads of the server's process.
+    """
+
+    seconds: float
+    waits: np.ndarray
+    chunks: list[list[ActionChunk]]
+    timings: list[dict[str, float]]
+    processor: float = 0.0
+
+
+def observe(example: Observation, robot: int, number: int) -> Observation:
+    """What a robot sends with its ``number``-th request: ``example`` with random frames."""
+    rng = np.random.default_rng([robot, number])
+    frames = {v: rng.integers(0, 256, f.shape, np.uint8) for v, f in example.frames.items()}
+    return dataclasses.replace(example, instruction=f"task {robot}", frames=frames)
+
+
+def starts_episode(robot: int, number: int) -> bool:
+    """Whether a robot's episode starts with this request."""
+    return number == 0 or (number + robot) % _EPISODE == 0
+
+
+def drive(port: int, example: Observation, robots: int, requests: int) -> Answers:
+    """Sends the requests of all robots to this machine's ``port`` until each has its answers.
+
+    Raises:
+      RuntimeError: a request was refused.
+    """
+    return asyncio.run(_drive(port, example, robots, requests))
+
+
+async def _drive(port: int, example: Observation, robots: int, requests: int) -> Answers:
+    messages = [[_message(example, i, n) for n in range(requests)] for i in range(robots)]
+    address, limits = f"ws://127.0.0.1:{port}", {"compression": None, "max_size": None}
+    connections = [await connect(address, **limits) for _ in messages]
+    for connection in connections:
+        await connection.recv()  # the server's metadata
+    start = time.perf_counter()
+    results = await asyncio.gather(*map(_robot, connections, messages))
+    seconds = time.perf_counter() - start
+    for connection in connections:
+        await connection.close()
+    waits = np.array([wait for waits, _ in results for wait in waits])
+    replies = [[wire.unpack(reply) for reply in replies] for _, replies in results]
+    return Answers(
+        seconds,
+        waits,
+        [[_chunk(reply) for reply in own] for own in replies],
+        [reply["policy_timing"] for own in replies for reply in own],
+    )
+
+
+def _message(example: Observation, robot: int, number: int) -> bytes:
+    request = protocol.request_message(observe(example, robot, number))
+    return wire.pack(request | {"reset": starts_episode(robot, number)})
+
+
+async def _robot(
+    connection: ClientConnection, messages: list[bytes]
+) -> tuple[list[float], list[bytes]]:
+    """One robot's requests, one after the other: seconds waited for each, and the replies."""
+    waits, replies = [], []
+    for message in messages:
+        start = time.perf_counter()
+        await connection.send(message)
+        reply = await asyncio.wait_for(connection.recv(), _TIMEOUT)
+        waits.append(time.perf_counter() - start)
+        if isinstance(reply, str):
+            raise RuntimeError(f"the server refused a request: {reply}")
+        replies.append(reply)
+    return waits, replies
+
+
+def _chunk(reply: dict[str, Any]) -> ActionChunk:
+    reason = reply["actions_invalid_reason"]
+    return ActionChunk(reply["actions"], reply["actions_valid"], reason)
+
+
+# ----------------------------------------------------------------------------
+# The server, and the policy alone.
+
+
+def answers_alone(policy: Policy, robot: int, requests: int) -> list[ActionChunk]:
     """What the policy answers to one robot when there is no other."""
     chunks: list[ActionChunk] = []
     example = policy.example()
     for number in range(requests):
-        if robots.begins(robot, number):
+        if starts_episode(robot, number):
             session = policy.start()
-        chunks += policy.act([robots.observe(example, robot, number)], [session])
+        chunks += policy.act([observe(example, robot, number)], [session])
     return chunks
 
 
@@ -62,8 +167,13 @@ class Fleet:
     """Robots in a process of their own; a context that ends it."""
 
     def __init__(self, robots: int) -> None:
-        """So many robots."""
+        """Starts no process yet.
+
+        Args:
+          robots: how many.
+        """
         self._robots = robots
+        # Spawned, not forked: a fork of a process with XLA's threads may hang.
         spawn = multiprocessing.get_context("spawn")
         self._process = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
 
@@ -73,84 +183,85 @@ class Fleet:
     def __exit__(self, *error: object) -> None:
         self._process.shutdown()
 
-    def load(self, policy: Policy, requests: int, **config: Any) -> Load:
+    def run(self, policy: Policy, requests: int, *, max_batch: int) -> Answers:
         """Serves the policy to all robots until each got so many answers."""
-        run = functools.partial(self._load, policy, requests, ServerConfig(port=0, **config))
-        load, spent = timed(lambda: asyncio.run(run()))
-        return dataclasses.replace(load, processor=spent.processor)
+        serve = self._serve(policy, requests, ServerConfig(port=0, max_batch=max_batch))
+        answers, spent = timed(lambda: asyncio.run(serve))
+        return dataclasses.replace(answers, processor=spent.processor)
 
-    async def _load(self, policy: Policy, requests: int, config: ServerConfig) -> Load:
+    async def _serve(self, policy: Policy, requests: int, config: ServerConfig) -> Answers:
         server = PolicyServer(policy, config, metadata={})
         stop, up = asyncio.Event(), asyncio.Event()
         serving = asyncio.create_task(server.run(stop, up.set))
         await up.wait()
-        loop = asyncio.get_running_loop()
         arguments = server.port, policy.example(), self._robots, requests
         try:
-            return await loop.run_in_executor(self._process, robots.drive, *arguments)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._process, drive, *arguments)
         finally:
             stop.set()
             await serving
 
 
-def mixed_up(load: Load, expected: Sequence[Sequence[ActionChunk]]) -> int:
-    """How many answers differ from those of the policy alone with the robot."""
-    pairs = [(a, b) for got, want in zip(load.answers, expected) for a, b in zip(got, want)]
-    equal = [np.array_equal(a.actions, b.actions) and a.reason == b.reason for a, b in pairs]
-    return len(pairs) - sum(equal)
-
-
-def figures(
+def measure(
     policy: Policy, clients: int, requests: int, compared: int, turns: int
 ) -> dict[str, Any]:
-    """Everything the command prints."""
+    """All figures.
+
+    Args:
+      policy: served.
+      clients: number of robots.
+      requests: of each robot, answered in batches.
+      compared: of each robot, answered in batches and one by one.
+      turns: how often both are compared.
+    """
     startup.warmup(policy, clients, lambda message: None)
     compiled = compilations()
     before = len(compiled)
-    expected = [alone(policy, robot, requests) for robot in range(clients)]
-    held = resident_megabytes()
-    phases: dict[int, list[Load]] = {clients: [], 1: []}
+    expected = [answers_alone(policy, robot, requests) for robot in range(clients)]
+    memory = resident_megabytes()
+    batched: list[Answers] = []
+    single: list[Answers] = []
     with Fleet(clients) as fleet:
-        whole = fleet.load(policy, requests, max_batch=clients)
-        after = resident_megabytes()
+        whole = fleet.run(policy, requests, max_batch=clients)
+        memory_after = resident_megabytes()
         for _ in range(turns):
-            for rows, loads in phases.items():
-                loads.append(fleet.load(policy, compared, max_batch=rows))
+            batched.append(fleet.run(policy, compared, max_batch=clients))
+            single.append(fleet.run(policy, compared, max_batch=1))
+    together, one = _summary(batched, expected), _summary(single, expected)
     return {
         "compiled_while_serving": len(compiled) - before,
-        "resident_mb_before": held,
-        "resident_mb_after": after,
+        "resident_mb_before": memory,
+        "resident_mb_after": memory_after,
         **_summary([whole], expected),
-        **_comparison(phases[clients], phases[1], expected),
+        **{f"together_{name}": value for name, value in together.items()},
+        **{f"one_at_a_time_{name}": value for name, value in one.items()},
+        "times_faster": together["answers_per_second"] / one["answers_per_second"],
+        "times_less_processor": one["processor_ms_per_answer"]
+        / together["processor_ms_per_answer"],
     }
 
 
-def _comparison(
-    together: Sequence[Load], single: Sequence[Load], expected: Sequence[Sequence[ActionChunk]]
-) -> dict[str, Any]:
-    """Both ways of answering in the same requests, and how many times better the first is."""
-    ways = {"together_": _summary(together, expected), "one_at_a_time_": _summary(single, expected)}
-    found = {way + key: value for way, summary in ways.items() for key, value in summary.items()}
-    batch, one = ways.values()
-    return found | {
-        "times_faster": batch["answers_per_second"] / one["answers_per_second"],
-        "times_less_processor": one["processor_ms_per_answer"] / batch["processor_ms_per_answer"],
-    }
-
-
-def _summary(loads: Sequence[Load], expected: Sequence[Sequence[ActionChunk]]) -> dict[str, Any]:
-    answers = sum(len(chunks) for load in loads for chunks in load.answers)
-    waits = 1e3 * np.concatenate([load.waits for load in loads])
-    calls = [call for load in loads for call in load.calls]
+def _summary(runs: Sequence[Answers], expected: Sequence[Sequence[ActionChunk]]) -> dict[str, Any]:
+    count = sum(len(chunks) for run in runs for chunks in run.chunks)
+    waits = 1e3 * np.concatenate([run.waits for run in runs])
+    timings = [timing for run in runs for timing in run.timings]
     return {
-        "answers": answers,
-        "differing_from_solo": sum(mixed_up(load, expected) for load in loads),
+        "answers": count,
+        "differing_from_solo": sum(_num_differing(run, expected) for run in runs),
         "p50_ms": float(np.quantile(waits, 0.5)),
         "p95_ms": float(np.quantile(waits, 0.95)),
-        "answers_per_second": answers / sum(load.seconds for load in loads),
-        "processor_ms_per_answer": 1e3 * sum(load.processor for load in loads) / answers,
-        **{f"call_{part}": float(np.mean([call[part] for call in calls])) for part in calls[0]},
+        "answers_per_second": count / sum(run.seconds for run in runs),
+        "processor_ms_per_answer": 1e3 * sum(run.processor for run in runs) / count,
+        **{f"call_{part}": float(np.mean([t[part] for t in timings])) for part in timings[0]},
     }
+
+
+def _num_differing(run: Answers, expected: Sequence[Sequence[ActionChunk]]) -> int:
+    """How many answers differ from those of the policy alone with the robot."""
+    pairs = [(a, b) for got, want in zip(run.chunks, expected) for a, b in zip(got, want)]
+    equal = [np.array_equal(a.actions, b.actions) and a.reason == b.reason for a, b in pairs]
+    return len(pairs) - sum(equal)
 
 
 def main(argv: list[str]) -> None:
@@ -158,9 +269,8 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     policy = Policy.load(CHECKPOINT.value) if CHECKPOINT.value else random_policy(PRESET.value)
-    found = figures(policy, CLIENTS.value, REQUESTS.value, COMPARED.value, TURNS.value)
-    rows = [[n, f"{v:,.2f}" if isinstance(v, float) else f"{v:,}"] for n, v in found.items()]
-    print(format_table([["serving", ""], *rows]))
+    found = measure(policy, CLIENTS.value, REQUESTS.value, COMPARED.value, TURNS.value)
+    print_figures("serving", found)
     save(found)
 
 

@@ -1,19 +1,18 @@
-"""One training step beside that of transformers' Emu3 in PyTorch: same weights and batch, one run.
+"""Time of one training step, beside the same step of transformers' Emu3 in PyTorch.
 
     python -m univla_jax.benchmarks.training_speed [--steps=3] [--json=FILE]
+    python -m univla_jax.benchmarks.training_speed --length=64 --labeled=0.05 --steps=1    # quick
+    python -m univla_jax.benchmarks.training_speed --nopeer                     # without PyTorch
 
 Decoder: hidden 512, 8 layers, 8 heads (2 of keys), mlp 1,792, vocabulary 184,622; batch 2 x 512 in
-float32 on the CPU. A step is forward, backward, clipping and AdamW on both sides; the steps take
-turns, so that what else the machine does hits both alike. Once every token is labeled, once 5 %.
-Needs ``pip install 'univla_jax[parity]'``. The times are medians; the processor time of all threads
-is given beside the clock because it does not depend on other programs.
+float32 on the CPU. A step is forward, backward, clipping and AdamW on both sides, from the same
+weights on the same batch, once with all tokens labeled and once with 5 %. The steps alternate, so
+that what else the machine does slows both alike; the times are medians.
+The peer needs ``pip install 'univla_jax[parity]'``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,8 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import save
-from univla_jax.cli import format_table
-from univla_jax.interop.hf_weights import decoder_rules, export_state
+from univla_jax.benchmarks.measure import Elapsed, median, print_cases, save, timed
+from univla_jax.benchmarks.transformers_peer import PEER, emu3_decoder, import_peer
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences.tokens import Role
@@ -34,93 +32,64 @@ from univla_jax.training.optimizer import OptimizerConfig
 from univla_jax.training.sharding import MeshConfig, make_mesh, to_global
 from univla_jax.training.train_config import LossConfig, ModelConfig, TrainConfig
 
+PRESET = cli.string_flag("preset", "decoder", default="small")
+LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a sequence")
+LABELED = flags.DEFINE_list("labeled", ["1", "0.05"], "Shares of the tokens that are labeled")
 STEPS = flags.DEFINE_integer("steps", 3, "Timed steps of each side, after one that compiles")
 
-ROWS, LENGTH, SPARSE = 2, 512, 0.05
+BATCH_SIZE = 2
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, min_learning_rate=1e-5, warmup_steps=0)
-IGNORED = -100  # label of a position without one, in transformers
+UNLABELED = -100  # label of a position without one, in transformers
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of one step.
-
-    Attributes:
-      clock: by the clock.
-      processor: of all threads.
-      loss: of the step.
-    """
-
-    clock: float
-    processor: float
-    loss: float
-
-
-def batch(share: float, seed: int = 0) -> Batch:
-    """Random tokens, ``share`` of which are labeled."""
+def random_batch(labeled: float, length: int, seed: int = 0) -> Batch:
+    """Random tokens [B, S], a share of which are actions and therefore labeled."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, Vocabulary.emu3().pad, (ROWS, LENGTH)).astype(np.int32)
-    roles = np.full((ROWS, LENGTH), Role.TEXT, np.uint8)
-    count = round(share * (LENGTH - 1))
+    shape = (BATCH_SIZE, length)
+    tokens = rng.integers(0, Vocabulary.emu3().pad, shape).astype(np.int32)
+    roles = np.full(shape, Role.TEXT, np.uint8)
     for element in roles:
-        element[1 + rng.choice(LENGTH - 1, count, replace=False)] = Role.ACTION
-    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+        positions = rng.choice(length - 1, round(labeled * (length - 1)), replace=False)
+        element[1 + positions] = Role.ACTION
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     return Batch(tokens, roles, np.zeros_like(roles), positions, np.ones_like(tokens))
 
 
-def our_run(share: float) -> TrainSetup:
-    """The train step as the train command builds it."""
+def make_setup(labeled: float, length: int, preset: str) -> TrainSetup:
+    """The train step as the train command builds it, on one device."""
     overrides = {"dtype": "float32", "dropout": 0.0, "remat": "none", "scan_unroll": 8}
-    labeled = 0 if share == 1 else round(share * LENGTH) + 1
     config = TrainConfig(
         total_steps=1000,
-        model=ModelConfig("small", overrides),
-        data=DataConfig(stores=(), task="policy_video", sequence_length=LENGTH, batch_size=ROWS),
+        model=ModelConfig(preset, overrides),
+        data=DataConfig(
+            stores=(), task="policy_video", sequence_length=length, batch_size=BATCH_SIZE
+        ),
         optimizer=OPTIMIZER,
-        loss=LossConfig(max_labeled=labeled),
+        loss=LossConfig(max_labeled=0 if labeled == 1 else round(labeled * length) + 1),
         mesh=MeshConfig(fsdp=1),
     )
     return TrainSetup.build(config, Vocabulary.emu3(), make_mesh(config.mesh, jax.devices()[:1]))
 
 
-def our_step(run: TrainSetup, data: Batch) -> tuple[Callable[[], float], dict[str, np.ndarray]]:
-    """A function that runs one step and returns its loss; and the weights before the first."""
-    state, step = run.new_state(), run.train_step()
-    weights = export_state(decoder_rules(run.model.config), jax.device_get(state.params))
-    arrays = to_global(data, run.batch_sharding)
+def our_step(setup: TrainSetup, batch: Batch) -> tuple[Callable[[], float], Any]:
+    """A function that runs one step and returns its loss, and the weights before the first."""
+    state, step = setup.new_state(), setup.train_step()
+    params = jax.device_get(state.params)
+    arrays = to_global(batch, setup.batch_sharding)
 
-    def once() -> float:
+    def run() -> float:
         nonlocal state
         state, metrics = step(state, arrays)
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
-    return once, weights
+    return run, params
 
 
-def their_step(run: TrainSetup, weights: dict[str, np.ndarray], data: Batch) -> Callable[[], float]:
+def peer_step(setup: TrainSetup, params: Any, batch: Batch) -> Callable[[], float]:
     """The same step of transformers' ``Emu3ForCausalLM``."""
-    import torch
-    import transformers
-
-    decoder = run.model.config
-    model = transformers.Emu3ForCausalLM(
-        transformers.Emu3TextConfig(
-            vocab_size=decoder.vocab_size,
-            hidden_size=decoder.hidden_size,
-            intermediate_size=decoder.mlp_size,
-            num_hidden_layers=decoder.num_layers,
-            num_attention_heads=decoder.num_heads,
-            num_key_value_heads=decoder.num_kv_heads,
-            rope_parameters={"rope_theta": decoder.rope_theta, "rope_type": "default"},
-            rms_norm_eps=decoder.rms_eps,
-            pad_token_id=decoder.pad_id,
-            attention_dropout=0.0,
-            use_cache=False,
-        )
-    )
-    model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
-    model.train()
+    torch, _ = import_peer()
+    model = emu3_decoder(setup.model.config, params).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=OPTIMIZER.learning_rate,
@@ -129,64 +98,64 @@ def their_step(run: TrainSetup, weights: dict[str, np.ndarray], data: Batch) -> 
         weight_decay=OPTIMIZER.weight_decay,
         fused=True,
     )
-    tokens = torch.tensor(data.tokens, dtype=torch.long)
-    labels = torch.where(torch.tensor(data.roles) == Role.ACTION, tokens, IGNORED)
+    tokens = torch.tensor(batch.tokens, dtype=torch.long)
+    labels = torch.where(torch.tensor(batch.roles) == Role.ACTION, tokens, UNLABELED)
 
-    def once() -> float:
+    def run() -> float:
         optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=labels).loss
+        loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
         optimizer.step()
         return loss.item()
 
-    return once
+    return run
 
 
-def timed(step: Callable[[], float]) -> Timing:
-    """Runs one step."""
-    clock, processor = time.perf_counter(), time.process_time()
-    loss = step()
-    return Timing(time.perf_counter() - clock, time.process_time() - processor, loss)
+def compare(
+    labeled: float, steps: int, *, preset: str, length: int, peer: bool = True
+) -> dict[str, Any]:
+    """Seconds of a step on both sides, and their losses of the first one, with equal weights.
 
-
-def compare(share: float, steps: int) -> dict[str, Any]:
-    """Medians of both sides, and their losses of the first step, where the weights are equal."""
-    run, data = our_run(share), batch(share)
-    ours, weights = our_step(run, data)
-    theirs = their_step(run, weights, data)
-    del weights
-    first = timed(ours).loss, timed(theirs).loss
-    pairs = [(timed(ours), timed(theirs)) for _ in range(steps)]
-    median = lambda side, what: statistics.median(getattr(p[side], what) for p in pairs)  # noqa: E731
-    result = {"labeled": share, "loss": first[0], "their_loss": first[1]}
-    for what in ("clock", "processor"):
-        result[f"{what}_seconds"] = median(0, what)
-        result[f"their_{what}_seconds"] = median(1, what)
-        result[f"{what}_ratio"] = median(1, what) / median(0, what)
-    return result
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The figures in a few lines."""
-    heads = ["labeled", "ours s", "torch s", "faster", "ours cpu s", "torch cpu s", "faster"]
-    rows = [[*heads, "loss", "torch loss"]]
-    for r in results:
-        cells = [f"{r['labeled']:.0%}"]
-        for what in ("clock", "processor"):
-            cells += [f"{r[f'{what}_seconds']:.2f}", f"{r[f'their_{what}_seconds']:.2f}"]
-            cells.append(f"{r[f'{what}_ratio']:.2f} x")
-        rows.append([*cells, f"{r['loss']:.5f}", f"{r['their_loss']:.5f}"])
-    return format_table(rows)
+    Args:
+      labeled: share of the tokens.
+      steps: timed on each side.
+      preset: of the decoder.
+      length: tokens of a sequence.
+      peer: whether transformers runs too.
+    """
+    setup, batch = make_setup(labeled, length, preset), random_batch(labeled, length)
+    ours, params = our_step(setup, batch)
+    sides = {"ours": ours, **({"torch": peer_step(setup, params, batch)} if peer else {})}
+    del params
+    losses = {name: step() for name, step in sides.items()}  # compiles as well
+    times: dict[str, list[Elapsed]] = {name: [] for name in sides}
+    for _ in range(steps):
+        for name, step in sides.items():
+            times[name].append(timed(step)[1])
+    figures: dict[str, Any] = {"labeled": f"{labeled:.0%}"}
+    for name in sides:
+        spent = median(times[name])
+        figures |= {
+            f"{name} s": round(spent.wall, 3),
+            f"{name} processor s": round(spent.processor, 3),
+            f"{name} loss": round(losses[name], 5),
+        }
+    if peer:
+        own, other = median(times["ours"]), median(times["torch"])
+        figures["times faster"] = round(other.wall / own.wall, 2)
+        figures["times less processor"] = round(other.processor / own.processor, 2)
+    return figures
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    results = [compare(share, STEPS.value) for share in (1.0, SPARSE)]
-    print(table(results))
-    save(results)
+    sizes = {"preset": PRESET.value, "length": LENGTH.value, "peer": PEER.value}
+    cases = [compare(float(labeled), STEPS.value, **sizes) for labeled in LABELED.value]
+    print_cases(cases)
+    save(cases)
 
 
 if __name__ == "__main__":

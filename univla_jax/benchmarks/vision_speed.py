@@ -1,13 +1,13 @@
-"""Frames per second of the vision tokenizer's encoder beside that of transformers, in one run.
+"""Frames per second of the vision tokenizer's encoder, beside that of transformers.
 
     python -m univla_jax.benchmarks.vision_speed [--presets=quickstart,emu3] [--size=200]
-        [--batch=64,4] [--repeats=3] [--json=FILE]      # needs the extra [parity]
+        [--batch=64,4] [--repeats=3] [--json=FILE]
+    python -m univla_jax.benchmarks.vision_speed --nopeer                       # without PyTorch
 
-Both encode the same random frames with random weights of the same widths (``Emu3VQVAE`` has 32
-groups in its norms; for the quickstart's narrow layers it is given ours), on the same processor
-with as many threads, and in turns: 64 frames per call, as ``tokenize_dataset`` hands them over, and
-4 of the large preset, of which the peer computes every frame four times. Compilation is not
-counted. The processor's time is compared as well, which other work on the machine disturbs less.
+Both encode the same random frames with random weights of the same widths on the same cores, in
+turns: 64 frames per call, as ``tokenize_dataset`` does, and 4 of the large preset, of which the
+peer computes every frame four times. Compilation is not counted; every figure is the best of
+``--repeats``. The peer needs ``pip install 'univla_jax[parity]'``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from absl import flags
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import best, save, timed
-from univla_jax.cli import format_table
+from univla_jax.benchmarks.measure import Elapsed, fastest, print_cases, save, timed
+from univla_jax.benchmarks.transformers_peer import PEER, import_peer
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision import PRESETS, VisionConfig, VisionTokenizer
 from univla_jax.tokenizers.vision_vq import init_variables
@@ -30,7 +30,9 @@ from univla_jax.tokenizers.vision_vq import init_variables
 PRESET_NAMES = flags.DEFINE_list("presets", ["quickstart", "emu3"], "Presets to measure")
 SIZE = flags.DEFINE_integer("size", 200, "Height and width of the frames in pixels")
 BATCH = flags.DEFINE_list("batch", ["64", "4"], "Frames per call, one number for each preset")
-REPEATS = flags.DEFINE_integer("repeats", 3, "Calls of each; the fastest counts")
+REPEATS = flags.DEFINE_integer(
+    "repeats", 3, "Calls of each; the fastest counts", allow_override=True
+)
 
 
 def main(argv: list[str]) -> None:
@@ -42,47 +44,56 @@ def main(argv: list[str]) -> None:
     batches = [int(text) for text in BATCH.value]
     if len(batches) != len(PRESET_NAMES.value):
         raise UserError(f"--batch: {len(batches)} numbers for {len(PRESET_NAMES.value)} presets")
-    cases = zip(PRESET_NAMES.value, batches)
-    rows = [compare(name, SIZE.value, batch, REPEATS.value) for name, batch in cases]
-    print(format_table([list(rows[0]), *(list(row.values()) for row in rows)]))
-    save(rows)
+    pairs = zip(PRESET_NAMES.value, batches)
+    sizes = {"size": SIZE.value, "repeats": REPEATS.value, "peer": PEER.value}
+    cases = [compare(preset, batch=batch, **sizes) for preset, batch in pairs]
+    print_cases(cases)
+    save(cases)
 
 
-def compare(preset: str, size: int, batch: int, repeats: int) -> dict[str, Any]:
-    """Frames per second of both encoders at one preset."""
+def compare(
+    preset: str, *, size: int, batch: int, repeats: int, peer: bool = True
+) -> dict[str, Any]:
+    """Frames per second of both encoders at one preset.
+
+    Args:
+      preset: of the tokenizer.
+      size: height and width of the frames in pixels.
+      batch: frames per call.
+      repeats: calls of each.
+      peer: whether transformers runs too.
+    """
     config = PRESETS[preset]
     frames = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
     tokenizer = VisionTokenizer(config, init_variables(config, seed=0))
-    calls = {
-        "univla_jax frames/s": lambda: tokenizer.encode_frames(frames),
-        "transformers frames/s": peer(config, frames),
-    }
+    calls = {"univla_jax frames/s": lambda: tokenizer.encode_frames(frames)}
+    if peer:
+        calls["transformers frames/s"] = peer_encoder(config, frames)
     shapes = {name: np.shape(call()) for name, call in calls.items()}  # compiles and warms up
     if len({int(np.prod(shape)) for shape in shapes.values()}) > 1:
         raise UserError(f"the encoders disagree on the number of codes: {shapes}")
-    spent = {name: [] for name in calls}
+    times: dict[str, list[Elapsed]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            spent[name].append(timed(call)[1])
-    ours, theirs = (best(times) for times in spent.values())
-    return {
-        "preset": preset,
-        "frames per call": batch,
-        **{name: round(batch / best(times).wall, 3) for name, times in spent.items()},
-        "times": round(theirs.wall / ours.wall, 2),
-        "times by processor": round(theirs.processor / ours.processor, 2),
-    }
+            times[name].append(timed(call)[1])
+    figures = {"preset": preset, "frames per call": batch}
+    figures |= {name: round(batch / fastest(own).wall, 3) for name, own in times.items()}
+    if peer:
+        ours, theirs = (fastest(own) for own in times.values())
+        figures["times faster"] = round(theirs.wall / ours.wall, 2)
+        figures["times less processor"] = round(theirs.processor / ours.processor, 2)
+    return figures
 
 
-def peer(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.ndarray]:
-    """A call that encodes ``frames`` with transformers' Emu3VQVAE of the same widths."""
-    try:
-        import torch
-        from transformers import Emu3VQVAE, Emu3VQVAEConfig
-    except ImportError as error:
-        raise UserError("the comparison needs pip install 'univla_jax[parity]'") from error
+def peer_encoder(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.ndarray]:
+    """A call that encodes ``frames`` with transformers' ``Emu3VQVAE`` of the same widths.
+
+    Raises:
+      UserError: transformers or torch are not installed.
+    """
+    torch, transformers = import_peer()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    settings = Emu3VQVAEConfig(
+    settings = transformers.Emu3VQVAEConfig(
         codebook_size=config.codebook_size,
         embed_dim=config.embed_dim,
         latent_channels=config.z_channels,
@@ -93,8 +104,8 @@ def peer(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.ndarray]:
         attn_resolutions=list(config.attn_resolutions),
         hidden_size=config.ch * config.ch_mult[-1],
     )
-    with _groups(torch, config.num_groups):
-        model = Emu3VQVAE(settings).eval()
+    with _group_norms(torch, config.num_groups):
+        model = transformers.Emu3VQVAE(settings).eval()
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     sizes = torch.tensor([frames.shape[1:3]] * len(frames))
 
@@ -108,14 +119,16 @@ def peer(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 @contextlib.contextmanager
-def _groups(torch: Any, count: int) -> Iterator[None]:
-    """Every group norm made inside has ``count`` groups."""
+def _group_norms(torch: Any, num_groups: int) -> Iterator[None]:
+    """Gives every group norm made inside ``num_groups`` groups.
+
+    ``Emu3VQVAE`` has 32 groups written into its layers, more than the channels of our small preset.
+    """
     real = torch.nn.GroupNorm
 
     class Norm(real):
-        def __init__(self, num_groups: int, num_channels: int, **options: Any) -> None:
-            del num_groups
-            super().__init__(count, num_channels, **options)
+        def __init__(self, _: int, num_channels: int, **options: Any) -> None:
+            super().__init__(num_groups, num_channels, **options)
 
     torch.nn.GroupNorm = Norm
     try:
