@@ -100,7 +100,7 @@ def test_rows_follow_their_latents_and_dead_ones_move():
         sums=jnp.array([[2.0], [4.0], [3.0]]),
     )
     latents, codes = jnp.array([[5.0], [7.0]]), jnp.array([0, 0])
-    codebook, counts, sums, dead = vision_training._follow(
+    codebook, counts, sums, dead = vision_training.update_codebook(
         loss, state, latents, codes, jax.random.key(0)
     )
     # row 0: (2 + 2) / 2 latents of sum (2 + 12) / 2; rows 1 and 2 fall to 0.2 and 0.25
