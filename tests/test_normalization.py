@@ -1,4 +1,4 @@
-"""Action statistics: golden group 8, properties, mistakes."""
+"""Action statistics and normalization: parity (group 8), properties, mistakes; windows."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def test_streaming_ignores_the_cut_into_batches(rows, size):
     streamed = normalization.stream_statistics(
         lambda: (rows[i : i + size] for i in range(0, len(rows), size))
     )
-    whole = normalization.RunningStatistics()
-    whole.update(rows)
-    whole = whole.statistics()
+    whole = normalization.stream_statistics(lambda: [rows])
     np.testing.assert_allclose(streamed.mean, rows.mean(0), atol=1e-9)
     np.testing.assert_allclose(streamed.std, rows.std(0), atol=1e-5)
     assert (streamed.q01, streamed.q99) == (whole.q01, whole.q99)
@@ -48,9 +46,7 @@ def test_streaming_ignores_the_cut_into_batches(rows, size):
 @hypothesis.given(BATCHES)
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_normalizing_is_bounded_and_undone_between_the_quantiles(rows):
-    running = normalization.RunningStatistics()
-    running.update(rows)
-    statistics = running.statistics()
+    statistics = normalization.stream_statistics(lambda: [rows])
     normalized = statistics.normalize(rows)
     assert np.abs(normalized).max() <= 1
     low, high = np.asarray(statistics.q01), np.asarray(statistics.q99)
@@ -74,7 +70,7 @@ def test_broken_statistics_are_refused(change, message):
 
 
 def test_wrong_batches_are_refused():
-    running = normalization.RunningStatistics()
+    running = normalization.RunningStatistics(np.zeros(3), np.ones(3))
     running.update(np.zeros((1, 3)))
     with pytest.raises(UserError, match="at least 2"):
         running.statistics()
@@ -83,7 +79,9 @@ def test_wrong_batches_are_refused():
     with pytest.raises(UserError, match="not finite"):
         running.update(np.full((1, 3), np.nan))
     with pytest.raises(UserError, match="beyond"):
-        normalization.RunningStatistics((np.zeros(1), np.ones(1))).update(np.full((2, 1), 2.0))
+        running.update(np.full((2, 3), 2.0))
+    with pytest.raises(UserError, match="at least 2"):
+        normalization.stream_statistics(list)
     with pytest.raises(UserError, match="2 dimensions"):
         normalization.ActionStatistics((0, 0), (1, 1), (0, 0), (1, 1)).normalize(np.zeros((4, 3)))
 

@@ -32,8 +32,8 @@ from univla_jax.simulators.tabletop import tabletop_expert
 from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import load_text_tokenizer
-from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import init_variables
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import VisionConfig, init_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 BEFORE = REPOSITORY / "tests" / "fixtures" / "before"

@@ -1,6 +1,6 @@
-"""Action statistics and normalization.
+"""Statistics of actions and states, and normalization with them.
 
-Axes: N rows, A action dimensions.
+Axes: N steps, T steps of a chunk, A action dimensions.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _DIVISION_GUARD = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class ActionStatistics:
-    """Per-dimension statistics of a corpus' raw actions, in its physical units.
+    """Per-dimension statistics of a dataset's raw actions or states, in physical units.
 
     Attributes:
       mean: A values.
       std: A values, population standard deviation.
       q01: A values, 1 % quantile; ``normalize`` maps it to -1.
       q99: A values, 99 % quantile; ``normalize`` maps it to 1.
-      count: steps seen, 0 where it is not known.
+      count: number of steps, 0 where it is not known.
     """
 
     mean: tuple[float, ...]
@@ -39,12 +39,12 @@ class ActionStatistics:
     count: int = 0
 
     def __post_init__(self) -> None:
-        """Checks that the four rows fit together."""
-        rows = {name: getattr(self, name) for name in ("mean", "std", "q01", "q99")}
-        lengths = {name: len(row) for name, row in rows.items()}
+        """Raises UserError for fields that do not fit together."""
+        fields = {name: getattr(self, name) for name in ("mean", "std", "q01", "q99")}
+        lengths = {name: len(values) for name, values in fields.items()}
         if len(set(lengths.values())) != 1 or not len(self.mean):
-            raise UserError(f"action statistics: rows of different lengths {lengths}")
-        if not all(np.isfinite(row).all() for row in rows.values()):
+            raise UserError(f"action statistics: fields of different lengths {lengths}")
+        if not all(np.isfinite(values).all() for values in fields.values()):
             raise UserError("action statistics: a value is not finite; recompute them")
         if np.any(np.asarray(self.q01) > self.q99):
             raise UserError(f"action statistics: q01 {self.q01} exceeds q99 {self.q99}")
@@ -57,7 +57,7 @@ class ActionStatistics:
     def normalize(self, actions: np.ndarray, *, clip: bool = True) -> np.ndarray:
         """Maps raw actions [..., A] to float32 in [-1, 1]: 2 (a - q01) / (q99 - q01 + 1e-8) - 1.
 
-        Computed in float64 (tools/pickle_gen/pickle_generation_libero.py:84-88).
+        Computed in float64 (UniVLA tools/pickle_gen/pickle_generation_libero.py:84-88).
 
         Args:
           actions: [..., A] in physical units.
@@ -84,13 +84,13 @@ class ActionStatistics:
         if array.ndim == 0 or array.shape[-1] != self.action_dim:
             raise UserError(
                 f"actions of shape {array.shape} do not fit statistics of {self.action_dim} "
-                "dimensions; use the statistics of the same corpus"
+                "dimensions; use the statistics of the same dataset"
             )
         return *self._range, array
 
     @functools.cached_property
     def _range(self) -> tuple[np.ndarray, np.ndarray]:
-        """q01 and what lies between it and q99, float64 [A]."""
+        """q01 and q99 - q01, float64 [A]."""
         low = np.asarray(self.q01, np.float64)
         return low, np.asarray(self.q99, np.float64) - low
 
@@ -106,116 +106,86 @@ class ActionStatistics:
         """The inverse of ``to_dict``.
 
         Raises:
-          UserError: a missing or unknown key, or rows that do not fit together.
+          UserError: a missing or unknown key, or fields that do not fit together.
         """
         return build_config(cls, values, where="action statistics")
 
 
 class RunningStatistics:
-    """Mean, standard deviation and quantiles over batches, with a histogram of 5,000 bins.
+    """Mean, standard deviation and quantiles of a stream of steps whose range is known.
 
-    Reproduces ``RunningStats`` of train/dataset/normalize_pi0.py (in float64 throughout). There,
-    a batch that widens the range moves old counts to the bins of their left edges, and the padding
-    of the first range drops the counts of the lowest bin, so the quantiles depend on the order.
-    Given ``limits``, the range never changes and the result is what one single update with all
-    the data gives; ``stream_statistics`` uses that.
+    The algorithm of ``RunningStats`` in UniVLA train/dataset/normalize_pi0.py, in float64, with a
+    range that never changes: there, a batch that widens it moves old counts to the bins of their
+    left edges, so that the quantiles depend on the order of the batches.
     """
 
-    def __init__(self, limits: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+    def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
         """Starts empty.
 
         Args:
-          limits: least and greatest value [A] of all batches to come, where known.
+          low: least value [A] of all batches to come.
+          high: greatest value [A].
         """
-        self._limits = limits
-        self._count = 0
-
-    @property
-    def count(self) -> int:
-        """Rows seen so far."""
-        return self._count
-
-    def update(self, batch: np.ndarray) -> None:
-        """Adds rows.
-
-        Args:
-          batch: [N, A], or [N] for one dimension; cast to float64.
-
-        Raises:
-          UserError: another number of dimensions, a value that is not finite, or one beyond the
-            given limits.
-        """
-        rows = self._checked(batch)
-        if not len(rows):
-            return
-        low, high = rows.min(0), rows.max(0)
-        if self._count == 0:
-            self._start(*(self._limits or (low, high)))
-        elif self._limits is None and (np.any(low < self._low) or np.any(high > self._high)):
-            self._widen(np.minimum(low, self._low), np.maximum(high, self._high))
-        self._accumulate(rows)
-
-    def statistics(self) -> ActionStatistics:
-        """Statistics of everything seen.
-
-        A quantile is the left edge of the first bin whose cumulative count reaches its share.
-
-        Raises:
-          UserError: fewer than two rows were seen.
-        """
-        if self._count < 2:
-            raise UserError(f"statistics need at least 2 steps, got {self._count}")
-        variance = np.maximum(0, self._squares - self._mean**2)
-        return ActionStatistics(
-            mean=_floats(self._mean),
-            std=_floats(np.sqrt(variance)),
-            q01=_floats(self._quantile(0.01)),
-            q99=_floats(self._quantile(0.99)),
-            count=self._count,
-        )
-
-    def _checked(self, batch: np.ndarray) -> np.ndarray:
-        rows = np.asarray(batch, np.float64)
-        rows = rows[:, None] if rows.ndim == 1 else rows
-        if rows.ndim != 2 or (self._count and rows.shape[1] != len(self._mean)):
-            expected = len(self._mean) if self._count else "any"
-            raise UserError(f"batch of shape {rows.shape}, expected [N, {expected}]")
-        if not np.isfinite(rows).all():
-            raise UserError("batch holds a value that is not finite; drop the broken episode")
-        if self._limits and (np.any(rows < self._limits[0]) or np.any(rows > self._limits[1])):
-            raise UserError("batch holds a value beyond the given limits")
-        return rows
-
-    def _start(self, low: np.ndarray, high: np.ndarray) -> None:
         self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        self._mean, self._squares = np.zeros_like(self._low), np.zeros_like(self._low)
+        self._count = 0
+        self._mean, self._mean_of_squares = np.zeros_like(self._low), np.zeros_like(self._low)
+        # 5,000 bins of equal width per dimension. The padding keeps the greatest value, and all
+        # values of a constant dimension, inside the outermost edges.
         self._edges = [
             np.linspace(a - _EDGE_PADDING, b + _EDGE_PADDING, _BINS + 1)
             for a, b in zip(self._low, self._high)
         ]
         self._counts = [np.zeros(_BINS) for _ in self._edges]
 
-    def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Moves every histogram to the new range, as the reference does (:84-93)."""
-        self._low, self._high = low, high
-        for i, (a, b) in enumerate(zip(low, high)):
-            edges = np.linspace(a, b, _BINS + 1)
-            old = self._edges[i][:-1]
-            self._counts[i] = np.histogram(old, bins=edges, weights=self._counts[i])[0]
-            self._edges[i] = edges
+    def update(self, batch: np.ndarray) -> None:
+        """Adds steps [N, A].
 
-    def _accumulate(self, rows: np.ndarray) -> None:
-        self._count += len(rows)
-        share = len(rows) / self._count
-        self._mean = self._mean + (rows.mean(0) - self._mean) * share
-        self._squares = self._squares + ((rows**2).mean(0) - self._squares) * share
+        Raises:
+          UserError: another number of dimensions, a value that is not finite, or one beyond the
+            range.
+        """
+        steps = np.asarray(batch, np.float64)
+        if steps.ndim != 2 or steps.shape[1] != len(self._low):
+            raise UserError(f"batch of shape {steps.shape}, expected [N, {len(self._low)}]")
+        if not np.isfinite(steps).all():
+            raise UserError("batch holds a value that is not finite; drop the invalid episode")
+        if np.any(steps < self._low) or np.any(steps > self._high):
+            raise UserError("batch holds a value beyond the given range")
+        if len(steps):
+            self._accumulate(steps)
+
+    def statistics(self) -> ActionStatistics:
+        """Statistics of all steps so far.
+
+        A quantile is the left edge of the first bin whose cumulative count reaches its share.
+
+        Raises:
+          UserError: fewer than two steps.
+        """
+        if self._count < 2:
+            raise UserError(f"statistics need at least 2 steps, got {self._count}")
+        variance = np.maximum(0, self._mean_of_squares - self._mean**2)
+        return ActionStatistics(
+            mean=tuple(self._mean.tolist()),
+            std=tuple(np.sqrt(variance).tolist()),
+            q01=self._quantile(0.01),
+            q99=self._quantile(0.99),
+            count=self._count,
+        )
+
+    def _accumulate(self, steps: np.ndarray) -> None:
+        self._count += len(steps)
+        share = len(steps) / self._count
+        self._mean = self._mean + (steps.mean(0) - self._mean) * share
+        squares = (steps**2).mean(0)
+        self._mean_of_squares = self._mean_of_squares + (squares - self._mean_of_squares) * share
         for i, edges in enumerate(self._edges):
-            self._counts[i] += np.histogram(rows[:, i], bins=edges)[0]
+            self._counts[i] += np.histogram(steps[:, i], bins=edges)[0]
 
-    def _quantile(self, share: float) -> np.ndarray:
+    def _quantile(self, share: float) -> tuple[float, ...]:
         target = share * self._count
         pairs = zip(self._edges, self._counts)
-        return np.array([edges[np.searchsorted(np.cumsum(n), target)] for edges, n in pairs])
+        return tuple(float(edges[np.searchsorted(np.cumsum(n), target)]) for edges, n in pairs)
 
 
 def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStatistics:
@@ -232,12 +202,12 @@ def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStat
     low = high = None
     for batch in batches():
         if len(batch):
-            least, most = np.min(batch, 0), np.max(batch, 0)
+            least, greatest = np.min(batch, 0), np.max(batch, 0)
             low = least if low is None else np.minimum(low, least)
-            high = most if high is None else np.maximum(high, most)
+            high = greatest if high is None else np.maximum(high, greatest)
     if low is None:
         raise UserError("statistics need at least 2 steps, got 0")
-    running = RunningStatistics(limits=(np.float64(low), np.float64(high)))
+    running = RunningStatistics(low, high)
     for batch in batches():
         running.update(batch)
     return running.statistics()
@@ -265,9 +235,5 @@ def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
 
 
 def state_key(corpus: str) -> str:
-    """Under which a corpus' state statistics stand beside those of its actions."""
+    """Key of a dataset's state statistics, beside that of its action statistics, its name."""
     return f"{corpus}/state"
-
-
-def _floats(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(v) for v in values)

@@ -16,11 +16,12 @@ from univla_jax.models.action_expert import params_init
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
 from univla_jax.normalization import ActionStatistics
-from univla_jax.tokenizers.action import FastTokenizer, UniformBinTokenizer
+from univla_jax.tokenizers.action import UniformBinTokenizer
+from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
-from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import init_variables
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import VisionConfig, init_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 GRIDS = {"image": (3, 3), "wrist_image": (2, 2)}

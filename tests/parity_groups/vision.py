@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from PIL import Image
 
 from tests.interop.state_dicts import import_state
 from tests.parity_groups.checks import Check, Golden, close, equal
 from univla_jax.errors import UserError
 from univla_jax.interop.hf_config import vision_config_from_reference
 from univla_jax.interop.hf_weights import export_state, vision_rules
-from univla_jax.tokenizers.image import ImageSpec, smart_resize, to_levels, to_pixels, to_rgb
+from univla_jax.tokenizers.image import ImageSpec, smart_resize, to_pixels
 from univla_jax.tokenizers.vision_vq import VisionVQ
 
 LATENTS = 1e-4
@@ -89,10 +90,24 @@ def _preprocess(case: dict, picture: np.ndarray) -> np.ndarray:
     options = dict(case["kwargs"])
     if not options.pop("do_resize", True):
         _refuse(options)
-        return to_pixels(to_rgb(picture))[None]
+        return to_pixels(_to_rgb(picture))[None]
     _refuse(options)
     spec = ImageSpec(min_pixels=case["min_pixels"], max_pixels=case["max_pixels"])
-    return spec.preprocess(picture)
+    pictures = picture if picture.ndim == 4 else picture[None]
+    return to_pixels(spec.resize(np.stack([_to_rgb(each) for each in pictures])))
+
+
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+    """uint8 gray [H, W] or [H, W, 1], RGB or RGBA [H, W, 3 or 4] to RGB uint8 [H, W, 3]."""
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    return np.asarray(Image.fromarray(image).convert("RGB"))
+
+
+def _truncated_levels(pixels: np.ndarray) -> np.ndarray:
+    """The reference's ``postprocess``; the package rounds instead."""
+    levels = ((np.asarray(pixels, np.float32) + 1) / 2) * np.float32(255)
+    return np.clip(levels, 0, 255).astype(np.uint8)
 
 
 def _refuse(options: dict) -> None:
@@ -107,7 +122,7 @@ def _channels_last(pixels: np.ndarray) -> np.ndarray:
 def _postprocess(arrays: dict[str, np.ndarray]) -> Check:
     """The reference's truncation; a level that sits on an integer may differ by one."""
     pixels = _channels_last(arrays["post_input"])
-    ours, theirs = to_levels(pixels, truncate=True), arrays["post_output"]
+    ours, theirs = _truncated_levels(pixels), arrays["post_output"]
     if ours.shape != theirs.shape:
         return equal("post", "levels", ours, theirs)
     exact = (pixels.astype(np.float64) + 1) / 2 * 255
@@ -119,11 +134,11 @@ def _postprocess(arrays: dict[str, np.ndarray]) -> Check:
 
 
 def _round_trips(arrays: dict[str, np.ndarray]) -> Iterator[Check]:
-    back = to_levels(to_pixels(arrays["roundtrip_image"]), truncate=True)
+    back = _truncated_levels(to_pixels(arrays["roundtrip_image"]))
     yield equal("roundtrip", "levels", back, arrays["roundtrip_output"])
     rows, columns, channels = arrays["levels_roundtrip"].shape
     levels = np.arange(rows * columns, dtype=np.uint8).reshape(rows, columns, 1)
     pixels = to_pixels(np.repeat(levels, channels, axis=-1))
     expected = _channels_last(arrays["levels_pixel_values"])[0]
     yield close("levels", "pixel values", pixels, expected, PIXELS)
-    yield equal("levels", "levels", to_levels(pixels, truncate=True), arrays["levels_roundtrip"])
+    yield equal("levels", "levels", _truncated_levels(pixels), arrays["levels_roundtrip"])

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from univla_jax.tokenizers.action import FastTokenizer, NumberTextTokenizer, UniformBinTokenizer
+from univla_jax.tokenizers.action import NumberTextTokenizer, UniformBinTokenizer
 from univla_jax.tokenizers.constrained import FORBIDDEN, CodeGrammar, byte_grammar
+from univla_jax.tokenizers.fast import FastTokenizer
 
 HORIZON, DIMENSIONS = 5, 3
 NO = FORBIDDEN
@@ -19,21 +20,21 @@ def _fit(scale: float, seed: int = 0) -> FastTokenizer:
     return FastTokenizer.fit(chunks, scale, 400)
 
 
-def _legal(grammar: CodeGrammar, left: int, part: int) -> np.ndarray:
-    finishes, begins = grammar.num_completed[part], grammar.next_prefix[part]
-    whole = (left - finishes > 0) | ((left == finishes) & (begins == 0))
-    return np.flatnonzero((finishes != FORBIDDEN) & whole)
+def _allowed(grammar: CodeGrammar, left: int, part: int) -> np.ndarray:
+    completed, left_over = grammar.num_completed[part], grammar.next_prefix[part]
+    whole = (left - completed > 0) | ((left == completed) & (left_over == 0))
+    return np.flatnonzero((completed != FORBIDDEN) & whole)
 
 
 def test_codes_that_split_characters():
-    """é is C3 A9, ü is C3 BC; a byte that no legal character has is never legal."""
+    """é is C3 A9, ü is C3 BC; a byte of no character in the alphabet is never allowed."""
     written = ["é".encode(), "é".encode() + b"\xc3", b"\xbc", b"A", None, b""]
     grammar = byte_grammar(written, "éü", 3)
     assert grammar.num_completed.tolist() == [[1, 1, NO, NO, NO, NO], [NO, NO, 1, NO, NO, NO]]
     assert grammar.next_prefix.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
-    assert _legal(grammar, 3, 0).tolist() == [0, 1]
-    assert _legal(grammar, 1, 0).tolist() == [0]  # what begins another one would not end
-    assert _legal(grammar, 1, 1).tolist() == [2]
+    assert _allowed(grammar, 3, 0).tolist() == [0, 1]
+    assert _allowed(grammar, 1, 0).tolist() == [0]  # what begins another one would not end
+    assert _allowed(grammar, 1, 1).tolist() == [2]
 
 
 def test_bins_are_one_number_each():
@@ -44,7 +45,7 @@ def test_bins_are_one_number_each():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1.5, 10.0, 60.0]))
-def test_any_legal_walk_decodes_and_any_chunk_is_a_legal_walk(seed, scale):
+def test_any_allowed_walk_decodes_and_any_chunk_is_an_allowed_walk(seed, scale):
     rng = np.random.default_rng(seed)
     _check_walks(_fit(scale), HORIZON, DIMENSIONS, rng, rng.uniform(-1, 1, (HORIZON, DIMENSIONS)))
 
@@ -65,13 +66,13 @@ def _check_walks(tokenizer, horizon, dimensions, rng, chunk):
     grammar = tokenizer.grammar(horizon, dimensions)
     left, part, codes = grammar.num_characters, 0, []
     while left or part:
-        code = int(rng.choice(_legal(grammar, left, part)))
+        code = int(rng.choice(_allowed(grammar, left, part)))
         codes.append(code)
         left, part = left - grammar.num_completed[part, code], grammar.next_prefix[part, code]
     decoded = tokenizer.decode(codes, horizon, dimensions)
     assert decoded.valid, decoded.reason
     left, part = grammar.num_characters, 0
     for code in tokenizer.encode(chunk):
-        assert code in _legal(grammar, left, part)
+        assert code in _allowed(grammar, left, part)
         left, part = left - grammar.num_completed[part, code], grammar.next_prefix[part, code]
     assert (left, part) == (0, 0)

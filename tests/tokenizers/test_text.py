@@ -1,4 +1,4 @@
-"""Text tokenizers: parity with Emu3's, round trips, tiny corpora, broken files."""
+"""Text tokenizers: parity with Emu3's, round trips, tiny datasets, damaged files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from univla_jax.tokenizers.text import (
     SentencePieceTextTokenizer,
     TiktokenTextTokenizer,
     load_text_tokenizer,
-    pad_right,
 )
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -79,7 +78,7 @@ def test_emu3_round_trip(emu3, text):
         (b"IQ== 0\n!!!! 1\n", "line 2"),
     ],
 )
-def test_broken_rank_file(ranks, words):
+def test_a_damaged_rank_file_is_named(ranks, words):
     with pytest.raises(UserError, match=words):
         TiktokenTextTokenizer(ranks, b"")
 
@@ -120,7 +119,7 @@ def test_sentencepiece_fit_is_deterministic(small):
 
 
 @pytest.mark.parametrize("texts", [["a"], ["go"], ["", "把杯子 👍🏽"], ["x" * 20_000]])
-def test_sentencepiece_fits_tiny_corpora(texts):
+def test_sentencepiece_fits_tiny_datasets(texts):
     tokenizer = SentencePieceTextTokenizer.fit(texts, 4000)
     assert tokenizer.vocabulary_size <= 4000
     for text in [*texts, "never seen: é\n\t\0 12"]:
@@ -160,9 +159,3 @@ def test_loading_from_unsuitable_folders(tmp_path):
     (tmp_path / "text_tokenizer.json").write_text('{"kind": "sentencepiece"}')
     with pytest.raises(UserError, match=r"no file sentencepiece\.model"):
         load_text_tokenizer(tmp_path)
-
-
-def test_pad_right_refuses_rows_that_do_not_fit():
-    with pytest.raises(UserError, match="3 tokens does not fit the length 2"):
-        pad_right([[1, 2, 3]], 0, 2)
-    assert pad_right([], 0)[0].shape == (0, 0)

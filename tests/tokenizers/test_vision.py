@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import init_variables
+from univla_jax.tokenizers import vision
+from univla_jax.tokenizers.image import to_pixels
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, init_variables
 
 CONFIG = VisionConfig(
     codebook_size=16, ch=4, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_groups=2
@@ -20,7 +22,12 @@ CONFIG = VisionConfig(
 def tokenizer():
     variables = init_variables(CONFIG, seed=0)
     variables["params"]["quantize"]["embedding"] *= 16
-    return VisionTokenizer(CONFIG, variables, max_batch=4)
+    return VisionTokenizer(CONFIG, variables)
+
+
+@pytest.fixture(autouse=True)
+def batches_of_four(monkeypatch):
+    monkeypatch.setattr(vision, "_MAX_BATCH", 4)
 
 
 def frames(count, *, seed=0):
@@ -39,18 +46,12 @@ def test_codes_do_not_depend_on_the_batch(tokenizer):
 
 
 def test_latents_are_what_is_quantized(tokenizer):
-    latents = tokenizer.latents(frames(2))
+    pixels = to_pixels(frames(2))
+    latents = np.asarray(VisionVQ(CONFIG).apply(tokenizer.variables, pixels, method="latents"))
     assert latents.shape == (2, 1, 2, 3, 4) and latents.dtype == np.float32
     codebook = np.asarray(tokenizer.variables["params"]["quantize"]["embedding"])
     distances = np.square(latents[:, 0, :, :, None] - codebook).sum(-1)
     np.testing.assert_array_equal(distances.argmin(-1), tokenizer.encode_frames(frames(2)))
-
-
-def test_video_there_and_back(tokenizer):
-    video = frames(16).reshape(2, 8, 4, 6, 3)
-    codes = tokenizer.encode_video(video)
-    assert codes.shape == (2, 2, 2, 3) and codes.dtype == np.uint16
-    assert tokenizer.decode_video(codes).shape == video.shape
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
@@ -75,7 +76,6 @@ def test_fingerprint_tells_weights_apart(tokenizer):
         ("encode_frames", np.zeros((4, 4, 3), np.uint8), "expected uint8"),
         ("encode_frames", np.zeros((0, 4, 4, 3), np.uint8), "at least one"),
         ("encode_frames", np.zeros((1, 4, 5, 3), np.uint8), "multiples of 2"),
-        ("encode_video", np.zeros((1, 6, 4, 4, 3), np.uint8), "a video of 6 frames"),
         ("decode_codes", np.full((1, 2, 2), 16), "code 16 is outside"),
         ("decode_codes", np.full((1, 2, 2), -1), "code -1 is outside"),
         ("decode_codes", np.zeros((1, 2, 2)), "expected integers"),
@@ -102,14 +102,14 @@ def test_refuses_weights_of_another_config():
         VisionTokenizer(CONFIG, variables)
 
 
-def test_broken_files_are_named(tokenizer, tmp_path):
+def test_damaged_files_are_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no file config\.json"):
         VisionTokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     weights = tmp_path / "params.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"params\.safetensors is broken"):
+    with pytest.raises(UserError, match=r"params\.safetensors is damaged"):
         VisionTokenizer.load(tmp_path)
     weights.write_bytes(content)
     (tmp_path / "config.json").write_text(json.dumps({"codebok_size": 16}))

@@ -1,4 +1,4 @@
-"""The VQ modules: reference numbers, and the short cuts of images."""
+"""The VQ modules: reference numbers, and the shortcuts of images."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_nearest_codes_in_blocks(monkeypatch):
     np.testing.assert_array_equal(nearest_codes(points, codebook), whole)
 
 
-def test_fresh_variables_are_those_of_init():
+def test_initial_variables_are_those_of_init():
     drawn = init_variables(SMALL, seed=0)
     initial = jax.eval_shape(VisionVQ(SMALL).init, jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
@@ -132,14 +132,12 @@ def test_config_survives_json():
     ("width", "channels", "features", "stride", "padding"),
     [(40, 3, 8, 1, (1, 1)), (24, 8, 8, 1, (1, 1)), (24, 8, 8, 2, (0, 1)), (7, 8, 16, 1, (1, 1))],
 )
-def test_few_channels_are_convolved_side_by_side_to_the_same_result(
-    width, channels, features, stride, padding
-):
+def test_a_folded_convolution_has_the_same_result(width, channels, features, stride, padding):
     random = np.random.default_rng(0)
     x = random.normal(size=(2, 6, width, channels)).astype(np.float32)
     kernel = random.normal(size=(3, 3, channels, features)).astype(np.float32)
     case = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": "highest"}
     pads, strides = (padding, padding), (stride, stride)
-    ours = vision_layers.beside(x, kernel, strides, pads, **case)
+    ours = vision_layers.folded_conv(x, kernel, strides, pads, **case)
     plain = jax.lax.conv_general_dilated(x, kernel, strides, pads, **case)
     np.testing.assert_allclose(ours, plain, atol=1e-5)

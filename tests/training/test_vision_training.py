@@ -12,7 +12,7 @@ import pytest
 from tests.data.episodes import make_episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.vision import VisionConfig
+from univla_jax.tokenizers.vision_vq import VisionConfig
 from univla_jax.training import vision_training
 from univla_jax.training.optimizer import MuonConfig, make_muon
 from univla_jax.training.vision_training import (

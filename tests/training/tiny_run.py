@@ -11,11 +11,11 @@ import numpy as np
 from univla_jax.config import build_config
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
-from univla_jax.tokenizers.action import FastTokenizer
+from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
-from univla_jax.tokenizers.vision import VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import init_variables
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import VisionConfig, init_variables
 from univla_jax.training.train_config import TrainConfig
 
 GRIDS = {"image": (3, 3), "wrist_image": (2, 2)}

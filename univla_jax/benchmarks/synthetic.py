@@ -25,8 +25,8 @@ from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
-from univla_jax.tokenizers.vision import PRESETS, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import init_variables
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import PRESETS, init_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 CODEBOOK_SIZE = 32_768

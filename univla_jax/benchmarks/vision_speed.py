@@ -24,8 +24,8 @@ from univla_jax import cli
 from univla_jax.benchmarks.measure import Elapsed, fastest, print_cases, save, timed
 from univla_jax.benchmarks.transformers_peer import PEER, import_peer
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.vision import PRESETS, VisionConfig, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import init_variables
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import PRESETS, VisionConfig, init_variables
 
 PRESET_NAMES = flags.DEFINE_list("presets", ["quickstart", "emu3"], "Presets to measure")
 SIZE = flags.DEFINE_integer("size", 200, "Height and width of the frames in pixels")

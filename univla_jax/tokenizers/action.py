@@ -1,7 +1,10 @@
-"""Action tokenizers: one protocol, and loading whichever lies in a folder.
+"""Action tokenizers: the protocol, uniform bins, numbers as text, and loading from a folder.
 
-Axes: T steps, A action dimensions. Codes 0 … vocabulary_size-1 become token ids through
+FAST is in ``fast.py``. Codes 0 … vocabulary_size-1 become token ids through
 ``Vocabulary.action_ids``.
+
+Axes: N chunks, T steps, A action dimensions. Bins and numbers encode all dimensions of a step
+before the next step.
 """
 
 from __future__ import annotations
@@ -24,17 +27,41 @@ from univla_jax.tokenizers.constrained import (
 )
 from univla_jax.tokenizers.fast import FastTokenizer
 
-# ----------------------------------------------------------------------------
-# Action tokenizers without fitting: uniform bins, and numbers written as text.
-#
-# Axes: T steps, A action dimensions. Both emit all dimensions of a step before the next step.
-
-
 KIND_FILE = "action_tokenizer.json"
 
 
+class ActionTokenizer(Protocol):
+    """What tasks and policies need of an action tokenizer."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of action codes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the files it is saved as."""
+
+    def max_tokens(self, horizon: int, action_dim: int) -> int:
+        """Upper bound of the codes of a chunk in [-1, 1]."""
+
+    def grammar(self, horizon: int, action_dim: int) -> CodeGrammar | None:
+        """Grammar of the codes of a whole chunk; None where there is no such rule."""
+
+    def encode(self, chunk: np.ndarray) -> list[int]:
+        """Codes of one chunk float [T, A], normalized to [-1, 1]."""
+
+    def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
+        """Codes of chunks float [N, T, A], normalized to [-1, 1]."""
+
+    def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
+        """Decodes codes to a chunk, or says why they are none; never raises on codes."""
+
+    def save(self, folder: PathLike) -> None:
+        """Writes the files that ``load_action_tokenizer`` reads."""
+
+
 class UniformBinTokenizer:
-    """One code per number: the index of its bin in [-1, 1] (OpenVLA's tokenizer).
+    """One code per value: the index of its bin in [-1, 1] (OpenVLA, arXiv 2406.09246).
 
     Source: UniVLA models/tokenizer/action_tokenizer.py. With 256 bin edges, codes are 1 … 256 and
     stand for the 255 bin centers, the last one for both 255 and 256.
@@ -47,6 +74,9 @@ class UniformBinTokenizer:
 
         Args:
           bins: number of edges, at least 2.
+
+        Raises:
+          UserError: fewer edges.
         """
         if bins < 2:
             raise UserError(f"uniform bins: bins={bins}, expected at least 2")
@@ -56,7 +86,7 @@ class UniformBinTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Codes 0 … bins; code 0 is never emitted."""
+        """Codes 0 … bins; code 0 is never used."""
         return len(self._edges) + 1
 
     @property
@@ -65,44 +95,32 @@ class UniformBinTokenizer:
         return fingerprint(self._files)
 
     def max_tokens(self, horizon: int, action_dim: int) -> int:
-        """Ids of a chunk."""
+        """Codes of a chunk: one per value."""
         return horizon * action_dim
 
     def grammar(self, horizon: int, action_dim: int) -> CodeGrammar:
-        """As many bins as there are numbers; code 0 is none."""
+        """As many codes as there are values, none of them 0."""
         return bin_grammar(np.arange(self.vocabulary_size) > 0, horizon * action_dim)
 
     def codes(self, actions: np.ndarray) -> np.ndarray:
-        """Codes 1 … bins of any array of numbers, clipped to [-1, 1]; int64, same shape.
+        """Codes 1 … bins of values of any shape, clipped to [-1, 1]; int64, same shape.
 
         Reproduces ``ActionTokenizer.__call__`` (action_tokenizer.py:39); there, the token id is
         the last text id minus this code.
         """
         return np.digitize(np.clip(np.asarray(actions, np.float64), -1.0, 1.0), self._edges)
 
-    def codes_from_zero(self, actions: np.ndarray) -> np.ndarray:
-        """Codes 0 … bins-2 as ``encode_actions_to_ids`` (action_tokenizer.py:113) has them.
-
-        One less than ``codes``, cut to the bins, so that decoding them is off by one bin: for
-        comparisons only.
-        """
-        return np.clip(self.codes(actions) - 1, 0, len(self._centers) - 1)
-
     def centers(self, codes: np.ndarray) -> np.ndarray:
-        """Numbers of codes (action_tokenizer.py:86), codes beyond the bins clipped; float64."""
+        """Bin centers of codes (action_tokenizer.py:86), clipped to the bins; float64."""
         index = np.asarray(codes, np.int64) - 1
         return self._centers[np.clip(index, 0, len(self._centers) - 1)]
 
     def encode(self, chunk: np.ndarray) -> list[int]:
-        """Ids of one normalized chunk [T, A].
-
-        Raises:
-          UserError: another number of axes, or a value that is not finite.
-        """
+        """Codes of one normalized chunk [T, A]; see ``encode_batch``."""
         return self.encode_batch(check_chunks(chunk, 2)[None])[0]
 
     def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
-        """Ids of normalized chunks [N, T, A]; values beyond [-1, 1] are clipped.
+        """Codes of normalized chunks [N, T, A]; values beyond [-1, 1] are clipped.
 
         Raises:
           UserError: another number of axes, or a value that is not finite.
@@ -111,7 +129,7 @@ class UniformBinTokenizer:
         return self.codes(chunks).reshape(len(chunks), -1).tolist()
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
-        """The chunk of ids, or a statement why they are none; never raises on ids."""
+        """Decodes codes to a chunk, or says why they are none; never raises on codes."""
         unknown = [int(i) for i in ids if not 1 <= i < self.vocabulary_size]
         if unknown:
             reason = f"action code {unknown[0]} outside [1, {self.vocabulary_size})"
@@ -127,17 +145,17 @@ class UniformBinTokenizer:
 
 
 class NumberTextTokenizer:
-    """Actions as written numbers, one line per step: ``0.12,-0.30,…``; one id per character.
+    """Actions as decimal numbers, one line per step: ``0.12,-0.30,…``; one code per character.
 
-    The "text" action format of the paper, with a character alphabet of its own so that it is
-    independent of the text tokenizer.
+    The "text" action format of UniVLA (arXiv 2506.19850), with an alphabet of its own so that it
+    is independent of the text tokenizer.
     """
 
     kind = "number_text"
     _characters = "0123456789-.,\n"
 
     def __init__(self, decimals: int = 2) -> None:
-        """Numbers with ``decimals`` digits after the point, at least 1."""
+        """Numbers with ``decimals`` digits after the point; raises UserError for less than 1."""
         if decimals < 1:
             raise UserError(f"number text: decimals={decimals}, expected at least 1")
         self._decimals = decimals
@@ -155,109 +173,59 @@ class NumberTextTokenizer:
         return fingerprint(self._files)
 
     def max_tokens(self, horizon: int, action_dim: int) -> int:
-        """Upper bound of the ids of a chunk: sign, digit, point, decimals, separator each."""
+        """Upper bound of the codes of a chunk: sign, digit, point, decimals, separator each."""
         return max(horizon * action_dim * (self._decimals + 4) - 1, 0)
 
     def grammar(self, horizon: int, action_dim: int) -> None:
-        """None: numbers are of unequal length, and what is no number shows in ``decode``."""
+        """None: numbers differ in length; ``decode`` finds what is no number."""
         del horizon, action_dim
 
     def encode(self, chunk: np.ndarray) -> list[int]:
-        """Ids of one normalized chunk [T, A]; values beyond [-1, 1] are clipped.
+        """Codes of one normalized chunk [T, A]; values beyond [-1, 1] are clipped.
 
         Raises:
           UserError: another number of axes, or a value that is not finite.
         """
         # Adding zero turns -0.0 into 0.0.
         chunk = np.round(np.clip(check_chunks(chunk, 2), -1, 1), self._decimals) + 0.0
-        lines = (",".join(f"{value:.{self._decimals}f}" for value in row) for row in chunk)
+        lines = (",".join(f"{value:.{self._decimals}f}" for value in step) for step in chunk)
         return [self._characters.index(c) for c in "\n".join(lines)]
 
     def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
-        """Ids of normalized chunks [N, T, A]; see ``encode``."""
+        """Codes of normalized chunks [N, T, A]; see ``encode``."""
         return [self.encode(chunk) for chunk in check_chunks(chunks, 3)]
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
-        """The chunk of ids, or a statement why they are none; never raises on ids."""
+        """Decodes codes to a chunk, or says why they are none; never raises on codes."""
         unknown = [int(i) for i in ids if not 0 <= i < self.vocabulary_size]
         if unknown:
             reason = f"action code {unknown[0]} outside [0, {self.vocabulary_size})"
             return DecodedActions.invalid(reason, horizon, action_dim)
-        rows = [line.split(",") for line in self._text(ids).split("\n")]
-        if len(rows) != horizon or any(len(row) != action_dim for row in rows):
-            reason = f"lines of {[len(row) for row in rows]} numbers, not {horizon} of {action_dim}"
+        text = "".join(self._characters[i] for i in ids)
+        steps = [line.split(",") for line in text.split("\n")]
+        if len(steps) != horizon or any(len(step) != action_dim for step in steps):
+            lengths = [len(step) for step in steps]
+            reason = f"lines of {lengths} numbers, not {horizon} of {action_dim}"
             return DecodedActions.invalid(reason, horizon, action_dim)
-        wrong = [word for row in rows for word in row if not self._is_action(word)]
-        if wrong:
-            return DecodedActions.invalid(
-                f"{wrong[0]!r} is not a number in [-1, 1]", horizon, action_dim
-            )
-        return DecodedActions(np.array(rows, dtype=np.float64))
+        for number in (number for step in steps for number in step):
+            if not self._number.fullmatch(number) or abs(float(number)) > 1:
+                reason = f"{number!r} is not a number in [-1, 1]"
+                return DecodedActions.invalid(reason, horizon, action_dim)
+        return DecodedActions(np.array(steps, dtype=np.float64))
 
     def save(self, folder: PathLike) -> None:
         """Writes the kind and the number of decimals into ``folder``."""
         write_files(folder, self._files)
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return "".join(self._characters[i] for i in ids)
 
-    def _is_action(self, word: str) -> bool:
-        return bool(self._number.fullmatch(word)) and abs(float(word)) <= 1
-
-
-# ----------------------------------------------------------------------------
-
-
-__all__ = [
-    "ActionTokenizer",
-    "DecodedActions",
-    "FastTokenizer",
-    "NumberTextTokenizer",
-    "UniformBinTokenizer",
-    "load_action_tokenizer",
-]
-
-_KINDS = {
-    UniformBinTokenizer.kind: UniformBinTokenizer,
-    NumberTextTokenizer.kind: NumberTextTokenizer,
-}
-
-
-class ActionTokenizer(Protocol):
-    """What layouts and policies need of an action tokenizer."""
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of action codes."""
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the files it is saved as."""
-
-    def max_tokens(self, horizon: int, action_dim: int) -> int:
-        """Upper bound of the ids of a chunk in [-1, 1]."""
-
-    def grammar(self, horizon: int, action_dim: int) -> CodeGrammar | None:
-        """Which codes may follow each other in a whole chunk, None where there is no such rule."""
-
-    def encode(self, chunk: np.ndarray) -> list[int]:
-        """Codes of one chunk float [T, A], normalized to [-1, 1]."""
-
-    def encode_batch(self, chunks: np.ndarray) -> list[list[int]]:
-        """Codes of chunks float [N, T, A], normalized to [-1, 1]."""
-
-    def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> DecodedActions:
-        """The chunk of codes, or why they are none; never raises on codes."""
-
-    def save(self, folder: PathLike) -> None:
-        """Writes the files that ``load_action_tokenizer`` reads."""
+_KINDS = {cls.kind: cls for cls in (UniformBinTokenizer, NumberTextTokenizer)}
 
 
 def load_action_tokenizer(folder: PathLike) -> ActionTokenizer:
     """Loads FAST (``processor_config.json``) or the kind that ``action_tokenizer.json`` names.
 
     Raises:
-      UserError: neither file, an unknown kind, or broken files.
+      UserError: neither file, an unknown kind, or damaged files.
     """
     if (epath.Path(folder) / fast.CONFIG_FILE).is_file():
         return FastTokenizer.load(folder)

@@ -55,10 +55,9 @@ def byte_grammar(
       alphabet: the characters that may occur.
       num_characters: characters of a whole chunk.
     """
-    # The state between two codes is the unfinished character, of which UTF-8 has few: FAST's
-    # alphabets are one contiguous range, and their proper prefixes are a few dozen byte strings.
-    # The table of all prefixes by all codes is therefore small enough to live on the device, and
-    # the decode loop follows it by indexing alone.
+    # The state between two codes is the unfinished character. FAST's alphabets are one contiguous
+    # range of characters with 2 to 5 different proper prefixes in UTF-8, so the table of all
+    # prefixes by all codes is small and the decode loop on the device follows it by indexing.
     encoded = {character.encode() for character in alphabet}
     prefixes = {whole[:n] for whole in encoded for n in range(1, len(whole))}
     index = {prefix: p for p, prefix in enumerate([b"", *sorted(prefixes)])}

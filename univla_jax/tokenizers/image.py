@@ -1,9 +1,11 @@
-"""From camera frames to the pixels the vision tokenizer sees, and back, bit for bit with Pillow.
+"""Image preprocessing: from camera frames to vision tokenizer input and back.
 
-The reference resizes frames with ``PIL.Image.resize`` (bicubic) to the recipe's size, then its
+The reference resizes frames with ``PIL.Image.resize`` (bicubic) to the recipe's size, then Emu3's
 image processor (``image_processing_emu3visionvq.py``) rounds both sides to multiples of the
-tokenizer's factor and maps 0..255 to -1..1. Another filter moves pixels by several gray levels and
-with them the codes, so the whole path is one ``ImageSpec``, saved beside every checkpoint.
+tokenizer's factor and maps 0..255 to -1..1. Another filter, or the same one of another library,
+moves pixels by several gray levels and with them the codes. The whole path is therefore one
+``ImageSpec``, saved with every checkpoint, and goes through Pillow everywhere: in data preparation,
+policies and evaluation it gives the same bits.
 
 Axes: N frames, H/W input rows and columns, h/w output rows and columns.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,18 +32,20 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# The reference's arithmetic per gray level: / 255 in float64, then (x - 0.5) / 0.5 in float32.
+# The reference rescales by 1 / 255 in float64, casts to float32 and takes (x - 0.5) / 0.5 there. A
+# pixel has only 256 levels, so that arithmetic is done once per level and looked up: the same bits
+# on every platform, where XLA or a fused multiply-add might differ in the last one.
 _LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 
 
 def smart_resize(
     height: int, width: int, factor: int = 8, min_pixels: int = 512**2, max_pixels: int = 1024**2
 ) -> tuple[int, int]:
-    """The size nearest to (height, width) that the tokenizer accepts.
+    """The image size nearest to (height, width) that the vision tokenizer accepts.
 
     Both sides become multiples of ``factor`` (rounded half to even), then the area is brought
-    into [min_pixels, max_pixels] with the aspect kept as well as possible. Reproduces the
-    reference's function of the same name, messages included.
+    into [min_pixels, max_pixels] with the aspect ratio kept as well as possible. Reproduces the
+    function of the same name in Emu3's ``image_processing_emu3visionvq.py``, messages included.
 
     Returns:
       (height, width) in pixels.
@@ -79,8 +83,8 @@ class ImageSpec:
       filter: Pillow filter of every resize; the reference uses "bicubic".
       min_pixels: area below which ``smart_resize`` enlarges. The reference's policies use 80 * 80.
       max_pixels: area above which ``smart_resize`` shrinks.
-      jpeg_quality_train: quality of a JPEG round trip before the resize, for training data only;
-        the reference's stored frames went through 75, its evaluation frames through none.
+      jpeg_quality_train: quality of a JPEG round trip before the resize, for training data only.
+        The reference's stored frames went through quality 75, its evaluation frames through none.
       factor: pixels per code along each side, as of the tokenizer.
     """
 
@@ -92,7 +96,7 @@ class ImageSpec:
     factor: int = 8
 
     def __post_init__(self) -> None:
-        """Refuses an unknown filter, a bad quality, and a size that would be resized again."""
+        """Raises UserError for an unknown filter, an impossible quality or size."""
         if self.filter not in FILTERS:
             raise UserError(f"image filter {self.filter!r} is not one of {', '.join(FILTERS)}")
         if self.jpeg_quality_train is not None and not 1 <= self.jpeg_quality_train <= 95:
@@ -100,7 +104,7 @@ class ImageSpec:
         if self.size is None:
             return
         object.__setattr__(self, "size", tuple(self.size))
-        accepted = self._smart(*self.size)
+        accepted = self._smart_resize(*self.size)
         if accepted != self.size:
             raise UserError(
                 f"image size {self.size} would be resized again to {accepted}; use multiples of "
@@ -110,7 +114,7 @@ class ImageSpec:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) in pixels that a frame of (height, width) is resized to."""
-        return self._smart(height, width) if self.size is None else self.size
+        return self._smart_resize(height, width) if self.size is None else self.size
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of codes that a frame of (height, width) becomes."""
@@ -118,11 +122,11 @@ class ImageSpec:
         return h // self.factor, w // self.factor
 
     def resize(self, frames: np.ndarray, *, training: bool = False) -> np.ndarray:
-        """Resizes frames as the reference does.
+        """Resizes frames with Pillow.
 
         Args:
           frames: uint8 [N, H, W, 3], RGB.
-          training: whether to make the JPEG round trip of ``jpeg_quality_train`` first.
+          training: whether the JPEG round trip of ``jpeg_quality_train`` comes first.
 
         Returns:
           uint8 [N, h, w, 3].
@@ -140,24 +144,9 @@ class ImageSpec:
             return frames
         out = np.empty((len(frames), height, width, 3), np.uint8)
         for i, frame in enumerate(frames):
-            image = Image.fromarray(frame if jpeg is None else jpeg_round_trip(frame, jpeg))
+            image = Image.fromarray(frame if jpeg is None else _jpeg_round_trip(frame, jpeg))
             out[i] = image.resize((width, height), FILTERS[self.filter])
         return out
-
-    def preprocess(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Any images to tokenizer input: RGB, resized, in [-1, 1].
-
-        Args:
-          images: one uint8 image [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (alpha is dropped), or
-            a sequence of such of one size.
-
-        Returns:
-          float32 [N, h, w, 3].
-        """
-        single = isinstance(images, np.ndarray) and images.ndim < 4
-        return to_pixels(
-            self.resize(np.stack([to_rgb(i) for i in ([images] if single else images)]))
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -168,18 +157,11 @@ class ImageSpec:
         """Inverse of ``to_dict``."""
         return build_config(cls, values, where="image spec")
 
-    def _smart(self, height: int, width: int) -> tuple[int, int]:
+    def _smart_resize(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
 
 
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 gray [H, W] or [H, W, 1], RGB or RGBA [H, W, 3 or 4] -> RGB uint8 [H, W, 3]."""
-    if image.ndim == 3 and image.shape[-1] == 1:
-        image = image[..., 0]
-    return np.asarray(Image.fromarray(image).convert("RGB"))
-
-
-def jpeg_round_trip(frame: np.ndarray, quality: int) -> np.ndarray:
+def _jpeg_round_trip(frame: np.ndarray, quality: int) -> np.ndarray:
     """uint8 [H, W, 3] through Pillow's JPEG encoder and back, same shape."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="JPEG", quality=quality)
@@ -191,13 +173,11 @@ def to_pixels(frames: np.ndarray) -> np.ndarray:
     return _LEVELS[frames]
 
 
-def to_levels(pixels: np.ndarray, *, truncate: bool = False) -> np.ndarray:
-    """float32 pixels of any shape, about [-1, 1] -> uint8 levels.
+def to_levels(pixels: np.ndarray) -> np.ndarray:
+    """float32 pixels of any shape, clipped to [-1, 1], to the nearest uint8 levels.
 
-    Args:
-      pixels: decoder output; values outside are clipped.
-      truncate: cut the fraction as the reference's ``postprocess`` does, which darkens a quarter
-        of all levels by one in a round trip; the default rounds to the nearest level.
+    The reference's ``postprocess`` truncates instead, which darkens a quarter of all levels by one
+    in a round trip.
     """
     levels = ((np.asarray(pixels, np.float32) + 1) / 2) * np.float32(255)
-    return np.clip(levels if truncate else np.rint(levels), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)

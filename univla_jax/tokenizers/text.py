@@ -2,7 +2,7 @@
 
 Both turn a string into ids 0 … vocabulary_size-1, add nothing at either end, and by default treat
 the names of special tokens inside a text as plain text: instructions come from outside, and an
-instruction that writes ``<|image end|>`` must not end an image.
+instruction that contains ``<|image end|>`` must not end an image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-import numpy as np
 import sentencepiece
 import tiktoken
 from etils import epath
@@ -22,12 +21,58 @@ from etils import epath
 from univla_jax.errors import UserError
 from univla_jax.io import PathLike, dump_json, fingerprint, parse_json, read_files, write_files
 
-# ----------------------------------------------------------------------------
-# What every text tokenizer does alike: normalization before, range check after.
+RANK_FILE = "emu3.tiktoken"
+_VISION_FILE = "emu3_vision_tokens.txt"
+_NUM_EXTRA = 205
+# Qwen's word pattern, which Emu3 took over (github.com/baaivision/Emu3 mllm/tokenization_emu3.py).
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+KIND_FILE = "text_tokenizer.json"
+KIND = "sentencepiece"
+_MODEL_FILE = "sentencepiece.model"
+_SPACE = "\u2581"
 
 
-def clean(text: str) -> str:
-    """The NFC form (Emu3 mllm/tokenization_emu3.py); lone surrogates become U+FFFD."""
+class TextTokenizer(Protocol):
+    """What tasks need of a text tokenizer."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of text ids; ``encode`` gives ids below it unless special tokens are allowed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the files it is saved as."""
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of a text; special tokens in it are plain text unless allowed."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+
+    def save(self, folder: PathLike) -> None:
+        """Writes the files that ``load_text_tokenizer`` reads."""
+
+
+def load_text_tokenizer(folder: PathLike) -> TextTokenizer:
+    """Loads whichever text tokenizer lies in ``folder``.
+
+    Raises:
+      UserError: none, an unknown kind, or damaged files.
+    """
+    if (epath.Path(folder) / RANK_FILE).is_file():
+        return TiktokenTextTokenizer.load(folder)
+    content = read_files(folder, [KIND_FILE], what=f"text tokenizer (nor {RANK_FILE})")
+    kind = parse_json(content[KIND_FILE], where=f"{folder}/{KIND_FILE}").get("kind")
+    if kind != KIND:
+        raise UserError(f"{folder}/{KIND_FILE}: unknown kind {kind!r}, expected {KIND!r}")
+    return SentencePieceTextTokenizer.load(folder)
+
+
+def _normalize(text: str) -> str:
+    """The NFC form, as Emu3 has it; lone surrogates become U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -35,12 +80,8 @@ def clean(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def checked(ids: Sequence[int], size: int) -> list[int]:
-    """The ids as plain ints.
-
-    Raises:
-      UserError: an id outside [0, size).
-    """
+def _check_ids(ids: Sequence[int], size: int) -> list[int]:
+    """The ids as plain ints; raises UserError for one outside [0, size)."""
     ids = [int(i) for i in ids]
     for i in ids:
         if not 0 <= i < size:
@@ -52,24 +93,15 @@ def checked(ids: Sequence[int], size: int) -> list[int]:
 # The text tokenizer of Emu3 and of every published UniVLA checkpoint.
 
 
-RANK_FILE = "emu3.tiktoken"
-_VISION_FILE = "emu3_vision_tokens.txt"
-_EXTRAS = 205
-_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
 class TiktokenTextTokenizer:
-    """Emu3's byte-level BPE (Emu3 mllm/tokenization_emu3.py), read from its own two files.
+    """Emu3's byte-level BPE (Emu3 mllm/tokenization_emu3.py), in its own two files.
 
     Ids 0 … 151,642 are the BPE ranks; special tokens and visual tokens follow. The rank file lies
     beside every published checkpoint.
     """
 
     def __init__(self, ranks: bytes, vision_tokens: bytes) -> None:
-        """Reads the contents of ``emu3.tiktoken`` and ``emu3_vision_tokens.txt``.
+        """Parses the contents of ``emu3.tiktoken`` and ``emu3_vision_tokens.txt``.
 
         Raises:
           UserError: a malformed rank file, or a vision token listed twice.
@@ -87,10 +119,10 @@ class TiktokenTextTokenizer:
 
     @classmethod
     def load(cls, folder: PathLike) -> TiktokenTextTokenizer:
-        """Reads ``emu3.tiktoken`` and ``emu3_vision_tokens.txt`` from ``folder``.
+        """Loads ``emu3.tiktoken`` and ``emu3_vision_tokens.txt`` from ``folder``.
 
         Raises:
-          UserError: a file is missing or broken.
+          UserError: a file is missing or damaged.
         """
         files = read_files(folder, [RANK_FILE, _VISION_FILE], what="Emu3 text tokenizer")
         return cls(files[RANK_FILE], files[_VISION_FILE])
@@ -107,7 +139,7 @@ class TiktokenTextTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Written form → id of special and visual tokens."""
+        """Text form → id of special and visual tokens."""
         return dict(self._special_tokens)
 
     @property
@@ -120,27 +152,20 @@ class TiktokenTextTokenizer:
 
         Args:
           text: any string; lone surrogates become U+FFFD.
-          allow_special: True makes special tokens written in the text special, as the reference
-            always does; only for text you wrote yourself.
+          allow_special: True gives special tokens in the text their own ids, as the reference
+            always does; only for text that you wrote yourself.
         """
         if allow_special:
-            return self._encoding.encode(clean(text), allowed_special="all")
-        return self._encoding.encode_ordinary(clean(text))
+            return self._encoding.encode(_normalize(text), allowed_special="all")
+        return self._encoding.encode_ordinary(_normalize(text))
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """Text of ids; invalid UTF-8 becomes U+FFFD.
-
-        Args:
-          ids: text, special or visual ids.
-          skip_special: leave out special and visual tokens.
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of text, special or visual ids; invalid UTF-8 becomes U+FFFD.
 
         Raises:
           UserError: an id outside the vocabulary.
         """
-        ids = checked(ids, self.total_size)
-        if skip_special:
-            ids = [i for i in ids if i < self.vocabulary_size]
-        return self._encoding.decode(ids, errors="replace")
+        return self._encoding.decode(_check_ids(ids, self.total_size), errors="replace")
 
     def save(self, folder: PathLike) -> None:
         """Writes both files, unchanged, into ``folder``."""
@@ -148,7 +173,7 @@ class TiktokenTextTokenizer:
 
 
 def _parse_ranks(content: bytes) -> dict[bytes, int]:
-    """Reads lines ``<base64 of the token> <rank>`` with ranks 0 … n-1."""
+    """Parses lines ``<base64 of the token> <rank>`` with ranks 0 … n-1."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         try:
@@ -168,13 +193,13 @@ def _parse_ranks(content: bytes) -> dict[bytes, int]:
 
 
 def _special_tokens(vision_tokens: bytes, first: int) -> dict[str, int]:
-    """Written form → id: three of the chat format, 205 extras, then the lines of the file."""
+    """Text form → id: three of the chat format, 205 extras, then the lines of the file."""
     try:
         lines = [line.strip() for line in vision_tokens.decode().splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{_VISION_FILE}: not UTF-8 text; fetch the file again") from error
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    names += [f"<|extra_{i}|>" for i in range(_EXTRAS)]
+    names += [f"<|extra_{i}|>" for i in range(_NUM_EXTRA)]
     names += [line for line in lines if line]
     tokens = {name: first + i for i, name in enumerate(names)}
     if len(tokens) != len(names):
@@ -183,24 +208,18 @@ def _special_tokens(vision_tokens: bytes, first: int) -> dict[str, int]:
 
 
 # ----------------------------------------------------------------------------
-# The SentencePiece text tokenizer of models trained from scratch.
-
-
-KIND_FILE = "text_tokenizer.json"
-KIND = "sentencepiece"
-_MODEL_FILE = "sentencepiece.model"
-_SPACE = "\u2581"
+# The text tokenizer of models trained from scratch.
 
 
 class SentencePieceTextTokenizer:
-    """A SentencePiece BPE model fitted to the instructions of one's own corpus.
+    """A SentencePiece BPE model fitted to the instructions of one's own dataset.
 
     Every text encodes (unknown characters fall back to bytes) and decodes to its NFC form; only
     U+2581, SentencePiece's own sign for a space, comes back as a space.
     """
 
     def __init__(self, model: bytes) -> None:
-        """Reads a serialized model.
+        """Parses a serialized model.
 
         Raises:
           UserError: the bytes are no SentencePiece model.
@@ -211,8 +230,7 @@ class SentencePieceTextTokenizer:
             raise UserError(
                 f"{_MODEL_FILE}: not a SentencePiece model; restore the file, or fit it again"
             ) from error
-        kind = dump_json({"kind": KIND})
-        self._files = {KIND_FILE: kind, _MODEL_FILE: model}
+        self._files = {KIND_FILE: dump_json({"kind": KIND}), _MODEL_FILE: model}
 
     @classmethod
     def fit(
@@ -222,18 +240,21 @@ class SentencePieceTextTokenizer:
 
         Args:
           texts: instructions, as often as they occur.
-          vocabulary_size: upper limit; a small corpus gives fewer ids. 257 of them are the bytes
+          vocabulary_size: upper limit; a small dataset gives fewer ids. 257 of them are the bytes
             and "unknown", so it must be a little above the number of characters plus that.
-          symbols: strings that get one id each, such as the frame sizes ``"1*8*8"`` that stand in
+          symbols: strings that get one id each, such as the frame sizes ``"1*8*8"`` that occur in
             every sequence.
 
         Raises:
           UserError: no texts, or a vocabulary too small for the characters and symbols.
         """
-        lines = [clean(text) for text in texts]
-        symbols = list(dict.fromkeys(clean(symbol) for symbol in symbols))
+        lines = [_normalize(text) for text in texts]
+        symbols = list(dict.fromkeys(_normalize(symbol) for symbol in symbols))
         if not any(line.strip() for line in lines):
             raise UserError("text tokenizer: no text to fit to; give at least one instruction")
+        # Every choice below serves exact round trips: bytes for unknown characters, all characters
+        # covered, no normalization, no space added or removed, no special ids (the package's own
+        # vocabulary has them). One thread, so that the same texts give the same bytes.
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -267,10 +288,10 @@ class SentencePieceTextTokenizer:
 
     @classmethod
     def load(cls, folder: PathLike) -> SentencePieceTextTokenizer:
-        """Reads what ``save`` wrote.
+        """Loads what ``save`` wrote.
 
         Raises:
-          UserError: a file is missing or broken.
+          UserError: a file is missing or damaged.
         """
         files = read_files(folder, [KIND_FILE, _MODEL_FILE], what="SentencePiece text tokenizer")
         return cls(files[_MODEL_FILE])
@@ -290,9 +311,9 @@ class SentencePieceTextTokenizer:
 
         Args:
           text: any string; lone surrogates become U+FFFD.
-          allow_special: without effect: the special tokens of such a model have no written form.
+          allow_special: without effect: the special tokens of such a model have no text form.
         """
-        return self._processor.encode(clean(text))
+        return self._processor.encode(_normalize(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; invalid UTF-8 becomes U+FFFD.
@@ -300,84 +321,8 @@ class SentencePieceTextTokenizer:
         Raises:
           UserError: an id outside the vocabulary.
         """
-        return self._processor.decode(checked(ids, self.vocabulary_size))
+        return self._processor.decode(_check_ids(ids, self.vocabulary_size))
 
     def save(self, folder: PathLike) -> None:
         """Writes the model and its kind into ``folder``."""
         write_files(folder, self._files)
-
-
-# ----------------------------------------------------------------------------
-
-
-__all__ = [
-    "SentencePieceTextTokenizer",
-    "TextTokenizer",
-    "TiktokenTextTokenizer",
-    "load_text_tokenizer",
-    "pad_right",
-]
-
-
-class TextTokenizer(Protocol):
-    """What the sequence layouts need of a text tokenizer."""
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of text ids; ``encode`` gives ids below it unless special tokens are allowed."""
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the files it is saved as."""
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of a text; special tokens in it are plain text unless allowed."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-
-    def save(self, folder: PathLike) -> None:
-        """Writes the files that ``load_text_tokenizer`` reads."""
-
-
-def load_text_tokenizer(folder: PathLike) -> TextTokenizer:
-    """Loads whichever text tokenizer lies in ``folder``.
-
-    Raises:
-      UserError: none, an unknown kind, or broken files.
-    """
-    if (epath.Path(folder) / RANK_FILE).is_file():
-        return TiktokenTextTokenizer.load(folder)
-    content = read_files(folder, [KIND_FILE], what=f"text tokenizer (nor {RANK_FILE})")
-    kind = parse_json(content[KIND_FILE], where=f"{folder}/{KIND_FILE}").get("kind")
-    if kind != KIND:
-        raise UserError(f"{folder}/{KIND_FILE}: unknown kind {kind!r}, expected {KIND!r}")
-    return SentencePieceTextTokenizer.load(folder)
-
-
-def pad_right(
-    rows: Sequence[Sequence[int]], pad: int, length: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Stacks rows of ids of different lengths, padded on the right.
-
-    Args:
-      rows: B rows of ids.
-      pad: id of the padding.
-      length: S; None takes the longest row.
-
-    Returns:
-      ids int32 [B, S] and mask int32 [B, S], 1 where an id is no padding.
-
-    Raises:
-      UserError: a row is longer than ``length``.
-    """
-    longest = max((len(row) for row in rows), default=0)
-    length = longest if length is None else length
-    if longest > length:
-        raise UserError(f"a row of {longest} tokens does not fit the length {length}; raise it")
-    ids = np.full((len(rows), length), pad, np.int32)
-    mask = np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return ids, mask

@@ -3,8 +3,7 @@
 Wraps the pure modules of ``vision_vq.py`` with weights, static batch shapes, files and a
 fingerprint.
 
-Axes: N frames, B videos, T frames of a video, H/W pixels, h/w grid, t latent frames, E latent
-channels.
+Axes: N frames, H/W pixels, h/w code grid, K codebook size, E latent channels.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ import safetensors.numpy
 from univla_jax.errors import UserError
 from univla_jax.io import PathLike, dump_json, parse_json, read_files, write_files
 from univla_jax.tokenizers.image import to_levels, to_pixels
-from univla_jax.tokenizers.vision_vq import PRESETS, VisionConfig, VisionVQ, abstract_variables
-
-__all__ = ["PRESETS", "FrameTokenizer", "VisionConfig", "VisionTokenizer"]
+from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, abstract_variables
 
 CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.safetensors"
-_ACTIVATIONS_AT_ONCE = {"cpu": 2**21}  # floats of one full-resolution layer that a cache holds
-_ACTIVATIONS_IN_MEMORY = 2**26  # the same of processors with fast memory
+# Floats of one full-resolution layer per call: what the caches of a CPU hold, and elsewhere what is
+# far below the memory of any accelerator.
+_ACTIVATIONS_PER_CALL = {"cpu": 2**21}
+_ACTIVATIONS_PER_CALL_ELSEWHERE = 2**26
+_MAX_BATCH = 256
 
 
 class FrameTokenizer(Protocol):
@@ -62,21 +62,18 @@ class FrameTokenizer(Protocol):
 
 
 class VisionTokenizer:
-    """The video VQ with its weights.
+    """The VQ tokenizer of single frames, with its weights.
 
     Computation is float32 with full-precision products, whatever the platform's default, so that
     codes agree between training data and policy and between machines.
+
+    Attributes:
+      config: shape of the network.
+      variables: ``{"params": ..., "batch_stats": ...}`` of ``VisionVQ``.
     """
 
-    def __init__(
-        self, config: VisionConfig, variables: Mapping[str, Any], *, max_batch: int | None = None
-    ):
+    def __init__(self, config: VisionConfig, variables: Mapping[str, Any]) -> None:
         """Places the weights on the default device.
-
-        Args:
-          config: the shape.
-          variables: ``{"params": ..., "batch_stats": ...}`` of ``VisionVQ``.
-          max_batch: frames per call of the compiled functions; None chooses by their size.
 
         Raises:
           UserError: the variables are not those of ``config``.
@@ -84,16 +81,15 @@ class VisionTokenizer:
         self.config = config
         _check_variables(config, variables)
         self.variables = jax.tree.map(jnp.asarray, dict(variables))
-        self._max_batch = max_batch
 
     @property
     def codebook_size(self) -> int:
-        """Number of codes."""
+        """Number of codes K."""
         return self.config.codebook_size
 
     @property
     def codebook(self) -> np.ndarray:
-        """The codebook rows, float32 [K, E]."""
+        """The codebook, float32 [K, E]."""
         return np.asarray(self.variables["params"]["quantize"]["embedding"])
 
     @property
@@ -102,7 +98,7 @@ class VisionTokenizer:
         return self.config.factor
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
-        """Codes of single images.
+        """Encodes frames, each on its own.
 
         Args:
           frames: uint8 [N, H, W, 3], RGB, H and W multiples of ``factor`` (see
@@ -114,31 +110,19 @@ class VisionTokenizer:
         Raises:
           UserError: another dtype or shape.
         """
-        self._check_frames(frames, 4)
-        return self._batched("encode", to_pixels, frames).astype(np.uint16)
-
-    def encode_video(self, frames: np.ndarray) -> np.ndarray:
-        """Codes of videos, ``temporal_downsample_factor`` frames to one latent frame.
-
-        Args:
-          frames: uint8 [B, T, H, W, 3]; T is a multiple of the temporal factor.
-
-        Returns:
-          uint16 [B, t, h, w].
-
-        Raises:
-          UserError: another dtype or shape.
-        """
-        self._check_frames(frames, 5)
-        return self._batched("encode", to_pixels, frames).astype(np.uint16)
-
-    def latents(self, frames: np.ndarray) -> np.ndarray:
-        """What is quantized: float32 [N, 1, h, w, E] of images or [B, t, h, w, E] of videos."""
-        self._check_frames(frames, frames.ndim)
-        return self._batched("latents", to_pixels, frames)
+        found, channels = f"{frames.dtype} {list(frames.shape)}", self.config.in_channels
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != channels:
+            raise UserError(f"frames are {found}, expected uint8 [N, H, W, {channels}]")
+        if not len(frames) or any(side % self.factor or not side for side in frames.shape[1:3]):
+            raise UserError(
+                f"frames are {found}; expected at least one, with H and W multiples of "
+                f"{self.factor}: resize them by their image spec"
+            )
+        size = self._batch_size(*frames.shape[1:3])
+        return self._batched("encode", to_pixels, frames, size).astype(np.uint16)
 
     def decode_codes(self, codes: np.ndarray) -> np.ndarray:
-        """Pictures of codes.
+        """Decodes codes to frames.
 
         Args:
           codes: integers [N, h, w] in [0, codebook_size).
@@ -147,32 +131,34 @@ class VisionTokenizer:
           uint8 [N, H, W, 3].
 
         Raises:
-          UserError: a code outside the codebook, or another shape.
+          UserError: a code outside the codebook, or another dtype or shape.
         """
-        self._check_codes(codes, 3)
-        return self._batched("decode", _to_int32, codes, to_levels)
-
-    def decode_video(self, codes: np.ndarray) -> np.ndarray:
-        """Videos of codes: integers [B, t, h, w] to uint8 [B, t * temporal factor, H, W, 3]."""
-        self._check_codes(codes, 4)
-        return self._batched("decode", _to_int32, codes, to_levels)
+        if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 3 or not codes.size:
+            found = f"{codes.dtype} {list(codes.shape)}"
+            raise UserError(f"codes are {found}, expected integers [N, h, w]")
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.codebook_size:
+            wrong = low if low < 0 else high
+            raise UserError(f"code {wrong} is outside the codebook of {self.codebook_size} codes")
+        size = self._batch_size(*(self.factor * side for side in codes.shape[1:]))
+        return self._batched("decode", lambda c: c.astype(np.int32), codes, size, to_levels)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over the config and all weights; independent of the file format."""
-        return fingerprint_of(self.config, sorted(self._flat().items()))
+        return fingerprint_of(self.config, sorted(self._flat_variables().items()))
 
     def save(self, folder: PathLike) -> None:
         """Writes ``config.json`` and ``params.safetensors``, the config last."""
-        write_files(folder, {PARAMS_FILE: safetensors.numpy.save(self._flat())})
+        write_files(folder, {PARAMS_FILE: safetensors.numpy.save(self._flat_variables())})
         write_files(folder, {CONFIG_FILE: dump_json(self.config.to_dict())})
 
     @classmethod
-    def load(cls, folder: PathLike, *, max_batch: int | None = None) -> VisionTokenizer:
+    def load(cls, folder: PathLike) -> VisionTokenizer:
         """Loads what ``save`` wrote.
 
         Raises:
-          UserError: a file is missing, broken, or its weights are of another config.
+          UserError: a file is missing, damaged, or its weights are of another config.
         """
         files = read_files(folder, [CONFIG_FILE, PARAMS_FILE], what="vision tokenizer")
         values = parse_json(files[CONFIG_FILE], where=f"{folder}/{CONFIG_FILE}")
@@ -180,29 +166,37 @@ class VisionTokenizer:
             flat = safetensors.numpy.load(files[PARAMS_FILE])
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise UserError(
-                f"{folder}/{PARAMS_FILE} is broken ({error}); restore the file or fit again"
+                f"{folder}/{PARAMS_FILE} is damaged ({error}); restore the file or fit again"
             ) from error
         variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-        return cls(VisionConfig.from_dict(values), variables, max_batch=max_batch)
+        return cls(VisionConfig.from_dict(values), variables)
 
-    def _flat(self) -> dict[str, np.ndarray]:
+    def _flat_variables(self) -> dict[str, np.ndarray]:
         flat = flax.traverse_util.flatten_dict(self.variables, sep="/")
         return {name: np.asarray(value) for name, value in flat.items()}
+
+    def _batch_size(self, height: int, width: int) -> int:
+        """The largest power of two up to 256 whose widest activations the processor holds."""
+        backend = jax.default_backend()
+        limit = _ACTIVATIONS_PER_CALL.get(backend, _ACTIVATIONS_PER_CALL_ELSEWHERE)
+        fitting = limit // (height * width * self.config.ch)
+        return 1 << (min(_MAX_BATCH, max(1, fitting)).bit_length() - 1)
 
     def _batched(
         self,
         method: str,
         prepare: Callable[[np.ndarray], np.ndarray],
         items: np.ndarray,
+        max_batch: int,
         finish: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> np.ndarray:
-        """Runs a method of ``VisionVQ`` over items in batches of few static shapes.
-
-        Each core of a CPU takes batches of its own: XLA splits small layers among cores badly.
-        """
+        """Runs a method of ``VisionVQ`` over items in batches of few static shapes."""
+        # Batches are powers of two and the last one is padded, so that any number of frames costs
+        # few compilations. XLA splits layers of few channels among the cores of a CPU badly:
+        # there, each core takes batches of its own on a thread instead.
         cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
-        most = self._max_batch or self._batch_size(method, items)
-        size = min(_power_of_two(-(-len(items) // cores)), most)
+        per_core = -(-len(items) // cores)
+        size = min(1 << max(0, per_core - 1).bit_length(), max_batch)
 
         def run(start: int) -> np.ndarray:
             batch = items[start : start + size]
@@ -212,42 +206,6 @@ class VisionTokenizer:
 
         with concurrent.futures.ThreadPoolExecutor(cores) as threads:
             return np.concatenate(list(threads.map(run, range(0, len(items), size))))
-
-    def _batch_size(self, method: str, items: np.ndarray) -> int:
-        """The largest power of two up to 256 whose widest activations the processor holds."""
-        time, height, width = items.shape[1:4] if items.ndim == 5 else (1, *items.shape[1:3])
-        if method == "decode":
-            height, width = (side * self.factor for side in items.shape[-2:])
-            time = items.shape[1] * self.config.temporal_downsample_factor if items.ndim == 4 else 1
-        limit = _ACTIVATIONS_AT_ONCE.get(jax.default_backend(), _ACTIVATIONS_IN_MEMORY)
-        fitting = limit // (time * height * width * self.config.ch)
-        return 1 << (min(256, max(1, fitting)).bit_length() - 1)
-
-    def _check_frames(self, frames: np.ndarray, ndim: int) -> None:
-        axes = "[N, H, W, 3]" if ndim == 4 else "[B, T, H, W, 3]"
-        found = f"{frames.dtype} {list(frames.shape)}"
-        channels = self.config.in_channels
-        if frames.dtype != np.uint8 or frames.ndim != ndim or frames.shape[-1] != channels:
-            raise UserError(f"frames are {found}, expected uint8 {axes}")
-        if not len(frames) or any(side % self.factor or not side for side in frames.shape[-3:-1]):
-            raise UserError(
-                f"frames are {found}; expected at least one, with H and W multiples of "
-                f"{self.factor}: resize them by their image spec"
-            )
-        period = self.config.temporal_downsample_factor
-        if ndim == 5 and (frames.shape[1] % period or not frames.shape[1]):
-            raise UserError(f"a video of {frames.shape[1]} frames; expected a multiple of {period}")
-
-    def _check_codes(self, codes: np.ndarray, ndim: int) -> None:
-        axes = "[N, h, w]" if ndim == 3 else "[B, t, h, w]"
-        if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != ndim or not codes.size:
-            raise UserError(
-                f"codes are {codes.dtype} {list(codes.shape)}, expected integers {axes}"
-            )
-        low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= self.codebook_size:
-            wrong = low if low < 0 else high
-            raise UserError(f"code {wrong} is outside the codebook of {self.codebook_size} rows")
 
 
 def fingerprint_of(config: VisionConfig, weights: Iterable[tuple[str, np.ndarray]]) -> str:
@@ -269,15 +227,6 @@ def _compiled(config: VisionConfig, method: str) -> Callable[[Any, np.ndarray], 
             return model.apply(variables, items, method=method)
 
     return jax.jit(apply)
-
-
-def _to_int32(codes: np.ndarray) -> np.ndarray:
-    return codes.astype(np.int32)
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest power of two that is at least ``count``."""
-    return 1 << max(0, count - 1).bit_length()
 
 
 def _check_variables(config: VisionConfig, variables: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """Layers of the video VQ, as pure flax.linen modules, channels last.
 
+Every layer is the one of Emu3's ``modeling_emu3visionvq.py`` (huggingface.co/BAAI/
+Emu3-VisionTokenizer; arXiv 2409.18869, section 2.2) under the same name, so that converting weights
+(``interop/hf_weights.py``) is a matter of spelling.
+
 Axes: B videos, T frames, N = B * T frames taken one by one, H/W rows and columns, C channels,
-E = ``embed_dim`` channels of the quantized latent, h/w its rows and columns. Every layer is the
-one of Emu3's ``modeling_emu3visionvq.py`` (Emu3 paper, section 2.2) under the same name, so that
-``interop/hf_weights.py`` stays a list of spelling rules.
+E = ``embed_dim`` channels of the quantized latent, h/w its rows and columns.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5
 
 LAST_CONV = "conv2"
-"""The last convolution of every residual block: it starts at zero, so that a fresh block passes its
-input on and a fresh network trains at a high rate from the first step."""
+"""The last convolution of every residual block. It starts at zero, so that a new block is the
+identity and a new network trains at a high rate from the first step."""
 
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -38,26 +40,28 @@ def conv(features: int, size: int, name: str) -> nn.Conv:
         padding=pad,
         kernel_init=_kernel_init(name),
         name=name,
-        conv_general_dilated=beside,
+        conv_general_dilated=folded_conv,
     )
 
 
-def beside(
+def folded_conv(
     x_NHWC: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     **options: Any,
 ) -> jax.Array:
-    """``jax.lax.conv_general_dilated`` that is fast for few output channels as well.
+    """``jax.lax.conv_general_dilated`` for few output channels, with columns folded into them.
 
-    With few of them, several neighbors in a row are computed as channels of one position, by a
-    kernel that holds the small one once for each of them::
+    CPUs are fast from about 32 output channels on. With fewer, n neighboring output columns are
+    computed as channels of one position, by a kernel that holds the small one n times, each copy
+    shifted by the stride::
 
-        output   0  1  2  3        one position, 4 F channels
-        input  . 0  1  2  3  4     6 columns: the 3 of each output and zeros
+        output   0  1  2  3        one position with 4 F channels
+        input  . 0  1  2  3  4     6 columns: the 3 of each output, and zeros
 
-    The products are the same and those with zeros added; on CPUs twice to four times as fast.
+    The products are the same and those with zeros added: the result is equal but for rounding, and
+    on CPUs two to four times as fast.
     """
     rows, columns, channels, features = kernel.shape
     out = x_NHWC.shape[2] // strides[1]
@@ -69,13 +73,13 @@ def beside(
     shifts = [strides[1] * n for n in range(count)]
     copies = [jnp.pad(kernel, ((0, 0), (s, shifts[-1] - s), (0, 0), (0, 0))) for s in shifts]
     wide = jnp.stack(copies, 3).reshape(rows, columns + shifts[-1], channels, count * features)
-    apart = (strides[0], count * strides[1])
-    y_NHWC = jax.lax.conv_general_dilated(x_NHWC, wide, apart, padding, **options)
+    folded_strides = (strides[0], count * strides[1])
+    y_NHWC = jax.lax.conv_general_dilated(x_NHWC, wide, folded_strides, padding, **options)
     return y_NHWC.reshape(*y_NHWC.shape[:2], out, features)
 
 
-def repeat_grid(x_NHWC: jax.Array, factor: int) -> jax.Array:
-    """Repeats every grid cell ``factor`` times along H and W: "nearest" interpolation."""
+def upsample_nearest(x_NHWC: jax.Array, factor: int) -> jax.Array:
+    """Nearest-neighbor interpolation: repeats every cell ``factor`` times along H and W."""
     return jnp.repeat(jnp.repeat(x_NHWC, factor, axis=1), factor, axis=2)
 
 
@@ -106,11 +110,10 @@ class GroupNorm(nn.Module):
 
 
 class SpatialNorm(nn.Module):
-    """Group norm whose scale and shift are read off the quantized latent (MoVQ).
+    """Group norm whose scale and shift depend on the quantized latent (MoVQ, arXiv 2209.09002).
 
-    ``norm(x) * conv_y(zq) + conv_b(zq)`` with ``zq`` resized to ``x``. Both convolutions are 1x1,
-    so they run on the small grid and their results are resized: the same numbers, fewer of them.
-    ``conv_y`` starts at one, so a fresh decoder is a plain network that learns to condition.
+    ``norm(x) * conv_y(zq) + conv_b(zq)`` with ``zq`` resized to ``x``. The bias of ``conv_y``
+    starts at one, so that a new decoder is a plain network that learns to condition.
     """
 
     groups: int
@@ -121,12 +124,14 @@ class SpatialNorm(nn.Module):
         channels = x_NHWC.shape[-1]
         ones = nn.initializers.ones
         factor = x_NHWC.shape[1] // zq_NhwE.shape[1]
+        # Both convolutions are 1x1 and commute with nearest-neighbor interpolation. They run on
+        # the small grid and their results are resized: the same numbers for up to 64 times less.
         y_NhwC = nn.Conv(channels, (1, 1), kernel_init=conv_init, bias_init=ones, name="conv_y")(
             zq_NhwE
         )
         b_NhwC = conv(channels, 1, "conv_b")(zq_NhwE)
         normed = GroupNorm(self.groups, name="norm_layer")(x_NHWC)
-        return normed * repeat_grid(y_NhwC, factor) + repeat_grid(b_NhwC, factor)
+        return normed * upsample_nearest(y_NhwC, factor) + upsample_nearest(b_NhwC, factor)
 
 
 def norm(name: str, groups: int, x_NHWC: jax.Array, zq_NhwE: jax.Array | None) -> jax.Array:
@@ -186,7 +191,7 @@ class Downsample(nn.Module):
             padding=((0, 1), (0, 1)),
             kernel_init=conv_init,
             name="conv",
-            conv_general_dilated=beside,
+            conv_general_dilated=folded_conv,
         )
         return halve(x_NHWC)
 
@@ -197,15 +202,13 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
         """Returns [N, 2 H, 2 W, C]."""
-        return conv(x_NHWC.shape[-1], 3, "conv")(repeat_grid(x_NHWC, 2))
+        return conv(x_NHWC.shape[-1], 3, "conv")(upsample_nearest(x_NHWC, 2))
 
 
 class CausalConv(nn.Module):
     """Convolution over [T, H, W] that sees no later frame: two zero frames go in front.
 
-    Always two, whatever the kernel and stride (golden facts, 2). The taps in time are laid side by
-    side in the channels of one 2-D convolution: equal to the 3-D one, and many times faster on
-    CPUs at the few channels the latent has.
+    Always two, whatever kernel and stride, as ``Emu3VisionVQCausalConv3d`` has it.
 
     Attributes:
       features: output channels.
@@ -226,6 +229,9 @@ class CausalConv(nn.Module):
             "kernel", _kernel_init(self.name), (*self.size, channels, self.features)
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        # A 3-D convolution is slow on CPUs at the few channels that the latent has. The taps in
+        # time are therefore laid side by side in the channels, and the kernel's time axis goes with
+        # them: one 2-D convolution with the same products.
         unfolded = self._unfold(x_BTHWC)
         out_NHWC = jax.lax.conv_general_dilated(
             unfolded.reshape(-1, *unfolded.shape[2:]),
@@ -248,8 +254,8 @@ class CausalConv(nn.Module):
 class FrozenBatchNorm(nn.Module):
     """Batch norm with stored statistics, in evaluation and in training.
 
-    Collection ``batch_stats`` holds ``mean``, ``var`` and the reference's ``count`` of batches
-    seen; a fresh network has 0, 1 and 0, and learns only scale and bias.
+    Collection ``batch_stats`` holds ``mean``, ``var`` and the reference's ``count`` of batches; a
+    new network has 0, 1 and 0, and learns only scale and bias.
     """
 
     @nn.compact

@@ -2,9 +2,10 @@
 
 A convolutional encoder halves each frame ``len(ch_mult) - 1`` times, causal convolutions merge
 ``temporal_downsample_factor`` frames into one latent frame, the nearest row of a codebook is its
-code, and a decoder conditioned on the quantized latent (MoVQ) goes back. An image is the video of
-one picture repeated: its spatial encoder runs once, and its decoder renders frame 0 only.
-Source: Emu3 ``modeling_emu3visionvq.py`` and the Emu3 paper, section 2.2.
+code, and a decoder conditioned on the quantized latent (MoVQ, arXiv 2209.09002) goes back. An image
+is encoded as a video that repeats it: the spatial encoder runs once, and the decoder renders frame
+0 only. Source: ``modeling_emu3visionvq.py`` of huggingface.co/BAAI/Emu3-VisionTokenizer, and Emu3
+(arXiv 2409.18869), section 2.2.
 
 Axes: B videos, T frames, N = B * T, H/W pixel rows and columns, h/w/t the same of the latent,
 C channels, E = ``embed_dim``, K = ``codebook_size``, P positions.
@@ -27,8 +28,10 @@ from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.tokenizers import vision_layers as layers
 
+_DISTANCES_AT_ONCE = 2**26  # entries of a [P, K] table of distances, 256 MiB
+
 # ----------------------------------------------------------------------------
-# Shape of the vision tokenizer, and the shapes that have names.
+# Config and presets.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,8 @@ class VisionConfig:
     """Shape of the vision tokenizer; names and defaults of ``Emu3VisionVQConfig``.
 
     Attributes:
-      codebook_size: rows of the codebook K, at most 65,536 (codes are stored as uint16).
-      embed_dim: channels of a codebook row E.
+      codebook_size: codes K, at most 65,536 (they are stored as uint16).
+      embed_dim: channels E of a codebook entry.
       z_channels: channels between encoder and quantizer; equals ``embed_dim``, because the decoder
         sends both through the same temporal layers.
       double_z: only False; kept so that reference configs load.
@@ -67,7 +70,7 @@ class VisionConfig:
     num_groups: int = 32
 
     def __post_init__(self) -> None:
-        """Refuses shapes the architecture cannot have."""
+        """Raises UserError for shapes the architecture cannot have."""
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
         for rule, holds in self._rules().items():
@@ -75,6 +78,7 @@ class VisionConfig:
                 raise UserError(f"vision tokenizer config: {rule}; got {self}")
 
     def _rules(self) -> dict[str, bool]:
+        """What must hold -> whether it does."""
         frames = self.temporal_downsample_factor
         widths = [self.ch * m for m in (1, *self.ch_mult)]
         levels = range(len(self.ch_mult))
@@ -129,9 +133,7 @@ PRESETS: dict[str, VisionConfig] = {
 
 
 # ----------------------------------------------------------------------------
-
-
-_DISTANCES_AT_ONCE = 2**26
+# Modules.
 
 
 class Encoder(nn.Module):
@@ -168,7 +170,7 @@ class Encoder(nn.Module):
                     h_NHWC = layers.AttentionBlock(cfg.num_groups, name=name)(h_NHWC)
             if level < len(cfg.ch_mult) - 1:
                 h_NHWC = layers.Downsample(name=f"down_{level}_downsample")(h_NHWC)
-        h_NHWC = middle(cfg, h_NHWC)
+        h_NHWC = middle_blocks(cfg, h_NHWC)
         h_NHWC = nn.silu(layers.GroupNorm(cfg.num_groups, name="norm_out")(h_NHWC))
         return layers.conv(cfg.z_channels, 3, "conv_out")(h_NHWC)
 
@@ -194,18 +196,21 @@ class Decoder(nn.Module):
         Args:
           z_BTHWC: [B, t, h, w, z_channels], quantized latents after ``post_quant_conv``.
           zq_BTHWC: [B, t, h, w, E], the quantized latents, which condition the norms.
-          first_only: render only frame 0; t must be 1. No layer sees a later frame, so the frames
-            are never made.
+          first_only: render only frame 0; t must be 1.
 
         Returns:
           float32 [B, t * temporal_downsample_factor (or 1), H, W, out_channels], about [-1, 1].
         """
+        # Latent and condition go through the same temporal layers, as one batch.
         both = self._temporal(jnp.concatenate([z_BTHWC, zq_BTHWC]), first_only)
         frames = both.reshape(2, -1, *both.shape[2:])
         out_NHWC = self._spatial(frames[0], frames[1])
         return out_NHWC.reshape(z_BTHWC.shape[0], -1, *out_NHWC.shape[1:])
 
     def _temporal(self, x_BTHWC: jax.Array, first_only: bool) -> jax.Array:
+        # Every layer is causal, so frame 0 does not depend on the others. Where it alone is wanted,
+        # doubling the frames is left out, and the spatial decoder renders one frame instead of
+        # ``temporal_downsample_factor``.
         channels = x_BTHWC.shape[-1]
         for i in range(self.config.num_res_blocks):
             x_BTHWC = layers.TemporalResBlock(name=f"time_res_stack_{i}")(x_BTHWC)
@@ -217,7 +222,7 @@ class Decoder(nn.Module):
     def _spatial(self, h_NHWC: jax.Array, zq_NhwE: jax.Array) -> jax.Array:
         cfg = self.config
         h_NHWC = layers.conv(cfg.ch * cfg.ch_mult[-1], 3, "conv_in")(h_NHWC)
-        h_NHWC = middle(cfg, h_NHWC, zq_NhwE)
+        h_NHWC = middle_blocks(cfg, h_NHWC, zq_NhwE)
         for level in reversed(range(len(cfg.ch_mult))):
             width = cfg.ch * cfg.ch_mult[level]
             for i in range(cfg.num_res_blocks + 1):
@@ -232,7 +237,9 @@ class Decoder(nn.Module):
         return layers.conv(cfg.out_channels, 3, "conv_out")(nn.silu(h_NHWC))
 
 
-def middle(cfg: VisionConfig, h_NHWC: jax.Array, zq_NhwE: jax.Array | None = None) -> jax.Array:
+def middle_blocks(
+    cfg: VisionConfig, h_NHWC: jax.Array, zq_NhwE: jax.Array | None = None
+) -> jax.Array:
     """The block, attention, block at the smallest resolution, inside the calling module."""
     width = h_NHWC.shape[-1]
     h_NHWC = layers.ResBlock(width, cfg.num_groups, name="mid_block_1")(h_NHWC, zq_NhwE)
@@ -241,21 +248,20 @@ def middle(cfg: VisionConfig, h_NHWC: jax.Array, zq_NhwE: jax.Array | None = Non
 
 
 def nearest_codes(x_PE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
-    """Index of the nearest codebook row (first of equals), int32 [P].
-
-    Distances are summed as in the reference, ``x^2 + c^2 - 2 x c``, in blocks of rows that keep
-    the [rows, K] table below 256 MiB.
-    """
+    """Index of the nearest codebook entry (first of equals), int32 [P]."""
+    # Distances are summed as in the reference, x^2 + c^2 - 2 x c, because another order of summing
+    # flips codes that are nearly equal. The table of all positions by all codes would take
+    # gigabytes at full size, so positions go in blocks that keep it below 256 MiB.
     squares_K = jnp.sum(codebook_KE**2, axis=1)
 
-    def nearest(row_E: jax.Array) -> jax.Array:
-        distance_K = jnp.sum(row_E**2) + squares_K - 2 * (codebook_KE @ row_E)
+    def nearest(x_E: jax.Array) -> jax.Array:
+        distance_K = jnp.sum(x_E**2) + squares_K - 2 * (codebook_KE @ x_E)
         return jnp.argmin(distance_K).astype(jnp.int32)
 
-    rows = max(1, _DISTANCES_AT_ONCE // len(codebook_KE))
-    if len(x_PE) <= rows:
+    positions = max(1, _DISTANCES_AT_ONCE // len(codebook_KE))
+    if len(x_PE) <= positions:
         return jax.vmap(nearest)(x_PE)
-    return jax.lax.map(nearest, x_PE, batch_size=rows)
+    return jax.lax.map(nearest, x_PE, batch_size=positions)
 
 
 class VectorQuantizer(nn.Module):
@@ -278,7 +284,7 @@ class VectorQuantizer(nn.Module):
         return codes.reshape(x_BTHWE.shape[:-1])
 
     def lookup(self, codes: jax.Array) -> jax.Array:
-        """Codes int [...] to codebook rows float32 [..., E]."""
+        """Codes int [...] to codebook entries float32 [..., E]."""
         return jnp.take(self.embedding, codes, axis=0)
 
 
@@ -315,19 +321,19 @@ class VisionVQ(nn.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Pixels float32: codes [B, h, w] to images, [B, t, h, w] to videos."""
-        rows = self.quantize.lookup(codes)
+        zq = self.quantize.lookup(codes)
         if codes.ndim == 3:
-            return self.decode_rows(rows[:, None], first_only=True)[:, 0]
-        return self.decode_rows(rows, first_only=False)
+            return self.decode_quantized(zq[:, None], first_only=True)[:, 0]
+        return self.decode_quantized(zq, first_only=False)
 
-    def decode_rows(self, rows_BTHWE: jax.Array, *, first_only: bool) -> jax.Array:
-        """Codebook rows [B, t, h, w, E] to pixels; see ``Decoder``."""
-        return self.decoder(self.post_quant_conv(rows_BTHWE), rows_BTHWE, first_only)
+    def decode_quantized(self, zq_BTHWE: jax.Array, *, first_only: bool) -> jax.Array:
+        """Quantized latents [B, t, h, w, E] to pixels; see ``Decoder``."""
+        return self.decoder(self.post_quant_conv(zq_BTHWE), zq_BTHWE, first_only)
 
 
 @functools.cache
 def abstract_variables(config: VisionConfig) -> dict[str, Any]:
-    """Shapes and dtypes of all variables of ``VisionVQ``, nothing allocated; not to be changed."""
+    """Shapes and dtypes of all variables of ``VisionVQ``, nothing allocated; do not modify."""
     pixels = jax.ShapeDtypeStruct(
         (1, config.factor, config.factor, config.in_channels), jnp.float32
     )
@@ -335,10 +341,9 @@ def abstract_variables(config: VisionConfig) -> dict[str, Any]:
 
 
 def init_variables(config: VisionConfig, seed: int) -> dict[str, Any]:
-    """Weights to train from, as ``VisionVQ.init`` makes them but drawn by NumPy.
-
-    XLA compiles one generator per kernel, which takes longer on a CPU than training a small preset.
-    """
+    """Weights to train from, as ``VisionVQ.init`` makes them but drawn by NumPy."""
+    # XLA compiles one random generator per kernel shape, which on a CPU takes longer than training
+    # a small preset.
     random = np.random.default_rng(seed)
 
     def draw(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:

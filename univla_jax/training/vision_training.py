@@ -33,8 +33,14 @@ from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.vision import PRESETS, VisionTokenizer
-from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, init_variables, nearest_codes
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import (
+    PRESETS,
+    VisionConfig,
+    VisionVQ,
+    init_variables,
+    nearest_codes,
+)
 from univla_jax.training.metrics import MetricsLogger
 from univla_jax.training.optimizer import MuonConfig, make_muon
 from univla_jax.training.preemption import SigtermHandler
@@ -435,7 +441,7 @@ def _losses(
         # latents as if they had not been rounded. Without quantization it gets the latents.
         rounded = codebook_KE[nearest].reshape(z.shape)
         rounded = z + jnp.where(quantize, jax.lax.stop_gradient(rounded - z), 0.0)
-        out = model.apply(variables, rounded, first_only=True, method="decode_rows")[:, 0]
+        out = model.apply(variables, rounded, first_only=True, method="decode_quantized")[:, 0]
         squared.append(jnp.mean((out - pixels) ** 2))
         absolute.append(jnp.mean(jnp.abs(out - pixels)))
         latents.append(z.reshape(-1, z.shape[-1]))
