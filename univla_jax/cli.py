@@ -1,12 +1,12 @@
-"""What every command shares: flags, the config file, and errors a person can read.
+"""Flags, config file, one-line errors and tables of all commands.
 
 In a command module::
 
-    CONFIG = commands.config_flag()
-    OUT = commands.string_flag("out", "folder for the result")
+    CONFIG = cli.config_flag()
+    OUT = cli.string_flag("out", "folder for the result")
 
     if __name__ == "__main__":
-        commands.run(main)
+        cli.run(main)
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
 
 
 def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """Wraps ``function`` so that what a person can mend becomes one line and status 2."""
+    """Wraps ``function`` so that an error the user can fix becomes one line and status 2."""
 
     def call(argv: list[str]) -> Any:
         try:
@@ -114,7 +114,7 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
 
 
 def _parse(argv: list[str], arguments: int) -> list[str]:
-    """Parses all flags; raises UserError for whatever the person can mend."""
+    """Parses all flags; raises UserError for a mistake of the command line."""
     argument = _config_argument(argv)
     if argument is not None:
         _check_file(argument.split(":", 1)[0])
@@ -194,10 +194,6 @@ def _flag_message(error: BaseException) -> str:
         found = inner if isinstance(inner, UserError) else found
         inner = inner.__cause__ or inner.__context__
     return str(found or error)
-
-
-# ----------------------------------------------------------------------------
-# Short tables for a terminal.
 
 
 def format_table(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:

@@ -1,3 +1,5 @@
+"""The fused cross-entropy equals its formula, in any number of chunks and without whole logits."""
+
 from __future__ import annotations
 
 import jax

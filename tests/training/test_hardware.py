@@ -30,7 +30,7 @@ def test_operations_of_the_full_model():
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     wanted = 6 * (layers + 4096 * 184_622) + 32 * 3 * 2 * 3200 * 4096
     assert hardware.training_flops(config, 3200) == pytest.approx(wanted)
-    few = hardware.training_flops(config, 3200, hardware.head_share(160, 3200))
+    few = hardware.training_flops(config, 3200, hardware.head_fraction(160, 3200))
     assert few == pytest.approx(wanted - 0.95 * 6 * 4096 * 184_622)
 
 

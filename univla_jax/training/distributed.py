@@ -1,4 +1,4 @@
-"""Several processes that train together: joining, and leaving when one of them is lost."""
+"""Multi-process training: joining the group, and exiting when a peer is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOST_SIGNS = ("gloo", "connection closed", "coordination", "heartbeat", "unavai
 
 @dataclasses.dataclass(frozen=True)
 class ProcessGroupConfig:
-    """Who trains together.
+    """The processes that train together.
 
     Attributes:
       coordinator: ``host:port`` of process 0; empty lets JAX find out from the cluster (TPU VM,
@@ -37,11 +37,7 @@ class ProcessGroupConfig:
     process: int = -1
 
     def __post_init__(self) -> None:
-        """Refuses half of an address.
-
-        Raises:
-          UserError: naming what is missing.
-        """
+        """Raises UserError for half of an address."""
         known = (bool(self.coordinator), self.processes > 0, self.process >= 0)
         if any(known) and not all(known):
             raise UserError(
@@ -58,7 +54,7 @@ def join(group: ProcessGroupConfig) -> None:
     """Makes this process one of a group; must come before anything else of JAX.
 
     Raises:
-      UserError: the others did not come, or the cluster does not say who they are.
+      UserError: the others did not come, or the cluster does not name them.
     """
     found = {
         "coordinator_address": group.coordinator or None,

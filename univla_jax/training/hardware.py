@@ -1,4 +1,4 @@
-"""What one accelerator can do."""
+"""Accelerators by their data sheets, and floating-point operations of the decoder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Chip:
     """One TPU chip or GPU.
 
     Attributes:
-      name: as topologies are written, ``"v6e"``.
-      kind: how JAX calls its devices, or how those names begin.
+      name: as in the names of topologies, ``"v6e"``.
+      kind: ``device_kind`` of its JAX devices, or how it begins.
       hbm_gib: GiB a program may use: what the TPU compiler itself refuses to exceed, a little less
         than the 16, 95 and 32 GB of the data sheets.
       teraflops: peak in bf16 without sparsity, 10^12 operations per second.
@@ -46,7 +46,7 @@ CHIPS = {chip.name: chip for chip in _TPUS}
 
 
 def find_chip(device: jax.Device) -> Chip | None:
-    """The row of a device, None for one that is not in the table, such as a CPU."""
+    """The data sheet of a device, None for one without, such as a CPU."""
     for chip in (*_TPUS, *_GPUS):
         if device.device_kind.startswith(chip.kind):
             return chip
@@ -56,16 +56,16 @@ def find_chip(device: jax.Device) -> Chip | None:
 # ----------------------------------------------------------------------------
 # Floating-point operations of the decoder, counted by hand.
 #
-# Convention, as in the tables that others publish: a multiply-add is two operations; only matrix
-# products count; causal attention counts half of the square; the embedding look-up counts nothing;
-# the head counts where it runs; the backward pass is twice the forward pass; what is computed again
-# for the backward pass (remat) does not count, except in ``recomputed_flops``.
+# Convention, as in published tables of model FLOP/s utilization: a multiply-add is two operations;
+# only matrix products count; causal attention counts half of the square; the embedding look-up
+# counts nothing; the head counts where it runs; the backward pass is twice the forward pass; what
+# is computed again for the backward pass (remat) counts in ``recomputed_flops`` alone.
 
 
-BACKWARD = 2  # operations of the backward pass in units of the forward pass
+_BACKWARD = 2  # operations of the backward pass in units of the forward pass
 
 
-def projection_flops(config: DecoderConfig) -> dict[str, float]:
+def _projection_flops(config: DecoderConfig) -> dict[str, float]:
     """Forward operations of one layer for one token, by the named tensor each product makes."""
     width, head = config.hidden_size, config.head_dim
     query, key = 2.0 * width * config.num_heads * head, 2.0 * width * config.num_kv_heads * head
@@ -81,36 +81,36 @@ def projection_flops(config: DecoderConfig) -> dict[str, float]:
     }
 
 
-def attention_flops(config: DecoderConfig, length: int) -> float:
-    """Forward operations of one layer's attention for one token of a row of ``length`` tokens."""
+def _attention_flops(config: DecoderConfig, length: int) -> float:
+    """Forward operations of one layer's attention per token of ``length``."""
     return 2.0 * length * config.num_heads * config.head_dim
 
 
-def head_flops(config: DecoderConfig) -> float:
-    """Forward operations of the head at one position; padding rows of the vocabulary are free."""
+def _head_flops(config: DecoderConfig) -> float:
+    """Forward operations of the head at one position; padding of the vocabulary is free."""
     return 2.0 * config.hidden_size * config.vocab_size
 
 
-def token_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> float:
-    """Forward operations per token of a row.
+def token_flops(config: DecoderConfig, length: int, head_fraction: float = 1.0) -> float:
+    """Forward operations per token of a sequence.
 
     Args:
       config: the decoder.
-      length: tokens of the row; packed segments count as one.
-      head_share: share of the positions that the head runs on.
+      length: tokens of the sequence; packed segments count as one.
+      head_fraction: fraction of the positions that the head runs on.
     """
-    layer = sum(projection_flops(config).values()) + attention_flops(config, length)
-    return config.num_layers * layer + head_share * head_flops(config)
+    layer = sum(_projection_flops(config).values()) + _attention_flops(config, length)
+    return config.num_layers * layer + head_fraction * _head_flops(config)
 
 
-def head_share(max_labeled: int, length: int) -> float:
-    """Share of the positions that the head runs on; ``max_labeled`` as ``LossConfig`` has it."""
+def head_fraction(max_labeled: int, length: int) -> float:
+    """Fraction of the positions that the head runs on; ``max_labeled`` as ``LossConfig`` has it."""
     return min(max_labeled or length, length) / length
 
 
-def training_flops(config: DecoderConfig, length: int, head_share: float = 1.0) -> float:
+def training_flops(config: DecoderConfig, length: int, head_fraction: float = 1.0) -> float:
     """Operations per token of one training step, forward and backward."""
-    return (1 + BACKWARD) * token_flops(config, length, head_share)
+    return (1 + _BACKWARD) * token_flops(config, length, head_fraction)
 
 
 def recomputed_flops(config: DecoderConfig, length: int) -> float:
@@ -119,7 +119,7 @@ def recomputed_flops(config: DecoderConfig, length: int) -> float:
     The last product of a layer is never needed again: its result only enters the residual sum.
     """
     kept = {*decoder_config.REMAT_PRESETS[config.remat], decoder_config.DOWN}
-    again = sum(flops for name, flops in projection_flops(config).items() if name not in kept)
+    again = sum(flops for name, flops in _projection_flops(config).items() if name not in kept)
     if decoder_config.ATTENTION_OUT not in kept:
-        again += attention_flops(config, length)
+        again += _attention_flops(config, length)
     return config.num_layers * again

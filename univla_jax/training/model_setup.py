@@ -150,13 +150,13 @@ class TrainSetup:
 
     @property
     def flops_per_token(self) -> float:
-        """Operations of a training step per token, by the count of ``flops.py``.
+        """Operations of a training step per token, by the count of ``hardware.py``.
 
         Of an expert those of its layers count, over [hidden ; actions].
         """
         length = self.config.data.sequence_length
-        share = hardware.head_share(self.config.loss.max_labeled, length)
-        count = hardware.training_flops(self.model.config, length, share)
+        head_fraction = hardware.head_fraction(self.config.loss.max_labeled, length)
+        count = hardware.training_flops(self.model.config, length, head_fraction)
         if self.expert is not None:
             joint = length + self.config.data.chunk_size
             stack = self.expert.config.stack(self.model.config)

@@ -20,14 +20,14 @@ VISUAL_INITS = ("random", "codebook")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder, by preset.
+    """The decoder and its action expert.
 
     Attributes:
       preset: a name of ``models/decoder_config.py``.
       overrides: fields of ``DecoderConfig`` to change; vocabulary size and pad id come from the
         vocabulary.
       visual_init: how the embeddings of visual ids start where no earlier stage gives them:
-        ``"random"``, as the reference, or ``"codebook"`` (``visual_init.py``).
+        ``"random"``, as the reference, or ``"codebook"`` (``init_visual_embeddings``).
       action_expert: fields of ``ActionExpertConfig`` to change; only tasks that need an expert
         have one.
     """
@@ -38,7 +38,7 @@ class ModelConfig:
     action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses an unknown start with a UserError."""
+        """Raises UserError for an unknown start of the visual embeddings."""
         if self.visual_init not in VISUAL_INITS:
             raise UserError(
                 f"model.visual_init: {self.visual_init!r}; expected one of {VISUAL_INITS}"
@@ -63,7 +63,7 @@ class TokenizersConfig:
     action: str = ""
 
     def __post_init__(self) -> None:
-        """Refuses an unknown vocabulary with a UserError."""
+        """Raises UserError for an unknown vocabulary."""
         if self.vocabulary not in VOCABULARIES:
             raise UserError(
                 f"tokenizers.vocabulary: {self.vocabulary!r}; expected one of {VOCABULARIES}"
@@ -77,7 +77,7 @@ class LossConfig:
     Attributes:
       normalization: ``"global"`` divides by the weight of all labeled tokens of the step;
         ``"per_micro_batch"`` averages the micro-batches' own means, as the reference.
-      max_labeled: the most labeled tokens of a row; the head then runs on that many positions
+      max_labeled: the most labeled tokens of a batch element; the head then runs on that many positions
         only, which saves most of its cost where few tokens are labeled (policies). 0 runs it on
         every position.
       chunks: parts in which the head runs; 0 chooses them by memory.
@@ -90,7 +90,7 @@ class LossConfig:
     flow_weight: float = FLOW_WEIGHT
 
     def __post_init__(self) -> None:
-        """Refuses values that cannot work, with a UserError naming them."""
+        """Raises UserError for values that cannot work."""
         if self.normalization not in NORMALIZATIONS:
             raise UserError(
                 f"loss.normalization: {self.normalization!r}; expected one of {NORMALIZATIONS}"
@@ -130,14 +130,14 @@ class TrainConfig:
       seed: of parameters and dropout; the data has its own.
       optimizer: AdamW and its schedule.
       loss: how the loss is computed and normalized.
-      accumulation: micro-batches per step; ``data.batch_size`` rows are split into them.
+      accumulation: micro-batches per step; ``data.batch_size`` elements are split into them.
       mesh: devices per axis.
       checkpoint: when to save and what to keep.
       evaluation: held-out loss.
       log_every: steps between two lines of metrics.
       data_timeout_seconds: the longest wait for a batch before the run stops.
       sample_tokens: length of a usual sample, from which ``plan`` says how many tokens of a step
-        are useful; 0 counts rows as full.
+        are useful; 0 counts batch elements as full.
     """
 
     total_steps: int
@@ -157,7 +157,7 @@ class TrainConfig:
     sample_tokens: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses settings that cannot work, with a UserError naming them."""
+        """Raises UserError for settings that cannot work together."""
         for name in ("total_steps", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}; expected at least 1")
@@ -193,5 +193,5 @@ FREE = (
     "data.read_threads",
     "data.prefetch_batches",
 )
-"""Keys that may change when a run is resumed: none changes what a step computes but
-``total_steps``, which stretches the schedule of the steps to come."""
+"""Keys that may change when a run is resumed. None changes the batches; ``total_steps`` stretches
+the schedule of the steps to come, ``loss_on`` and ``vision_weight`` set their loss."""
