@@ -414,6 +414,9 @@ class Checkpointer(contextlib.AbstractContextManager):
           UserError: the checkpoint holds another model or optimizer, lacks a position, or no
             checkpoint is readable.
         """
+        # A checkpoint can be damaged although its commit record is there: a disk lost blocks, or a
+        # copy was cut short. The next older one is taken then, and the damaged ones are renamed only
+        # once another was read, so that nothing is touched where none can be.
         damaged, last_error = [], None
         wanted = {STATE: ocp.args.StandardRestore(template), ITERATOR: FilesRestore()}
         for step in sorted(self._manager.all_steps(), reverse=True):

@@ -89,6 +89,8 @@ def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
       main: gets the command line without its flags; its result becomes the exit status.
       arguments: the most that may stand on the command line beside the flags.
     """
+    # config_flags reads its file while the flags are parsed, and only where --config is on the
+    # command line; overrides like --config.a=1 need the file too. So a default is put there.
     if _CONFIG in _defaults and _config_argument(sys.argv) is None:
         sys.argv[1:1] = [f"--{_CONFIG}={_defaults[_CONFIG]}"]
     parse = functools.partial(_parse, arguments=arguments)
@@ -104,7 +106,7 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
         except UserError as error:
             message = str(error)
         except OSError as error:
-            if error.errno not in _NO_WRITING:
+            if error.errno not in _NO_WRITING:  # a bug, or a device that fails
                 raise
             message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {_REMEDY}"
         print("error:", " ".join(message.split()), file=sys.stderr)
@@ -115,6 +117,9 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
 
 def _parse(argv: list[str], arguments: int) -> list[str]:
     """Parses all flags; raises UserError for a mistake of the command line."""
+    # What config_flags raises for a mistake depends on it: a missing file surfaces when the config
+    # is first used, an unknown key as one of three exceptions that name neither key nor remedy. So
+    # the file is checked before, and after a failure the overrides are looked up one by one.
     argument = _config_argument(argv)
     if argument is not None:
         _check_file(argument.split(":", 1)[0])

@@ -95,7 +95,7 @@ def read_fit_report(
       UserError: the folder holds a fit of another config; names each key with both values.
     """
     file = epath.Path(folder) / FIT_FILE
-    if not file.exists():
+    if not file.exists():  # written last, so an interrupted fit has none
         return None
     record = io.read_json(file)
     _check_same(file.parent, record["config"], config, {}, free)

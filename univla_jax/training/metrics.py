@@ -125,7 +125,7 @@ class WandbWriter:
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Adds one point to the curve ``tag``; points of one step are sent together."""
-        if step != self._step:
+        if step != self._step:  # wandb takes all values of a step in one call
             self.flush()
             self._step = step
         self._values[tag] = value
@@ -178,6 +178,8 @@ class MetricsLogger(contextlib.AbstractContextManager):
         self._writers: list[MetricWriter] = []
         if not self._primary:
             return
+        # Steps from ``start_step`` on are done again after a crash, so their lines go; what is left is
+        # what an uninterrupted run has written by now, byte for byte.
         path = self._folder / METRICS_FILE
         self._folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in io.read_jsonl(path) if line["step"] < start_step]
@@ -235,6 +237,7 @@ class MetricsLogger(contextlib.AbstractContextManager):
 
     def _close(self) -> None:
         """Writes what is buffered and closes everything, the rest too where one cannot."""
+        # On an ExitStack each is closed even where another one raises.
         with self._write_errors(), contextlib.ExitStack() as stack:
             for opened in (self._file, *self._writers, self._bar):
                 if opened is not None:
@@ -369,6 +372,6 @@ class Profiler(contextlib.AbstractContextManager):
 
     def _stop(self) -> None:
         if self._running:
-            jax.effects_barrier()
+            jax.effects_barrier()  # the last step was only dispatched
             jax.profiler.stop_trace()
             self._running = False

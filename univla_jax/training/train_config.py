@@ -77,9 +77,9 @@ class LossConfig:
     Attributes:
       normalization: ``"global"`` divides by the weight of all labeled tokens of the step;
         ``"per_micro_batch"`` averages the micro-batches' own means, as the reference.
-      max_labeled: the most labeled tokens of a batch element; the head then runs on that many positions
-        only, which saves most of its cost where few tokens are labeled (policies). 0 runs it on
-        every position.
+      max_labeled: the most labeled tokens of a batch element; the head then runs on that many
+        positions only, which saves most of its cost where few tokens are labeled (policies). 0 runs
+        it on every position.
       chunks: parts in which the head runs; 0 chooses them by memory.
       flow_weight: of the action expert's flow matching beside the cross-entropy.
     """
