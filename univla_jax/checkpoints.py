@@ -415,7 +415,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             checkpoint is readable.
         """
         # A checkpoint can be damaged although its commit record is there: a disk lost blocks, or a
-        # copy was cut short. The next older one is taken then, and the damaged ones are renamed only
+        # copy was cut short. The next older one is taken then, and damaged ones are renamed only
         # once another was read, so that nothing is touched where none can be.
         damaged, last_error = [], None
         wanted = {STATE: ocp.args.StandardRestore(template), ITERATOR: FilesRestore()}

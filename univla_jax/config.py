@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 FORMERLY = "formerly"
 # Names by former names of all fields that ``complete`` has met. Overrides of the command line are
-# applied to the ConfigDict, which knows no dataclass, so the hint for a former name comes from here.
+# applied to a ConfigDict, which knows no dataclass, so the hint for a former name comes from here.
 _new_names: dict[str, str] = {}
 
 
@@ -143,8 +143,8 @@ def _open_unions(config: config_dict.ConfigDict, cls: type) -> None:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Converts one value to its field's type; only lossless conversions are made."""
-    # JSON and ConfigDict know no tuples and no difference between 1 and 1.0; those two are converted.
-    # Anything else, such as "1" for 1, would be a guess about what was meant, and is an error.
+    # JSON and command lines have no tuples, and write 1 for 1.0; those two are converted. Anything
+    # else, such as "1" for 1, would be a guess about what was meant, and is an error.
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(_option(args, value), value, where)

@@ -178,7 +178,7 @@ class MetricsLogger(contextlib.AbstractContextManager):
         self._writers: list[MetricWriter] = []
         if not self._primary:
             return
-        # Steps from ``start_step`` on are done again after a crash, so their lines go; what is left is
+        # Steps from ``start_step`` on are done again after a crash, so their lines go; the rest is
         # what an uninterrupted run has written by now, byte for byte.
         path = self._folder / METRICS_FILE
         self._folder.mkdir(parents=True, exist_ok=True)
