@@ -22,7 +22,7 @@ from univla_jax import cli, run_dir
 from univla_jax.config import build_config
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig, fit_action, fit_text
 from univla_jax.errors import UserError
-from univla_jax.training.preemption import EXIT_STATUS, Preempted
+from univla_jax.training.distributed import EXIT_STATUS, Preempted
 from univla_jax.training.vision_training import FREE, VisionFitConfig, fit_vision
 
 CONFIG = cli.config_flag()

@@ -31,9 +31,15 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.config import build_config
 from univla_jax.pipeline.inspect import render_examples
-from univla_jax.training.distributed import ProcessGroupConfig, exit_on_peer_failure, join
+from univla_jax.training.distributed import (
+    EXIT_STATUS,
+    Preempted,
+    ProcessGroupConfig,
+    StalledDataError,
+    exit_on_peer_failure,
+    join,
+)
 from univla_jax.training.metrics import ProfileWindow
-from univla_jax.training.preemption import EXIT_STATUS, Preempted, StalledDataError
 from univla_jax.training.run_assets import build_assets
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.train_loop import train

@@ -10,10 +10,7 @@ from tests.conftest import REPOSITORY
 from univla_jax.config import build_config
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.errors import UserError
-from univla_jax.simulators.libero.libero_demonstrations import (
-    FIRST_STATE,
-    DemonstrationsConfig,
-)
+from univla_jax.simulators.libero.libero_demonstrations import FIRST_STATE, DemonstrationsConfig
 from univla_jax.training.train_config import TrainConfig
 
 RECIPE = runpy.run_path(str(REPOSITORY / "configs" / "libero_scratch.py"))

@@ -33,13 +33,17 @@ def test_an_empty_proportion_is_no_error():
     assert proportion([]) == {"successes": 0, "episodes": 0, "rate": 0.0, "low": 0.0, "high": 1.0}
 
 
-def _record(number, success, **changes):
+def _statistics_record(number, success, **changes):
     counts = {"steps": 4, "chunks": 2, "num_overridden": 1, "invalid": 1}
     return {"number": number, "task": f"task {number}", "success": success, **counts, **changes}
 
 
 def test_a_condition_is_summarized_per_task():
-    records = [_record(3, True), _record(1, False), _record(3, False)]
+    records = [
+        _statistics_record(3, True),
+        _statistics_record(1, False),
+        _statistics_record(3, False),
+    ]
     figures = summarize(records, [], Breakdown())
     assert figures["success"]["rate"] == pytest.approx(0.3333)
     assert [(t["task"], t["successes"]) for t in figures["tasks"]] == [("task 1", 0), ("task 3", 1)]
@@ -48,7 +52,7 @@ def test_a_condition_is_summarized_per_task():
 
 
 def test_an_episode_lost_to_the_simulator_counts_as_failed_and_keeps_the_tasks_name():
-    records = [_record(0, False, task="0", error="crash"), _record(0, True)]
+    records = [_statistics_record(0, False, task="0", error="crash"), _statistics_record(0, True)]
     figures = summarize(records, [], Breakdown())
     assert figures["tasks"][0]["task"] == "task 0" and figures["success"]["successes"] == 1
     assert figures["episodes_lost_to_the_simulator"] == 1
@@ -56,7 +60,7 @@ def test_an_episode_lost_to_the_simulator_counts_as_failed_and_keeps_the_tasks_n
 
 def test_a_breakdown_gets_rates_and_intervals():
     breakdown = Breakdown({"mean_length": 2.5}, {"subtasks": {"open": [True, False]}})
-    figures = summarize([_record(0, True)], [], breakdown)
+    figures = summarize([_statistics_record(0, True)], [], breakdown)
     assert figures["figures"] == {"mean_length": 2.5}
     assert figures["breakdown"]["subtasks"]["open"] == proportion([True, False])
 
@@ -80,7 +84,7 @@ def test_throughput_counts_all_runs_of_an_evaluation():
 def test_the_difference_of_two_rates_has_newcombes_interval():
     """The example (a) of Newcombe 1998, table II: 56/70 and 48/80."""
     a, b = (
-        summarize([_record(0, i < n) for i in range(m)], [], Breakdown())
+        summarize([_statistics_record(0, i < n) for i in range(m)], [], Breakdown())
         for n, m in ((48, 80), (56, 70))
     )
     found = compare(a, b)

@@ -49,7 +49,7 @@ def test_a_decoder_there_and_back():
         ({"rope_scaling": {"factor": 2}}, "rope_scaling="),
     ],
 )
-def test_decoder_settings_that_are_not_implemented(change, message):
+def test_config_settings_that_are_not_implemented(change, message):
     values = decoder_config_to_hf(preset("tiny")) | change
     with pytest.raises(UserError, match=message):
         decoder_config_from_hf(values)

@@ -9,12 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tests.parity_groups.checks import Check, Golden, equal
-from univla_jax.interop.hf_weights import (
-    check_params,
-    decoder_rules,
-    expert_rules,
-    vision_rules,
-)
+from univla_jax.interop.hf_weights import check_params, decoder_rules, expert_rules, vision_rules
 from univla_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset

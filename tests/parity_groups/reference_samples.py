@@ -14,8 +14,7 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_block, frame_header, image_grammar, video_grammar
-from univla_jax.sequences.text_encoder import TextEncoder
-from univla_jax.sequences.tokens import LABELS, Role, Tokens
+from univla_jax.sequences.tokens import LABELS, Role, TextEncoder, Tokens
 from univla_jax.tasks import task_class
 from univla_jax.tasks.base import Task, TaskSettings, window_frames
 

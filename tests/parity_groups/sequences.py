@@ -11,7 +11,7 @@ from tests.parity_groups import lenient_fast, reference_samples
 from tests.parity_groups.checks import Check, Golden, equal
 from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_header, frame_separator
-from univla_jax.sequences.text_encoder import TextEncoder
+from univla_jax.sequences.tokens import TextEncoder
 from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 

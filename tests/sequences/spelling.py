@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.pipeline import small
-from univla_jax.sequences.text_encoder import TextEncoder
+from univla_jax.sequences.tokens import TextEncoder
 
 SPECIALS = ("bos", "eos", "bot", "eot", "boa", "eoa", "eol", "eof", "img", "boi", "eoi")
 FRAME = "<boi> 1 * 1 * 2 <img> v{} v{} <eof> <eoi>"

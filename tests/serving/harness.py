@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.serving import wire
+from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 SIDE = 8
@@ -110,7 +110,7 @@ class Handle:
         """A bare client behind its metadata."""
         options = {"compression": None, "max_size": None, **options}
         connection = connect(f"ws://127.0.0.1:{self.port}", **options)
-        wire.unpack(connection.recv())
+        protocol.unpack(connection.recv())
         return connection
 
     def metric(self, name):
@@ -123,6 +123,6 @@ class Handle:
 
 def infer(connection, message):
     """The reply to a message; a text frame stays text."""
-    connection.send(wire.pack(message))
+    connection.send(protocol.pack(message))
     reply = connection.recv(timeout=20)
-    return reply if isinstance(reply, str) else wire.unpack(reply)
+    return reply if isinstance(reply, str) else protocol.unpack(reply)

@@ -14,8 +14,8 @@ import venv
 import pytest
 
 from tests.serving.harness import CountingPolicy, running
-from tests.serving.test_wire import MESSAGE
-from univla_jax.serving import wire
+from tests.serving.test_protocol import MESSAGE
+from univla_jax.serving import protocol
 
 CLIENT = "openpi-client==0.1.2"
 FORGOTTEN = "typing-extensions"  # it imports this without asking for it
@@ -41,7 +41,7 @@ def python(tmp_path_factory):
 
 
 def test_the_client_of_openpi_works_unchanged(python):
-    frame = wire.pack(MESSAGE)
+    frame = protocol.pack(MESSAGE)
     with running(CountingPolicy(), metadata={"protocol": 1, "chunk": 1}) as server:
         command = [python, ROBOT, str(server.port), frame.hex()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)

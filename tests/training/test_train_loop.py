@@ -21,9 +21,9 @@ from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.training import run_assets, train_loop
+from univla_jax.training.distributed import Preempted, SigtermHandler
 from univla_jax.training.metrics import METRICS_FILE, MetricsLogger
 from univla_jax.training.model_setup import TrainSetup
-from univla_jax.training.preemption import Preempted, SigtermHandler
 from univla_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 from univla_jax.training.train_loop import fit
 

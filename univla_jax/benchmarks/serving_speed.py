@@ -41,7 +41,8 @@ from univla_jax.benchmarks.measure import (
 from univla_jax.benchmarks.synthetic import random_policy
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.inference.policy import Policy
-from univla_jax.serving import protocol, startup, wire
+from univla_jax.serving import protocol, startup
+from univla_jax.serving import protocol as wire
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 CHECKPOINT = cli.string_flag(

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from univla_jax.data.datasets import DatasetConfig, build_episode, decode_text
-from univla_jax.data.record_files import Shard, ShardedRecords
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
+from univla_jax.io import Shard, ShardedRecords
 
 _INFO, _FEATURES = "dataset_info.json", "features.json"
 

@@ -32,10 +32,10 @@ from univla_jax import io, run_dir
 from univla_jax.config import build_config
 from univla_jax.data import token_record
 from univla_jax.data.datasets import DATASETS
-from univla_jax.data.record_files import Shard, ShardedRecords
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.validation import InvalidEpisode
 from univla_jax.errors import UserError
+from univla_jax.io import Shard, ShardedRecords
 from univla_jax.normalization import ActionStatistics, sliding_windows, state_key, stream_statistics
 
 HEADER, MANIFEST = "header.json", "manifest.json"

@@ -30,13 +30,7 @@ from univla_jax.inference.sampling import (
     sample_token,
 )
 from univla_jax.models.attention import MASKED, attention
-from univla_jax.models.decoder import (
-    Block,
-    Decoder,
-    LayerInputs,
-    compute_logits,
-    mask_padded_vocab,
-)
+from univla_jax.models.decoder import Block, Decoder, LayerInputs, compute_logits, mask_padded_vocab
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.layers import RotaryEmbedding
 

@@ -15,7 +15,7 @@ import functools
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.sequences.text_encoder import TextEncoder
+from univla_jax.sequences.tokens import TextEncoder
 
 FREE = -1
 """Entry of a grammar where any visual id may stand."""

@@ -30,7 +30,8 @@ from websockets.http11 import Response
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.sampler import Timer
-from univla_jax.serving import protocol, wire
+from univla_jax.serving import protocol
+from univla_jax.serving import protocol as wire
 from univla_jax.serving.batching import Batcher, BusyError
 
 _log = logging.getLogger(__name__)

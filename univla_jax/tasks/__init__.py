@@ -10,7 +10,7 @@ import importlib
 
 from univla_jax.assets import Assets
 from univla_jax.errors import UserError
-from univla_jax.sequences.text_encoder import TextEncoder
+from univla_jax.sequences.tokens import TextEncoder
 from univla_jax.tasks.base import Task, TaskSettings
 
 TASK_NAMES = (

@@ -25,10 +25,10 @@ from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics, state_key
 from univla_jax.sequences.frames import frame_block, frame_separator
-from univla_jax.sequences.text_encoder import TextEncoder
 from univla_jax.sequences.tokens import (
     Piece,
     Role,
+    TextEncoder,
     Tokens,
     action_block,
     compose,

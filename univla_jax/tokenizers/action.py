@@ -19,12 +19,7 @@ from etils import epath
 from univla_jax.errors import UserError
 from univla_jax.io import PathLike, dump_json, fingerprint, parse_json, read_files, write_files
 from univla_jax.tokenizers import fast
-from univla_jax.tokenizers.constrained import (
-    CodeGrammar,
-    DecodedActions,
-    bin_grammar,
-    check_chunks,
-)
+from univla_jax.tokenizers.constrained import CodeGrammar, DecodedActions, bin_grammar, check_chunks
 from univla_jax.tokenizers.fast import FastTokenizer
 
 KIND_FILE = "action_tokenizer.json"

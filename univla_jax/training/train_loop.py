@@ -25,6 +25,7 @@ from univla_jax.errors import UserError
 from univla_jax.io import PathLike
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
 from univla_jax.training import sharding
+from univla_jax.training.distributed import Preempted, SigtermHandler, next_within
 from univla_jax.training.metrics import (
     MetricsLogger,
     Profiler,
@@ -33,7 +34,6 @@ from univla_jax.training.metrics import (
     WandbWriter,
 )
 from univla_jax.training.model_setup import TrainSetup
-from univla_jax.training.preemption import Preempted, SigtermHandler, next_within
 from univla_jax.training.run_assets import build_assets, store_assets
 from univla_jax.training.train_config import FREE, TrainConfig
 from univla_jax.training.train_step import TrainState, means

@@ -41,9 +41,9 @@ from univla_jax.tokenizers.vision_vq import (
     init_variables,
     nearest_codes,
 )
+from univla_jax.training.distributed import SigtermHandler
 from univla_jax.training.metrics import MetricsLogger
 from univla_jax.training.optimizer import MuonConfig, make_muon
-from univla_jax.training.preemption import SigtermHandler
 from univla_jax.training.train_loop import fit
 
 RUN = "run"

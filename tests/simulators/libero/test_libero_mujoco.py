@@ -17,12 +17,7 @@ from tests.conftest import REPOSITORY
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
 from univla_jax.errors import UserError
-from univla_jax.evaluation.actors import (
-    ActionRoundTrip,
-    RandomActions,
-    ScriptedActor,
-    ZeroActions,
-)
+from univla_jax.evaluation.actors import ActionRoundTrip, RandomActions, ScriptedActor, ZeroActions
 from univla_jax.evaluation.runner import BenchmarkRunner, RunnerConfig
 from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators.benchmark import EXPERT_CHUNK, StepResult, Trial

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from univla_jax.training.preemption import SigtermHandler, StalledDataError, next_within
+from univla_jax.training.distributed import SigtermHandler, StalledDataError, next_within
 
 
 class Slow:
