@@ -103,6 +103,7 @@ def run_process(*arguments: str, **environment: str) -> dict[str, float]:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
+    # wait4 gives this child's peak memory; getrusage would give the largest of all children.
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise UserError(f"{' '.join(arguments)} failed: {process.stderr.read().decode()[-2000:]}")
