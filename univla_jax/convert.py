@@ -1,16 +1,16 @@
-"""Converts published checkpoints into ours, and back.
+"""Converts Hugging Face checkpoints into ours, and back.
 
     python -m univla_jax.convert --from_hf=FOLDER --to=DIR \\
         [--config=configs/official.py:libero_video --config.text=DIR --config.vision=DIR ...]
     python -m univla_jax.convert --from=DIR --to_hf=FOLDER [--dtype=bfloat16]
 
-``--from_hf`` is a folder as the hub stores it: Emu3 base models, the Emu3 vision tokenizer, UniVLA
-world models and policies, and the Emu3 models of ``transformers``. A decoder becomes a checkpoint
-to train from (``--config.init_from=DIR``) or, with a config that says what the folder does not, to
-act with; a vision tokenizer becomes a tokenizer folder. Tensors pass one by one, so memory stays
-near that of the largest. ``--to_hf`` gives the same files back, byte for byte; a checkpoint trained
-here gets the reference's names. What is named appears whole or not at all.
-Exit status: 0 done, 2 something to mend.
+``--from_hf`` is a model folder as the Hugging Face hub stores it: Emu3 base models, the Emu3 vision
+tokenizer, UniVLA world models and policies, and the Emu3 models of ``transformers``. A decoder
+becomes a checkpoint to train from (``--config.init_from=DIR``) or, with a config that says what the
+folder does not, to act with; a vision tokenizer becomes a tokenizer folder. Tensors are streamed,
+so memory stays near 1 GB. ``--to_hf`` gives the same files back, byte for byte; a checkpoint
+trained here gets the reference's names. The result appears whole or not at all.
+Exit status: 0 done, 2 an error with its remedy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WEIGHTS_ONLY = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    logging.set_verbosity(logging.FATAL)  # what goes wrong is said once, at the end
+    logging.set_verbosity(logging.FATAL)  # libraries repeat the error that is printed at the end
     start = time.monotonic()
     if FROM_HF.value and TO.value and not FROM.value and not TO_HF.value:
         values = CONFIG.value.to_dict() if CONFIG.value is not None else {}

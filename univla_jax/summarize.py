@@ -96,6 +96,8 @@ def _series(lines: Lines, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Centered running mean over about a fortieth of the curve."""
+    # Windows are cut at the ends instead of padded, so that the first and last values are means of
+    # what there is; differences of cumulative sums make it linear in the length.
     half = max(1, len(values) // 80)
     sums = np.cumsum(np.insert(values, 0, 0.0))
     index = np.arange(len(values))
@@ -207,6 +209,8 @@ def _mean(values: Sequence[float]) -> float:
 def _stages(path: pathlib.Path) -> dict[str, Any]:
     """Wall time and peak memory of each stage, over all attempts at it."""
     stages: dict[str, dict[str, float]] = {}
+    # A stage that was killed and resumed has several lines: its time is their sum, its peak the
+    # highest.
     for line in _attempts(path):
         stage = stages.setdefault(line["stage"], {"seconds": 0.0, "peak_gigabytes": 0.0})
         stage["seconds"] = round(stage["seconds"] + line["seconds"], 2)

@@ -43,11 +43,14 @@ def test_drafts_of_the_right_tokens_take_fewer_steps():
 
 @pytest.mark.slow
 def test_reuse_changes_no_token(problem):
-    anew, *others = [
-        decode_speed.run_episode(problem, kind, calls=3) for kind in ("anew", "cached", "ahead")
+    uncached, *others = [
+        decode_speed.run_episode(problem, kind, calls=3) for kind in ("uncached", "cached", "ahead")
     ]
     for run in others:
-        for (_, a), (_, b) in zip(anew, run):
+        for (_, a), (_, b) in zip(uncached, run):
             np.testing.assert_array_equal(a, b)
-    frames = [decode_speed.run_rollout(problem, 3, 8, 2, anew=anew)[2] for anew in (True, False)]
+    frames = [
+        decode_speed.run_rollout(problem, 3, 8, 2, uncached=uncached)[2]
+        for uncached in (True, False)
+    ]
     np.testing.assert_array_equal(*frames)

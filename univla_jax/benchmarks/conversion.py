@@ -2,18 +2,19 @@
 
     python -m univla_jax.benchmarks.conversion --folder=DIR [--layers=8] [--json=FILE]
 
-Writes a sharded bfloat16 model folder (hidden size 4,096, 184,622 ids; 8 layers are 6.5 GB) into
-``--folder``, which needs three times its size, converts it there and back with the ``convert``
-command, restores the checkpoint onto a mesh of eight virtual CPU devices, and compares every file
-that came back. Peak memory is that of each process as the operating system counts it. What was
-written is removed at the end.
+Writes a sharded bfloat16 model folder (hidden size 4,096, 184,622 ids; 8 layers are 6.5 GB, 1 layer
+3.5 GB) into ``--folder``, which needs three times its size, converts it there and back with the
+``convert`` command, restores the checkpoint onto a mesh of eight virtual CPU devices, and compares
+every file that came back. Peak memory is the resident memory of each process. Everything written is
+removed at the end. Exit status 1: files differ, or a conversion took more than 1 GB above the
+largest tensor.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
+import math
 import os
 import pathlib
 import shutil
@@ -21,59 +22,55 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import save
-from univla_jax.cli import format_table
+from univla_jax.benchmarks.measure import print_cases, save
 from univla_jax.errors import UserError
 from univla_jax.interop.hf_config import decoder_config_to_hf
 from univla_jax.interop.hf_folder import INDEX
 from univla_jax.interop.hf_weights import HfModel
 from univla_jax.interop.tensor_io import make_header, write_safetensors
-from univla_jax.io import dump_json
+from univla_jax.io import dump_json, hash_files
 from univla_jax.models.decoder_config import preset
 
 FOLDER = cli.string_flag("folder", "folder to write into; needs three times the model's size")
 LAYERS = flags.DEFINE_integer("layers", 8, "Decoder layers; 436 MB each beside 3 GB of tables")
 
-_SHARD_TENSORS = 24
-_BLOCK = 32 << 20
+_TENSORS_PER_SHARD = 24
+_BLOCK_BYTES = 32 << 20
 _TEXT_IDS, _CODES = 151_643, 32_768
 _DEVICES = 8
-_LIMIT = 1e9  # bytes above the largest tensor
+_MEMORY_LIMIT = 1e9  # bytes above the largest tensor
 
 
 def make_model(folder: pathlib.Path, layers: int) -> int:
     """Writes a model folder of random bits; returns the bytes of its largest tensor."""
-    decoder = preset("emu3_8b", num_layers=layers)
-    config = {
-        "architectures": ["Emu3MoE"],
-        "model_type": "Emu3",
-        **decoder_config_to_hf(decoder),
-    }
+    decoder = decoder_config_to_hf(preset("emu3_8b", num_layers=layers))
+    config = {"architectures": ["Emu3MoE"], "model_type": "Emu3", **decoder}
     folder.mkdir(parents=True)
     rules = HfModel.from_config(config, ()).state_rules
-    parts = [rules[i : i + _SHARD_TENSORS] for i in range(0, len(rules), _SHARD_TENSORS)]
-    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    shards = [rules[i : i + _TENSORS_PER_SHARD] for i in range(0, len(rules), _TENSORS_PER_SHARD)]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     rng = np.random.default_rng(0)
-    for name, part in zip(names, parts):
-        sizes = [2 * int(np.prod(rule.shape)) for rule in part]
-        header = make_header({rule.key: ("BF16", rule.shape) for rule in part})
-        write_safetensors(folder / name, header, _noise(rng, sum(sizes)))
-    places = {rule.key: name for name, part in zip(names, parts) for rule in part}
-    (folder / INDEX).write_bytes(dump_json({"metadata": {}, "weight_map": places}))
+    for name, shard in zip(names, shards):
+        size = sum(2 * math.prod(rule.shape) for rule in shard)
+        header = make_header({rule.key: ("BF16", rule.shape) for rule in shard})
+        write_safetensors(folder / name, header, _random_blocks(rng, size))
+    weight_map = {rule.key: name for name, shard in zip(names, shards) for rule in shard}
+    (folder / INDEX).write_bytes(dump_json({"metadata": {}, "weight_map": weight_map}))
     for name, content in _text_files().items():
         (folder / name).write_bytes(content)
     (folder / "config.json").write_bytes(dump_json(config))
-    return max(2 * int(np.prod(rule.shape)) for rule in rules)
+    return max(2 * math.prod(rule.shape) for rule in rules)
 
 
-def _noise(rng: np.random.Generator, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, size, _BLOCK):
-        yield np.frombuffer(rng.bytes(min(_BLOCK, size - start)), np.uint8)
+def _random_blocks(rng: np.random.Generator, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, size, _BLOCK_BYTES):
+        yield np.frombuffer(rng.bytes(min(_BLOCK_BYTES, size - start)), np.uint8)
 
 
 def _text_files() -> dict[str, bytes]:
@@ -93,8 +90,8 @@ def _text_files() -> dict[str, bytes]:
     }
 
 
-def measured(*arguments: str, **environment: str) -> dict[str, float]:
-    """Runs a Python process; its wall time in seconds and its peak resident memory in bytes.
+def run_process(*arguments: str, **environment: str) -> dict[str, float]:
+    """Runs Python; returns the wall time in seconds and the peak resident memory in bytes.
 
     Raises:
       UserError: it failed.
@@ -106,23 +103,19 @@ def measured(*arguments: str, **environment: str) -> dict[str, float]:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
+    # wait4 gives this child's peak memory; getrusage would give the largest of all children.
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise UserError(f"{' '.join(arguments)} failed: {process.stderr.read().decode()[-2000:]}")
     return {"seconds": time.monotonic() - start, "peak_bytes": usage.ru_maxrss * 1024}
 
 
-def differing(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+def differing_files(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     """Names of files that two folders do not share bit for bit."""
-    hashes = [{path.name: _sha256(path) for path in folder.iterdir()} for folder in (one, other)]
-    return sorted(name for name, _ in hashes[0].items() ^ hashes[1].items())
+    return sorted({name for name, _ in hash_files(one).items() ^ hash_files(other).items()})
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
+# Restores the decoder sharded over all devices, in a process of its own that has that many.
 _RESTORE = f"""
 import sys, jax, numpy as np
 from univla_jax.models.decoder import Decoder
@@ -140,16 +133,16 @@ assert all(len(x.sharding.device_set) == {_DEVICES} for x in jax.tree.leaves(par
 """
 
 
-def benchmark(folder: pathlib.Path, layers: int) -> dict[str, object]:
-    """All steps; returns sizes in bytes, per step seconds and peak bytes, and what differed."""
+def measure(folder: pathlib.Path, layers: int) -> dict[str, Any]:
+    """All steps: sizes in bytes, seconds and peak bytes of each step, and the files that differ."""
     source, ours, back = (folder / name for name in ("source", "ours", "back"))
     largest = make_model(source, layers)
     size = sum(path.stat().st_size for path in source.iterdir())
     command = ("-m", "univla_jax.convert")
     steps = {
-        "from_hf": measured(*command, f"--from_hf={source}", f"--to={ours}"),
-        "to_hf": measured(*command, f"--from={ours}", f"--to_hf={back}"),
-        "restore": measured(
+        "from_hf": run_process(*command, f"--from_hf={source}", f"--to={ours}"),
+        "to_hf": run_process(*command, f"--from={ours}", f"--to_hf={back}"),
+        "restore": run_process(
             *("-c", _RESTORE, str(ours), str(layers)),
             XLA_FLAGS=f"--xla_force_host_platform_device_count={_DEVICES}",
         ),
@@ -158,43 +151,43 @@ def benchmark(folder: pathlib.Path, layers: int) -> dict[str, object]:
         "bytes": size,
         "largest_tensor_bytes": largest,
         "steps": steps,
-        "differing_files": differing(source, back),
+        "differing_files": differing_files(source, back),
         "files": len(list(source.iterdir())),
     }
 
 
-def table(report: dict) -> str:
-    """The figures in a few lines."""
-    rows = [["step", "seconds", "peak GB", "above the largest tensor"]]
-    for name, step in report["steps"].items():
-        above = step["peak_bytes"] - report["largest_tensor_bytes"]
-        row = [name, f"{step['seconds']:.0f}", f"{step['peak_bytes'] / 1e9:.2f}"]
-        rows.append([*row, "" if name == "restore" else f"{above / 1e9:+.2f} GB"])
-    return format_table(rows)
-
-
 def main(argv: list[str]) -> int:
-    """Runs the benchmark; exit status 1 when files differ or memory exceeds its limit."""
+    """Runs the command; returns the exit status."""
     del argv
     folder = pathlib.Path(FOLDER.value).absolute() / "convert-benchmark"
     if folder.exists():
         raise UserError(f"{folder}: exists already; remove it")
     try:
-        report = benchmark(folder, LAYERS.value)
+        report = measure(folder, LAYERS.value)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(
         f"model folder {report['bytes'] / 1e9:.2f} GB in bfloat16, largest tensor "
         f"{report['largest_tensor_bytes'] / 1e9:.2f} GB"
     )
-    print(table(report))
+    steps = report["steps"]
+    print_cases(
+        [
+            {
+                "step": name,
+                "seconds": round(s["seconds"]),
+                "peak GB": round(s["peak_bytes"] / 1e9, 2),
+            }
+            for name, s in steps.items()
+        ]
+    )
     wrong = report["differing_files"]
     same = f"all {report['files']} files identical" if not wrong else f"DIFFERING: {wrong}"
     print(f"there and back: {same}")
     print(f"restore: onto {_DEVICES} devices of one process, which hold the whole model together")
     save(report)
-    limit = report["largest_tensor_bytes"] + _LIMIT
-    exceeded = any(report["steps"][name]["peak_bytes"] > limit for name in ("from_hf", "to_hf"))
+    limit = report["largest_tensor_bytes"] + _MEMORY_LIMIT
+    exceeded = any(steps[name]["peak_bytes"] > limit for name in ("from_hf", "to_hf"))
     return int(bool(wrong) or exceeded)
 
 

@@ -203,6 +203,7 @@ def measure_pipeline(
         wall, processor, read = time.perf_counter(), time.process_time(), _bytes_read()
         while time.perf_counter() - wall < seconds:
             batch = batches.next()
+            # Segment ids count the samples of a sequence from 1; padding has 0.
             samples += int(batch.segment_ids.max(1).sum())
             useful, tokens = useful + int((batch.segment_ids > 0).sum()), tokens + batch.tokens.size
         wall, processor = time.perf_counter() - wall, time.process_time() - processor

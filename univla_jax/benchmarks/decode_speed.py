@@ -10,7 +10,7 @@
   must read (layers, the head rows of the allowed ids, the cache) at the speed at which this machine
   copies memory.
 * ``reuse``: calls of an episode over a cached prefix, and a world model's rollout over one cache,
-  beside prefilling everything anew.
+  beside prefill without a cache.
 * ``options``: int8 weights and speculative decoding, beside plain float32.
 
 Hidden size 512, 8 layers, 8 heads (2 of keys), mlp 1,792, 184,622 ids, float32, random weights; a
@@ -196,8 +196,8 @@ _FRAMES, _CODES, _EPISODES = 6, 64, 8  # of a rollout
 
 
 def measure_reuse(problem: DecodeProblem, repeats: int) -> dict[str, Any]:
-    """Calls of an episode and a rollout with kept caches, beside prefilling everything anew."""
-    kinds = ("anew", "cached", "ahead")
+    """Calls of an episode and a rollout with kept caches, beside prefill without a cache."""
+    kinds = ("uncached", "cached", "ahead")
     runs: dict[str, list] = {kind: [] for kind in kinds}
     for _ in range(repeats):
         for kind in kinds:
@@ -208,31 +208,31 @@ def measure_reuse(problem: DecodeProblem, repeats: int) -> dict[str, Any]:
         calls = [fastest([run[call][0] for run in own]).wall for call in range(len(own[0]))]
         figures[f"call_ms_{kind}"] = [round(1e3 * seconds, 1) for seconds in calls]
         later[kind] = calls[1:]  # the first call has nothing to reuse
-    anew, ahead = (1e3 * float(np.median(later[kind])) for kind in ("anew", "ahead"))
+    uncached, ahead = (1e3 * float(np.median(later[kind])) for kind in ("uncached", "ahead"))
     figures |= {
-        "second_call_cached_times_faster": later["anew"][0] / later["cached"][0],
-        "later_calls_ms_anew": anew,
+        "second_call_cached_times_faster": later["uncached"][0] / later["cached"][0],
+        "later_calls_ms_uncached": uncached,
         "later_calls_ms_ahead": ahead,
-        "later_calls_ahead_times_faster": anew / ahead,
+        "later_calls_ahead_times_faster": uncached / ahead,
         "calls_give_equal_tokens": all(
             np.array_equal(ids, first)
             for own in runs.values()
-            for (_, ids), (_, first) in zip(own[0], runs["anew"][0])
+            for (_, ids), (_, first) in zip(own[0], runs["uncached"][0])
         ),
     }
     rollouts: dict[bool, list[tuple[Elapsed, Elapsed, np.ndarray]]] = {False: [], True: []}
     for turn in range(repeats + 1):  # the first one compiles
-        for prefill_anew, own in rollouts.items():
-            run = run_rollout(problem, _FRAMES, _CODES, _EPISODES, anew=prefill_anew)
+        for uncached, own in rollouts.items():
+            run = run_rollout(problem, _FRAMES, _CODES, _EPISODES, uncached=uncached)
             own += [run] if turn else []
-    reading = {key: fastest([r for r, _, _ in own]) for key, own in rollouts.items()}
-    whole = {key: fastest([r + d for r, d, _ in own]) for key, own in rollouts.items()}
+    prefill = {key: fastest([p for p, _, _ in own]) for key, own in rollouts.items()}
+    whole = {key: fastest([p + d for p, d, _ in own]) for key, own in rollouts.items()}
     return figures | {
         "rollout_episodes": _EPISODES,
-        "rollout_prefill_ms": 1e3 * reading[False].wall,
-        "rollout_prefill_anew_ms": 1e3 * reading[True].wall,
+        "rollout_prefill_ms": 1e3 * prefill[False].wall,
+        "rollout_prefill_uncached_ms": 1e3 * prefill[True].wall,
         "rollout_ms": 1e3 * whole[False].wall,
-        "rollout_anew_ms": 1e3 * whole[True].wall,
+        "rollout_uncached_ms": 1e3 * whole[True].wall,
         "rollout_times_faster": whole[True].wall / whole[False].wall,
         "rollout_times_less_processor": whole[True].processor / whole[False].processor,
         "rollout_equal_tokens": float(np.mean(rollouts[True][0][2] == rollouts[False][0][2])),
@@ -246,7 +246,7 @@ def run_episode(
 
     Args:
       problem: its prompt is cut into an instruction and observations.
-      kind: ``"anew"`` prefills every prompt whole; ``"cached"`` keeps the prefix of the call
+      kind: ``"uncached"`` prefills every prompt whole; ``"cached"`` keeps the prefix of the call
         before; ``"ahead"`` also prefills what is known of the next prompt between calls, untimed.
       calls: how many.
     """
@@ -262,7 +262,7 @@ def run_episode(
         window = [*window[-2:], observation]
         prompt = np.concatenate([instruction, *window])
         (completion,), spent = timed(lambda p=prompt, c=cached: prefix_cache.complete([p], [c]))
-        cached = None if kind == "anew" else completion.cached_prefix
+        cached = None if kind == "uncached" else completion.cached_prefix
         results.append((spent, completion.ids))
         window.append(completion.ids)
         prefix = np.concatenate([instruction, *window[-2:]])
@@ -273,7 +273,7 @@ def run_episode(
 
 
 def run_rollout(
-    problem: DecodeProblem, frames: int, codes: int, episodes: int, *, anew: bool
+    problem: DecodeProblem, frames: int, codes: int, episodes: int, *, uncached: bool
 ) -> tuple[Elapsed, Elapsed, np.ndarray]:
     """A world model's frames over one cache, or with a prefill of all before for each frame.
 
@@ -282,7 +282,7 @@ def run_rollout(
       frames: number of imagined frames.
       codes: codes of each.
       episodes: B, imagined together.
-      anew: whether each frame starts with a prefill.
+      uncached: whether each frame starts with a prefill.
 
     Returns:
       time of prefill, time of decoding, and the ids [B, frames * codes].
@@ -291,12 +291,12 @@ def run_rollout(
     tokens = problem.random_ids(rng, episodes, _INSTRUCTION + codes + 10)
     between = np.tile(problem.random_ids(rng, 9), (episodes, 1))  # layout tokens of a frame
     slots = tokens.shape[1] + frames * (codes + between.shape[1])
-    reading = decoding = Elapsed()
+    prefill_time = decode_time = Elapsed()
     chosen, state = [], None
     for frame in range(frames):
 
-        def read(state=state, frame=frame, tokens=tokens):
-            if frame and not anew:
+        def prefill(state=state, frame=frame, tokens=tokens):
+            if frame and not uncached:
                 state = sampler.extend(state, between)
             else:
                 state = sampler.prefill(tokens, slots=slots)
@@ -309,13 +309,13 @@ def run_rollout(
             )
             return np.asarray(generated.tokens), state
 
-        state, spent = timed(read)
-        reading += spent
+        state, spent = timed(prefill)
+        prefill_time += spent
         (ids, state), spent = timed(lambda s=state: decode(s))
-        decoding += spent
+        decode_time += spent
         chosen.append(ids)
         tokens = np.concatenate([tokens, ids, between], axis=1)
-    return reading, decoding, np.concatenate(chosen, axis=1)
+    return prefill_time, decode_time, np.concatenate(chosen, axis=1)
 
 
 # ----------------------------------------------------------------------------

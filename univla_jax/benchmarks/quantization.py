@@ -56,6 +56,8 @@ def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[PolicyCal
         session, ended = policy.start(), False
         while not ended:
             observation = simulator.observe()
+            # The session as it is before the call, without the cached prefix: the options keep
+            # weights and caches of other kinds.
             before = dataclasses.replace(session, cached_prefix=None)
             (chunk,) = policy.act([observation], [session])
             calls.append(PolicyCall(observation, before, session.last_ids))

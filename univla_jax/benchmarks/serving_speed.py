@@ -216,6 +216,8 @@ def measure(
       compared: of each robot, answered in batches and one by one.
       turns: how often both are compared.
     """
+    # Compile every batch size first: a compilation while serving would be part of the waits, and is
+    # counted as a fault.
     startup.warmup(policy, clients, lambda message: None)
     compiled = compilations()
     before = len(compiled)

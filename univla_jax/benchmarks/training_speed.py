@@ -6,8 +6,8 @@
 
 Decoder: hidden 512, 8 layers, 8 heads (2 of keys), mlp 1,792, vocabulary 184,622; batch 2 x 512 in
 float32 on the CPU. A step is forward, backward, clipping and AdamW on both sides, from the same
-weights on the same batch, once with all tokens labeled and once with 5 %. The steps alternate, so
-that what else the machine does slows both alike; the times are medians.
+weights on the same batch, once with all tokens labeled and once with 5 %. The steps of both sides
+alternate, so that other programs slow both equally; the times are medians.
 The peer needs ``pip install 'univla_jax[parity]'``.
 """
 
@@ -57,6 +57,8 @@ def random_batch(labeled: float, length: int, seed: int = 0) -> Batch:
 
 def make_setup(labeled: float, length: int, preset: str) -> TrainSetup:
     """The train step as the train command builds it, on one device."""
+    # What is fastest on a CPU: layers unrolled out of the scan and nothing recomputed, as the peer
+    # does it too. With few labels the head runs on their positions only.
     overrides = {"dtype": "float32", "dropout": 0.0, "remat": "none", "scan_unroll": 8}
     config = TrainConfig(
         total_steps=1000,
@@ -126,6 +128,7 @@ def compare(
     """
     setup, batch = make_setup(labeled, length, preset), random_batch(labeled, length)
     ours, params = our_step(setup, batch)
+    # The same weights on both sides: ours are donated to the step, so the peer takes a copy first.
     sides = {"ours": ours, **({"torch": peer_step(setup, params, batch)} if peer else {})}
     del params
     losses = {name: step() for name, step in sides.items()}  # compiles as well

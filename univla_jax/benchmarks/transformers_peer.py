@@ -54,7 +54,7 @@ def emu3_decoder(config: DecoderConfig, params: Any) -> Any:
         attn_implementation="sdpa",
     )
     # Built without memory and then filled: drawing random weights first would take longer than the
-    # comparison. The rotary frequencies are no weights, so their module is made anew.
+    # comparison. The rotary frequencies are no weights, so their module is made again.
     with torch.device("meta"):
         model = transformers.Emu3ForCausalLM(values)
     model = model.to_empty(device="cpu")

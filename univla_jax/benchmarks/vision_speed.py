@@ -106,6 +106,7 @@ def peer_encoder(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.nd
     )
     with _group_norms(torch, config.num_groups):
         model = transformers.Emu3VQVAE(settings).eval()
+    # Pixels from -1 to 1, channels first, as the image processor of transformers makes them.
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     sizes = torch.tensor([frames.shape[1:3]] * len(frames))
 

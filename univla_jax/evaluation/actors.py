@@ -173,6 +173,8 @@ class RemotePolicy:
         """
         from websockets.exceptions import WebSocketException
 
+        # All requests go out before the first reply is awaited, so that the server answers them in
+        # one batch.
         try:
             for observation, session in zip(observations, sessions, strict=True):
                 session.send(wire.pack(protocol.request_message(observation)))

@@ -154,6 +154,8 @@ def evaluate(
     benchmark = config.make_benchmark()
     conditions = config.conditions or benchmark.conditions
     _check_conditions(conditions, benchmark, policy)
+    # The identity is the config, the checkpoint's hash, and whatever else changes actions. What
+    # decides about speed or pictures alone may differ when a killed evaluation is resumed.
     policy_identity = None if policy is None else _policy_identity(policy)
     extra = {} if policy is None else {"checkpoint": policy_identity}
     extra |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
@@ -167,6 +169,8 @@ def evaluate(
     actors = _Actors(config, benchmark, policy, batch, sampling, round_trip)
     limits = RunnerConfig(batch, config.hang_seconds, config.video_episodes, progress)
     with BenchmarkRunner(benchmark, folder, limits) as runner:
+        # Condition after condition, the policy first: a killed evaluation has whole conditions to
+        # show, and a baseline that needs a second set of parameters is loaded last.
         for condition in conditions:
             if runner.missing(condition):
                 make = benchmark.variants.get(condition)
@@ -205,7 +209,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = pathlib.Path(folder) / REPORT
     report = io.read_json(path) if path.exists() else {}
-    if "tasks" in report:
+    if "tasks" in report:  # it held the figures of its only condition at the top
         policy = report["protocol"]["policy"]
         condition = policy if policy in WITHOUT_POLICY else "policy"
         figures = {"figures": {}, "breakdown": {}, **report}

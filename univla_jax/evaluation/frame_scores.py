@@ -34,6 +34,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     Gaussian window of 11 x 11 and constants as of Wang et al. 2004; float64 [N] in -1...1.
     """
+    # Variances and covariance as E[xy] - E[x]E[y] need float64: in float32 the difference of two
+    # nearly equal squares of up to 255^2 loses the digits that count.
     x, y = a.astype(np.float64), b.astype(np.float64)
     mean_x, mean_y = _blur(x), _blur(y)
     var_x = _blur(x * x) - mean_x**2

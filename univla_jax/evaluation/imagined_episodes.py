@@ -221,6 +221,9 @@ def _predictions(
       codes: of all real frames [E, T, h, w].
       imagined: codes [E, N, h, w].
     """
+    # The world model only sees and predicts visual tokens, so its frames cannot be better than
+    # what the tokenizer makes of the real ones ("real_reconstruction"), and should be better than
+    # predicting that nothing changes, in pixels ("repeat_context") and through the tokenizer.
     count = imagined.shape[1]
     codes = codes[:, -1 - count :]  # of the last context frame and those after it
     repeated = _repeat(codes[:, 0], count)
@@ -254,6 +257,8 @@ def _draw(
     length = config.context + config.frames
     order = sorted(range(len(truths)), key=lambda i: len(truths[i].frames) < length)
     strips, clips = [], []
+    # Episodes that end early would show a repeated last frame, so they are drawn only if there are
+    # not enough others.
     for i in sorted(order[: config.shown]):
         instruction, real = truths[i].instruction, _extended(truths[i].frames, length)
         continued = np.concatenate([real[: config.context], imagined[i]])

@@ -232,7 +232,7 @@ class BenchmarkRunner:
         if "condition" not in record:
             raise UserError(f"{self._out} was begun by an older version; use another --out")
         record = {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
-        if "episode" in record:
+        if "episode" in record:  # the tabletop's number of the episode over all tasks
             trial = self._benchmark.trials[record.pop("episode")]
             record |= {"number": trial.task, "trial": trial.trial}
         return record
@@ -247,6 +247,9 @@ class BenchmarkRunner:
         """Receives from the workers, and answers all that wait in one call to the policy."""
         for slot in self._slots:
             slot.since = time.monotonic()
+        # A slot is in one of three states: its worker computes (``observation`` is None), its
+        # episode waits for an action, or it has no episode and is removed. Each round moves all
+        # slots that can be moved without waiting for the slowest worker.
         while self._slots:
             for slot in self._ready([slot for slot in self._slots if slot.observation is None]):
                 self._receive(slot, slot.worker.receive())
@@ -331,6 +334,8 @@ class BenchmarkRunner:
         if slot.trial is None:
             raise UserError(f"the simulator does not start: {error}; see {slot.worker.log}")
         self._failures[slot.trial] += 1
+        # Crashes of physics engines and renderers are rarely repeatable, so the episode is tried
+        # again before it counts as failed. It goes first: its task is likely the loaded one.
         if self._failures[slot.trial] < _ATTEMPTS:
             self._waiting.appendleft(slot.trial)
         else:
@@ -348,6 +353,8 @@ class BenchmarkRunner:
                 [slot.observation for slot in slots], [slot.session for slot in slots]
             )
         except PolicyLost:
+            # The history of these episodes is gone, so no record would be that of the policy: they
+            # begin anew. Those whose workers compute keep their sessions, or get here later.
             for slot in slots:
                 slot.begin(slot.trial, slot.video)
             return

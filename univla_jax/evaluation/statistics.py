@@ -24,6 +24,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """
     if trials == 0:
         return 0.0, 1.0
+    # Wilson's interval inverts the score test, so it stays inside 0...1 and is not empty at rates
+    # of 0 or 1, where rate ± z sqrt(rate (1 - rate) / n) would promise certainty.
     rate, square = successes / trials, _Z * _Z / trials
     center = (rate + square / 2) / (1 + square)
     half = math.sqrt(rate * (1 - rate) * square + square * square / 4) / (1 + square)
@@ -94,6 +96,7 @@ def latency(calls: Sequence[Record]) -> dict[str, Any]:
     """
     if not calls:
         return {"calls": 0}
+    # Percentiles, since the first calls compile and would dominate a mean.
     seconds = np.array([c["seconds"] for c in calls])
     chunks = sum(c["rows"] for c in calls)
     counts, edges = np.histogram(seconds, _BINS)
@@ -151,6 +154,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         for task in first["tasks"]
         if task["task"] in others
     ]
+    # Newcombe's hybrid score interval: the two Wilson intervals' distances to their rates add like
+    # standard deviations, the lower end of B with the upper end of A and the other way round.
     a, b = first["success"], second["success"]
     difference = b["rate"] - a["rate"]
     low = difference - math.hypot(b["rate"] - b["low"], a["high"] - a["rate"])

@@ -99,6 +99,8 @@ def write_mp4(
     except ModuleNotFoundError as error:
         raise UserError("writing mp4 needs the package av: pip install .[video]") from error
     sheets = [np.asarray(sheet) for sheet in _sheets(clips, columns)]
+    # A video has no duration per frame: the last one is repeated instead. H.264 stores color at
+    # half the resolution (yuv420p), so that sides must be even: a row or column is repeated.
     sheets += sheets[-1:] * (round(fps * hold_seconds) - 1)
     even = [np.pad(s, [(0, n % 2) for n in s.shape[:2]] + [(0, 0)], mode="edge") for s in sheets]
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"

@@ -74,6 +74,9 @@ class ProcessWorker:
           video_every: steps between the frames of a video.
           log: file its output is added to.
         """
+        # A new interpreter instead of a fork: the runner has JAX's threads and perhaps an
+        # accelerator, neither of which survives a fork. It inherits one end of a socket pair, and
+        # the import path, since the simulator's factory is unpickled by its module's name.
         ours, theirs = socket.socketpair()
         self.log = log
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}

@@ -77,8 +77,13 @@ class LoadedModel:
             )
             expert = ActionExpert(settings, model.config)
         init = params_init(model, expert)
-        if untrained:  # "rbg" compiles faster than the default generator
-            params = jax.jit(lambda key: nn.unbox(init(key)))(jax.random.key(seed, impl="rbg"))
+        if untrained:
+            # "rbg" compiles faster than the default generator. The sharding commits the parameters
+            # to their device, as restoring does: else all that a trained model has compiled would
+            # be compiled again.
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            draw = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=device)
+            params = draw(jax.random.key(seed, impl="rbg"))
         else:
             params = load_params(folder, nn.unbox(jax.eval_shape(init, jax.random.key(0))))
         if expert is None:

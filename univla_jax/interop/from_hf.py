@@ -61,6 +61,8 @@ def from_hf(
     Raises:
       UserError: something wrong with the folder or the settings; nothing is written then.
     """
+    # Everything that can be wrong is checked before the first byte is written: a conversion takes
+    # minutes, and its errors should take seconds.
     hub = HfFolder.open(source)
     model = HfModel.from_config(hub.config, hub.tensors)
     model.check(hub.tensors, str(hub.path))
@@ -153,10 +155,16 @@ def _streamed_array(
 ) -> StreamedArray:
     """One of our arrays, made of a single tensor or of one tensor per layer.
 
-    A matrix whose axes are exchanged comes as a whole tensor. Embeddings and vectors keep their
-    axes and come in blocks of rows as large as the chunks on disk: the tables of the released
-    models are 1.5 GB each. Their zero rows lie at the end.
+    Args:
+      shape: of the whole array.
+      rules: of its tensors.
+      tensors: the tensors, checked.
+      advance: called with the bytes of each block that was read.
     """
+    # A matrix whose axes are exchanged comes as a whole tensor, 120 MB at the released sizes.
+    # Embeddings and vectors keep their axes: the embeddings are 1.5 GB each, so they come in blocks
+    # of rows as large as the chunks on disk, of which the last ones hold the zero rows of the
+    # padding. Nothing is read before Orbax writes the array.
     first = rules[0]
 
     def whole_tensors() -> Iterator[Block]:

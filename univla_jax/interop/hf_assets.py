@@ -81,6 +81,7 @@ def _from_tokenizers(path: pathlib.Path) -> tuple[bytes, bytes]:
     try:
         special = {token["id"]: token["content"] for token in values["added_tokens"]}
         vocabulary = values["model"]["vocab"]
+        # Ids in order: ranks of byte sequences, plain specials, vision tokens.
         first = min(special)
         ranked = sorted((rank, token) for token, rank in vocabulary.items() if rank < first)
         lines = [f"{_base64(token)} {rank}\n" for rank, token in ranked]
@@ -179,7 +180,7 @@ class ConvertConfig:
       sequence_length: the most tokens a training sample had.
       control_hz: control rate in steps per second.
       corpus: name of the robot data it was trained on.
-      views: per camera, in the order they are written, the fields of its ``ImageSpec``.
+      views: per camera, in their order in a sequence, the fields of its ``ImageSpec``.
       statistics: mean, std, q01 and q99 of the raw actions, one number per dimension.
       statistics_file: the reference's ``norm_stats.json`` in their stead.
       state_statistics: the same numbers of the proprioceptive state, of a policy that was trained
@@ -248,6 +249,7 @@ def make_assets(
     Raises:
       UserError: a tokenizer is missing or belongs to another model, or settings that do not fit.
     """
+    # A folder of ``transformers`` brings its own vision tokenizer, converted a moment ago.
     if own_vision is not None and not config.vision:
         config = dataclasses.replace(config, vision=str(own_vision))
     config.require()

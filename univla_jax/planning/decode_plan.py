@@ -113,6 +113,7 @@ def plan_decoding(config: TrainConfig, topology: Topology, *, batch_size: int = 
     programs = _DecodePrograms.of(config, vocabulary, decoder, mesh, batch_size)
     with jax.set_mesh(mesh), nn.logical_axis_rules(model_rules(decoder, mesh)):
         prefill, decode = programs.compile_prefill(), programs.compile_decode()
+    # Prefill is bound by arithmetic: the prompt's tokens through all layers, none through the head.
     prompt, cache = programs.prompt_tokens, shard_bytes(programs.batch.cache)
     prefill_flops = batch_size * prompt * hardware.token_flops(decoder, prompt, 0.0)
     # A decode step reads all layers, the head rows of the ids that may be chosen, and the cache.
@@ -173,9 +174,12 @@ class _DecodePrograms:
             jax.eval_shape(params_init(model), jax.random.key(0)), mesh
         )
         acts = config.data.needs.actions
+        # A sample has ``frames`` chunks or frames to predict, and one call makes one of them.
         labeled = config.loss.max_labeled or config.data.sequence_length
         new_tokens = -(-labeled // config.data.frames)
         prompt = length_bucket(config.data.sequence_length)
+        # Shapes of the sequences after prefill, with their cache. The parameters are made of zeros
+        # inside, where nothing is computed: prefill takes them without the sharding annotations.
         batch = jax.eval_shape(
             lambda: decode_step.prefill(
                 model,

@@ -59,6 +59,7 @@ def candidates(config: TrainConfig, chips: int) -> Iterator[TrainConfig]:
     """
     kv_heads = decoder_config(config.model, Vocabulary.emu3()).num_kv_heads
     choices = itertools.product(_TENSOR, _CONTEXT, _BATCH_FACTORS, REMAT_PRESETS)
+    # ``fsdp`` takes the chips that are left, so that every candidate uses the whole slice.
     for tensor, context, factor, preset in choices:
         batch_size = config.data.batch_size * factor
         fsdp, rest = divmod(chips, tensor * context)

@@ -165,6 +165,8 @@ def plan_training(
     optimizer = shard_bytes(setup.abstract.opt_state)
     traffic = least_traffic(config, decoder, parameters, optimizer, dict(setup.mesh.shape))
     full = _compile(_with_full_logits(setup)).peak if full_logits else None
+    # Parameters and moments live through the step at sizes that follow from their shardings;
+    # whatever else is there at the worst moment is counted as activations.
     return TrainingPlan(
         topology=topology.name,
         chips=setup.mesh.size,

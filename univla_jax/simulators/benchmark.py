@@ -166,6 +166,8 @@ def make_benchmark(name: str, **options: Any) -> Benchmark:
     """
     if name not in BENCHMARKS:
         raise UserError(f"benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}")
+    # The signature says which options a benchmark has: one it does not know is an error, where
+    # ignoring it would score another protocol than the person meant.
     make = importlib.import_module(BENCHMARKS[name]).make_benchmark
     known = inspect.signature(make).parameters
     for option in options:

@@ -156,6 +156,8 @@ class CalvinSimulator:
         self._observed, _, _, info = self._env.step(np.asarray(command, np.float64))
         self._steps += 1
         self._left -= 1
+        # The oracle compares the state at the start of the task with the present one. A solved task
+        # starts the next without a reset: the scene stays as the policy left it.
         if self._oracle.get_task_info_for_set(self._start, info, {self._task}):
             self._solved += 1
             if self._solved == len(self._chain):

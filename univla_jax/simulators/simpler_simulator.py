@@ -133,6 +133,8 @@ class SimplerSimulator:
         del render  # ``simpler_env`` renders at every step
         self._observed, _, done, truncated, info = self._env.step(widowx_commands(action))
         self._steps += 1
+        # SimplerEnv reports ``done`` anew after every step and continues: an object may be dropped
+        # again, and officially the state after the last step counts.
         self._success = bool(done)
         self._ever |= self._success
         self._stats = info.get("episode_stats", {})

@@ -1,4 +1,4 @@
-"""Motions and scripts, in a scene where the arm goes exactly where it is told."""
+"""Motions and scripts, in a scene where the arm executes every action exactly."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ class Table:
     def __init__(self, **boxes: tuple):
         self.centers = {name: np.array(center, float) for name, (center, _) in boxes.items()}
         self.halves = {name: np.array(half, float) for name, (_, half) in boxes.items()}
-        self.position, self.turn, self.held, self.grip = np.array([0, 0, 0.3]), DOWN, None, OPEN
+        self.fingers, self.orientation, self.held, self.gripper = (
+            np.array([0, 0, 0.3]),
+            DOWN,
+            None,
+            OPEN,
+        )
 
     def hand(self):
-        return self.position.copy(), self.turn
+        return self.fingers.copy(), self.orientation
 
-    def place(self, name):
+    def position(self, name):
         return self.centers[name].copy()
 
     def box(self, name):
@@ -40,19 +45,19 @@ class Table:
 
     def execute(self, action):
         step = METERS * action[:3]
-        self.position = self.position + step
-        self.turn = Rotation.from_rotvec(RADIANS * action[3:6]) * self.turn
-        if action[6] == CLOSE and self.grip == OPEN:
+        self.fingers = self.fingers + step
+        self.orientation = Rotation.from_rotvec(RADIANS * action[3:6]) * self.orientation
+        if action[6] == CLOSE and self.gripper == OPEN:
             self.held = next((name for name in self.centers if self._between(name)), None)
-        self.grip = action[6]
-        if self.grip == OPEN and self.held:
+        self.gripper = action[6]
+        if self.gripper == OPEN and self.held:
             self.centers[self.held][2] = self.halves[self.held][2]
             self.held = None
         elif self.held:
             self.centers[self.held] += step
 
     def _between(self, name):
-        return np.all(np.abs(self.position - self.centers[name]) <= self.halves[name] + 0.01)
+        return np.all(np.abs(self.fingers - self.centers[name]) <= self.halves[name] + 0.01)
 
 
 def run(motion, table, most=400):
@@ -67,10 +72,10 @@ def run(motion, table, most=400):
 
 def test_a_motion_arrives_within_the_limits_and_on_a_straight_line():
     table = Table()
-    target, turn = np.array([0.25, -0.15, 0.1]), pointing_down(0.8)
-    actions = run(Arm(table).go(target, turn=turn), table)
-    assert np.linalg.norm(table.position - target) < 0.008
-    assert (turn * table.turn.inv()).magnitude() < 0.06
+    target, orientation = np.array([0.25, -0.15, 0.1]), pointing_down(0.8)
+    actions = run(Arm(table).go(target, orientation=orientation), table)
+    assert np.linalg.norm(table.fingers - target) < 0.008
+    assert (orientation * table.orientation.inv()).magnitude() < 0.06
     assert np.all(np.abs(actions[:, :6]) <= LIMITS + 1e-9)
     way = np.array([0.25, -0.15, -0.2])
     assert np.allclose(np.cross(actions[0, :3], way), 0, atol=1e-9)
@@ -79,10 +84,10 @@ def test_a_motion_arrives_within_the_limits_and_on_a_straight_line():
 def test_a_target_may_move():
     table = Table(block=((0.2, 0, 0.02), (0.02, 0.02, 0.02)))
     arm = Arm(table)
-    for count, action in enumerate(arm.go(lambda: table.place("block"), near=0.01)):
+    for count, action in enumerate(arm.go(lambda: table.position("block"), tolerance=0.01)):
         table.execute(action)
         table.centers["block"][1] += 0.002 if count < 20 else 0
-    assert np.linalg.norm(table.position - table.place("block")) < 0.01
+    assert np.linalg.norm(table.fingers - table.position("block")) < 0.01
 
 
 def test_fingers_open_along_an_axis_by_the_shorter_turn():
@@ -100,8 +105,10 @@ def test_a_thing_is_put_into_the_basket():
         basket_1_main=((0.1, -0.2, 0.07), (0.1, 0.1, 0.07)),
     )
     actions = run(libero_scripts.into_basket("soup_1_main")(Arm(table)), table)
-    assert np.linalg.norm((table.place("soup_1_main") - table.place("basket_1_main"))[:2]) < 0.02
-    assert set(actions[:, 6]) == {OPEN, CLOSE} and table.grip == OPEN
+    assert (
+        np.linalg.norm((table.position("soup_1_main") - table.position("basket_1_main"))[:2]) < 0.02
+    )
+    assert set(actions[:, 6]) == {OPEN, CLOSE} and table.gripper == OPEN
 
 
 def test_a_dropped_thing_is_picked_up_again():
@@ -112,11 +119,13 @@ def test_a_dropped_thing_is_picked_up_again():
     dropped = False
     for action in libero_scripts.into_basket("soup_1_main")(Arm(table)):
         table.execute(action)
-        if table.held and table.position[1] < 0.05 and not dropped:
+        if table.held and table.fingers[1] < 0.05 and not dropped:
             table.held, dropped = None, True
             table.centers["soup_1_main"][2] = 0.05
     assert dropped
-    assert np.linalg.norm((table.place("soup_1_main") - table.place("basket_1_main"))[:2]) < 0.02
+    assert (
+        np.linalg.norm((table.position("soup_1_main") - table.position("basket_1_main"))[:2]) < 0.02
+    )
 
 
 def test_a_script_is_followed_by_rest():

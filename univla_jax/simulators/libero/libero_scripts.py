@@ -1,8 +1,8 @@
-"""A robot arm with a two-finger gripper, led from waypoint to waypoint by 7-D actions alone.
+"""Scripted experts of LIBERO: motions of the arm by 7-D actions, and a script per task.
 
-Every motion is a generator: it reads the scene, yields one action, and goes on once that was
-executed. So a script made of motions is closed-loop, whoever executes the actions and however
-exactly.
+A motion is a generator: it reads the scene, yields one action, and continues once that was
+executed. So scripts, which are made of motions, are closed-loop, whatever executes the actions and
+however exactly.
 
 Units: meters, radians, world axes with z up. Action float64 [7]: displacement of the fingers'
 center in units of 0.05 m, axis times angle in units of 0.5 rad, both in world axes and ±1, then
@@ -26,14 +26,14 @@ METERS, RADIANS = 0.05, 0.5
 LIMITS = np.array([0.70, 0.80, 0.93, 0.114, 0.163, 0.224])
 DOWN = Rotation.from_euler("xz", [np.pi, np.pi / 2])  # fingers point down and open along y
 _GAIN = 1.5  # commanded displacement per remaining one; 1 creeps in, 2 overshoots
-_NEAR, _ALIGNED = 0.008, 0.06
+_TOLERANCE, _ALIGNED = 0.008, 0.06  # meters, radians
 
 Motion = Iterator[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """What a thing takes up: the box around its collision shape, along the axes of its body.
+    """Bounding box of a thing's collision geometry, along the axes of its body.
 
     Attributes:
       center: [3] of the box.
@@ -52,7 +52,7 @@ class Box:
 
     @property
     def narrow(self) -> int:
-        """Of the other two, the one along which it is narrower."""
+        """The one of the other two axes along which it is narrower."""
         first, second = (axis for axis in range(3) if axis != self.upright)
         return first if self.half[first] <= self.half[second] else second
 
@@ -63,18 +63,18 @@ class Box:
 
 
 class Scene(Protocol):
-    """What a script may know of the simulator's state."""
+    """The part of the simulator's state that scripts use."""
 
     def hand(self) -> tuple[np.ndarray, Rotation]:
-        """Centre between the fingertips [3] and where the hand is turned."""
+        """Center between the fingertips [3] and orientation of the hand."""
         ...
 
-    def place(self, name: str) -> np.ndarray:
+    def position(self, name: str) -> np.ndarray:
         """Position [3] of a body or site."""
         ...
 
     def box(self, name: str) -> Box:
-        """What a body takes up."""
+        """Bounding box of a body."""
         ...
 
 
@@ -88,48 +88,48 @@ class Arm:
     def __init__(self, scene: Scene) -> None:
         """Begins with an open gripper pointing down."""
         self.scene = scene
-        self._grip, self._turn = OPEN, DOWN
+        self._gripper, self._orientation = OPEN, DOWN
 
     def go(
         self,
         target: Callable[[], np.ndarray] | np.ndarray,
         *,
-        turn: Rotation | None = None,
-        near: float = _NEAR,
+        orientation: Rotation | None = None,
+        tolerance: float = _TOLERANCE,
         steps: int = 80,
         speed: float = 1.0,
     ) -> Motion:
-        """Straight to a place.
+        """Straight to a position.
 
         Args:
-          target: [3], or a function that says where it is now.
-          turn: how the hand is to be turned from now on; as before by default.
-          near: distance at which the motion ends.
+          target: [3], or a function that returns where it is now.
+          orientation: of the hand from now on; as before by default.
+          tolerance: distance in meters at which the motion ends.
           steps: actions after which it ends at the latest.
-          speed: share of the fastest motion.
+          speed: fraction of the fastest motion.
         """
-        self._turn = turn or self._turn
+        self._orientation = orientation or self._orientation
         for _ in range(steps):
             position, rotation = self.scene.hand()
             offset = (target() if callable(target) else target) - position
-            angles = (self._turn * rotation.inv()).as_rotvec()
-            if np.linalg.norm(offset) < near and np.linalg.norm(angles) < _ALIGNED:
+            angles = (self._orientation * rotation.inv()).as_rotvec()
+            if np.linalg.norm(offset) < tolerance and np.linalg.norm(angles) < _ALIGNED:
                 return
             yield self._action(offset, angles, speed)
 
     def rest(self, steps: int) -> Motion:
-        """No motion."""
+        """Stays where it is."""
         for _ in range(steps):
             yield self._action(np.zeros(3), np.zeros(3))
 
     def grip(self, steps: int = 10) -> Motion:
         """Closes the gripper."""
-        self._grip = CLOSE
+        self._gripper = CLOSE
         yield from self.rest(steps)
 
     def release(self, steps: int = 6) -> Motion:
         """Opens the gripper."""
-        self._grip = OPEN
+        self._gripper = OPEN
         yield from self.rest(steps)
 
     def shift(self, offset: np.ndarray, **options) -> Motion:
@@ -138,39 +138,39 @@ class Arm:
 
     def carry(self, name: str, target: np.ndarray, **options) -> Motion:
         """Moves until the center of what is held is at ``target`` [3]."""
-        held = self.scene.box(name).center - self.scene.hand()[0]
-        yield from self.go(target - held, **options)
+        offset = self.scene.box(name).center - self.scene.hand()[0]
+        yield from self.go(target - offset, **options)
 
     def _action(self, offset: np.ndarray, angles: np.ndarray, speed: float = 1.0) -> np.ndarray:
         """Slowed on all axes alike, so that paths stay straight."""
-        wanted = _GAIN * np.concatenate([offset / METERS, angles / RADIANS])
-        for part, limits in ((wanted[:3], speed * LIMITS[:3]), (wanted[3:], LIMITS[3:])):
+        command = _GAIN * np.concatenate([offset / METERS, angles / RADIANS])
+        for part, limits in ((command[:3], speed * LIMITS[:3]), (command[3:], LIMITS[3:])):
             part /= max(1.0, np.max(np.abs(part) / limits))
-        return np.append(wanted, self._grip)
+        return np.append(command, self._gripper)
 
 
 def pointing_down(yaw: float = 0.0) -> Rotation:
-    """The hand over a table, its fingers opening along y turned by ``yaw`` about the vertical."""
+    """Orientation of a hand that points down; its fingers open along y, turned by ``yaw``."""
     return Rotation.from_euler("z", yaw) * DOWN
 
 
 def across(axis: np.ndarray) -> Rotation:
-    """The hand over a table, its fingers opening along a horizontal ``axis``; the shorter turn."""
+    """Orientation of a hand that points down; its fingers open along a horizontal ``axis``.
+
+    Of the two such orientations the one nearer to ``DOWN``.
+    """
     yaw = np.arctan2(-axis[0], axis[1])
     return pointing_down((yaw + np.pi / 2) % np.pi - np.pi / 2)
 
 
 # ----------------------------------------------------------------------------
-# Scripts that solve LIBERO tasks with the motions of ``arm.py``.
-#
-# A script reads where things are and yields actions until its task should be solved. ``SCRIPTS``
-# says which task is solved by which script.
+# Scripts: where things are is read from the scene, and a failed grasp is tried again.
 
 
 UP = np.array([0.0, 0.0, 1.0])
 _TRAVEL = 0.12  # clearance above what is grasped or passed
 _WALL = 0.005  # from a rim's outer edge to the middle of its wall
-_DEPTH = 0.03  # of the fingertips below the top of what is grasped
+_DEPTH = 0.03  # of the fingertips below the top of a grasped thing
 _ATTEMPTS = 3
 _PUSHES = 4  # the fingers may slip over the plate's rim
 _BOWL, _PLATE = "akita_black_bowl_1_main", "plate_1_main"
@@ -198,13 +198,13 @@ def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
     yield from grasp(arm, point, pointing_down())
 
 
-def grasp(arm: Arm, point: np.ndarray, turn: Rotation) -> Motion:
+def grasp(arm: Arm, point: np.ndarray, orientation: Rotation) -> Motion:
     """Comes down on a point with open fingers, closes them and lifts."""
     yield from arm.release(1)
-    yield from arm.go(above(point), turn=turn, near=0.02)
+    yield from arm.go(above(point), orientation=orientation, tolerance=0.02)
     yield from arm.go(point)
     yield from arm.grip()
-    yield from arm.shift(_TRAVEL * UP, near=0.02)
+    yield from arm.shift(_TRAVEL * UP, tolerance=0.02)
 
 
 def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0.0) -> Motion:
@@ -217,38 +217,41 @@ def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0
       over: height of the passage.
       lift: meters the hand goes straight up before.
     """
-    yield from arm.shift(lift * UP, near=0.02)
-    yield from arm.carry(name, above(target, over), near=0.015)
+    yield from arm.shift(lift * UP, tolerance=0.02)
+    yield from arm.carry(name, above(target, over), tolerance=0.015)
     yield from arm.carry(name, target)
     yield from arm.release()
-    yield from arm.shift(_TRAVEL * UP, near=0.03)
+    yield from arm.shift(_TRAVEL * UP, tolerance=0.03)
 
 
 def bowl_on(target: str, height: float = 0.03) -> Script:
-    """The bowl on something flat: its center ``height`` over the target's top."""
+    """Puts the bowl on something flat: its center ``height`` over the target's top."""
 
     def script(arm: Arm) -> Motion:
         for attempt in range(_ATTEMPTS):
             yield from pick_rim(arm, _BOWL, side=1.0 - 2 * (attempt % 2))
-            place = arm.scene.box(target)
-            goal = np.append(place.center[:2], place.top + height)
+            support = arm.scene.box(target)
+            goal = np.append(support.center[:2], support.top + height)
             yield from put(arm, _BOWL, goal, over=0.06)
 
     return script
 
 
 def into_basket(*names: str) -> Script:
-    """Things into the basket, one after another."""
+    """Puts things into the basket, one after another."""
 
     def script(arm: Arm) -> Motion:
         for name in names:
             for _ in range(_ATTEMPTS):
                 yield from pick(arm, name)
                 basket, box = arm.scene.box("basket_1_main"), arm.scene.box(name)
-                tall = box.half[box.upright]
-                goal = np.append(basket.center[:2], basket.center[2] + max(tall - 0.04, 0.0))
-                lift = max(0.0, basket.top + tall + 0.02 - box.center[2])
-                yield from put(arm, name, goal, over=basket.top + tall + 0.02 - goal[2], lift=lift)
+                # The hand stays above the rim: a tall thing is let go higher. Before it moves
+                # sideways, the thing's lower side is 2 cm above the rim.
+                half = box.half[box.upright]
+                goal = np.append(basket.center[:2], basket.center[2] + max(half - 0.04, 0.0))
+                clear = basket.top + half + 0.02
+                lift = max(0.0, clear - box.center[2])
+                yield from put(arm, name, goal, over=clear - goal[2], lift=lift)
                 if np.linalg.norm(arm.scene.box(name).center[:2] - basket.center[:2]) < 0.06:
                     break
 
@@ -258,13 +261,13 @@ def into_basket(*names: str) -> Script:
 def turn_on_stove(arm: Arm) -> Motion:
     """Takes the ridge of the knob between the fingers and turns it."""
     knob = arm.scene.box("flat_stove_1_button")
-    point = np.append(arm.scene.place("flat_stove_1_button")[:2], knob.top - 0.02)
-    yield from arm.go(above(point, 0.06), turn=pointing_down(), near=0.015)
+    point = np.append(arm.scene.position("flat_stove_1_button")[:2], knob.top - 0.02)
+    yield from arm.go(above(point, 0.06), orientation=pointing_down(), tolerance=0.015)
     yield from arm.go(point)
     yield from arm.grip(6)
-    yield from arm.go(point, turn=pointing_down(1.2), steps=60)
+    yield from arm.go(point, orientation=pointing_down(1.2), steps=60)
     yield from arm.release()
-    yield from arm.go(above(point), turn=pointing_down(), near=0.03)
+    yield from arm.go(above(point), orientation=pointing_down(), tolerance=0.03)
 
 
 def open_drawer(level: str) -> Script:
@@ -277,7 +280,7 @@ def open_drawer(level: str) -> Script:
         outward = (front - box.center) / np.linalg.norm(front - box.center)
         level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
         yield from arm.go(
-            handle + 0.10 * outward + 0.03 * UP, turn=level_hand, near=0.02, steps=140
+            handle + 0.10 * outward + 0.03 * UP, orientation=level_hand, tolerance=0.02, steps=140
         )
         yield from arm.go(handle)
         yield from arm.grip()
@@ -291,21 +294,22 @@ def push_plate(arm: Arm) -> Motion:
 
     The cabinet leaves no room behind it, and what is pushed at its front cannot turn away.
     """
-    goal = arm.scene.place("main_table_stove_front_region")[:2]
+    goal = arm.scene.position("main_table_stove_front_region")[:2]
     height = arm.scene.box(_PLATE).center[2]
     yield from arm.grip(1)
 
     def ahead(distance: float, lift: float) -> np.ndarray:
         plate = arm.scene.box(_PLATE).center[:2]
-        way = goal - plate
-        return np.append(plate + distance * way / max(np.linalg.norm(way), 0.02), height + lift)
+        offset = goal - plate
+        advance = distance * offset / max(np.linalg.norm(offset), 0.02)
+        return np.append(plate + advance, height + lift)
 
     for attempt in range(_PUSHES):
         press = -0.02 * (attempt % 2)  # harder every other time
-        yield from arm.go(lambda: ahead(0.03, 0.06), near=0.015)
+        yield from arm.go(lambda: ahead(0.03, 0.06), tolerance=0.015)
         yield from arm.go(functools.partial(ahead, 0.03, press), steps=20)
         yield from arm.go(functools.partial(ahead, 0.10, press), steps=45, speed=0.6)
-        yield from arm.shift(0.06 * UP, near=0.02)
+        yield from arm.shift(0.06 * UP, tolerance=0.02)
 
 
 # In the order of the suite's tasks.
@@ -344,7 +348,7 @@ SCRIPTS: dict[str, dict[int, Script]] = {
 
 
 def solve(script: Script, scene: Scene) -> Motion:
-    """The actions of a script in a scene, and rest once it is done; endless."""
+    """The actions of a script in a scene, then no motion; endless."""
     arm = Arm(scene)
     yield from script(arm)
     while True:

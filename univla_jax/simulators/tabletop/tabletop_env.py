@@ -1,4 +1,4 @@
-"""A small deterministic tabletop: a gripper, colored blocks and zones, told what to do in words.
+"""A small deterministic tabletop environment: a gripper, colored blocks and zones, instructions.
 
 Kinematic and exact: the same seed and actions give the same episode to the last bit. Lengths are
 table units (the table is [0, 1]²), angles radians, one step is 0.2 s (5 Hz).
@@ -18,7 +18,7 @@ import numpy as np
 from univla_jax.simulators.tabletop import tabletop_render
 
 # ----------------------------------------------------------------------------
-# Task families of the tabletop: instructions and success predicates.
+# Task families: instructions and success predicates.
 #
 # Every scene holds several blocks and zones of different colors, so only the instruction tells
 # which of them is meant. A task counts as failed once another block was touched first; reaching a
@@ -42,7 +42,7 @@ REACH_HEIGHT = 0.1  # above a block's top, to which the expert goes down
 
 @dataclasses.dataclass(frozen=True)
 class TabletopTask:
-    """What is asked for in one episode.
+    """The task of one episode.
 
     Attributes:
       family: one of ``FAMILIES``.
@@ -58,7 +58,7 @@ class TabletopTask:
 
     @property
     def instruction(self) -> str:
-        """The task in words."""
+        """Natural-language command."""
         if self.family == "push":
             return f"push the {self.block} block to the {self.target}"
         if self.family == "place":
@@ -67,8 +67,8 @@ class TabletopTask:
             return f"reach the {self.target} zone"
         return f"{self.family} the {self.block} block"
 
-    def succeeded(self, scene) -> bool:
-        """Whether ``scene`` (a ``tabletop.Scene``) fulfils the task."""
+    def succeeded(self, scene: Scene) -> bool:
+        """Whether the scene fulfils the task."""
         if self.family == "reach":
             return self._in_zone(scene, scene.gripper.position) and (
                 scene.gripper.height < REACH_HEIGHT and not scene.touched
@@ -87,7 +87,7 @@ class TabletopTask:
             return self._in_zone(scene, block.position) and scene.held is None
         return True
 
-    def others(self, scene) -> list[TabletopTask]:
+    def others(self, scene: Scene) -> list[TabletopTask]:
         """The same kind of task for each other block of ``scene``, or each other zone (reach)."""
         if self.family == "reach":
             zones = [z for z in scene.zones if z.color != self.target]
@@ -98,25 +98,21 @@ class TabletopTask:
             for b in blocks
         ]
 
-    def _in_zone(self, scene, position: np.ndarray) -> bool:
+    def _in_zone(self, scene: Scene, position: np.ndarray) -> bool:
         offset = np.linalg.norm(position - scene.zone(self.target).position)
         return bool(offset < ZONE_REACH)
 
 
 def sample_task(
     rng: np.random.Generator,
-    scene,
-    block_colors: list[str],
-    zone_colors: list[str],
+    scene: Scene,
     family: str | None = None,
 ) -> TabletopTask:
     """Draws a task that the scene allows.
 
     Args:
       rng: source of randomness.
-      scene: a ``tabletop.Scene``, to read the block's place.
-      block_colors: colors on the table.
-      zone_colors: zones on the table.
+      scene: blocks and zones.
       family: one of ``FAMILIES``, or None for any.
 
     Raises:
@@ -125,7 +121,8 @@ def sample_task(
     if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown task family {family!r}; known: {', '.join(FAMILIES)}")
     family = family or str(rng.choice(FAMILIES))
-    block = str(rng.choice(block_colors))
+    block = str(rng.choice([b.color for b in scene.blocks]))
+    zone_colors = [z.color for z in scene.zones]
     if family == "reach":  # after the block, so that a seed means the same zone as in place
         return TabletopTask(family, "", str(rng.choice(zone_colors)))
     position = scene.block(block).position
@@ -141,6 +138,7 @@ def sample_task(
 
 
 # ----------------------------------------------------------------------------
+# The environment.
 
 
 CONTROL_HZ = 5.0
@@ -212,7 +210,15 @@ class Gripper:
 
 @dataclasses.dataclass
 class Scene:
-    """Everything there is: what success predicates and the scripted expert look at."""
+    """The full state, which success predicates and the scripted expert read.
+
+    Attributes:
+      blocks: on the table.
+      zones: on the table.
+      gripper: its pose.
+      held: index of the block in the gripper, or None.
+      touched: indices of blocks in the order they were first touched.
+    """
 
     blocks: list[Block]
     zones: list[Zone]
@@ -268,7 +274,9 @@ class TabletopEnv(gymnasium.Env):
         self.task: TabletopTask
         self._steps = 0
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Places blocks, zones and gripper, and draws a task.
 
         Args:
@@ -281,12 +289,13 @@ class TabletopEnv(gymnasium.Env):
         super().reset(seed=seed)
         rng = self.np_random
         self.scene = _place(rng)
-        colors = [b.color for b in self.scene.blocks], [z.color for z in self.scene.zones]
-        self.task = sample_task(rng, self.scene, *colors, family=(options or {}).get("family"))
+        self.task = sample_task(rng, self.scene, (options or {}).get("family"))
         self._steps = 0
         return self._observation(), self._info()
 
-    def step(self, action: np.ndarray):
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Moves by one action, clipped to the action space.
 
         Args:
@@ -342,6 +351,11 @@ def _place(rng: np.random.Generator) -> Scene:
 def _spots(rng: np.random.Generator, cells: np.ndarray) -> np.ndarray:
     """The cells' centers in random order, a little off, float64 [N, 2]."""
     return rng.permutation(cells) + rng.uniform(-JITTER, JITTER, cells.shape)
+
+
+# Physics. All of it is kinematic: the gripper moves exactly as told, a held block moves with it,
+# and a low gripper pushes blocks to its edge. A step is made in parts shorter than a block, so that
+# none is passed through.
 
 
 def advance(scene: Scene, action: np.ndarray) -> None:

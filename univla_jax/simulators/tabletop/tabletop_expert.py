@@ -98,6 +98,8 @@ def actions_along(path: list[Waypoint], scene: Scene) -> Iterator[np.ndarray]:
     Yields:
       float32 [7] actions.
     """
+    # Closed-loop: the offset to the waypoint is measured before every action, so that a stop at a
+    # block or the table's edge does not shift the rest of the path; 20 actions reach any waypoint.
     grip = OPEN
     for x, y, height, grip in path:
         for _ in range(20):
@@ -159,10 +161,10 @@ def demonstrate(seed: int, *, min_steps: int = 12, family: str | None = None) ->
 
 
 # ----------------------------------------------------------------------------
-# Demonstrations of the embedded tabletop's scripted expert, written as an RLDS dataset.
+# Demonstrations as an RLDS dataset.
 
 
-EPISODES_PER_WORKER = 100  # fewer are drawn before another process has started
+EPISODES_PER_WORKER = 100  # fewer are rendered before another process has started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,7 @@ class DemonstrationsConfig:
       train_episodes: episodes of the split ``train``.
       val_episodes: episodes of the split ``val``, which takes the seeds after those of ``train``.
       families: task families in turn, repeated ones more often; empty draws them at random.
-      first_seed: place of the first seed in the range kept for demonstrations.
+      first_seed: index of the first seed in the range kept for demonstrations.
       image_format: ``"png"`` or ``"jpeg"``.
       version: version of the dataset.
     """
@@ -200,8 +202,8 @@ class DemonstrationsConfig:
         last = self.first_seed + self.train_episodes + self.val_episodes
         if last > len(DEMONSTRATION_SEEDS):
             raise UserError(
-                f"config: {last} seeds wanted, {len(DEMONSTRATION_SEEDS)} are kept for "
-                "demonstrations; ask for fewer episodes"
+                f"config: {last} seeds, {len(DEMONSTRATION_SEEDS)} are kept for demonstrations; "
+                "lower the number of episodes"
             )
 
     def seeds(self) -> dict[str, range]:
@@ -214,7 +216,7 @@ class DemonstrationsConfig:
 
 
 class _Episodes:
-    """The demonstrations of some seeds in order, made on every core; its length is their number."""
+    """The demonstrations of some seeds in order, made on all cores; its length is their number."""
 
     def __init__(self, seeds: range, families: tuple[str, ...]) -> None:
         self._seeds = seeds

@@ -1,4 +1,4 @@
-"""Draws the tabletop with NumPy: anti-aliased shapes, two cameras, no GL.
+"""NumPy renderer of the tabletop: anti-aliased shapes, two cameras, no GL.
 
 Coordinates are table units: x to the right, y away from the robot, z up; the table is [0, 1]².
 Images are uint8 [H, W, 3] RGB, row 0 at the far edge of the table (y = 1).
@@ -7,6 +7,7 @@ Images are uint8 [H, W, 3] RGB, row 0 at the far edge of the table (y = 1).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ class View:
 class Canvas:
     """A float image that shapes are blended into, each inside its own bounding box."""
 
-    def __init__(self, view: View):
+    def __init__(self, view: View) -> None:
+        """Fills the image with the floor's color."""
         self._view = view
         self._pixel = view.extent / view.size
         self._rgb = np.empty((view.size, view.size, 3), np.float32)
@@ -90,18 +92,19 @@ class Canvas:
         return self._x[None, window[1]] - center[0], self._y[window[0], None] - center[1]
 
     def _blend(self, window: tuple, distance: np.ndarray, rgb: tuple, alpha: float) -> None:
-        """Blends by coverage: a pixel half covered takes half of the color."""
+        # ``distance`` is signed, negative inside the shape. A pixel whose center lies on the edge
+        # is half covered and takes half of the color; half a pixel further in it takes all.
         coverage = np.clip(0.5 - distance / self._pixel, 0.0, 1.0)[..., None] * alpha
         region = self._rgb[window]
         region += coverage * (np.asarray(rgb, np.float32) - region)
 
 
-def draw_scene(canvas: Canvas, scene) -> None:
+def draw_scene(canvas: Canvas, scene: Any) -> None:
     """Draws table, zones and blocks, lowest first.
 
     Args:
       canvas: what to draw into.
-      scene: a ``tabletop.Scene``.
+      scene: a ``tabletop_env.Scene``.
     """
     canvas.box(np.array([0.5, 0.5]), (0.5, 0.5), 0.0, TABLE_RGB)
     for zone in scene.zones:
@@ -116,12 +119,12 @@ def draw_scene(canvas: Canvas, scene) -> None:
         canvas.box(block.position, (half * 0.5, half * 0.5), block.yaw, inner)
 
 
-def draw_gripper(canvas: Canvas, gripper) -> None:
+def draw_gripper(canvas: Canvas, gripper: Any) -> None:
     """Draws the palm, the two fingers and their shadow; size and shadow tell the height.
 
     Args:
       canvas: what to draw into.
-      gripper: a ``tabletop.Gripper``.
+      gripper: a ``tabletop_env.Gripper``.
     """
     scale = 1.0 + 0.8 * gripper.height
     across = np.array([np.cos(gripper.yaw), np.sin(gripper.yaw)])
@@ -134,7 +137,7 @@ def draw_gripper(canvas: Canvas, gripper) -> None:
     canvas.box(gripper.position, (spread * scale, 0.014 * scale), gripper.yaw, PALM_RGB)
 
 
-def render_fixed(scene, size: int) -> np.ndarray:
+def render_fixed(scene: Any, size: int) -> np.ndarray:
     """The fixed camera: the whole table and a margin, uint8 [size, size, 3]."""
     canvas = Canvas(View((0.5, 0.5), 1.1, size))
     draw_scene(canvas, scene)
@@ -142,7 +145,7 @@ def render_fixed(scene, size: int) -> np.ndarray:
     return canvas.image()
 
 
-def render_wrist(scene, size: int) -> np.ndarray:
+def render_wrist(scene: Any, size: int) -> np.ndarray:
     """The camera carried by the gripper: the nearby table, wider when higher, uint8."""
     gripper = scene.gripper
     extent = 0.40 + 0.4 * gripper.height
