@@ -1,10 +1,101 @@
-"""The page and the terminal's table of a report."""
+"""Intervals and counts of a report."""
 
 from __future__ import annotations
 
+import pytest
+
 from univla_jax.evaluation import report as reports
-from univla_jax.evaluation.statistics import summarize
+from univla_jax.evaluation.report import (
+    compare,
+    latency,
+    proportion,
+    summarize,
+    throughput,
+    wilson_interval,
+)
 from univla_jax.simulators.benchmark import Breakdown
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (0, 0, 0.0, 1.0),
+        (0, 20, 0.0, 0.1611),
+        (20, 20, 0.8389, 1.0),
+        (81, 100, 0.7222, 0.8749),  # value of the published formula
+        (1, 2, 0.0945, 0.9055),
+    ],
+)
+def test_wilson_interval(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_an_empty_proportion_is_no_error():
+    assert proportion([]) == {"successes": 0, "episodes": 0, "rate": 0.0, "low": 0.0, "high": 1.0}
+
+
+def _statistics_record(number, success, **changes):
+    counts = {"steps": 4, "chunks": 2, "num_overridden": 1, "invalid": 1}
+    return {"number": number, "task": f"task {number}", "success": success, **counts, **changes}
+
+
+def test_a_condition_is_summarized_per_task():
+    records = [
+        _statistics_record(3, True),
+        _statistics_record(1, False),
+        _statistics_record(3, False),
+    ]
+    figures = summarize(records, [], Breakdown())
+    assert figures["success"]["rate"] == pytest.approx(0.3333)
+    assert [(t["task"], t["successes"]) for t in figures["tasks"]] == [("task 1", 0), ("task 3", 1)]
+    counts = figures["chunks"], figures["invalid_chunks"], figures["mean_steps"]
+    assert counts == (6, 3, 4.0) and figures["latency"] == {"calls": 0}
+
+
+def test_an_episode_lost_to_the_simulator_counts_as_failed_and_keeps_the_tasks_name():
+    records = [_statistics_record(0, False, task="0", error="crash"), _statistics_record(0, True)]
+    figures = summarize(records, [], Breakdown())
+    assert figures["tasks"][0]["task"] == "task 0" and figures["success"]["successes"] == 1
+    assert figures["episodes_lost_to_the_simulator"] == 1
+
+
+def test_a_breakdown_gets_rates_and_intervals():
+    breakdown = Breakdown({"mean_length": 2.5}, {"subtasks": {"open": [True, False]}})
+    figures = summarize([_statistics_record(0, True)], [], breakdown)
+    assert figures["figures"] == {"mean_length": 2.5}
+    assert figures["breakdown"]["subtasks"]["open"] == proportion([True, False])
+
+
+def test_latency_of_calls():
+    calls = [{"rows": 2, "seconds": 0.1}, {"rows": 2, "seconds": 0.3}]
+    assert latency(calls)["seconds_per_chunk"] == 0.1
+    assert latency(calls)["p50_seconds"] == 0.2
+    assert sum(latency(calls)["histogram"]["counts"]) == 2
+    assert latency([]) == {"calls": 0}
+
+
+def test_throughput_counts_all_runs_of_an_evaluation():
+    times = [{"episode_seconds": 3.0, "steps": 10}] * 2
+    times += [{"run_seconds": 6.0, "workers": 2}, {"run_seconds": 4.0, "workers": 1}]
+    found = throughput(times)
+    assert found["steps_per_second"] == 2 and found["episodes_per_minute"] == 12
+    assert found["simulator_share"] == 0.375 and throughput([]) == {}
+
+
+def test_the_difference_of_two_rates_has_newcombes_interval():
+    """The example (a) of Newcombe 1998, table II: 56/70 and 48/80."""
+    a, b = (
+        summarize([_statistics_record(0, i < n) for i in range(m)], [], Breakdown())
+        for n, m in ((48, 80), (56, 70))
+    )
+    found = compare(a, b)
+    assert found["difference"] == 0.2
+    assert (found["low"], found["high"]) == pytest.approx((0.0524, 0.3339), abs=2e-4)
+    assert [name for name, *_ in found["tasks"]] == ["task 0", "all"]
+
+
+# ----------------------------------------------------------------------------
+# The page and the terminal's table of a report.
 
 
 def _record(number, success):

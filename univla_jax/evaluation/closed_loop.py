@@ -25,7 +25,7 @@ from univla_jax import __version__, io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation import report as reports
-from univla_jax.evaluation import statistics
+from univla_jax.evaluation import report as statistics
 from univla_jax.evaluation.actors import (
     ActionRoundTrip,
     RandomActions,
