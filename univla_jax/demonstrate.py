@@ -17,7 +17,7 @@ from absl import flags
 
 from univla_jax import cli
 from univla_jax.config import build_config
-from univla_jax.simulators.benchmark import DEMONSTRATIONS
+from univla_jax.simulators import DEMONSTRATIONS
 
 CONFIG = cli.config_flag()
 OUT = cli.string_flag("out", "folder for the dataset")

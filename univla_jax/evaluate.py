@@ -41,7 +41,7 @@ from univla_jax.evaluation.actors import ActionRoundTrip
 from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.inference.sampling import sampling_flags
 from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
-from univla_jax.simulators.benchmark import BENCHMARKS, EXPERT_CHUNK
+from univla_jax.simulators import BENCHMARKS, EXPERT_CHUNK
 from univla_jax.tokenizers.action import load_action_tokenizer
 
 CONFIG = cli.config_flag(required=False)

@@ -11,7 +11,7 @@ import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import BENCHMARKS, Benchmark, StepResult, Trial
+from univla_jax.simulators import BENCHMARKS, Benchmark, StepResult, Trial
 
 BENCHMARKS["countdown"] = __name__
 

@@ -22,7 +22,7 @@ from univla_jax.evaluation.actors import (
 from univla_jax.evaluation.closed_loop import EvaluateConfig, evaluate
 from univla_jax.evaluation.runner import EPISODES, PolicyLost
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.benchmark import PlannedObservation
+from univla_jax.simulators import PlannedObservation
 from univla_jax.tokenizers.fast import FastTokenizer
 
 TWO_DIMENSIONS = ActionStatistics((0.0,) * 2, (1.0,) * 2, (-1.0, 5.0), (1.0, 6.0))

@@ -13,7 +13,7 @@ from univla_jax.evaluation.report import (
     throughput,
     wilson_interval,
 )
-from univla_jax.simulators.benchmark import Breakdown
+from univla_jax.simulators import Breakdown
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.actors import RandomActions, ZeroActions
 from univla_jax.evaluation.runner import EPISODES, BenchmarkRunner, RunnerConfig, sanitize_chunk
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.benchmark import StepResult
+from univla_jax.simulators import StepResult
 
 QUIET = RunnerConfig(workers=2, progress=False)
 RANGE = ActionStatistics((-1.0,) * 7, (1.0,) * 7, (-1.0,) * 7, (1.0,) * 7)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.evaluation.fake_simulators import Countdown
 from univla_jax.evaluation.worker import InProcessWorker, ProcessWorker, SimulatorServer
-from univla_jax.simulators.benchmark import Trial
+from univla_jax.simulators import Trial
 
 
 @pytest.fixture(params=["in process", "process"])

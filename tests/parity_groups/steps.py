@@ -19,10 +19,10 @@ from univla_jax.episode import Observation
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.normalization import ActionStatistics
+from univla_jax.tasks import CorpusRecord, TaskRecord
 from univla_jax.tasks.base import TaskSettings
 from univla_jax.tasks.history import History
 from univla_jax.tasks.policy_video import PolicyVideo
-from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import StepResult, Trial, make_benchmark
+from univla_jax.simulators import StepResult, Trial, make_benchmark
 from univla_jax.simulators.calvin_simulator import CalvinProtocol, CalvinSimulator, chain_breakdown
 
 CHAIN = ["open_drawer", "lift_red_block", "turn_on_led", "move_slider_left", "push_blue_block"]

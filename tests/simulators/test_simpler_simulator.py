@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import StepResult, Trial, make_benchmark
+from univla_jax.simulators import StepResult, Trial, make_benchmark
 from univla_jax.simulators.simpler_simulator import SimplerProtocol, SimplerSimulator
 
 

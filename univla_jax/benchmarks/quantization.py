@@ -22,7 +22,7 @@ from univla_jax.episode import Observation
 from univla_jax.inference import int8
 from univla_jax.inference.action_decoders import Session
 from univla_jax.inference.policy import Policy
-from univla_jax.simulators.benchmark import StepResult
+from univla_jax.simulators import StepResult
 from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator, trial_of
 
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")

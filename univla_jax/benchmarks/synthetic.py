@@ -21,7 +21,7 @@ from univla_jax.inference.policy import Policy
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
 from univla_jax.normalization import ActionStatistics
-from univla_jax.tasks.record import CorpusRecord, TaskRecord
+from univla_jax.tasks import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer

@@ -19,7 +19,7 @@ from univla_jax.evaluation.runner import PolicyLost
 from univla_jax.normalization import ActionStatistics
 from univla_jax.serving import protocol
 from univla_jax.serving import protocol as wire
-from univla_jax.simulators.benchmark import PlannedObservation
+from univla_jax.simulators import PlannedObservation
 from univla_jax.tokenizers.action import ActionTokenizer
 
 # ----------------------------------------------------------------------------

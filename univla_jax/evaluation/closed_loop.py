@@ -38,7 +38,7 @@ from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
 from univla_jax.run_dir import check_config, write_config
-from univla_jax.simulators.benchmark import EXPERT_CHUNK, Benchmark, Breakdown, make_benchmark
+from univla_jax.simulators import EXPERT_CHUNK, Benchmark, Breakdown, make_benchmark
 
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 CONDITIONS = ("policy", "untrained", "random", "zero")

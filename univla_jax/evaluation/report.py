@@ -15,7 +15,7 @@ import markupsafe
 import numpy as np
 
 from univla_jax.cli import format_table
-from univla_jax.simulators.benchmark import Breakdown
+from univla_jax.simulators import Breakdown
 
 # ----------------------------------------------------------------------------
 # Figures of a report: success rates with their intervals, counts, times.

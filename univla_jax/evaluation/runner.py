@@ -31,7 +31,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.worker import InProcessWorker, Message, ProcessWorker
 from univla_jax.inference.policy import no_motion
 from univla_jax.io import JsonlWriter
-from univla_jax.simulators.benchmark import Benchmark, Simulator, Trial
+from univla_jax.simulators import Benchmark, Simulator, Trial
 
 EPISODES, CALLS, TIMES = "episodes.jsonl", "calls.jsonl", "times.jsonl"
 VIDEOS, _LOGS = "videos", "workers"

@@ -27,7 +27,7 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.evaluation.videos import Clip, write_gif
-from univla_jax.simulators.benchmark import Simulator, StepResult, Trial
+from univla_jax.simulators import Simulator, StepResult, Trial
 
 Message = tuple[Any, ...]
 

@@ -24,9 +24,8 @@ from univla_jax.models.action_expert import (
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.tasks import make_task
+from univla_jax.tasks import TaskRecord, make_task
 from univla_jax.tasks.base import Task
-from univla_jax.tasks.record import TaskRecord
 
 
 @dataclasses.dataclass(frozen=True)

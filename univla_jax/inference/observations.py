@@ -15,7 +15,7 @@ from univla_jax.errors import UserError
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.normalization import state_key
 from univla_jax.sequences.tokens import encode_states
-from univla_jax.tasks.record import TaskRecord
+from univla_jax.tasks import TaskRecord
 
 
 class ObservationEncoder:

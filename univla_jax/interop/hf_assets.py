@@ -20,9 +20,8 @@ from univla_jax.interop.hf_weights import HfModel
 from univla_jax.interop.tensor_io import FLOAT_DTYPES, StoredTensor, parse_header, read_header
 from univla_jax.io import parse_json, read_files
 from univla_jax.normalization import ActionStatistics, state_key
-from univla_jax.tasks import TASK_NAMES, task_class
+from univla_jax.tasks import TASK_NAMES, CorpusRecord, TaskRecord, task_class
 from univla_jax.tasks.base import Needs
-from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.action import load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import RANK_FILE, TextTokenizer, TiktokenTextTokenizer
@@ -366,7 +365,7 @@ def norm_stats(content: bytes, where: str) -> Mapping[str, Any]:
 
 
 def _task_record(config: ConvertConfig, vision: LazyVisionTokenizer | None) -> dict[str, Any]:
-    """``tasks.record.TaskRecord`` as JSON values; empty for a base model."""
+    """``tasks.TaskRecord`` as JSON values; empty for a base model."""
     if not config.task:
         return {}
     specs = _image_specs(config, vision)

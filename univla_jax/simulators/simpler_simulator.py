@@ -16,7 +16,7 @@ import numpy as np
 from univla_jax.data.action_conventions import widowx_commands
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import Benchmark, StepResult, Trial, package_versions
+from univla_jax.simulators import Benchmark, StepResult, Trial, package_versions
 
 MAX_STEPS = {
     "widowx_spoon_on_towel": 60,

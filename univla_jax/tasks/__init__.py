@@ -6,9 +6,13 @@ and its name in ``TASK_NAMES``.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from univla_jax.assets import Assets
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.sequences.tokens import TextEncoder
 from univla_jax.tasks.base import Task, TaskSettings
@@ -58,3 +62,99 @@ def make_task(
         assets.require("action") if task.needs.action_tokens else None,
         assets.statistics if task.needs.actions else None,
     )
+
+
+# What a checkpoint says about the task it was trained on, so that it can be prompted the same way.
+# It is the entry "layout" of ``assets.json``, whose keys are older than the names here.
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusRecord:
+    """What a model was shown of one corpus.
+
+    Attributes:
+      control_hz: control rate in steps per second.
+      frame_spacing: steps between two frames of a world model.
+      grids: code grid (h, w) per view.
+    """
+
+    control_hz: float
+    frame_spacing: int
+    grids: Mapping[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRecord:
+    """The task of a training run and its settings.
+
+    Attributes:
+      task: its registered name.
+      frames: moments per training sample; the history window of a video policy.
+      chunk_size: steps of an action chunk.
+      frame_spacing: steps between two frames of a world model; 0 means each corpus' own.
+      sequence_length: the most tokens a training sample had.
+      views: cameras in the order they are written.
+      corpora: what was shown of each corpus.
+      state: whether the proprioceptive state is written before each chunk.
+    """
+
+    task: str = dataclasses.field(metadata={"formerly": "layout"})
+    frames: int
+    chunk_size: int = dataclasses.field(metadata={"formerly": "action_frames"})
+    frame_spacing: int
+    sequence_length: int
+    views: tuple[str, ...]
+    corpora: Mapping[str, CorpusRecord]
+    state: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TaskRecord:
+        """The record that assets hold.
+
+        Raises:
+          UserError: they were saved without one, or with unknown keys.
+        """
+        record = build_config(cls, values, where="assets.layout")
+        corpora = {
+            name: build_config(CorpusRecord, corpus, where=f"assets.layout.corpora.{name}")
+            for name, corpus in record.corpora.items()
+        }
+        return dataclasses.replace(record, corpora=corpora)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values for the assets."""
+        # The file keeps its first key names and leaves out what older checkpoints do not have, so
+        # that a run which is continued finds the fingerprint that it saved.
+        values = dataclasses.asdict(self)
+        if not self.state:
+            del values["state"]  # absent, as in assets saved before there were states
+        values["views"] = list(self.views)
+        for corpus in values["corpora"].values():
+            corpus["grids"] = {view: list(grid) for view, grid in corpus["grids"].items()}
+        file_keys = {f.name: f.metadata.get("formerly", f.name) for f in dataclasses.fields(self)}
+        return {file_keys[name]: value for name, value in values.items()}
+
+    @property
+    def settings(self) -> TaskSettings:
+        """The settings of the task's sequences."""
+        return TaskSettings(
+            frames=self.frames,
+            chunk_size=self.chunk_size,
+            frame_spacing=self.frame_spacing,
+            views=self.views,
+            state=self.state,
+        )
+
+    def find_corpus(self, name: str | None = None) -> str:
+        """The corpus ``name``, or the only one there is.
+
+        Raises:
+          UserError: unknown, or not named where there are several.
+        """
+        known = sorted(self.corpora)
+        if name is None and len(known) == 1:
+            return known[0]
+        if name in self.corpora:
+            return str(name)
+        what = "name one" if name is None else f"{name!r} is not among them"
+        raise UserError(f"the checkpoint was trained on the corpora {', '.join(known)}; {what}")

@@ -15,8 +15,8 @@ from univla_jax.data.token_store import TokenStore, compute_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.tasks import CorpusRecord, TaskRecord
 from univla_jax.tasks.base import corpus_frame_spacing, ordered_views
-from univla_jax.tasks.record import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer

@@ -16,7 +16,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.closed_loop import EvaluateConfig, evaluate
 from univla_jax.evaluation.runner import EPISODES
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.benchmark import StepResult, Trial, make_benchmark
+from univla_jax.simulators import StepResult, Trial, make_benchmark
 from univla_jax.simulators.libero.libero_benchmark import (
     MAX_STEPS,
     LiberoSimulator,

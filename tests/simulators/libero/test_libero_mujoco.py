@@ -20,7 +20,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.actors import ActionRoundTrip, RandomActions, ScriptedActor, ZeroActions
 from univla_jax.evaluation.runner import BenchmarkRunner, RunnerConfig
 from univla_jax.normalization import ActionStatistics
-from univla_jax.simulators.benchmark import EXPERT_CHUNK, StepResult, Trial
+from univla_jax.simulators import EXPERT_CHUNK, StepResult, Trial
 from univla_jax.simulators.libero import libero_scripts
 from univla_jax.simulators.libero.libero_benchmark import (
     LiberoSimulator,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import StepResult, make_benchmark
+from univla_jax.simulators import StepResult, make_benchmark
 from univla_jax.simulators.tabletop.tabletop_benchmark import (
     TabletopSimulator,
     instruction_breakdown,

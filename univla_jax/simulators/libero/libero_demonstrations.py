@@ -21,7 +21,7 @@ from univla_jax.data.datasets import DatasetConfig, find_dataset_config
 from univla_jax.data.rlds_writer import RecordedEpisode, check_description, write_rlds
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import StepResult, Trial
+from univla_jax.simulators import StepResult, Trial
 from univla_jax.simulators.libero.libero_benchmark import (
     INITIAL_STATES,
     LiberoSimulator,

@@ -16,7 +16,7 @@ import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import (
+from univla_jax.simulators import (
     Benchmark,
     Breakdown,
     StepResult,

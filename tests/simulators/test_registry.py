@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators.benchmark import (
+from univla_jax.simulators import (
     BENCHMARKS,
     DEMONSTRATIONS,
     make_benchmark,

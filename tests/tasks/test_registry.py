@@ -7,8 +7,8 @@ import json
 import pytest
 
 from univla_jax.errors import UserError
+from univla_jax.tasks import CorpusRecord, TaskRecord
 from univla_jax.tasks.base import TaskSettings
-from univla_jax.tasks.record import CorpusRecord, TaskRecord
 
 SAVED = {
     "layout": "policy_video",
