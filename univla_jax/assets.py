@@ -1,4 +1,4 @@
-"""Assets of a checkpoint: everything beside the weights that acting and imagining need.
+"""Assets of a checkpoint: everything but the weights that acting and imagining need.
 
 One folder, written whole or not at all, and checked file by file when it is loaded::
 
@@ -136,6 +136,9 @@ class Assets:
                 f"the action tokenizer has {self.action.vocabulary_size} codes, the vocabulary "
                 f"{vocabulary.action_size}; make the vocabulary for this tokenizer"
             )
+        # Parts that do not fit together would run all the same, with ids that mean something else
+        # or actions cut to other dimensions. Everything that can be compared is compared here, the
+        # one place that every way to make or load assets goes through.
         dimensions = self.action_expert.get("action_dim")
         for corpus in self.task.get("corpora", {}) if dimensions else ():
             found = self.statistics[corpus].action_dim if corpus in self.statistics else "no"
@@ -279,6 +282,8 @@ class Assets:
         return assets
 
     def _settings(self) -> dict[str, Any]:
+        # A key for the expert only where there is one: checkpoints saved before there were experts
+        # keep their fingerprint.
         expert = {_EXPERT: dict(self.action_expert)} if self.action_expert else {}
         return {
             "vocabulary": self.vocabulary.to_dict(),
@@ -332,6 +337,8 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
 
 def _check_files(folder: epath.Path, recorded: Mapping[str, str]) -> None:
     """Raises UserError unless the folder holds exactly the recorded files, unchanged."""
+    # The recorded hashes cover every file but assets.json itself, whose own fingerprint is checked
+    # after it is parsed, and the marker that Orbax adds to the folders of a finished checkpoint.
     found = hash_files(folder)
     for own in (_FILE, _ORBAX_MARKER):
         found.pop(own, None)

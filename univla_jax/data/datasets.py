@@ -100,7 +100,7 @@ class DatasetConfig:
 
 
 # ----------------------------------------------------------------------------
-# The built-in datasets. Actions: the gripper is 1 open, 0 closed where nothing else is said.
+# The built-in datasets. Actions: the gripper is 1 open, 0 closed unless stated otherwise.
 
 
 _IN_OBSERVATION = ("observation/natural_language_instruction",)
@@ -350,6 +350,9 @@ def build_episode(
       KeyError: a field is missing.
       ValueError: the frames that ``trim`` leaves and the actions differ in number.
     """
+    # The action function sees the whole episode and leaves out the steps of ``trim`` itself: a
+    # relative gripper, for example, needs the commands before the first step that is kept. All
+    # other fields are cut here.
     start, end = dataset.trim
 
     def trimmed(array: np.ndarray) -> np.ndarray:

@@ -78,6 +78,8 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         """Raises UserError when blocks leave the vocabulary or the specials collide."""
+        # Every id must have one meaning, or a policy would emit text where it meant an action. The
+        # one overlap allowed is Emu3's: action ids are also the rarest text ids.
         specials = [getattr(self, name) for name in _SPECIALS]
         if len(set(specials)) != len(specials):
             raise UserError(f"vocabulary: special tokens share ids {sorted(specials)}")
@@ -111,6 +113,9 @@ class Vocabulary:
           action_size: codes of the action tokenizer (FAST: 2,048 universal, 1,024 fitted ones;
             uniform bins: 257).
         """
+        # Most specials are among the last of Emu3's 205 extras (196 bot ... 204 eos), the image
+        # marks come right before the visual codes, and the ids in between are unused. Action codes
+        # count down from the last text id, the rarest BPE token.
         extra = _EMU3_EXTRA
         return cls(
             size=_EMU3_VISUAL_START + _EMU3_VISUAL_SIZE,
