@@ -107,7 +107,7 @@ def name_hint(key: str, known: Iterable[str], what: str) -> str:
       known: those there are.
       what: what to call the list of them, for example ``"known keys"``.
     """
-    known = sorted(known)
+    known = list(known)
     if _new_names.get(key) in known:
         return f"renamed to {_new_names[key]!r}"
     near = difflib.get_close_matches(key, known, n=1)
