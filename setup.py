@@ -52,7 +52,7 @@ setup(
         "ml-dtypes>=0.5",
         "msgpack>=1.0.8",
         "numpy>=1.26",
-        "optax>=0.2.4",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.11.10",
         "pillow>=10.3",
         "safetensors>=0.4.5",

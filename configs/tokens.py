@@ -21,6 +21,7 @@ from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.errors import UserError
 
+# The published recipes; a dataset that is not named here is stored once, from a chunk's length on.
 SHIFTED = ("libero", "calvin")
 WORLD_MODEL_FRAMES = 6
 WORLD_MODEL_ONLY = (

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
-import types
 
 import numpy as np
 import pytest
 
+from univla_jax import assets as assets_module
 from univla_jax.assets import Assets
 from univla_jax.errors import UserError
 from univla_jax.io import fingerprint, write_files
@@ -50,9 +49,7 @@ class TinyVision:
 
 @pytest.fixture(autouse=True)
 def tiny_vision(monkeypatch):
-    module = types.ModuleType("univla_jax.tokenizers.vision")
-    module.VisionTokenizer = TinyVision
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(assets_module, "VisionTokenizer", TinyVision)
     monkeypatch.setattr(TinyVision, "loads", 0)
 
 
@@ -74,7 +71,7 @@ def assets(text):
         action=action,
         image_specs={"image": ImageSpec(size=(80, 80)), "wrist": ImageSpec(size=None)},
         statistics={"tabletop": ActionStatistics(row, row, (-1.0, 0.0), (1 / 3, 1.0), 7)},
-        layout={"views": ["image", "wrist"], "frames": 2, "spacing": 0.1},
+        task={"views": ["image", "wrist"], "frames": 2, "spacing": 0.1},
         model={"hidden_size": 64},
     )
 
@@ -89,7 +86,7 @@ def test_there_and_back(assets, folder):
     again = Assets.load(folder)
     assert again.fingerprint == assets.fingerprint
     assert again.tokenizer_fingerprints == assets.tokenizer_fingerprints
-    for name in ("vocabulary", "image_specs", "statistics", "layout", "model"):
+    for name in ("vocabulary", "image_specs", "statistics", "task", "model"):
         assert getattr(again, name) == getattr(assets, name)
     assert again.text.encode("red block") == assets.text.encode("red block")
     assert again.action.encode([[0.5]]) == assets.action.encode([[0.5]])
@@ -187,7 +184,7 @@ def test_saving_onto_a_folder(assets, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assets.save(tmp_path / "empty")
     assert Assets.load(tmp_path / "empty").fingerprint == assets.fingerprint
-    other = dataclasses.replace(assets, layout={"frames": 1})
+    other = dataclasses.replace(assets, task={"frames": 1})
     with pytest.raises(UserError, match="holds other files already"):
         other.save(folder)
     with pytest.raises(UserError, match="holds other files already"):
@@ -205,7 +202,7 @@ def test_fingerprint_tells_every_part(assets):
     changed = [
         dataclasses.replace(assets, vision=TinyVision(b"other")),
         dataclasses.replace(assets, statistics={}),
-        dataclasses.replace(assets, layout={"frames": 1}),
+        dataclasses.replace(assets, task={"frames": 1}),
         dataclasses.replace(assets, model={}),
         dataclasses.replace(assets, image_specs={}),
         dataclasses.replace(assets, action=None),
@@ -235,7 +232,7 @@ def test_parts_must_fit_together(assets):
     with pytest.raises(UserError, match="factor 4"):
         dataclasses.replace(assets, image_specs={"image": ImageSpec(size=(80, 80), factor=4)})
     with pytest.raises(UserError, match="JSON values"):
-        dataclasses.replace(assets, layout={"size": {1, 2}}).fingerprint  # noqa: B018
+        dataclasses.replace(assets, task={"size": {1, 2}}).fingerprint  # noqa: B018
 
 
 def test_other_tokenizers_are_named_with_both_fingerprints(assets):

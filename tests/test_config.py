@@ -42,7 +42,7 @@ def test_values_become_the_types_of_their_fields():
         ({}, "config: missing key"),
         ({"steps": "2"}, "config.steps: '2' is a str, expected int"),
         ({"step": 2}, "config.step: unknown key; did you mean 'steps'"),
-        ({"steps": 2, "zzz": 1}, "known keys: data, names, size, steps, weight"),
+        ({"steps": 2, "zzz": 1}, "known keys: steps, data, weight, size, names"),
         ({"steps": 2, "data": {"chunk": 3}}, "config.data.chunk: unknown key"),
         ({"steps": 2, "size": [1, 2, 3]}, "config.size: .* has 3 values, expected 2"),
     ],

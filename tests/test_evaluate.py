@@ -56,8 +56,8 @@ def test_killed_and_started_again_it_gives_the_same_table(checkpoint, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    journal = tmp_path / "killed" / "episodes.jsonl"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+    records = tmp_path / "killed" / "episodes.jsonl"
+    while process.poll() is None and not (records.exists() and records.stat().st_size):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -91,3 +92,40 @@ def test_commands_are_the_only_modules_at_the_root():
     for path in PACKAGE.glob("*.py"):
         if path.stem not in contracts:
             assert "def main(" in path.read_text(encoding="utf-8"), path
+
+
+def test_inference_imports_nothing_of_training():
+    for path in (PACKAGE / "inference").rglob("*.py"):
+        assert "training" not in {room(m) for m in imported_modules(path)}, path
+
+
+def test_no_two_modules_have_the_same_name():
+    names = [path.stem for path in FILES if path.stem != "__init__"]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_imports_form_no_circle():
+    """Those inside functions and under ``TYPE_CHECKING`` included."""
+    module_of = {_module_name(path): path for path in FILES}
+    imports = {
+        name: {target for target in map(_known(module_of), imported_modules(path)) if target}
+        - {name}
+        for name, path in module_of.items()
+    }
+    sorter = graphlib.TopologicalSorter(imports)
+    sorter.prepare()  # raises CycleError, which names the circle
+
+
+def _module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _known(module_of):
+    """The module that an imported name belongs to: itself, or the one that defines it."""
+
+    def find(name: str) -> str | None:
+        parent = name.rpartition(".")[0]
+        return name if name in module_of else parent if parent in module_of else None
+
+    return find

@@ -1,4 +1,15 @@
-"""Assets of a checkpoint: vocabulary, tokenizers, image specs, action statistics, model config."""
+"""Assets of a checkpoint: everything but the weights that acting and imagining need.
+
+One folder, written whole or not at all, and checked file by file when it is loaded::
+
+    assets/
+      assets.json   vocabulary, image specs, statistics, task, model and expert settings, sha256 of
+                    every other file, fingerprints of the tokenizers
+      text/ vision/ action/   the files of the tokenizers
+
+Loading a folder with a changed, missing or extra file is an error: a policy with other statistics
+or another tokenizer runs and scores nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -19,18 +30,22 @@ from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
+from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from univla_jax.tokenizers.vision import VisionTokenizer
-
-
-# ----------------------------------------------------------------------------
-# A vision tokenizer on disk, whose weights are read only when it is used.
+_FILE = "assets.json"
+_FORMAT = 1
+_ORBAX_MARKER = "commit_success.txt"
+_PARTS = ("text", "vision", "action")
+_TASK = "layout"  # key of ``Assets.task`` in the file, which is older than the name
+_SETTINGS = ("vocabulary", "image_specs", "statistics", _TASK, "model")
+_EXPERT = "action_expert"  # only where there is one
 
 
 class LazyVisionTokenizer:
-    """Has the methods of ``VisionTokenizer``; training on stored tokens needs none of its weights.
+    """A ``VisionTokenizer`` on disk whose weights are loaded when it is first used.
+
+    Training on stored tokens never uses them, and published weights are large.
 
     Attributes:
       folder: where ``VisionTokenizer.save`` wrote it; must stay while this object is in use.
@@ -42,14 +57,14 @@ class LazyVisionTokenizer:
     def __init__(
         self, folder: PathLike, *, fingerprint: str, codebook_size: int, factor: int
     ) -> None:
-        """Describes the tokenizer in ``folder`` without reading it."""
+        """Describes the tokenizer in ``folder`` without loading it."""
         self.folder = epath.Path(folder)
         self.fingerprint = fingerprint
         self.codebook_size = codebook_size
         self.factor = factor
 
     def load(self) -> VisionTokenizer:
-        """The tokenizer itself; read at the first call."""
+        """The tokenizer itself; loaded at the first call."""
         return self._tokenizer
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
@@ -69,7 +84,7 @@ class LazyVisionTokenizer:
         """Copies the files of the folder, whatever they are.
 
         Raises:
-          UserError: the folder they lay in is gone.
+          UserError: the folder is gone.
         """
         if not self.folder.is_dir():
             raise UserError(f"vision tokenizer: folder {self.folder} was removed; restore it")
@@ -81,31 +96,7 @@ class LazyVisionTokenizer:
 
     @functools.cached_property
     def _tokenizer(self) -> VisionTokenizer:
-        from univla_jax.tokenizers.vision import VisionTokenizer
-
         return VisionTokenizer.load(os.fspath(self.folder))
-
-
-# ----------------------------------------------------------------------------
-# Everything beside the weights that a checkpoint needs to train on, act and imagine.
-#
-# One folder, written whole or not at all, and checked file by file when it is read:
-#
-#     assets/
-#       assets.json   vocabulary, image specs, statistics, layout, model and expert settings,
-#                     sha256 of every other file, fingerprints of the tokenizers
-#       text/ vision/ action/   the files of the tokenizers
-#
-# Loading a folder with a changed, missing or extra file is an error: a policy with other statistics
-# or another tokenizer runs and scores nothing.
-
-
-_FILE = "assets.json"
-_FORMAT = 1
-_ORBAX_MARKER = "commit_success.txt"
-_PARTS = ("text", "vision", "action")
-_SETTINGS = ("vocabulary", "image_specs", "statistics", "layout", "model")
-_EXPERT = "action_expert"  # only where there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +107,12 @@ class Assets:
       vocabulary: the token ids.
       text: text tokenizer; its ids are the text ids of the vocabulary.
       vision: vision tokenizer, or None where a checkpoint came without one. After ``load`` it is
-        a ``LazyVisionTokenizer``, which has the same methods and reads its weights when first used.
+        a ``LazyVisionTokenizer``.
       action: action tokenizer, or None for a model without actions.
       image_specs: per view, how camera frames become tokenizer input.
-      statistics: per corpus, the action statistics used for normalization.
-      layout: settings of the sequence layout trained with, as JSON values.
+      statistics: per dataset, the action statistics used for normalization; its state's under
+        ``state_key``.
+      task: what it was trained on and how (``tasks.record.TaskRecord``), as JSON values.
       model: settings of the decoder, as JSON values.
       action_expert: settings of the action expert on top of it; empty where there is none.
     """
@@ -131,7 +123,7 @@ class Assets:
     action: ActionTokenizer | None
     image_specs: Mapping[str, ImageSpec]
     statistics: Mapping[str, ActionStatistics]
-    layout: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -144,8 +136,11 @@ class Assets:
                 f"the action tokenizer has {self.action.vocabulary_size} codes, the vocabulary "
                 f"{vocabulary.action_size}; make the vocabulary for this tokenizer"
             )
+        # Parts that do not fit together would run all the same, with ids that mean something else
+        # or actions cut to other dimensions. Everything that can be compared is compared here, the
+        # one place that every way to make or load assets goes through.
         dimensions = self.action_expert.get("action_dim")
-        for corpus in self.layout.get("corpora", {}) if dimensions else ():
+        for corpus in self.task.get("corpora", {}) if dimensions else ():
             found = self.statistics[corpus].action_dim if corpus in self.statistics else "no"
             if found != dimensions:
                 raise UserError(
@@ -175,10 +170,10 @@ class Assets:
         return {"vocabulary": _sha256_json(self.vocabulary.to_dict()), **prints}
 
     def require(self, name: str) -> Any:
-        """The part ``"vision"`` or ``"action"``, for a job that cannot do without.
+        """The tokenizer ``"vision"`` or ``"action"``, where it cannot be done without.
 
         Raises:
-          UserError: these assets came without it.
+          UserError: these assets have none.
         """
         part = getattr(self, name)
         if part is None:
@@ -210,7 +205,7 @@ class Assets:
                 )
 
     def require_same_image_specs(self, specs: Mapping[str, ImageSpec], *, source: str) -> None:
-        """Checks that something else treats camera frames as these assets do.
+        """Checks that something else preprocesses camera frames as these assets do.
 
         Args:
           specs: per view; only the views given are compared.
@@ -254,8 +249,8 @@ class Assets:
 
         Args:
           folder: the assets folder of a checkpoint, or a stand-alone one.
-          lazy_vision: read the weights of the vision tokenizer when it is first used; the folder
-            must stay until then. False reads them now.
+          lazy_vision: load the weights of the vision tokenizer when it is first used; the folder
+            must stay until then. False loads them now.
 
         Raises:
           UserError: a file is missing, changed, or does not belong there.
@@ -265,8 +260,8 @@ class Assets:
         _check_files(folder, record["files"])
         vision = None
         if record["vision"] is not None:
-            vision = LazyVisionTokenizer(folder / "vision", **record["vision"])
-            vision = vision if lazy_vision else vision.load()
+            lazy = LazyVisionTokenizer(folder / "vision", **record["vision"])
+            vision = lazy if lazy_vision else lazy.load()
         has_action = "action" in record["parts"]
         assets = cls(
             vocabulary=Vocabulary.from_dict(record["vocabulary"]),
@@ -275,7 +270,7 @@ class Assets:
             action=load_action_tokenizer(folder / "action") if has_action else None,
             image_specs={k: ImageSpec.from_dict(v) for k, v in record["image_specs"].items()},
             statistics={k: ActionStatistics.from_dict(v) for k, v in record["statistics"].items()},
-            layout=record["layout"],
+            task=record[_TASK],
             model=record["model"],
             action_expert=record.get(_EXPERT, {}),
         )
@@ -287,12 +282,14 @@ class Assets:
         return assets
 
     def _settings(self) -> dict[str, Any]:
+        # A key for the expert only where there is one: checkpoints saved before there were experts
+        # keep their fingerprint.
         expert = {_EXPERT: dict(self.action_expert)} if self.action_expert else {}
         return {
             "vocabulary": self.vocabulary.to_dict(),
             "image_specs": {k: v.to_dict() for k, v in self.image_specs.items()},
             "statistics": {k: v.to_dict() for k, v in self.statistics.items()},
-            "layout": dict(self.layout),
+            _TASK: dict(self.task),
             "model": dict(self.model),
             **expert,
         }
@@ -340,6 +337,8 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
 
 def _check_files(folder: epath.Path, recorded: Mapping[str, str]) -> None:
     """Raises UserError unless the folder holds exactly the recorded files, unchanged."""
+    # The recorded hashes cover every file but assets.json itself, whose own fingerprint is checked
+    # after it is parsed, and the marker that Orbax adds to the folders of a finished checkpoint.
     found = hash_files(folder)
     for own in (_FILE, _ORBAX_MARKER):
         found.pop(own, None)
@@ -360,5 +359,5 @@ def _sha256_json(value: Any) -> str:
     try:
         content = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise UserError(f"assets: layout and model must be JSON values ({error})") from error
+        raise UserError(f"assets: task and model must be JSON values ({error})") from error
     return hashlib.sha256(content.encode()).hexdigest()

@@ -186,7 +186,7 @@ def _check_key(values: Any, path: str) -> None:
         if not isinstance(node, Mapping) and not hasattr(node, "keys"):
             raise UserError(f"--{_CONFIG}.{path}: {where} is a value, it has no key {key!r}")
         if key not in node:
-            hint = config.nearest(key, map(str, node.keys()), f"{where} has")
+            hint = config.name_hint(key, sorted(map(str, node.keys())), f"{where} has")
             raise UserError(f"--{_CONFIG}.{path}: unknown key {key!r}; {hint}")
         node, where = node[key], f"{where}.{key}"
 

@@ -47,7 +47,7 @@ def build_config(cls: type[T], values: Mapping[str, Any], *, where: str = "confi
     for key in values:
         name = former.get(key, key)
         if name not in fields:
-            raise UserError(f"{where}.{key}: unknown key; {nearest(key, fields, 'known keys')}")
+            raise UserError(f"{where}.{key}: unknown key; {name_hint(key, fields, 'known keys')}")
         if name in named:
             raise UserError(f"{where}.{key}: renamed to {name!r}, which is set too")
         named[name] = _convert(hints[name], values[key], f"{where}.{name}")
@@ -99,15 +99,15 @@ def of_stage(
     return known[stage]()
 
 
-def nearest(key: str, known: Iterable[str], what: str) -> str:
-    """Half a sentence that helps with an unknown key: its new name, the nearest one, or all.
+def name_hint(key: str, known: Iterable[str], what: str) -> str:
+    """Hint for an unknown key: its new name, the nearest known one, or all known ones.
 
     Args:
       key: the unknown one.
       known: those there are.
       what: what to call the list of them, for example ``"known keys"``.
     """
-    known = sorted(known)
+    known = list(known)
     if _new_names.get(key) in known:
         return f"renamed to {_new_names[key]!r}"
     near = difflib.get_close_matches(key, known, n=1)

@@ -1,4 +1,4 @@
-"""The contracts between robots, data and policies.
+"""Contracts between robots, data and policies: episode, observation, action chunk.
 
 Axes: T steps, H/W image height and width, A action dimensions, P proprioceptive state dimensions.
 """
@@ -13,18 +13,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """One robot episode as it lies in a corpus, before any tokenization.
+    """One robot episode before tokenization.
 
     Attributes:
       instruction: natural-language task, UTF-8, not empty.
       frames: per view (for example ``"image"``, ``"wrist_image"``) uint8 [T, H, W, 3], RGB.
-      actions: float32 [T, A], physical units of the corpus; ``actions[t]`` follows ``frames[t]``.
+      actions: float32 [T, A], physical units of the dataset; ``actions[t]`` follows ``frames[t]``.
       control_hz: control rate in steps per second.
-      corpus: name of the row in ``data/datasets.py``.
-      episode_id: unique inside the corpus, used in error messages and manifests.
-      state: float32 [T, P] proprioception, or None where the corpus has none.
+      corpus: name of the dataset in ``data/datasets.py``.
+      episode_id: unique inside the dataset, used in error messages and manifests.
+      state: float32 [T, P] proprioception, or None where the dataset has none.
       texts: further texts by kind, each one for the whole episode or one per step: ``"reasoning"``
-        before an action, ``"question"`` and ``"answer"`` about what is seen.
+        before an action, ``"question"`` and ``"answer"`` about a frame.
     """
 
     instruction: str
@@ -43,10 +43,10 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What a policy sees at one moment.
+    """Input of a policy at one step.
 
     Attributes:
-      instruction: the task in words.
+      instruction: natural-language task.
       frames: per view uint8 [H, W, 3], RGB, at the size the camera delivers.
       state: float32 [P] or None.
     """
@@ -58,15 +58,16 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class ActionChunk:
-    """The next actions of one robot.
+    """Output of a policy: the next actions of one robot.
 
     Attributes:
       actions: float32 [chunk, A] in physical units (unnormalized).
       valid: False when the generated tokens did not decode to a whole chunk; ``actions`` then
         holds the "no motion" fallback and must be counted, never taken for a prediction.
       reason: why it is not valid, empty when it is.
-      overridden: tokens that are not the ones the model thought likeliest, because those would have
-        made no whole chunk; many of them speak of a model that does not know what to do.
+      num_overridden: tokens where constrained decoding replaced the model's likeliest one, because
+        it would have led to no whole chunk. Many of them mean a model that does not know what to
+        do.
     """
 
     actions: np.ndarray

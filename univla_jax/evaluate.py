@@ -86,7 +86,7 @@ _FIELDS = {
 
 def _config() -> EvaluateConfig:
     """The config, with the flags that are given in place of its values."""
-    # Flags have no defaults, so that one that is given can be told from a config's value.
+    # Flags have no defaults, so that one that is given can override a config's value.
     given = {name: flag.value for name, flag in _FIELDS.items() if flag.value is not None}
     if "tasks" in given:
         try:

@@ -29,6 +29,8 @@ CONFIG = cli.config_flag()
 SOURCE = cli.string_flag("source", "dataset folder")
 WORKDIR = cli.string_flag("workdir", "folder for the tokenizer")
 
+# A finished text or action fit belongs to all fields of its config. A vision fit is long, so fields
+# that only concern its logging, checkpoints or evaluation may change between two starts.
 KINDS: Mapping[str, tuple[type, Callable[..., dict[str, Any]], Collection[str]]] = {
     "text": (TextFitConfig, fit_text, ()),
     "action": (ActionFitConfig, fit_action, ()),

@@ -1,4 +1,4 @@
-"""Continues held-out episodes with a world model, and compares with what really happened.
+"""Continues held-out episodes with a world model, and compares them with the real frames.
 
     python -m univla_jax.imagine --config=configs/quickstart.py:imagine \\
         --checkpoint=WORKDIR --source=RLDS_FOLDER --out=FOLDER

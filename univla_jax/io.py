@@ -246,7 +246,7 @@ def _complete(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-class JsonlWriter:
+class JsonlWriter(contextlib.AbstractContextManager):
     """Append-only JSONL, one fsync per record; local files only.
 
     Attributes:
@@ -277,10 +277,6 @@ class JsonlWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-    def __enter__(self) -> JsonlWriter:
-        """Returns itself."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Closes the file."""

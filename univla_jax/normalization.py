@@ -199,6 +199,8 @@ def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStat
     Raises:
       UserError: no steps, batches that do not fit together, or values that are not finite.
     """
+    # Two passes, because the bins of the histogram need the range first. Sorting all values would
+    # give exact quantiles, but the actions of a large mixture do not fit into memory.
     low = high = None
     for batch in batches():
         if len(batch):
@@ -226,6 +228,7 @@ def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
     Raises:
       UserError: every episode is shorter than one window.
     """
+    # Views, not copies, until the final concatenation.
     long_enough = [np.asarray(actions) for actions in episodes if len(actions) >= length]
     if not long_enough:
         longest = max(map(len, episodes), default=0)
@@ -235,5 +238,5 @@ def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
 
 
 def state_key(corpus: str) -> str:
-    """Key of a dataset's state statistics, beside that of its action statistics, its name."""
+    """Key of a dataset's state statistics; its action statistics have its name as key."""
     return f"{corpus}/state"

@@ -115,6 +115,25 @@ def write_fit_report(folder: PathLike, config: Any, *, source: str, report: dict
     io.write_json(epath.Path(folder) / FIT_FILE, record)
 
 
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, free: Iterable[str] = ()
+) -> list[str]:
+    """``"key was X, is Y"`` for each dotted key that differs between two trees of JSON values.
+
+    Args:
+      saved: as they were.
+      now: as they are.
+      free: keys that may differ, with all below them.
+    """
+    before, after, free = _flat(saved), _flat(now), tuple(free)
+    return [
+        f"{key} was {_short(before.get(key))}, is {_short(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == parent or key.startswith(f"{parent}.") for parent in free)
+    ]
+
+
 def _check_same(
     folder: epath.Path,
     saved: Mapping[str, Any],
@@ -129,14 +148,7 @@ def _check_same(
         fields = {key: value for key, value in saved.items() if key not in extra}
         beside = {key: value for key, value in saved.items() if key in extra}
         saved = io.json_values(build_config(type(config), fields, where=str(folder))) | beside
-    before, now = _flat(saved), _flat({**io.json_values(config), **extra})
-    free = tuple(free)
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == parent or key.startswith(f"{parent}.") for parent in free)
-    ]
+    changed = differences(saved, {**io.json_values(config), **extra}, free=free)
     if changed:
         raise UserError(
             f"{folder} belongs to another config: {'; '.join(changed)}; use its values, or another "
@@ -153,3 +165,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -10,7 +10,8 @@ import pytest
 
 from tests.inference import tiny_checkpoint
 from tests.inference.scripted import PatchVision, ScriptedPrefixCache
-from tests.inference.uncached import next_logits
+from tests.inference.uncached import greedy_tokens
+from tests.parity import assert_parity
 from univla_jax.checkpoints import checkpoint_identity
 from univla_jax.data.action_conventions import ALOHA_DELTAS
 from univla_jax.episode import ActionChunk, Observation
@@ -59,14 +60,8 @@ def _chunk(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(s.q01, s.q99, (tiny_checkpoint.CHUNK, 7))
 
 
-def _uncached(trained, prompt, allowed, count):
-    """Greedy decoding without a cache: the whole sequence anew for every token."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(allowed[next_logits(trained, ids)[allowed].argmax()]))
-        if ids[-1] == trained.assets.vocabulary.eoa:
-            break
-    return ids[len(prompt) :]
+def test_golden_calls_of_the_reference_policies(golden_dir):
+    assert_parity(golden_dir, "step")
 
 
 def test_a_free_form_is_greedy_over_the_action_ids(trained):
@@ -78,7 +73,7 @@ def test_a_free_form_is_greedy_over_the_action_ids(trained):
     policy.act([observation], [session])
     turn, opening = session.history.moments[-1], [vocabulary.bos]
     opening += trained.assets.text.encode(observation.instruction)
-    expected = _uncached(trained, [*opening, *turn], allowed, 9)
+    expected = greedy_tokens(trained, [*opening, *turn], 9, allowed, vocabulary.eoa)
     got = session.history.actions[-1].tolist()
     assert got == expected if expected[-1] == vocabulary.eoa else got == [*expected, vocabulary.eoa]
 
@@ -465,6 +460,23 @@ def test_poses_need_the_current_one(aloha):
         policy.act([_observation(0)], [policy.start()])
     assert policy.example().state.shape == (ARMS,)
     policy.check(policy.example())
+
+
+@pytest.mark.parametrize("speculative_block", [0, 3])
+def test_random_weights_predict_whole_chunks(trained, speculative_block):
+    """What they mean is another matter: the grammar's part in it is counted."""
+    policy = Policy(trained, batch_size=2, speculative_block=speculative_block)
+    sessions, rng = [policy.start(), policy.start()], np.random.default_rng(0)
+    for _ in range(2):
+        frames = {
+            v: rng.integers(0, 256, (8 * h, 8 * w, 3), np.uint8)
+            for v, (h, w) in tiny_checkpoint.GRIDS.items()
+        }
+        chunks = policy.act([Observation("touch green", frames)] * 2, sessions)
+        assert all(chunk.valid and chunk.num_overridden > 0 for chunk in chunks)
+    free = Policy(trained, batch_size=2, free_form=True)
+    chunk, _ = free.act([Observation("touch green", frames)] * 2, [free.start(), free.start()])
+    assert not chunk.valid and chunk.num_overridden == 0
 
 
 # ----------------------------------------------------------------------------

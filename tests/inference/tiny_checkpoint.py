@@ -46,7 +46,7 @@ VISION = VisionConfig(
 WORDS = ("push the red block to the left", "put the blue block in the white zone", "touch green")
 
 
-def make_assets(*, bins: bool = False, **layout: Any) -> Assets:
+def make_assets(*, bins: bool = False, **task: Any) -> Assets:
     """Assets of a policy on the tabletop; ``bins`` takes an action tokenizer without BPE."""
     text = SentencePieceTextTokenizer.fit(WORDS * 4, 320)
     vision = VisionTokenizer(VISION, init_variables(VISION, 0))
@@ -68,7 +68,7 @@ def make_assets(*, bins: bool = False, **layout: Any) -> Assets:
             view: ImageSpec(size=(h * 8, w * 8), min_pixels=64) for view, (h, w) in GRIDS.items()
         },
         statistics={"tabletop": STATISTICS},
-        layout={
+        task={
             "layout": "policy_video",
             "frames": 2,
             "action_frames": CHUNK,
@@ -76,7 +76,7 @@ def make_assets(*, bins: bool = False, **layout: Any) -> Assets:
             "sequence_length": 512,
             "views": list(GRIDS),
             "corpora": {"tabletop": corpus},
-            **layout,
+            **task,
         },
     )
 

@@ -100,7 +100,7 @@ def test_parameters_are_those_of_the_folder(tmp_path):
 def test_assets_of_a_base_model(tmp_path):
     convert(hf_folders.decoder_folder(tmp_path / "source"), tmp_path / "ours")
     assets = Assets.load(tmp_path / "ours" / "assets")
-    assert assets.vision is None and assets.action is None and not assets.layout
+    assert assets.vision is None and assets.action is None and not assets.task
     assert assets.text.encode("the red block") == [258, 261, 32, 262, 111, 264]
     assert assets.vocabulary.size == 493 and assets.vocabulary.visual_size == hf_folders.CODES
     config = build_config(DecoderConfig, assets.model)

@@ -1,6 +1,6 @@
 """Attention on eight virtual devices beside the plain formula; prints the largest errors as JSON.
 
-Run by ``test_attention_sharded.py`` in a process of its own, because the number of devices is fixed
+Run by ``test_attention.py`` in a process of its own, because the number of devices is fixed
 when JAX starts.
 """
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from tests.planning.recipes import SMALL, needs_compiler, recipe_config
-from univla_jax.planning.topologies import find_topology
+from univla_jax.planning.topologies import Topology, find_topology
 from univla_jax.planning.training_plan import least_traffic, plan_training, useful_tokens
 from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training.hardware import CHIPS
 from univla_jax.training.model_setup import decoder_config
 
 
@@ -29,6 +31,13 @@ def test_the_least_traffic_of_a_step():
     inputs = 2 * (192 * 3200 / 4) * 32 * 4096 * 2
     expected = 2 * (40 + 80 + 40) + 3 * (40 * 4 / 2) + inputs
     assert least_traffic(config, decoder, 40, 80, mesh) == expected
+
+
+def test_a_step_compiles_for_this_machine():
+    topology = Topology("cpu:1", CHIPS["v5e"], jax.devices()[:1])
+    plan = plan_training(recipe_config(**SMALL | {"mesh.tensor": 1}), topology, full_logits=True)
+    assert plan.total == plan.parameters + plan.optimizer + plan.activations
+    assert plan.total < plan.full_logits_total
 
 
 @needs_compiler

@@ -62,16 +62,6 @@ def test_dict_round_trip_through_json_and_hash(vocabulary):
     assert again == vocabulary and hash(again) == hash(vocabulary)
 
 
-def test_modality_of_each_block():
-    ids = np.arange(SCRATCH.size)
-    expected = np.zeros(SCRATCH.size, int)
-    expected[10:14] = 2
-    expected[[SCRATCH.boa, SCRATCH.eoa]] = 2
-    expected[26:] = 1
-    assert SCRATCH.modality(ids).tolist() == expected.tolist()
-    assert SCRATCH.modality(ids).dtype == np.int8
-
-
 @pytest.mark.parametrize(
     ("method", "value", "words"),
     [
@@ -82,10 +72,7 @@ def test_modality_of_each_block():
         ("action_ids", 4, "action code 4"),
         ("action_codes", 9, "token id 9"),
         ("action_codes", 14, "token id 14"),
-        ("check", 32, "token id 32"),
-        ("check", -1, "token id -1"),
-        ("modality", 99, "token id 99"),
-        ("check", 1.5, "must be integers"),
+        ("visual_ids", 1.5, "must be integers"),
     ],
 )
 def test_out_of_range_names_the_value(method, value, words):
@@ -103,7 +90,7 @@ def test_unsigned_codes_do_not_wrap():
 
 def test_empty_input_keeps_its_shape():
     assert SCRATCH.visual_ids(np.zeros((0, 3))).shape == (0, 3)
-    assert SCRATCH.check([]).dtype == np.int32
+    assert SCRATCH.visual_ids([]).dtype == np.int32
 
 
 def test_inconsistent_layouts_are_refused():
@@ -126,18 +113,16 @@ def test_inconsistent_layouts_are_refused():
 def test_round_trip(visual, action):
     assert EMU3.visual_codes(EMU3.visual_ids(visual)).tolist() == visual
     assert EMU3.action_codes(EMU3.action_ids(action)).tolist() == action
-    assert (EMU3.modality(EMU3.visual_ids(visual)) == 1).all()
-    assert (EMU3.modality(EMU3.action_ids(action)) == 2).all()
 
 
-@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 500), st.integers(-2_000, 2_000))
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 500))
 @settings(deadline=None)
-def test_every_id_has_one_meaning(text, visual, action, token):
+def test_every_id_has_one_meaning(text, visual, action):
     vocabulary = Vocabulary.from_scratch(text, visual, action)
-    if 0 <= token < vocabulary.size:
-        expected = {0: text + 10, 1: visual, 2: action + 2}
-        counts = np.bincount(vocabulary.modality(np.arange(vocabulary.size)), minlength=3)
-        assert dict(enumerate(counts.tolist())) == expected
-    else:
-        with pytest.raises(UserError):
-            vocabulary.check(token)
+    ids = [
+        *range(text),
+        *vocabulary.action_ids(np.arange(action)).tolist(),
+        *vocabulary.special_names(),
+        *vocabulary.visual_ids(np.arange(visual)).tolist(),
+    ]
+    assert sorted(ids) == list(range(vocabulary.size))

@@ -188,8 +188,8 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
     assets = Assets.load(checkpoints.assets_folder(whole / "checkpoints" / "6"))
     assert assets.model["hidden_size"] == 32
     assert assets.model["vocab_size"] == assets.vocabulary.size
-    assert assets.layout["views"] == ["image", "wrist_image"]
-    assert assets.layout["corpora"]["tabletop"] == {
+    assert assets.task["views"] == ["image", "wrist_image"]
+    assert assets.task["corpora"]["tabletop"] == {
         "control_hz": 5.0,
         "frame_spacing": 5,
         "grids": {"image": [3, 3], "wrist_image": [2, 2]},

@@ -128,8 +128,8 @@ def _group_norms(torch: Any, num_groups: int) -> Iterator[None]:
     real = torch.nn.GroupNorm
 
     class Norm(real):
-        def __init__(self, _: int, num_channels: int, **options: Any) -> None:
-            super().__init__(num_groups, num_channels, **options)
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "num_groups": num_groups})
 
     torch.nn.GroupNorm = Norm
     try:

@@ -1,7 +1,7 @@
 """Gripper and movement conventions of raw actions, from the datasets' and to the simulators'.
 
 Sources: UniVLA ``tools/utils.py``, ``tools/process`` and ``tools/real_aloha``
-(github.com/baaivision/UniVLA). All of it is float32, as there, where nothing else is said.
+(github.com/baaivision/UniVLA). Everything is float32, as there, unless stated otherwise.
 
 Axes: T steps, A action dimensions, P state dimensions.
 """
@@ -126,6 +126,8 @@ def relative_to_absolute_gripper(gripper: np.ndarray) -> np.ndarray:
     throughout (UniVLA tools/utils.py:41-60).
     """
     raw = np.asarray(gripper, np.float32)
+    # The state at a step is that of the latest command at or before it: a running maximum over the
+    # positions of the commands, counted from 1 so that 0 stands for the initial state.
     command = np.where(raw < np.float32(-0.1), 1, np.where(raw > np.float32(0.1), -1, 0))
     given = np.flatnonzero(command)
     initial = -command[given[0]] if len(given) else 1

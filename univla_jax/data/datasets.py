@@ -9,7 +9,6 @@ those below are the published ones: UniVLA (arXiv 2506.19850), its ``tools/proce
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from univla_jax.config import name_hint
 from univla_jax.data import action_conventions
 from univla_jax.data.action_conventions import Steps
 from univla_jax.episode import Episode
@@ -100,7 +100,7 @@ class DatasetConfig:
 
 
 # ----------------------------------------------------------------------------
-# The built-in datasets. Actions: the gripper is 1 open, 0 closed where nothing else is said.
+# The built-in datasets. Actions: the gripper is 1 open, 0 closed unless stated otherwise.
 
 
 _IN_OBSERVATION = ("observation/natural_language_instruction",)
@@ -323,9 +323,10 @@ def find_dataset_config(name: str) -> DatasetConfig:
     """
     if name in DATASETS:
         return DATASETS[name]
-    near = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}."
-    raise UserError(f"unknown dataset {name!r}; {hint} To add one, see univla_jax/data/datasets.py")
+    hint = name_hint(name, DATASETS, "known")
+    raise UserError(
+        f"unknown dataset {name!r}; {hint}; to add one, see univla_jax/data/datasets.py"
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -349,6 +350,9 @@ def build_episode(
       KeyError: a field is missing.
       ValueError: the frames that ``trim`` leaves and the actions differ in number.
     """
+    # The action function sees the whole episode and leaves out the steps of ``trim`` itself: a
+    # relative gripper, for example, needs the commands before the first step that is kept. All
+    # other fields are cut here.
     start, end = dataset.trim
 
     def trimmed(array: np.ndarray) -> np.ndarray:

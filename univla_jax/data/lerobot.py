@@ -41,7 +41,7 @@ _TASK = "task"
 
 @dataclasses.dataclass(frozen=True)
 class _EpisodeFiles:
-    """Where one episode lies.
+    """The files of one episode.
 
     Attributes:
       index: ``episode_index``.
@@ -112,7 +112,9 @@ class LeRobotReader:
         return f"episode_{self._episodes[index].index:06d}"
 
     def _split_sizes(self, episodes: int) -> dict[str, int]:
-        """LeRobot splits are ranges; only those from the first episode on can be cut again."""
+        """Number of episodes of each split that begins at the first episode."""
+        # LeRobot's splits are ranges of episodes, and most datasets have only "train". One that
+        # begins later could not be cut again as in ``val[:95%]`` without mapping indices.
         ranges = self._info.get("splits") or {"train": f"0:{episodes}"}
         bounds = {name: limits.split(":") for name, limits in ranges.items()}
         return {n: int(stop) for n, (start, stop) in bounds.items() if int(start) == 0}
@@ -133,7 +135,7 @@ class LeRobotReader:
         return listed
 
     def _list_v3(self) -> list[_EpisodeFiles]:
-        """Many episodes to a file; a table says in which file and where in the video each lies."""
+        """Many episodes to a file; a table has the file of each and its time in the video."""
         info, listed = self._info, []
         for path in sorted((self.folder / "meta" / "episodes").rglob("*.parquet")):
             for row in _read_table(path).to_pylist():
@@ -168,6 +170,7 @@ class LeRobotReader:
 
     def _read_steps(self, files: _EpisodeFiles) -> dict[str, Any]:
         """The columns of an episode by feature, and its instruction."""
+        # A v3 file holds many episodes one after another, a v2 file one; both have the column.
         table = _read_table(files.data)
         if "episode_index" in table.column_names:
             table = table.take(np.flatnonzero(table["episode_index"].to_numpy() == files.index))

@@ -50,6 +50,8 @@ class EpisodeReader(Protocol):
         ...
 
 
+# The modules above import TFDS, PyAV and PyArrow inside functions: a format costs neither time nor
+# an installed package until it is read.
 READERS: Mapping[str, Callable[..., EpisodeReader]] = {
     "rlds": RldsReader,
     "calvin": CalvinReader,
@@ -65,7 +67,7 @@ def open_reader(
     """Random access to the episodes of a split.
 
     Args:
-      folder: where the dataset lies.
+      folder: of the dataset.
       dataset: how it is read.
       split: in TFDS notation, for example ``"train"`` or ``"train[:95%]"``.
 

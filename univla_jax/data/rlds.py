@@ -101,6 +101,8 @@ class RldsReader:
                 )
 
     def _decode(self, record: bytes, index: int) -> Episode:
+        # TFDS yields the steps one by one as nested dictionaries; fields are wanted as arrays over
+        # time under one flat path, the form in which a ``DatasetConfig`` names them.
         example = self._features.deserialize_example_np(record, decoders=self._decoders)
         steps: dict[str, list[Any]] = {}
         for step in example["steps"]:
@@ -120,6 +122,8 @@ def _find_dataset(folder: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(f"no dataset folder {root}; write the dataset first or correct the path")
     if (root / _INFO).is_file():
         return root
+    # TFDS writes name/version below its data_dir, so a folder two levels up is meant as often.
+    # Hidden folders are datasets that were interrupted while they were written.
     candidates = [*root.glob(f"*/{_INFO}"), *root.glob(f"*/*/{_INFO}")]
     found = sorted(
         path.parent

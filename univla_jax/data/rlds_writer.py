@@ -55,10 +55,10 @@ def write_rlds(
     of a ``RecordedEpisode``), ``action``, ``reward`` (1 at the last step), ``discount``,
     ``language_instruction``, ``is_first``, ``is_last`` and ``is_terminal``; ``episode_metadata``
     holds ``id_field``. The first episode sets views, sizes and dimensions. Everything is written to
-    a hidden folder that is renamed at the end; a complete dataset at the place is left as it is.
+    a hidden folder that is renamed at the end; a complete dataset already there is left as it is.
 
     Args:
-      folder: parent; the dataset lies in ``folder/name/version``.
+      folder: parent; the dataset is ``folder/name/version``.
       name: dataset name, lower-case letters, digits and underscores.
       version: such as ``"1.0.0"``.
       splits: split name -> episodes, read once and in order.
@@ -166,6 +166,8 @@ class _EpisodeSerializer:
             }
 
     def _encode(self, frame: np.ndarray) -> io.BytesIO:
+        # PNG at level 1 is much faster than by default and still lossless. TFDS stores an encoded
+        # image as it is when it gets it as a file object.
         buffer = io.BytesIO()
         options = {"compress_level": 1} if self._image_format == "png" else {"quality": 95}
         Image.fromarray(frame).save(buffer, self._image_format, **options)
@@ -174,7 +176,7 @@ class _EpisodeSerializer:
 
 
 def _sensors(episode: Episode) -> dict[str, np.ndarray]:
-    """The fields of an observation beside the views."""
+    """The fields of an observation that are no views."""
     state = {} if episode.state is None else {"state": episode.state}
     return state | dict(episode.sensors if isinstance(episode, RecordedEpisode) else {})
 
@@ -269,6 +271,8 @@ class _SplitWriter:
 
 
 def _record_writer(path: str, file_format: str) -> Any:
+    # group_size:1 makes every record its own chunk, which random access needs: otherwise reading
+    # one episode decompresses all of its group.
     if file_format == "array_record":
         return array_record_module.ArrayRecordWriter(path, "group_size:1")
     import tensorflow as tf

@@ -60,7 +60,7 @@ class StoreHeader:
       source_episodes: episodes of the split, invalid ones included.
       episodes_per_shard: source episodes per shard.
       min_frames: shortest episode kept, in frames.
-      image_specs: per view the JSON form of its ``ImageSpec``.
+      image_specs: per view its ``ImageSpec`` as JSON values.
       grids: per view the code grid (h, w) of a frame.
       vision_fingerprint: fingerprint of the vision tokenizer.
       codebook_size: every code is below it.
@@ -166,7 +166,7 @@ class TokenStore:
     """Random access to the episodes of a complete store; a data source for Grain.
 
     Attributes:
-      folder: where it lies.
+      folder: of the store.
       manifest: its description.
     """
 
@@ -178,6 +178,8 @@ class TokenStore:
         """
         self.folder = pathlib.Path(folder)
         self.manifest = read_manifest(self.folder)
+        # Sizes are checked at every start, which finds a copy that was cut short. Checksums would
+        # read the whole store, hundreds of gigabytes at full size; ``verify`` does that on request.
         for shard in self.manifest.shards:
             _check_size(self.folder, shard)
         block = self.manifest.header.block_steps

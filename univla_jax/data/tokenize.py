@@ -350,6 +350,8 @@ def random_shift(frames: np.ndarray, max_shift: float, rng: np.random.Generator)
     Returns:
       uint8 [T, H, W, 3].
     """
+    # Pillow's affine matrix maps output to input pixels. Bicubic resampling with fractions of a
+    # pixel, black outside: the same calls as the reference, whose stored copies were made so.
     height, width = frames.shape[1:3]
     right, down = rng.uniform(-max_shift, max_shift, 2)
     matrix = (1, 0, right * width, 0, 1, down * height)

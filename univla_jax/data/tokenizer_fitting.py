@@ -117,6 +117,8 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     """
     episodes = ValidEpisodes(config, source)
     actions = [episode.actions for episode in episodes]
+    # Statistics come from every step, as in a token store, and chunks are normalized with them
+    # before the BPE sees them: training does the same, so the codes fitted here are those used.
     values = [action_values(a, config.corpus, config.chunk_size) for a in actions]
     statistics = stream_statistics(lambda: values)
     chunks = sliding_windows(actions, config.chunk_size)

@@ -53,6 +53,8 @@ def validate_episode(
       image_sizes: expected (H, W) in pixels per view; every one of these views must be there.
       action_dim: expected A, None where any will do.
     """
+    # The cheapest checks come first; each reason names value and expectation, because a list of
+    # reasons is all that is left of a skipped episode.
     if not episode.instruction.strip():
         return "the instruction is empty"
     if len(episode.instruction) > MAX_INSTRUCTION:
@@ -182,6 +184,7 @@ class ValidEpisodes:
         self._config, self._min_frames = config, config.min_frames or dataset.min_frames
         self.reader = open_reader(folder, dataset, config.split)
         self.invalid: list[InvalidEpisode] = []
+        # Evenly spread instead of the first ones: datasets are often sorted by task.
         most = config.max_episodes or len(self.reader)
         self._indices = range(0, len(self.reader), -(-len(self.reader) // most))
 

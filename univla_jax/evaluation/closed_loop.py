@@ -65,7 +65,7 @@ class EvaluateConfig:
     """What is evaluated. Where a value is 0 or empty, the benchmark's own default applies.
 
     Attributes:
-      benchmark: a key of ``simulators.base.BENCHMARKS``.
+      benchmark: a key of ``simulators.benchmark.BENCHMARKS``.
       suite: of tasks.
       tasks: indices of tasks in the suite.
       episodes: of each condition, all tasks together.
@@ -154,8 +154,8 @@ def evaluate(
     benchmark = config.make_benchmark()
     conditions = config.conditions or benchmark.conditions
     _check_conditions(conditions, benchmark, policy)
-    # The identity is the config, the checkpoint's hash, and whatever else changes actions. What
-    # decides about speed or pictures alone may differ when a killed evaluation is resumed.
+    # The identity is the config, the checkpoint's hash, and everything else that changes actions.
+    # What changes speed or videos alone may differ when a killed evaluation is resumed.
     policy_identity = None if policy is None else _policy_identity(policy)
     extra = {} if policy is None else {"checkpoint": policy_identity}
     extra |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
@@ -330,7 +330,7 @@ class _Actors:
         return self._policy
 
     def describe(self) -> dict[str, Any]:
-        """What the report says about the policy and the expert."""
+        """Settings of the policy and the expert, for the report."""
         round_trip = self._round_trip
         about = {"action_path": round_trip.identity() if round_trip else "none"}
         about = about if "expert" in self._config.conditions else {}

@@ -299,7 +299,7 @@ def success_chart(names: Sequence[str], tasks: Sequence[Sequence[Any]]) -> str:
     axes.set_xlim(0, 100)
     axes.set_xlabel("success %")
     if len(names) > 1:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside upper center", ncols=len(names), fontsize=8)
     return _svg(figure)
 
 

@@ -67,7 +67,7 @@ class LoadedModel:
         """
         folder = find_checkpoint(checkpoint)
         assets = Assets.load(assets_folder(folder))
-        record = TaskRecord.from_json(assets.layout)
+        record = TaskRecord.from_json(assets.task)
         model = Decoder(inference_config(assets))
         expert = None
         if assets.action_expert:

@@ -270,7 +270,7 @@ def make_assets(
         action=action,
         image_specs=_image_specs(config, vision),
         statistics=statistics_of(config),
-        layout=_task_record(config, vision),
+        task=_task_record(config, vision),
         model=dataclasses.asdict(dataclasses.replace(model.decoder, dtype=dtype)),
         action_expert=dataclasses.asdict(model.expert) if model.expert else {},
     )

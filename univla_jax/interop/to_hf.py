@@ -70,8 +70,8 @@ def to_hf(
       progress: whether to draw a progress bar.
 
     Raises:
-      UserError: no checkpoint or tokenizer there, or one that does not fit its own config; nothing is
-        written then.
+      UserError: no checkpoint or tokenizer there, or one that does not fit its own config; nothing
+        is written then.
     """
     source, to = local_path(source), local_path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -153,7 +153,8 @@ class HfExport:
             rules = joint_rules(expert, decoder)
             values |= expert_config_to_hf(expert, decoder)
         state = _open_state(folder, rules)
-        dtypes = {}  # as stored, unless ``dtype`` says otherwise: a run may keep some parameters in float32
+        # As stored unless ``dtype`` says otherwise: a run may keep some parameters in float32.
+        dtypes = {}
         for rule in rules:
             name = dtype or state.array(f"{_PARAMS}/{rule.path}").dtype.name
             if name not in _STORED_NAMES:

@@ -22,6 +22,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from univla_jax import run_dir
 from univla_jax.assets import Assets
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Batch, Example, pack
@@ -195,12 +196,7 @@ class BatchIterator:
             identity, step, positions = saved["identity"], saved["step"], dict(saved["places"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError("saved data state: not one of this pipeline, or cut off") from error
-        identity, now = _renamed(identity), self._identity
-        differences = [
-            f"{key} was {_short(identity.get(key))}, is {_short(now.get(key))}"
-            for key in sorted(identity.keys() | now.keys())
-            if identity.get(key) != now.get(key)
-        ]
+        differences = run_dir.differences(_renamed(identity), self._identity)
         if differences:
             raise UserError(
                 "saved data state does not fit this run: " + "; ".join(differences) + ". Use the "
@@ -267,11 +263,6 @@ def _renamed(identity: dict[str, Any]) -> dict[str, Any]:
     }
     ignored = {f"data.{name}" for name in _NOT_CONTENT}
     return {names.get(key, key): value for key, value in identity.items() if key not in ignored}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class EvaluationBatches:

@@ -25,7 +25,7 @@ BENCHMARKS = {
     "calvin": "univla_jax.simulators.calvin_simulator",
     "simpler": "univla_jax.simulators.simpler_simulator",
 }
-"""Name → module with ``make_benchmark(**options) -> Benchmark``, imported when it is asked for."""
+"""Name → module with ``make_benchmark(**options) -> Benchmark``, imported on first use."""
 
 DEMONSTRATIONS = {
     "tabletop": "univla_jax.simulators.tabletop.tabletop_expert",
@@ -113,7 +113,7 @@ class Breakdown:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A benchmark as the evaluation sees it.
+    """A benchmark: its protocol, trials and simulators.
 
     Attributes:
       name: for the report.

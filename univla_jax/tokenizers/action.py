@@ -103,6 +103,8 @@ class UniformBinTokenizer:
         Reproduces ``ActionTokenizer.__call__`` (action_tokenizer.py:39); there, the token id is
         the last text id minus this code.
         """
+        # digitize counts the edges at or below a value, so codes begin at 1 and the value 1.0 alone
+        # gets the code ``bins``, beyond the last bin; ``centers`` takes it back to that bin.
         return np.digitize(np.clip(np.asarray(actions, np.float64), -1.0, 1.0), self._edges)
 
     def centers(self, codes: np.ndarray) -> np.ndarray:

@@ -58,6 +58,8 @@ def smart_resize(
     aspect = max(height, width) / min(height, width)
     if aspect > 5:
         raise UserError(f"absolute aspect ratio must be smaller than 5, got {aspect}")
+    # Too large or too small an area scales both sides by the square root of its ratio to the limit.
+    # They are then rounded to the safe side, down below max_pixels and up above min_pixels.
     rounded = (round(height / factor) * factor, round(width / factor) * factor)
     if rounded[0] * rounded[1] > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -142,6 +144,8 @@ class ImageSpec:
         jpeg = self.jpeg_quality_train if training else None
         if jpeg is None and (height, width) == frames.shape[1:3]:
             return frames
+        # Frame by frame, because Pillow has no batches. Resizing to the same size is the identity,
+        # so frames that fit already were returned above without a copy.
         out = np.empty((len(frames), height, width, 3), np.uint8)
         for i, frame in enumerate(frames):
             image = Image.fromarray(frame if jpeg is None else _jpeg_round_trip(frame, jpeg))

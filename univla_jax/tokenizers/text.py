@@ -183,6 +183,7 @@ def _parse_ranks(content: bytes) -> dict[bytes, int]:
             raise UserError(
                 f"{RANK_FILE}: line {number} is not '<base64> <rank>'; fetch the file again"
             ) from error
+    # Without all single bytes some text could not be encoded, and tiktoken would fail only on it.
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(
@@ -198,6 +199,8 @@ def _special_tokens(vision_tokens: bytes, first: int) -> dict[str, int]:
         lines = [line.strip() for line in vision_tokens.decode().splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{_VISION_FILE}: not UTF-8 text; fetch the file again") from error
+    # Only the order matters: Emu3 gives special tokens consecutive ids after the BPE ranks. The
+    # vocabulary's bos, eos and image marks are extras and the first lines of the vision file.
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     names += [f"<|extra_{i}|>" for i in range(_NUM_EXTRA)]
     names += [line for line in lines if line]

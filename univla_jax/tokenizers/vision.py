@@ -210,6 +210,8 @@ class VisionTokenizer:
 
 def fingerprint_of(config: VisionConfig, weights: Iterable[tuple[str, np.ndarray]]) -> str:
     """sha256 (hex) over a config and weights given in order of their names."""
+    # Names, dtypes and shapes are hashed with the bytes, so that no two sets of weights look alike
+    # by running into each other. Weights come one by one: a conversion hashes them as it streams.
     digest = hashlib.sha256(dump_json(config.to_dict()))
     for name, value in weights:
         digest.update(f"\0{name}\0{value.dtype}\0{value.shape}\0".encode())

@@ -1,4 +1,4 @@
-"""One discrete vocabulary for text, visual codes and actions: which id means what.
+"""Vocabulary layout: the token ids of text, visual codes and actions in one vocabulary.
 
 Two layouts share one class:
 
@@ -25,9 +25,6 @@ from numpy.typing import ArrayLike
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
 
-TEXT, VISUAL, ACTION = 0, 1, 2
-"""Classes returned by ``Vocabulary.modality``; special tokens count as text."""
-
 _SPECIALS = ("pad", "bos", "eos", "bot", "eot", "boa", "eoa", "eol", "eof", "img", "boi", "eoi")
 _EMU3_TEXT_SIZE = 151_643
 _EMU3_EXTRA = 151_646
@@ -42,14 +39,14 @@ class Vocabulary:
     Attributes:
       size: number of ids V; every id lies in [0, size).
       text_size: ids 0 … text_size-1 come from the text tokenizer.
-      pad: padding, right of a row; never labeled.
+      pad: padding, on the right; never labeled.
       bos: begin of sequence.
       eos: end of sequence.
       bot: begin of thought (reasoning text).
       eot: end of thought.
       boa: begin of action.
       eoa: end of action.
-      eol: end of line (unused by UniVLA's layouts, part of Emu3's image format).
+      eol: end of line (unused by UniVLA's sequences, part of Emu3's image format).
       eof: end of frame.
       img: begin of the visual codes of an image.
       boi: begin of image.
@@ -81,6 +78,8 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         """Raises UserError when blocks leave the vocabulary or the specials collide."""
+        # Every id must have one meaning, or a policy would emit text where it meant an action. The
+        # one overlap allowed is Emu3's: action ids are also the rarest text ids.
         specials = [getattr(self, name) for name in _SPECIALS]
         if len(set(specials)) != len(specials):
             raise UserError(f"vocabulary: special tokens share ids {sorted(specials)}")
@@ -114,6 +113,9 @@ class Vocabulary:
           action_size: codes of the action tokenizer (FAST: 2,048 universal, 1,024 fitted ones;
             uniform bins: 257).
         """
+        # Most specials are among the last of Emu3's 205 extras (196 bot ... 204 eos), the image
+        # marks come right before the visual codes, and the ids in between are unused. Action codes
+        # count down from the last text id, the rarest BPE token.
         extra = _EMU3_EXTRA
         return cls(
             size=_EMU3_VISUAL_START + _EMU3_VISUAL_SIZE,
@@ -212,32 +214,6 @@ class Vocabulary:
         """
         ids = _in_range(ids, self.action_first, self.action_last + 1, "token id", "the action ids")
         return np.int32(self.action_last) - ids
-
-    def check(self, ids: ArrayLike) -> np.ndarray:
-        """The same ids as int32, after checking that each is one of this vocabulary.
-
-        Raises:
-          UserError: an id outside [0, size).
-        """
-        return _in_range(ids, 0, self.size, "token id", "the vocabulary")
-
-    def modality(self, ids: ArrayLike) -> np.ndarray:
-        """Class of each id: 0 text or special, 1 visual, 2 action including boa and eoa.
-
-        In the Emu3 layout the action ids are also the rarest text ids; they count as actions.
-
-        Returns:
-          int8, shape of ``ids``.
-
-        Raises:
-          UserError: an id outside [0, size).
-        """
-        ids = self.check(ids)
-        classes = np.zeros(ids.shape, np.int8)
-        classes[(ids >= self.bov) & (ids <= self.eov)] = VISUAL
-        action = (ids >= self.action_first) & (ids <= self.action_last)
-        classes[action | (ids == self.boa) | (ids == self.eoa)] = ACTION
-        return classes
 
     def to_dict(self) -> dict[str, int]:
         """All fields, for JSON."""

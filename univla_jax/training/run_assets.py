@@ -55,7 +55,7 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
         assets,
         image_specs=image_specs(stores),
         statistics=statistics(stores),
-        layout=task_record(config.data, stores).to_json(),
+        task=task_record(config.data, stores).to_json(),
     )
 
 

@@ -1,4 +1,4 @@
-"""The embedded tabletop as a benchmark: which episodes, what the policy is told to do, what counts.
+"""The embedded tabletop as a benchmark: its episodes, instructions and success criterion.
 
 Scenes come from the seeds kept for evaluation, which no demonstration uses; the task families take
 turns, so each has the same number of episodes. An episode succeeds when the predicate of its true

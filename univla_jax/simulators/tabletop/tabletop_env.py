@@ -145,7 +145,7 @@ CONTROL_HZ = 5.0
 MAX_STEP = 0.1
 MAX_TURN = 0.3
 MAX_HEIGHT = 0.35
-MARGIN = 0.05  # how far beyond the table's edge the gripper reaches and the fixed camera sees
+MARGIN = 0.05  # how far beyond the table's edge the gripper reaches and the fixed camera shows
 BLOCK_HALF = 0.06
 BLOCK_TOP = 0.08
 ZONE_RADIUS = 0.11
@@ -353,9 +353,9 @@ def _spots(rng: np.random.Generator, cells: np.ndarray) -> np.ndarray:
     return rng.permutation(cells) + rng.uniform(-JITTER, JITTER, cells.shape)
 
 
-# Physics. All of it is kinematic: the gripper moves exactly as told, a held block moves with it,
-# and a low gripper pushes blocks to its edge. A step is made in parts shorter than a block, so that
-# none is passed through.
+# Physics. All of it is kinematic: the gripper moves exactly as commanded, a held block moves with
+# it, and a low gripper pushes blocks to its edge. A step is made in parts shorter than a block, so
+# that none is passed through.
 
 
 def advance(scene: Scene, action: np.ndarray) -> None:
@@ -399,7 +399,7 @@ def _open_or_close(scene: Scene, close: bool) -> None:
     gripper.is_open = not close
 
 
-def _new_height(scene: Scene, wanted: float) -> float:
+def _new_height(scene: Scene, height: float) -> float:
     """A closed empty gripper comes to rest on a block; an open one straddles it."""
     floor = 0.03
     gripper = scene.gripper
@@ -409,9 +409,9 @@ def _new_height(scene: Scene, wanted: float) -> float:
         above = np.abs(block.position - gripper.position).max() < block.half_size + 0.02
         if above and not gripper.is_open and gripper.height >= BLOCK_TOP:
             floor = max(floor, BLOCK_TOP)
-            if wanted <= BLOCK_TOP + CONTACT:
+            if height <= BLOCK_TOP + CONTACT:
                 _touch(scene, index)
-    return float(np.clip(wanted, floor, MAX_HEIGHT))
+    return float(np.clip(height, floor, MAX_HEIGHT))
 
 
 def _push_aside(scene: Scene) -> None:

@@ -25,7 +25,7 @@ class View:
 
     Attributes:
       center: (x, y) of the point under the optical axis, table units.
-      extent: width of the square seen, table units.
+      extent: width of the visible square, table units.
       size: pixels along each side.
     """
 
@@ -120,7 +120,7 @@ def draw_scene(canvas: Canvas, scene: Any) -> None:
 
 
 def draw_gripper(canvas: Canvas, gripper: Any) -> None:
-    """Draws the palm, the two fingers and their shadow; size and shadow tell the height.
+    """Draws the palm, the two fingers and their shadow; size and shadow show the height.
 
     Args:
       canvas: what to draw into.
