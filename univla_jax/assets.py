@@ -112,7 +112,7 @@ class Assets:
       image_specs: per view, how camera frames become tokenizer input.
       statistics: per dataset, the action statistics used for normalization; its state's under
         ``state_key``.
-      task: what it was trained on and how (``tasks.record.TaskRecord``), as JSON values.
+      task: what it was trained on and how (``tasks.TaskRecord``), as JSON values.
       model: settings of the decoder, as JSON values.
       action_expert: settings of the action expert on top of it; empty where there is none.
     """
