@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from tests.interop.state_dicts import import_state
-from univla_jax.interop.hf_config import decoder_config_from_hf
+from univla_jax.interop.hf_folder import decoder_config_from_hf
 from univla_jax.interop.hf_weights import decoder_rules
 from univla_jax.models import decoder_config
 from univla_jax.models.decoder import Decoder

@@ -17,9 +17,8 @@ from tests.interop import hf_folders
 from tests.training import tiny_run
 from univla_jax.checkpoints import find_checkpoint
 from univla_jax.errors import UserError
-from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
-from univla_jax.interop.to_hf import to_hf
+from univla_jax.interop.hf_conversion import from_hf, to_hf
 from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.training.train_loop import train
 

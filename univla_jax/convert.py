@@ -24,10 +24,9 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.interop.hf_conversion import from_hf, to_hf
 from univla_jax.interop.hf_folder import HfFolder
-from univla_jax.interop.to_hf import to_hf
 
 CONFIG = cli.config_flag(required=False)
 FROM_HF = cli.string_flag("from_hf", "model folder as the hub stores it", required=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from univla_jax.benchmarks import data_speed
-from univla_jax.benchmarks.synthetic import SyntheticEpisodes
+from univla_jax.benchmarks.harness import SyntheticEpisodes
 from univla_jax.data.datasets import DATASETS
 
 

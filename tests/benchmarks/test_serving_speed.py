@@ -6,7 +6,7 @@ import pytest
 
 from tests.inference import tiny_checkpoint
 from univla_jax.benchmarks import serving_speed
-from univla_jax.benchmarks.synthetic import random_policy
+from univla_jax.benchmarks.harness import random_policy
 from univla_jax.inference.policy import Policy
 
 

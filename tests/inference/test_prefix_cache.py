@@ -9,7 +9,7 @@ import pytest
 from tests.decoders import tiny_decoder
 from tests.inference import exactness
 from tests.inference.uncached import greedy_tokens
-from univla_jax.benchmarks.measure import compilations
+from univla_jax.benchmarks.harness import compilations
 from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
 

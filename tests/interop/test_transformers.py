@@ -27,11 +27,10 @@ from tests.inference import tiny_checkpoint
 from tests.interop import hf_folders
 from univla_jax.checkpoints import load_params
 from univla_jax.inference.sampler import Sampler
-from univla_jax.interop.from_hf import from_hf
 from univla_jax.interop.hf_assets import ConvertConfig
+from univla_jax.interop.hf_conversion import from_hf, to_hf
 from univla_jax.interop.hf_folder import HfFolder
 from univla_jax.interop.hf_weights import HfModel
-from univla_jax.interop.to_hf import to_hf
 from univla_jax.models.decoder import Decoder
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vision_vq import VisionVQ

@@ -15,7 +15,7 @@ from tests.interop.state_dicts import import_state
 from tests.parity_groups.checks import Check, Golden, close, equal, relative
 from tests.parity_groups.decoder import golden_batch, gradient_slices, id_ranges
 from univla_jax.inference.action_decoders import sample_actions
-from univla_jax.interop.hf_config import decoder_config_from_hf, expert_config_from_hf
+from univla_jax.interop.hf_folder import decoder_config_from_hf, expert_config_from_hf
 from univla_jax.interop.hf_weights import export_state, joint_rules
 from univla_jax.models.action_expert import ActionExpert, embed_tau
 from univla_jax.models.decoder import Decoder

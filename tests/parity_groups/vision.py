@@ -11,7 +11,7 @@ from PIL import Image
 from tests.interop.state_dicts import import_state
 from tests.parity_groups.checks import Check, Golden, close, equal
 from univla_jax.errors import UserError
-from univla_jax.interop.hf_config import vision_config_from_reference
+from univla_jax.interop.hf_folder import vision_config_from_reference
 from univla_jax.interop.hf_weights import export_state, vision_rules
 from univla_jax.tokenizers.image import ImageSpec, smart_resize, to_pixels
 from univla_jax.tokenizers.vision_vq import VisionVQ

@@ -14,7 +14,7 @@ import pytest
 from websockets import exceptions
 
 from tests.serving.harness import CountingPolicy, infer, observation, running
-from univla_jax.benchmarks.measure import resident_megabytes
+from univla_jax.benchmarks.harness import resident_megabytes
 from univla_jax.serving import protocol
 
 PIXELS = 8 * 8 * 3

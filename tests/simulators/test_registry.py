@@ -7,12 +7,7 @@ import importlib
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators import (
-    BENCHMARKS,
-    DEMONSTRATIONS,
-    make_benchmark,
-    package_versions,
-)
+from univla_jax.simulators import BENCHMARKS, DEMONSTRATIONS, make_benchmark, package_versions
 
 
 def test_every_module_of_the_registry_has_what_it_must():

@@ -20,8 +20,8 @@ from univla_jax.config import build_config
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.policy import Policy
+from univla_jax.interop.hf_conversion import to_hf
 from univla_jax.interop.hf_weights import HfModel, check_params, joint_rules
-from univla_jax.interop.to_hf import to_hf
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import metrics, train_loop
 from univla_jax.training.model_setup import TrainSetup

@@ -28,10 +28,9 @@ import numpy as np
 from absl import flags
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import print_cases, save
+from univla_jax.benchmarks.harness import print_cases, save
 from univla_jax.errors import UserError
-from univla_jax.interop.hf_config import decoder_config_to_hf
-from univla_jax.interop.hf_folder import INDEX
+from univla_jax.interop.hf_folder import INDEX, decoder_config_to_hf
 from univla_jax.interop.hf_weights import HfModel
 from univla_jax.interop.tensor_io import make_header, write_safetensors
 from univla_jax.io import dump_json, hash_files

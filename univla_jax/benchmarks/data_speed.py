@@ -34,11 +34,13 @@ from absl import flags
 
 from univla_jax import cli
 from univla_jax.assets import Assets
-from univla_jax.benchmarks.measure import print_cases, resident_megabytes, save
-from univla_jax.benchmarks.synthetic import (
+from univla_jax.benchmarks.harness import (
     EpisodeLengths,
     SyntheticEpisodes,
     make_assets,
+    print_cases,
+    resident_megabytes,
+    save,
     write_store,
 )
 from univla_jax.data.datasets import DATASETS

@@ -29,15 +29,15 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import (
+from univla_jax.benchmarks.harness import (
     Elapsed,
     copy_bandwidth,
     fastest,
     print_figures,
+    random_decoder,
     save,
     timed,
 )
-from univla_jax.benchmarks.synthetic import random_decoder
 from univla_jax.benchmarks.transformers_peer import PEER, greedy_generator
 from univla_jax.errors import UserError
 from univla_jax.inference import int8

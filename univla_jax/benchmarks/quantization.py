@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import Elapsed, print_cases, save, timed
+from univla_jax.benchmarks.harness import Elapsed, print_cases, save, timed
 from univla_jax.episode import Observation
 from univla_jax.inference import int8
 from univla_jax.inference.action_decoders import Session

@@ -31,14 +31,14 @@ from absl import flags, logging
 from websockets.asyncio.client import ClientConnection, connect
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import (
+from univla_jax.benchmarks.harness import (
     compilations,
     print_figures,
+    random_policy,
     resident_megabytes,
     save,
     timed,
 )
-from univla_jax.benchmarks.synthetic import random_policy
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.inference.policy import Policy
 from univla_jax.serving import protocol, startup

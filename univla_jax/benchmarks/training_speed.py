@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import Elapsed, median, print_cases, save, timed
+from univla_jax.benchmarks.harness import Elapsed, median, print_cases, save, timed
 from univla_jax.benchmarks.transformers_peer import PEER, emu3_decoder, import_peer
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig

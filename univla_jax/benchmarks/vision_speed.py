@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from univla_jax import cli
-from univla_jax.benchmarks.measure import Elapsed, fastest, print_cases, save, timed
+from univla_jax.benchmarks.harness import Elapsed, fastest, print_cases, save, timed
 from univla_jax.benchmarks.transformers_peer import PEER, import_peer
 from univla_jax.errors import UserError
 from univla_jax.tokenizers.vision import VisionTokenizer

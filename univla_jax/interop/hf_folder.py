@@ -1,7 +1,12 @@
-"""A Hugging Face model folder: config.json, safetensors in one file or in shards, and small files.
+"""A Hugging Face model folder: its safetensors, and its config.json to and from our configs.
 
 Opening a folder checks all of it: every shard is there and whole, and the index and the shards name
 the same tensors. No tensor is read.
+
+A config.json is read and written strictly. Two spellings are known: that of the reference, which
+the published checkpoints use together with their own code
+(``baaivision/Emu3:emu3/mllm/configuration_emu3.py``), and that of ``transformers``
+(``huggingface/transformers:src/transformers/models/emu3/configuration_emu3.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ from typing import Any
 from univla_jax.errors import UserError
 from univla_jax.interop.tensor_io import StoredTensor, parse_header, read_header
 from univla_jax.io import dump_json, hash_files, parse_json, write_files
+from univla_jax.models.action_expert import ActionExpertConfig
+from univla_jax.models.decoder_config import PRESETS, DecoderConfig
+from univla_jax.tokenizers.vision_vq import VisionConfig
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -199,3 +207,234 @@ def save_source(folder: pathlib.Path, hub: HfFolder) -> None:
     write_files(folder / "headers", hub.headers)
     write_files(folder / "files", hub.small_files)
     (folder / _RECORD).write_bytes(dump_json({"format": _FORMAT, "files": hash_files(folder)}))
+
+
+# ----------------------------------------------------------------------------
+# The config.json of Emu3 and UniVLA models, to and from our configs; strict both ways.
+#
+# Two spellings are known: that of the reference, which the published checkpoints use together with
+# their own code (``baaivision/Emu3:emu3/mllm/configuration_emu3.py``), and that of ``transformers``
+# (``huggingface/transformers:src/transformers/models/emu3/configuration_emu3.py``).
+
+
+# Architecture -> model_type beside it. "Emu3..." is the reference's, "emu3..." of transformers.
+_MODEL_TYPES = {
+    "Emu3ForCausalLM": ("Emu3", "emu3_text_model"),
+    "Emu3MoE": ("Emu3",),
+    "Emu3VisionVQModel": ("Emu3VisionVQ",),
+    "Emu3VQVAE": ("emu3_vqgan",),
+    "Emu3ForConditionalGeneration": ("emu3",),
+}
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The architecture that a config.json names, or else the first of its model_type.
+
+    Raises:
+      UserError: none, an unknown one, or the model_type of another.
+    """
+    names, kind = config.get("architectures") or [], config.get("model_type")
+    inferred = (name for name, kinds in _MODEL_TYPES.items() if kind in kinds)
+    name = names[0] if names else next(inferred, None)
+    if name not in _MODEL_TYPES:
+        raise UserError(
+            f"config.json: unknown architecture {name or names!r} (model_type {kind!r}); known: "
+            f"{', '.join(_MODEL_TYPES)}"
+        )
+    if kind is not None and kind not in _MODEL_TYPES[name]:
+        raise UserError(
+            f"config.json: model_type {kind!r} does not belong to {name}; expected "
+            f"{' or '.join(map(repr, _MODEL_TYPES[name]))}"
+        )
+    return name
+
+
+def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises UserError for a setting whose value is not the only one implemented."""
+    for name, only in fixed.items():
+        if values.get(name, only) != only:
+            raise UserError(
+                f"config.json: {prefix}{name}={values[name]!r}; only {only!r} is implemented"
+            )
+
+
+# ----------------------------------------------------------------------------
+# Decoder.
+
+# config.json name -> field of DecoderConfig. The first six must be in the file.
+_DECODER_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "mlp_size",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_eps",
+    "attention_dropout": "dropout",
+    "qkv_bias": "qkv_bias",
+    "pad_token_id": "pad_id",
+    "initializer_range": "initializer_range",
+}
+_REQUIRED = tuple(_DECODER_FIELDS)[:6]
+_DECODER_FIXED = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_scaling": None}
+
+
+def decoder_config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of a parsed config.json, nested ``text_config`` or not.
+
+    Raises:
+      UserError: a missing size, or a setting that is not implemented.
+    """
+    if "text_config" in values or values.get("model_type") == "emu3_text_model":
+        values = _from_transformers(values.get("text_config", values))
+    missing = [name for name in _REQUIRED if name not in values]
+    if missing:
+        raise UserError(f"config.json: missing {', '.join(missing)}; is it an Emu3 decoder?")
+    for name in _REQUIRED:
+        if type(values[name]) is not int or values[name] < 1:
+            raise UserError(f"config.json: {name}={values[name]!r}; expected a positive integer")
+    _check_fixed(values, _DECODER_FIXED)
+    fields = {ours: values[name] for name, ours in _DECODER_FIELDS.items() if name in values}
+    head_dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    return DecoderConfig(**{"head_dim": head_dim, **fields})
+
+
+def _from_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``text_config`` of ``transformers`` in the names of the reference.
+
+    ``save_pretrained`` leaves out what equals the class default, and those defaults are Emu3's own
+    sizes; RoPE settings moved from ``rope_theta`` and ``rope_scaling`` (version 4) to
+    ``rope_parameters`` (version 5).
+    """
+    values = {**decoder_config_to_hf(PRESETS["emu3_8b"]), **values}
+    _check_fixed(values, {"attention_bias": False, "mlp_bias": False})
+    rope = values.get("rope_parameters") or values["rope_scaling"] or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope_type={kind!r}; only 'default' is implemented")
+    heads = values["num_key_value_heads"] or values["num_attention_heads"]
+    theta = rope.get("rope_theta", values["rope_theta"])
+    return {**values, "rope_theta": theta, "rope_scaling": None, "num_key_value_heads": heads}
+
+
+def decoder_config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The entries of a reference config.json that describe the decoder."""
+    values = {name: getattr(config, ours) for name, ours in _DECODER_FIELDS.items()}
+    if config.head_dim * config.num_heads != config.hidden_size:
+        values["head_dim"] = config.head_dim
+    return values | _DECODER_FIXED
+
+
+# ----------------------------------------------------------------------------
+# Action expert: the reference's ``Emu3MoE`` with ``action_experts: true``.
+
+# action_config name -> field of ActionExpertConfig.
+_EXPERT_FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "mlp_size",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_eps",
+}
+_EXPERT_FIXED = {
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "attention_dropout": 0.0,
+    "qkv_bias": False,
+}
+# The reference's eager attention gets no mask in the expert, so every action sees all others;
+# its flash attention is causal. The file thereby decides whether the expert is causal.
+_ATTENTION, _EAGER = "_attn_implementation", "eager"
+
+
+def expert_config_from_hf(values: Mapping[str, Any], decoder: DecoderConfig) -> ActionExpertConfig:
+    """The action expert of a parsed config.json.
+
+    Args:
+      values: the file.
+      decoder: the decoder of the same file.
+
+    Raises:
+      UserError: no expert in the file, another width than the decoder's, or a setting that is not
+        implemented.
+    """
+    found = values.get("action_config")
+    if not values.get("action_experts") or not found:
+        raise UserError("config.json: no action expert; it has no action_experts or action_config")
+    width = found.get("hidden_size", decoder.hidden_size)
+    if width != decoder.hidden_size:
+        raise UserError(
+            f"config.json: action_config.hidden_size={width}, expected {decoder.hidden_size} as in "
+            "the decoder"
+        )
+    _check_fixed(found, _EXPERT_FIXED, "action_config.")
+    fields = {ours: found[name] for name, ours in _EXPERT_FIELDS.items() if name in found}
+    dimensions = found.get("action_dim", values.get("action_dim"))
+    if dimensions is not None:
+        fields["action_dim"] = dimensions
+    return ActionExpertConfig(**fields, causal=found.get(_ATTENTION) != _EAGER)
+
+
+def expert_config_to_hf(config: ActionExpertConfig, decoder: DecoderConfig) -> dict[str, Any]:
+    """The entries of a reference config.json that describe the expert on ``decoder``."""
+    action = {name: getattr(config, ours) for name, ours in _EXPERT_FIELDS.items()}
+    action |= {**_EXPERT_FIXED, "hidden_size": decoder.hidden_size, "action_dim": config.action_dim}
+    action[_ATTENTION] = "flash_attention_2" if config.causal else _EAGER
+    return {"action_experts": True, "action_dim": config.action_dim, "action_config": action}
+
+
+# ----------------------------------------------------------------------------
+# Vision tokenizer. The reference's names are ours; ``transformers`` renamed most of them.
+
+_NOT_OF_THE_SHAPE = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+)
+# vq_config name -> field of VisionConfig.
+_VISION_FIELDS = {
+    "codebook_size": "codebook_size",
+    "embed_dim": "embed_dim",
+    "latent_channels": "z_channels",
+    "double_latent": "double_z",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "temporal_downsample_factor": "temporal_downsample_factor",
+    "base_channels": "ch",
+    "channel_multiplier": "ch_mult",
+    "num_res_blocks": "num_res_blocks",
+    "attn_resolutions": "attn_resolutions",
+}
+
+
+def vision_config_from_reference(values: Mapping[str, Any]) -> VisionConfig:
+    """The vision tokenizer of a parsed config.json of the reference.
+
+    Raises:
+      UserError: a key that is no field.
+    """
+    return VisionConfig.from_dict({k: v for k, v in values.items() if k not in _NOT_OF_THE_SHAPE})
+
+
+def vision_config_from_transformers(values: Mapping[str, Any]) -> VisionConfig:
+    """The vision tokenizer of a ``vq_config``; what the file leaves out is the default.
+
+    Raises:
+      UserError: attention of several heads, or of another width than the layers it follows.
+    """
+    fields = {ours: values[name] for name, ours in _VISION_FIELDS.items() if name in values}
+    config = VisionConfig.from_dict(fields)
+    heads, width = values.get("num_attention_heads", 1), values.get("hidden_size", 1024)
+    expected = config.ch * config.ch_mult[-1]
+    if heads != 1 or width != expected:
+        raise UserError(
+            f"config.json: vq_config has {heads} attention heads of width {width}; only one head "
+            f"of the last level's {expected} channels is implemented"
+        )
+    return config

@@ -16,7 +16,7 @@ import flax.traverse_util
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.interop import hf_config
+from univla_jax.interop import hf_folder
 from univla_jax.interop.tensor_io import FLOAT_DTYPES, StoredTensor
 from univla_jax.models.action_expert import ActionExpertConfig
 from univla_jax.models.decoder_config import DecoderConfig
@@ -378,21 +378,21 @@ class HfModel:
         Raises:
           UserError: an unknown architecture, or a setting that is not implemented.
         """
-        name = hf_config.architecture(config)
+        name = hf_folder.architecture(config)
         if name == "Emu3VisionVQModel":
-            vision = hf_config.vision_config_from_reference(config)
+            vision = hf_folder.vision_config_from_reference(config)
             return cls(vision=vision, vision_rules=vision_rules(vision))
         if name == "Emu3VQVAE":
-            vision = hf_config.vision_config_from_transformers(config)
+            vision = hf_folder.vision_config_from_transformers(config)
             return cls(vision=vision, vision_rules=vision_rules(vision, transformers=True))
-        decoder = hf_config.decoder_config_from_hf(config)
+        decoder = hf_folder.decoder_config_from_hf(config)
         if name == "Emu3ForConditionalGeneration":
             naming = detect_naming(keys)
             if naming not in _VISION_PREFIXES:
                 raise UserError(
                     f"config.json says {name}, but the tensors are named as a lone decoder's"
                 )
-            vision = hf_config.vision_config_from_transformers(config.get("vq_config") or {})
+            vision = hf_folder.vision_config_from_transformers(config.get("vq_config") or {})
             return cls(
                 decoder=decoder,
                 vision=vision,
@@ -403,7 +403,7 @@ class HfModel:
             )
         if not config.get("action_experts"):
             return cls(decoder, state_rules=decoder_rules(decoder))
-        expert = hf_config.expert_config_from_hf(config, decoder)
+        expert = hf_folder.expert_config_from_hf(config, decoder)
         return cls(decoder, expert, state_rules=joint_rules(expert, decoder))
 
     def check(self, tensors: Mapping[str, StoredTensor], where: str) -> None:

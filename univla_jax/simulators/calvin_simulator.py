@@ -18,13 +18,7 @@ import numpy as np
 from univla_jax.data.action_conventions import sign_gripper
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators import (
-    Benchmark,
-    Breakdown,
-    StepResult,
-    Trial,
-    package_versions,
-)
+from univla_jax.simulators import Benchmark, Breakdown, StepResult, Trial, package_versions
 
 CHAIN = 5
 SEQUENCES = 1000

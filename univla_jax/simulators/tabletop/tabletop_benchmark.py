@@ -16,13 +16,7 @@ import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators import (
-    Benchmark,
-    Breakdown,
-    StepResult,
-    Trial,
-    package_versions,
-)
+from univla_jax.simulators import Benchmark, Breakdown, StepResult, Trial, package_versions
 from univla_jax.simulators.tabletop.tabletop_env import (
     CONTROL_HZ,
     FAMILIES,

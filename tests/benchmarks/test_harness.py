@@ -5,7 +5,15 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from univla_jax.benchmarks.measure import Elapsed, compilations, copy_bandwidth, median, timed
+from univla_jax.benchmarks.harness import (
+    Elapsed,
+    EpisodeLengths,
+    SyntheticEpisodes,
+    compilations,
+    copy_bandwidth,
+    median,
+    timed,
+)
 
 
 def test_time_passes():
@@ -26,3 +34,13 @@ def test_compilations_are_counted():
     assert len(durations) == before + 1
     double(np.ones(3))
     assert len(durations) == before + 1
+
+
+# ----------------------------------------------------------------------------
+# Synthetic data has real sizes and takes no memory.
+
+
+def test_synthetic_episodes_take_no_memory():
+    source = SyntheticEpisodes("libero", EpisodeLengths(2, 100))
+    codes = source[1].codes["image"]
+    assert codes.shape[1:] == (25, 25) and codes.base.size == 1
