@@ -65,7 +65,7 @@ class EvaluateConfig:
     """What is evaluated. Where a value is 0 or empty, the benchmark's own default applies.
 
     Attributes:
-      benchmark: a key of ``simulators.benchmark.BENCHMARKS``.
+      benchmark: a key of ``simulators.BENCHMARKS``.
       suite: of tasks.
       tasks: indices of tasks in the suite.
       episodes: of each condition, all tasks together.
