@@ -127,3 +127,14 @@ def test_sampling_flags_arrive(checkpoint, tmp_path):
     sampling = {"temperature": 2.0, "top_k": 40, "top_p": 0.9, "seed": 1}
     assert reports["hot"]["sampling"] == sampling and "sampling" not in reports["greedy"]
     assert videos["hot"] == videos["again"] != videos["greedy"]
+
+
+def test_a_policy_is_scored_offline(tmp_path):
+    before = REPOSITORY / "tests" / "fixtures" / "before"
+    arguments = (f"--offline={before}/tokens/val", f"--checkpoint={before}/policy", "--out=out")
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-m", "univla_jax.evaluate", *arguments, "--episodes=1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "policy_video on 1 episodes" in done.stdout
+    assert json.loads((tmp_path / "out" / "offline.json").read_text())["episodes"] == 1

@@ -124,7 +124,7 @@ def _evaluate_offline() -> None:
         raise UserError("--offline compares greedy predictions; leave --temperature at 0")
     episodes = _FIELDS["episodes"].value or 0
     found = offline.evaluate(CHECKPOINT.value, OFFLINE.value, OUT.value, episodes=episodes)
-    print(f"{found['layout']} on {found['episodes']} episodes of {found['store']}")
+    print(f"{found['task']} on {found['episodes']} episodes of {found['store']}")
     print(offline.table(found))
     print(f"{OUT.value}/{offline.REPORT}")
 

@@ -1,4 +1,4 @@
-"""State between calls, and prompts packed one behind the other."""
+"""A few tokens per sequence, and prompts packed one behind the other, as the decoder has them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,25 @@ import numpy as np
 import pytest
 
 from tests.decoders import tiny_decoder
-from tests.inference.uncached import draw_prompts, greedy_tokens, stack, token_lists
-from univla_jax.errors import UserError
 from univla_jax.inference import decode_step
 from univla_jax.inference.decode_step import PackedSequences
-from univla_jax.inference.sampler import Sampler
 from univla_jax.models.kv_cache import KVCache
 
 
-@pytest.fixture(scope="module")
-def sampler():
-    return Sampler(*tiny_decoder(vocab_size=100))
-
-
-def test_rewind_keeps_a_prefix(sampler):
-    (prompt,) = draw_prompts(9, seed=4)
-    state = sampler.prefill(np.array([prompt]))
-    _, state = sampler.generate(state, max_new_tokens=4)
-    state = sampler.extend(state.rewind([5]), np.array([[7, 8]]))
-    generated, _ = sampler.generate(state, max_new_tokens=5)
-    assert token_lists(generated) == [greedy_tokens(sampler, [*prompt[:5], 7, 8], 5)]
-    with pytest.raises(UserError, match="rewind to"):
-        sampler.prefill(np.array([prompt])).rewind([10])
-
-
-def test_copy_and_select_continue_one_prefix(sampler):
-    prompts = draw_prompts(5, 3, seed=5)
-    state = sampler.prefill(*stack(prompts))
-    sampler.generate(state.copy(), max_new_tokens=2)
-    chosen = state.select([1, 0, 1])
-    generated, _ = sampler.generate(chosen, max_new_tokens=4)
-    assert token_lists(generated) == [greedy_tokens(sampler, prompts[i], 4) for i in (1, 0, 1)]
+def test_a_few_tokens_per_sequence_give_what_the_decoder_gives():
+    """Three new tokens after caches of unequal length, in a window of the cache's first slots."""
+    model, params = tiny_decoder(vocab_size=100)
+    rng, starts = np.random.default_rng(1), jnp.asarray([5, 2])
+    prompts, new = jnp.asarray(rng.integers(0, 100, (2, 5))), rng.integers(0, 100, (2, 3))
+    state = decode_step.prefill(model, params, prompts, starts, slots=16)
+    positions = starts[:, None] + jnp.arange(3)
+    expected, cache = model.apply({"params": params}, new, positions, cache=state.cache)
+    unstacked = decode_step.unstack_cache(state.cache, 8)
+    hidden, written = decode_step.decode_tokens(model, params, None, new, starts, unstacked)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+    got = decode_step.restack_cache(state.cache, written)
+    np.testing.assert_allclose(got.keys[:, 0, :8], cache.keys[:, 0, :8], atol=1e-5)
+    np.testing.assert_allclose(got.values[:, 1, :5], cache.values[:, 1, :5], atol=1e-5)
 
 
 def test_packed_tokens_know_their_sequence_and_position():

@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from univla_jax.errors import UserError
 from univla_jax.inference import int8
 from univla_jax.inference.sampling import (
     GrammarMask,
@@ -66,7 +64,7 @@ class DecodeBatch:
 class DecodeState:
     """A batch of sequences and host-side bounds of it.
 
-    Calls of the sampler donate the arrays: go on with the state they return, or ``copy`` first.
+    Calls of the sampler donate the arrays: go on with the state they return.
 
     Attributes:
       batch: device arrays.
@@ -87,32 +85,6 @@ class DecodeState:
     def lengths(self) -> jax.Array:
         """int32 [B], tokens of each sequence, pending ones included."""
         return self.batch.lengths + (self.batch.pending != NO_TOKEN)
-
-    def copy(self) -> DecodeState:
-        """The same state in buffers of its own, to continue one prefix in several ways."""
-        return dataclasses.replace(self, batch=jax.tree.map(jnp.copy, self.batch))
-
-    def select(self, indices: np.ndarray) -> DecodeState:
-        """The sequences ``indices`` (int32 [B']) in that order, repeats allowed, in new buffers."""
-        batch, indices = self.batch, jnp.asarray(indices)
-        rest = (batch.lengths, batch.last_hidden, batch.pending)
-        selected = DecodeBatch(batch.cache.select(indices), *(x[indices] for x in rest))
-        return dataclasses.replace(self, batch=selected)
-
-    def rewind(self, lengths: np.ndarray) -> DecodeState:
-        """Forgets all but the first ``lengths`` (int32 [B]) tokens; extend before generate.
-
-        Raises:
-          UserError: a length that the cache does not hold.
-        """
-        lengths, cached = np.asarray(lengths, np.int32), np.asarray(self.batch.lengths)
-        if lengths.shape != cached.shape or (lengths > cached).any() or (lengths < 0).any():
-            raise UserError(
-                f"rewind to {lengths.tolist()}: the cache holds {cached.tolist()} tokens"
-            )
-        pending = jnp.full_like(self.batch.pending, NO_TOKEN)
-        batch = self.batch.replace(lengths=jnp.asarray(lengths), pending=pending)
-        return DecodeState(batch, max_length=int(lengths.max()))
 
 
 @flax.struct.dataclass
@@ -387,8 +359,8 @@ def append(
     """Appends ``lengths`` [B] of tokens [B, S] to every sequence, its pending token first.
 
     Args:
-      model: static.
-      params: parameters.
+      model: the decoder.
+      params: its parameters.
       batch: donated.
       tokens: int32 [B, S].
       lengths: int32 [B], 0 for a sequence that stays as it is.
@@ -448,22 +420,20 @@ def generate(
     """The decode loop: choose a token, decode it, and again until every sequence has ended.
 
     Args:
-      model: static.
-      params: parameters.
+      model: the decoder.
+      params: its parameters.
       layers: parameters of each layer by itself, or None to cut them from ``params``.
       batch: donated; no sequence has a pending token.
       ids: int32 [R] ascending ids that may be chosen, or None for all.
       stop_id: int32 id that ends a sequence, -1 for none.
       keys: one random key per sequence (per pair with guidance), or None if greedy.
       active: bool [B], sequences that take part.
-      forced_ids: int32 [max_new_tokens] the only id at each position, negative where there is a
-        choice; or None.
+      forced_ids: int32 [max_new_tokens], negative where there is a choice; or None.
       grammar: mask over ``ids``, or None.
-      max_new_tokens: static.
-      sampling: static.
-      window: static number of leading slots, ``max_new_tokens`` beyond the longest sequence.
-      guidance: static weight of the first half of the batch against the second, the same sequences
-        without their instruction; 1 where the halves have nothing to do with each other.
+      max_new_tokens: as in ``Sampler.generate``.
+      sampling: its temperature, top-k and top-p.
+      window: leading slots to decode in, ``max_new_tokens`` beyond the longest sequence.
+      guidance: as in ``Sampler.generate``.
 
     Returns:
       the batch behind the last decoded token, the last chosen one pending; and what was chosen.

@@ -93,6 +93,7 @@ def pad_prompts(
       tokens int32 [B, S] and lengths int32 [B].
     """
     batch_size = batch_bucket(len(prompts)) if batch_size is None else batch_size
+    # Copies of a real prompt, not empty ones: every sequence of a prefill has a last token.
     filled = [*prompts, *[prompts[0]] * (batch_size - len(prompts))]
     lengths = np.array([len(p) for p in filled], np.int32)
     tokens = np.full((batch_size, length_bucket(int(lengths.max()))), pad, np.int32)
@@ -108,6 +109,7 @@ def _round_up(value: int, step: int) -> int:
 def _pad_to_bucket(tokens: np.ndarray, extra: int = 0) -> np.ndarray:
     """Widens [B, S] so that S plus ``extra`` columns is a power of two or ``length_bucket``."""
     width = max(1, tokens.shape[1] + extra)
+    # Few new tokens, as between two frames, would pay for 32: below that, powers of two.
     bucket = 1 << (width - 1).bit_length() if width <= _MIN_LENGTH else length_bucket(width)
     return np.pad(tokens, ((0, 0), (0, bucket - extra - tokens.shape[1])))
 
@@ -166,6 +168,8 @@ class Sampler:
         if packed_length is None:
             batch = decode_step.prefill(self.model, self.params, tokens, lengths, slots=slots)
             return DecodeState(batch, max_length)
+        # Boolean indexing goes through the batch in order: the real tokens, one prompt behind the
+        # other. What is left of ``packed_length`` counts to the last prompt and is never read.
         real = tokens[np.arange(width) < lengths[:, None]]
         if len(real) > packed_length:
             raise UserError(f"packed_length={packed_length}: the prompts have {len(real)} tokens")
@@ -270,6 +274,8 @@ class Sampler:
                     f"guidance needs sequences with and without instruction, got {num_keys}"
                 )
             num_keys //= 2
+        # The loop runs inside one jitted call, where no array can grow: the cache must have slots
+        # for all new tokens, and the window spans them from the first step on.
         max_length = state.max_length + max_new_tokens
         batch, window = _make_room(
             state.batch, window=max(max_length, window or 0), slots=max_length

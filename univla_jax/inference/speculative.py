@@ -101,19 +101,18 @@ def generate(
     """The greedy decode loop of ``decode_step.generate`` with ``block`` tokens per step.
 
     Args:
-      model: static.
-      params: parameters.
-      layers: parameters of each layer by itself, or None to cut them from ``params``.
+      model: the decoder.
+      params: its parameters.
+      layers: as in ``decode_step.generate``.
       batch: donated; no sequence has a pending token.
       ids: int32 [R] ascending ids that may be chosen.
       stop_id: int32 id that ends a sequence, -1 for none.
       active: bool [B], sequences that take part.
       draft_source: int32 [B, H], tokens that drafts are copied from; negative where nothing is.
       grammar: mask over ``ids``, or None.
-      max_new_tokens: static.
-      block: Q, static.
-      window: static number of leading slots, ``max_new_tokens + block`` beyond the longest
-        sequence.
+      max_new_tokens: as in ``Sampler.generate``.
+      block: Q.
+      window: leading slots to decode in, ``max_new_tokens + block`` beyond the longest sequence.
 
     Returns:
       the batch with all chosen tokens, what was chosen, and the steps taken int32.

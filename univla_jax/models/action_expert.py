@@ -148,6 +148,8 @@ class FinalLayer(nn.Module):
             config, (d,), (2 * d,), (decoder_config.EMBED, None), use_bias=True, name="modulation"
         )(nn.silu(tau_BD).astype(config.compute_dtype))
         shift, scale = jnp.split(modulation[:, None].astype(jnp.float32), 2, axis=-1)
+        # LayerNorm in float32, its weight and bias given by tau instead of learned (adaLN of DiT,
+        # arXiv 2212.09748, section 3.2).
         x = x_BTD.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + _NORM_EPS)

@@ -71,12 +71,10 @@ class KVCache:
         widths = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0), (0, 0))
         return jax.tree.map(lambda x: jnp.pad(x, widths), self)
 
-    def select(self, indices: jax.Array) -> KVCache:
-        """The sequences ``indices`` (int32 [B']), in that order; repeats are allowed."""
-        return jax.tree.map(lambda x: x[:, indices], self)
-
 
 def _write(cache_LBMKC: jax.Array, new_LBSKC: jax.Array, starts_B: jax.Array) -> jax.Array:
+    # Each sequence has its own start, so this is one update of a slice per sequence and not one of
+    # the batch; inside a jitted call that donates the cache it happens in place.
     def one(cache_LMKC: jax.Array, new_LSKC: jax.Array, start: jax.Array) -> jax.Array:
         new_LSKC = new_LSKC.astype(cache_LMKC.dtype)
         return jax.lax.dynamic_update_slice(cache_LMKC, new_LSKC, (0, start, 0, 0))

@@ -19,8 +19,8 @@ from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators import StepResult, Trial, make_benchmark
 from univla_jax.simulators.libero.libero_benchmark import (
     MAX_STEPS,
+    LiberoProtocol,
     LiberoSimulator,
-    published_protocol,
 )
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS
 from univla_jax.tokenizers.image import ImageSpec
@@ -47,7 +47,7 @@ def _forget():
 
 
 def _simulator(assets, **changes):
-    simulator = LiberoSimulator(published_protocol("libero_goal", **changes), str(assets))
+    simulator = LiberoSimulator(LiberoProtocol("libero_goal", **changes), str(assets))
     envs = importlib.import_module("libero.libero.envs")
     return simulator, envs.LOG
 
@@ -122,7 +122,7 @@ def test_an_episode_fails_after_its_steps_wait_not_counted(assets):
 
 
 def test_the_step_limits_are_published_ones():
-    limits = {suite: published_protocol(suite).max_steps for suite in MAX_STEPS}
+    limits = {suite: LiberoProtocol(suite).max_steps for suite in MAX_STEPS}
     assert list(limits.values()) == [220, 280, 300, 520, 400]
 
 
@@ -201,7 +201,7 @@ def test_assets_come_from_the_config_of_libero(assets, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "config.yaml").write_text(f"assets: {assets}\n")
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "home"))
-    LiberoSimulator(published_protocol("libero_10"))
+    LiberoSimulator(LiberoProtocol("libero_10"))
     assert importlib.import_module("libero.libero")._assets_path_cache == str(assets)
 
 
@@ -224,4 +224,4 @@ def test_mistakes_are_named(options, message):
 
 def test_an_unknown_gripper_rule_is_named():
     with pytest.raises(UserError, match="gripper rule 'inverted'"):
-        published_protocol("libero_goal", gripper="inverted")
+        LiberoProtocol("libero_goal", gripper="inverted")

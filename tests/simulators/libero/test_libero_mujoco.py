@@ -23,10 +23,10 @@ from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators import EXPERT_CHUNK, StepResult, Trial
 from univla_jax.simulators.libero import libero_scripts
 from univla_jax.simulators.libero.libero_benchmark import (
+    LiberoProtocol,
     LiberoSimulator,
     ScriptedLibero,
-    published_protocol,
-    suite_benchmark,
+    make_benchmark,
 )
 from univla_jax.simulators.libero.libero_demonstrations import (
     DemonstrationsConfig,
@@ -58,13 +58,13 @@ def assets(shared_dir):
 @pytest.fixture(scope="module")
 def simulator(assets):
     """The suite libero_goal in this process."""
-    return LiberoSimulator(published_protocol("libero_goal", render_size=SIDE), assets)
+    return LiberoSimulator(LiberoProtocol("libero_goal", render_size=SIDE), assets)
 
 
 def _brief(suite, tasks, assets, **changes):
     """A suite of short episodes in small pictures."""
     changes = {"max_steps": 3, "render_size": 64, "wait_steps": 2, **changes}
-    return suite_benchmark(published_protocol(suite, **changes), tasks=tasks, assets=assets)
+    return make_benchmark(suite=suite, tasks=tasks, assets=assets, **changes)
 
 
 def _run(benchmark, actor, out, *, make=None, **limits):
@@ -200,7 +200,7 @@ def test_a_missing_mesh_is_named(assets, tmp_path):
 
 def test_a_plan_executed_as_it_is_leads_where_the_script_went(assets):
     """To the bit: planning leaves no trace in the simulator."""
-    protocol = published_protocol("libero_goal", render_size=64, max_steps=45)
+    protocol = LiberoProtocol("libero_goal", render_size=64, max_steps=45)
     ends = []
     scripted = ScriptedLibero(protocol, assets)
     scripted.reset(Trial(8, 0))
@@ -231,8 +231,8 @@ def test_an_expert_turns_on_the_stove(assets, shared_dir, tmp_path, through):
             ActionStatistics.from_dict(official["LIBERO"]),
             load_action_tokenizer(shared_dir / "fast_tokenizers" / "fast"),
         )
-    protocol = published_protocol("libero_goal", render_size=64, episodes_per_task=2)
-    benchmark = suite_benchmark(protocol, tasks=(7,), assets=assets, expert=True)
+    settings = {"tasks": (7,), "episodes_per_task": 2, "render_size": 64}
+    benchmark = make_benchmark(assets=assets, expert=True, **settings)
     make, out = benchmark.variants["expert"], tmp_path / "out"
     records, _ = _run(benchmark, ScriptedActor(round_trip), out, make=make)
     assert [record["success"] for record in records] == [True, True]

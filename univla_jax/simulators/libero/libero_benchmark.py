@@ -58,7 +58,8 @@ class LiberoProtocol:
 
     Attributes:
       suite: a key of ``MAX_STEPS``.
-      max_steps: actions of the policy after which an episode ends, wait steps not counted.
+      max_steps: actions of the policy after which an episode ends, wait steps not counted; given
+        as 0 the published number of the suite.
       episodes_per_task: initial states 0 … n - 1 of each task's fixed 50.
       render_size: side in pixels of both cameras.
       rotate_180: both views upside down and mirrored, as in the published training data.
@@ -77,7 +78,7 @@ class LiberoProtocol:
     """
 
     suite: str
-    max_steps: int
+    max_steps: int = 0
     episodes_per_task: int = INITIAL_STATES
     render_size: int = 256
     rotate_180: bool = True
@@ -96,6 +97,7 @@ class LiberoProtocol:
         """Raises UserError for a suite, a number or a rule that does not exist."""
         if self.suite not in MAX_STEPS:
             raise UserError(f"--suite: {self.suite!r}, expected one of {', '.join(MAX_STEPS)}")
+        object.__setattr__(self, "max_steps", self.max_steps or MAX_STEPS[self.suite])
         if not 1 <= self.episodes_per_task <= INITIAL_STATES:
             raise UserError(
                 f"--episodes_per_task: {self.episodes_per_task}, expected 1 to {INITIAL_STATES}: "
@@ -119,15 +121,6 @@ class LiberoProtocol:
         return np.asarray(command, np.float64)
 
 
-def published_protocol(suite: str, **changes: Any) -> LiberoProtocol:
-    """The published protocol of a suite, with the fields named changed.
-
-    Raises:
-      UserError: no such suite, or a value out of range.
-    """
-    return LiberoProtocol(suite, **{"max_steps": MAX_STEPS.get(suite, 0), **changes})
-
-
 def make_benchmark(
     *,
     suite: str = "libero_goal",
@@ -137,62 +130,38 @@ def make_benchmark(
     execute: int = 0,
     assets: str | None = None,
     expert: bool = False,
+    **changes: Any,
 ) -> Benchmark:
-    """A suite of LIBERO under the published protocol; see ``suite_benchmark``.
+    """A suite of LIBERO.
 
     Args:
       suite: a key of ``MAX_STEPS``.
-      tasks: indices of tasks in the suite.
+      tasks: indices of tasks in the suite; all by default, with ``expert`` those with a script.
       episodes_per_task: initial states of each task.
       max_steps: actions after which an episode ends; 0 for the published number.
       execute: actions executed of each chunk; 0 executes all.
-      assets: folder with LIBERO's meshes and textures.
-      expert: whether scripted experts are evaluated, too.
-
-    Raises:
-      UserError: no such suite or task, or a value out of range.
-    """
-    changes = {"max_steps": max_steps} if max_steps else {}
-    protocol = published_protocol(
-        suite, episodes_per_task=episodes_per_task, execute=execute, **changes
-    )
-    return suite_benchmark(protocol, tasks=tasks, assets=assets, expert=expert)
-
-
-def suite_benchmark(
-    protocol: LiberoProtocol,
-    *,
-    tasks: tuple[int, ...] = (),
-    assets: str | None = None,
-    expert: bool = False,
-) -> Benchmark:
-    """A suite of LIBERO under any protocol.
-
-    Args:
-      protocol: its rules.
-      tasks: indices of tasks in the suite; all by default, with ``expert`` those with a script.
       assets: folder with LIBERO's meshes and textures; by default the one of
         ``$LIBERO_CONFIG_PATH/config.yaml``, or of the package.
       expert: whether scripted experts are evaluated, too.
+      **changes: other fields of ``LiberoProtocol`` that differ from the published protocol.
 
     Raises:
-      UserError: no such task, no script for it, or an expert's plans that are not executed whole.
+      UserError: no such suite or task, no script for it, a value out of range, or an expert's
+        plans that are not executed whole.
     """
-    suite = protocol.suite
+    protocol = LiberoProtocol(suite, max_steps, episodes_per_task, execute=execute, **changes)
     chosen = _check_tasks(suite, tasks, expert)
-    if expert and protocol.execute not in (0, EXPERT_CHUNK):
+    if expert and execute not in (0, EXPERT_CHUNK):
         raise UserError(
-            f"--execute: {protocol.execute}; all {EXPERT_CHUNK} actions of an expert's plan are "
-            "executed"
+            f"--execute: {execute}; all {EXPERT_CHUNK} actions of an expert's plan are executed"
         )
-    states = range(protocol.episodes_per_task)
     return Benchmark(
         name=suite,
         protocol={"benchmark": "libero", **dataclasses.asdict(protocol), "tasks": list(chosen)},
-        trials=tuple(Trial(task, state) for task in chosen for state in states),
+        trials=tuple(Trial(task, state) for task in chosen for state in range(episodes_per_task)),
         make=functools.partial(LiberoSimulator, protocol, assets),
         variants={"expert": functools.partial(ScriptedLibero, protocol, assets)} if expert else {},
-        execute=protocol.execute,
+        execute=execute,
         published={suite: PUBLISHED[suite]} if suite in PUBLISHED else {},
     )
 

@@ -24,8 +24,8 @@ from univla_jax.errors import UserError
 from univla_jax.simulators import StepResult, Trial
 from univla_jax.simulators.libero.libero_benchmark import (
     INITIAL_STATES,
+    LiberoProtocol,
     LiberoSimulator,
-    published_protocol,
 )
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
 from univla_jax.simulators.libero.libero_scripts import SCRIPTS, Arm, Script, solve
@@ -83,7 +83,7 @@ def write_demonstrations(
     Args:
       config: which demonstrations.
       out: parent of the dataset.
-      assets: folder of LIBERO's assets, as for ``libero_benchmark.suite_benchmark``.
+      assets: folder of LIBERO's assets, as for ``libero_benchmark.make_benchmark``.
 
     Returns:
       the version folder.
@@ -96,7 +96,7 @@ def write_demonstrations(
     )
     folder = pathlib.Path(out) / config.suite / config.version
     if not (folder / "dataset_info.json").is_file():  # else no simulator is needed
-        simulator = LiberoSimulator(published_protocol(config.suite), assets)
+        simulator = LiberoSimulator(LiberoProtocol(config.suite), assets)
         counts = {"train": config.train_episodes, "val": config.val_episodes}
         splits = {
             split: _Episodes(simulator, config, count, number)
