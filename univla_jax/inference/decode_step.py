@@ -222,7 +222,7 @@ def decode_tokens(
 
 
 # ----------------------------------------------------------------------------
-# Packed prefill: prompts of unequal length one behind the other, so that no padding is multiplied.
+# Packed prefill: prompts of unequal length one after another, so that no padding is multiplied.
 #
 #     prompts  7 8 9      packed  7 8 9 4 5 2 1 1 .
 #              4 5
@@ -436,7 +436,7 @@ def generate(
       guidance: as in ``Sampler.generate``.
 
     Returns:
-      the batch behind the last decoded token, the last chosen one pending; and what was chosen.
+      the batch after the last decoded token, the last chosen one pending; and what was chosen.
     """
     # Only the head's rows of allowed ids are multiplied: 2,000 action ids instead of 184,622.
     head_RD = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
@@ -481,7 +481,7 @@ def generate(
         return (loop.step < max_new_tokens) & jnp.any(loop.running)
 
     # The first token needs no decoding, its hidden state is there; the last one chosen is not
-    # decoded: it stays pending and is read together with whatever the next call appends.
+    # decoded: it stays pending and is decoded with whatever the next call appends.
     batch_size = len(active)
     start = _Loop(
         cache=unstack_cache(batch.cache, window),

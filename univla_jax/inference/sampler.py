@@ -154,7 +154,7 @@ class Sampler:
           tokens: int32 [B, S], right-padded with any id.
           lengths: int32 [B] real tokens per sequence, at least 1; all S by default.
           slots: cache slots per sequence to reserve now, so that later calls need not grow it.
-          packed_length: P, to compute the prompts one behind the other instead of side by side; at
+          packed_length: P, to compute the prompts one after another instead of side by side; at
             least the sum of the lengths.
 
         Raises:
@@ -257,7 +257,7 @@ class Sampler:
             ``without + guidance * (with - without)``.
 
         Returns:
-          what was chosen, and the state behind it.
+          what was chosen, and the state after it.
 
         Raises:
           UserError: an id outside the vocabulary, a stop id that is not allowed, forced ids of
@@ -326,7 +326,7 @@ class Sampler:
           block: tokens decoded per step, at least 2.
 
         Returns:
-          what was chosen, the state behind it, and the number of steps.
+          what was chosen, the state after it, and the number of steps.
 
         Raises:
           UserError: as ``generate``; or a block below 2, or nothing to copy from.

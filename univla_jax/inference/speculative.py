@@ -135,7 +135,7 @@ def generate(
         """The greedy block [B, Q], and grammar state and overrides after each of its tokens.
 
         The grammar follows the greedy choice, not the draft: they agree up to the first wrong
-        draft, and nothing behind that is accepted.
+        draft, and nothing after that is accepted.
         """
         logits = compute_logits(hidden_BQD, head_RD)
         tokens, states, counts = [first], [state], [overridden]

@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         return jnp.where(is_pad, jax.lax.stop_gradient(x_BSD), x_BSD)
 
     def final_norm(self, x_BSD: jax.Array) -> jax.Array:
-        """Hidden states [B, S, D] of the residual stream behind the last layer."""
+        """Hidden states [B, S, D] of the residual stream after the last layer."""
         return self.norm(x_BSD)
 
     def head_weights(self) -> jax.Array:

@@ -51,7 +51,7 @@ def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Ar
 
 
 # JAX's rule for the derivative by the kernel puts d_y first, and XLA on CPU then fuses the
-# elementwise work behind d_y into a transposing copy that costs more than the product itself: a
+# elementwise work that makes d_y into a transposing copy that costs more than the product itself: a
 # third of a training step at the quickstart size. Here it is one product of x and d_y in that
 # order.
 
