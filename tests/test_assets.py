@@ -157,7 +157,7 @@ def test_edited_settings_are_refused(folder, change, words):
         Assets.load(folder)
 
 
-def test_missing_or_broken_assets(folder, tmp_path):
+def test_missing_or_damaged_assets(folder, tmp_path):
     with pytest.raises(UserError, match=r"no file assets\.json"):
         Assets.load(tmp_path / "nowhere")
     (folder / "assets.json").write_text('{"format": 1')

@@ -63,7 +63,7 @@ def test_normalizing_is_bounded_and_undone_between_the_quantiles(rows):
         ({"q01": (3.0, 0.0)}, "exceeds"),
     ],
 )
-def test_broken_statistics_are_refused(change, message):
+def test_invalid_statistics_are_refused(change, message):
     rows = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "q01": (-1.0, -1.0), "q99": (1.0, 1.0)}
     with pytest.raises(UserError, match=message):
         normalization.ActionStatistics(**{**rows, **change})

@@ -1,4 +1,4 @@
-"""Small TFDS datasets with the feature structures that the corpora publish."""
+"""Small TFDS datasets with the feature structures that the datasets publish."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _posed(gripper, **more):
     }
 
 
-_SAID = {"natural_language_instruction": KINDS.Text()}
-_TOLD = {"language_instruction": KINDS.Text()}
+_OBSERVED_TEXT = {"natural_language_instruction": KINDS.Text()}
+_STEP_TEXT = {"language_instruction": KINDS.Text()}
 _CLOSING = {"gripper_closedness_action": vector(1)}
 _CLOSING_SCALAR = {"gripper_closedness_action": scalar()}
 _LIBERO = (
     {"image": IMAGE, "wrist_image": IMAGE, "state": vector(8), "joint_state": vector(7)},
     vector(7),
-    _TOLD,
+    _STEP_TEXT,
 )
 
 STRUCTURES = {
@@ -43,10 +43,15 @@ STRUCTURES = {
     "bridge": (
         {**{f"image_{i}": IMAGE for i in range(4)}, "state": vector(7)},
         vector(7),
-        {**_TOLD, "language_embedding": vector(8)},
+        {**_STEP_TEXT, "language_embedding": vector(8)},
     ),
     "fractal": (
-        {"image": IMAGE, "base_pose_tool_reached": vector(7), "gripper_closed": vector(1), **_SAID},
+        {
+            "image": IMAGE,
+            "base_pose_tool_reached": vector(7),
+            "gripper_closed": vector(1),
+            **_OBSERVED_TEXT,
+        },
         _posed(_CLOSING, base_displacement_vector=vector(2)),
         {},
     ),
@@ -59,15 +64,19 @@ STRUCTURES = {
             "gripper_position": vector(1, np.float64),
         },
         vector(7, np.float64),
-        {**_TOLD, "language_instruction_2": KINDS.Text(), "language_instruction_3": KINDS.Text()},
+        {
+            **_STEP_TEXT,
+            "language_instruction_2": KINDS.Text(),
+            "language_instruction_3": KINDS.Text(),
+        },
     ),
     "toto": (
-        {"image": IMAGE, "state": vector(7), **_SAID},
+        {"image": IMAGE, "state": vector(7), **_OBSERVED_TEXT},
         _posed({"open_gripper": scalar(np.bool_)}),
         {},
     ),
     "taco_play": (
-        {"rgb_static": IMAGE, "rgb_gripper": IMAGE, "robot_obs": vector(15), **_SAID},
+        {"rgb_static": IMAGE, "rgb_gripper": IMAGE, "robot_obs": vector(15), **_OBSERVED_TEXT},
         {"actions": vector(7), "rel_actions_world": vector(7), "terminate_episode": scalar()},
         {},
     ),
@@ -80,27 +89,27 @@ STRUCTURES = {
             "state_gripper_pose": scalar(),
         },
         vector(7),
-        _TOLD,
+        _STEP_TEXT,
     ),
     "maniskill": (
         {"image": IMAGE, "wrist_image": IMAGE, "state": vector(18), "tcp_pose": vector(7)},
         vector(7),
-        _TOLD,
+        _STEP_TEXT,
     ),
-    "kuka": ({"image": IMAGE, **_SAID}, _posed(_CLOSING), {}),
+    "kuka": ({"image": IMAGE, **_OBSERVED_TEXT}, _posed(_CLOSING), {}),
     "berkeley_autolab_ur5": (
-        {"image": IMAGE, "hand_image": IMAGE, "robot_state": vector(15), **_SAID},
+        {"image": IMAGE, "hand_image": IMAGE, "robot_state": vector(15), **_OBSERVED_TEXT},
         _posed(_CLOSING_SCALAR),
         {},
     ),
-    "cmu_play_fusion": ({"image": IMAGE, "state": vector(8)}, vector(9), _TOLD),
+    "cmu_play_fusion": ({"image": IMAGE, "state": vector(8)}, vector(9), _STEP_TEXT),
     "viola": (
         {
             "agentview_rgb": IMAGE,
             "eye_in_hand_rgb": IMAGE,
             "joint_states": vector(7),
             "gripper_states": vector(1),
-            **_SAID,
+            **_OBSERVED_TEXT,
         },
         _posed(_CLOSING_SCALAR),
         {},
@@ -108,21 +117,21 @@ STRUCTURES = {
     "utaustin_mutex": (
         {"image": IMAGE, "wrist_image": IMAGE, "state": vector(24)},
         vector(7),
-        _TOLD,
+        _STEP_TEXT,
     ),
 }
-"""Corpus -> features of an observation, of the action, and of the step beside them."""
+"""Dataset -> features of an observation, of the action, and further ones of the step."""
 
 
-def write(folder, name, steps=14, words="pick up the cup", blank=()):
-    """Writes one episode of a corpus' structure.
+def write(folder, name, steps=14, instruction="pick up the cup", blank=()):
+    """Writes one episode of a dataset's structure.
 
     Returns:
       its steps as nested dictionaries of arrays.
     """
-    observation, action, beside = STRUCTURES[name]
+    observation, action, extra = STRUCTURES[name]
     flags = {flag: scalar(np.bool_) for flag in ("is_first", "is_last", "is_terminal")}
-    step = {"observation": observation, "action": action, "reward": scalar(), **beside, **flags}
+    step = {"observation": observation, "action": action, "reward": scalar(), **extra, **flags}
     features = KINDS.FeaturesDict(
         {
             "steps": KINDS.Dataset(step),
@@ -130,7 +139,7 @@ def write(folder, name, steps=14, words="pick up the cup", blank=()):
         }
     )
     rng = np.random.default_rng(0)
-    made = [_values(step, rng, words) | dict.fromkeys(blank, " ") for _ in range(steps)]
+    made = [_values(step, rng, instruction) | dict.fromkeys(blank, " ") for _ in range(steps)]
     folder.mkdir(parents=True)
     path = folder / f"{name}-train.array_record-00000-of-00001"
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
@@ -150,11 +159,11 @@ def write(folder, name, steps=14, words="pick up the cup", blank=()):
     return made
 
 
-def _values(feature, rng, words):
+def _values(feature, rng, instruction):
     if isinstance(feature, dict):
-        return {key: _values(part, rng, words) for key, part in feature.items()}
+        return {key: _values(part, rng, instruction) for key, part in feature.items()}
     if isinstance(feature, KINDS.Text):
-        return words
+        return instruction
     if isinstance(feature, KINDS.Image):
         return rng.integers(0, 256, feature.shape, np.uint8)
     dtype = np.dtype(feature.np_dtype)

@@ -84,8 +84,8 @@ def test_bridge_takes_the_reached_movement(tmp_path):
 
 
 def test_droid_takes_the_first_instruction_there_is(tmp_path):
-    written = {"words": "stack the blocks", "blank": ("language_instruction",)}
-    published.write(tmp_path / "droid", "droid", **written)
+    options = {"instruction": "stack the blocks", "blank": ("language_instruction",)}
+    published.write(tmp_path / "droid", "droid", **options)
     (episode,) = open_reader(tmp_path / "droid", DATASETS["droid"], "train")
     assert episode.instruction == "stack the blocks"
 

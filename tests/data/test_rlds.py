@@ -1,4 +1,4 @@
-"""The reader: ranges of episodes, other field names, and folders that are no good."""
+"""The RLDS reader: splits, other field names, and damaged folders."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("message", BREAKAGES)
-def test_a_broken_folder_is_named(copy, message):
+def test_a_damaged_folder_is_named(copy, message):
     BREAKAGES[message](copy)
     with pytest.raises(UserError, match=message):
         rlds.RldsReader(copy.parent.parent, DATASET, "train")

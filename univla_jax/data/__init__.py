@@ -1,1 +1,1 @@
-"""Robot corpora in, token store out."""
+"""Robot datasets: description, readers, validation, and the token store."""

@@ -1,4 +1,4 @@
-"""The datasets that can be read, and how to describe one of your own.
+"""Dataset registry: the datasets that can be read, and how to describe one of your own.
 
 Everything the package knows about a dataset is one ``DatasetConfig``: which reader opens its files,
 where the fields of a step lie, what its actions mean, how its frames are sampled. The values of
