@@ -97,7 +97,7 @@ SHARED_FLAGS = (
     "cli.py",
     "inference/sampling.py",
     "training/distributed.py",
-    "benchmarks/measure.py",
+    "benchmarks/harness.py",
 )
 
 
