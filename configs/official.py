@@ -5,8 +5,8 @@
         --config=configs/official.py:libero_video --config.text=Emu3-Stage1 \\
         --config.vision=VISION --config.action=FAST
 
-Camera sizes, layouts and row lengths are those of the reference's recipes (UniVLA
-scripts/simulator/*, FACTS §7); frames below 512 x 512 keep their size because its evaluation lowers
+Camera sizes, tasks and sequence lengths are those of the reference's recipes (UniVLA
+scripts/simulator/*); frames below 512 x 512 keep their size because its evaluation lowers
 ``min_pixels`` to 80 x 80. Action statistics: UniVLA configs/normalizer_{libero,calvin,bridge}.
 """
 

@@ -94,9 +94,9 @@ def frame_header(
 def frame_separator(
     text_encoder: TextEncoder, height: int, width: int, frames: int = 1
 ) -> np.ndarray:
-    """What stands between two frames of their own: eof, eoi and the head of the next; int32.
+    """Separator of two frames, each in a block of its own: eof, eoi and the next header; int32.
 
-    The world model is fed these ids, not asked for them (processing_emu3.py:527-535).
+    The world model is fed these ids; it does not generate them (processing_emu3.py:527-535).
     """
     vocabulary = text_encoder.vocabulary
     head = frame_header(text_encoder, height, width, frames)
