@@ -14,7 +14,6 @@ import pytest
 from array_record.python import array_record_module
 
 from univla_jax import io
-from univla_jax import io as module
 from univla_jax.errors import UserError
 from univla_jax.io import JsonlWriter, Shard, ShardedRecords
 
@@ -184,8 +183,8 @@ def test_a_flipped_bit_is_an_error(tmp_path):
 
 
 def test_only_the_last_used_shards_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_OPEN_FILES", 3)
-    monkeypatch.setattr(module, "_open_shards", module._OpenShards())
+    monkeypatch.setattr(io, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(io, "_open_shards", io._OpenShards())
     items = contents(20)
     paths = [write_array_record(tmp_path / f"{n}", items[n : n + 1]) for n in range(20)]
     stores = [

@@ -42,7 +42,6 @@ from univla_jax.benchmarks.harness import (
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.inference.policy import Policy
 from univla_jax.serving import protocol, startup
-from univla_jax.serving import protocol as wire
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 CHECKPOINT = cli.string_flag(
@@ -114,7 +113,7 @@ async def _drive(port: int, example: Observation, robots: int, requests: int) ->
     for connection in connections:
         await connection.close()
     waits = np.array([wait for waits, _ in results for wait in waits])
-    replies = [[wire.unpack(reply) for reply in replies] for _, replies in results]
+    replies = [[protocol.unpack(reply) for reply in replies] for _, replies in results]
     return Answers(
         seconds,
         waits,
@@ -125,7 +124,7 @@ async def _drive(port: int, example: Observation, robots: int, requests: int) ->
 
 def _message(example: Observation, robot: int, number: int) -> bytes:
     request = protocol.request_message(observe(example, robot, number))
-    return wire.pack(request | {"reset": starts_episode(robot, number)})
+    return protocol.pack(request | {"reset": starts_episode(robot, number)})
 
 
 async def _robot(

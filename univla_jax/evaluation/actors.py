@@ -18,7 +18,6 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.runner import PolicyLost
 from univla_jax.normalization import ActionStatistics
 from univla_jax.serving import protocol
-from univla_jax.serving import protocol as wire
 from univla_jax.simulators import PlannedObservation
 from univla_jax.tokenizers.action import ActionTokenizer
 
@@ -177,7 +176,7 @@ class RemotePolicy:
         # one batch.
         try:
             for observation, session in zip(observations, sessions, strict=True):
-                session.send(wire.pack(protocol.request_message(observation)))
+                session.send(protocol.pack(protocol.request_message(observation)))
             frames = [session.recv(timeout=_REPLY_SECONDS) for session in sessions]
         except (OSError, TimeoutError, WebSocketException) as error:
             self._lost(sessions, error)
@@ -192,7 +191,7 @@ class RemotePolicy:
             raise UserError("--policy=ws://... needs websockets: pip install .[serve]") from error
         try:
             connection = connect(self.address, max_size=None, compression=None)
-            self.metadata = wire.unpack(connection.recv(timeout=_REPLY_SECONDS))
+            self.metadata = protocol.unpack(connection.recv(timeout=_REPLY_SECONDS))
         except (WebSocketException, ValueError) as error:
             raise OSError(str(error)) from error
         return connection
@@ -209,7 +208,7 @@ class RemotePolicy:
     def _chunk(self, frame: bytes | str) -> ActionChunk:
         if isinstance(frame, str):
             raise UserError(f"--policy={self.address} answers: {frame.strip().splitlines()[-1]}")
-        reply = wire.unpack(frame)
+        reply = protocol.unpack(frame)
         return ActionChunk(
             np.asarray(reply["actions"], np.float32),
             valid=bool(reply.get("actions_valid", True)),

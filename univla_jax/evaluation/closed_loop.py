@@ -25,7 +25,6 @@ from univla_jax import __version__, io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation import report as reports
-from univla_jax.evaluation import report as statistics
 from univla_jax.evaluation.actors import (
     ActionRoundTrip,
     RandomActions,
@@ -178,7 +177,7 @@ def evaluate(
                 runner.run(condition, actors.make(condition), make, videos=first)
         versions = _versions(runner, folder)
         figures = {name: _figures(benchmark, runner, name) for name in conditions}
-        throughput = statistics.throughput(runner.times.lines)
+        throughput = reports.throughput(runner.times.lines)
     about = {"policy": policy, "conditions": list(conditions), "batch": batch}
     about |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
     report = {
@@ -234,7 +233,7 @@ def compare(
       out: folder that gets ``comparison.html``; nothing is written by default.
 
     Returns:
-      ``statistics.compare``, and ``differs``: the fields of protocol and versions that are not
+      ``report.compare``, and ``differs``: the fields of protocol and versions that are not
       the same, each with both values.
 
     Raises:
@@ -245,7 +244,7 @@ def compare(
         names = " and ".join(report["benchmark"] for report in pair)
         raise UserError(f"--compare: {first} and {second} are of {names}")
     settings = [{**report["protocol"], **report["versions"]} for report in pair]
-    found = statistics.compare(*map(reports.main_condition, pair))
+    found = reports.compare(*map(reports.main_condition, pair))
     found["differs"] = {
         key: [one.get(key) for one in settings]
         for key in sorted(settings[0].keys() | settings[1].keys())
@@ -286,7 +285,7 @@ def _figures(benchmark: Benchmark, runner: BenchmarkRunner, condition: str) -> d
         for log in (runner.episodes, runner.calls)
     )
     breakdown = benchmark.breakdown(records) if benchmark.breakdown else Breakdown()
-    return statistics.summarize(records, calls, breakdown)
+    return reports.summarize(records, calls, breakdown)
 
 
 def _versions(runner: BenchmarkRunner, folder: pathlib.Path) -> dict[str, str]:

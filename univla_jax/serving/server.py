@@ -31,7 +31,6 @@ from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.sampler import Timer
 from univla_jax.serving import protocol
-from univla_jax.serving import protocol as wire
 from univla_jax.serving.batching import Batcher, BusyError
 
 _log = logging.getLogger(__name__)
@@ -188,7 +187,7 @@ class PolicyServer:
           tls: certificate and key, or None for plain connections.
         """
         self._policy, self._config, self._tls = policy, config, tls
-        self._metadata = wire.pack(metadata)
+        self._metadata = protocol.pack(metadata)
         self.metrics = ServerMetrics()
         self._robots: set[_Robot] = set()
         self._draining = False
@@ -326,8 +325,8 @@ class PolicyServer:
                 message = "expected a binary msgpack frame"
                 await self._end(robot, _UNSUPPORTED_DATA, "unreadable", message)
                 return
-            reply = await self._reply(robot, wire.unpack(frame), begin)
-        except wire.WireError as error:
+            reply = await self._reply(robot, protocol.unpack(frame), begin)
+        except protocol.WireError as error:
             await self._end(robot, _INVALID_DATA, "unreadable", str(error))
         except UserError as error:
             await self._refuse(robot, "bad_request", f"bad request: {error}")
@@ -339,7 +338,7 @@ class PolicyServer:
             message = f"internal error {number}; the server's log says more"
             await self._end(robot, _INTERNAL_ERROR, "error", message)
         else:
-            await self._send(robot, wire.pack(reply))
+            await self._send(robot, protocol.pack(reply))
             robot.previous_ms = 1e3 * (time.perf_counter() - begin)
 
     async def _reply(self, robot: _Robot, message: Any, begin: float) -> dict[str, Any]:
