@@ -329,6 +329,15 @@ def find_dataset_config(name: str) -> DatasetConfig:
     )
 
 
+def chunk_deltas(corpus: str) -> action_conventions.ChunkDeltas | None:
+    """How action chunks of a corpus are relative to their first pose; None where they are not.
+
+    A corpus that is no dataset here, such as one of a converted checkpoint, has none.
+    """
+    dataset = DATASETS.get(corpus)
+    return None if dataset is None else dataset.chunk_deltas
+
+
 # ----------------------------------------------------------------------------
 # Shared by the readers of all file formats: from raw fields to an ``Episode``, and splits.
 #

@@ -31,7 +31,7 @@ from array_record.python import array_record_module
 from univla_jax import io, run_dir
 from univla_jax.config import build_config
 from univla_jax.data import token_record
-from univla_jax.data.datasets import DATASETS
+from univla_jax.data.datasets import chunk_deltas
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.validation import InvalidEpisode
 from univla_jax.errors import UserError
@@ -466,8 +466,8 @@ def action_values(actions: np.ndarray, corpus: str, chunk_size: int) -> np.ndarr
     These are the actions themselves, or with ``chunk_deltas`` the differences in each of the
     chunks that begin at every step.
     """
-    dataset = DATASETS.get(corpus)
-    if dataset is None or dataset.chunk_deltas is None:
+    deltas = chunk_deltas(corpus)
+    if deltas is None:
         return actions
     chunks = sliding_windows([actions], chunk_size)
-    return dataset.chunk_deltas.to_relative(chunks).reshape(-1, actions.shape[1])
+    return deltas.to_relative(chunks).reshape(-1, actions.shape[1])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from univla_jax import run_dir
-from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.datasets import chunk_deltas
 from univla_jax.data.token_store import action_values
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.errors import UserError
@@ -123,7 +123,7 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     statistics = stream_statistics(lambda: values)
     chunks = sliding_windows(actions, config.chunk_size)
     chunks = chunks[:: -(-len(chunks) // config.max_chunks)]
-    deltas = find_dataset_config(config.corpus).chunk_deltas
+    deltas = chunk_deltas(config.corpus)
     chunks = statistics.normalize(chunks if deltas is None else deltas.to_relative(chunks))
     tokenizer = FastTokenizer.fit(chunks, config.scale, config.vocabulary_size)
     tokenizer.save(folder)

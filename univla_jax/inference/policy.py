@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from univla_jax.data.action_conventions import ChunkDeltas
-from univla_jax.data.datasets import DATASETS
+from univla_jax.data.datasets import chunk_deltas
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import (
@@ -87,7 +87,7 @@ class Policy:
         self.statistics = loaded.statistics(self.corpus)
         self._encoder = ObservationEncoder(loaded.assets, record, self.corpus)
         self.state_encoder = StateEncoder(loaded, self.corpus) if record.state else NoStateEncoder()
-        self.chunk_deltas = _chunk_deltas(self.corpus)
+        self.chunk_deltas = chunk_deltas(self.corpus)
         self._batch_size = batch_size
         self.action_decoder = action_decoder or make_action_decoder(
             loaded,
@@ -323,12 +323,6 @@ class Policy:
         longest = _USUAL_OPENING + window * moment + actions
         first = _USUAL_OPENING + moment
         return moment + 1, first, max(first, min(longest, record.sequence_length))
-
-
-def _chunk_deltas(corpus: str) -> ChunkDeltas | None:
-    """How a corpus' action chunks are relative to their first pose."""
-    dataset = DATASETS.get(corpus)
-    return None if dataset is None else dataset.chunk_deltas
 
 
 def no_motion(

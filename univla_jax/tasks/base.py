@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from univla_jax.data.datasets import DATASETS, find_dataset_config
+from univla_jax.data.datasets import DATASETS, chunk_deltas, find_dataset_config
 from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics, state_key
@@ -265,9 +265,9 @@ class Task(abc.ABC):
         # the statistics are those of the differences.
         actions = episode.actions[starts.start : starts.stop]
         chunks = actions.reshape(-1, self.settings.chunk_size, actions.shape[-1])
-        dataset = DATASETS.get(episode.corpus)
-        if dataset is not None and dataset.chunk_deltas is not None:
-            chunks = dataset.chunk_deltas.to_relative(chunks)
+        deltas = chunk_deltas(episode.corpus)
+        if deltas is not None:
+            chunks = deltas.to_relative(chunks)
         return self.statistics_of(episode.corpus).normalize(chunks)
 
     def chunk_ids(self, chunks: np.ndarray) -> list[np.ndarray]:
