@@ -42,7 +42,7 @@ def build_config(cls: type[T], values: Mapping[str, Any], *, where: str = "confi
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
-    former = {f.metadata[FORMERLY]: name for name, f in fields.items() if FORMERLY in f.metadata}
+    former = former_names(cls)
     named: dict[str, Any] = {}
     for key in values:
         name = former.get(key, key)
@@ -114,11 +114,14 @@ def name_hint(key: str, known: Iterable[str], what: str) -> str:
     return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(known)}"
 
 
+def former_names(cls: type) -> dict[str, str]:
+    """Name by former name of the renamed fields of a dataclass."""
+    return {f.metadata[FORMERLY]: f.name for f in dataclasses.fields(cls) if FORMERLY in f.metadata}
+
+
 def _renamed_fields(cls: type) -> dict[str, str]:
     """New name by former name of the fields of a dataclass and of those inside it."""
-    names = {
-        f.metadata[FORMERLY]: f.name for f in dataclasses.fields(cls) if FORMERLY in f.metadata
-    }
+    names = former_names(cls)
     for hint in typing.get_type_hints(cls).values():
         for inner in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(inner):

@@ -24,6 +24,7 @@ from absl import flags
 
 from univla_jax import run_dir
 from univla_jax.assets import Assets
+from univla_jax.config import former_names
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Batch, Example, pack
 from univla_jax.pipeline.data_config import DataConfig
@@ -256,11 +257,7 @@ def _identity(
 
 def _renamed(identity: dict[str, Any]) -> dict[str, Any]:
     """A saved identity in today's field names, without what is no longer part of it."""
-    names = {
-        f"data.{field.metadata['formerly']}": f"data.{field.name}"
-        for field in dataclasses.fields(DataConfig)
-        if "formerly" in field.metadata
-    }
+    names = {f"data.{old}": f"data.{new}" for old, new in former_names(DataConfig).items()}
     ignored = {f"data.{name}" for name in _NOT_CONTENT}
     return {names.get(key, key): value for key, value in identity.items() if key not in ignored}
 

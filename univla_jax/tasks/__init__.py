@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from univla_jax.assets import Assets
-from univla_jax.config import build_config
+from univla_jax.config import build_config, former_names
 from univla_jax.errors import UserError
 from univla_jax.sequences.tokens import TextEncoder
 from univla_jax.tasks.base import Task, TaskSettings
@@ -131,8 +131,8 @@ class TaskRecord:
         values["views"] = list(self.views)
         for corpus in values["corpora"].values():
             corpus["grids"] = {view: list(grid) for view, grid in corpus["grids"].items()}
-        file_keys = {f.name: f.metadata.get("formerly", f.name) for f in dataclasses.fields(self)}
-        return {file_keys[name]: value for name, value in values.items()}
+        file_keys = {new: old for old, new in former_names(TaskRecord).items()}
+        return {file_keys.get(name, name): value for name, value in values.items()}
 
     @property
     def settings(self) -> TaskSettings:
