@@ -159,8 +159,7 @@ def weighted_cross_entropy(
     Returns:
       sum of w * nll (float32, differentiable), sum of w (float32), and metrics, all of them sums
       that add up over micro-batches: per modality ``<name>_nll``, ``<name>_correct``,
-      ``<name>_tokens`` (unweighted, over labeled tokens) and ``dropped_labels``. ``averages``
-      turns summed metrics into means.
+      ``<name>_tokens`` (unweighted, over labeled tokens) and ``dropped_labels``.
     """
     rngs = {"dropout": dropout_key} if dropout_key is not None else None
     hidden, _ = model.apply(
@@ -205,17 +204,6 @@ def loss_of_hidden(
     )
     metrics = _modality_sums(modalities, targets, weights, *per_token) | {DROPPED: dropped}
     return jnp.where(dropped > 0, jnp.nan, total), jnp.sum(weights), metrics
-
-
-def averages(metrics: dict[str, Any]) -> dict[str, float]:
-    """Means from summed metrics: ``<name>_loss`` and ``<name>_accuracy`` of what was labeled."""
-    means = {}
-    for name in MODALITIES:
-        count = float(metrics[f"{name}_tokens"])
-        if count > 0:
-            means[f"{name}_loss"] = float(metrics[f"{name}_nll"]) / count
-            means[f"{name}_accuracy"] = float(metrics[f"{name}_correct"]) / count
-    return means
 
 
 def gather_labeled(
@@ -367,7 +355,7 @@ def flow_loss(
         with eager or sdpa attention does; by default the padding of a row changes nothing.
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
-      **options: ``max_labeled`` and ``chunks`` of ``training.loss``.
+      **options: ``max_labeled`` and ``chunks`` of ``weighted_cross_entropy``.
 
     Returns:
       what ``weighted_cross_entropy`` returns, the flow matching added to the first sum; its

@@ -33,6 +33,7 @@ from univla_jax.simulators.tabletop.tabletop_env import (
 DEMONSTRATION_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
 HIGH = 0.22  # traveling height, clear of lifted and standing blocks
+_MIN_STEPS = 12  # of an episode: the expert holds still after a shorter path
 OPEN, CLOSE = -1.0, 1.0
 
 # A waypoint: x, y, height, gripper command.
@@ -119,12 +120,11 @@ def _action(offset: np.ndarray, grip: float) -> np.ndarray:
     return np.array([*(offset / longest), 0.0, 0.0, 0.0, grip], np.float32)
 
 
-def demonstrate(seed: int, *, min_steps: int = 12, family: str | None = None) -> Episode:
+def demonstrate(seed: int, *, family: str | None = None) -> Episode:
     """One successful scripted episode.
 
     Args:
       seed: fixes scene and task.
-      min_steps: the expert holds still after its path until the episode has this many steps.
       family: restricts the task family.
 
     Returns:
@@ -139,7 +139,7 @@ def demonstrate(seed: int, *, min_steps: int = 12, family: str | None = None) ->
     frames, actions, states, success = [], [], [], False
     for action in actions_along(path, env.scene):
         idle = not np.any(action[:6]) and env.scene.gripper.is_open == (action[6] <= 0)
-        if idle and len(actions) >= min_steps:
+        if idle and len(actions) >= _MIN_STEPS:
             break
         frames.append((observation["image"], observation["wrist_image"]))
         states.append(observation["state"])
