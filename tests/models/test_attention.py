@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.models.attention_inputs import mask_of, qkv
 from univla_jax.errors import UserError
 from univla_jax.models.attention import (
     attention,
@@ -21,22 +22,6 @@ from univla_jax.models.attention import (
     plain_attention,
 )
 from univla_jax.models.attention_kernels import CachedKeyValues
-
-
-def _draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def _qkv(batch, length, heads=4, kv_heads=2, size=8):
-    return (
-        _draw(batch, length, heads, size, seed=1),
-        _draw(batch, length, kv_heads, size, seed=2),
-        _draw(batch, length, kv_heads, size, seed=3),
-    )
-
-
-def _rows(text):
-    return np.array([[c == "1" for c in row.split()] for row in text.strip().splitlines()])
 
 
 @pytest.mark.parametrize(
@@ -50,7 +35,7 @@ def _rows(text):
 )
 def test_mask_of_new_tokens(segments, expected):
     ids = None if segments is None else jnp.asarray([segments])
-    np.testing.assert_array_equal(attention_mask(4, ids)[0], _rows(expected))
+    np.testing.assert_array_equal(attention_mask(4, ids)[0], mask_of(expected))
 
 
 def test_mask_of_other_visibilities():
@@ -73,7 +58,7 @@ def test_written_out_by_hand():
 
 
 def test_query_heads_share_key_heads_in_order():
-    query, key, value = _qkv(2, 5)
+    query, key, value = qkv(2, 5)
     repeated = [jnp.repeat(x, 2, axis=2) for x in (key, value)]
     np.testing.assert_allclose(
         plain_attention(query, key, value), plain_attention(query, *repeated), atol=1e-6
@@ -82,7 +67,7 @@ def test_query_heads_share_key_heads_in_order():
 
 def test_cached_keys_continue_a_sequence():
     """Six tokens at once equal two cached ones, then four, in a window with stale slots."""
-    query, key, value = _qkv(2, 6)
+    query, key, value = qkv(2, 6)
     whole = attention(query, key, value)
     stale = jnp.full((2, 3, 2, 8), 1e3)
     cached = CachedKeyValues(
@@ -95,7 +80,7 @@ def test_cached_keys_continue_a_sequence():
 
 
 def test_segments_and_a_cache_exclude_each_other():
-    query, key, value = _qkv(1, 2)
+    query, key, value = qkv(1, 2)
     cached = CachedKeyValues(key, value, jnp.asarray([2]))
     with pytest.raises(UserError, match="exclude each other"):
         attention(query, key, value, segment_ids=jnp.ones((1, 2)), cached=cached)
@@ -122,7 +107,7 @@ def test_choice_by_platform(call, chosen):
 
 def test_fused_kernels_have_no_dropout():
     with pytest.raises(UserError, match="attention_dropout=0"):
-        attention(*_qkv(1, 2), implementation="splash", dropout=0.1, dropout_key=jax.random.key(0))
+        attention(*qkv(1, 2), implementation="splash", dropout=0.1, dropout_key=jax.random.key(0))
 
 
 def test_rows_heads_and_sequence_split_over_eight_devices():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
+from tests.models.attention_inputs import draw, mask_of, qkv
 from univla_jax.models.attention import attention, attention_mask, plain_attention
 from univla_jax.models.attention_kernels import (
     CachedKeyValues,
@@ -22,24 +23,8 @@ from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
 
 
-def _draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def _qkv(batch, length, heads=4, kv_heads=2, size=8):
-    return (
-        _draw(batch, length, heads, size, seed=1),
-        _draw(batch, length, kv_heads, size, seed=2),
-        _draw(batch, length, kv_heads, size, seed=3),
-    )
-
-
-def _rows(text):
-    return np.array([[c == "1" for c in row.split()] for row in text.strip().splitlines()])
-
-
 def test_mask_of_cached_slots():
-    expected = _rows("1 1 1 .\n. . . .\n1 1 1 1")
+    expected = mask_of("1 1 1 .\n. . . .\n1 1 1 1")
     np.testing.assert_array_equal(cache_mask(jnp.asarray([3, 0, 9]), 4), expected)
 
 
@@ -52,8 +37,8 @@ SEGMENTS = {
 @pytest.mark.parametrize("segments", SEGMENTS)
 def test_blocks_equal_the_formula(segments):
     """Values and gradients, with a length that is no multiple of the block."""
-    query, key, value = _qkv(2, 150)
-    weight = _draw(*query.shape, seed=4)
+    query, key, value = qkv(2, 150)
+    weight = draw(*query.shape, seed=4)
 
     def run(implementation):
         def loss(query, key, value):
@@ -68,9 +53,9 @@ def test_blocks_equal_the_formula(segments):
 
 def test_gradient_of_blocks_with_dropout():
     """Against finite differences along one random direction; the mask depends on the key alone."""
-    inputs = _qkv(1, 16)
-    direction = tuple(_draw(*x.shape, seed=9) for x in inputs)
-    weight = _draw(*inputs[0].shape, seed=4)
+    inputs = qkv(1, 16)
+    direction = tuple(draw(*x.shape, seed=9) for x in inputs)
+    weight = draw(*inputs[0].shape, seed=4)
     key = jax.random.key(3)
 
     @jax.jit
@@ -95,7 +80,7 @@ def test_dropout_keeps_the_mean():
 def test_blocks_behind_caches_of_unequal_length():
     """Rows with 40 and 3 cached tokens, then 90 new ones in blocks of 32, the last one not full."""
     starts, new, window = [40, 3], 90, 48
-    query, key, value = _qkv(2, 130)
+    query, key, value = qkv(2, 130)
 
     def old(x):
         stale = [jnp.full((window - n, 2, 8), 1e3) for n in starts]
@@ -119,12 +104,12 @@ def test_block_size(length, block):
 PACKED = jnp.asarray([[1] * 60 + [2] * 70 + [0] * 20, [1] * 10 + [2] * 140], jnp.int32)
 
 
-QKV = _qkv(2, 150, size=128)
+QKV = qkv(2, 150, size=128)
 
 
 def values_and_gradients(run):
     """Output and gradients of query, key and value under a random cotangent."""
-    weight = _draw(*QKV[0].shape, seed=4)
+    weight = draw(*QKV[0].shape, seed=4)
 
     def loss(*qkv):
         out = run(*qkv)
