@@ -26,3 +26,35 @@ def shared_dir() -> pathlib.Path:
 def golden_dir(shared_dir: pathlib.Path) -> pathlib.Path:
     """The golden inputs and outputs of the reference."""
     return shared_dir / "golden"
+
+
+@pytest.fixture(scope="session")
+def policy_checkpoint(tmp_path_factory):
+    """The workdir of a video policy with random parameters."""
+    from tests.inference import tiny_checkpoint  # not at the top: it imports JAX
+
+    folder = tmp_path_factory.mktemp("policy")
+    return tiny_checkpoint.save(folder, tiny_checkpoint.make_assets(), scale=20)
+
+
+@pytest.fixture(scope="session")
+def world_model_checkpoint(tmp_path_factory):
+    """The workdir of a world model with random parameters."""
+    from tests.inference import tiny_checkpoint
+
+    assets = tiny_checkpoint.make_assets(layout="world_model", frames=3)
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("world_model"), assets, scale=20)
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory):
+    """One training and four held-out episodes of the tabletop, as RLDS."""
+    from univla_jax.simulators.tabletop.tabletop_expert import (
+        DemonstrationsConfig,
+        write_demonstrations,
+    )
+
+    folder = tmp_path_factory.mktemp("demonstrations")
+    config = DemonstrationsConfig(train_episodes=1, val_episodes=4, families=("place",))
+    write_demonstrations(config, folder)
+    return folder

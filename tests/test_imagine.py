@@ -8,15 +8,9 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY
-from tests.inference import tiny_checkpoint
-from univla_jax.simulators.tabletop.tabletop_expert import (
-    DemonstrationsConfig,
-    write_demonstrations,
-)
 
 CONFIG = """
 import ml_collections
@@ -26,26 +20,18 @@ def get_config():
 """
 
 
-@pytest.fixture(scope="module")
-def demonstrations(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demonstrations")
-    config = DemonstrationsConfig(train_episodes=1, val_episodes=4, families=("place",))
-    write_demonstrations(config, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    assets = tiny_checkpoint.make_assets(layout="world_model", frames=3)
-    return tiny_checkpoint.save(tmp_path_factory.mktemp("world_model"), assets)
-
-
-def test_the_command_runs_names_mistakes_and_is_done_once(demonstrations, checkpoint, tmp_path):
+def test_the_command_runs_names_mistakes_and_is_done_once(
+    demonstrations, world_model_checkpoint, tmp_path
+):
     (tmp_path / "config.py").write_text(CONFIG)
 
     def run(*arguments):
         command = [sys.executable, "-m", "univla_jax.imagine", "--config=config.py"]
-        command += [f"--checkpoint={checkpoint}", f"--source={demonstrations}", "--out=out"]
+        command += [
+            f"--checkpoint={world_model_checkpoint}",
+            f"--source={demonstrations}",
+            "--out=out",
+        ]
         environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
         return subprocess.run(
             [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.inference import tiny_checkpoint
 from univla_jax.episode import Observation
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import Sampling
@@ -24,12 +23,6 @@ from univla_jax.serving import protocol
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
 WORDS = "push the red block to the left"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    return tiny_checkpoint.save(folder, tiny_checkpoint.make_assets(), scale=20)
 
 
 def _command(checkpoint, *arguments):
@@ -71,14 +64,14 @@ def _message(seed):
 
 
 @pytest.mark.slow
-def test_it_acts_as_the_policy_does_and_starts_faster_the_second_time(checkpoint, tmp_path):
+def test_it_acts_as_the_policy_does_and_starts_faster_the_second_time(policy_checkpoint, tmp_path):
     from websockets.sync.client import connect
 
-    policy = Policy.load(checkpoint)
+    policy = Policy.load(policy_checkpoint)
     session, seconds = policy.start(), []
     expected = [policy.act([Observation(WORDS, _frames(i))], [session])[0] for i in range(4)]
     for _ in range(2):
-        with _server(checkpoint, tmp_path / "compiled", "--max_batch=2") as (
+        with _server(policy_checkpoint, tmp_path / "compiled", "--max_batch=2") as (
             process,
             port,
             spent,
@@ -99,14 +92,14 @@ def test_it_acts_as_the_policy_does_and_starts_faster_the_second_time(checkpoint
     assert seconds[1] <= seconds[0] / 2, seconds
 
 
-def test_sampling_flags_arrive(checkpoint, tmp_path):
+def test_sampling_flags_arrive(policy_checkpoint, tmp_path):
     from websockets.sync.client import connect
 
-    policy = Policy.load(checkpoint, sampling=Sampling(2.0, top_k=40, top_p=0.9, seed=3))
+    policy = Policy.load(policy_checkpoint, sampling=Sampling(2.0, top_k=40, top_p=0.9, seed=3))
     (chunk,) = policy.act([Observation(WORDS, _frames(0))], [policy.start()])
     arguments = ("--temperature=2", "--top_k=40", "--top_p=0.9", "--seed=3", "--max_batch=1")
     with (
-        _server(checkpoint, tmp_path, *arguments) as (_, port, _),
+        _server(policy_checkpoint, tmp_path, *arguments) as (_, port, _),
         connect(f"ws://127.0.0.1:{port}", compression=None) as robot,
     ):
         robot.recv()
@@ -116,13 +109,13 @@ def test_sampling_flags_arrive(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_under_load(checkpoint, tmp_path):
+def test_sigterm_under_load(policy_checkpoint, tmp_path):
     """Whoever got no answer is told that the server stops; nothing hangs, nothing crashes."""
     from websockets import exceptions
     from websockets.sync.client import connect
 
     arguments = ("--max_batch=2", "--window_ms=1")
-    with _server(checkpoint, tmp_path / "compiled", *arguments) as (process, port, _):
+    with _server(policy_checkpoint, tmp_path / "compiled", *arguments) as (process, port, _):
         robots = [connect(f"ws://127.0.0.1:{port}", compression=None) for _ in range(4)]
         for robot in robots:
             robot.recv()
@@ -148,12 +141,12 @@ def _fails(checkpoint, *arguments):
     return done.stderr
 
 
-def test_mistakes_are_one_line(checkpoint, tmp_path):
+def test_mistakes_are_one_line(policy_checkpoint, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in _fails(checkpoint, f"--port={port}")
+        assert f"127.0.0.1:{port}" in _fails(policy_checkpoint, f"--port={port}")
     assert "no complete checkpoint" in _fails(tmp_path, "--port=0", f"--compiled={tmp_path}/c")
-    assert "--max_batch: 0" in _fails(checkpoint, "--max_batch=0")
-    assert "temperature: -1.0 is negative" in _fails(checkpoint, "--temperature=-1")
+    assert "--max_batch: 0" in _fails(policy_checkpoint, "--max_batch=0")
+    assert "temperature: -1.0 is negative" in _fails(policy_checkpoint, "--temperature=-1")

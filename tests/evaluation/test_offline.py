@@ -63,18 +63,6 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def policy_checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    return tiny_checkpoint.save(folder, tiny_checkpoint.make_assets(), scale=20)
-
-
-@pytest.fixture(scope="module")
-def world_model_checkpoint(tmp_path_factory):
-    assets = tiny_checkpoint.make_assets(layout="world_model", frames=3)
-    return tiny_checkpoint.save(tmp_path_factory.mktemp("world_model"), assets, scale=20)
-
-
-@pytest.fixture(scope="module")
 def policy(policy_checkpoint):
     return Policy(LoadedModel.from_checkpoint(policy_checkpoint), batch_size=4)
 
