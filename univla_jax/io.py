@@ -227,10 +227,15 @@ def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: a line that is not a JSON object.
     """
+    return _read_lines(path)[0]
+
+
+def _read_lines(path: PathLike) -> tuple[list[dict[str, Any]], int]:
+    """The complete lines of a file, and their length in bytes."""
     path = epath.Path(path)
     content = path.read_bytes() if path.exists() else b""
-    lines = []
-    for number, line in enumerate(content[: _complete(content)].splitlines(), 1):
+    end, lines = content.rfind(b"\n") + 1, []
+    for number, line in enumerate(content[:end].splitlines(), 1):
         try:
             value = json.loads(line)
         except ValueError:
@@ -238,12 +243,7 @@ def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
         if not isinstance(value, dict):
             raise UserError(f"{path}: line {number} is damaged; delete the folder")
         lines.append(value)
-    return lines
-
-
-def _complete(content: bytes) -> int:
-    """Length of the lines that end."""
-    return content.rfind(b"\n") + 1
+    return lines, end
 
 
 class JsonlWriter(contextlib.AbstractContextManager):
@@ -261,8 +261,7 @@ class JsonlWriter(contextlib.AbstractContextManager):
           UserError: a line that is not a JSON object.
         """
         self.path = pathlib.Path(path)
-        self.lines = read_jsonl(path)
-        end = _complete(self.path.read_bytes()) if self.path.exists() else 0
+        self.lines, end = _read_lines(path)
         self._file = self.path.open("ab")
         self._file.truncate(end)
 
