@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import time
 import urllib.error
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import trustme
 from websockets import exceptions
-from websockets.sync.client import connect
+from websockets.asyncio import client as asyncio_client
 
 from tests.serving.harness import CountingPolicy, infer, observation, running
 from univla_jax.errors import UserError
@@ -165,12 +166,18 @@ def test_encrypted(tmp_path):
     files = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    with (
-        running(CountingPolicy(), tls=tls_context(*files)) as server,
-        connect(f"wss://127.0.0.1:{server.port}", ssl=trusting) as robot,
-    ):
-        assert protocol.unpack(robot.recv(timeout=10)) == {"protocol": 1}
-        assert infer(robot, observation(1))["actions_valid"]
+
+    # From one thread: before Python 3.13 an SSL object may not be read and written by two, which is
+    # what the client of websockets.sync does.
+    async def ask(port):
+        async with asyncio_client.connect(f"wss://127.0.0.1:{port}", ssl=trusting) as robot:
+            metadata = protocol.unpack(await robot.recv())
+            await robot.send(protocol.pack(observation(1)))
+            return metadata, protocol.unpack(await robot.recv())
+
+    with running(CountingPolicy(), tls=tls_context(*files)) as server:
+        metadata, reply = asyncio.run(asyncio.wait_for(ask(server.port), 20))
+    assert metadata == {"protocol": 1} and reply["actions_valid"]
     with pytest.raises(UserError, match="both --tls_cert and --tls_key"):
         tls_context(files[0], None)
     with pytest.raises(UserError, match="cannot read"):
