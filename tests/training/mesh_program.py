@@ -94,7 +94,8 @@ def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:
     state, step = model.new_state(), model.train_step()
     result: dict[str, Any] = {"loss": [], "grad_norm": []}
     for number in range(STEPS):
-        state, metrics = step(state, to_global(packed_batch(number), model.batch_sharding))
+        batch = to_global(packed_batch(number), model.batch_sharding, model.host_slice.count)
+        state, metrics = step(state, batch)
         for name in ("loss", "grad_norm"):
             result[name].append(float(metrics[name]))
         if number == 0:

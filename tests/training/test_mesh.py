@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
+from tests.training import tiny_run
+from univla_jax import io
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import PRESETS
 from univla_jax.training import sharding
@@ -74,6 +77,66 @@ def test_three_steps_on_every_mesh_equal_those_on_one_device():
     results = _program(["one", "one accumulated", *SLOW])
     for name in SLOW:
         _assert_agree(results, name)
+
+
+ALL_AXES = "replica=2,data=2,fsdp=2,tensor=2,context=2"
+
+
+def _train(world, out, processes, devices, mesh):
+    """Trains on a mesh in ``processes`` of ``devices``; returns the losses."""
+    port = _free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "tests.training.mesh_run",
+        world,
+        out,
+        devices,
+        port,
+        processes,
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    running = [
+        subprocess.Popen(
+            [*map(str, command), str(number), mesh],
+            cwd=REPOSITORY,
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    for process in running:
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, errors
+    lines = io.read_jsonl(out / "metrics.jsonl")
+    return [line.get("loss", line.get("eval/loss")) for line in lines]
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_whole_runs_on_every_axis_equal_one_device(tmp_path):
+    """``train`` itself: data, held-out loss and checkpoints; each axis, and all five together.
+
+    In two processes the sequence alone is split between them, so that both read every element.
+    """
+    world = tiny_run.make_world(tmp_path / "world")
+    one = _train(world, tmp_path / "one", 1, 1, "fsdp=1")
+    assert len(one) == 4
+    runs = [
+        (1, 32, ALL_AXES),
+        (2, 16, ALL_AXES),
+        (2, 1, "context=2"),
+    ]
+    for processes, devices, mesh in runs:
+        losses = _train(world, tmp_path / f"{processes} of {devices}", processes, devices, mesh)
+        np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{mesh} of {processes}")
 
 
 # what splits each dimension of every parameter of the 8.5 B model: e the mesh axes of the width,

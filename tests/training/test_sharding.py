@@ -112,7 +112,7 @@ class Device:
 def _row_sharding(*held: tuple[int, int, int]):
     """A sharding by ``(process, first row, end)`` of each device."""
     devices = [Device(i, process, (begin, end)) for i, (process, begin, end) in enumerate(held)]
-    rows = {device: (slice(*device.rows),) for device in devices}
+    rows = {device: (slice(*device.rows), slice(None)) for device in devices}
     return types.SimpleNamespace(devices_indices_map=lambda shape: rows)
 
 
@@ -126,10 +126,10 @@ def _row_sharding(*held: tuple[int, int, int]):
     ],
 )
 def test_which_rows_a_process_reads(held, share):
-    found = sharding.HostSlice.of(_row_sharding(*held), 8)
+    found = sharding.HostSlice.of(_row_sharding(*held), (8, 16))
     assert (found.index, found.count) == share
 
 
 def test_rows_shared_by_halves_are_refused():
     with pytest.raises(UserError, match="share a part of their batch elements"):
-        sharding.HostSlice.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), 8)
+        sharding.HostSlice.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), (8, 16))

@@ -166,7 +166,8 @@ class TrainSetup:
     @property
     def host_slice(self) -> sharding.HostSlice:
         """The part of every batch that this process reads."""
-        return sharding.HostSlice.of(self.batch_sharding, self.config.data.batch_size)
+        data = self.config.data
+        return sharding.HostSlice.of(self.batch_sharding, (data.batch_size, data.sequence_length))
 
     def check_batch(self, batch: Batch) -> None:
         """Checks on the host that the loss gathers all labels of a batch.

@@ -286,16 +286,20 @@ class HostSlice:
     count: int
 
     @classmethod
-    def of(cls, sharding: NamedSharding, size: int) -> HostSlice:
-        """The part of this process under a sharding of a batch of ``size`` elements.
+    def of(cls, sharding: NamedSharding, shape: Sequence[int]) -> HostSlice:
+        """The part of this process under a sharding of a batch.
+
+        Args:
+          sharding: of every array of the batch.
+          shape: of such an array, elements first; as many dimensions as the sharding splits.
 
         Raises:
           UserError: processes share some elements but not all.
         """
         # Which elements the devices of each process hold. Processes that hold the same ones form
         # one part; parts that overlap otherwise cannot be read by one process each.
-        held: dict[int, set[int]] = {}
-        for device, (elements, *_) in sharding.devices_indices_map((size,)).items():
+        held, size = {}, shape[0]
+        for device, (elements, *_) in sharding.devices_indices_map(tuple(shape)).items():
             held.setdefault(device.process_index, set()).update(range(*elements.indices(size)))
         parts = sorted({tuple(sorted(part)) for part in held.values()})
         if sum(map(len, parts)) != size:
