@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from univla_jax import assets as assets_module
-from univla_jax.assets import Assets
+from univla_jax.assets import Assets, spec_key
 from univla_jax.errors import UserError
 from univla_jax.io import fingerprint, write_files
 from univla_jax.normalization import ActionStatistics
@@ -248,8 +248,18 @@ def test_other_tokenizers_are_named_with_both_fingerprints(assets):
 
 
 def test_other_image_specs_are_named(assets):
-    assets.require_same_image_specs({"image": ImageSpec(size=(80, 80))}, source="store")
+    large = ImageSpec(size=(128, 128))
+    assets.require_same_image_specs("a", {"image": ImageSpec(size=(80, 80))}, source="store")
     with pytest.raises(UserError, match=r"view 'image'.*\(128, 128\).*\(80, 80\)"):
-        assets.require_same_image_specs({"image": ImageSpec(size=(128, 128))}, source="store")
-    with pytest.raises(UserError, match=r"view 'side'.*\['image', 'wrist'\]"):
-        assets.require_same_image_specs({"side": ImageSpec()}, source="store")
+        assets.require_same_image_specs("a", {"image": large}, source="store")
+    with pytest.raises(UserError, match=r"view 'side' of corpus 'a', only of image, wrist"):
+        assets.require_same_image_specs("a", {"side": ImageSpec()}, source="store")
+
+
+def test_a_view_may_have_a_spec_of_its_own_in_each_corpus(assets, tmp_path):
+    large = ImageSpec(size=(128, 128))
+    specs = {**assets.image_specs, spec_key("b", "image"): large}
+    dataclasses.replace(assets, image_specs=specs).save(tmp_path / "assets")
+    loaded = Assets.load(tmp_path / "assets")
+    assert loaded.image_spec("a", "image") == assets.image_specs["image"]
+    assert loaded.image_spec("b", "image") == large

@@ -109,7 +109,8 @@ class Assets:
       vision: vision tokenizer, or None where a checkpoint came without one. After ``load`` it is
         a ``LazyVisionTokenizer``.
       action: action tokenizer, or None for a model without actions.
-      image_specs: per view, how camera frames become tokenizer input.
+      image_specs: how camera frames become tokenizer input, by view; by ``spec_key`` where the
+        corpora of a run have a view of the same name and another spec. ``image_spec`` finds it.
       statistics: per dataset, the action statistics used for normalization; its state's under
         ``state_key``.
       task: what it was trained on and how (``tasks.TaskRecord``), as JSON values.
@@ -204,10 +205,28 @@ class Assets:
                     "the assets it was made with"
                 )
 
-    def require_same_image_specs(self, specs: Mapping[str, ImageSpec], *, source: str) -> None:
-        """Checks that something else preprocesses camera frames as these assets do.
+    def image_spec(self, corpus: str, view: str) -> ImageSpec:
+        """How frames of a camera of ``corpus`` become tokenizer input.
+
+        Raises:
+          UserError: these assets hold no spec of it.
+        """
+        found = self.image_specs.get(spec_key(corpus, view)) or self.image_specs.get(view)
+        if found is None:
+            known = sorted(self.image_specs)
+            raise UserError(
+                f"these assets hold no image spec of view {view!r} of corpus {corpus!r}, only of "
+                f"{', '.join(known) or 'none'}"
+            )
+        return found
+
+    def require_same_image_specs(
+        self, corpus: str, specs: Mapping[str, ImageSpec], *, source: str
+    ) -> None:
+        """Checks that something else preprocesses the frames of a corpus as these assets do.
 
         Args:
+          corpus: whose cameras they are.
           specs: per view; only the views given are compared.
           source: what has them, for the message.
 
@@ -215,12 +234,11 @@ class Assets:
           UserError: a view is unknown or its spec differs; names both.
         """
         for view, theirs in sorted(specs.items()):
-            ours = self.image_specs.get(view)
+            ours = self.image_spec(corpus, view)
             if ours != theirs:
                 raise UserError(
-                    f"{source}: view {view!r} was made with {theirs}, these assets have "
-                    f"{ours if ours else f'only the views {sorted(self.image_specs)}'}; use the "
-                    "same image spec"
+                    f"{source}: view {view!r} was made with {theirs}, these assets have {ours}; "
+                    "use the same image spec"
                 )
 
     def save(self, folder: PathLike) -> None:
@@ -312,6 +330,11 @@ class Assets:
     def _require_same_folder(self, folder: epath.Path) -> None:
         if not (folder / _FILE).exists() or Assets.load(folder).fingerprint != self.fingerprint:
             raise UserError(f"{folder}: holds other files already; choose another folder")
+
+
+def spec_key(corpus: str, view: str) -> str:
+    """Key of the image spec that a view has in one corpus alone."""
+    return f"{corpus}/{view}"
 
 
 def _require_equal(name: str, tokenizer: int, what: str, vocabulary: int) -> None:

@@ -56,6 +56,6 @@ def test_the_settings_of_the_task_are_fields_of_the_config():
 
 def test_weights_count_per_episode_or_per_store():
     config = {"stores": ("a", "b"), "weights": (1.0, 2.0)}
-    assert small.config(**config).proportions([12, 4]) == [12, 8]
-    assert small.config(**config, weight_unit="store").proportions([12, 4]) == [1, 2]
-    assert small.config(stores=("a", "b")).proportions([12, 4]) == [12, 4]
+    assert small.config(**config).proportions([12, 4], [5, 5]) == [12, 8]
+    assert small.config(**config, weight_unit="store").proportions([12, 4], [5, 5]) == [1, 2]
+    assert small.config(stores=("a", "b")).proportions([12, 4], [0.5, 2]) == [6, 8]

@@ -9,19 +9,24 @@ import numpy as np
 import pytest
 
 from tests.pipeline import small
-from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
+from univla_jax.assets import spec_key
+from univla_jax.data.datasets import DATASETS
+from univla_jax.data.token_store import StoreHeader, TokenStore, TokenStoreWriter
 from univla_jax.errors import UserError
-from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
+from univla_jax.pipeline.dataset import EvaluationBatches, training_batches, training_stream
 from univla_jax.pipeline.mixture import (
     SampleBuilder,
     SampleStream,
     Split,
+    make_split,
+    mixture_weight,
     open_stores,
     slots_per_store,
     source_fingerprint,
 )
 from univla_jax.sequences.tokens import Role
 from univla_jax.tokenizers.image import ImageSpec
+from univla_jax.training.run_assets import image_specs
 
 
 def stream(counts, proportions=None, seed=7, **changes):
@@ -291,6 +296,74 @@ def test_stores_that_do_not_fit_are_refused(tmp_path):
             training_batches(small.config(stores=(folder,), **changes), assets())
     with pytest.raises(UserError, match="none named"):
         training_batches(small.config(stores=()), assets())
+
+
+def test_corpora_may_differ_in_the_size_of_a_view(tmp_path):
+    large = dict.fromkeys(SPECS, ImageSpec(size=(96, 96)))
+    tall = {"image": ImageSpec(size=(80, 80)), "wrist_image": ImageSpec(size=(96, 80))}
+    folders = [
+        write_store(tmp_path / name, specs=specs, corpus=name, min_frames=5)
+        for name, specs in (("tabletop", SPECS), ("bridge", large), ("calvin", tall))
+    ]
+    headers = [TokenStore(folder).manifest.header for folder in folders]
+    specs = image_specs(headers)
+    assert specs[spec_key("bridge", "image")] == ImageSpec(size=(96, 96))
+    given = assets(image_specs=specs)
+    config = small.config(
+        stores=tuple(folders), task="world_model", frame_spacing=2, views=("image",)
+    )
+    iterator = training_batches(config, given)
+    assert iterator.next().tokens.shape == (2, 160)
+    iterator.close()
+    with pytest.raises(UserError, match=r"corpus 'bridge'.*make them with the same"):
+        image_specs([headers[1], dataclasses.replace(headers[0], corpus="bridge")])
+    assert set(image_specs(headers[:1])) == set(SPECS)
+
+
+def droid_episode(number):
+    """Code v of camera v."""
+    episode = small.episode(number, 10, views=3)
+    views = ("image", "side_image", "wrist_image")
+    codes = {view: np.full((10, 2, 2), v, np.uint16) for v, view in enumerate(views)}
+    return dataclasses.replace(episode, codes=codes, corpus="droid")
+
+
+def test_the_world_model_gets_a_sample_of_every_camera_that_the_corpus_names():
+    source = [droid_episode(n) for n in range(4)]
+    config = small.config(task="world_model", frame_spacing=3, held_out_every=4)
+    split = make_split(config, source, held_out=False)
+    made = SampleStream([split], [1], SampleBuilder(config, small.assets()), 7)
+    shown = [(made.episode(n)[0].episode_id, *made.draw(n).shown[0][0][0, 0, :1]) for n in range(9)]
+    assert sorted(shown) == [(f"a{n}", camera) for n in range(3) for camera in range(3)]
+    assert len(make_split(config, source, held_out=True)) == 3
+    named = dataclasses.replace(config, views=("image", "side_image"))
+    assert len(make_split(named, source, held_out=False)) == 3
+    assert len(make_split(small.config(), source, held_out=False)) == 4
+
+
+def test_a_policy_sees_the_cameras_that_the_corpus_names():
+    given = small.assets()
+    statistics = {"bridge": given.statistics["tabletop"]}
+    builder = SampleBuilder(small.config(), dataclasses.replace(given, statistics=statistics))
+    episode = small.episode(0, 9)
+    codes = dict(zip(("side_image", "image"), episode.codes.values()))
+    bridge = dataclasses.replace(episode, codes=codes, corpus="bridge")
+    spec = builder.draw(bridge, np.random.default_rng(0))
+    assert {id(codes) for codes, _ in spec.shown} == {id(codes["image"])}
+
+
+def test_a_store_weighs_what_its_corpus_does():
+    droid = [droid_episode(0)]
+    assert mixture_weight(droid) == DATASETS["droid"].mixture_weight == 0.2
+    assert mixture_weight([dataclasses.replace(droid[0], corpus="own")]) == 1
+    config = small.config(
+        stores=("a", "b"), task="world_model", frame_spacing=3, weight_unit="store"
+    )
+    made = training_stream(
+        config, SampleBuilder(config, small.assets()), [droid * 5, small.store(5)]
+    )
+    drawn = np.array([made.locate(n)[0] for n in range(made.epoch)])
+    assert (drawn == 0).mean() == pytest.approx(0.2 / 1.2, abs=1e-3)
 
 
 def test_fingerprints_tell_contents_apart():

@@ -49,7 +49,7 @@ from univla_jax.errors import UserError
 from univla_jax.io import json_values, write_json
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.dataset import training_batches
-from univla_jax.pipeline.mixture import EpisodeSource
+from univla_jax.pipeline.mixture import EpisodeSource, check_store, open_stores
 
 PARTS = flags.DEFINE_list(
     "parts", ["libero", "world_model"], "What is measured", allow_override=True
@@ -131,7 +131,7 @@ def measure_libero(
     if not (store_folder / MANIFEST).exists():
         write_store(store_folder, "libero", EpisodeLengths(episodes, median=140))
     store = TokenStore(store_folder)
-    assets = make_assets(store.statistics)
+    assets = make_assets(store.statistics, [store.manifest.header])
     cases = []
     for how, length, packing in (
         ("padded", 3200, False),
@@ -139,7 +139,7 @@ def measure_libero(
         ("packed", 8000, True),
     ):
         config = DataConfig(
-            stores=("libero",),
+            stores=(str(store_folder),),
             task="policy_video",
             sequence_length=length,
             batch_size=24,
@@ -150,7 +150,7 @@ def measure_libero(
             read_threads=0,
             prefetch_batches=0,
         )
-        figures = measure_pipeline(config, assets, [store], seconds)
+        figures = measure_pipeline(config, assets, None, seconds)
         cases.append({"sequences": f"{how} {length}", **figures})
     return cases
 
@@ -158,23 +158,24 @@ def measure_libero(
 def measure_world_model(seconds: float) -> list[dict[str, Any]]:
     """Figures of the mixture of all corpora in memory, one dictionary per case."""
     sources = [SyntheticEpisodes(name, mixture_lengths(name, _SPEED_SHARE)) for name in MIXTURE]
-    assets = make_assets({})
+    assets = make_assets({}, [source.header for source in sources])
     cases = []
     for how, length in (("padded", 6400), *(("packed", length) for length in _PACKED_LENGTHS)):
-        config = _mixture_config(length, packing=how == "packed")
+        config = _mixture_config(tuple(MIXTURE), length, packing=how == "packed")
+        for name, source in zip(MIXTURE, sources):
+            check_store(source.header, config, assets, where=name)
         figures = measure_pipeline(config, assets, sources, seconds, warmup_batches=20)
         cases.append({"sequences": f"{how} {length}", **figures})
     return cases
 
 
-def _mixture_config(length: int, *, packing: bool) -> DataConfig:
+def _mixture_config(stores: tuple[str, ...], length: int, *, packing: bool) -> DataConfig:
     """The world model on all corpora, 64 x 6,400 tokens a batch in sequences of ``length``."""
     return DataConfig(
-        stores=tuple(MIXTURE),
+        stores=stores,
         task="world_model",
         sequence_length=length,
         batch_size=64 * 6400 // length,
-        weights=tuple(DATASETS[name].mixture_weight for name in MIXTURE),
         frames=_WORLD_MODEL_FRAMES,
         packing=packing,
         read_threads=0,
@@ -192,11 +193,19 @@ def mixture_lengths(name: str, share: float) -> EpisodeLengths:
 def measure_pipeline(
     config: DataConfig,
     assets: Assets,
-    sources: Sequence[EpisodeSource],
+    sources: Sequence[EpisodeSource] | None,
     seconds: float,
     warmup_batches: int = 2,
 ) -> dict[str, Any]:
-    """Samples per second, bytes per sample, share of useful tokens and memory of a pipeline."""
+    """Samples per second, bytes per sample, share of useful tokens and memory of a pipeline.
+
+    Args:
+      config: of the pipeline.
+      assets: of its sequences.
+      sources: in memory; None opens the stores of the config.
+      seconds: how long it is measured.
+      warmup_batches: before that.
+    """
     batches = training_batches(config, assets, sources)
     with contextlib.closing(batches):
         for _ in range(warmup_batches):
@@ -240,7 +249,8 @@ def measure_memory(folder: pathlib.Path, share: float, epochs: float) -> list[di
     for name in MIXTURE:
         if not (folder / name / MANIFEST).exists():
             _write_linked_store(folder / name, name, share)
-    assets, config = make_assets({}), _mixture_config(6400, packing=False)
+    config = _mixture_config(tuple(str(folder / name) for name in MIXTURE), 6400, packing=False)
+    assets = make_assets({}, [read_manifest(folder / name).header for name in MIXTURE])
     cases = []
 
     def record(when: str, samples: int = 0) -> None:
@@ -248,7 +258,7 @@ def measure_memory(folder: pathlib.Path, share: float, epochs: float) -> list[di
         cases.append({"when": when, "samples": samples, "memory MB": memory})
 
     record("before")
-    stores = [TokenStore(folder / name) for name in MIXTURE]
+    stores = open_stores(config, assets)
     episodes = sum(map(len, stores))
     shards = sum(len(store.manifest.shards) for store in stores)
     record(f"{episodes:,} episodes in {shards:,} shards open")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from univla_jax.assets import Assets
+from univla_jax.assets import Assets, LazyVisionTokenizer
 from univla_jax.cli import format_table
 from univla_jax.data.datasets import DATASETS, DatasetConfig
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
@@ -35,6 +35,7 @@ from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vision_vq import PRESETS, init_variables
 from univla_jax.tokenizers.vocabulary import Vocabulary
+from univla_jax.training.run_assets import image_specs
 
 JSON = flags.DEFINE_string("json", None, "Also writes the figures to this file")
 
@@ -138,6 +139,7 @@ def _format(value: Any) -> str:
 CODEBOOK_SIZE = 32_768
 _FACTOR = 8  # pixels per code along each side
 _DIMENSIONS = 7  # of an action
+_FINGERPRINT = "synthetic"  # of the vision tokenizer that random codes stand for
 _INSTRUCTIONS = [
     f"{verb} the {color} {thing} {place}"
     for verb in ("pick up", "push", "place", "move")
@@ -179,13 +181,19 @@ def _code_grids(dataset: DatasetConfig) -> dict[str, tuple[int, int]]:
 
 
 class SyntheticEpisodes:
-    """An ``EpisodeSource`` whose codes are all 0 and take no memory."""
+    """An ``EpisodeSource`` whose codes are all 0 and take no memory.
+
+    Attributes:
+      header: that a store of these episodes would have.
+      fingerprint: what identifies them.
+    """
 
     def __init__(self, corpus: str, lengths: EpisodeLengths) -> None:
         """Samples the lengths; the views are those of the corpus' ``DatasetConfig``."""
         self._dataset = DATASETS[corpus]
         self._grids = _code_grids(self._dataset)
         self._steps = lengths.sample(np.random.default_rng(len(corpus)))
+        self.header = _header(self._dataset, lengths)
         self.fingerprint = f"synthetic {corpus}"
 
     def __len__(self) -> int:
@@ -218,9 +226,10 @@ def write_store(
     """
     dataset, rng = DATASETS[corpus], np.random.default_rng(0)
     grids = _code_grids(dataset)
-    block = block_steps(grids)
-    grids = dict.fromkeys(grids, (1, 1)) if one_code else grids
-    header = _header(dataset, grids, lengths.episodes, block)
+    header = _header(dataset, lengths)
+    if one_code:
+        grids = dict.fromkeys(grids, (1, 1))
+        header = dataclasses.replace(header, grids=grids)
     writer = TokenStoreWriter(folder, header)
     steps = lengths.sample(rng)
     for number in range(header.num_shards):
@@ -254,23 +263,22 @@ def _episode(
     )
 
 
-def _header(
-    dataset: DatasetConfig, grids: Mapping[str, tuple[int, int]], episodes: int, block: int
-) -> StoreHeader:
+def _header(dataset: DatasetConfig, lengths: EpisodeLengths) -> StoreHeader:
+    grids = _code_grids(dataset)
     return StoreHeader(
         corpus=dataset.name,
         split="train",
         control_hz=dataset.control_hz,
         source="synthetic",
         source_fingerprint="synthetic",
-        source_episodes=episodes,
+        source_episodes=lengths.episodes,
         episodes_per_shard=64,
-        min_frames=dataset.min_frames,
-        image_specs={view: {"size": list(dataset.image_sizes[view])} for view in grids},
+        min_frames=lengths.least,
+        image_specs={view: ImageSpec(size=dataset.image_sizes[view]).to_dict() for view in grids},
         grids=grids,
-        vision_fingerprint="synthetic",
+        vision_fingerprint=_FINGERPRINT,
         codebook_size=CODEBOOK_SIZE,
-        block_steps=block,
+        block_steps=block_steps(grids),
     )
 
 
@@ -283,8 +291,17 @@ _SIDES = {"image": 32, "wrist_image": 16}  # pixels; 4 x 4 and 2 x 2 codes
 _CORPUS = "synthetic"
 
 
-def make_assets(statistics: Mapping[str, ActionStatistics]) -> Assets:
-    """Text and FAST tokenizers fitted to the synthetic data, and the statistics given."""
+def make_assets(
+    statistics: Mapping[str, ActionStatistics], headers: Sequence[StoreHeader] = ()
+) -> Assets:
+    """Text and FAST tokenizers fitted to the synthetic data, and the statistics given.
+
+    The vision tokenizer has no weights: the codes of the stores are random.
+
+    Args:
+      statistics: of actions, by corpus.
+      headers: of the stores, whose image specs are taken.
+    """
     rng = np.random.default_rng(0)
     chunks = np.stack([smooth_actions(rng, _CHUNK) for _ in range(2000)])
     action = FastTokenizer.fit(chunks, scale=10.0, vocabulary_size=2048)
@@ -292,7 +309,10 @@ def make_assets(statistics: Mapping[str, ActionStatistics]) -> Assets:
     vocabulary = Vocabulary.from_scratch(
         text.vocabulary_size, CODEBOOK_SIZE, action.vocabulary_size
     )
-    return Assets(vocabulary, text, None, action, image_specs={}, statistics=statistics)
+    vision = LazyVisionTokenizer(
+        "none", fingerprint=_FINGERPRINT, codebook_size=CODEBOOK_SIZE, factor=_FACTOR
+    )
+    return Assets(vocabulary, text, vision, action, image_specs(headers), statistics)
 
 
 def random_decoder(name: str, rng: np.random.Generator, **changes: Any) -> tuple[Decoder, Any]:

@@ -52,6 +52,9 @@ class DatasetConfig:
       frame_spacing: steps between two frames of a world-model sample, about one second.
       image_sizes: camera name -> (height, width) in pixels at which its frames are tokenized,
         multiples of the vision tokenizer's 8; a config may give ``image_specs`` instead.
+      policy_views: cameras that a policy sees, in their order; empty takes all of ``views``.
+      world_model_views: cameras each of which gives a sample of its own to a task that shows one
+        camera; empty takes the first of ``views``.
       instruction: paths of the instruction in the first step; the first non-empty one counts.
       actions: converts ``Steps`` to actions [T', A] in physical units (anything NumPy casts to
         float32), T' being T without ``trim``. By default the field ``"action"``; see
@@ -74,6 +77,8 @@ class DatasetConfig:
     control_hz: float
     frame_spacing: int
     image_sizes: Mapping[str, Size] = dataclasses.field(default_factory=dict)
+    policy_views: tuple[str, ...] = ()
+    world_model_views: tuple[str, ...] = ()
     instruction: tuple[str, ...] = ("language_instruction",)
     actions: Callable[[Steps], np.ndarray] = action_conventions.unchanged
     state: str | None = "observation/state"
@@ -85,18 +90,33 @@ class DatasetConfig:
     default_instruction: str = ""
     reader: str = "rlds"
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a view that is named and not there."""
+        for name in ("policy_views", "world_model_views"):
+            self._check_views(getattr(self, name), f"{name}: ")
+
     def with_views(self, views: Iterable[str]) -> DatasetConfig:
         """The same dataset with only some of its cameras.
 
         Raises:
           UserError: it has no such camera.
         """
+        views = tuple(views)
+        self._check_views(views)
+        return dataclasses.replace(
+            self,
+            views={view: self.views[view] for view in views},
+            policy_views=tuple(view for view in self.policy_views if view in views),
+            world_model_views=tuple(view for view in self.world_model_views if view in views),
+        )
+
+    def _check_views(self, views: Iterable[str], what: str = "") -> None:
         unknown = sorted(set(views) - set(self.views))
         if unknown:
             raise UserError(
-                f"dataset {self.name!r} has no view {unknown[0]!r}; it has {', '.join(self.views)}"
+                f"{what}dataset {self.name!r} has no view {unknown[0]!r}; it has "
+                f"{', '.join(self.views)}"
             )
-        return dataclasses.replace(self, views={view: self.views[view] for view in views})
 
 
 # ----------------------------------------------------------------------------
@@ -167,6 +187,7 @@ _BUILT_IN = (
     DatasetConfig(
         "bridge",
         **_views(image="image_0", side_image="image_1"),
+        policy_views=("image",),
         control_hz=5.0,
         frame_spacing=5,
         actions=action_conventions.reached_movement,
@@ -191,6 +212,7 @@ _BUILT_IN = (
             side_image="exterior_image_2_left",
             wrist_image="wrist_image_left",
         ),
+        world_model_views=("image", "side_image", "wrist_image"),
         control_hz=15.0,
         frame_spacing=15,
         instruction=(

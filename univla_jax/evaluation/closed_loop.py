@@ -342,7 +342,8 @@ class _Actors:
                 "corpus": policy.corpus,
                 "views": list(policy.views),
             }
-            about |= {f"image_spec_{v}": str(assets.image_specs[v]) for v in policy.views}
+            specs = {view: assets.image_spec(policy.corpus, view) for view in policy.views}
+            about |= {f"image_spec_{view}": str(spec) for view, spec in specs.items()}
             about["task"] = policy.loaded.record.task
         return about
 

@@ -41,13 +41,14 @@ class WorldModel:
         record = loaded.record
         self.loaded = loaded
         self.corpus = record.find_corpus(corpus)
-        self.view = view or record.views[0]
+        views = record.views_of(self.corpus)
+        self.view = view or views[0]
         self._vision = loaded.assets.require("vision")
-        if self.view not in record.views or self.view not in loaded.assets.image_specs:
+        if self.view not in views:
             raise UserError(
-                f"{loaded.folder} was not trained on view {view!r}, only on "
-                f"{', '.join(record.views)}"
+                f"{loaded.folder} was not trained on view {view!r}, only on {', '.join(views)}"
             )
+        self._spec = loaded.assets.image_spec(self.corpus, self.view)
         self._sampler = Sampler(loaded.model, loaded.params)
 
     @classmethod
@@ -88,7 +89,7 @@ class WorldModel:
 
     def resize(self, frames: np.ndarray) -> np.ndarray:
         """Camera frames uint8 [N, H, W, 3] at the size the tokenizer sees."""
-        return self.loaded.assets.image_specs[self.view].resize(frames)
+        return self._spec.resize(frames)
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """Codes uint16 [B, T, h, w] of resized frames uint8 [B, T, H, W, 3]."""

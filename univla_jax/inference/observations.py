@@ -33,11 +33,9 @@ class ObservationEncoder:
           UserError: no vision tokenizer, or no image spec of a view.
         """
         self._vision = assets.require("vision")
-        self._grids = {v: tuple(record.corpora[corpus].grids[v]) for v in record.views}
-        missing = sorted(set(record.views) - set(assets.image_specs))
-        if missing:
-            raise UserError(f"the checkpoint's assets hold no image spec of view {missing[0]!r}")
-        self._specs = {view: assets.image_specs[view] for view in record.views}
+        views, grids = record.views_of(corpus), record.corpora[corpus].grids
+        self._grids = {view: tuple(grids[view]) for view in views}
+        self._specs = {view: assets.image_spec(corpus, view) for view in views}
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -317,7 +317,8 @@ class Policy:
         """New tokens of the usual calls: one observation, with an instruction, a whole prompt."""
         record, task = self.loaded.record, self.loaded.task
         window, grids = task.history_window, record.corpora[self.corpus].grids
-        codes = [np.zeros((1, *grids[view]), np.int32) for view in record.views]
+        views = record.views_of(self.corpus)
+        codes = [np.zeros((1, *grids[view]), np.int32) for view in views]
         moment = len(task.moment_prompt(codes)) + self.state_encoder.max_tokens
         actions = (window - 1) * self.action_decoder.max_action_tokens
         longest = _USUAL_OPENING + window * moment + actions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from univla_jax import tasks
 from univla_jax.errors import UserError
@@ -21,7 +22,7 @@ class DataConfig:
       task: one of ``tasks.TASK_NAMES``: what the sequences look like.
       sequence_length: tokens S of a batch element.
       batch_size: batch elements B of a step over all hosts.
-      weights: one per store, all 1 when empty.
+      weights: one per store; when empty, each takes the ``mixture_weight`` of its corpus.
       weight_unit: "episode": a store is drawn in proportion to weight x its episodes, so equal
         weights make an epoch of everything, as the reference's sampler does; "store": in
         proportion to its weight alone.
@@ -29,9 +30,9 @@ class DataConfig:
         other tasks.
       chunk_size: steps of an action chunk.
       state: whether policies see the proprioceptive state, written before each chunk.
-      views: cameras in the order they are written; empty takes all, in the order of the dataset's
-        configuration. The world model shows one: the first when empty, else by chance one of those
-        named that the episode has.
+      views: cameras in the order they are written; empty takes the ``policy_views`` of each corpus.
+        The world model shows one: when empty, each of the corpus' ``world_model_views`` in a sample
+        of its own, else by chance one of those named that the episode has.
       frame_spacing: steps between two frames of the world model; 0 takes each corpus' own.
       aligned_windows: fraction of the windows that begin a whole number of chunks into their
         episode, where a policy that executes whole chunks is queried; the rest begins anywhere. In
@@ -130,13 +131,14 @@ class DataConfig:
             )
         return weight
 
-    def proportions(self, episodes: list[int]) -> list[float]:
+    def proportions(self, episodes: Sequence[int], own_weights: Sequence[float]) -> list[float]:
         """Proportion of each store in the stream, unnormalized.
 
         Args:
           episodes: training episodes per store.
+          own_weights: per store the ``mixture_weight`` of its corpus.
         """
-        weights = self.weights or (1.0,) * len(episodes)
+        weights = self.weights or own_weights
         per_episode = self.weight_unit == "episode"
         return [w * (n if per_episode else 1) for w, n in zip(weights, episodes)]
 
@@ -158,7 +160,7 @@ class DataConfig:
         if self.weights and len(self.weights) != len(self.stores):
             raise UserError(
                 f"data.weights: {len(self.weights)} weights for {len(self.stores)} stores; give "
-                "one per store, or none for equal ones"
+                "one per store, or none for their corpora's own"
             )
         for store, weight in zip(self.stores, self.weights):
             if not weight > 0:

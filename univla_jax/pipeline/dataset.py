@@ -32,7 +32,8 @@ from univla_jax.pipeline.mixture import (
     EpisodeSource,
     SampleBuilder,
     SampleStream,
-    Split,
+    make_split,
+    mixture_weight,
     open_stores,
     source_fingerprint,
 )
@@ -96,8 +97,9 @@ def training_stream(
     config: DataConfig, builder: SampleBuilder, sources: Sequence[EpisodeSource]
 ) -> SampleStream:
     """The training samples of all stores by number, mixed by the config's weights."""
-    splits = [Split(source, config.held_out_every, held_out=False) for source in sources]
-    proportions = config.proportions([len(split) for split in splits])
+    splits = [make_split(config, source, held_out=False) for source in sources]
+    own_weights = [mixture_weight(source) for source in sources]
+    proportions = config.proportions([len(split) for split in splits], own_weights)
     return SampleStream(splits, proportions, builder, config.seed)
 
 
@@ -292,7 +294,7 @@ class EvaluationBatches:
           UserError: no episode is held out, or a batch size the hosts cannot share.
         """
         sources = open_stores(config, assets) if sources is None else sources
-        self._splits = [Split(s, config.held_out_every, held_out=True) for s in sources]
+        self._splits = [make_split(config, source, held_out=True) for source in sources]
         self._episodes = [(s, i) for s, split in enumerate(self._splits) for i in range(len(split))]
         if not self._episodes:
             raise UserError(

@@ -13,6 +13,7 @@ order of a component depends on its position in the chain of transforms.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ from typing import Protocol
 import numpy as np
 
 from univla_jax.assets import Assets
+from univla_jax.data.datasets import DATASETS
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.data.token_store import TokenStore
+from univla_jax.data.token_store import StoreHeader, TokenStore
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Example
 from univla_jax.pipeline.data_config import DataConfig
@@ -47,26 +49,46 @@ class Split:
     """The training or the held-out episodes of a source.
 
     With ``held_out_every=4`` the episodes 3, 7, 11, … are held out; with 0 both splits are the
-    whole source. Augmented copies (``TokenStore.copies``) stay with their episode.
+    whole source. Augmented copies (``TokenStore.copies``) stay with their episode. With ``cameras``
+    each of them makes an episode of its own, of that camera alone.
     """
 
-    def __init__(self, source: EpisodeSource, held_out_every: int, *, held_out: bool) -> None:
+    def __init__(
+        self,
+        source: EpisodeSource,
+        held_out_every: int,
+        *,
+        held_out: bool,
+        cameras: Sequence[str] = (),
+    ) -> None:
         """Wraps ``source``; see the class."""
         self.source = source
         self._every = held_out_every
         self._held_out = held_out
         self._copies = getattr(source, "copies", 1)
+        self._cameras = tuple(cameras)
 
     def __len__(self) -> int:
         """Episodes of this split."""
+        return self._episodes * max(1, len(self._cameras))
+
+    def __getitem__(self, index: int) -> TokenizedEpisode:
+        """Episode ``index`` of this split."""
+        if not self._cameras:
+            return self._episode(index)
+        index, camera = divmod(index, len(self._cameras))
+        episode, view = self._episode(index), self._cameras[camera]
+        return dataclasses.replace(episode, codes={view: episode.codes[view]})
+
+    @property
+    def _episodes(self) -> int:
         if not self._every:
             return len(self.source)
         whole = len(self.source) // self._copies
         held_out = whole // self._every
         return self._copies * (held_out if self._held_out else whole - held_out)
 
-    def __getitem__(self, index: int) -> TokenizedEpisode:
-        """Episode ``index`` of this split."""
+    def _episode(self, index: int) -> TokenizedEpisode:
         every = self._every
         if not every:
             return self.source[index]
@@ -90,8 +112,23 @@ def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
 
 
 def _open_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
-    store, where = TokenStore(folder), f"token store {folder}"
-    header = store.manifest.header
+    store = TokenStore(folder)
+    check_store(store.manifest.header, config, assets, where=f"token store {folder}")
+    return store
+
+
+def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, where: str) -> None:
+    """Checks that the codes of a store mean what ``assets`` say, and that all samples fit.
+
+    Args:
+      header: of the store.
+      config: what is trained on it.
+      assets: of the run.
+      where: what to call the store.
+
+    Raises:
+      UserError: as ``open_stores``.
+    """
     assets.require_same_tokenizers({"vision": header.vision_fingerprint}, source=where)
     views = config.views or tuple(header.image_specs)
     unknown = sorted(set(views) - set(header.image_specs))
@@ -99,14 +136,34 @@ def _open_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
         raise UserError(f"{where}: no view {unknown[0]!r}, only {sorted(header.image_specs)}")
     # Codes only mean what the checkpoint thinks if frames were resized alike before encoding.
     specs = {v: ImageSpec.from_dict(s) for v, s in header.image_specs.items() if v in views}
-    assets.require_same_image_specs(specs, source=where)
+    assets.require_same_image_specs(header.corpus, specs, source=where)
     needed = make_task(config.task, config.settings, assets).steps_needed(header.corpus)
     if header.min_frames < needed:
         raise UserError(
             f"{where}: may hold episodes of {header.min_frames} frames, a sample takes at least "
             f"{needed}; tokenize with min_frames={needed}, or take smaller chunks"
         )
-    return store
+
+
+def make_split(config: DataConfig, source: EpisodeSource, *, held_out: bool) -> Split:
+    """The split of a source that the config trains on or holds out.
+
+    Tasks that show one camera get a sample of each of the corpus' ``world_model_views``, unless the
+    config names views.
+    """
+    cameras: tuple[str, ...] = ()
+    if config.needs.single_view and not config.views and len(source):
+        episode = source[0]
+        dataset = DATASETS.get(episode.corpus)
+        named = () if dataset is None else dataset.world_model_views
+        cameras = tuple(view for view in named if view in episode.codes)
+    return Split(source, config.held_out_every, held_out=held_out, cameras=cameras)
+
+
+def mixture_weight(source: EpisodeSource) -> float:
+    """The weight that the corpus of a source has in ``data/datasets.py``; 1 for an unknown one."""
+    dataset = DATASETS.get(source[0].corpus) if len(source) else None
+    return 1.0 if dataset is None else dataset.mixture_weight
 
 
 def source_fingerprint(source: EpisodeSource) -> str:

@@ -76,11 +76,13 @@ class CorpusRecord:
       control_hz: control rate in steps per second.
       frame_spacing: steps between two frames of a world model.
       grids: code grid (h, w) per view.
+      views: cameras in the order they are written; empty stands for ``TaskRecord.views``.
     """
 
     control_hz: float
     frame_spacing: int
     grids: Mapping[str, tuple[int, int]]
+    views: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class TaskRecord:
       chunk_size: steps of an action chunk.
       frame_spacing: steps between two frames of a world model; 0 means each corpus' own.
       sequence_length: the most tokens a training sample had.
-      views: cameras in the order they are written.
+      views: cameras in the order they are written, of corpora that have none of their own.
       corpora: what was shown of each corpus.
       state: whether the proprioceptive state is written before each chunk.
     """
@@ -130,6 +132,9 @@ class TaskRecord:
             del values["state"]  # absent, as in assets saved before there were states
         values["views"] = list(self.views)
         for corpus in values["corpora"].values():
+            views = list(corpus.pop("views"))
+            if views and views != values["views"]:
+                corpus["views"] = views
             corpus["grids"] = {view: list(grid) for view, grid in corpus["grids"].items()}
         file_keys = {new: old for old, new in former_names(TaskRecord).items()}
         return {file_keys.get(name, name): value for name, value in values.items()}
@@ -144,6 +149,10 @@ class TaskRecord:
             views=self.views,
             state=self.state,
         )
+
+    def views_of(self, corpus: str) -> tuple[str, ...]:
+        """The cameras that are shown of a corpus, in the order they are written."""
+        return self.corpora[corpus].views or self.views
 
     def find_corpus(self, name: str | None = None) -> str:
         """The corpus ``name``, or the only one there is.

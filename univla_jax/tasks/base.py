@@ -49,7 +49,7 @@ class TaskSettings:
       frames: moments per sample: chunks of a video policy, frames of a world model.
       chunk_size: steps of an action chunk.
       frame_spacing: steps between two frames of a world model; 0 takes each corpus' own.
-      views: cameras in the order they are written; empty takes all, in the corpus' order.
+      views: cameras in the order they are written; empty takes the corpus' ``policy_views``.
       state: whether the proprioceptive state is written before each chunk.
       aligned_windows: share of the windows that begin a whole number of chunks into their episode.
     """
@@ -229,12 +229,12 @@ class Task(abc.ABC):
         )
 
     def view_codes(self, episode: TokenizedEpisode) -> list[Codes]:
-        """Codes [T, h, w] of the named cameras, of all when none are named.
+        """Codes [T, h, w] of the named cameras, of the corpus' ``policy_views`` when none are.
 
         Raises:
           UserError: a camera is missing.
         """
-        names = self.settings.views or ordered_views(episode.corpus, episode.codes)
+        names = self.settings.views or policy_views(episode.corpus, episode.codes)
         missing = [name for name in names if name not in episode.codes]
         if missing or not names:
             raise UserError(f"no view {(*missing, 'at all')[0]!r}, only {sorted(episode.codes)}")
@@ -458,6 +458,13 @@ def ordered_views(corpus: str, present: Sequence[str] | Mapping[str, Any]) -> li
     dataset = DATASETS.get(corpus)
     known = [name for name in (dataset.views if dataset else ()) if name in present]
     return known + [name for name in present if name not in known]
+
+
+def policy_views(corpus: str, present: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Of the cameras ``present`` those that the corpus' configuration shows to a policy."""
+    dataset = DATASETS.get(corpus)
+    named = [name for name in (dataset.policy_views if dataset else ()) if name in present]
+    return named or ordered_views(corpus, present)
 
 
 def corpus_frame_spacing(settings: TaskSettings, corpus: str) -> int:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import jax
 
-from univla_jax.assets import Assets
+from univla_jax.assets import Assets, spec_key
 from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint, newest_checkpoint
-from univla_jax.data.token_store import TokenStore, compute_statistics
+from univla_jax.data.token_store import StoreHeader, TokenStore, compute_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.tasks import CorpusRecord, TaskRecord
-from univla_jax.tasks.base import corpus_frame_spacing, ordered_views
+from univla_jax.tasks.base import corpus_frame_spacing, ordered_views, policy_views
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
@@ -53,7 +53,7 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
     assets = _new_assets(config) if own is None else Assets.load(assets_folder(own))
     return dataclasses.replace(
         assets,
-        image_specs=image_specs(stores),
+        image_specs=image_specs([store.manifest.header for store in stores]),
         statistics=statistics(stores),
         task=task_record(config.data, stores).to_json(),
     )
@@ -114,12 +114,13 @@ def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
         chunk_size=data.chunk_size,
         frame_spacing=data.frame_spacing,
         sequence_length=data.sequence_length,
-        views=data.views or tuple(ordered_views(headers[0].corpus, list(headers[0].grids))),
+        views=_shown_views(data, headers[0]),
         corpora={
             header.corpus: CorpusRecord(
                 control_hz=header.control_hz,
                 frame_spacing=corpus_frame_spacing(data.settings, header.corpus),
                 grids=header.grids,
+                views=_shown_views(data, header),
             )
             for header in headers
         },
@@ -127,11 +128,35 @@ def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
     )
 
 
-def image_specs(stores: Sequence[TokenStore]) -> dict[str, ImageSpec]:
-    """Image spec per view over all stores; opening the data finds two that disagree."""
+def _shown_views(data: DataConfig, header: StoreHeader) -> tuple[str, ...]:
+    """The cameras of a corpus that acting or imagining may be asked about."""
+    views = ordered_views if data.needs.single_view else policy_views
+    return data.views or tuple(views(header.corpus, list(header.grids)))
+
+
+def image_specs(headers: Sequence[StoreHeader]) -> dict[str, ImageSpec]:
+    """Image specs of stores: by view, and by ``spec_key`` where corpora differ in a view.
+
+    Raises:
+      UserError: two stores of one corpus were made with different specs of a view.
+    """
+    by_view: dict[str, dict[str, ImageSpec]] = {}
+    for header in headers:
+        for view, values in header.image_specs.items():
+            spec = ImageSpec.from_dict(values)
+            known = by_view.setdefault(view, {}).setdefault(header.corpus, spec)
+            if spec != known:
+                raise UserError(
+                    f"token stores of the corpus {header.corpus!r}: view {view!r} was made with "
+                    f"{spec} of {header.source}, elsewhere with {known}; make them with the same"
+                )
+    # A view on which all corpora agree has one entry, as in the checkpoints of a single corpus.
     specs: dict[str, ImageSpec] = {}
-    for store in stores:
-        specs = _specs(store) | specs
+    for view, by_corpus in by_view.items():
+        if len(set(by_corpus.values())) == 1:
+            specs[view] = next(iter(by_corpus.values()))
+        else:
+            specs |= {spec_key(corpus, view): spec for corpus, spec in by_corpus.items()}
     return specs
 
 
@@ -152,11 +177,6 @@ def _joint(key: str, stores: Sequence[TokenStore]) -> ActionStatistics:
     if len(stores) == 1:
         return stores[0].statistics[key]
     return compute_statistics(stores, key, stores[0].manifest.header.min_frames)
-
-
-def _specs(store: TokenStore) -> dict[str, ImageSpec]:
-    saved = store.manifest.header.image_specs
-    return {view: ImageSpec.from_dict(spec) for view, spec in saved.items()}
 
 
 def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
