@@ -285,14 +285,75 @@ def test_unfit_sources_are_refused():
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_broken_episode_is_named(workers):
-    source = small.Store("a", [small.episode(i, 2 if i == 1 else 9) for i in range(4)])
+    episodes = [small.episode(i, 9) for i in range(4)]
+    beyond = {view: np.full((9, 2, 2), 12, np.uint16) for view in episodes[1].codes}
+    episodes[1] = dataclasses.replace(episodes[1], codes=beyond)
+    source = small.Store("a", episodes)
     iterator = training_batches(
         small.config(workers=workers, prefetch_batches=1), small.assets(), [source]
     )
-    with pytest.raises(UserError, match="episode tabletop/a1: 2 steps are fewer"):
+    with pytest.raises(UserError, match="episode tabletop/a1: visual code"):
         for _ in itertools.repeat(None, 20):
             iterator.next()
     iterator.close()
+
+
+def test_an_episode_without_a_sample_is_named_before_the_first_step():
+    source = small.Store("a", [small.episode(i, 2 if i == 1 else 9) for i in range(4)])
+    with pytest.raises(UserError, match="episode tabletop/a1: 2 steps are fewer"):
+        training_batches(small.config(), small.assets(), [source])
+
+
+# Samples that are too long. One of the episodes of ``wordy`` has an instruction of 90 words.
+
+
+WORDY = "push the block " * 30
+
+
+def wordy():
+    """Four episodes; the samples of ``a2`` have 519 tokens."""
+    episodes = list(small.store(4))
+    episodes[2] = dataclasses.replace(episodes[2], instruction=WORDY)
+    return [small.Store("a", episodes)]
+
+
+def test_a_sample_that_is_too_long_is_refused_before_the_first_step():
+    message = r"1 of 4 episodes .* more than 160 tokens, the longest 519 \(episode tabletop/a2\)"
+    with pytest.raises(UserError, match=message):
+        training_batches(small.config(), small.assets(), wordy())
+    with pytest.raises(UserError, match=message):
+        EvaluationBatches(small.config(), small.assets(), wordy())
+    training_batches(small.config(sequence_length=519), small.assets(), wordy()).close()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_sample_that_is_too_long_is_dropped(packing, capsys):
+    settings = {"too_long": "drop", "packing": packing}
+    made = batches(8, wordy(), **settings)
+    assert "1 of 4 episodes have samples of more than 160 tokens; these are dropped" in (
+        capsys.readouterr().err
+    )
+    assert_equal(batches(8, wordy(), hosts=1, read_threads=2, **settings), made)
+    assert set(letters(made)) == {"a"}
+    held_out = EvaluationBatches(small.config(**settings), small.assets(), wordy())
+    assert sum(int(batch.valid.sum()) for batch in held_out) == 3
+
+
+def test_a_text_that_is_too_long_loses_its_last_words():
+    made = batches(8, wordy(), too_long="cut_text")
+    cut = [s for s, letter in zip(segments(made), letters(made)) if letter == "p"]
+    assert cut and all(150 <= len(s) // 4 <= 160 for s in cut)
+    with pytest.raises(UserError, match=r"episode tabletop/a\d has \d+ tokens without its instr"):
+        batches(1, wordy(), too_long="cut_text", sequence_length=40)
+    assert_equal(batches(4, too_long="cut_text"), batches(4))
+
+
+def test_what_becomes_of_long_samples_may_change_on_resume():
+    first = training_batches(small.config(), small.assets(), stores()[:1])
+    state = first.get_state()
+    other = training_batches(small.config(too_long="drop"), small.assets(), stores()[:1])
+    other.set_state(state)
+    assert_equal([other.next()], [first.next()])
 
 
 def test_state_is_json_of_moderate_size():

@@ -333,7 +333,7 @@ def test_the_world_model_gets_a_sample_of_every_camera_that_the_corpus_names():
     config = small.config(task="world_model", frame_spacing=3, held_out_every=4)
     split = make_split(config, source, held_out=False)
     made = SampleStream([split], [1], SampleBuilder(config, small.assets()), 7)
-    shown = [(made.episode(n)[0].episode_id, *made.draw(n).shown[0][0][0, 0, :1]) for n in range(9)]
+    shown = [(made.sample(n)[0].episode_id, *made.draw(n).shown[0][0][0, 0, :1]) for n in range(9)]
     assert sorted(shown) == [(f"a{n}", camera) for n in range(3) for camera in range(3)]
     assert len(make_split(config, source, held_out=True)) == 3
     named = dataclasses.replace(config, views=("image", "side_image"))

@@ -15,8 +15,10 @@ Axes: T steps, h/w code grid, A action dimensions, P state dimensions, n steps o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 from univla_jax.errors import UserError
 
 _MAGIC = b"UVT2"
+_FORMS = ("NFC", "NFKC")
 _ALIGNMENT = 8
 _PREFIX = 8  # bytes before the JSON
 _BLOCK_BYTES = 16 << 10  # a read costs 16 us up to here, and more in proportion beyond
@@ -43,6 +46,8 @@ class TokenizedEpisode:
       episode_id: unique inside the dataset.
       state: float32 [T, P] proprioception, or None.
       texts: further texts by kind (``Episode.texts``), each of one entry or of T.
+      paraphrases: other instructions of the same episode.
+      metadata: what else the dataset says about the episode, by name.
     """
 
     instruction: str
@@ -53,10 +58,17 @@ class TokenizedEpisode:
     episode_id: str
     state: np.ndarray | None = None
     texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    paraphrases: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of steps T."""
         return len(self.actions)
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The instruction and its paraphrases."""
+        return (self.instruction, *self.paraphrases)
 
 
 def block_steps(grids: Mapping[str, Sequence[int]]) -> int:
@@ -67,6 +79,19 @@ def block_steps(grids: Mapping[str, Sequence[int]]) -> int:
 def count_records(steps: int, block: int) -> int:
     """Records of an episode of ``steps`` steps: its header and its blocks of ``block`` steps."""
     return 1 + -(-steps // block)
+
+
+def text_bytes(episode: TokenizedEpisode) -> int:
+    """The most bytes of text in a sample: the longest instruction and text of every other kind.
+
+    Whatever Unicode normalization a text tokenizer applies: no text has more tokens than bytes.
+    """
+    forms = [lambda text: text, *(functools.partial(unicodedata.normalize, f) for f in _FORMS)]
+
+    def longest(texts: Sequence[str]) -> int:
+        return max(len(form(t).encode("utf-8", "replace")) for t in set(texts) for form in forms)
+
+    return sum(1 + longest(texts) for texts in (episode.instructions, *episode.texts.values()))
 
 
 # ----------------------------------------------------------------------------
@@ -98,6 +123,11 @@ def to_records(episode: TokenizedEpisode, block: int) -> list[bytes]:
         "arrays": [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()],
         "texts": {kind: _run_lengths(values) for kind, values in sorted(episode.texts.items())},
     }
+    # Absent where there are none, as in the records that were written before there were any.
+    if episode.paraphrases:
+        header["paraphrases"] = list(episode.paraphrases)
+    if episode.metadata:
+        header["metadata"] = dict(sorted(episode.metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # The content of a Python bytes object is aligned. Padding the JSON and every array to 8 bytes
     # keeps the arrays in it aligned too, so that reading them is np.frombuffer and no copy.
@@ -158,8 +188,10 @@ def from_records(header_record: bytes, read_block: Callable[[int], bytes]) -> To
         grids = {view: (h, w) for view, h, w in header.pop("grids")}
         blocks = _CodeBlocks(read_block, grids, steps, header.pop("block"))
         texts = {kind: _expand_runs(runs, steps) for kind, runs in header.pop("texts").items()}
+        paraphrases = tuple(header.pop("paraphrases", ()))
         return TokenizedEpisode(
             **header,
+            paraphrases=paraphrases,
             codes={view: StoredCodes(blocks, view) for view in grids},
             actions=arrays["actions"],
             state=arrays.get("state"),

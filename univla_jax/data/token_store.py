@@ -95,12 +95,22 @@ class StoreHeader:
 
 @dataclasses.dataclass(frozen=True)
 class ShardEntry:
-    """One finished shard: its file, the steps T of each episode in it, bytes and sha256."""
+    """One finished shard.
+
+    Attributes:
+      file: in the store's folder.
+      steps: T of each episode in it.
+      bytes: size of the file.
+      sha256: of the file.
+      text_bytes: the most bytes of text in a sample (``token_record.text_bytes``); 0 in stores that
+        were written without.
+    """
 
     file: str
     steps: tuple[int, ...]
     bytes: int
     sha256: str
+    text_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,6 +383,7 @@ class ShardWriter:
         self._path, self._partial, self._header = path, partial, header
         self._writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
         self._steps: list[int] = []
+        self._text_bytes = 1
         self._records = 0
         self._invalid: list[InvalidEpisode] = []
 
@@ -398,6 +409,7 @@ class ShardWriter:
                 self._writer.write(record)
         self._records += len(records)
         self._steps.append(len(episode))
+        self._text_bytes = max(self._text_bytes, token_record.text_bytes(episode))
 
     def skip(self, invalid: InvalidEpisode) -> None:
         """Notes an invalid episode that is left out."""
@@ -417,6 +429,7 @@ class ShardWriter:
             steps=tuple(self._steps),
             bytes=self._partial.stat().st_size,
             sha256=io.sha256(self._partial),
+            text_bytes=self._text_bytes,
         )
         return _ShardFile(entry, tuple(self._invalid))
 

@@ -11,6 +11,7 @@ from univla_jax.sequences.tokens import LABELS
 from univla_jax.tasks.base import Needs, TaskSettings
 
 _WEIGHT_UNITS = ("episode", "store")
+_TOO_LONG = ("error", "drop", "cut_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,9 @@ class DataConfig:
       task: one of ``tasks.TASK_NAMES``: what the sequences look like.
       sequence_length: tokens S of a batch element.
       batch_size: batch elements B of a step over all hosts.
+      too_long: what becomes of samples of more than ``sequence_length`` tokens: "error" refuses the
+        stores before the first step, "drop" draws another sample of the same store instead,
+        "cut_text" leaves out the last words of the instruction.
       weights: one per store; when empty, each takes the ``mixture_weight`` of its corpus.
       weight_unit: "episode": a store is drawn in proportion to weight x its episodes, so equal
         weights make an epoch of everything, as the reference's sampler does; "store": in
@@ -58,6 +62,7 @@ class DataConfig:
     task: str = dataclasses.field(metadata={"formerly": "layout"})
     sequence_length: int
     batch_size: int
+    too_long: str = "error"
     weights: tuple[float, ...] = ()
     weight_unit: str = "episode"
     frames: int = 2
@@ -82,6 +87,7 @@ class DataConfig:
         _check_one_of("task", self.task, tasks.TASK_NAMES)
         _check_one_of("loss_on", self.loss_on, ("", *LABELS))
         _check_one_of("weight_unit", self.weight_unit, _WEIGHT_UNITS)
+        _check_one_of("too_long", self.too_long, _TOO_LONG)
         for name in ("sequence_length", "batch_size", "frames", "chunk_size", "packing_bins"):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("frame_spacing", "workers", "read_threads", "prefetch_batches", "seed"):

@@ -32,12 +32,14 @@ from univla_jax.pipeline.mixture import (
     EpisodeSource,
     SampleBuilder,
     SampleStream,
+    SampleTooLongError,
     make_split,
     mixture_weight,
     open_stores,
     source_fingerprint,
 )
 from univla_jax.pipeline.packing import POSITION, PackedSource
+from univla_jax.pipeline.sample_lengths import check_lengths
 
 Arrays = dict[str, np.ndarray]
 """The fields of ``Batch`` by name, and ``POSITION``."""
@@ -48,6 +50,7 @@ _NOT_CONTENT = (
     "workers",
     "read_threads",
     "prefetch_batches",
+    "too_long",
     "loss_on",
     "vision_weight",
 )
@@ -72,8 +75,8 @@ def training_batches(
       hosts: number of hosts (``jax.process_count()``).
 
     Raises:
-      UserError: stores that are missing or do not fit config and assets, or a batch size that the
-        hosts cannot share.
+      UserError: stores that are missing or do not fit config and assets, samples that are too long,
+        or a batch size that the hosts cannot share.
     """
     sources = open_stores(config, assets) if sources is None else sources
     if len(sources) != len(config.stores) or not sources:
@@ -81,6 +84,7 @@ def training_batches(
     elements = host_elements(config.batch_size, host, hosts)
     builder = SampleBuilder(config, assets)
     stream = training_stream(config, builder, sources)
+    check_lengths(config, builder, sources, progress=host == 0)
     parts = max(1, min(config.workers, len(elements)))
 
     def arrays(step: int, positions: Sequence[int]) -> grain.DatasetIterator[Arrays]:
@@ -291,7 +295,8 @@ class EvaluationBatches:
           hosts: number of hosts.
 
         Raises:
-          UserError: no episode is held out, or a batch size the hosts cannot share.
+          UserError: no episode is held out, a sample that is too long, or a batch size the hosts
+            cannot share.
         """
         sources = open_stores(config, assets) if sources is None else sources
         self._splits = [make_split(config, source, held_out=True) for source in sources]
@@ -305,6 +310,9 @@ class EvaluationBatches:
         self._size = len(host_elements(config.batch_size, host, hosts))
         self._pad = assets.vocabulary.pad
         self._builder = SampleBuilder(config, assets)
+        check_lengths(config, self._builder, sources, progress=host == 0)
+        if config.too_long == "drop":
+            self._episodes = [episode for episode in self._episodes if self._fits(*episode)]
 
     def __len__(self) -> int:
         """Batches, the same on every host."""
@@ -331,5 +339,14 @@ class EvaluationBatches:
         return pack(examples, length=self._config.sequence_length, pad=self._pad)
 
     def _example(self, split: int, index: int) -> Example:
-        rng = np.random.default_rng([self._config.seed, split, index])
-        return self._builder(self._splits[split][index], rng)
+        return self._builder(self._splits[split][index], self._rng(split, index))
+
+    def _rng(self, split: int, index: int) -> np.random.Generator:
+        return np.random.default_rng([self._config.seed, split, index])
+
+    def _fits(self, split: int, index: int) -> bool:
+        try:
+            self._builder.draw(self._splits[split][index], self._rng(split, index))
+        except SampleTooLongError:
+            return False
+        return True

@@ -105,8 +105,7 @@ def render_examples(
     stream = training_stream(config, builder, sources)
     examples = []
     for number in range(count):
-        episode, rng = stream.episode(number)
-        examples.append(_example(episode, builder.draw(episode, rng), config, assets))
+        examples.append(_example(*stream.sample(number), config, assets))
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     return template.render(
         config=config, examples=examples, colors=_ROLE_COLORS, width=_WIDTH, height=_HEIGHT

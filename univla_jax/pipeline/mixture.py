@@ -13,6 +13,7 @@ order of a component depends on its position in the chain of transforms.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -178,13 +179,23 @@ def source_fingerprint(source: EpisodeSource) -> str:
     return digest.hexdigest()
 
 
+class SampleTooLongError(UserError):
+    """A sample of more tokens than a batch element has."""
+
+
 class SampleBuilder:
-    """Turns episodes into training examples of the config's task; picklable."""
+    """Turns episodes into training examples of the config's task; picklable.
+
+    Attributes:
+      task: of the config.
+      drop_long: whether another sample stands in for one that is too long.
+    """
 
     def __init__(self, config: DataConfig, assets: Assets) -> None:
         """Binds the task to vocabulary, tokenizers and action statistics of ``assets``."""
         self._config = config
-        self._task = make_task(config.task, config.settings, assets)
+        self.drop_long = config.too_long == "drop"
+        self.task = make_task(config.task, config.settings, assets)
 
     def __call__(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Example:
         """One training example; see ``draw`` and ``load``."""
@@ -198,22 +209,29 @@ class SampleBuilder:
           rng: draws the null prompt, the window and the camera.
 
         Raises:
-          UserError: names the episode and what is wrong: shorter than one chunk, a view, a text
-            or the statistics missing, or too long for ``sequence_length``.
+          SampleTooLongError: it has more tokens than ``sequence_length``.
+          UserError: names the episode and what is wrong: shorter than one chunk, or a view, a text
+            or the statistics missing.
         """
         instruction = episode.instruction
         if self._config.null_prompt_prob and rng.random() < self._config.null_prompt_prob:
             instruction = ""
         name = f"episode {episode.corpus}/{episode.episode_id}"
+        cut = self._config.too_long == "cut_text"
+        before = rng.bit_generator.state if cut else None
         try:
-            spec = self._task.sample(episode, instruction, rng)
+            spec = self.task.sample(episode, instruction, rng)
+            while (excess := len(spec) - self._config.sequence_length) > 0 and cut and instruction:
+                # The same draws give the same window and camera, with fewer words.
+                rng.bit_generator.state = before
+                instruction = self._shortened(instruction, excess)
+                spec = self.task.sample(episode, instruction, rng)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        if len(spec) > self._config.sequence_length:
-            raise UserError(
+        if excess > 0:
+            raise SampleTooLongError(
                 f"{name}: its sample has {len(spec)} tokens, more than "
-                f"data.sequence_length={self._config.sequence_length}; raise it, or take fewer "
-                "frames, views or a shorter instruction"
+                f"data.sequence_length={self._config.sequence_length}; set data.too_long='drop'"
             )
         return SampleSpec(spec.tokens, spec.shown, spec.actions, name)
 
@@ -224,14 +242,23 @@ class SampleBuilder:
           UserError: names the episode whose record is damaged or has a code outside the vocabulary.
         """
         try:
-            tokens = spec.fill(self._task.vocabulary)
+            tokens = spec.fill(self.task.vocabulary)
         except UserError as error:
             raise UserError(f"{spec.name}: {error}") from error
         return Example(tokens.ids, tokens.roles, actions=spec.actions)
 
+    def _shortened(self, text: str, excess: int) -> str:
+        """The first words of a text, at least ``excess`` tokens and one word fewer."""
+        words, count = text.split(), lambda part: len(self.task.text_encoder.encode(part))
+        most = count(text) - excess
+        prefixes = range(len(words))
+        kept = bisect.bisect_right(prefixes, most, key=lambda n: count(" ".join(words[:n]))) - 1
+        return " ".join(words[: max(kept, 0)])
+
 
 _FINE_BLOCK = 1000  # slots that are enough to keep uneven proportions within 0.05 %
-_BLOCKS, _EPOCHS = 0, 1  # streams of random numbers
+_BLOCKS, _EPOCHS, _REDRAWS = 0, 1, 2  # streams of random numbers
+_MOST_REDRAWS = 1000
 
 
 class SampleStream:
@@ -259,6 +286,7 @@ class SampleStream:
             if not len(split):
                 raise UserError(f"data.stores[{number}]: holds no episode to train on")
         self._splits, self._builder, self._seed = splits, builder, seed
+        self._drop_long = builder.drop_long
         self._slots = slots_per_store(proportions, sum(map(len, splits)))
 
     @property
@@ -268,13 +296,23 @@ class SampleStream:
 
     def draw(self, number: int) -> SampleSpec:
         """Sample ``number``, its codes not read yet; raises as ``SampleBuilder.draw``."""
-        return self._builder.draw(*self.episode(number))
+        return self.sample(number)[1]
 
-    def episode(self, number: int) -> tuple[TokenizedEpisode, np.random.Generator]:
-        """The episode of sample ``number`` and what its window is drawn with."""
+    def sample(self, number: int) -> tuple[TokenizedEpisode, SampleSpec]:
+        """Sample ``number`` with its episode; raises as ``SampleBuilder.draw``."""
         store, epoch, index = self.locate(number)
         rng = np.random.default_rng((self._seed, _EPOCHS, store, epoch, index))
-        return self._splits[store][index], rng
+        for attempt in range(_MOST_REDRAWS):
+            episode = self._splits[store][index]
+            try:
+                return episode, self._builder.draw(episode, rng)
+            except SampleTooLongError:
+                if not self._drop_long:
+                    raise
+            # Another sample of the same store takes its place, a function of the number alone.
+            rng = np.random.default_rng((self._seed, _REDRAWS, number, attempt))
+            index = int(rng.integers(len(self._splits[store])))
+        raise UserError(f"data.stores[{store}]: {_MOST_REDRAWS} samples in a row are too long")
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """(store, epoch of the store, episode) of sample ``number``."""

@@ -23,7 +23,7 @@ import numpy as np
 from univla_jax.data.datasets import DATASETS, chunk_deltas, find_dataset_config
 from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
-from univla_jax.normalization import ActionStatistics, state_key
+from univla_jax.normalization import ActionStatistics, sliding_windows, state_key
 from univla_jax.sequences.frames import frame_block, frame_separator
 from univla_jax.sequences.tokens import (
     Piece,
@@ -265,10 +265,24 @@ class Task(abc.ABC):
         # the statistics are those of the differences.
         actions = episode.actions[starts.start : starts.stop]
         chunks = actions.reshape(-1, self.settings.chunk_size, actions.shape[-1])
-        deltas = chunk_deltas(episode.corpus)
+        return self._normalize(episode.corpus, chunks)
+
+    def chunk_lengths(self, episode: TokenizedEpisode) -> np.ndarray:
+        """int [T - chunk_size + 1] ids of the chunk, and the state before it, at every step.
+
+        Raises:
+          UserError: the episode is shorter than a chunk, or there are no statistics of it.
+        """
+        chunks = sliding_windows([episode.actions], self.settings.chunk_size)
+        ids = self.chunk_ids(self._normalize(episode.corpus, chunks))
+        states = self.state_ids(episode, range(len(chunks))) or [()] * len(chunks)
+        return np.array([len(chunk) + len(state) for chunk, state in zip(ids, states)])
+
+    def _normalize(self, corpus: str, chunks: np.ndarray) -> np.ndarray:
+        deltas = chunk_deltas(corpus)
         if deltas is not None:
             chunks = deltas.to_relative(chunks)
-        return self.statistics_of(episode.corpus).normalize(chunks)
+        return self.statistics_of(corpus).normalize(chunks)
 
     def chunk_ids(self, chunks: np.ndarray) -> list[np.ndarray]:
         """int32 ids of normalized chunks, float32 [N, T, A], without boa and eoa."""

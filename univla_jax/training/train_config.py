@@ -187,6 +187,7 @@ FREE = (
     "mesh",
     "sample_tokens",
     "data_timeout_seconds",
+    "data.too_long",
     "data.loss_on",
     "data.vision_weight",
     "data.workers",
@@ -194,4 +195,5 @@ FREE = (
     "data.prefetch_batches",
 )
 """Keys that may change when a run is resumed. None changes the batches; ``total_steps`` stretches
-the schedule of the steps to come, ``loss_on`` and ``vision_weight`` set their loss."""
+the schedule of the steps to come, ``loss_on`` and ``vision_weight`` set their loss; ``too_long``
+decides about samples that a run has not met."""
