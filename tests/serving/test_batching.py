@@ -125,3 +125,24 @@ def test_work_ahead_happens_while_nothing_waits():
             await done.wait()
 
     _run(scenario())
+
+
+def test_work_ahead_that_fails_is_logged_and_harms_no_request(caplog):
+    async def scenario():
+        failed = asyncio.Event()
+        loop, calls = asyncio.get_running_loop(), []
+
+        def idle():
+            calls.append(1)
+            loop.call_soon_threadsafe(failed.set)
+            raise MemoryError("no room to work ahead")
+
+        async with _running(Work(), on_idle=idle) as batcher:
+            for number in (1, 2):
+                failed.clear()
+                assert (await batcher.submit(number)).value == 2 * number
+                await failed.wait()
+        assert len(calls) == 2
+
+    _run(scenario())
+    assert "no room to work ahead" in caplog.text

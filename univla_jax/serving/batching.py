@@ -3,7 +3,8 @@
     submit ──▶ bounded queue ──▶ window ──▶ one call on one worker thread ──▶ results
 
 The window closes when the batch is full, when every connected robot is in it, or when its time is
-over. While a call runs, later requests queue for the next one.
+over. While a call runs, later requests queue for the next one. Work ahead is optional: where it
+fails, requests go on without it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Batcher:
           window_seconds: how long the first item of a batch waits for others.
           capacity: largest number of queued items.
           on_idle: called on the same thread while the queue is empty, again and again until it
-            returns False.
+            returns False or raises, which is logged and ends the work ahead until the next batch.
           num_clients: how many items could be queued at once at this moment (each connected robot
             has one request in flight); ``max_batch`` by default.
         """
@@ -118,7 +119,15 @@ class Batcher:
         delay: float | None = _IDLE_DELAY
         while not self._queue:
             if not await self._arrives_within(delay):
-                delay = 0.0 if await self._on_thread(self._on_idle) else None
+                delay = 0.0 if await self._on_thread(self._work_ahead) else None
+
+    def _work_ahead(self) -> bool:
+        """One step of ``on_idle``; whether there may be more to do."""
+        try:
+            return self._on_idle()
+        except Exception:
+            _log.exception("work ahead failed; requests are answered without it")
+            return False
 
     async def _wait_for_window(self) -> None:
         # The window is counted from the arrival of its first item, so an item that queued while
