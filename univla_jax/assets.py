@@ -94,6 +94,11 @@ class LazyVisionTokenizer:
             if path.is_file():
                 path.copy(folder / path.name)
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The weights on their device, loaded now if they were not."""
+        return self._tokenizer.variables
+
     @functools.cached_property
     def _tokenizer(self) -> VisionTokenizer:
         return VisionTokenizer.load(os.fspath(self.folder))

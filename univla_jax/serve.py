@@ -12,6 +12,7 @@ runs, ``GET /metrics`` is for Prometheus. On SIGTERM, requests under way are fin
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 import time
 
@@ -40,8 +41,8 @@ SPECULATIVE_BLOCK = flags.DEFINE_integer(
     "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
 )
 SAMPLING = sampling_flags()
-MAX_CACHED_SESSIONS = flags.DEFINE_integer(
-    "max_cached_sessions", 64, "robots whose key/value caches are kept between calls"
+CACHE_GIB = flags.DEFINE_float(
+    "cache_gib", 0.0, "GiB per device of caches kept between calls; 0 takes what is free"
 )
 INT8 = flags.DEFINE_bool("int8", False, "store the weights in eight bits")
 MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "most robots in one call of the policy")
@@ -88,11 +89,12 @@ def main(argv: list[str]) -> None:
         corpus=CORPUS.value,
         speculative_block=SPECULATIVE_BLOCK.value,
         sampling=SAMPLING(),
-        max_cached_sessions=MAX_CACHED_SESSIONS.value,
         int8=INT8.value,
     )
     executor = Executor(policy, execution)
-    startup.warmup(policy, config.max_batch, _report)
+    max_batch = startup.warmup(policy, config.max_batch, _report)
+    config = dataclasses.replace(config, max_batch=max_batch)
+    startup.plan_memory(policy, max_batch, CACHE_GIB.value, _report)
     asyncio.run(startup.serve(executor, config, tls, _report))
 
 

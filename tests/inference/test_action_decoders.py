@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,10 @@ from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import (
     FlowActionDecoder,
-    Session,
-    SessionLru,
     sample_actions,
 )
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
-from univla_jax.tasks.history import History
 from univla_jax.tokenizers.action import NumberTextTokenizer
 
 SHAPE = (tiny_checkpoint.CHUNK, 7)
@@ -137,35 +133,3 @@ def test_bad_calls():
         sample_actions(expert, params, hidden, noise, steps=0)
     with pytest.raises(UserError, match="noise of 1 rows for hidden states of 2"):
         sample_actions(expert, params, hidden, noise[:1])
-
-
-def _sessions(count):
-    sessions = [Session(History()) for _ in range(count)]
-    for session in sessions:
-        session.cached_prefix = object()
-    return sessions
-
-
-def test_the_oldest_lose_their_memory():
-    lru, sessions = SessionLru(2), _sessions(3)
-    lru.touch(sessions[:2])
-    lru.touch([sessions[0]])
-    lru.touch([sessions[2]])
-    assert [s.cached_prefix is not None for s in sessions] == [True, False, True]
-
-
-def test_each_is_taken_once_until_it_is_called_again():
-    lru, sessions = SessionLru(4), _sessions(3)
-    lru.touch(sessions)
-    assert lru.take_pending(2) == sessions[:2] and lru.take_pending(2) == sessions[2:]
-    assert lru.take_pending(2) == []
-    lru.touch([sessions[1]])
-    assert lru.take_pending(2) == [sessions[1]]
-
-
-def test_ended_sessions_are_forgotten():
-    lru, sessions = SessionLru(4), _sessions(2)
-    lru.touch(sessions)
-    del sessions[0]
-    gc.collect()
-    assert lru.take_pending(9) == sessions

@@ -26,7 +26,8 @@ class CountingPolicy:
 
     def __init__(self, seconds=0.0):
         self.seconds, self.batches = seconds, []
-        self.running, self.ahead = threading.Event(), 0
+        self.running, self.ahead, self.dropped = threading.Event(), 0, 0
+        self.failures = []  # raised by the next calls of ``act``, one each
 
     def start(self):
         return []
@@ -39,6 +40,8 @@ class CountingPolicy:
         self.running.set()
         time.sleep(self.seconds)
         self.batches.append(len(observations))
+        if self.failures:
+            raise self.failures.pop()
         if any(o.instruction == "crash" for o in observations):
             raise RuntimeError("secret details")
         with timer.section("prefill"):
@@ -52,6 +55,9 @@ class CountingPolicy:
     def prefill_ahead(self):
         self.ahead += 1
         return False
+
+    def drop_caches(self):
+        self.dropped += 1
 
 
 def observation(value=1, prompt="go", **more):

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 
+import jax
 import msgpack
 import numpy as np
 import pytest
@@ -135,6 +136,42 @@ def test_a_robot_that_does_not_read_is_cut_off():
         raw.socket.close()
         thread.join(10)
         assert resident_megabytes() - before < 50
+
+
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+
+def test_a_call_that_finds_no_memory_is_repeated_without_caches():
+    policy = CountingPolicy()
+    with running(policy) as server, server.connect() as robot:
+        assert infer(robot, observation(1))["actions"][0, 1] == 1
+        policy.failures = [FULL]
+        assert infer(robot, observation(1))["actions"][0, 1] == 2
+        assert policy.dropped == 1 and server.metric("univla_out_of_memory_total") == 1
+
+
+def test_who_finds_no_memory_at_all_is_told_and_may_try_again(caplog):
+    policy = CountingPolicy()
+    with running(policy) as server, server.connect() as robot:
+        policy.failures = [FULL, MemoryError()]
+        assert infer(robot, observation(1)).startswith("busy: the server is out of memory; try")
+        with pytest.raises(exceptions.InvalidStatus, match="503"):
+            server.connect()
+        assert infer(robot, observation(1))["actions"][0, 1] == 1
+    assert "all caches are dropped: RESOURCE_EXHAUSTED" in caplog.text
+
+
+def test_reading_ahead_without_memory_drops_the_caches_and_ends_nothing():
+    class Greedy(CountingPolicy):
+        def prefill_ahead(self):
+            super().prefill_ahead()
+            raise FULL
+
+    policy = Greedy()
+    with running(policy) as server, server.connect() as robot:
+        for call in (1, 2):
+            assert infer(robot, observation(1))["actions"][0, 1] == call
+            _until(lambda call=call: policy.dropped == policy.ahead >= call)
 
 
 def _until(condition, seconds=10.0):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import pytest
+
 from tests.inference import tiny_checkpoint
+from univla_jax.errors import UserError
 from univla_jax.inference.policy import Execution, Executor, Policy
 from univla_jax.serving import protocol
-from univla_jax.serving.startup import server_metadata, warmup
+from univla_jax.serving.startup import plan_memory, server_metadata, warmup
 
 
 def test_a_robot_learns_what_to_send_and_what_it_gets(tmp_path):
@@ -31,12 +35,39 @@ def test_a_robot_learns_that_its_state_is_wanted(tmp_path):
     assert metadata["observation_keys"]["observation/state"] == [7]
 
 
+class _Recorder:
+    """Has memory for ``room`` robots at once."""
+
+    def __init__(self, room):
+        self.sizes, self.room = [], room
+
+    def warmup(self, rows):
+        self.sizes.append(rows)
+        if rows > self.room:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
 def test_every_batch_size_that_a_call_is_padded_to_is_compiled():
-    class Recorder:
-        sizes = []
+    recorder = _Recorder(room=99)
+    assert warmup(recorder, 20, lambda message: None) == 20
+    assert recorder.sizes == [1, 2, 4, 8, 16, 24]
 
-        def warmup(self, rows):
-            self.sizes.append(rows)
 
-    warmup(Recorder(), 20, lambda message: None)
-    assert Recorder.sizes == [1, 2, 4, 8, 16, 24]
+def test_too_little_memory_for_a_batch_means_smaller_ones():
+    lines = []
+    assert warmup(_Recorder(room=4), 20, lines.append) == 4
+    assert lines[-1] == "out of memory for 8 robots at once; at most 4 are answered"
+    with pytest.raises(UserError, match=r"too small to answer one robot .*--int8"):
+        warmup(_Recorder(room=0), 20, lines.append)
+
+
+def test_memory_is_planned_by_bytes(policy_checkpoint):
+    policy, lines = Policy.load(policy_checkpoint), []
+    plan_memory(policy, 4, 0.5, lines.append)
+    parts = policy.memory(4)
+    assert parts["budget of caches kept"] == 2**29
+    assert parts["caches of a call with 4"] == 8 * parts["cache of a robot"] > 0
+    assert parts["weights"] > 0 and parts["vision tokenizer"] > 0
+    assert lines[0].startswith("GiB per device: weights 0.0") and "kept 0.50" in lines[0]
+    plan_memory(policy, 4, 0.0, lines.append)
+    assert policy.memory(4)["budget of caches kept"] == 2**32  # a CPU does not tell its memory

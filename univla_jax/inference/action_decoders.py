@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.inference.int8 import dequantize_params
 from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.prefix_cache import CachedPrefix, GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prompts
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
@@ -77,36 +77,6 @@ class Session:
         self.last_action = chunk.actions[-1]
 
 
-class SessionLru:
-    """Least-recently-used limit on sessions that keep a cached prefix; sessions are held weakly.
-
-    A cached prefix is as large as the cache of a whole prompt. The sessions called longest ago lose
-    theirs first and prefill their next prompt anew.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        """Keeps the cached prefixes of ``capacity`` sessions, at least 1."""
-        self._capacity = capacity
-        # Session -> whether its next prompt may still be prefilled ahead, oldest call first.
-        self._pending: weakref.WeakKeyDictionary[Session, bool] = weakref.WeakKeyDictionary()
-
-    def touch(self, sessions: Sequence[Session]) -> None:
-        """These sessions were just called; their next prompts may be prefilled ahead."""
-        for session in sessions:
-            self._pending.pop(session, None)
-            self._pending[session] = True
-        for session in list(self._pending)[: -self._capacity]:
-            session.cached_prefix = None
-            del self._pending[session]
-
-    def take_pending(self, count: int) -> list[Session]:
-        """Up to ``count`` sessions to prefill ahead; each is returned once per call of its own."""
-        taken = [session for session, pending in list(self._pending.items()) if pending][:count]
-        for session in taken:
-            self._pending[session] = False
-        return taken
-
-
 @dataclasses.dataclass(frozen=True)
 class ActionPrediction:
     """The chunk predicted for one prompt.
@@ -132,6 +102,10 @@ class ActionDecoder(Protocol):
     """
 
     max_action_tokens: int
+
+    def memory(self, batch_size: int) -> tuple[int, int, int]:
+        """Bytes per device of the weights, of one robot's cache, and of a call's caches."""
+        ...
 
     def predict(
         self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
@@ -236,6 +210,12 @@ class TokenActionDecoder:
             for c in completions
         ]
 
+    def memory(self, batch_size: int) -> tuple[int, int, int]:
+        """See ``ActionDecoder``."""
+        # A call holds the caches of its robots twice: one by one, as they were kept, and stacked.
+        stacked = self.prefix_cache.cache_bytes(batch_size)
+        return self._sampler.num_bytes, self.prefix_cache.cache_bytes(), 2 * stacked
+
     def warmup(self, batch_size: int) -> None:
         """See ``ActionDecoder``."""
         self.prefix_cache.warmup(batch_size)
@@ -309,6 +289,11 @@ class FlowActionDecoder:
         for length in sorted({length_bucket(length) for length in self._usual_lengths}):
             prompt = np.full(length, self._loaded.assets.vocabulary.bos, np.int32)
             self.predict([prompt] * batch_size, [session] * batch_size, Timer())
+
+    def memory(self, batch_size: int) -> tuple[int, int, int]:
+        """See ``ActionDecoder``; there are no caches."""
+        del batch_size
+        return device_bytes((self._loaded.params, self._loaded.expert_params)), 0, 0
 
     def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
         """Never: the expert attends to all hidden states anew."""

@@ -28,11 +28,11 @@ from univla_jax.inference.action_decoders import (
     ActionDecoder,
     ActionPrediction,
     Session,
-    SessionLru,
     make_action_decoder,
 )
 from univla_jax.inference.int8 import quantize_params
 from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.memory import GIB, SessionLru, device_bytes
 from univla_jax.inference.observations import (
     NoStateEncoder,
     ObservationEncoder,
@@ -45,7 +45,7 @@ from univla_jax.tasks.base import ActionTask
 from univla_jax.tasks.history import History, close_action
 
 _AHEAD_BATCH = 8  # sessions whose next prompts are prefilled together at most
-_MAX_CACHED_SESSIONS = 64
+_CACHE_BUDGET = 4 * GIB
 _USUAL_OPENING = 64  # tokens of bos and instruction that the usual shapes have room for
 
 
@@ -71,7 +71,7 @@ class Policy:
         max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
         speculative_block: int = 0,
-        max_cached_sessions: int = _MAX_CACHED_SESSIONS,
+        cache_budget: int = _CACHE_BUDGET,
         free_form: bool = False,
         action_decoder: ActionDecoder | None = None,
     ) -> None:
@@ -99,7 +99,7 @@ class Policy:
         )
         self.action_decoder.set_shapes(self._usual_lengths(), batch_size)
         self._seed = sampling.seed
-        self._sessions = SessionLru(max_cached_sessions)
+        self._sessions = SessionLru(cache_budget)
 
     @classmethod
     def load(
@@ -113,7 +113,7 @@ class Policy:
         max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
         speculative_block: int = 0,
-        max_cached_sessions: int = _MAX_CACHED_SESSIONS,
+        cache_budget: int = _CACHE_BUDGET,
         int8: bool = False,
         free_form: bool = False,
     ) -> Policy:
@@ -131,8 +131,8 @@ class Policy:
           sampling: how tokens are chosen, and the seed of all draws, also of an action expert's.
           speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
             The actions are the same.
-          max_cached_sessions: sessions whose key/value caches are kept between calls, each as large
-            as the cache of a whole prompt; the others prefill their prompts anew.
+          cache_budget: bytes per device that the key/value caches kept between calls may take
+            together; sessions that fall out prefill their next prompt anew.
           int8: weights of eight bits (``int8.py``); the actions are nearly the same.
           free_form: action ids in any order, as the reference has it; by default only whole chunks.
 
@@ -150,7 +150,7 @@ class Policy:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             speculative_block=speculative_block,
-            max_cached_sessions=max_cached_sessions,
+            cache_budget=cache_budget,
             free_form=free_form,
         )
 
@@ -260,6 +260,30 @@ class Policy:
             prefixes, behind = zip(*pending)
             self.action_decoder.prefill_ahead(prefixes, behind)
         return bool(pending)
+
+    def memory(self, batch_size: int) -> dict[str, int]:
+        """Bytes per device of what a server holds, by name.
+
+        Args:
+          batch_size: most robots in one call.
+        """
+        weights, cache, call = self.action_decoder.memory(self._batch_size or batch_size)
+        vision = getattr(self.loaded.assets.vision, "variables", {})
+        return {
+            "weights": weights,
+            "vision tokenizer": device_bytes(vision),
+            "cache of a robot": cache,
+            f"caches of a call with {batch_size}": call,
+            "budget of caches kept": self._sessions.budget,
+        }
+
+    def set_cache_budget(self, num_bytes: int) -> None:
+        """Bytes per device that the caches kept between calls may take from the next call on."""
+        self._sessions.budget = num_bytes
+
+    def drop_caches(self) -> None:
+        """Frees all caches kept between calls; the next calls prefill their prompts anew."""
+        self._sessions.drop()
 
     def _act(
         self,
@@ -466,6 +490,10 @@ class Executor:
     def prefill_ahead(self) -> bool:
         """See ``Policy.prefill_ahead``."""
         return self.policy.prefill_ahead()
+
+    def drop_caches(self) -> None:
+        """See ``Policy.drop_caches``."""
+        self.policy.drop_caches()
 
     def act(
         self,

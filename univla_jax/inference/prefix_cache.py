@@ -21,6 +21,7 @@ import numpy as np
 
 from univla_jax.errors import UserError
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
+from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.sampler import Sampler, Timer, batch_bucket, length_bucket
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.kv_cache import KVCache
@@ -40,6 +41,11 @@ class CachedPrefix:
 
     cache: KVCache
     ids: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the cache on each device that holds a part of it."""
+        return device_bytes(self.cache)
 
     def common_length(self, ids: np.ndarray) -> int:
         """How many of ``ids`` [m] stand in the cache, from the first on."""
@@ -166,6 +172,13 @@ class PrefixCache:
         """Whether prefilling ``prefix`` ahead would spare a later call anything."""
         reused = 0 if cached is None else cached.common_length(prefix)
         return len(prefix) - reused > 1  # the last id chosen is always prefilled with the next call
+
+    def cache_bytes(self, batch_size: int = 1) -> int:
+        """Bytes per device of the caches of ``batch_size`` usual prompts."""
+        caches = jax.eval_shape(
+            lambda: KVCache.create(self._sampler.model.config, batch_size, self._slots)
+        )
+        return device_bytes(caches)
 
     def reusable_length(self, prompt: np.ndarray, cached: CachedPrefix | None) -> int:
         """How many leading ids of ``prompt`` are taken from its cached prefix.

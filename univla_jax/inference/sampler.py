@@ -28,6 +28,7 @@ import numpy as np
 from univla_jax.errors import UserError
 from univla_jax.inference import decode_step, speculative
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
+from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.decoder import Decoder
 
@@ -139,6 +140,11 @@ class Sampler:
             if unstack_layers
             else None
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameters on each device, a second copy of the layers included."""
+        return device_bytes((self.params, self._layers))
 
     def prefill(
         self,

@@ -23,7 +23,7 @@ _IDLE_DELAY = 0.02  # seconds; a robot in a control loop asks again sooner than 
 
 
 class BusyError(Exception):
-    """The queue is full."""
+    """There is no room for a request now: the queue is full, or the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Batcher:
         """Queues one item and waits for its result; an item whose waiter was canceled is dropped.
 
         Raises:
-          BusyError: the queue is full.
+          BusyError: the queue is full, or the function found no memory.
           Exception: what the function raised for this item alone.
         """
         if len(self._queue) >= self._capacity:

@@ -29,12 +29,14 @@ from websockets.http11 import Response
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
+from univla_jax.inference.memory import is_out_of_memory
 from univla_jax.inference.sampler import Timer
 from univla_jax.serving import protocol
 from univla_jax.serving.batching import Batcher, BusyError
 
 _log = logging.getLogger(__name__)
 _MAX_CLOSE_REASON = 123  # bytes, RFC 6455 section 5.5
+_FULL_SECONDS = 30.0  # after a robot found no memory, for which no further one is let in
 _GOING_AWAY, _UNSUPPORTED_DATA, _INVALID_DATA, _INTERNAL_ERROR = 1001, 1003, 1007, 1011
 
 
@@ -66,6 +68,10 @@ class ServedPolicy(Protocol):
 
     def prefill_ahead(self) -> bool:
         """Prefills the known beginning of coming prompts; False when nothing is left to do."""
+        ...
+
+    def drop_caches(self) -> None:
+        """Frees what is kept between calls only to save time."""
         ...
 
 
@@ -131,6 +137,9 @@ class ServerMetrics:
         self.invalid_chunks = counter(
             "univla_invalid_chunks", "Answers whose tokens decoded to no whole chunk"
         )
+        self.out_of_memory = counter(
+            "univla_out_of_memory", "Times that the device or the host had no memory left"
+        )
         self.seconds = histogram(
             "univla_request_seconds",
             "Time from a request's arrival to its answer",
@@ -191,6 +200,7 @@ class PolicyServer:
         self.metrics = ServerMetrics()
         self._robots: set[_Robot] = set()
         self._draining = False
+        self._full_until = 0.0  # time.monotonic() until which no further robot is let in
         self.port = config.port
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
@@ -209,7 +219,7 @@ class PolicyServer:
             max_batch=config.max_batch,
             window_seconds=config.window_seconds,
             capacity=config.queue,
-            on_idle=self._policy.prefill_ahead,
+            on_idle=self._prefill_ahead,
             num_clients=lambda: len(self._robots),
         )
         batches = asyncio.create_task(self._batcher.run())
@@ -282,10 +292,20 @@ class PolicyServer:
             content_type = prometheus.CONTENT_TYPE_LATEST
             headers = Headers({"Content-Type": content_type, "Connection": "close"})
             return Response(200, "OK", headers, self.metrics.page())
-        if self._draining or len(self._robots) >= self._config.max_connections:
-            why = "the server stops" if self._draining else "too many robots are connected"
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{why}\n")
+        refusal = self._refusal()
+        if refusal:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{refusal}\n")
         return None
+
+    def _refusal(self) -> str:
+        """Why no further robot is let in; empty where one is."""
+        if self._draining:
+            return "the server stops"
+        if len(self._robots) >= self._config.max_connections:
+            return "too many robots are connected"
+        if time.monotonic() < self._full_until:
+            return "the server is out of memory; try again later"
+        return ""
 
     def _is_authorized(self, headers: Headers) -> bool:
         if not self._config.api_key:
@@ -373,13 +393,52 @@ class PolicyServer:
         """One call of the policy; runs on the batcher's thread."""
         observations, sessions = zip(*items)
         timer, begin = Timer(), time.perf_counter()
-        chunks = self._policy.act(observations, sessions, timer=timer)
+        act = functools.partial(self._policy.act, observations, sessions, timer=timer)
+        chunks = self._with_memory(act)
         timing = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
         for section, milliseconds in timer.milliseconds.items():
             part = protocol.TIMING_NAMES[section]
             self.metrics.policy_seconds.labels(part).inc(milliseconds / 1e3)
             timing[f"{part}_ms"] = milliseconds
         return [(chunk, timing) for chunk in chunks]
+
+    def _prefill_ahead(self) -> bool:
+        """Work ahead of requests; runs on the batcher's thread."""
+        try:
+            return self._policy.prefill_ahead()
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._free_memory(error)
+            raise
+
+    def _with_memory(self, function: Callable[[], Any]) -> Any:
+        """Calls a function again without the caches where it ran out of memory.
+
+        Raises:
+          BusyError: there is too little memory even then.
+        """
+        # Caches only save time, so they go first. Sessions change when a call has succeeded, not
+        # before, so that a call can be repeated. A batch for which there is no memory is repeated
+        # robot by robot (``Batcher``), and only who finds none alone is told.
+        try:
+            return function()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._free_memory(error)
+        try:
+            return function()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._free_memory(error)
+            self._full_until = time.monotonic() + _FULL_SECONDS
+            raise BusyError("the server is out of memory") from error
+
+    def _free_memory(self, error: Exception) -> None:
+        self.metrics.out_of_memory.inc()
+        _log.error("out of memory, all caches are dropped: %s", str(error).split("\n")[0][:200])
+        self._policy.drop_caches()
 
     async def _refuse(self, robot: _Robot, outcome: str, message: str) -> None:
         self.metrics.requests.labels(outcome).inc()

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from univla_jax.errors import UserError
+from univla_jax.inference.memory import GIB, cache_budget, is_out_of_memory
 from univla_jax.inference.policy import Executor, Policy
 from univla_jax.inference.sampler import batch_bucket
 from univla_jax.serving import protocol
@@ -84,20 +85,56 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     return context
 
 
-def warmup(policy: Policy, max_batch: int, report: Callable[[str], None]) -> None:
+def warmup(policy: Policy, max_batch: int, report: Callable[[str], None]) -> int:
     """Compiles every shape that requests will need.
 
     Args:
       policy: whose functions are compiled.
       max_batch: most robots in one call.
       report: gets a line of progress per batch size.
+
+    Returns:
+      the most robots in one call for which there is memory, at most ``max_batch``.
+
+    Raises:
+      UserError: there is too little memory for one robot.
     """
     # Calls are padded to a few batch sizes; compiling each of them now means that no robot ever
     # waits for the compiler.
-    begin = time.perf_counter()
+    begin, usable = time.perf_counter(), 0
     for size in sorted({batch_bucket(rows) for rows in range(1, max_batch + 1)}):
-        policy.warmup(size)
+        try:
+            policy.warmup(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if not usable:
+                raise UserError(
+                    f"the memory is too small to answer one robot ({str(error)[:200]}); store the "
+                    "weights in eight bits (--int8) or split them over more chips (--mesh.tensor)"
+                ) from error
+            report(f"out of memory for {size} robots at once; at most {usable} are answered")
+            return usable
+        usable = min(size, max_batch)
         report(f"ready for {size} robot(s) at once after {time.perf_counter() - begin:.1f} s")
+    return usable
+
+
+def plan_memory(
+    policy: Policy, max_batch: int, cache_gib: float, report: Callable[[str], None]
+) -> None:
+    """Sets the budget of the caches kept between calls, and reports what takes memory.
+
+    Args:
+      policy: after ``warmup``, whose peak is what calls need.
+      max_batch: most robots in one call.
+      cache_gib: budget in GiB per device; 0 takes what weights and calls leave.
+      report: gets one line.
+    """
+    policy.set_cache_budget(int(cache_gib * GIB) or cache_budget())
+    parts = policy.memory(max_batch).items()
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+    report(f"GiB per device: {sizes}")
 
 
 def server_metadata(executor: Executor) -> dict[str, Any]:
