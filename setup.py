@@ -22,6 +22,7 @@ VIDEO = ["av>=12"]
 LEROBOT = [*VIDEO, "pyarrow>=16"]
 # Physics and scores move with MuJoCo's version; hf-libero 0.1.4 takes 3.0 to 3.8.
 LIBERO = ["torch==2.13.0", "hf-libero==0.1.4"]
+DRIVING = ["shapely>=2.0"]
 # The version the golden files were made with; for a machine without GPU take its CPU wheel first:
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 PARITY = ["torch==2.13.0", "transformers>=5"]
@@ -71,12 +72,13 @@ setup(
         "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
         "serve": SERVE,
-        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + INT8,
+        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + INT8 + DRIVING,
         "int8": INT8,
         "parity": PARITY,
         "wandb": ["wandb>=0.18"],
         "video": VIDEO,
         "lerobot": LEROBOT,
         "libero": LIBERO,
+        "driving": DRIVING,
     },
 )

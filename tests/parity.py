@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from tests.parity_groups import (
     actions,
     decoder,
+    driving,
     expert,
     keys,
     recipe,
@@ -66,6 +67,8 @@ _FIXED = (
     Group("13", "recipe", ("recipe.npz", "recipe.json"), recipe.recipe),
     Group("14", "keys", ("full_size_keys.json",), keys.full_size),
     Group("15", "fast_fit", ("fast_fit.npz", "fast_fit.json"), actions.fast_fit),
+    Group("16", "pdm_v1", ("pdm_golden_v1.json",), functools.partial(driving.pdm, version="v1.1")),
+    Group("17", "pdm_v2", ("pdm_golden_v2.json",), functools.partial(driving.pdm, version="v2")),
 )
 
 
