@@ -56,6 +56,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.10",
         "pillow>=10.3",
+        "pyyaml>=6",
         "safetensors>=0.4.5",
         "scipy>=1.12",
         "sentencepiece>=0.2.0",

@@ -23,6 +23,7 @@ from univla_jax.errors import UserError
 
 # The published recipes; a dataset that is not named here is stored once, from a chunk's length on.
 SHIFTED = ("libero", "calvin")
+SPLITS = {"navsim": {"train": "navtrain", "val": "navtest"}}
 WORLD_MODEL_FRAMES = 6
 WORLD_MODEL_ONLY = (
     "fractal",
@@ -54,7 +55,7 @@ def get_config(corpus: str = "") -> ConfigDict:
         min_frames = WORLD_MODEL_FRAMES * dataset.frame_spacing
     values = {
         "corpus": corpus,
-        "splits": {"train": "train"},
+        "splits": SPLITS.get(corpus, {"train": "train"}),
         "image_specs": {view: {"size": size} for view, size in dataset.image_sizes.items()},
         "min_frames": min_frames or dataset.min_frames,
         "augmented_copies": int(corpus in SHIFTED),

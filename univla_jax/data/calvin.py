@@ -17,27 +17,19 @@ from __future__ import annotations
 import io
 import os
 import pathlib
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from univla_jax.data.datasets import DatasetConfig, build_episode, split_range
+from univla_jax.data.safe_pickle import load_plain
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.io import sha256
 
 _FOLDERS = {"train": "training", "validation": "validation"}
 _ANNOTATIONS = pathlib.Path("lang_annotations", "auto_lang_ann.npy")
-_SAFE_GLOBALS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-}
 
 
 class CalvinReader:
@@ -103,15 +95,6 @@ class CalvinReader:
             raise UserError(f"{path} is damaged: {error}; restore the file") from error
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Unpickles arrays and plain values, nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return super().find_class(module, name)
-
-
 def _read_annotations(folder: pathlib.Path) -> Iterator[tuple[str, int, int]]:
     """Sentence, first and last frame (inclusive) of each annotation."""
     # np.load(allow_pickle=True) would run whatever the file's pickle says. Its header is skipped
@@ -121,7 +104,7 @@ def _read_annotations(folder: pathlib.Path) -> Iterator[tuple[str, int, int]]:
         file = io.BytesIO(path.read_bytes())
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
-        table = _SafeUnpickler(file).load()
+        table = load_plain(file)
         table = table.item() if isinstance(table, np.ndarray) else table
         pairs = list(zip(table["language"]["ann"], table["info"]["indx"], strict=True))
     except Exception as error:  # whatever damaged or foreign bytes lead to

@@ -68,8 +68,8 @@ class DatasetConfig:
         None where every action stands for itself.
       texts: kind of text (``Episode.texts``, such as ``"reasoning"``) -> its path.
       default_instruction: for episodes without an instruction; where it is empty, they are invalid.
-      reader: file format, a key of ``readers.READERS``: ``"rlds"``, ``"calvin"``, ``"lerobot"`` or
-        ``"videos"``.
+      reader: file format, a key of ``readers.READERS``: ``"rlds"``, ``"calvin"``, ``"lerobot"``,
+        ``"videos"`` or ``"navsim"``.
     """
 
     name: str
@@ -141,6 +141,24 @@ def _libero(name: str) -> DatasetConfig:
         control_hz=20.0,
         frame_spacing=10,
         # actions: the gripper is -1 open, 1 closed
+    )
+
+
+def _driving(name: str, size: Size | None) -> DatasetConfig:
+    """NAVSIM logs: the front camera now and a second ago, motions at 2 Hz (``data/navsim.py``)."""
+    views = {"image": "CAM_F0", "previous_image": "CAM_F0/1s_before"}
+    return DatasetConfig(
+        name,
+        views=views,
+        image_sizes=dict.fromkeys(views, size) if size else {},
+        control_hz=2.0,
+        frame_spacing=2,
+        instruction=("command",),
+        actions=action_conventions.action_field("motions"),
+        state="ego_status",
+        min_frames=10,  # a moment, the second before it and the four seconds after it
+        texts={kind: kind for kind in ("command", "token", "image")},
+        reader="navsim",
     )
 
 
@@ -315,6 +333,8 @@ _BUILT_IN = (
         chunk_deltas=action_conventions.ALOHA_DELTAS,
         reader="lerobot",
     ),
+    _driving("navsim", (144, 256)),
+    _driving("road", None),
     _video("something_something"),
     _video("1x", default_instruction="a robot moves through a building"),
 )

@@ -10,6 +10,7 @@ from typing import Protocol
 from univla_jax.data.calvin import CalvinReader
 from univla_jax.data.datasets import DatasetConfig
 from univla_jax.data.lerobot import LeRobotReader
+from univla_jax.data.navsim import NavsimReader
 from univla_jax.data.rlds import RldsReader
 from univla_jax.data.video import VideoFolderReader
 from univla_jax.episode import Episode
@@ -57,6 +58,7 @@ READERS: Mapping[str, Callable[..., EpisodeReader]] = {
     "calvin": CalvinReader,
     "lerobot": LeRobotReader,
     "videos": VideoFolderReader,
+    "navsim": NavsimReader,
 }
 """``DatasetConfig.reader`` -> class called with (folder, dataset, split)."""
 
