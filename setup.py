@@ -42,6 +42,7 @@ setup(
         "array-record>=0.7",
         "etils[epath]>=1.9",
         "flax>=0.10.4",
+        "google-crc32c>=1.5",
         "grain>=0.2.10",
         "gymnasium>=1.0",
         "imageio>=2.34",

@@ -180,6 +180,30 @@ def fingerprint(files: Mapping[str, bytes]) -> str:
 
 
 # ----------------------------------------------------------------------------
+# What lies in a file's place when a download went wrong.
+
+
+_FOREIGN = (
+    (b"version https://git-lfs", "it is a Git LFS pointer, run `git lfs pull` in its folder"),
+    (b"\x1f\x8b", "it is compressed with gzip, unpack it first"),
+    (b"<!DOCTYPE", "it is a web page, download the file again"),
+    (b"<html", "it is a web page, download the file again"),
+)
+
+
+def describe_foreign(path: PathLike) -> str:
+    """What a file holds instead of data, as `` (it is empty)``; empty where that is unknown."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    if not head.strip(b"\0"):
+        return " (it begins with nothing but zeros)" if head else " (it is empty)"
+    return next((f" ({what})" for start, what in _FOREIGN if head.startswith(start)), "")
+
+
+# ----------------------------------------------------------------------------
 # The small files of a tokenizer. It keeps the bytes it was loaded from, so that saving it again
 # changes nothing and its fingerprint stays the same wherever the folder lies.
 
@@ -413,10 +437,12 @@ def _open_shard(shard: Shard) -> _ArrayRecordFile | _TfRecordFile:
     is_tfrecord = ".tfrecord" in os.path.basename(shard.path)
     reader = (_TfRecordFile if is_tfrecord else _ArrayRecordFile)(shard.path)
     if reader.num_records != shard.records:
+        foreign = describe_foreign(shard.path) or (
+            "; it is damaged, truncated or not the file its dataset describes"
+        )
         raise UserError(
             f"shard {shard.path} holds {reader.num_records} readable records, expected "
-            f"{shard.records}; it is truncated or not the file its dataset describes; restore or "
-            "regenerate it"
+            f"{shard.records}{foreign}; restore or regenerate it"
         )
     return reader
 
@@ -435,31 +461,45 @@ class _ArrayRecordFile:
 
 
 class _TfRecordFile:
-    """One TFRecord file; its checksums are not verified."""
+    """One TFRecord file; a record whose two checksums are zero, never written, is not verified."""
 
     _HEADER, _FOOTER = struct.Struct("<QI"), 4
 
     def __init__(self, path: str) -> None:
         # A record is its length u64, a checksum of the length u32, the data, and a checksum of
         # the data u32. The file has no index, so the positions are found once by jumping from
-        # length to length. A record that reaches beyond the end of the file is not counted, which
-        # makes a truncated file show in the number of records.
+        # length to length. A record that reaches beyond the end of the file or whose length has
+        # another checksum ends the search, which makes it show in the number of records.
         self._path = path
-        self._spans: list[tuple[int, int]] = []
+        self._spans: list[tuple[int, int, bool]] = []
         size, start = os.path.getsize(path), self._HEADER.size
         with open(path, "rb") as file:
             while start <= size:
                 file.seek(start - self._HEADER.size)
-                length, _ = self._HEADER.unpack(file.read(self._HEADER.size))
+                header = file.read(self._HEADER.size)
+                length, checksum = self._HEADER.unpack(header)
                 following = start + length + self._FOOTER
-                if following > size:
+                intact = checksum == _masked_crc(header[:8]) or (not checksum and length)
+                if following > size or not intact:
                     break
-                self._spans.append((start, length))
+                self._spans.append((start, length, checksum == 0))
                 start = following + self._HEADER.size
         self.num_records = len(self._spans)
 
     def read(self, index: int) -> bytes:
-        start, length = self._spans[index]
+        start, length, unverified = self._spans[index]
         with open(self._path, "rb") as file:
             file.seek(start)
-            return file.read(length)
+            record, footer = file.read(length), file.read(self._FOOTER)
+        checksum = int.from_bytes(footer, "little")
+        if checksum != _masked_crc(record) and (checksum or not unverified):
+            raise OSError("its checksum is wrong")
+        return record
+
+
+def _masked_crc(data: bytes) -> int:
+    """The CRC-32C of TFRecord files, rotated and shifted as there."""
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
