@@ -329,6 +329,7 @@ def test_an_earlier_stage_of_another_size_is_refused(world, world_model, tmp_pat
         ({"tokenizers__text": ""}, r"tokenizers\.text is empty"),
         ({"tokenizers__action": ""}, r"tokenizers\.action is empty"),
         ({"tokenizers__text": "/nowhere"}, "/nowhere"),
+        ({"data__chunk_size": 2}, "fitted to chunks of 3 steps, data.chunk_size is 2"),
         ({"init_from": "/nowhere"}, "no complete checkpoint in /nowhere"),
         ({"model__preset": "huge"}, "model preset 'huge' is unknown"),
         ({"model__overrides": {"vocab_size": 3}}, "comes from the vocabulary"),

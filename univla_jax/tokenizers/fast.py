@@ -44,6 +44,7 @@ class FastTokenizer:
     Attributes:
       scale: factor from orthonormal DCT coefficients to integers.
       min_token: coefficient that the character 0 stands for.
+      horizon: steps of the chunks it was fitted to, None where the files do not say.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -63,6 +64,7 @@ class FastTokenizer:
             raise UserError(f"{CONFIG_FILE}: lacks {sorted(missing)}; restore the file")
         self.scale = float(values["scale"])
         self.min_token = int(values["min_token"])
+        self.horizon = values.get("time_horizon")
         try:
             self._bpe = tokenizers.Tokenizer.from_str(files[_BPE_FILE].decode())
         except Exception as error:  # the library raises bare Exception

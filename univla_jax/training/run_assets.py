@@ -193,6 +193,12 @@ def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
             raise UserError(f"{_WHERE}.{name} is empty; name the tokenizer's folder, or init_from")
     if action is None and config.data.needs.action_tokens:
         raise UserError(f"{_WHERE}.action is empty, but data.task {config.data.task!r} needs it")
+    chunk_size = config.data.chunk_size
+    if config.data.needs.action_tokens and action.horizon not in (None, chunk_size):
+        raise UserError(
+            f"{_WHERE}.action was fitted to chunks of {action.horizon} steps, data.chunk_size is "
+            f"{chunk_size}; set it to that, or fit another"
+        )
     if earlier is None:
         vocabulary = _vocabulary(folders.vocabulary, text, vision, action)
     elif earlier.action is None and action is not None:
