@@ -56,7 +56,7 @@ def test_labeled_videos(tmp_path):
     corpus = DATASETS["something_something"]
     read = open_reader(tmp_path, corpus, "train")
     assert [read[i].instruction for i in range(2)] == ["pushing a cup", "folding paper"]
-    assert read[0].actions.shape == (6, 0) and read[0].frames["image"].shape == (6, 16, 32, 3)
+    assert read[0].actions.shape == (24, 0) and read[0].frames["image"].shape == (24, 16, 32, 3)
     assert read.episode_id(1) == "train/7"
     with pytest.raises(UserError, match="no video '99'"):
         open_reader(tmp_path, corpus, "validation")[0]

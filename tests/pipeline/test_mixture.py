@@ -185,6 +185,14 @@ def test_a_code_outside_the_vocabulary_is_named_with_its_episode():
         build(dataclasses.replace(small.episode(0, 9), codes=codes))
 
 
+def test_each_sample_draws_one_of_the_instructions():
+    episode = dataclasses.replace(small.episode(0, 9), instruction="a", paraphrases=("b", "c"))
+    builder = SampleBuilder(small.config(), small.assets())
+    rng = np.random.default_rng(0)
+    drawn = [chr(builder.draw(episode, rng).tokens.ids[1]) for _ in range(300)]
+    assert all(70 < drawn.count(letter) < 130 for letter in "abc")
+
+
 def test_a_builder_pickles_for_workers():
     builder = SampleBuilder(small.config(), small.assets())
     copy = pickle.loads(pickle.dumps(builder))

@@ -62,9 +62,16 @@ def inverted_closedness(steps: Steps) -> np.ndarray:
     return _movement_and_gripper(steps, invert_gripper(closed))
 
 
-def binarized_gripper(steps: Steps) -> np.ndarray:
-    """DROID: the field ``action`` with its gripper binarized; [T, 7]."""
-    return _with_gripper(steps["action"], binarize_gripper)
+def cartesian_velocity(steps: Steps) -> np.ndarray:
+    """DROID: commanded velocity of the hand and the binarized gripper; [T, 7].
+
+    Not the field ``action``, which is an absolute pose whose gripper is 1 when closed. OpenVLA
+    (github.com/openvla/openvla, ``droid_baseact_transform``) takes the velocity, too.
+    """
+    velocity = np.asarray(steps["action_dict/cartesian_velocity"], np.float32)
+    closed = np.asarray(steps["action_dict/gripper_position"], np.float32).reshape(-1)
+    gripper = binarize_gripper(invert_gripper(closed))
+    return np.concatenate([velocity, gripper[:, None]], 1)
 
 
 def clipped_world_actions(steps: Steps) -> np.ndarray:
@@ -77,10 +84,9 @@ def inverted_gripper(steps: Steps) -> np.ndarray:
     return _with_gripper(steps["action"], lambda g: invert_gripper(np.clip(g, 0, 1)))
 
 
-def first_three_last_four(steps: Steps) -> np.ndarray:
-    """CMU play fusion: the first three and the last four dimensions of ``action``; [T, 7]."""
-    commands = np.asarray(steps["action"], np.float32)
-    return np.concatenate([commands[:, :3], commands[:, -4:]], 1)
+def without_terminate(steps: Steps) -> np.ndarray:
+    """CMU play fusion: ``action`` without its last number, "terminate"; [T, 8]."""
+    return np.asarray(steps["action"], np.float32)[:, :-1]
 
 
 def _with_gripper(actions: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -31,7 +31,7 @@ from array_record.python import array_record_module
 from univla_jax import io, run_dir
 from univla_jax.config import build_config
 from univla_jax.data import token_record
-from univla_jax.data.datasets import chunk_deltas
+from univla_jax.data.datasets import chunk_deltas, normalization_kinds
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.validation import InvalidEpisode
 from univla_jax.errors import UserError
@@ -470,7 +470,9 @@ def compute_statistics(
         return (values(store[i]) for store in stores for i in range(len(store)))
 
     first = next(all_values(), None)
-    return None if first is None or not first.shape[1] else stream_statistics(all_values)
+    if first is None or not first.shape[1]:
+        return None
+    return stream_statistics(all_values, normalization_kinds(key))
 
 
 def action_values(actions: np.ndarray, corpus: str, chunk_size: int) -> np.ndarray:

@@ -227,7 +227,7 @@ class _SplitTokenizer:
         return StoreHeader(
             corpus=dataset.name,
             split=self._split,
-            control_hz=dataset.control_hz,
+            control_hz=dataset.control_hz / dataset.frame_stride,
             source=reader.name,
             source_fingerprint=reader.fingerprint,
             source_episodes=len(reader),

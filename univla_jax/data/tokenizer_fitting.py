@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from univla_jax import run_dir
-from univla_jax.data.datasets import chunk_deltas
+from univla_jax.data.datasets import chunk_deltas, normalization_kinds
 from univla_jax.data.token_store import action_values
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.errors import UserError
@@ -120,7 +120,7 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     # Statistics come from every step, as in a token store, and chunks are normalized with them
     # before the BPE sees them: training does the same, so the codes fitted here are those used.
     values = [action_values(a, config.corpus, config.chunk_size) for a in actions]
-    statistics = stream_statistics(lambda: values)
+    statistics = stream_statistics(lambda: values, normalization_kinds(config.corpus))
     chunks = sliding_windows(actions, config.chunk_size)
     chunks = chunks[:: -(-len(chunks) // config.max_chunks)]
     deltas = chunk_deltas(config.corpus)

@@ -206,7 +206,7 @@ class SampleBuilder:
 
         Args:
           episode: from a token store.
-          rng: draws the null prompt, the window and the camera.
+          rng: draws the null prompt or the instruction, the window and the camera.
 
         Raises:
           SampleTooLongError: it has more tokens than ``sequence_length``.
@@ -216,6 +216,8 @@ class SampleBuilder:
         instruction = episode.instruction
         if self._config.null_prompt_prob and rng.random() < self._config.null_prompt_prob:
             instruction = ""
+        elif episode.paraphrases:
+            instruction = str(rng.choice(episode.instructions))
         name = f"episode {episode.corpus}/{episode.episode_id}"
         cut = self._config.too_long == "cut_text"
         before = rng.bit_generator.state if cut else None
