@@ -307,7 +307,7 @@ def episode_queries(policy: Policy, episode: TokenizedEpisode) -> Iterator[Query
     for number in range(count):
         step = np.array([number * size])
         views = [np.asarray(episode.codes[view][step]) for view in policy.views]
-        moment = task.moment_prompt(views, states[number])
+        moment = task.moment_prompt(views, states[number], instruction=episode.instruction)
         past = history.prefix(opening)
         history = history.observe(moment)
         prompt = history.prompt(opening)

@@ -107,6 +107,7 @@ class WorldModel:
         *,
         sampling: Sampling = GREEDY,
         guidance: float = 1.0,
+        motions: np.ndarray | None = None,
     ) -> np.ndarray:
         """Codes of the next frames.
 
@@ -117,6 +118,8 @@ class WorldModel:
           sampling: how codes are sampled; episode i of any batch draws the same.
           guidance: how much more the instruction counts than it would by itself (classifier-free
             guidance against the same frames without instruction); 1 for no guidance.
+          motions: float [B, n, A] in physical units, for a task whose frames follow from actions:
+            those before, between and behind all frames but the last imagined one.
 
         Returns:
           uint16 [B, N, h, w].
@@ -127,6 +130,8 @@ class WorldModel:
         if len(instructions) != len(context):
             raise UserError(f"{len(instructions)} instructions for {len(context)} episodes")
         task, grid = self.loaded.task, context.shape[2:]
+        if motions is not None:
+            return self._imagine_moving(instructions, context, frames, motions, sampling)
         prompts = [task.prompt(text, codes) for text, codes in zip(instructions, context)]
         if guidance != 1:
             prompts += [task.prompt("", codes) for codes in context]
@@ -151,6 +156,40 @@ class WorldModel:
             )
             imagined.append(np.asarray(generated.tokens)[: len(context)])
         return task.parse(np.stack(imagined, axis=1), grid)
+
+    def _imagine_moving(
+        self,
+        instructions: Sequence[str],
+        context: np.ndarray,
+        frames: int,
+        motions: np.ndarray,
+        sampling: Sampling,
+    ) -> np.ndarray:
+        """``imagine`` where what stands between two frames differs from episode to episode."""
+        # The ids of motions differ in number, so each frame is prompted anew with those before it
+        # as its context.
+        task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
+        pad, decoding = self.loaded.assets.vocabulary.pad, task.decoding(grid)
+        per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
+        for number in range(frames):
+            count = task.PAST + per_frame * known.shape[1]
+            prompts = [
+                task.prompt(text, codes, moves[:count], self.corpus)
+                for text, codes, moves in zip(instructions, known, motions)
+            ]
+            tokens, lengths = pad_prompts(prompts, pad, batch_size=len(prompts))
+            slots = tokens.shape[1] + decoding.max_new_tokens
+            state = self._sampler.prefill(tokens, lengths, slots=slots)
+            generated, _ = self._sampler.generate(
+                state,
+                max_new_tokens=decoding.max_new_tokens,
+                allowed=decoding.allowed,
+                sampling=sampling,
+                key=jax.random.fold_in(jax.random.key(sampling.seed), number),
+            )
+            imagined = task.parse(np.asarray(generated.tokens)[: len(known), None], grid)
+            known = np.concatenate([known, imagined], axis=1)
+        return known[:, context.shape[1] :]
 
 
 def _per_frame(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray) -> np.ndarray:

@@ -297,7 +297,10 @@ class Policy:
             codes = self._encoder.encode(observations, size)
             states = self.state_encoder.encode([observation.state for observation in observations])
         histories = [
-            session.observe(observation.instruction, task.moment_prompt(views, state))
+            session.observe(
+                observation.instruction,
+                task.moment_prompt(views, state, instruction=observation.instruction),
+            )
             for observation, session, views, state in zip(observations, sessions, codes, states)
         ]
         prompts = [
@@ -319,10 +322,13 @@ class Policy:
     def _unnormalized(
         self, prediction: ActionPrediction, observation: Observation, session: Session
     ) -> ActionChunk:
-        """A prediction in physical units; no motion where it is not valid."""
+        """A prediction in physical units; the task's fallback or no motion where it is invalid."""
         decoded, deltas = prediction.decoded, self.chunk_deltas
+        fallback = self.loaded.task.fallback(observation.state, self.chunk_size)
         if decoded.valid:
             actions = self.statistics.unnormalize(decoded.actions)
+        elif fallback is not None:
+            actions = fallback
         else:
             pose = None if deltas is None else observation.state
             actions = no_motion(
