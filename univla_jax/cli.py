@@ -23,10 +23,15 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from univla_jax import config
-from univla_jax.errors import UserError
+from univla_jax.errors import ExitStatus, HangError, TransientError, UserError
 
 _CONFIG = "config"
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FAILED_FOR_NOW = (
+    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOLCK, errno.EAGAIN),
+    *(errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN),
+)
 _REMEDY = "make room or choose another folder; what was complete before is intact"
 _defaults: dict[str, str] = {}
 
@@ -83,7 +88,9 @@ def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
 
     A ``UserError``, a flag that does not parse, a missing config file, an override of a key that
     the config lacks and a disk that is full or read-only each become one line on standard error and
-    exit status 2. Any other exception is a bug and keeps its traceback.
+    exit status 2; a ``TransientError`` and a disk or network that fails for now, one line and
+    status 85; a ``HangError``, one line and status 86. Any other exception is a bug and keeps its
+    traceback.
 
     Args:
       main: gets the command line without its flags; its result becomes the exit status.
@@ -97,20 +104,46 @@ def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
     app.run(_guarded(main), flags_parser=_guarded(parse))
 
 
+def report(error: BaseException) -> ExitStatus | None:
+    """Prints the line of an error that is no bug.
+
+    Returns:
+      the exit status that says what kind of error it is; None, and nothing printed, for a bug.
+    """
+    message = str(error)
+    if isinstance(error, HangError):
+        status = ExitStatus.HANG
+    elif isinstance(error, TransientError):
+        status = ExitStatus.TRANSIENT
+    elif isinstance(error, UserError):
+        status = ExitStatus.USER_ERROR
+    elif isinstance(error, OSError) and error.errno in _NO_WRITING:
+        status = ExitStatus.USER_ERROR
+        message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {_REMEDY}"
+    elif isinstance(error, OSError) and error.errno in _FAILED_FOR_NOW:
+        status = ExitStatus.TRANSIENT
+        message = f"{error.filename or 'a file or connection'} failed for now: {error.strerror}"
+    else:
+        return None
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    return status
+
+
 def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """Wraps ``function`` so that an error the user can fix becomes one line and status 2."""
+    """Wraps ``function`` so that an error that is no bug becomes one line and its status."""
 
     def call(argv: list[str]) -> Any:
         try:
             return function(argv)
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            if error.errno not in _NO_WRITING:  # a bug, or a device that fails
+        except (UserError, TransientError, OSError) as error:
+            status = report(error)
+            if status is None:
                 raise
-            message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {_REMEDY}"
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+            if status == ExitStatus.HANG:
+                # Threads that still wait would keep an ordinary exit from ending.
+                sys.stdout.flush()
+                os._exit(status)
+            sys.exit(int(status))
 
     return call
 

@@ -21,8 +21,8 @@ from absl import logging
 from univla_jax import cli, run_dir
 from univla_jax.config import build_config
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig, fit_action, fit_text
-from univla_jax.errors import UserError
-from univla_jax.training.distributed import EXIT_STATUS, Preempted
+from univla_jax.errors import ExitStatus, UserError
+from univla_jax.training.distributed import Preempted
 from univla_jax.training.vision_training import FREE, VisionFitConfig, fit_vision
 
 CONFIG = cli.config_flag()
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         report = fit_tokenizer(CONFIG.value.to_dict(), SOURCE.value, WORKDIR.value)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
-        return EXIT_STATUS
+        return ExitStatus.PREEMPTED
     print(f"{WORKDIR.value}: {json.dumps(report)}")
     return 0
 

@@ -7,7 +7,8 @@ The workdir gets ``config.json``, ``assets/`` (tokenizers, statistics), ``shardi
 split of every parameter), ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/<step>/``.
 Started again, the command continues from the newest checkpoint; after the last step it says so and
 ends. Exit status: 0 done, 2 something to mend (one line on standard error), 83 stopped by SIGTERM
-with the current step saved, 84 another process of the run was lost.
+with the current step saved, 84 another process of the run was lost, 85 a network or disk failed for
+now, 86 no progress for too long. After 83 to 86 the same command goes on.
 
 ``--profile=START:STOP`` writes a trace of those steps, ``--wandb=PROJECT`` sends the metrics there
 too; TensorBoard gets times, rates, utilization and memory beside them.
@@ -30,14 +31,13 @@ from absl import flags, logging
 
 from univla_jax import cli
 from univla_jax.config import build_config
+from univla_jax.errors import ExitStatus
 from univla_jax.pipeline.inspect import render_examples
 from univla_jax.training.distributed import (
-    EXIT_STATUS,
     Preempted,
     ProcessGroupConfig,
-    StalledDataError,
-    exit_on_peer_failure,
     join,
+    leave_at_once,
 )
 from univla_jax.training.metrics import ProfileWindow
 from univla_jax.training.run_assets import build_assets
@@ -94,14 +94,11 @@ def main(argv: Sequence[str]) -> int:
     if _DISTRIBUTED.value:
         join(ProcessGroupConfig(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     try:
-        with exit_on_peer_failure():
+        with leave_at_once():
             train(config, _WORKDIR.value, profile=profile, wandb=_WANDB.value)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
-        return EXIT_STATUS
-    except StalledDataError as stalled:
-        print(f"error: {stalled}", file=sys.stderr, flush=True)
-        os._exit(2)  # threads that still wait for the data would keep an ordinary exit from ending
+        return ExitStatus.PREEMPTED
     return 0
 
 

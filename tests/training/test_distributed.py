@@ -7,8 +7,11 @@ import signal
 import time
 
 import pytest
+from jax._src.clusters import ClusterEnv
 
-from univla_jax.training.distributed import SigtermHandler, StalledDataError, next_within
+from univla_jax.errors import HangError
+from univla_jax.training import distributed
+from univla_jax.training.distributed import SigtermHandler, next_within
 
 
 class Slow:
@@ -28,7 +31,7 @@ class Slow:
 def test_data_that_stops_coming_stops_the_run():
     batches = Slow()
     assert next_within(batches, 0.1) == 0
-    with pytest.raises(StalledDataError, match=r"no batch for 0\.1 s"):
+    with pytest.raises(HangError, match=r"no batch for 0\.1 s"):
         next_within(batches, 0.1)
 
 
@@ -46,3 +49,25 @@ def test_sigterm_is_remembered_inside_the_context_only():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop(1)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("tasks", "devices"), [("1(x2)", []), ("1", []), ("8(x2)", [0])])
+def test_the_only_task_of_a_slurm_node_gets_all_its_gpus(tasks, devices, monkeypatch):
+    """What JAX makes of it; no list of devices means all of them."""
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    given = {}
+    monkeypatch.setattr("jax.distributed.initialize", lambda **settings: given.update(settings))
+    distributed.join(distributed.ProcessGroupConfig())
+    names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+    detect = ClusterEnv.auto_detect_unset_distributed_params
+    address, *found = detect(*(given[name] for name in names), "slurm", 1)
+    assert address.startswith("localhost:") and found == [2, 1, devices]
