@@ -55,8 +55,8 @@ def _report(name: str, manifest: Manifest) -> None:
     print(f"{name}: {manifest.episodes} episodes, {manifest.frames} frames in {OUT.value}/{name}")
     if invalid:
         print(
-            f"{name}: {len(invalid)} of {header.source_episodes} episodes skipped "
-            f"(min_frames={header.min_frames}): {describe_invalid(invalid, 20)}",
+            f"{name}: {len(invalid)} of {header.source_episodes} episodes skipped: "
+            f"{describe_invalid(invalid, 10)}",
             file=sys.stderr,
         )
 

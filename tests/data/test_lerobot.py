@@ -130,7 +130,7 @@ def test_splits_and_mistakes(folder):
     described = json.loads((folder / "meta" / "info.json").read_text())
     del described["features"]["observation.state"]
     (folder / "meta" / "info.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"has no feature 'observation.state'"):
+    with pytest.raises(UserError, match=r"no field 'observation.state'"):
         open_reader(folder, CORPUS, "train")
     (folder / "meta" / "info.json").write_text('{"codebase_version": "v1.6"}')
     with pytest.raises(UserError, match=r"LeRobot 'v1.6', expected v2.0, v2.1, v3.0"):

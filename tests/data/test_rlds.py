@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.data.episodes import DATASET, assert_same, make_episode
 from univla_jax.data import rlds
+from univla_jax.data.episode_reader import DatasetMismatchError
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.errors import UserError
 
@@ -106,7 +107,7 @@ def test_a_damaged_folder_is_named(copy, message):
         ({}, "train[3:3]", "holds no episodes"),
         ({"views": {"image": "observation/rgb"}}, "train", "no field 'observation/rgb'"),
         ({"state": "observation/joints"}, "train", "no field 'observation/joints'"),
-        ({"instruction": "task"}, "train", "they have action, discount"),
+        ({"instruction": ("task",)}, "train", "it has action, discount, is_first"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(original, changes, split, message):
@@ -114,8 +115,8 @@ def test_a_config_that_does_not_fit_is_named(original, changes, split, message):
         rlds.RldsReader(original, dataclasses.replace(DATASET, **changes), split)
 
 
-def test_an_episode_that_cannot_be_decoded_is_named(original):
+def test_a_field_that_the_actions_need_and_no_episode_has_is_an_error_of_the_dataset(original):
     dataset = dataclasses.replace(DATASET, actions=lambda steps: steps["world_vector"])
     source = rlds.RldsReader(original, dataset, "train")
-    with pytest.raises(UserError, match="train/000002 cannot be decoded: no field 'world_vector'"):
-        source[2]
+    with pytest.raises(DatasetMismatchError, match=r"no field 'world_vector' in .*; it has action"):
+        source[0]

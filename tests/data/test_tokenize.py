@@ -17,6 +17,7 @@ from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.token_store import TokenStore
 from univla_jax.data.tokenize import BatchedEncoder, Part, TokenizeConfig, tokenize, verify_store
 from univla_jax.errors import UserError
+from univla_jax.tokenizers.image import ImageSpec
 
 SPEC = {"min_pixels": 64}
 SETTINGS = {
@@ -38,7 +39,8 @@ def not_finite(index):
 EPISODES = [make_episode(i) for i in range(12)]
 EPISODES[0] = not_finite(0)
 EPISODES[3] = make_episode(3, instruction="")
-EPISODES[4] = make_episode(4, size=(8, 8))
+EPISODES[4] = not_finite(4)
+EPISODES[5] = make_episode(5, size=(8, 8))  # any size will do: the image spec has one
 EPISODES[11] = make_episode(11, steps=2)
 INVALID = (0, 3, 4, 11)
 
@@ -74,8 +76,8 @@ def test_valid_episodes_are_encoded_and_invalid_ones_named(source, tmp_path):
     assert [e.episode_id for e in read] == [f"blocks-{i}" for i in valid]
     for index, got in zip(valid, read):
         want = EPISODES[index]
-        codes = MeanTokenizer().encode_frames(want.frames["image"])
-        np.testing.assert_array_equal(got.codes["image"], codes)
+        frames = ImageSpec(size=(16, 24), **SPEC).resize(want.frames["image"])
+        np.testing.assert_array_equal(got.codes["image"], MeanTokenizer().encode_frames(frames))
         assert got.codes["wrist_image"].shape == (len(want), 2, 1)
         np.testing.assert_array_equal(got.actions, want.actions)
         np.testing.assert_array_equal(got.state, want.state)
@@ -103,11 +105,13 @@ def test_an_interrupted_run_comes_out_the_same(source, tmp_path):
 
 
 def test_too_many_invalid_episodes_fail_and_lose_nothing(source, tmp_path):
-    with pytest.raises(UserError, match=r"3 of 9 episodes are invalid .*blocks-0: action of step"):
+    with pytest.raises(UserError, match=r"2 of 8 episodes are broken .*blocks-0: action of step"):
         tokenize(make_config(max_invalid_fraction=0.1), source, tmp_path, MeanTokenizer())
     tokenize(make_config(), source, tmp_path, MeanTokenizer())
     assert len(TokenStore(tmp_path / "train")) == 6
-    with pytest.raises(UserError, match="all 2 episodes of 'bad' are invalid"):
+    with pytest.raises(
+        UserError, match=r"no episode of 'bad' is left: 1 broken .*; 1 filtered by instruction"
+    ):
         tokenize(make_config(splits={"bad": "bad"}), source, tmp_path, MeanTokenizer())
 
 

@@ -32,6 +32,9 @@ def without_a_frame():
     return {"frames": {**frames, "image": frames["image"][1:]}}
 
 
+FILTERS = {"2 frames, at least 3": "min_frames", "instruction is empty": "instruction"}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -52,20 +55,32 @@ def without_a_frame():
 def test_an_invalid_episode_has_a_reason(changes, reason):
     episode = make_episode(0, **changes)
     found = validate_episode(episode, min_frames=3, image_sizes=SIZES, action_dim=7)
-    assert (found is None) if reason is None else (reason in found)
+    assert (found is None) if reason is None else (reason in found.reason)
+    assert found is None or found.filter == FILTERS.get(reason, "")
 
 
 def test_too_many_invalid_episodes_are_an_error():
     invalid = [InvalidEpisode(f"e{i}", "is blue") for i in range(5)]
     check_invalid_fraction(invalid, 100, 0.05, "set")
     check_invalid_fraction([], 1, 0.0, "set")
-    with pytest.raises(UserError, match=r"5 of 50 .*over max_invalid_fraction=0.05.*e0: is blue"):
+    with pytest.raises(
+        UserError,
+        match=r"5 of 50 episodes are broken .*over max_invalid_fraction=0.05.*e0: is blue",
+    ):
         check_invalid_fraction(invalid, 50, 0.05, "set")
-    with pytest.raises(UserError, match="all of them"):
+    with pytest.raises(UserError, match=r"none of 5 episodes is left: 5 broken \(e0: is blue"):
         check_invalid_fraction(invalid, 5, 1.0, "set")
     with pytest.raises(UserError, match="no episodes"):
         check_invalid_fraction([], 0, 1.0, "set")
-    assert describe_invalid(invalid) == "e0: is blue; e1: is blue; e2: is blue; and 2 more"
+    listed = "5 broken (e0: is blue; e1: is blue; e2: is blue; and 2 more)"
+    assert describe_invalid(invalid) == listed
+    filtered = [InvalidEpisode(f"f{i}", "short", "min_frames") for i in range(90)]
+    assert describe_invalid([*filtered, *invalid], 1) == (
+        "5 broken (e0: is blue; and 4 more); 90 filtered by min_frames (f0: short; and 89 more)"
+    )
+    check_invalid_fraction([*filtered, *invalid], 190, 0.05, "set")
+    with pytest.raises(UserError, match="5 of 99 episodes are broken"):
+        check_invalid_fraction([*filtered, *invalid], 189, 0.05, "set")
 
 
 NOT_FINITE = make_episode(2, actions=np.full((5, 7), np.nan, np.float32))
@@ -91,14 +106,14 @@ def ids(folder, **fields):
 def test_invalid_episodes_are_skipped_and_named(folder, capsys):
     assert ids(folder, max_invalid_fraction=0.5) == ["blocks-0", "blocks-1", "blocks-3"]
     errors = capsys.readouterr().err
-    assert "2 invalid episodes skipped: blocks-2: action of step 0 is not finite" in errors
-    assert "blocks-4: 2 frames, at least 3 are needed" in errors
+    assert "2 episodes skipped: 1 broken (blocks-2: action of step 0 is not finite" in errors
+    assert "1 filtered by min_frames (blocks-4: 2 frames, at least 3 are needed)" in errors
     assert len(ids(folder, max_invalid_fraction=0.5, min_frames=2)) == 4
 
 
 def test_a_split_with_too_many_invalid_episodes_is_an_error(folder):
     with pytest.raises(
-        UserError, match=r"2 of 5 episodes are invalid \(over max_invalid_fraction=0\.05\)"
+        UserError, match=r"1 of 4 episodes are broken \(over max_invalid_fraction=0\.05\)"
     ):
         ids(folder)
 

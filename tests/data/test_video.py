@@ -39,9 +39,9 @@ def test_parts_of_a_video_are_read(tmp_path):
     path = tmp_path / "a.mp4"
     assert levels(read_frames(path)) == list(range(24))
     assert levels(read_frames(path, hz=1.0)) == [0, 4, 8, 12, 16, 20]
-    assert levels(read_frames(path, start=2.0, count=3)) == [8, 9, 10]
-    with pytest.raises(UserError, match="holds 4 readable frames, expected 5"):
-        read_frames(path, start=5.0, count=5)
+    assert levels(read_frames(path, start=2.0, end=2.75)) == [8, 9, 10]
+    with pytest.raises(UserError, match="has no frames between 6 and its end s"):
+        read_frames(path, start=6.0)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged or no video"):
         read_frames(path)
@@ -56,9 +56,9 @@ def test_labeled_videos(tmp_path):
     corpus = DATASETS["something_something"]
     read = open_reader(tmp_path, corpus, "train")
     assert [read[i].instruction for i in range(2)] == ["pushing a cup", "folding paper"]
-    assert read[0].actions.shape == (24, 0) and read[0].frames["image"].shape == (24, 16, 32, 3)
+    assert read[0].actions.shape == (30, 0) and read[0].frames["image"].shape == (30, 16, 32, 3)
     assert read.episode_id(1) == "train/7"
-    with pytest.raises(UserError, match="no video '99'"):
+    with pytest.raises(UserError, match="validation/99 cannot be read: no video '99'"):
         open_reader(tmp_path, corpus, "validation")[0]
 
 
@@ -66,5 +66,5 @@ def test_unlabeled_videos_get_the_default_instruction(tmp_path):
     write_video(tmp_path / "x" / "walk.mp4", range(0, 240, 10))
     (episode,) = open_reader(tmp_path, DATASETS["1x"], "train")
     assert episode.instruction == DATASETS["1x"].default_instruction
-    with pytest.raises(UserError, match="holds no videos"):
+    with pytest.raises(UserError, match=r"no folder .* of videos"):
         open_reader(tmp_path / "x" / "nothing", DATASETS["1x"], "train")

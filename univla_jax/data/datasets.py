@@ -19,6 +19,7 @@ import numpy as np
 from univla_jax.config import name_hint
 from univla_jax.data import action_conventions
 from univla_jax.data.action_conventions import Steps
+from univla_jax.data.instruction_text import decode_text
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.normalization import check_kinds
@@ -50,7 +51,8 @@ class DatasetConfig:
       name: key in ``DATASETS``; configs, token stores and checkpoints refer to the dataset by it.
       views: camera name in this package -> path of its image. By convention ``"image"`` is the
         third-person and ``"wrist_image"`` the wrist camera.
-      control_hz: control rate in steps per second, as recorded.
+      control_hz: control rate in steps per second, as recorded. Videos are sampled at it; the
+        ``fps`` of a LeRobot dataset takes its place.
       frame_spacing: steps kept between two frames of a world-model sample, about one second.
       image_sizes: camera name -> (height, width) in pixels at which its frames are tokenized,
         multiples of the vision tokenizer's 8; a config may give ``image_specs`` instead.
@@ -79,6 +81,13 @@ class DatasetConfig:
         None where every action stands for itself.
       texts: kind of text (``Episode.texts``, such as ``"reasoning"``) -> its path.
       default_instruction: for episodes without an instruction; where it is empty, they are invalid.
+      episode_filters: path of a field of the episode -> the value it must have, such as
+        ``{"success": True}``; of a field of its steps, that of the last one counts. Other episodes
+        are left out and counted apart from broken ones.
+      idle_steps: actions [T', A] -> bool [T'], the steps to leave out because the robot does
+        nothing; see ``action_conventions``. None keeps every step.
+      segment_seconds: length to which ``"videos"`` are cut, so that a long one is never held as a
+        whole; None takes each as one episode.
       reader: file format, a key of ``readers.READERS``: ``"rlds"``, ``"calvin"``, ``"lerobot"``,
         ``"videos"`` or ``"navsim"``.
     """
@@ -104,6 +113,9 @@ class DatasetConfig:
     chunk_deltas: action_conventions.ChunkDeltas | None = None
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     default_instruction: str = ""
+    episode_filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    idle_steps: Callable[[np.ndarray], np.ndarray] | None = None
+    segment_seconds: float | None = None
     reader: str = "rlds"
 
     def __post_init__(self) -> None:
@@ -458,42 +470,63 @@ def build_episode(
 
     Raises:
       KeyError: a field is missing.
-      ValueError: the frames that ``trim`` leaves and the actions differ in number.
+      ValueError: a field that is no number, no text or of another rank, or fields whose steps
+        differ in number.
     """
     # The action function sees the whole episode and leaves out the steps of ``trim`` itself: a
     # relative gripper, for example, needs the commands before the first step that is kept. All
     # other fields are cut here.
     (start, end), stride = dataset.trim, dataset.frame_stride
+    actions = _numbers("actions", dataset.actions(steps))[::stride]
+    kept = np.ones(len(actions), bool) if dataset.idle_steps is None else _moving(dataset, actions)
 
-    def trimmed(array: np.ndarray) -> np.ndarray:
-        return array[start : len(array) - end][::stride]
+    def trimmed(name: str, values: Any) -> Any:
+        values = values[start : len(values) - end][::stride]
+        if len(values) != len(kept):
+            raise ValueError(f"{len(kept)} actions for {len(values)} steps of {name}")
+        return values if kept.all() else values[kept]
 
-    kept = {view: trimmed(array) for view, array in frames.items()}
-    kept |= {view: np.ascontiguousarray(kept[view][..., ::-1]) for view in dataset.bgr_views}
-    actions = np.asarray(dataset.actions(steps), np.float32)[::stride]
-    lengths = {len(array) for array in kept.values()}
-    if lengths - {len(actions)}:
-        raise ValueError(f"{len(actions)} actions for {sorted(lengths)} frames")
+    shown = {view: trimmed(f"view {view!r}", array) for view, array in frames.items()}
+    shown |= {view: np.ascontiguousarray(shown[view][..., ::-1]) for view in dataset.bgr_views}
     texts = (decode_text(steps[path][0]) for path in dataset.instruction if path in steps)
     instruction, *paraphrases = dict.fromkeys(t for t in texts if t.strip()) or (
         dataset.default_instruction,
     )
+    state = None if dataset.state is None else _numbers(dataset.state, steps[dataset.state])
     return Episode(
         instruction=instruction,
         paraphrases=tuple(paraphrases),
-        frames=kept,
-        actions=actions,
+        frames=shown,
+        actions=actions[kept],
         control_hz=dataset.control_hz / stride,
         corpus=dataset.name,
         episode_id=episode_id,
-        state=np.asarray(trimmed(steps[dataset.state]), np.float32) if dataset.state else None,
-        texts={k: tuple(map(decode_text, trimmed(steps[p]))) for k, p in dataset.texts.items()},
+        state=None if state is None else trimmed(f"{dataset.state!r}", state),
+        texts={
+            kind: tuple(map(decode_text, trimmed(f"{path!r}", np.asarray(steps[path], object))))
+            for kind, path in dataset.texts.items()
+        },
     )
 
 
-def decode_text(value: Any) -> str:
-    """UTF-8 bytes, or anything else, as a string."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+def _numbers(name: str, values: Any) -> np.ndarray:
+    """A field as float32 [T, N]; one number per step is N = 1."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds {array.dtype}, no numbers")
+    if array.ndim not in (1, 2):
+        raise ValueError(f"{name} has the shape {list(array.shape)}, expected [T, N]")
+    return np.asarray(array.reshape(len(array), -1) if array.ndim == 1 else array, np.float32)
+
+
+def _moving(dataset: DatasetConfig, actions: np.ndarray) -> np.ndarray:
+    """Which steps are not idle, bool [T]."""
+    idle = np.asarray(dataset.idle_steps(actions))
+    if idle.shape != (len(actions),) or idle.dtype != bool:
+        raise ValueError(
+            f"idle_steps gives {idle.dtype}{list(idle.shape)} for {len(actions)} steps"
+        )
+    return ~idle
 
 
 def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tuple[str, range]:
@@ -510,7 +543,7 @@ def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tu
     Raises:
       UserError: another notation, an unknown split, or no episodes in it.
     """
-    found = re.fullmatch(r"(\w+)(?:\[(\d*%?):(\d*%?)\])?", split)
+    found = re.fullmatch(r"([^\[\]]+)(?:\[(\d*%?):(\d*%?)\])?", split)
     if found is None or found[1] not in sizes:
         raise UserError(f"{where} has no split {split!r}; it has {', '.join(sizes) or 'none'}")
     size = sizes[found[1]]

@@ -37,6 +37,7 @@ from PIL import Image
 
 from univla_jax.data.datasets import DatasetConfig, build_episode, split_range
 from univla_jax.data.ego_motion import COMMANDS, SECOND, ego_status, motions_between, yaw_of
+from univla_jax.data.episode_reader import EpisodeReader
 from univla_jax.data.safe_pickle import load_plain
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
@@ -57,8 +58,8 @@ _FIELDS = (
 )
 
 
-class NavsimReader:
-    """Random access to the runs of moments of a split; an ``EpisodeReader``."""
+class NavsimReader(EpisodeReader):
+    """Random access to the runs of moments of a split."""
 
     def __init__(self, folder: str | os.PathLike[str], dataset: DatasetConfig, split: str) -> None:
         """Finds the moments of a split in its logs.
@@ -92,6 +93,7 @@ class NavsimReader:
         self._runs = [self._runs[i] for i in indices]
         self.name = f"{dataset.name}:{self.folder.name}"
         self.image_sizes = dict.fromkeys(dataset.views)
+        self.control_hz = dataset.control_hz
         listing = repr([(path.stem, moments) for path, moments in self._runs])
         self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
 
@@ -99,13 +101,7 @@ class NavsimReader:
         """Number of runs."""
         return len(self._runs)
 
-    def __getitem__(self, index: int) -> Episode:
-        """Reads one run.
-
-        Raises:
-          UserError: an image is missing or damaged, or a pose is not finite; names it.
-          IndexError: no such run.
-        """
+    def _read(self, index: int) -> Episode:
         path, moments = self._runs[index]
         frames, dataset = read_log(path), self._dataset
         first, last = moments[0] - SECOND, moments[-1]
