@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fractions
 import json
 
 import numpy as np
@@ -15,16 +16,18 @@ from univla_jax.errors import UserError
 av = pytest.importorskip("av")
 
 
-def write_video(path, frames, rate=4):
-    """Grey frames of the given levels."""
+def write_video(path, frames, rate=4, begin=0.0, codec="mpeg4", **options):
+    """Grey frames of the given levels, the first one at ``begin`` seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
         stream.gop_size = 3
-        for level in frames:
-            picture = np.full((16, 32, 3), level, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+        for number, level in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, np.uint8), "rgb24")
+            picture.pts = round((begin + number / rate) * 1000)
+            picture.time_base = fractions.Fraction(1, 1000)
+            for packet in stream.encode(picture):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

@@ -184,8 +184,12 @@ def _index_runs(values: np.ndarray) -> dict[int, list[range]]:
     return runs
 
 
-def column_values(column: Any) -> np.ndarray:
+def column_values(column: Any, per_step: int = 1) -> np.ndarray:
     """A PyArrow column as an array: numbers [N, ...], and anything else as objects [N].
+
+    Args:
+      column: a chunked array.
+      per_step: how many of its values make up a step, for messages.
 
     Raises:
       ValueError: a number or vector is null, or vectors differ in length.
@@ -205,12 +209,12 @@ def column_values(column: Any) -> np.ndarray:
         values[:] = array.to_pylist()
         return values
     if array.null_count:
-        step = int(np.flatnonzero(np.asarray(array.is_null()))[0])
-        raise ValueError(f"the value of step {step} is null")
+        first = int(np.flatnonzero(np.asarray(array.is_null()))[0])
+        raise ValueError(f"a value of step {first // per_step} is null")
     if not is_vector:
         return array.to_numpy(zero_copy_only=False)
     width = array.type.list_size if not is_list else _common_length(array)
-    inner = column_values(pyarrow.chunked_array([array.flatten()]))
+    inner = column_values(pyarrow.chunked_array([array.flatten()]), per_step * max(1, width))
     return inner.reshape(len(array), width, *inner.shape[1:])
 
 

@@ -97,17 +97,18 @@ class VideoFrames:
         Raises:
           UserError: there are no such frames.
         """
-        times = (
-            np.arange(self._count) / hz if self._pts is None else np.array(self._pts) * self._base
-        )
-        times = times - times[0] if start == 0 and len(times) else times
-        wanted = start + np.arange(count) / hz
+        pts = np.arange(self._count) / hz if self._pts is None else np.array(self._pts) * self._base
+        # The first episode begins at the first frame, whenever that is. For the others it is not
+        # known whether their times count from there.
+        late = pts[0] if len(pts) else 0.0
+        times, wanted = pts - late, start + np.arange(count) / hz
         first = int(np.abs(times - start).argmin()) if len(times) else 0
         found = times[first : first + count]
-        if len(found) < count or np.abs(found - wanted).max(initial=0) > 0.5 / hz:
+        is_off = len(found) < count or np.abs(found - wanted).max(initial=0) > 0.5 / hz
+        if is_off or (start > 0 and late > 0.5 / hz):
             raise UserError(
-                f"{self._path} has {self._count} frames, and not {count} of them at {hz:g} per "
-                f"second from {start:g} s on, where the metadata put the episode"
+                f"{self._path} has {self._count} frames, the first at {late:g} s, and not {count} "
+                f"of them at {hz:g} per second from {start:g} s on, where the metadata put them"
             )
         return range(first, first + count)
 
