@@ -9,7 +9,6 @@ Axes: T images, H/W rows and columns.
 from __future__ import annotations
 
 import io
-import warnings
 import zlib
 from collections.abc import Iterable
 
@@ -28,14 +27,12 @@ def decode_image(data: bytes) -> np.ndarray:
     """
     if data.startswith(_PNG):
         _check_png(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in _MODES:
-                raise ValueError(
-                    f"an image of mode {image.mode}, such as depth, expected 8 bits per channel"
-                )
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in _MODES:
+            raise ValueError(
+                f"an image of mode {image.mode}, such as depth, expected 8 bits per channel"
+            )
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def decode_images(encoded: Iterable[bytes]) -> np.ndarray:
