@@ -165,7 +165,7 @@ def _opened(path: pathlib.Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UserError(f"{path} has no pictures")
+                raise UserError(f"{path} is damaged or no video: it has no pictures")
             stream = container.streams.video[0]
             # Without it, FFmpeg paints over what it cannot decode.
             stream.codec_context.options = {"err_detect": "explode"}
