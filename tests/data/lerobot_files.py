@@ -92,7 +92,7 @@ def save(path, rows):
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pa.table(rows), path)
+    parquet.write_table(pa.table(rows), path, write_page_checksum=True)
 
 
 def write(folder, version="v2.1", *, images=True, change=None, episodes=None, tasks=None, **fields):

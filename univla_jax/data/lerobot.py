@@ -37,6 +37,7 @@ from univla_jax.errors import UserError
 
 _TASK = "task"
 _INDEX = "episode_index"
+_MOST_FPS = 10_000
 _OPEN_VIDEOS = 16  # whose frame times are kept
 
 
@@ -53,9 +54,10 @@ class LeRobotReader(EpisodeReader):
         self.folder = pathlib.Path(folder)
         metadata = self._metadata = LeRobotMetadata(self.folder, set(dataset.views.values()))
         self._check_features(dataset)
-        self.control_hz = float(metadata.info["fps"])
-        if not 0 < self.control_hz < float("inf"):
-            raise UserError(f"{self.folder}: fps {metadata.info['fps']!r}, expected a rate in Hz")
+        fps = metadata.info["fps"]
+        if not isinstance(fps, (int, float)) or not 0 < fps <= _MOST_FPS:
+            raise UserError(f"{self.folder}: fps {fps!r} in info.json, expected a rate in Hz")
+        self.control_hz = float(fps)
         if self.control_hz != dataset.control_hz:
             print(
                 f"{self.folder}: {self.control_hz:g} steps per second, as its info.json says; "

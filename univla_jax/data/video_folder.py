@@ -192,7 +192,7 @@ def _read_list(path: pathlib.Path) -> list[_Clip]:
 
 
 def _named(name: str, entry: Any) -> Iterable[_Clip]:
-    if not isinstance(entry, list):
+    if not entry or not isinstance(entry, list):
         return [_Clip(name, entry)]
     return [_Clip(name, text, start, end) for start, end, text in entry]
 
