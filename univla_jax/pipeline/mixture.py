@@ -105,7 +105,7 @@ def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
 
     Raises:
       UserError: no complete store there, one of another vision tokenizer or other image sizes, or
-        one that may hold episodes shorter than a sample's smallest window.
+        one with episodes shorter than a sample's smallest window.
     """
     if not config.stores:
         raise UserError("data.stores: none named; give the folders of one or more token stores")
@@ -114,12 +114,23 @@ def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
 
 def _open_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
     store = TokenStore(folder)
-    check_store(store.manifest.header, config, assets, where=f"token store {folder}")
+    where = f"token store {folder}"
+    check_store(store.manifest.header, config, assets, where=where)
+    # The episodes that there are decide, not the shortest that might have been kept.
+    corpus = store.manifest.header.corpus
+    needed = make_task(config.task, config.settings, assets).steps_needed(corpus)
+    steps = [n for shard in store.manifest.shards for n in shard.steps]
+    if short := sum(n < needed for n in steps):
+        raise UserError(
+            f"{where}: {short} of {len(steps)} episodes have fewer than the {needed} frames that a "
+            f"sample takes, the shortest {min(steps)}; tokenize with min_frames={needed}, or take "
+            "smaller chunks"
+        )
     return store
 
 
 def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, where: str) -> None:
-    """Checks that the codes of a store mean what ``assets`` say, and that all samples fit.
+    """Checks that the codes of a store mean what ``assets`` say.
 
     Args:
       header: of the store.
@@ -128,7 +139,7 @@ def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, wher
       where: what to call the store.
 
     Raises:
-      UserError: as ``open_stores``.
+      UserError: another vision tokenizer, other image sizes, or a view is missing.
     """
     assets.require_same_tokenizers({"vision": header.vision_fingerprint}, source=where)
     views = config.views or tuple(header.image_specs)
@@ -138,12 +149,6 @@ def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, wher
     # Codes only mean what the checkpoint thinks if frames were resized alike before encoding.
     specs = {v: ImageSpec.from_dict(s) for v, s in header.image_specs.items() if v in views}
     assets.require_same_image_specs(header.corpus, specs, source=where)
-    needed = make_task(config.task, config.settings, assets).steps_needed(header.corpus)
-    if header.min_frames < needed:
-        raise UserError(
-            f"{where}: may hold episodes of {header.min_frames} frames, a sample takes at least "
-            f"{needed}; tokenize with min_frames={needed}, or take smaller chunks"
-        )
 
 
 def make_split(config: DataConfig, source: EpisodeSource, *, held_out: bool) -> Split:
