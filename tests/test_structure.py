@@ -24,6 +24,7 @@ RANKS = {
     "tasks": 5,
     "pipeline": 6,
     "models": 1,
+    "integrity": 7,
     "checkpoints": 7,
     "simulators": 7,
     "training": 8,

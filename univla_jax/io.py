@@ -6,6 +6,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
+from etils.epath import gpath
 
 from univla_jax.errors import UserError
 
@@ -29,10 +31,29 @@ P = TypeVar("P", bound=pathlib.PurePath)
 _PARTIAL = ".partial"
 
 
-def absolute_path(path: PathLike) -> epath.Path:
+class LiteralPath(gpath.PosixGPath):
+    """An ``epath.Path`` whose own name is never taken for a pattern.
+
+    ``epath`` hands a folder's name to ``glob`` as part of the pattern, so that below ``run[v2]``
+    nothing is found, by Orbax neither, which is given paths of this class.
+    """
+
+    def glob(self, pattern: str) -> Iterator[LiteralPath]:
+        """Entries of this folder whose name matches ``pattern``, which has no slash."""
+        if not self.is_dir():
+            return iter(())
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+
+def absolute_path(path: PathLike) -> LiteralPath:
     """A local path made absolute, a ``gs://`` path as it is."""
-    path = epath.Path(path)
-    return path if "://" in os.fspath(path) else path.absolute()
+    path = LiteralPath(path)
+    return path if is_remote(path) else path.absolute()
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether a path is of a bucket."""
+    return "://" in os.fspath(path)
 
 
 # ----------------------------------------------------------------------------
@@ -60,6 +81,31 @@ def write_bytes(path: PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     partial.replace(path)
+
+
+def create_bytes(path: PathLike, content: bytes) -> bool:
+    """Writes a file that must not exist yet, in a folder that exists; whole or not at all.
+
+    Of several processes that do this at once, one succeeds.
+
+    Returns:
+      whether it was written; False where there was one already.
+    """
+    path = epath.Path(path)
+    partial = partial_path(path)
+    partial.write_bytes(content)
+    try:
+        os.link(partial, path)  # the one call that fails where the name is taken
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if path.exists():
+            return False
+        partial.replace(path)
+        return True
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import shutil
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 
 from univla_jax.assets import Assets, spec_key
-from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint, newest_checkpoint
+from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint
 from univla_jax.data.token_store import StoreHeader, TokenStore, compute_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
@@ -22,7 +21,7 @@ from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.train_config import TrainConfig
+from univla_jax.training.train_config import FREE_MODEL_SETTINGS, TrainConfig
 
 _EMU3_ACTIONS = 2048
 _WHERE = "config.tokenizers"
@@ -31,7 +30,7 @@ _WHERE = "config.tokenizers"
 FOLDER = "assets"
 
 
-def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
+def build_assets(config: TrainConfig, own: epath.Path | None) -> Assets:
     """Everything that gives this run's token ids their meaning, but the model's settings.
 
     A run that has a checkpoint goes on with the tokenizers in it, whatever became of the folders
@@ -41,7 +40,7 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
       config: names the tokenizers, or the earlier stage they come from, and the token stores,
         whose image specs and action statistics become the run's. (That the stores' codes are of
         this vision tokenizer is checked where the data is opened.)
-      workdir: of the run.
+      own: the checkpoint that the run goes on from, None where it begins.
 
     Raises:
       UserError: a tokenizer is missing or does not fit the vocabulary or the earlier stage.
@@ -49,7 +48,6 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
     stores = [TokenStore(folder) for folder in config.data.stores]
     if not stores:
         raise UserError("config.data.stores: none named; give the folder of a token store")
-    own = newest_checkpoint(workdir)
     assets = _new_assets(config) if own is None else Assets.load(assets_folder(own))
     return dataclasses.replace(
         assets,
@@ -59,12 +57,16 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
     )
 
 
-def store_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
+def store_assets(
+    assets: Assets, workdir: epath.Path, own: epath.Path | None, *, force: bool = False
+) -> Assets:
     """Copies the assets to ``<workdir>/assets``, where every checkpoint takes them from.
 
     Args:
       assets: of this run, the model's settings among them.
       workdir: its folder.
+      own: the checkpoint that the run goes on from, None where it begins.
+      force: take these assets although the checkpoint has others.
 
     Returns:
       the assets read back; the vision tokenizer's weights stay on disk until they are used.
@@ -72,21 +74,28 @@ def store_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
     Raises:
       UserError: the run has a checkpoint with other assets.
     """
-    own, folder = newest_checkpoint(workdir), workdir / FOLDER
-    if own is not None and Assets.load(assets_folder(own)).fingerprint != assets.fingerprint:
+    folder = workdir / FOLDER
+    if own is not None and not force and not _same_run(Assets.load(assets_folder(own)), assets):
         raise UserError(
             f"{own} was saved with other action statistics, image specs, task or model settings "
             "than this config gives: a token store was changed since the run was begun; restore "
             "it, or start in a new --workdir"
         )
     if jax.process_index() == 0 and not _holds(folder, assets):
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.rmtree(missing_ok=True)
         assets.save(folder)
     barrier("store_assets")
     return Assets.load(folder)
 
 
-def _holds(folder: pathlib.Path, assets: Assets) -> bool:
+def _same_run(saved: Assets, assets: Assets) -> bool:
+    """Whether assets are those of an earlier start, but for settings that may change."""
+    free = {name: assets.model[name] for name in FREE_MODEL_SETTINGS if name in assets.model}
+    saved = dataclasses.replace(saved, model={**saved.model, **free})
+    return saved.fingerprint == assets.fingerprint
+
+
+def _holds(folder: epath.Path, assets: Assets) -> bool:
     """Whether ``folder`` holds these assets, whole."""
     try:
         return folder.is_dir() and Assets.load(folder).fingerprint == assets.fingerprint
@@ -223,7 +232,7 @@ def _vocabulary(
     )
 
 
-def _check_earlier(assets: Assets, earlier: Assets, folder: pathlib.Path) -> None:
+def _check_earlier(assets: Assets, earlier: Assets, folder: epath.Path) -> None:
     """Raises UserError unless the earlier stage's parameters know these tokens."""
     prints = earlier.tokenizer_fingerprints
     if earlier.action is None:  # its vocabulary left the number of actions open

@@ -179,6 +179,9 @@ class TrainConfig:
         return self.data.needs.action_expert
 
 
+FREE_MODEL_SETTINGS = ("remat", "attention", "scan_unroll")
+"""Fields of ``DecoderConfig`` that say how, not what is computed."""
+
 FREE = (
     "total_steps",
     "log_every",
@@ -193,7 +196,19 @@ FREE = (
     "data.workers",
     "data.read_threads",
     "data.prefetch_batches",
+    "data.stores",
+    "evaluation.stores",
+    "init_from",
+    "loss.max_labeled",
+    "loss.chunks",
+    *(f"model.overrides.{name}" for name in FREE_MODEL_SETTINGS),
 )
 """Keys that may change when a run is resumed. None changes the batches; ``total_steps`` stretches
 the schedule of the steps to come, ``loss_on`` and ``vision_weight`` set their loss; ``too_long``
-decides about samples that a run has not met."""
+decides about samples that a run has not met. Stores may be moved: the saved data position knows
+their contents. ``init_from`` did its part at step 0."""
+
+
+def free_keys(config: TrainConfig) -> tuple[str, ...]:
+    """The keys of a run that may change when it is resumed."""
+    return (*FREE, "accumulation") if config.loss.normalization == "global" else FREE

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -22,7 +22,7 @@ from univla_jax import checkpoints, io, run_dir
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import Checkpointer
 from univla_jax.errors import UserError
-from univla_jax.io import PathLike
+from univla_jax.io import PathLike, absolute_path
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
 from univla_jax.training import sharding
 from univla_jax.training.distributed import Preempted, SigtermHandler, next_within
@@ -35,12 +35,13 @@ from univla_jax.training.metrics import (
 )
 from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.run_assets import build_assets, store_assets
-from univla_jax.training.train_config import FREE, TrainConfig
+from univla_jax.training.train_config import TrainConfig, free_keys
 from univla_jax.training.train_step import TrainState, means
 
 Metrics = Mapping[str, Any]
 _MUST_BE_FINITE = ("loss", "grad_norm")
 _EVALUATION_PREFIX = "eval/"
+FORCED_FILE = "forced.json"
 
 
 def train(
@@ -50,6 +51,7 @@ def train(
     progress: bool = True,
     profile: ProfileWindow | None = None,
     wandb: str = "",
+    force: bool = False,
 ) -> None:
     """Trains a decoder in ``workdir``, from its newest checkpoint if there is one.
 
@@ -59,37 +61,45 @@ def train(
       progress: whether to draw a progress bar on standard error.
       profile: steps of which a trace is written, or None.
       wandb: project of Weights & Biases to send metrics to, empty for none.
+      force: go on although the config is another one than the workdir's; ``forced.json`` in it
+        records what was changed at which step.
 
     Raises:
       UserError: something in the config, the data, the earlier stage or the workdir to fix, or a
         loss that is not finite.
       Preempted: SIGTERM arrived; the step is saved.
     """
-    workdir = epath.Path(workdir)
-    run_dir.check_config(workdir, config, free=FREE)
-    newest = checkpoints.newest_checkpoint(workdir)
+    workdir, free = absolute_path(workdir), free_keys(config)
+    checkpoints.check_workdir(workdir)
+    run_dir.check_config(workdir, config, free=free, force=force)
+    changes = run_dir.config_changes(workdir, config, free=free)
+    newest = checkpoints.intact_checkpoint(workdir, Assets.load)
     if newest is not None and int(newest.name) >= config.total_steps:
         _print_once(f"{workdir} is trained to step {config.total_steps} already")
         return
 
     # Everything that can be wrong is found out before the workdir is touched: tokenizers, shapes,
     # mesh and data. Only then does the workdir become this run's.
-    assets = build_assets(config, workdir)
+    assets = build_assets(config, newest)
     setup = TrainSetup.build(config, assets.vocabulary, sharding.make_mesh(config.mesh))
     expert = dataclasses.asdict(setup.expert.config) if setup.expert else {}
     assets = dataclasses.replace(
         assets, model=dataclasses.asdict(setup.model.config), action_expert=expert
     )
-    batches = _training_batches(setup, assets)
+    batches = _training_batches(setup, assets, force=force)
     evaluation = HeldOutEvaluation(setup, assets) if config.evaluation.every else None
-    run_dir.write_config(workdir, config)
-    assets = store_assets(assets, workdir)
+    if jax.process_index() == 0:
+        _record_changes(workdir, changes, newest)
+        run_dir.write_config(workdir, config, free=free, force=force)
+    assets = store_assets(assets, workdir, newest, force=force)
     _describe(setup, workdir)
 
     project = wandb if jax.process_index() == 0 else ""
     with (
         batches,
-        Checkpointer(workdir, config.checkpoint, write_assets=assets.save) as checkpointer,
+        Checkpointer(
+            workdir, config.checkpoint, write_assets=assets.save, check_assets=Assets.load
+        ) as checkpointer,
         Profiler(profile, workdir) as profiler,
     ):
         state = _initial_state(setup, assets, checkpointer, batches)
@@ -240,6 +250,7 @@ class GlobalBatches:
         parts: int = 1,
         timeout_seconds: float = 600.0,
         check: Callable[[Any], None] | None = None,
+        force: bool = False,
     ) -> None:
         """Wraps ``batches``.
 
@@ -250,9 +261,10 @@ class GlobalBatches:
           parts: into which the processes share a batch, see ``sharding.HostSlice``.
           timeout_seconds: the longest wait for a batch.
           check: called with each batch of this process; raises where it cannot be trained on.
+          force: begin the data anew where a saved position is of other data.
         """
         self._batches, self._sharding, self._parts = batches, batch_sharding, parts
-        self._timeout, self._check = timeout_seconds, check
+        self._timeout, self._check, self._force = timeout_seconds, check, force
 
     def __iter__(self) -> Iterator[Any]:
         """Returns itself."""
@@ -271,7 +283,12 @@ class GlobalBatches:
 
     def set_state(self, *states: bytes) -> None:
         """Moves to a position that ``get_state`` returned, here or on all processes together."""
-        self._batches.set_state(*states)
+        try:
+            self._batches.set_state(*states)
+        except UserError as error:
+            if not self._force:
+                raise
+            _print_once(f"warning: the data begins anew: {error}")
 
     def __enter__(self) -> GlobalBatches:
         """Returns itself."""
@@ -282,7 +299,7 @@ class GlobalBatches:
         self._batches.close()
 
 
-def _training_batches(setup: TrainSetup, assets: Assets) -> GlobalBatches:
+def _training_batches(setup: TrainSetup, assets: Assets, *, force: bool) -> GlobalBatches:
     data, part = setup.config.data, setup.host_slice
     return GlobalBatches(
         training_batches(data, assets, host=part.index, hosts=part.count),
@@ -290,6 +307,7 @@ def _training_batches(setup: TrainSetup, assets: Assets) -> GlobalBatches:
         parts=part.count,
         timeout_seconds=setup.config.data_timeout_seconds,
         check=setup.check_batch,
+        force=force,
     )
 
 
@@ -352,6 +370,18 @@ def _initial_state(
     if setup.config.model.visual_init == "codebook":
         return setup.with_visual_init(state, assets.vision.codebook, assets.vocabulary.visual_start)
     return state
+
+
+def _record_changes(workdir: epath.Path, changes: Sequence[str], newest: epath.Path | None) -> None:
+    """Adds what ``force`` let through to ``forced.json``."""
+    if not changes:
+        return
+    file, step = workdir / FORCED_FILE, 0 if newest is None else int(newest.name)
+    record = io.read_json(file) if file.exists() else {"changes": []}
+    record["changes"].append({"step": step, "config": list(changes)})
+    workdir.mkdir(parents=True, exist_ok=True)
+    io.write_json(file, record)
+    _print_once(f"warning: from step {step} on with another config: {'; '.join(changes)}")
 
 
 def _describe(setup: TrainSetup, workdir: epath.Path) -> None:
