@@ -193,6 +193,7 @@ def _driving(name: str, size: Size | None) -> DatasetConfig:
         state="ego_status",
         min_frames=10,  # a moment, the second before it and the four seconds after it
         texts={kind: kind for kind in ("command", "token", "image")},
+        action_units="movement in half a second: meters ahead and to the left, radians to the left",
         reader="navsim",
     )
 
