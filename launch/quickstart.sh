@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a robot policy that acts, on a CPU, in about a quarter of an hour after installation.
 #
-#   bash launch/quickstart.sh [WORKDIR]        (default: ./quickstart)
+#   bash launch/quickstart.sh [WORKDIR]        (default: ./quickstart; or gs://BUCKET/FOLDER)
 #   bash launch/quickstart.sh --dry_run [WORKDIR]        print the commands, run nothing
 #
 # Run again, it skips finished stages; interrupted anywhere, it resumes. Other recipes for these stages:
@@ -18,10 +18,16 @@ if [[ "${1:-}" == "--dry_run" ]]; then
   shift
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-WORKDIR="$(realpath -m "${1:-quickstart}")"
+WORKDIR="${1:-quickstart}"
+extras=base
+if [[ "$WORKDIR" == gs://* ]]; then
+  extras=gcs
+else
+  WORKDIR="$(realpath -m "$WORKDIR")"
+fi
 if [[ -z "$dry_run" ]]; then
-  install_project base
-  mkdir -p "$WORKDIR"
+  install_project "$extras"
+  [[ "$extras" == gcs ]] || mkdir -p "$WORKDIR"
 fi
 CONFIG="${CONFIG:-configs/quickstart.py}"
 cd "$REPOSITORY"

@@ -14,6 +14,7 @@ RANKS = {
     "errors": 0,
     "episode": 0,
     "config": 0,
+    "buckets": 0,
     "io": 0,
     "run_dir": 1,
     "normalization": 1,

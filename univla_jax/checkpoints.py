@@ -29,9 +29,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from univla_jax import integrity
+from univla_jax.buckets import is_remote
 from univla_jax.errors import UserError
 from univla_jax.integrity import DamagedCheckpointError
-from univla_jax.io import PathLike, absolute_path, is_remote
+from univla_jax.io import PathLike, absolute_path
 
 CHECKPOINTS, STATE, ITERATOR, ASSETS = "checkpoints", "state", "iterator", "assets"
 CHECKSUMS = "checksums"

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -24,9 +25,10 @@ import numpy as np
 from etils import epath
 from etils.epath import gpath
 
+from univla_jax import buckets
+from univla_jax.buckets import PathLike, is_remote
 from univla_jax.errors import UserError
 
-PathLike = str | os.PathLike[str]
 P = TypeVar("P", bound=pathlib.PurePath)
 _PARTIAL = ".partial"
 
@@ -51,11 +53,6 @@ def absolute_path(path: PathLike) -> LiteralPath:
     return path if is_remote(path) else path.absolute()
 
 
-def is_remote(path: PathLike) -> bool:
-    """Whether a path is of a bucket."""
-    return "://" in os.fspath(path)
-
-
 # ----------------------------------------------------------------------------
 # Files and folders that appear whole or not at all: written under a temporary name, then renamed.
 
@@ -65,21 +62,24 @@ def partial_path(path: P) -> P:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
 
 
-def remove_partial(folder: pathlib.Path) -> None:
+def remove_partial(folder: pathlib.PurePath) -> None:
     """Removes what killed processes left unfinished in ``folder`` and the folders in it."""
-    for path in folder.rglob(f".*{_PARTIAL}"):
-        path.unlink(missing_ok=True)
+    if not is_remote(folder):  # in a bucket nothing is there before it is whole
+        for path in pathlib.Path(folder).rglob(f".*{_PARTIAL}"):
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
     """Writes or replaces a file, in a folder that exists."""
+    if is_remote(path):
+        buckets.filesystem().pipe_file(os.fspath(path), content)
+        return
     path = epath.Path(path)
     partial = partial_path(path)
     with partial.open("wb") as file:
         file.write(content)
-        if hasattr(file, "fileno"):  # a local file; an object in a bucket has none
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -91,6 +91,8 @@ def create_bytes(path: PathLike, content: bytes) -> bool:
     Returns:
       whether it was written; False where there was one already.
     """
+    if is_remote(path):
+        return buckets.create(path, content)
     path = epath.Path(path)
     partial = partial_path(path)
     partial.write_bytes(content)
@@ -123,11 +125,16 @@ def new_folder(path: PathLike) -> Iterator[epath.Path]:
     """Context of a folder beside ``path`` that takes its name when the body ends.
 
     The temporary name is fixed, so that what a killed process left there is removed the next time.
+    A folder in a bucket is made on the local disk and uploaded, the files at its top last.
 
     Args:
       path: absent, or an empty folder.
     """
     path = epath.Path(path)
+    if is_remote(path):
+        with buckets.staged_folder(path) as staged:
+            yield staged
+        return
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     partial.rmtree(missing_ok=True)
     partial.mkdir(parents=True)
@@ -138,6 +145,25 @@ def new_folder(path: PathLike) -> Iterator[epath.Path]:
         partial.rename(path)
     finally:
         partial.rmtree(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: PathLike) -> Iterator[pathlib.Path]:
+    """Context of a local file that becomes ``path`` when the body ends, for libraries that write.
+
+    Its suffix may be another one, so that the library must be told the format.
+    """
+    if is_remote(path):
+        with buckets.staged_file(path) as staged:
+            yield staged
+        return
+    final = pathlib.Path(path)
+    partial = partial_path(final)
+    try:
+        yield partial
+        partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------
@@ -316,8 +342,23 @@ def _read_lines(path: PathLike) -> tuple[list[dict[str, Any]], int]:
     return lines, end
 
 
+def open_log(path: PathLike, end: int = 0) -> io.BufferedWriter | buckets.RewrittenFile:
+    """Opens a file to append to, in a folder that exists.
+
+    Args:
+      path: the file; made where it is absent.
+      end: bytes of it that stay.
+    """
+    if is_remote(path):
+        found = epath.Path(path)
+        return buckets.RewrittenFile(path, found.read_bytes()[:end] if found.exists() else b"")
+    file = pathlib.Path(path).open("ab")  # noqa: SIM115, the caller closes it
+    file.truncate(end)
+    return file
+
+
 class JsonlWriter(contextlib.AbstractContextManager):
-    """Append-only JSONL, one fsync per record; local files only.
+    """Append-only JSONL, one fsync per record; in a bucket an upload every few seconds.
 
     Attributes:
       path: the file.
@@ -330,17 +371,17 @@ class JsonlWriter(contextlib.AbstractContextManager):
         Raises:
           UserError: a line that is not a JSON object.
         """
-        self.path = pathlib.Path(path)
+        self.path = epath.Path(path)
         self.lines, end = _read_lines(path)
-        self._file = self.path.open("ab")
-        self._file.truncate(end)
+        self._file = open_log(path, end)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds a line; it is on disk when this returns."""
         text = json.dumps(dict(line), ensure_ascii=False, allow_nan=False)
         self._file.write(text.encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if isinstance(self._file, io.BufferedWriter):
+            os.fsync(self._file.fileno())
         self.lines.append(json.loads(text))
 
     def close(self) -> None:
@@ -478,10 +519,14 @@ _open_shards = _OpenShards()
 
 
 def _open_shard(shard: Shard) -> _ArrayRecordFile | _TfRecordFile:
-    if not os.path.isfile(shard.path):
+    try:
+        file = buckets.local_file(shard.path)
+    except FileNotFoundError:
+        file = ""
+    if not os.path.isfile(file):
         raise UserError(f"shard {shard.path} is missing; restore or regenerate the dataset")
     is_tfrecord = ".tfrecord" in os.path.basename(shard.path)
-    reader = (_TfRecordFile if is_tfrecord else _ArrayRecordFile)(shard.path)
+    reader = (_TfRecordFile if is_tfrecord else _ArrayRecordFile)(file)
     if reader.num_records != shard.records:
         foreign = describe_foreign(shard.path) or (
             "; it is damaged, truncated or not the file its dataset describes"

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univla_jax.data.datasets import DatasetConfig, build_episode
 from univla_jax.data.episode_reader import (
@@ -29,7 +29,7 @@ from univla_jax.data.image_decoding import decode_images
 from univla_jax.data.tf_example import index_fields, parse_values
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
-from univla_jax.io import Shard, ShardedRecords
+from univla_jax.io import Shard, ShardedRecords, absolute_path
 
 _INFO, _FEATURES = "dataset_info.json", "features.json"
 _EPISODE_ID = "episode_metadata/episode_id"
@@ -123,21 +123,18 @@ class RldsReader(EpisodeReader):
         return build_episode(self._dataset, steps, frames, own_id)
 
 
-def _find_dataset(folder: str | os.PathLike[str]) -> pathlib.Path:
+def _find_dataset(folder: str | os.PathLike[str]) -> epath.Path:
     """The TFDS version folder at ``folder``, or the only one up to two levels below it."""
-    root = pathlib.Path(folder)
+    root = absolute_path(folder)
     if not root.is_dir():
         raise UserError(f"no dataset folder {root}; write the dataset first or correct the path")
     if (root / _INFO).is_file():
         return root
     # TFDS writes name/version below its data_dir, so a folder two levels up is meant as often.
     # Hidden folders are datasets that were interrupted while they were written.
-    candidates = [*root.glob(f"*/{_INFO}"), *root.glob(f"*/*/{_INFO}")]
-    found = sorted(
-        path.parent
-        for path in candidates
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    outer = _visible_folders(root)
+    inner = [path for folder in outer for path in _visible_folders(folder)]
+    found = sorted(path for path in (*outer, *inner) if (path / _INFO).is_file())
     if len(found) == 1:
         return found[0]
     if not found:
@@ -146,7 +143,11 @@ def _find_dataset(folder: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"{root} holds several datasets ({listed}); name one of them")
 
 
-def _builder(folder: pathlib.Path) -> Any:
+def _visible_folders(folder: epath.Path) -> list[epath.Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
+
+
+def _builder(folder: epath.Path) -> Any:
     import tensorflow_datasets as tfds
 
     if not (folder / _FEATURES).is_file():
@@ -158,7 +159,7 @@ def _builder(folder: pathlib.Path) -> Any:
         raise UserError(f"{folder} is not a readable TFDS dataset: {reason}") from error
 
 
-def _shards(builder: Any, split: str, folder: pathlib.Path) -> list[Shard]:
+def _shards(builder: Any, split: str, folder: epath.Path) -> list[Shard]:
     try:
         instructions = builder.info.splits[split].file_instructions
     except ValueError as error:

@@ -12,7 +12,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-import pathlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 from PIL import Image
 
 from univla_jax.config import build_config
@@ -36,6 +36,7 @@ from univla_jax.data.validation import (
 )
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
+from univla_jax.io import absolute_path
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vision import FrameTokenizer
 
@@ -171,7 +172,7 @@ def tokenize(
     for name, split in config.splits.items():
         reader = open_reader(source, dataset, split)
         tokenizer = _SplitTokenizer(config, dataset, specs, reader, vision, split)
-        manifests[name] = tokenizer.run(pathlib.Path(out) / name, part)
+        manifests[name] = tokenizer.run(absolute_path(out) / name, part)
     return manifests
 
 
@@ -197,7 +198,7 @@ class _SplitTokenizer:
             for view, size in self._first_sizes.items()
         }
 
-    def run(self, folder: pathlib.Path, part: Part) -> Manifest | None:
+    def run(self, folder: epath.Path, part: Part) -> Manifest | None:
         """Writes the shards of a part; finishes the store once all shards are there."""
         writer = TokenStoreWriter(folder, self._header())
         if not writer.complete:
@@ -459,7 +460,7 @@ class VerificationResult:
 
 
 def verify_store(
-    folder: pathlib.Path,
+    folder: epath.Path,
     config: TokenizeConfig,
     source: str | os.PathLike[str],
     vision: FrameTokenizer,

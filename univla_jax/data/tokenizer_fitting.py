@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univla_jax import run_dir
 from univla_jax.data.datasets import chunk_deltas, normalization_kinds
@@ -127,7 +127,7 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     chunks = statistics.normalize(chunks if deltas is None else deltas.to_relative(chunks))
     tokenizer = FastTokenizer.fit(chunks, config.scale, config.vocabulary_size)
     tokenizer.save(folder)
-    write_json(pathlib.Path(folder) / STATISTICS_FILE, {config.corpus: statistics.to_dict()})
+    write_json(epath.Path(folder) / STATISTICS_FILE, {config.corpus: statistics.to_dict()})
     report = {
         "vocabulary_size": tokenizer.vocabulary_size,
         "chunks": len(chunks),

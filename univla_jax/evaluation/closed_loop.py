@@ -15,11 +15,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pathlib
 import platform
 from typing import Any
 
 import jax
+from etils import epath
 
 from univla_jax import __version__, io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
@@ -161,7 +161,7 @@ def evaluate(
     extra |= {} if round_trip is None else {"action_path": round_trip.identity()}
     if not check_config(out, config, name=_IDENTITY, extra=extra, free=_FREE):
         write_config(out, config, name=_IDENTITY, extra=extra)
-    folder = pathlib.Path(out)
+    folder = io.absolute_path(out)
     if finished(folder):
         return read_report(folder)
     batch = config.batch or benchmark.batch
@@ -197,7 +197,7 @@ def evaluate(
 
 def finished(out: str | os.PathLike[str]) -> bool:
     """Whether ``out`` holds a finished evaluation."""
-    return (pathlib.Path(out) / REPORT).exists()
+    return (io.absolute_path(out) / REPORT).exists()
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       UserError: there is none.
     """
-    path = pathlib.Path(folder) / REPORT
+    path = io.absolute_path(folder) / REPORT
     report = io.read_json(path) if path.exists() else {}
     if "tasks" in report:  # it held the figures of its only condition at the top
         policy = report["protocol"]["policy"]
@@ -252,9 +252,9 @@ def compare(
     }
     if out is not None:
         names = [os.fspath(folder) for folder in (first, second)]
-        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+        io.absolute_path(out).mkdir(parents=True, exist_ok=True)
         page = reports.comparison_page(names, pair, found)
-        io.write_text(pathlib.Path(out) / COMPARISON, page)
+        io.write_text(io.absolute_path(out) / COMPARISON, page)
     return found
 
 
@@ -288,7 +288,7 @@ def _figures(benchmark: Benchmark, runner: BenchmarkRunner, condition: str) -> d
     return reports.summarize(records, calls, breakdown)
 
 
-def _versions(runner: BenchmarkRunner, folder: pathlib.Path) -> dict[str, str]:
+def _versions(runner: BenchmarkRunner, folder: epath.Path) -> dict[str, str]:
     """Of everything involved; kept in a file for a run that finds all episodes finished."""
     path = folder / _VERSIONS
     if runner.versions or not path.exists():

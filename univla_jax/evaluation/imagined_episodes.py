@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from univla_jax import io
@@ -116,7 +116,7 @@ def imagine(
         del extra["top_p"]  # folders from before there was one are continued
     if not check_config(out, config, name=_IDENTITY, extra=extra):
         write_config(out, config, name=_IDENTITY, extra=extra)
-    out = pathlib.Path(out)
+    out = io.absolute_path(out)
     if finished(out):
         return io.read_json(out / REPORT)
     model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
@@ -149,7 +149,7 @@ def imagine(
 
 def finished(out: str | os.PathLike[str]) -> bool:
     """Whether ``out`` holds a finished imagination."""
-    return (pathlib.Path(out) / REPORT).exists()
+    return (io.absolute_path(out) / REPORT).exists()
 
 
 def picture_files(config: ImagineConfig) -> list[str]:
@@ -251,7 +251,7 @@ def _draw(
     seconds_per_frame: float,
     imagined: np.ndarray,
     truths: Sequence[GroundTruth],
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> None:
     """Writes the strips and the video of the first episodes, preferably long enough ones."""
     length = config.context + config.frames
@@ -275,7 +275,7 @@ def _draw(
 
 
 def _write_videos(
-    config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: pathlib.Path
+    config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: epath.Path
 ) -> None:
     settings = {"columns": 2, "fps": 1 / seconds_per_frame, "hold_seconds": 1.5}
     write_gif(out / GIF, clips, **settings)
@@ -324,7 +324,7 @@ def imagine_picture(
     )
     frames = model.decode(codes)
     seconds = model.seconds_per_frame
-    _draw_samples(config, seconds, given, frames, instruction, pathlib.Path(out))
+    _draw_samples(config, seconds, given, frames, instruction, io.absolute_path(out))
     return frames
 
 
@@ -342,12 +342,13 @@ def _draw_samples(
     given: np.ndarray,
     frames: np.ndarray,
     instruction: str,
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for sample, own in enumerate(frames):
         for number, frame in enumerate(own, 1):
-            Image.fromarray(frame).save(out / f"draw{sample}_frame{number}.png")
+            with io.new_file(out / f"draw{sample}_frame{number}.png") as file:
+                Image.fromarray(frame).save(file, format="PNG")
     factor = -(-config.picture_size // given.shape[1])
     videos = [enlarge(np.concatenate([given, own]), factor) for own in frames]
     times = [f"{n * seconds_per_frame:g} s" for n in range(1, 1 + frames.shape[1])]

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -101,15 +100,15 @@ def evaluate(
     identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
     identity |= {"episodes": episodes}
     check_config(out, identity, name=_IDENTITY)
-    if (pathlib.Path(out) / REPORT).exists():
-        return io.read_json(pathlib.Path(out) / REPORT)
+    if (io.absolute_path(out) / REPORT).exists():
+        return io.read_json(io.absolute_path(out) / REPORT)
     if not 0 <= episodes <= len(source):
         raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
     loaded = LoadedModel.from_checkpoint(folder)
     (source,) = open_stores(_data_config(loaded, store, batch_size), loaded.assets)
     corpus = loaded.record.find_corpus(source.manifest.header.corpus)
     write_config(out, identity, name=_IDENTITY)
-    out, count = pathlib.Path(out), episodes or len(source)
+    out, count = io.absolute_path(out), episodes or len(source)
     held_out = [source[i] for i in range(count)]
     scores = frame_scores if isinstance(loaded.task, FrameTask) else action_scores
     report = {

@@ -19,18 +19,20 @@ import collections
 import dataclasses
 import multiprocessing.connection
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import tqdm
+from etils import epath
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.worker import InProcessWorker, Message, ProcessWorker
 from univla_jax.inference.policy import no_motion
-from univla_jax.io import JsonlWriter
+from univla_jax.io import JsonlWriter, is_remote
 from univla_jax.simulators import Benchmark, Simulator, Trial
 
 EPISODES, CALLS, TIMES = "episodes.jsonl", "calls.jsonl", "times.jsonl"
@@ -108,14 +110,14 @@ class WorkerSlot:
     number: int
     since: float = 0.0
     trial: Trial | None = None
-    video: pathlib.Path | None = None
+    video: epath.Path | None = None
     session: Any = None
     observation: Observation | None = None
     last_action: np.ndarray | None = None
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     invalid_reason: str = ""
 
-    def begin(self, trial: Trial, video: pathlib.Path | None) -> None:
+    def begin(self, trial: Trial, video: epath.Path | None) -> None:
         """Resets the simulator to an episode."""
         self.close_session()
         self.trial, self.video, self.observation, self.last_action = trial, video, None, None
@@ -157,12 +159,15 @@ class BenchmarkRunner:
       versions: of simulator and renderer, once a worker is ready.
     """
 
-    def __init__(self, benchmark: Benchmark, out: pathlib.Path, config: RunnerConfig) -> None:
+    def __init__(self, benchmark: Benchmark, out: epath.Path, config: RunnerConfig) -> None:
         """Opens the logs in ``out``, which must exist."""
         self._benchmark, self._out, self._config = benchmark, out, config
         self.versions: dict[str, str] = {}
-        for name in (VIDEOS, _LOGS):
-            (out / name).mkdir(exist_ok=True)
+        (out / VIDEOS).mkdir(parents=True, exist_ok=True)
+        # What simulators print goes straight to a file, which a bucket does not have.
+        local = tempfile.mkdtemp(prefix="univla_jax_") if is_remote(out) else out
+        self._logs = pathlib.Path(local, _LOGS)
+        self._logs.mkdir(exist_ok=True)
         self.episodes, self.calls, self.times = (
             JsonlWriter(out / name) for name in (EPISODES, CALLS, TIMES)
         )
@@ -240,7 +245,7 @@ class BenchmarkRunner:
     def _start_worker(self, number: int) -> InProcessWorker | ProcessWorker:
         if self._benchmark.in_process:
             return InProcessWorker(self._make, self._benchmark.video_every)
-        log = self._out / _LOGS / f"{number}.log"
+        log = self._logs / f"{number}.log"
         return ProcessWorker(self._make, self._benchmark.video_every, log)
 
     def _loop(self) -> None:

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univla_jax.errors import UserError
 from univla_jax.evaluation.videos import Clip, write_gif
@@ -42,7 +43,7 @@ class InProcessWorker:
         self._server = SimulatorServer(make(), video_every)
         self._message = self._server.ready()
 
-    def reset(self, trial: Trial, video: pathlib.Path | None = None) -> None:
+    def reset(self, trial: Trial, video: epath.Path | None = None) -> None:
         """See ``ProcessWorker.reset``."""
         self._message = self._server.reset(trial, video)
 
@@ -92,7 +93,7 @@ class ProcessWorker:
         self.connection = Connection(ours.detach())
         self._send(make)
 
-    def reset(self, trial: Trial, video: pathlib.Path | None = None) -> None:
+    def reset(self, trial: Trial, video: epath.Path | None = None) -> None:
         """Begins an episode; ``video`` is where its video goes, less outcome and suffix."""
         self._send(("reset", trial, video))
 
@@ -124,7 +125,7 @@ class SimulatorServer:
     def __init__(self, simulator: Simulator, video_every: int) -> None:
         """Takes a simulator and the steps between the frames of a video."""
         self._simulator, self._video_every = simulator, video_every
-        self._video: pathlib.Path | None = None
+        self._video: epath.Path | None = None
         self._clip = Clip("")
         self._seconds, self._steps = 0.0, 0
 
@@ -132,7 +133,7 @@ class SimulatorServer:
         """The message that the simulator is made."""
         return "ready", self._simulator.versions()
 
-    def reset(self, trial: Trial, video: pathlib.Path | None) -> Message:
+    def reset(self, trial: Trial, video: epath.Path | None) -> Message:
         """Begins an episode."""
         begin = time.perf_counter()
         self._simulator.reset(trial)

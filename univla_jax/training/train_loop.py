@@ -188,6 +188,7 @@ def fit(
             if measured:
                 logger.write(step, measured)
             if save:
+                logger.sync()
                 checkpointer.save(step, state, iterator, metrics=measured)
         if last or preempted:
             break
