@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import os
 import pathlib
 import resource
@@ -406,6 +407,7 @@ class JsonlWriter(contextlib.AbstractContextManager):
 
 # Each record is its own chunk (group_size:1) and reads are random: no read-ahead, no threads.
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_CRC_PIECE = 256 << 10
 _MAX_OPEN_FILES = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
@@ -431,7 +433,10 @@ class Shard:
 
 
 class ShardedRecords:
-    """The records of several shards as one sequence of ``bytes``; picklable and thread-safe."""
+    """The records of several shards as one sequence; picklable and thread-safe.
+
+    A record is ``bytes``, or a view of them where the format allows one without a copy (TFRecord).
+    """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         """Takes the shards in order; opens none of them."""
@@ -443,7 +448,7 @@ class ShardedRecords:
         """Number of records in all shards together."""
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: int) -> bytes | memoryview:
         """One record.
 
         Raises:
@@ -561,36 +566,50 @@ class _TfRecordFile:
         # the data u32. The file has no index, so the positions are found once by jumping from
         # length to length. A record that reaches beyond the end of the file or whose length has
         # another checksum ends the search, which makes it show in the number of records.
-        self._path = path
+        self._data = _map_file(path)
         self._spans: list[tuple[int, int, bool]] = []
-        size, start = os.path.getsize(path), self._HEADER.size
-        with open(path, "rb") as file:
-            while start <= size:
-                file.seek(start - self._HEADER.size)
-                header = file.read(self._HEADER.size)
-                length, checksum = self._HEADER.unpack(header)
-                following = start + length + self._FOOTER
-                intact = checksum == _masked_crc(header[:8]) or (not checksum and length)
-                if following > size or not intact:
-                    break
-                self._spans.append((start, length, checksum == 0))
-                start = following + self._HEADER.size
+        size, start = len(self._data), self._HEADER.size
+        while start <= size:
+            header = self._data[start - self._HEADER.size : start]
+            length, checksum = self._HEADER.unpack(header)
+            following = start + length + self._FOOTER
+            intact = checksum == _masked_crc(header[:8]) or (not checksum and length)
+            if following > size or not intact:
+                break
+            self._spans.append((start, length, checksum == 0))
+            start = following + self._HEADER.size
         self.num_records = len(self._spans)
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int) -> memoryview:
         start, length, unverified = self._spans[index]
-        with open(self._path, "rb") as file:
-            file.seek(start)
-            record, footer = file.read(length), file.read(self._FOOTER)
-        checksum = int.from_bytes(footer, "little")
+        record, end = self._data[start : start + length], start + length
+        checksum = int.from_bytes(self._data[end : end + self._FOOTER], "little")
         if checksum != _masked_crc(record) and (checksum or not unverified):
             raise OSError("its checksum is wrong")
         return record
 
 
-def _masked_crc(data: bytes) -> int:
+def tfrecord_frame(record: bytes) -> bytes:
+    """A record as it lies in a TFRecord file, with its length and both checksums."""
+    length = struct.pack("<Q", len(record))
+    checksums = (struct.pack("<I", _masked_crc(part)) for part in (length, record))
+    return b"".join((length, next(checksums), record, next(checksums)))
+
+
+def _map_file(path: str) -> memoryview:
+    """A file in memory without reading it: a record of which little is used is hardly copied."""
+    with open(path, "rb") as file:
+        if not os.path.getsize(path):
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _masked_crc(data: bytes | memoryview) -> int:
     """The CRC-32C of TFRecord files, rotated and shifted as there."""
     import google_crc32c
 
-    crc = google_crc32c.value(data)
+    # It takes ``bytes`` alone; pieces of a view are copied while they are in the cache.
+    crc = 0
+    for start in range(0, len(data), _CRC_PIECE):
+        crc = google_crc32c.extend(crc, bytes(data[start : start + _CRC_PIECE]))
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

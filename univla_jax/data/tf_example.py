@@ -15,7 +15,7 @@ import numpy as np
 _FIRST, _SECOND = 0x0A, 0x12  # tags of the fields 1 and 2, length-delimited
 
 
-def index_fields(record: bytes) -> dict[str, memoryview]:
+def index_fields(record: bytes | memoryview) -> dict[str, memoryview]:
     """Name of each field of an ``Example`` -> its serialized ``Feature``, nothing copied.
 
     Raises:
