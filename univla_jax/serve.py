@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
         from univla_jax.serving.server import ServerConfig
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs the package {error.name}: pip install .[serve]") from error
-    from univla_jax.inference.policy import Execution, Executor, Policy
+    from univla_jax.inference.execution import Execution, Executor
+    from univla_jax.inference.policy import Policy
 
     # What can be wrong with the command line is found first: loading and compiling an 8B policy
     # takes minutes, and a port that is taken should not cost them.

@@ -9,16 +9,17 @@ import pytest
 
 from tests.inference import tiny_checkpoint
 from univla_jax.errors import UserError
-from univla_jax.inference.policy import Execution, Executor, Policy
+from univla_jax.inference.execution import Execution, Executor
+from univla_jax.inference.policy import Policy
 from univla_jax.serving import protocol
 from univla_jax.serving.startup import plan_memory, server_metadata, warmup
 
 
 def test_a_robot_learns_what_to_send_and_what_it_gets(tmp_path):
     policy = Policy.load(tiny_checkpoint.save(tmp_path, tiny_checkpoint.make_assets()))
-    metadata = server_metadata(Executor(policy, Execution("receding", steps=2)))
+    metadata = server_metadata(Executor(policy, Execution("receding", steps=1)))
     assert protocol.unpack(protocol.pack(metadata)) == metadata
-    assert (metadata["chunk"], metadata["actions_per_call"], metadata["action_dim"]) == (3, 2, 7)
+    assert (metadata["chunk"], metadata["actions_per_call"], metadata["action_dim"]) == (3, 1, 7)
     assert (metadata["checkpoint_step"], metadata["control_hz"]) == (7, 5.0)
     shapes = {"observation/image": [24, 24, 3], "observation/wrist_image": [16, 16, 3]}
     assert metadata["observation_keys"] == shapes

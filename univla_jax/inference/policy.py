@@ -1,4 +1,4 @@
-"""Policy: observations of several robots in, one action chunk for each out, and its execution.
+"""Policy: observations of several robots in, one action chunk for each out.
 
     encode → codes, state ids → history → prompt → action ids, eoa → parse → unnormalize
            → ActionChunk
@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,7 @@ from univla_jax.inference.observations import (
 from univla_jax.inference.sampler import Timer, batch_bucket
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.tasks.base import ActionTask
-from univla_jax.tasks.history import History, close_action
+from univla_jax.tasks.history import EpisodeLog, close_action
 
 _AHEAD_BATCH = 8  # sessions whose next prompts are prefilled together at most
 _CACHE_BUDGET = 4 * GIB
@@ -160,13 +159,23 @@ class Policy:
         return self.loaded.record.chunk_size
 
     @property
+    def history_window(self) -> int:
+        """Observations in a prompt; 1 where a policy needs no history."""
+        return self.loaded.task.history_window
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The cameras an observation must have."""
         return self._encoder.views
 
+    @property
+    def frame_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width in pixels at which the policy sees each camera."""
+        return {view: f.shape[:2] for view, f in self._encoder.example().frames.items()}
+
     def start(self, seed: int = 0) -> Session:
         """A new episode; ``seed`` fixes what is drawn for it, on top of the policy's own."""
-        return Session(History(window=self.loaded.task.history_window), self._seed + seed)
+        return Session(EpisodeLog(self.history_window, self.chunk_size), self._seed + seed)
 
     def act(
         self,
@@ -180,6 +189,8 @@ class Policy:
         Args:
           observations: one per robot.
           sessions: of the same robots, from ``start``; each gets its observation and action added.
+            The actions of its last call count as executed unless ``Session.set_executed`` said
+            otherwise.
           timer: gets the sections ``encode``, ``prefill`` and ``decode``.
 
         Returns:
@@ -253,7 +264,8 @@ class Policy:
         sessions = self._sessions.take_pending(self._batch_size or _AHEAD_BATCH)
         pending = []
         for session in sessions:
-            prefix = session.history.prefix(self.loaded.task.opening(session.instruction or ""))
+            history = session.present_log().history(self._encode_executed)
+            prefix = history.prefix(self.loaded.task.opening(session.instruction or ""))
             if self.action_decoder.should_prefill(prefix, session):
                 pending.append((prefix, session))
         if pending:
@@ -296,12 +308,13 @@ class Policy:
             size = self._batch_size or batch_bucket(len(observations))
             codes = self._encoder.encode(observations, size)
             states = self.state_encoder.encode([observation.state for observation in observations])
+        logs = [s.present_log(o.instruction) for s, o in zip(sessions, observations)]
+        moments = [
+            task.moment_prompt(views, state, instruction=observation.instruction)
+            for observation, views, state in zip(observations, codes, states)
+        ]
         histories = [
-            session.observe(
-                observation.instruction,
-                task.moment_prompt(views, state, instruction=observation.instruction),
-            )
-            for observation, session, views, state in zip(observations, sessions, codes, states)
+            log.history(self._encode_executed).observe(moment) for log, moment in zip(logs, moments)
         ]
         prompts = [
             history.prompt(task.opening(observation.instruction))
@@ -309,15 +322,28 @@ class Policy:
         ]
         predictions = self.action_decoder.predict(prompts, sessions, timer)
         chunks = []
-        for observation, session, history, prediction in zip(
-            observations, sessions, histories, predictions
+        for observation, session, log, history, prediction in zip(
+            observations, sessions, logs, histories, predictions
         ):
             chunk = self._unnormalized(prediction, observation, session)
-            history = history.act(close_action(task.vocabulary, prediction.ids))
-            session.update(observation.instruction, history, chunk, prediction.cached_prefix)
+            ids = close_action(task.vocabulary, prediction.ids)
+            session.update(
+                observation.instruction,
+                log.call(history.moments[-1], ids, chunk.actions),
+                history.act(ids),
+                chunk,
+                prediction.cached_prefix,
+            )
             chunks.append(chunk)
         self._sessions.touch(sessions)
         return chunks
+
+    def _encode_executed(self, actions: np.ndarray) -> np.ndarray:
+        """int32 ids, with eoa, of executed actions float32 [T, A], as training writes them."""
+        if self.chunk_deltas is not None:
+            actions = self.chunk_deltas.to_relative(actions)
+        (ids,) = self.loaded.task.chunk_ids(self.statistics.normalize(actions)[None])
+        return np.append(ids, self.loaded.task.vocabulary.eoa).astype(np.int32)
 
     def _unnormalized(
         self, prediction: ActionPrediction, observation: Observation, session: Session
@@ -385,135 +411,3 @@ def no_motion(
     if last_action is not None:
         actions[:, grippers] = last_action[grippers]
     return actions
-
-
-# ----------------------------------------------------------------------------
-# Execution of action chunks: whole, receding horizon, or temporal ensembling.
-#
-#     chunk       a0 a1 a2 a3 a4 │ b0 b1 …       all of a chunk, then the next
-#     receding    a0 a1 │ b0 b1 │ c0 c1 │ …      its first steps only
-#     ensemble    a0 │ (a1 b0) │ (a2 b1 c0) │ …  the mean of all chunks that reach a step
-#
-# The mean weighs the ``i``-th oldest prediction of a step by ``exp(-decay * i)`` (ACT, arXiv
-# 2304.13705, algorithm 2; octo-models/octo octo/utils/gym_wrappers.py:154-196).
-#
-# Axes: T steps of a chunk, A action dimensions.
-
-
-MODES = ("chunk", "receding", "ensemble")
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """An execution mode and its parameters.
-
-    Attributes:
-      mode: one of ``MODES``.
-      steps: steps executed per call in the modes that take fewer than all.
-      decay: how fast the weights of an ensemble fall; 0 weighs all alike.
-    """
-
-    mode: str = "chunk"
-    steps: int = 1
-    decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Raises UserError for an unknown mode or a number out of range."""
-        if self.mode not in MODES:
-            raise UserError(f"execution mode {self.mode!r}, expected one of {', '.join(MODES)}")
-        if self.steps < 1 or self.decay < 0:
-            raise UserError(
-                f"execution: {self.steps} steps and decay {self.decay}, expected at least 1 and 0"
-            )
-
-
-@dataclasses.dataclass(eq=False)
-class ExecutorSession:
-    """A policy's session, and the chunks of it that reach beyond the current step.
-
-    Attributes:
-      session: the policy's.
-      chunks: float32 [n, A] each, the actions of earlier chunks from the current step on, oldest
-        first.
-    """
-
-    session: Any
-    chunks: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    def ensemble(self, chunk: ActionChunk, execution: Execution) -> np.ndarray:
-        """Adds a chunk and advances; returns the averaged actions of the next steps [steps, A].
-
-        A chunk that is not valid is left out, unless there is no other.
-        """
-        if chunk.valid:
-            self.chunks.append(chunk.actions)
-        chunks = self.chunks or [chunk.actions]
-        steps = min(execution.steps, max(map(len, chunks)))
-        actions = []
-        for step in range(steps):
-            predictions = np.stack([c[step] for c in chunks if len(c) > step])
-            weights = np.exp(-execution.decay * np.arange(len(predictions)))
-            mean = (weights[:, None] * predictions).sum(0).astype(np.float32)
-            actions.append(mean / np.float32(weights.sum()))
-        self.chunks = [c[steps:] for c in self.chunks if len(c) > steps]
-        return np.stack(actions)
-
-
-class Executor:
-    """A policy whose calls return the actions to execute until the next call."""
-
-    def __init__(self, policy: Policy, execution: Execution) -> None:
-        """Wraps a policy.
-
-        Raises:
-          UserError: more steps than a chunk has.
-        """
-        if execution.steps > policy.chunk_size:
-            raise UserError(
-                f"execution: {execution.steps} steps of chunks of {policy.chunk_size}; take at "
-                "most so many"
-            )
-        self.policy, self.execution = policy, execution
-
-    @property
-    def views(self) -> tuple[str, ...]:
-        """The cameras an observation must have."""
-        return self.policy.views
-
-    @property
-    def steps(self) -> int:
-        """Actions per call."""
-        return self.policy.chunk_size if self.execution.mode == "chunk" else self.execution.steps
-
-    def start(self, seed: int = 0) -> ExecutorSession:
-        """The session of a new episode; see ``Policy.start``."""
-        return ExecutorSession(self.policy.start(seed))
-
-    def check(self, observation: Observation, name: str = "observation") -> None:
-        """Raises UserError for an observation that ``act`` would refuse."""
-        self.policy.check(observation, name)
-
-    def prefill_ahead(self) -> bool:
-        """See ``Policy.prefill_ahead``."""
-        return self.policy.prefill_ahead()
-
-    def drop_caches(self) -> None:
-        """See ``Policy.drop_caches``."""
-        self.policy.drop_caches()
-
-    def act(
-        self,
-        observations: Sequence[Observation],
-        sessions: Sequence[ExecutorSession],
-        *,
-        timer: Timer | None = None,
-    ) -> list[ActionChunk]:
-        """The actions of every robot until its next call; see ``Policy.act``."""
-        inner = [session.session for session in sessions]
-        chunks = self.policy.act(observations, inner, timer=timer)
-        return [self._executed(session, chunk) for session, chunk in zip(sessions, chunks)]
-
-    def _executed(self, session: ExecutorSession, chunk: ActionChunk) -> ActionChunk:
-        if self.execution.mode == "ensemble":
-            return dataclasses.replace(chunk, actions=session.ensemble(chunk, self.execution))
-        return dataclasses.replace(chunk, actions=chunk.actions[: self.steps])

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 
 from univla_jax.errors import UserError
+from univla_jax.inference.execution import Executor
 from univla_jax.inference.memory import GIB, cache_budget, is_out_of_memory
-from univla_jax.inference.policy import Executor, Policy
+from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import batch_bucket
 from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
