@@ -141,6 +141,26 @@ def _fails(checkpoint, *arguments):
     return done.stderr
 
 
+@pytest.mark.slow
+def test_it_starts_without_a_home(policy_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "HOME", str(tmp_path / "file" / "home"))
+    (tmp_path / "file").write_text("")
+    command = [*_command(policy_checkpoint, "--port=0", "--max_batch=1")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "listening" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    assert any("compiled functions are not kept: --compiled=~/.cache" in line for line in lines)
+    assert any("GiB per device: weights" in line for line in lines)
+
+
 def test_mistakes_are_one_line(policy_checkpoint, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -325,6 +326,44 @@ def test_frames_of_another_size_are_refused_where_the_spec_keeps_the_cameras(tra
         policy.act([_observation(0)], [policy.start()])
     with pytest.raises(UserError, match="'image' cannot be resized"):
         policy.act([_changed("image", np.zeros((4, 64, 3), np.uint8))], [policy.start()])
+
+
+def test_instructions_beyond_the_limit_are_refused(trained):
+    policy = Policy(trained, max_instruction_tokens=24)
+    long = "push the red block " * 9
+    with pytest.raises(UserError, match="at most 24 are answered; shorten it"):
+        policy.check(_observation(0, long))
+    assert Policy(trained).check(_observation(0, long)) is None
+
+
+@pytest.mark.slow
+def test_no_request_waits_for_the_compiler(trained):
+    """Whatever robots ask after ``warmup``, in any order, nothing is compiled."""
+    policy = Policy(trained, max_instruction_tokens=24)
+    rng, compiled = np.random.default_rng(0), []
+    sessions = [policy.start() for _ in range(2)]
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for size in (1, 2):
+            policy.warmup(size)
+        assert compiled
+        compiled.clear()
+        for call in range(12):
+            words = ["touch green", "push the red block to the left"][int(rng.integers(2))]
+            count = 1 + int(rng.integers(2))
+            policy.act([_observation(call, words)] * count, sessions[:count])
+            if rng.integers(2):
+                policy.prefill_ahead()
+            if not rng.integers(4):
+                sessions[0] = policy.start()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
 
 
 def test_sessions_belong_to_robots(trained):

@@ -19,22 +19,33 @@ from univla_jax.serving.server import PolicyServer, ServerConfig
 SIDE = 8
 
 
+class CountingSession(list):
+    """The sums of the frames seen, and what was executed."""
+
+    executed = None
+
+    def set_executed(self, executed):
+        if isinstance(executed, int) and executed > 1:
+            raise UserError("more actions executed than answered")
+        self.executed = executed
+
+
 class CountingPolicy:
     """Answers the sum of all pixels a session has seen, and how many observations those were."""
 
-    views = ("image",)
+    frame_sizes, keeps_history = {"image": (SIDE, SIDE)}, True
 
     def __init__(self, seconds=0.0):
         self.seconds, self.batches = seconds, []
         self.running, self.ahead, self.dropped = threading.Event(), 0, 0
         self.failures = []  # raised by the next calls of ``act``, one each
 
-    def start(self):
-        return []
+    def start(self, seed=0):
+        return CountingSession()
 
     def check(self, observation, name):
-        if observation.frames["image"].shape[0] != SIDE:
-            raise UserError(f"{name}: view 'image' has another size")
+        if observation.instruction == "refuse me":
+            raise UserError(f"{name}: refused")
 
     def act(self, observations, sessions, *, timer=None):
         self.running.set()
@@ -47,6 +58,8 @@ class CountingPolicy:
         with timer.section("prefill"):
             for observation, session in zip(observations, sessions):
                 session.append(int(observation.frames["image"].sum()))
+        if observations[0].instruction == "at length":
+            return [ActionChunk(np.zeros((100_000, 1), np.float32)) for _ in observations]
         return [
             ActionChunk(np.array([[sum(s), len(s)]], np.float32), valid=sum(s) > 0, reason="")
             for s in sessions
@@ -69,7 +82,8 @@ def observation(value=1, prompt="go", **more):
 @contextlib.contextmanager
 def running(policy, *, tls=None, metadata=None, **config):
     """The server and its port; it is stopped, and must stop, at the end."""
-    config = ServerConfig(**{"port": 0, "drain_seconds": 5.0, **config})
+    defaults = {"port": 0, "drain_seconds": 5.0, "forget_after_seconds": 600.0}
+    config = ServerConfig(**{**defaults, **config})
     server = PolicyServer(policy, config, metadata=metadata or {"protocol": 1}, tls=tls)
     started, errors, box = threading.Event(), [], {}
 

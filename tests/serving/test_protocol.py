@@ -12,7 +12,7 @@ import pytest
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.serving import protocol
-from univla_jax.serving.protocol import parse_request, reply_message
+from univla_jax.serving.protocol import CameraSize, WireError, parse_request, reply_message, unpack
 
 MESSAGE = {
     "frame": np.arange(12, dtype=np.uint8).reshape(2, 2, 3),
@@ -93,7 +93,7 @@ def test_what_cannot_be_sent(value):
 # Requests are checked key by key; replies carry actions, validity and timing.
 
 
-VIEWS = ("image", "wrist_image")
+VIEWS = {"image": CameraSize(4, 6), "wrist_image": CameraSize(2, 2)}
 
 
 def _message(**changes):
@@ -113,11 +113,40 @@ def _read(message):
 
 def test_an_openpi_observation():
     request = _read(_message())
-    assert not request.reset and request.episode_id is None
+    assert request.reset is None and request.episode_id is None
     seen = request.observation
     assert seen.instruction == "touch green" and set(seen.frames) == set(VIEWS)
     assert seen.state.dtype == np.float32 and seen.state.tolist() == list(range(8))
     assert _read(_message(**{"observation/state": None})).observation.state is None
+
+
+def test_frames_of_the_same_shape_are_taken_in_other_sizes():
+    for size in ((8, 12), (4, 6), (2, 3)):
+        frames = {"observation/image": np.zeros((*size, 3), np.uint8)}
+        assert _read(_message(**frames)).observation.frames["image"].shape[:2] == size
+
+
+def test_what_was_executed():
+    assert _read(_message()).executed is None
+    assert _read(_message(executed=np.int8(3))).executed == 3
+    executed = _read(_message(executed=np.ones((2, 7)))).executed
+    assert executed.dtype == np.float32 and executed.shape == (2, 7)
+
+
+def test_a_frame_of_lists_in_lists_is_refused_at_once():
+    """64 lists of 64 lists of … are within the limit of each: 16 MiB of them took ten seconds."""
+    inner = b"\xdc\x00\x40" + b"\x90" * 64
+    nested = b"\xdc\x00\x40" + inner * 64
+    frame = b"\xdc\x00\x3c" + nested * 60
+    tracemalloc.start()
+    with pytest.raises(WireError, match="more than 256 maps and lists"):
+        unpack(frame)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    maps = {f"{i}": {f"{j}": {} for j in range(60)} for i in range(60)}
+    with pytest.raises(WireError, match="more than 256 maps and lists"):
+        unpack(msgpack.packb(maps))
 
 
 def test_resets_and_episodes():
@@ -134,7 +163,12 @@ def test_resets_and_episodes():
         ({}, "'observation/image' is missing; the message has nothing"),
         ({"reset": False}, "'observation/image' is missing"),
         (_message(prompt=None), "'prompt' is missing"),
-        (_message(**{"observation/side": 1}), "unknown key 'observation/side'; .* knows obs"),
+        (_message(episode=1), "unknown key 'episode'; did you mean 'episode_id'"),
+        (_message(executed=1.5), "'executed' is a float, expected the number of actions"),
+        (_message(executed=np.zeros(3)), r"'executed' is float64 \[3\]"),
+        (_message(executed=np.full((1, 3), np.inf)), "'executed' contains a value"),
+        (_message(**{"observation/image": np.zeros((1, 1, 3), np.uint8)}), "has 1 x 1 pixels"),
+        (_message(**{"observation/image": np.zeros((6, 4, 3), np.uint8)}), "sees 4 x 6; send this"),
         (_message(prompt=b"x"), "'prompt' is a bytes"),
         (_message(prompt="x" * 1025), "1025 characters"),
         (_message(reset=1), "'reset' is a int"),

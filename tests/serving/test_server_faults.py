@@ -117,7 +117,7 @@ def test_a_robot_that_does_not_read_is_cut_off():
     with running(CountingPolicy(), send_seconds=0.3) as server, server.connect() as good:
         raw = server.connect(max_queue=1)
         raw.recv_events_paused = True
-        message = protocol.pack(observation(1, extra="x" * 1000))
+        message = protocol.pack(observation(1, prompt="at length"))
         stop = threading.Event()
 
         def flood():

@@ -71,6 +71,7 @@ class Policy:
         sampling: Sampling = GREEDY,
         speculative_block: int = 0,
         cache_budget: int = _CACHE_BUDGET,
+        max_instruction_tokens: int = 0,
         free_form: bool = False,
         action_decoder: ActionDecoder | None = None,
     ) -> None:
@@ -96,6 +97,7 @@ class Policy:
             speculative_block=speculative_block,
             free_form=free_form,
         )
+        self._max_instruction_tokens = max_instruction_tokens
         self.action_decoder.set_shapes(self._usual_lengths(), batch_size)
         self._seed = sampling.seed
         self._sessions = SessionLru(cache_budget)
@@ -113,6 +115,7 @@ class Policy:
         sampling: Sampling = GREEDY,
         speculative_block: int = 0,
         cache_budget: int = _CACHE_BUDGET,
+        max_instruction_tokens: int = 0,
         int8: bool = False,
         free_form: bool = False,
     ) -> Policy:
@@ -132,6 +135,8 @@ class Policy:
             The actions are the same.
           cache_budget: bytes per device that the key/value caches kept between calls may take
             together; sessions that fall out prefill their next prompt anew.
+          max_instruction_tokens: longer instructions are refused, and ``warmup`` compiles all that
+            the others need; 0 takes any that the model has room for, and compiles when one comes.
           int8: weights of eight bits (``int8.py``); the actions are nearly the same.
           free_form: action ids in any order, as the reference has it; by default only whole chunks.
 
@@ -150,6 +155,7 @@ class Policy:
             sampling=sampling,
             speculative_block=speculative_block,
             cache_budget=cache_budget,
+            max_instruction_tokens=max_instruction_tokens,
             free_form=free_form,
         )
 
@@ -250,6 +256,12 @@ class Policy:
             raise UserError(
                 f"{name}: the instruction makes {tokens} tokens, the policy was trained on "
                 f"sequences of {longest}; shorten it"
+            )
+        limit = self._max_instruction_tokens
+        if limit and tokens > limit:
+            raise UserError(
+                f"{name}: the instruction makes {tokens} tokens, at most {limit} are answered; "
+                "shorten it, or raise --max_instruction_tokens"
             )
 
     def prefill_ahead(self) -> bool:
@@ -377,9 +389,12 @@ class Policy:
         codes = [np.zeros((1, *grids[view]), np.int32) for view in views]
         moment = len(task.moment_prompt(codes)) + self.state_encoder.max_tokens
         actions = (window - 1) * self.action_decoder.max_action_tokens
-        longest = _USUAL_OPENING + window * moment + actions
-        first = _USUAL_OPENING + moment
-        return moment + 1, first, max(first, min(longest, record.sequence_length))
+        # Where instructions are limited, no prompt is longer than what is compiled beforehand.
+        opening = self._max_instruction_tokens or _USUAL_OPENING
+        longest, first = opening + window * moment + actions, opening + moment
+        if not self._max_instruction_tokens:
+            longest = max(first, min(longest, record.sequence_length))
+        return moment + 1, first, longest
 
 
 def no_motion(
