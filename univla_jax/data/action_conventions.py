@@ -101,6 +101,60 @@ def _movement_and_gripper(steps: Steps, gripper: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------
+# Functions for ``DatasetConfig.idle_steps``: actions [T, A] -> bool [T].
+
+
+def no_movement(
+    threshold: float = 1e-4, gripper: int | None = -1
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Idle steps of movements: nothing moves, and the gripper stays as it was.
+
+    As OpenVLA drops the no-ops of LIBERO (``regenerate_libero_dataset.py``).
+
+    Args:
+      threshold: norm of the action without its gripper below which nothing moves.
+      gripper: its dimension; None where there is none.
+    """
+
+    def idle(actions: np.ndarray) -> np.ndarray:
+        return (np.linalg.norm(_without(actions, gripper), axis=1) < threshold) & _kept_gripper(
+            actions, gripper
+        )
+
+    return idle
+
+
+def same_pose(
+    threshold: float = 1e-4, gripper: int | None = -1
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Idle steps of absolute poses: the one before again, the gripper included.
+
+    Args:
+      threshold: norm of the change without the gripper below which it is the same pose.
+      gripper: its dimension; None where there is none.
+    """
+
+    def idle(actions: np.ndarray) -> np.ndarray:
+        change = np.diff(_without(actions, gripper), axis=0)
+        same = np.append([False], np.linalg.norm(change, axis=1) < threshold)[: len(actions)]
+        return same & _kept_gripper(actions, gripper)
+
+    return idle
+
+
+def _without(actions: np.ndarray, gripper: int | None) -> np.ndarray:
+    return actions if gripper is None else np.delete(actions, gripper, axis=1)
+
+
+def _kept_gripper(actions: np.ndarray, gripper: int | None) -> np.ndarray:
+    """Whether the gripper's command is that of the step before; the first step has none."""
+    if gripper is None:
+        return np.ones(len(actions), bool)
+    values = actions[:, gripper]
+    return np.append([True], values[1:] == values[:-1])[: len(actions)]
+
+
+# ----------------------------------------------------------------------------
 # The rules behind them. A relative or undecided gripper depends on other steps of its episode, so
 # they take whole episodes.
 
