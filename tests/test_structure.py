@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "univla_jax"
 # Rooms from left to right; those of one rank may import each other.
 RANKS = {
     "errors": 0,
+    "client": 0,
     "episode": 0,
     "config": 0,
     "buckets": 0,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,25 @@ def string_flag(
         message = f"missing; give --{name}=..., the {help_text}"
         flags.register_validator(name, lambda value: value is not None, message=message)
     return holder
+
+
+def read_secret(file: str, flag: str) -> str:
+    """The text of a file, such as an API key, without the white space around it.
+
+    Args:
+      file: its path.
+      flag: that names it, for messages.
+
+    Raises:
+      UserError: the file cannot be read or is empty.
+    """
+    try:
+        secret = pathlib.Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{flag}={file}: {error}") from error
+    if not secret:
+        raise UserError(f"--{flag}={file} is empty; write the secret into it")
+    return secret
 
 
 def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:

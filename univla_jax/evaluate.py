@@ -52,6 +52,9 @@ OUT = cli.string_flag("out", "folder for the results", required=False)
 POLICY = cli.string_flag(
     "policy", "instead of --checkpoint: ws://host:port, zero, random or expert", required=False
 )
+API_KEY_FILE = cli.string_flag(
+    "api_key_file", "file with the key of --policy=ws://...", required=False
+)
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 SAMPLING = sampling_flags()
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
@@ -138,6 +141,7 @@ def _evaluate_closed_loop() -> None:
         OUT.value,
         sampling=SAMPLING(),
         round_trip=_round_trip(),
+        api_key=cli.read_secret(API_KEY_FILE.value, "api_key_file") if API_KEY_FILE.value else "",
     )
     if was_finished:
         print(f"{OUT.value} holds this evaluation already")

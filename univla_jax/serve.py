@@ -104,7 +104,11 @@ def main(argv: list[str]) -> None:
         idle_seconds=IDLE_SECONDS.value,
         forget_after_seconds=FORGET_AFTER_SECONDS.value,
         camera_sizes=startup.parse_camera_sizes(CAMERA_SIZES.value),
-        api_key=startup.read_api_key(API_KEY_FILE.value) if API_KEY_FILE.value else API_KEY.value,
+        api_key=(
+            cli.read_secret(API_KEY_FILE.value, "api_key_file")
+            if API_KEY_FILE.value
+            else API_KEY.value
+        ),
     )
     tls = startup.tls_context(TLS_CERT.value, TLS_KEY.value)
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)

@@ -107,6 +107,12 @@ def test_an_ensemble_logs_the_means():
         assert chunk.actions.tolist() == plan.session.present_log().executed.tolist() == [[mean]]
 
 
+def test_an_ensemble_of_nothing_is_nothing():
+    executor = Executor(Scripted(), Execution("ensemble"))
+    executor.policy.act = lambda *_, **__: [ActionChunk(np.zeros((0, 1), np.float32), valid=False)]
+    assert executor.act([SEEN], [executor.start()])[0].actions.shape == (0, 1)
+
+
 def test_another_instruction_ends_the_ensemble():
     executor = Executor(Scripted([0, 3, 6], [5, 9, 9], [1, 1, 1]), Execution("ensemble", decay=0.0))
     plan, answers = executor.start(), []

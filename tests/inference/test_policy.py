@@ -189,6 +189,27 @@ def test_no_motion_before_any_action():
     assert no_motion(2, 3, np.array([5.0, 5.0, -1.0])).tolist() == [[0, 0, -1]] * 2
 
 
+def test_no_motion_of_joints_is_where_they_are_and_never_zero():
+    """Poses and two grippers: zeros would drive every joint."""
+    last, joints = np.arange(1.0, 5.0), range(4)
+    assert no_motion(2, 4, last, joints).tolist() == [last.tolist()] * 2
+    assert no_motion(2, 4, last, [1, 3]).tolist() == [[0, 2, 0, 4]] * 2
+    assert no_motion(2, 4, None, joints, pose=last).tolist() == [last.tolist()] * 2
+    assert no_motion(2, 4, None, joints).shape == (0, 4)
+
+
+def test_a_pose_that_nobody_knows_is_no_action(trained):
+    """Where actions command poses, an invalid chunk before the first action answers none at all."""
+    good, endless = _ids(trained, _chunk(0)), _ids(trained, _chunk(0))[:-1]
+    policy = _scripted(trained, [[endless], [good], [endless]])
+    policy.absolute_dims = tuple(range(7))
+    session = policy.start()
+    first, second, third = (policy.act([_observation(i)], [session])[0] for i in range(3))
+    assert not first.valid and first.actions.shape == (0, 7)
+    assert second.valid and not third.valid
+    np.testing.assert_array_equal(third.actions, np.tile(second.actions[-1], (3, 1)))
+
+
 def test_history_window_and_another_instruction(trained):
     answer = _ids(trained, _chunk(0))
     policy = _scripted(trained, [[answer]] * 4)

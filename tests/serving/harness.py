@@ -11,9 +11,9 @@ import time
 import numpy as np
 from websockets.sync.client import connect
 
+from univla_jax.client import wire
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 SIDE = 8
@@ -33,9 +33,10 @@ class CountingSession(list):
 class CountingPolicy:
     """Answers the sum of all pixels a session has seen, and how many observations those were."""
 
-    frame_sizes, keeps_history = {"image": (SIDE, SIDE)}, True
+    keeps_history = True
 
-    def __init__(self, seconds=0.0):
+    def __init__(self, seconds=0.0, sizes=(SIDE, SIDE)):
+        self.frame_sizes = {"image": sizes}
         self.seconds, self.batches = seconds, []
         self.running, self.ahead, self.dropped = threading.Event(), 0, 0
         self.failures = []  # raised by the next calls of ``act``, one each
@@ -130,7 +131,7 @@ class Handle:
         """A bare client behind its metadata."""
         options = {"compression": None, "max_size": None, **options}
         connection = connect(f"ws://127.0.0.1:{self.port}", **options)
-        protocol.unpack(connection.recv())
+        wire.unpack(connection.recv())
         return connection
 
     def metric(self, name):
@@ -143,6 +144,6 @@ class Handle:
 
 def infer(connection, message):
     """The reply to a message; a text frame stays text."""
-    connection.send(protocol.pack(message))
+    connection.send(wire.pack(message))
     reply = connection.recv(timeout=20)
-    return reply if isinstance(reply, str) else protocol.unpack(reply)
+    return reply if isinstance(reply, str) else wire.unpack(reply)

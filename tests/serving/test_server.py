@@ -16,10 +16,11 @@ from websockets import exceptions
 from websockets.asyncio import client as asyncio_client
 
 from tests.serving.harness import CountingPolicy, infer, observation, running
+from univla_jax.cli import read_secret
+from univla_jax.client import wire
 from univla_jax.errors import UserError
-from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
-from univla_jax.serving.startup import check_port, read_api_key, tls_context
+from univla_jax.serving.startup import check_port, tls_context
 
 PIXELS = 8 * 8 * 3
 
@@ -161,10 +162,10 @@ def test_frames_that_cannot_be_read_end_their_connection_only():
 def test_errors_of_the_policy_tell_nothing_and_spare_the_others(caplog):
     with running(CountingPolicy(), window_seconds=1.0) as server:
         with server.connect() as good, server.connect() as bad:
-            good.send(protocol.pack(observation(1)))
+            good.send(wire.pack(observation(1)))
             reply = infer(bad, observation(1, prompt="crash"))
             assert reply.startswith("internal error") and "secret" not in reply
-            assert protocol.unpack(good.recv(timeout=10))["actions"][0, 0] == PIXELS
+            assert wire.unpack(good.recv(timeout=10))["actions"][0, 0] == PIXELS
             with pytest.raises(exceptions.ConnectionClosed):
                 bad.recv(timeout=10)
         assert "secret details" in caplog.text
@@ -172,14 +173,14 @@ def test_errors_of_the_policy_tell_nothing_and_spare_the_others(caplog):
 
 def test_health_and_metrics_answer_while_the_policy_computes():
     with running(CountingPolicy(seconds=1.0)) as server, server.connect() as robot:
-        robot.send(protocol.pack(observation(1)))
+        robot.send(wire.pack(observation(1)))
         assert server.server._policy.running.wait(10)
         begin = time.perf_counter()
         assert _get(server.port, "/healthz") == (200, "OK\n")
         status, page = _get(server.port, "/metrics")
         assert time.perf_counter() - begin < 0.5
         assert status == 200 and "univla_connections 1.0" in page
-        assert protocol.unpack(robot.recv(timeout=10))["actions_valid"]
+        assert wire.unpack(robot.recv(timeout=10))["actions_valid"]
         assert 'univla_requests_total{outcome="ok"} 1.0' in _get(server.port, "/metrics")[1]
 
 
@@ -188,8 +189,8 @@ def test_robots_that_ask_together_are_answered_together():
     with running(policy, window_seconds=5.0, max_batch=3) as server:
         robots = [server.connect() for _ in range(3)]
         for i, robot in enumerate(robots):
-            robot.send(protocol.pack(observation(i)))
-        totals = [protocol.unpack(r.recv(timeout=10))["actions"][0, 0] for r in robots]
+            robot.send(wire.pack(observation(i)))
+        totals = [wire.unpack(r.recv(timeout=10))["actions"][0, 0] for r in robots]
         assert totals == [0, PIXELS, 2 * PIXELS] and policy.batches == [3]
         for robot in robots:
             robot.close()
@@ -199,14 +200,14 @@ def test_a_full_queue_refuses_and_the_robot_may_try_again():
     policy = CountingPolicy(seconds=0.5)
     with running(policy, queue=1, max_batch=1) as server:
         robots = [server.connect() for _ in range(3)]
-        robots[0].send(protocol.pack(observation(1)))
+        robots[0].send(wire.pack(observation(1)))
         assert policy.running.wait(10)
-        robots[1].send(protocol.pack(observation(1)))
+        robots[1].send(wire.pack(observation(1)))
         time.sleep(0.1)
         reply = infer(robots[2], observation(1))
         assert reply.startswith("busy: 1 requests are waiting; try again")
         for robot in robots[:2]:
-            assert protocol.unpack(robot.recv(timeout=10))["actions"][0, 1] == 1
+            assert wire.unpack(robot.recv(timeout=10))["actions"][0, 1] == 1
         assert infer(robots[2], observation(1))["actions"][0, 1] == 1
         for robot in robots:
             robot.close()
@@ -267,9 +268,9 @@ def test_encrypted(tmp_path):
     # what the client of websockets.sync does.
     async def ask(port):
         async with asyncio_client.connect(f"wss://127.0.0.1:{port}", ssl=trusting) as robot:
-            metadata = protocol.unpack(await robot.recv())
-            await robot.send(protocol.pack(observation(1)))
-            return metadata, protocol.unpack(await robot.recv())
+            metadata = wire.unpack(await robot.recv())
+            await robot.send(wire.pack(observation(1)))
+            return metadata, wire.unpack(await robot.recv())
 
     with running(CountingPolicy(), tls=tls_context(*files)) as server:
         metadata, reply = asyncio.run(asyncio.wait_for(ask(server.port), 20))
@@ -284,13 +285,13 @@ def test_stopping_finishes_what_runs():
     policy = CountingPolicy(seconds=0.5)
     with running(policy) as server:
         working, idle = server.connect(), server.connect()
-        working.send(protocol.pack(observation(1)))
+        working.send(wire.pack(observation(1)))
         assert policy.running.wait(10)
         server.stop()
         with pytest.raises(exceptions.ConnectionClosed) as closed:
             idle.recv(timeout=10)
         assert closed.value.rcvd.code == 1001
-        assert protocol.unpack(working.recv(timeout=10))["actions_valid"]
+        assert wire.unpack(working.recv(timeout=10))["actions_valid"]
         with pytest.raises(exceptions.ConnectionClosed):
             working.recv(timeout=10)
         with pytest.raises((OSError, exceptions.InvalidStatus)):
@@ -301,7 +302,7 @@ def test_a_call_that_outlasts_the_drain_is_left_behind():
     policy = CountingPolicy(seconds=1.5)
     with running(policy, drain_seconds=0.1) as server:
         working = server.connect()
-        working.send(protocol.pack(observation(1)))
+        working.send(wire.pack(observation(1)))
         assert policy.running.wait(10)
         server.stop()
         assert working.recv(timeout=10) == "busy: the server stops; try again later"
@@ -323,6 +324,6 @@ def test_taken_ports_and_bad_settings_are_named(tmp_path):
     with pytest.raises(UserError, match="--port: 70000"):
         ServerConfig(port=70000)
     with pytest.raises(UserError, match="--api_key_file"):
-        read_api_key(str(tmp_path / "none"))
+        read_secret(str(tmp_path / "none"), "api_key_file")
     (tmp_path / "key").write_text("geheim\n")
-    assert read_api_key(str(tmp_path / "key")) == "geheim"
+    assert read_secret(str(tmp_path / "key"), "api_key_file") == "geheim"

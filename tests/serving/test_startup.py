@@ -8,10 +8,10 @@ import jax
 import pytest
 
 from tests.inference import tiny_checkpoint
+from univla_jax.client import wire
 from univla_jax.errors import UserError
 from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.policy import Policy
-from univla_jax.serving import protocol
 from univla_jax.serving.server import ServerConfig
 from univla_jax.serving.startup import (
     enable_compilation_cache,
@@ -25,7 +25,7 @@ from univla_jax.serving.startup import (
 def test_a_robot_learns_what_to_send_and_what_it_gets(tmp_path):
     policy = Policy.load(tiny_checkpoint.save(tmp_path, tiny_checkpoint.make_assets()))
     metadata = server_metadata(Executor(policy, Execution("receding", steps=1)), ServerConfig())
-    assert protocol.unpack(protocol.pack(metadata)) == metadata
+    assert wire.unpack(wire.pack(metadata)) == metadata
     assert (metadata["chunk"], metadata["actions_per_call"], metadata["action_dim"]) == (3, 1, 7)
     assert (metadata["checkpoint_step"], metadata["control_hz"]) == (7, 5.0)
     assert len(metadata["checkpoint"]) == 64 and metadata["keeps_history"] is True

@@ -79,6 +79,10 @@ class DatasetConfig:
         videos and absolute actions; movements from step to step would have to be added up.
       chunk_deltas: for policies whose action chunks are relative to the pose at their first step;
         None where every action stands for itself.
+      absolute_dims: dimensions of an action that command a value, such as a gripper's or a pose's;
+        the others are displacements. Standing still repeats the last value of the former and makes
+        the latter 0. None takes the last dimension, the gripper, and where there are
+        ``chunk_deltas`` all.
       texts: kind of text (``Episode.texts``, such as ``"reasoning"``) -> its path.
       default_instruction: for episodes without an instruction; where it is empty, they are invalid.
       episode_filters: path of a field of the episode -> the value it must have, such as
@@ -111,6 +115,7 @@ class DatasetConfig:
     trim: tuple[int, int] = (0, 0)
     frame_stride: int = 1
     chunk_deltas: action_conventions.ChunkDeltas | None = None
+    absolute_dims: tuple[int, ...] | None = None
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     default_instruction: str = ""
     episode_filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -559,3 +564,13 @@ def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tu
     if not indices:
         raise UserError(f"{where}: split {split!r} holds no episodes")
     return found[1], indices
+
+
+def absolute_dims(corpus: str, action_dim: int) -> tuple[int, ...]:
+    """Dimensions of a corpus' actions that command a value; see ``DatasetConfig``."""
+    dataset = DATASETS.get(corpus)
+    if dataset is not None and dataset.absolute_dims is not None:
+        return dataset.absolute_dims
+    if dataset is not None and dataset.chunk_deltas is not None:
+        return tuple(range(action_dim))
+    return (action_dim - 1,)

@@ -33,6 +33,7 @@ from univla_jax.evaluation.actors import (
     ZeroActions,
 )
 from univla_jax.evaluation.runner import VIDEOS, Actor, BenchmarkRunner, RunnerConfig
+from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
@@ -127,6 +128,7 @@ def evaluate(
     *,
     sampling: Sampling = GREEDY,
     round_trip: ActionRoundTrip | None = None,
+    api_key: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs what is missing of an evaluation and writes its report.
@@ -138,6 +140,8 @@ def evaluate(
       out: folder of the evaluation.
       sampling: of the policy's tokens.
       round_trip: what the expert's actions go through; nothing by default.
+      api_key: of the server at ``ws://host:port``.
+      api_key: of the server at ``ws://host:port``.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -155,7 +159,14 @@ def evaluate(
     _check_conditions(conditions, benchmark, policy)
     # The identity is the config, the checkpoint's hash, and everything else that changes actions.
     # What changes speed or videos alone may differ when a killed evaluation is resumed.
-    policy_identity = None if policy is None else _policy_identity(policy)
+    remote, policy_identity = None, None
+    if policy is not None and not _is_address(policy):
+        policy_identity = checkpoint_identity(find_checkpoint(policy))
+    elif policy is not None and finished(out):  # its server need not run any more
+        policy_identity = read_report(out).get("policy_identity", policy)
+    elif policy is not None:
+        remote = RemotePolicy(policy, api_key=api_key, execute=benchmark.execute)
+        policy_identity = remote.identity
     extra = {} if policy is None else {"checkpoint": policy_identity}
     extra |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
     extra |= {} if round_trip is None else {"action_path": round_trip.identity()}
@@ -165,7 +176,7 @@ def evaluate(
     if finished(folder):
         return read_report(folder)
     batch = config.batch or benchmark.batch
-    actors = _Actors(config, benchmark, policy, batch, sampling, round_trip)
+    actors = _Actors(config, benchmark, policy, remote, batch, sampling, round_trip)
     limits = RunnerConfig(batch, config.hang_seconds, config.video_episodes, progress)
     with BenchmarkRunner(benchmark, folder, limits) as runner:
         # Condition after condition, the policy first: a killed evaluation has whole conditions to
@@ -271,10 +282,6 @@ def _check_conditions(
             raise UserError(f"condition {condition!r} needs --checkpoint=... or --policy=...")
 
 
-def _policy_identity(policy: str) -> str:
-    return policy if _is_address(policy) else checkpoint_identity(find_checkpoint(policy))
-
-
 def _is_address(policy: str) -> bool:
     return policy.startswith(("ws://", "wss://"))
 
@@ -306,12 +313,13 @@ class _Actors:
         config: EvaluateConfig,
         benchmark: Benchmark,
         policy: str | None,
+        remote: RemotePolicy | None,
         batch: int,
         sampling: Sampling,
         round_trip: ActionRoundTrip | None,
     ) -> None:
         self._config, self._benchmark, self._path = config, benchmark, policy
-        self._round_trip = round_trip
+        self._round_trip, self._remote = round_trip, remote
         corpus = config.corpus or benchmark.corpus
         self._options = {"corpus": corpus, "batch_size": batch, "sampling": sampling}
 
@@ -325,16 +333,24 @@ class _Actors:
             return RandomActions(self._statistics(), self._chunk())
         if condition == "untrained":
             seed = self._config.untrained_seed
-            return Policy.load(self._path, untrained=True, seed=seed, **self._options)
-        return self._policy
+            options = {"untrained": True, "seed": seed, **self._options}
+            return self._executed(Policy.load(self._path, **options))
+        return self._remote or self._executed(self._policy)
+
+    def _executed(self, policy: Policy) -> Actor:
+        """A policy that remembers the part of each chunk that the benchmark executes."""
+        execute = self._benchmark.execute
+        if not 0 < execute < policy.chunk_size:
+            return policy
+        return Executor(policy, Execution("receding", steps=execute))
 
     def describe(self) -> dict[str, Any]:
         """Settings of the policy and the expert, for the report."""
         round_trip = self._round_trip
         about = {"action_path": round_trip.identity() if round_trip else "none"}
         about = about if "expert" in self._config.conditions else {}
-        if isinstance(self._policy, RemotePolicy):
-            about["server"] = str(self._policy.metadata)
+        if self._remote is not None:
+            about["server"] = str(self._remote.metadata)
         elif self._policy is not None:
             policy, assets = self._policy, self._policy.loaded.assets
             about |= {
@@ -348,11 +364,9 @@ class _Actors:
         return about
 
     @functools.cached_property
-    def _policy(self) -> Policy | RemotePolicy | None:
-        if self._path is None:
+    def _policy(self) -> Policy | None:
+        if self._path is None or self._remote is not None:
             return None
-        if _is_address(self._path):
-            return RemotePolicy(self._path)
         return Policy.load(self._path, **self._options)
 
     def _chunk(self) -> int:

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from univla_jax.data.action_conventions import ChunkDeltas
-from univla_jax.data.datasets import chunk_deltas
+from univla_jax.data.datasets import absolute_dims, chunk_deltas
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import (
@@ -59,6 +58,7 @@ class Policy:
       state_encoder: checks and encodes proprioceptive states, where the policy was shown them.
       chunk_deltas: how the corpus' poses are predicted relative to the robot's current one; None
         where actions are commands as they are.
+      absolute_dims: dimensions of an action that command a value; the others are displacements.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Policy:
         self._encoder = ObservationEncoder(loaded.assets, record, self.corpus)
         self.state_encoder = StateEncoder(loaded, self.corpus) if record.state else NoStateEncoder()
         self.chunk_deltas = chunk_deltas(self.corpus)
+        self.absolute_dims = absolute_dims(self.corpus, self.statistics.action_dim)
         self._batch_size = batch_size
         self.action_decoder = action_decoder or make_action_decoder(
             loaded,
@@ -368,10 +369,7 @@ class Policy:
         elif fallback is not None:
             actions = fallback
         else:
-            pose = None if deltas is None else observation.state
-            actions = no_motion(
-                self.chunk_size, self.statistics.action_dim, session.last_action, deltas, pose
-            )
+            actions = self._no_motion(observation, session)
         if decoded.valid and deltas is not None:
             actions = deltas.to_absolute(actions, np.asarray(observation.state, np.float32))
         return ActionChunk(
@@ -380,6 +378,18 @@ class Policy:
             reason=decoded.reason,
             num_overridden=prediction.num_overridden,
         )
+
+    def _no_motion(self, observation: Observation, session: Session) -> np.ndarray:
+        """No motion of a robot, float32 [T, A]; [0, A] where its pose is not known."""
+        size, last, pose = self.statistics.action_dim, session.last_action, None
+        if self.chunk_deltas is not None:
+            # Arms are where they are, whatever they were told; grippers hold what they were told.
+            pose = np.array(observation.state, np.float32)
+            if last is not None:
+                grippers = list(self.chunk_deltas.absolute)
+                pose[grippers] = last[grippers]
+            last = None
+        return no_motion(self.chunk_size, size, last, self.absolute_dims, pose)
 
     def _usual_lengths(self) -> tuple[int, int, int]:
         """New tokens of the usual calls: one observation, with an instruction, a whole prompt."""
@@ -401,28 +411,27 @@ def no_motion(
     steps: int,
     action_dim: int,
     last_action: np.ndarray | None,
-    deltas: ChunkDeltas | None = None,
+    absolute: Sequence[int] | None = None,
     pose: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Stand still: float32 [steps, action_dim].
+    """Stand still: float32 [steps, action_dim], or [0, action_dim] where that is not known.
 
-    Actions that are displacements are 0 but for the last dimension, the gripper, which stays as
-    last commanded. Actions that are poses (``deltas`` is given) are the current pose, their
-    grippers as last commanded. The zeros of the normalized range are no such thing: unnormalized
-    they move.
+    Displacements are 0; what commands a value keeps its last command, or the present value. The
+    zeros of the normalized range are no such thing: unnormalized they move.
 
     Args:
       steps: length of the chunk.
       action_dim: dimensions A.
-      last_action: [A] of the step before, None at the start: then the gripper of displacements gets
-        0 too, and those of a pose stay where they are.
-      deltas: of a corpus of poses.
-      pose: [A], the current one, where ``deltas`` is given.
+      last_action: [A] of the step before, None at the start: a gripper beside displacements is 0
+        then.
+      absolute: dimensions that command a value; the last one, the gripper, by default.
+      pose: [A], the present values, where they are known.
     """
+    absolute = [action_dim - 1] if absolute is None else list(absolute)
+    known = pose if last_action is None else last_action
     actions = np.zeros((steps, action_dim), np.float32)
-    grippers = [action_dim - 1] if deltas is None else list(deltas.absolute)
-    if pose is not None:
-        actions[:] = pose
-    if last_action is not None:
-        actions[:, grippers] = last_action[grippers]
+    if known is not None:
+        actions[:, absolute] = known[absolute]
+    elif absolute != [action_dim - 1]:
+        return actions[:0]
     return actions

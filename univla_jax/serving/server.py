@@ -29,6 +29,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
+from univla_jax.client import wire
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.memory import is_out_of_memory
@@ -236,7 +237,7 @@ class PolicyServer:
           tls: certificate and key, or None for plain connections.
         """
         self._policy, self._config, self._tls = policy, config, tls
-        self._metadata = protocol.pack(metadata)
+        self._metadata = wire.pack(metadata)
         self._cameras = _camera_sizes(policy.frame_sizes, config.camera_sizes)
         self.metrics = ServerMetrics()
         self._robots: set[_Robot] = set()
@@ -434,8 +435,8 @@ class PolicyServer:
                 message = "expected a binary msgpack frame"
                 await self._end(robot, _UNSUPPORTED_DATA, "unreadable", message)
                 return
-            reply = await self._reply(robot, protocol.unpack(frame), begin)
-        except protocol.WireError as error:
+            reply = await self._reply(robot, wire.unpack(frame), begin)
+        except wire.WireError as error:
             await self._end(robot, _INVALID_DATA, "unreadable", str(error))
         except UserError as error:
             robot.mistakes += 1
@@ -452,7 +453,7 @@ class PolicyServer:
             message = f"internal error {number}; the server's log says more"
             await self._end(robot, _INTERNAL_ERROR, "error", message)
         else:
-            await self._send(robot, protocol.pack(reply))
+            await self._send(robot, wire.pack(reply))
             robot.previous_ms = 1e3 * (time.perf_counter() - begin)
             robot.answered, robot.mistakes = time.monotonic(), 0
 

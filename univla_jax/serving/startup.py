@@ -168,6 +168,7 @@ def server_metadata(executor: Executor, config: ServerConfig) -> dict[str, Any]:
         "execution": executor.execution.mode,
         "actions_per_call": executor.steps,
         "action_dim": statistics.action_dim,
+        "absolute_dims": list(policy.absolute_dims),
         "action_q01": list(statistics.q01),
         "action_q99": list(statistics.q99),
         "statistics_sha256": hashlib.sha256(statistics_json.encode()).hexdigest(),
@@ -210,21 +211,6 @@ async def serve(
     await server.run(stop, lambda: report(f"listening on {scheme}://{config.host}:{server.port}"))
     report("stopped, with a call of the policy under way" if server.call_under_way else "stopped")
     return not server.call_under_way
-
-
-def read_api_key(file: str) -> str:
-    """The API key in a file.
-
-    Raises:
-      UserError: the file cannot be read or is empty.
-    """
-    try:
-        key = pathlib.Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api_key_file={file}: {error}") from error
-    if not key:
-        raise UserError(f"--api_key_file={file} is empty; write the key into it")
-    return key
 
 
 def parse_camera_sizes(items: Sequence[str]) -> dict[str, tuple[int, int]]:
