@@ -200,7 +200,13 @@ def loss_of_hidden(
         hidden, targets, weights, dropped = gather_labeled(hidden, targets, weights, max_labeled)
     head = model.apply({"params": params}, method="head_weights")
     total, per_token = cross_entropy(
-        hidden, head, targets, weights, vocab_size=model.config.vocab_size, chunks=chunks
+        hidden,
+        head,
+        targets,
+        weights,
+        vocab_size=model.config.vocab_size,
+        chunks=chunks,
+        gradient_dtype=model.config.reduction_dtype,
     )
     metrics = _modality_sums(modalities, targets, weights, *per_token) | {DROPPED: dropped}
     return jnp.where(dropped > 0, jnp.nan, total), jnp.sum(weights), metrics

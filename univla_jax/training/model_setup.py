@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +33,9 @@ from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences.tokens import labeled_roles
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware, sharding
+from univla_jax.training.compiler_options import compiler_options
 from univla_jax.training.losses import LabelWeights, LossFn, make_loss
+from univla_jax.training.mesh_choice import run_mesh
 from univla_jax.training.optimizer import make_optimizer, make_schedule
 from univla_jax.training.train_config import ModelConfig, TrainConfig
 from univla_jax.training.train_step import (
@@ -148,6 +151,28 @@ class TrainSetup:
             batch_sharding=sharding.batch_sharding(mesh, sequence=True),
         )
 
+    @classmethod
+    def on_devices(
+        cls,
+        config: TrainConfig,
+        vocabulary: Vocabulary,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> TrainSetup:
+        """The setup on the mesh that config and chip ask for; all devices by default.
+
+        Raises:
+          UserError: see ``build``; or the mesh does not divide the devices.
+        """
+        mesh = run_mesh(
+            config.mesh,
+            devices,
+            batch_size=config.data.batch_size // config.accumulation,
+            length=config.data.sequence_length,
+            kv_heads=decoder_config(config.model, vocabulary).num_kv_heads,
+            split_sequence=not config.has_expert,
+        )
+        return cls.build(config, vocabulary, mesh)
+
     @property
     def flops_per_token(self) -> float:
         """Operations of a training step per token, by the count of ``hardware.py``.
@@ -190,11 +215,18 @@ class TrainSetup:
             accumulation=self.config.accumulation,
             normalization=self.config.loss.normalization,
             rules=self.rules,
+            compiler_options=compiler_options(self.mesh.devices.flat),
         )
 
     def eval_step(self) -> Step:
         """``step(state, batch) -> sums``, not compiled yet."""
-        return make_eval_step(self.loss, self.abstract, self.batch_sharding, rules=self.rules)
+        return make_eval_step(
+            self.loss,
+            self.abstract,
+            self.batch_sharding,
+            rules=self.rules,
+            compiler_options=compiler_options(self.mesh.devices.flat),
+        )
 
     def new_state(self, params: Any = None) -> TrainState:
         """The state at step 0, around ``params`` (donated) or random ones of the run's seed."""
@@ -292,7 +324,6 @@ def model_rules(
         axes.ACTIVATION_MLP: config.mlp_size,
         axes.ACTIVATION_VOCAB: config.padded_vocab_size,
         axes.LOOKUP_EMBED: config.hidden_size,
-        axes.LOSS_VOCAB: config.padded_vocab_size,
     }
     if expert is not None:
         stack = expert.config.stack(config)

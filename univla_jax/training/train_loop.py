@@ -81,7 +81,7 @@ def train(
     # Everything that can be wrong is found out before the workdir is touched: tokenizers, shapes,
     # mesh and data. Only then does the workdir become this run's.
     assets = build_assets(config, newest)
-    setup = TrainSetup.build(config, assets.vocabulary, sharding.make_mesh(config.mesh))
+    setup = TrainSetup.on_devices(config, assets.vocabulary)
     expert = dataclasses.asdict(setup.expert.config) if setup.expert else {}
     assets = dataclasses.replace(
         assets, model=dataclasses.asdict(setup.model.config), action_expert=expert
