@@ -75,7 +75,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "plan": ["libtpu>=0.0.30"],
+        "cuda13": ["jax[cuda13]"],
+        "plan": ["libtpu>=0.0.42"],
         "rlds": RLDS,
         "serve": SERVE,
         "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + HDF5 + INT8 + GCS + DRIVING,

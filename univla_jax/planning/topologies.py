@@ -43,6 +43,15 @@ class Topology:
         """Chips along each axis of the torus."""
         return tuple(int(size) for size in self.name.split(":")[1].split("x"))
 
+    @property
+    def num_chips(self) -> int:
+        """Chips of the slice; some have two devices."""
+        return math.prod(self.shape)
+
+
+# Both cores of a v4 chip are one device, as on the machines; the compiler's own default is two.
+_CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
+
 
 def find_topology(name: str) -> Topology:
     """The slice called ``name``; needs the TPU compiler, no TPU.
@@ -64,7 +73,9 @@ def find_topology(name: str) -> Topology:
         )
     _configure_libtpu()
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **_CHIP_CONFIGS.get(kind, {})
+        ).devices
     except Exception as error:  # libtpu reports a bad shape as a bare runtime error
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -21,10 +21,8 @@ class Chip:
         than the data sheets' sizes.
       teraflops: peak in bf16 without sparsity, 10^12 operations per second.
       gigabytes_per_second: memory bandwidth, 10^9 bytes per second.
-      low_precision: peak of eight-bit products over that of bf16 by ``QUANTIZATIONS``; 1 where the
-        chip has no faster unit for them.
       gigahertz: clock of the cycles in which the TPU compiler estimates; 0 for a GPU.
-      link_gigabytes_per_second: of one link between chips in one direction; NVLink's sum for a GPU.
+      link_gigabytes_per_second: of one link between TPU chips in one direction.
       wraparound: chips along an axis of a slice from which on it is closed to a ring; 0 for none.
       devices: JAX devices of one chip.
     """
@@ -34,7 +32,6 @@ class Chip:
     hbm_gib: float
     teraflops: float
     gigabytes_per_second: float
-    low_precision: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
     gigahertz: float = 0.0
     link_gigabytes_per_second: float = 0.0
     wraparound: int = 0
@@ -49,20 +46,18 @@ class Chip:
 # link speeds from jax-ml.github.io/scaling-book/tpus; clocks from the peaks and the sizes of the
 # matrix units; nvidia.com, data sheets of the SXM versions. Chips of v4 and v5p are one device of
 # two cores; those of tpu7x are two devices, and every figure is that of one.
-_INT8 = {"int8": 2.0}
-_BOTH = {"int8": 2.0, "fp8": 2.0}
 _TPUS = (
-    Chip("v4", "TPU v4", 30.75, 275, 1228, {}, 1.05, 45, 4),
-    Chip("v5e", "TPU v5 lite", 15.75, 197, 819, _INT8, 1.5, 45, 16),
-    Chip("v6e", "TPU v6 lite", 31.25, 918, 1640, _INT8, 1.75, 90, 16),
-    Chip("v5p", "TPU v5", 95.74, 459, 2765, _INT8, 1.75, 90, 4),
-    Chip("tpu7x", "TPU7x", 94.75, 1153.5, 3690, {"fp8": 2.0}, 2.2, 90, 4, 2),
+    Chip("v4", "TPU v4", 30.75, 275, 1228, 1.05, 45, 4),
+    Chip("v5e", "TPU v5 lite", 15.75, 197, 819, 1.5, 45, 16),
+    Chip("v6e", "TPU v6 lite", 31.25, 918, 1640, 1.75, 90, 16),
+    Chip("v5p", "TPU v5", 95.74, 459, 2765, 1.75, 90, 4),
+    Chip("tpu7x", "TPU7x", 94.75, 1153.5, 3690, 2.2, 90, 4, 2),
 )
 _GPUS = (
-    Chip("a100", "NVIDIA A100", 80.0, 312, 2039, _INT8, 0.0, 300),
-    Chip("h100", "NVIDIA H100", 80.0, 989, 3350, _BOTH, 0.0, 450),
-    Chip("h200", "NVIDIA H200", 141.0, 989, 4800, _BOTH, 0.0, 450),
-    Chip("b200", "NVIDIA B200", 180.0, 2250, 8000, _BOTH, 0.0, 900),
+    Chip("a100", "NVIDIA A100", 80.0, 312, 2039),
+    Chip("h100", "NVIDIA H100", 80.0, 989, 3350),
+    Chip("h200", "NVIDIA H200", 141.0, 989, 4800),
+    Chip("b200", "NVIDIA B200", 180.0, 2250, 8000),
 )
 CHIPS = {chip.name: chip for chip in _TPUS}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import pathlib
 from collections.abc import Sequence
@@ -122,6 +123,11 @@ class TrainSetup:
             mesh, data.batch_size, accumulation=config.accumulation, length=data.sequence_length
         )
         model = Decoder(decoder_config(config.model, vocabulary))
+        if model.config.quantization and importlib.util.find_spec("qwix") is None:
+            raise UserError(
+                f"model.overrides.quantization: {model.config.quantization!r} needs the package "
+                "qwix; pip install 'univla_jax[int8]'"
+            )
         expert = None
         if config.has_expert:
             expert = ActionExpert(expert_config(config.model, model.config), model.config)
