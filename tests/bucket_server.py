@@ -76,12 +76,14 @@ class Proxy(contextlib.AbstractContextManager):
       delay: seconds added to every answer.
       fail_every: every so many requests get 503 without reaching the server; 0 for none.
       read_only: writes get 403.
+      denied: everything gets 401, as without credentials.
       requests: number of them so far.
     """
 
     def __init__(self, target: int) -> None:
         """Before the server on port ``target``."""
-        self.delay, self.fail_every, self.read_only, self.requests = 0.0, 0, False, 0
+        self.delay, self.fail_every, self.requests = 0.0, 0, 0
+        self.read_only = self.denied = False
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -100,6 +102,8 @@ class Proxy(contextlib.AbstractContextManager):
                 time.sleep(proxy.delay)
                 if proxy.fail_every and proxy.requests % proxy.fail_every == 0:
                     return self._answer(503, b"busy", [])
+                if proxy.denied:
+                    return self._answer(401, b'{"error": {"message": "anonymous caller"}}', [])
                 if proxy.read_only and self.command not in ("GET", "HEAD"):
                     return self._answer(403, b'{"error": {"message": "read-only"}}', [])
                 upstream = http.client.HTTPConnection("127.0.0.1", target)

@@ -13,8 +13,10 @@ import pytest
 
 from tests import bucket_server
 from tests.training import tiny_run, toy
-from univla_jax import buckets, io, run_dir
+from univla_jax import buckets, cli, io, run_dir
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer, find_checkpoint, load_params
+from univla_jax.data.datasets import find_dataset_config
+from univla_jax.data.readers import open_reader
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.training.metrics import METRICS_FILE, MetricsLogger
@@ -190,12 +192,30 @@ def test_token_stores_and_assets(bucket, tmp_path):
         TokenStore(bucket / "store")
 
 
-def test_what_cannot_be_reached_is_said(proxy, monkeypatch):
+def test_what_cannot_be_reached_is_said(proxy):
     with pytest.raises(UserError, match="there is no bucket 'other'"):
         buckets.check_access("gs://other/run")
     with pytest.raises(UserError, match="expected a local path or gs://"):
         buckets.check_access("s3://bucket/run")
     buckets.check_access("gs://bucket/run")
+    proxy.denied = True
+    with pytest.raises(UserError, match=r"'bucket' cannot be read .*log in with `gcloud auth"):
+        buckets.check_access("gs://bucket/run")
+
+
+def test_commands_look_at_every_bucket_before_they_work(proxy):
+    """Whether a flag names it or the config, which names a bucket once for many folders."""
+    config = {"data": {"stores": ("gs://bucket/a", "gs://bucket/b"), "seed": 3}}
+    named = cli._bucket_paths({"workdir": "/tmp/run", "config": config, "out": "gs://other/x"})
+    assert sorted(named) == ["gs://bucket/b", "gs://other/x"]
+    with pytest.raises(UserError, match="there is no bucket 'other'"):
+        for path in named:
+            buckets.check_access(path)
+
+
+def test_what_cannot_be_in_a_bucket_says_so():
+    with pytest.raises(UserError, match="a dataset of the format 'calvin' must be a local folder"):
+        open_reader("gs://bucket/calvin", find_dataset_config("calvin"), "train")
 
 
 @pytest.mark.slow

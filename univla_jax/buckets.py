@@ -75,8 +75,7 @@ def check_access(path: PathLike) -> None:
     if scheme != "gs" or not bucket:
         raise UserError(f"{path}: expected a local path or gs://BUCKET/...")
     try:
-        filesystem().find(f"{bucket}/{uuid.uuid4().hex}", maxdepth=1)
-        filesystem().ls(bucket)
+        filesystem().call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no bucket {bucket!r}; make it, or mend the name") from (
             error

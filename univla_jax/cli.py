@@ -23,7 +23,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from univla_jax import config
+from univla_jax import buckets, config
 from univla_jax.errors import ExitStatus, HangError, TransientError, UserError
 
 _CONFIG = "config"
@@ -34,6 +34,7 @@ _FAILED_FOR_NOW = (
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN),
 )
 _REMEDY = "make room or choose another folder; what was complete before is intact"
+_BUCKETS = ("gs://", "s3://", "az://", "hf://")
 _defaults: dict[str, str] = {}
 
 
@@ -143,6 +144,9 @@ def report(error: BaseException) -> ExitStatus | None:
     elif isinstance(error, OSError) and error.errno in _FAILED_FOR_NOW:
         status = ExitStatus.TRANSIENT
         message = f"{error.filename or 'a file or connection'} failed for now: {error.strerror}"
+    elif buckets.is_transient(error):
+        status = ExitStatus.TRANSIENT
+        message = f"a bucket or the network failed for now: {type(error).__name__}: {error}"
     else:
         return None
     print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
@@ -155,7 +159,7 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
     def call(argv: list[str]) -> Any:
         try:
             return function(argv)
-        except (UserError, TransientError, OSError) as error:
+        except Exception as error:
             status = report(error)
             if status is None:
                 raise
@@ -193,7 +197,21 @@ def _parse(argv: list[str], arguments: int) -> list[str]:
         )
     if argument is not None:
         _check_loaded(flags.FLAGS[_CONFIG].value)
+    for path in _bucket_paths(flags.FLAGS.flag_values_dict()):
+        buckets.check_access(path)
     return rest
+
+
+def _bucket_paths(value: Any) -> list[str]:
+    """One path of every bucket that flags or the config name, before any work is done there."""
+    if isinstance(value, str):
+        return [value] if value.startswith(_BUCKETS) else []
+    if hasattr(value, "items"):
+        value = [item for _, item in value.items()]
+    if not isinstance(value, (list, tuple)):
+        return []
+    found = {path.split("/")[2]: path for item in value for path in _bucket_paths(item)}
+    return list(found.values())
 
 
 def _config_argument(argv: list[str]) -> str | None:

@@ -42,13 +42,23 @@ def test_data_that_comes_in_time_passes():
         next_within(batches, 30)
 
 
-def test_sigterm_is_remembered_inside_the_context_only():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered_inside_the_context_only(number):
+    before = signal.getsignal(number)
     with SigtermHandler() as stop:
         assert not stop(0)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+        assert stop(1) and stop.name == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with SigtermHandler() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop(1)
-    assert signal.getsignal(signal.SIGTERM) is before
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
 
 
 @pytest.mark.parametrize(("tasks", "devices"), [("1(x2)", []), ("1", []), ("8(x2)", [0])])

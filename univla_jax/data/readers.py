@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
+from univla_jax.buckets import require_local
 from univla_jax.data.calvin import CalvinReader
 from univla_jax.data.datasets import DatasetConfig
 from univla_jax.data.episode_reader import EpisodeReader, describe_error
@@ -26,6 +27,9 @@ READERS: Mapping[str, Callable[..., EpisodeReader]] = {
     "navsim": NavsimReader,
 }
 """``DatasetConfig.reader`` -> class called with (folder, dataset, split)."""
+_FROM_BUCKETS = (
+    "rlds",
+)  # the others open files by the thousand with libraries that want local ones
 
 
 def open_reader(
@@ -47,6 +51,8 @@ def open_reader(
             f"dataset {dataset.name!r}: reader {dataset.reader!r} is not one of "
             f"{', '.join(READERS)}"
         )
+    if dataset.reader not in _FROM_BUCKETS:
+        require_local(folder, f"a dataset of the format {dataset.reader!r}")
     try:
         return READERS[dataset.reader](folder, dataset, split)
     except UserError:

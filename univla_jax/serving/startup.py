@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from univla_jax.buckets import require_local
 from univla_jax.checkpoints import checkpoint_identity
 from univla_jax.errors import UserError
 from univla_jax.inference.execution import Executor
@@ -39,6 +40,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str]) -> None:
     Raises:
       UserError: it cannot be made or written.
     """
+    require_local(folder, "the folder of compiled functions")
     try:
         path = pathlib.Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True, mode=0o700)

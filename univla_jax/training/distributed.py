@@ -147,37 +147,43 @@ class Preempted(Exception):
       step: the saved step.
     """
 
-    def __init__(self, step: int) -> None:
-        """Keeps ``step``."""
+    def __init__(self, step: int, name: str = "SIGTERM") -> None:
+        """Keeps ``step``; ``name`` is that of the signal."""
         super().__init__(
-            f"stopped by SIGTERM; step {step} is saved, the same command continues from it"
+            f"stopped by {name}; step {step} is saved, the same command continues from it"
         )
         self.step = step
 
 
 class SigtermHandler(contextlib.AbstractContextManager):
-    """Remembers a SIGTERM; ``handler(step)`` tells whether to stop before that step.
+    """Remembers a SIGTERM or SIGINT; ``handler(step)`` tells whether to stop before that step.
 
-    One process: a signal handler, installed while the context is entered. Several processes: JAX's
-    own notifier, which makes all of them stop at the same step wherever the signal arrived.
+    One process: signal handlers, installed while the context is entered. Several processes: JAX's
+    own notifier, which makes all of them stop at the same step wherever SIGTERM arrived, and a
+    SIGINT becomes one. A second SIGINT interrupts at once.
+
+    Attributes:
+      name: of the signal that arrived.
     """
 
     def __init__(self) -> None:
         """Starts with no signal received."""
+        self.name = "SIGTERM"
         self._received = False
-        self._previous: signal.Handlers | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SigtermHandler:
         """Installs the handler."""
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._remember)
+        alone = jax.process_count() == 1
+        for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
+            self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Puts the previous handler back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        """Puts the previous handlers back."""
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}
 
     def __call__(self, step: int) -> bool:
         """True when training should save ``step`` and stop."""
@@ -186,7 +192,12 @@ class SigtermHandler(contextlib.AbstractContextManager):
         return multihost_utils.reached_preemption_sync_point(step)
 
     def _remember(self, signum: int, frame: types.FrameType | None) -> None:
-        del signum, frame
+        del frame
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self.name = signal.Signals(signum).name
         self._received = True
 
 

@@ -205,7 +205,7 @@ def fit(
         previous = step, metrics
     checkpointer.wait()
     if preempted:
-        raise Preempted(step)
+        raise Preempted(step, getattr(stop, "name", "SIGTERM"))
     return state
 
 
