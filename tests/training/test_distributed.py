@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from jax._src.clusters import ClusterEnv
 
-from univla_jax.errors import HangError
+from univla_jax.errors import ExitStatus, HangError
 from univla_jax.training import distributed
-from univla_jax.training.distributed import SigtermHandler, next_within
+from univla_jax.training.distributed import SigtermHandler, Watchdog, next_within
 
 
 class Slow:
@@ -81,3 +83,32 @@ def test_the_only_task_of_a_slurm_node_gets_all_its_gpus(tasks, devices, monkeyp
     detect = ClusterEnv.auto_detect_unset_distributed_params
     address, *found = detect(*(given[name] for name in names), "slurm", 1)
     assert address.startswith("localhost:") and found == [2, 1, devices]
+
+
+_HANGS = """
+import sys, threading, time
+from univla_jax.training.distributed import Watchdog
+with Watchdog(float(sys.argv[1])) as watchdog:
+    for _ in range(8):
+        time.sleep(0.05)
+        watchdog.progress()
+    print("moved on", flush=True)
+    threading.Event().wait(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_lists_its_threads_and_ends():
+    done = subprocess.run(
+        [sys.executable, "-c", _HANGS, "0.3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitStatus.HANG and done.stdout == "moved on\n"
+    assert "error: process 0 of 1 made no step for 0.3 s" in done.stderr
+    assert "line 9 in <module>" in done.stderr
+
+
+def test_a_watchdog_that_is_left_or_told_to_wait_for_ever_bites_nobody():
+    with Watchdog(0.05) as watchdog:
+        watchdog.progress()
+    with Watchdog(0):
+        time.sleep(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import queue
 import re
@@ -199,6 +200,52 @@ class SigtermHandler(contextlib.AbstractContextManager):
                 os.kill(os.getpid(), signal.SIGTERM)
         self.name = signal.Signals(signum).name
         self._received = True
+
+
+# ----------------------------------------------------------------------------
+# A watchdog of the steps: a chip, link or process that hangs leaves all others in a collective.
+
+
+class Watchdog(contextlib.AbstractContextManager):
+    """Ends the process with ``ExitStatus.HANG`` where a run makes no progress for too long.
+
+    The stacks of all threads go to standard error before. What waits in a collective cannot be
+    interrupted, so the process is left at once.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """Waits for ``seconds`` at most between two calls of ``progress``; 0 for ever."""
+        self._seconds, self._last = seconds, time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> Watchdog:
+        """Begins to watch."""
+        self.progress()
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends watching."""
+        self._ended.set()
+
+    def progress(self) -> None:
+        """Says that the run goes on."""
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._last > self._seconds:
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                print(
+                    f"error: process {jax.process_index()} of {jax.process_count()} made no step "
+                    f"for {self._seconds:g} s, its threads are listed above; start the run again, "
+                    "it continues from its newest checkpoint, or raise config.hang_seconds",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(ExitStatus.HANG)
 
 
 # ----------------------------------------------------------------------------

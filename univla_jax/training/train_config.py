@@ -136,6 +136,8 @@ class TrainConfig:
       evaluation: held-out loss.
       log_every: steps between two lines of metrics.
       data_timeout_seconds: the longest wait for a batch before the run stops.
+      hang_seconds: the longest time without a step, compilation, evaluation or save that moves on
+        before the run stops with the stacks of its threads; 0 waits for ever.
       sample_tokens: length of a usual sample, from which ``plan`` says how many tokens of a step
         are useful; 0 counts batch elements as full.
     """
@@ -154,6 +156,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     log_every: int = 1
     data_timeout_seconds: float = 600.0
+    hang_seconds: float = 1800.0
     sample_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -190,6 +193,7 @@ FREE = (
     "mesh",
     "sample_tokens",
     "data_timeout_seconds",
+    "hang_seconds",
     "data.too_long",
     "data.loss_on",
     "data.vision_weight",

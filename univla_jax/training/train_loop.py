@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,7 +26,8 @@ from univla_jax.errors import UserError
 from univla_jax.io import PathLike, absolute_path
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
 from univla_jax.training import sharding
-from univla_jax.training.distributed import Preempted, SigtermHandler, next_within
+from univla_jax.training.distributed import Preempted, SigtermHandler, Watchdog, next_within
+from univla_jax.training.goodput import GoodputLog
 from univla_jax.training.metrics import (
     MetricsLogger,
     Profiler,
@@ -69,6 +71,7 @@ def train(
         loss that is not finite.
       Preempted: SIGTERM arrived; the step is saved.
     """
+    started = time.time()
     workdir, free = absolute_path(workdir), free_keys(config)
     checkpoints.check_workdir(workdir)
     run_dir.check_config(workdir, config, free=free, force=force)
@@ -101,6 +104,7 @@ def train(
             workdir, config.checkpoint, write_assets=assets.save, check_assets=Assets.load
         ) as checkpointer,
         Profiler(profile, workdir) as profiler,
+        GoodputLog(workdir, started) as goodput,
     ):
         state = _initial_state(setup, assets, checkpointer, batches)
         logger = MetricsLogger(
@@ -112,7 +116,13 @@ def train(
             throughput=Throughput.of(setup.flops_per_token, setup.mesh.devices.flat),
             writers=[WandbWriter(project, workdir, dataclasses.asdict(config))] if project else [],
         )
-        with logger, SigtermHandler() as stop:
+        with (
+            logger,
+            SigtermHandler() as stop,
+            Watchdog(config.hang_seconds) as watchdog,
+        ):
+            if evaluation is not None:
+                evaluation.progress = watchdog.progress
             fit(
                 state,
                 setup.train_step(),
@@ -123,6 +133,8 @@ def train(
                 stop=stop,
                 evaluation=evaluation,
                 before_step=profiler,
+                watchdog=watchdog,
+                goodput=goodput,
             )
 
 
@@ -150,6 +162,8 @@ def fit(
     stop: Callable[[int], bool] | None = None,
     evaluation: HeldOutEvaluation | None = None,
     before_step: Callable[[int], None] | None = None,
+    watchdog: Watchdog | None = None,
+    goodput: GoodputLog | None = None,
 ) -> Any:
     """Trains from ``state.step`` to ``total_steps`` and leaves a checkpoint of the last state.
 
@@ -164,6 +178,8 @@ def fit(
       stop: called before each step; True saves that step and raises ``Preempted``.
       evaluation: run before the step where it is due, and its metrics saved with the checkpoint.
       before_step: called with the number of each step, after its batch came.
+      watchdog: told about every step.
+      goodput: told when the first step is done, and about every save.
 
     Returns:
       the state at ``total_steps``.
@@ -178,6 +194,8 @@ def fit(
         # Checkpoint. Here the state has taken ``step`` steps and the iterator stands before batch
         # ``step``, so a resumed run repeats nothing and leaves nothing out. The metrics of the
         # previous step are checked before, so that a state that went wrong is never saved.
+        if watchdog is not None:
+            watchdog.progress()
         last = step == total_steps
         preempted = not last and stop is not None and stop(step)
         save = last or preempted or checkpointer.due(step)
@@ -190,6 +208,8 @@ def fit(
             if save:
                 logger.sync()
                 checkpointer.save(step, state, iterator, metrics=measured)
+                if goodput is not None:
+                    goodput.mark(step)
         if last or preempted:
             break
 
@@ -202,8 +222,12 @@ def fit(
             before_step(step)
         state, metrics = step_fn(state, batch)
         _log(previous, logger)
+        if goodput is not None and previous is not None and not goodput.running:
+            goodput.mark(step)
         previous = step, metrics
     checkpointer.wait()
+    if goodput is not None and (told := goodput.summary()):
+        print(told, file=sys.stderr)
     if preempted:
         raise Preempted(step, getattr(stop, "name", "SIGTERM"))
     return state
@@ -317,7 +341,11 @@ def _training_batches(setup: TrainSetup, assets: Assets, *, force: bool) -> Glob
 
 
 class HeldOutEvaluation:
-    """Loss and metrics of a state on the same held-out batches every time."""
+    """Loss and metrics of a state on the same held-out batches every time.
+
+    Attributes:
+      progress: called after each batch; None for no call.
+    """
 
     def __init__(self, setup: TrainSetup, assets: Assets) -> None:
         """Opens the held-out episodes.
@@ -325,6 +353,7 @@ class HeldOutEvaluation:
         Raises:
           UserError: there are none, or their store does not fit the run.
         """
+        self.progress: Callable[[], None] | None = None
         self._setup, self._config, self._step = setup, setup.config.evaluation, setup.eval_step()
         data, part = setup.config.data, setup.host_slice
         if self._config.stores:
@@ -344,6 +373,8 @@ class HeldOutEvaluation:
             setup.check_batch(batch)
             batch = sharding.to_global(batch, setup.batch_sharding, setup.host_slice.count)
             sums = self._step(state.params, state.step, batch)
+            if self.progress is not None:
+                self.progress()
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         loss, weight, sums = jax.device_get(total)
         with np.errstate(invalid="ignore"):  # nothing to average is NaN, and not logged
