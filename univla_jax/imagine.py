@@ -6,12 +6,15 @@
     python -m univla_jax.imagine --config=configs/quickstart.py:imagine \\
         --checkpoint=WORKDIR --image=PICTURE --instruction="push the red block" --out=FOLDER
 
+    python -m univla_jax.imagine --config=configs/road.py:imagine --checkpoint=WORKDIR --out=FOLDER
+
 The first form writes ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
 ``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
 last frame given. Started again on finished results, the command says so. The second continues a
 picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera;
 ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples frames instead of taking the
-likeliest.
+likeliest. The third imagines scenes of the embedded road under the true and a changed steering,
+which the true renderer judges: ``steering.png``, ``steering.json``.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from univla_jax import cli
 from univla_jax.cli import format_table
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.evaluation import imagined_episodes
+from univla_jax.evaluation import imagined_episodes, steered_imagination
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
+from univla_jax.evaluation.steered_imagination import SteeringConfig
 from univla_jax.inference.sampling import sampling_flags
 
 CONFIG = cli.config_flag()
@@ -59,7 +63,11 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    config = build_config(ImagineConfig, CONFIG.value.to_dict())
+    values = CONFIG.value.to_dict()
+    if "turn" in values:  # of a SteeringConfig
+        _imagine_steering(build_config(SteeringConfig, values))
+        return
+    config = build_config(ImagineConfig, values)
     if (SOURCE.value is None) == (IMAGE.value is None):
         raise UserError("give either --source (real episodes) or --image (a picture)")
     if IMAGE.value is not None:
@@ -82,6 +90,19 @@ def main(argv: list[str]) -> None:
     print(f"{report['episodes']} held-out episodes, {report['frames']} frames")
     print(table(report))
     _print_paths([*imagined_episodes.picture_files(config), imagined_episodes.REPORT])
+
+
+def _imagine_steering(config: SteeringConfig) -> None:
+    report = steered_imagination.imagine_steering(
+        config, CHECKPOINT.value, OUT.value, sampling=SAMPLING()
+    )
+    right = report["right"]
+    ends = f"{100 * right['low']:.1f} - {100 * right['high']:.1f}"
+    print(
+        f"{right['successes']} of {right['episodes']} frames imagined under a changed steering "
+        f"differ in its direction: {100 * right['rate']:.1f} % (95 %: {ends})"
+    )
+    _print_paths([steered_imagination.STRIPS, steered_imagination.REPORT])
 
 
 def _print_paths(names: Sequence[str]) -> None:

@@ -134,6 +134,13 @@ def test_the_world_model_shows_motions_between_frames():
     assert ids == wanted
 
 
+def test_every_frame_of_the_world_model_has_motions():
+    everywhere = dataclasses.replace(run(), texts={**run().texts, "image": ("x.jpg",) * 16})
+    made = task("driving_world_model", frames=2)
+    specs = [made.sample(everywhere, "go", np.random.default_rng(seed)) for seed in range(40)]
+    assert {spec.shown[-1][1] for spec in specs} == set(range(4, 15))
+
+
 def test_the_world_model_is_prompted_with_motions():
     made = task("driving_world_model", frames=2)
     moved = motions()

@@ -278,7 +278,7 @@ def _check_conditions(
             raise UserError(
                 f"condition {condition!r}: {benchmark.name} has {', '.join(sorted(known))}"
             )
-        if policy is None and condition not in WITHOUT_POLICY:
+        if policy is None and condition not in (*WITHOUT_POLICY, *benchmark.scripted):
             raise UserError(f"condition {condition!r} needs --checkpoint=... or --policy=...")
 
 
@@ -325,7 +325,7 @@ class _Actors:
 
     def make(self, condition: str) -> Actor:
         """What acts in a condition."""
-        if condition == "expert":
+        if condition in self._benchmark.scripted:
             return ScriptedActor(self._round_trip)
         if condition == "zero":
             return ZeroActions(self._benchmark.action_dim, self._chunk())

@@ -125,15 +125,18 @@ class WorkerSlot:
         self.since = time.monotonic()
         self.worker.reset(trial, video)
 
-    def act(self, chunk: ActionChunk, execute: int) -> None:
-        """Executes the first ``execute`` actions of a chunk, all of them if it is 0."""
+    def act(self, chunk: ActionChunk, execute: int, *, whole: bool = False) -> None:
+        """Executes the first ``execute`` actions of a chunk, all of them if it is 0.
+
+        ``whole`` gives the chunk to the simulator as one step.
+        """
         self.counts["chunks"] += 1
         self.counts["num_overridden"] += chunk.num_overridden > 0
         if not chunk.valid:
             self.counts["invalid"] += 1
             self.invalid_reason = self.invalid_reason or chunk.reason
-        actions = chunk.actions[: execute or None]
-        self.last_action, self.observation = actions[-1], None
+        actions = chunk.actions[None] if whole else chunk.actions[: execute or None]
+        self.last_action, self.observation = (chunk.actions if whole else actions)[-1], None
         self.since = time.monotonic()
         self.worker.act(actions)
 
@@ -367,7 +370,7 @@ class BenchmarkRunner:
         self.calls.append({"condition": self._condition, "rows": len(slots), "seconds": seconds})
         for slot, chunk in zip(slots, chunks, strict=True):
             checked = sanitize_chunk(chunk, self._benchmark.action_dim, slot.last_action)
-            slot.act(checked, self._benchmark.execute)
+            slot.act(checked, self._benchmark.execute, whole=self._benchmark.whole_chunks)
 
     def _record_run(self, seconds: float, episodes: int) -> None:
         if episodes:

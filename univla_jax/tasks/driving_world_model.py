@@ -48,6 +48,7 @@ class DrivingWorldModel(FrameTask):
             raise UserError("it is no driving run: it has no 'image' texts or no state")
         there = [bool(name) for name in episode.texts["image"]]
         steps = there.index(False) if False in there else len(there)
+        steps = min(steps, len(episode.actions) - SECOND + 1)  # the last frame has motions, too
         frames = min(self.settings.frames, 1 + (steps - 1 - SECOND) // SECOND)
         if frames < 1:
             raise UserError(f"{steps} frames with an image are too few for a sample")
