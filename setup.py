@@ -50,7 +50,6 @@ setup(
         "grain>=0.2.10",
         "gymnasium>=1.0",
         "imageio>=2.34",
-        "jinja2>=3.1",
         "jax>=0.10",
         "jinja2>=3.1",
         "matplotlib>=3.8",

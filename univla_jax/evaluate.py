@@ -8,6 +8,8 @@
         --conditions=policy,zero --out=FOLDER
     python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --policy=expert \\
         --config=configs/official.py:libero_video --config.action=FAST --out=FOLDER
+    python -m univla_jax.evaluate --benchmark=navsim --assets=DATA --suite=navtest \\
+        --checkpoint=WORKDIR --out=FOLDER --export=PREDICTIONS
     python -m univla_jax.evaluate --offline=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
     python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B [--out=FOLDER]
 
@@ -21,6 +23,9 @@ moment and started again, the command goes on with the missing episodes; finishe
 experts act by default in all tasks of the suite that have one; with ``--config`` (a recipe of
 ``configs/official.py``) their actions take the way of a policy's: normalized by the recipe's
 statistics, encoded by its action tokenizer, and back.
+
+``--export`` writes the driving policy's ``<token>.json`` of each scene for NAVSIM's own scorer
+(``launch/navsim/prediction_agent.py``); it works without scene files.
 
 ``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
 token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
@@ -42,6 +47,7 @@ from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.inference.sampling import sampling_flags
 from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
 from univla_jax.simulators import BENCHMARKS, EXPERT_CHUNK
+from univla_jax.simulators.navsim.navsim_benchmark import export_predictions
 from univla_jax.tokenizers.action import load_action_tokenizer
 
 CONFIG = cli.config_flag(required=False)
@@ -52,8 +58,13 @@ OUT = cli.string_flag("out", "folder for the results", required=False)
 POLICY = cli.string_flag(
     "policy", "instead of --checkpoint: ws://host:port, zero, random or expert", required=False
 )
+<<<<<<< HEAD
 API_KEY_FILE = cli.string_flag(
     "api_key_file", "file with the key of --policy=ws://...", required=False
+=======
+EXPORT = cli.string_flag(
+    "export", "folder for a prediction per scene of navsim, as its agent reads it", required=False
+>>>>>>> efcb9d2 (Convert metric caches, export predictions, report open-loop errors in both conventions)
 )
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 SAMPLING = sampling_flags()
@@ -149,6 +160,10 @@ def _evaluate_closed_loop() -> None:
     print(report.summary_table(found))
     print(" ".join(f"{key} {value}" for key, value in sorted(found["throughput"].items())))
     print(f"{OUT.value}/{closed_loop.REPORT}\n{OUT.value}/{closed_loop.PAGE}")
+    if EXPORT.value:
+        condition = found["protocol"]["conditions"][0]
+        count = export_predictions(closed_loop.read_episodes(OUT.value, condition), EXPORT.value)
+        print(f"{count} predictions of {condition!r} in {EXPORT.value}")
 
 
 def main(argv: list[str]) -> None:

@@ -32,8 +32,12 @@ from univla_jax.evaluation.actors import (
     ScriptedActor,
     ZeroActions,
 )
+<<<<<<< HEAD
 from univla_jax.evaluation.runner import VIDEOS, Actor, BenchmarkRunner, RunnerConfig
 from univla_jax.inference.execution import Execution, Executor
+=======
+from univla_jax.evaluation.runner import EPISODES, VIDEOS, Actor, BenchmarkRunner, RunnerConfig
+>>>>>>> efcb9d2 (Convert metric caches, export predictions, report open-loop errors in both conventions)
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
@@ -209,6 +213,12 @@ def evaluate(
 def finished(out: str | os.PathLike[str]) -> bool:
     """Whether ``out`` holds a finished evaluation."""
     return (io.absolute_path(out) / REPORT).exists()
+
+
+def read_episodes(folder: str | os.PathLike[str], condition: str) -> list[dict[str, Any]]:
+    """The records of a condition's episodes."""
+    lines = io.read_jsonl(pathlib.Path(folder) / EPISODES)
+    return [line for line in lines if line["condition"] == condition]
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ from univla_jax.data.datasets import DATASETS
 from univla_jax.data.ego_motion import compose_motions
 from univla_jax.data.readers import open_reader
 from univla_jax.errors import UserError
-from univla_jax.evaluation.closed_loop import EvaluateConfig, evaluate
+from univla_jax.evaluation.closed_loop import EvaluateConfig, evaluate, read_episodes
+from univla_jax.simulators.navsim.navsim_benchmark import export_predictions
 from univla_jax.simulators.navsim.pdm_score import score_trajectory
 from univla_jax.simulators.navsim.scene_file import load_scene, scene_paths
 from univla_jax.simulators.road.road_benchmark import make_benchmark
@@ -66,6 +69,12 @@ def test_the_navsim_benchmark_scores_the_scenes(demonstrations, tmp_path):
     assert human["scores"]["PDMS v1.1"]["mean"] > 0.8
     assert human["figures"]["ADE in meters"] < 1e-6
     assert {"EPDMS v2", "EC v2", "LK v2", "TTC v1.1"} <= set(human["scores"])
+    assert human["figures"]["L2 3 s (ST-P3)"] == human["figures"]["collision % 3 s (UniAD)"] == 0
+    records = read_episodes(tmp_path / "out", "constant_velocity")
+    assert export_predictions(records, tmp_path / "predictions") == 3
+    written = json.loads((tmp_path / "predictions" / f"{records[0]['token']}.json").read_text())
+    assert np.shape(written["action"]) == np.shape(written["poses"]) == (8, 3)
+    np.testing.assert_allclose(compose_motions(written["action"]), written["poses"], atol=1e-5)
     assert report["published"]["UniVLA, front camera: PDMS, v1.1 navtest"] == 81.7
 
 

@@ -9,6 +9,7 @@ then, and no PDM score. Scores of NAVSIM move with the version, so each is named
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from univla_jax.data.navsim import (
     read_log,
 )
 from univla_jax.errors import UserError
+from univla_jax.io import write_json
 from univla_jax.simulators import (
     Benchmark,
     Breakdown,
@@ -44,6 +46,12 @@ from univla_jax.simulators import (
 )
 from univla_jax.simulators.navsim.comfort import two_frame_comfort
 from univla_jax.simulators.navsim.ego_status_mlp import EgoStatusMlp
+from univla_jax.simulators.navsim.open_loop import (
+    collisions,
+    displacement_errors,
+    in_both_conventions,
+    mean_over,
+)
 from univla_jax.simulators.navsim.pdm_score import SCORE, VERSIONS, aggregate, score_trajectory
 from univla_jax.simulators.navsim.scene_file import Scene, load_scene, scene_paths
 from univla_jax.simulators.navsim.trajectory_tracking import interpolate_poses, simulate
@@ -247,8 +255,7 @@ class NavsimSimulator:
             self._result = scored(self._scene, poses)
         human = self._human_poses()
         if human is not None:
-            error = np.linalg.norm(poses[:, :2] - human[:, :2], axis=1)
-            self._result |= {"ADE": float(error.mean()), "FDE": float(error[-1])}
+            self._result["open_loop"] = self._open_loop(poses, human)
         return StepResult.ENDED
 
     def result(self) -> dict[str, Any]:
@@ -295,6 +302,19 @@ class NavsimSimulator:
             poses = np.concatenate([ego[None, :3], self._scene.reference[5::5]])
         return motions_between(poses).astype(np.float32)
 
+    def _open_loop(self, poses: np.ndarray, human: np.ndarray) -> dict[str, float]:
+        """Errors to the human, and collisions with the tracks of a scene, by name."""
+        errors = displacement_errors(poses, human)
+        found = {"ADE in meters": float(errors.mean()), "FDE in meters": float(errors[-1])}
+        found |= in_both_conventions(errors, "L2")
+        if self._scene is not None:
+            ego, boxes = self._scene.ego_state, self._scene.tracks.boxes[5:41:5]
+            moved, cos, sin = boxes - ego[:2], np.cos(ego[2]), np.sin(ego[2])
+            turned = moved @ np.array([[cos, -sin], [sin, cos]])
+            hits = collisions(poses, human, turned)
+            found |= in_both_conventions(100.0 * hits, "collision %")
+        return {name: round(value, 6) for name, value in found.items()}
+
     def _human_poses(self) -> np.ndarray | None:
         if self._scene is not None:
             human = self._scene.human_future
@@ -310,6 +330,28 @@ class NavsimSimulator:
         except OSError as error:
             raise UserError(f"frame {frame['token']}: no image {path}: {error}") from error
         return np.zeros_like(picture) if self._black else picture
+
+
+def export_predictions(records: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) -> int:
+    """Writes ``<token>.json`` per record: ``action``, the motions [8, 3], and ``poses`` [8, 3].
+
+    ``action`` is what DriveVLA-W0's agent reads, motions in physical units; ``poses`` are absolute
+    in the frame of the present rear axle.
+
+    Returns:
+      how many were written.
+
+    Raises:
+      UserError: the records are of another benchmark.
+    """
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        if "motions" not in record:
+            raise UserError("--export: only the benchmark navsim has a prediction per scene")
+        poses = np.round(compose_motions(record["motions"]), 6).tolist()
+        write_json(path / f"{record['token']}.json", {"action": record["motions"], "poses": poses})
+    return len(records)
 
 
 def scored(scene: Scene, poses: np.ndarray) -> dict[str, Any]:
@@ -332,7 +374,7 @@ def score_breakdown(
     records: Sequence[dict[str, Any]], data: NavsimScenes | None = None
 ) -> Breakdown:
     """Means of all sub-scores over the records; EC and EPDMS where the frame before is there."""
-    records = [r for r in records if "scores" in r or "ADE" in r]
+    records = [r for r in records if "error" not in r]
     if data is not None and data.scenes:
         records = _with_extended_comfort(records, data)
     scores: dict[str, list[float]] = {}
@@ -342,11 +384,7 @@ def score_breakdown(
     order = sorted(
         scores, key=lambda name: (name.split()[1], name.split()[0] not in SCORE.values())
     )
-    figures = {
-        f"{name} in meters": float(np.mean([r[name] for r in records if name in r]))
-        for name in ("ADE", "FDE")
-        if any(name in r for r in records)
-    }
+    figures = mean_over([record.get("open_loop", {}) for record in records])
     return Breakdown(figures=figures, scores={name: scores[name] for name in order})
 
 
