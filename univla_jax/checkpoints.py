@@ -199,7 +199,13 @@ def _is_complete(folder: epath.Path) -> bool:
 # names the parameter, and not a stack trace of TensorStore.
 
 
-def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
+def load_params(
+    checkpoint: PathLike,
+    template: Any,
+    *,
+    part: str = "",
+    convert: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:
     """Reads only the parameters of a checkpoint, straight to where they will live.
 
     Little more than the largest array is held beside them.
@@ -210,6 +216,8 @@ def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
         without they go to the default device. Another dtype than the saved one is converted to.
       part: which of the trees under the parameters, where there are several (``has_part``); empty
         for all of them.
+      convert: maps the name ``params/a/b`` and each array to what stands in its place; called as
+        soon as it is read, so that the whole of the arrays never has to fit.
 
     Returns:
       the parameters.
@@ -228,7 +236,7 @@ def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
     # Arrays are read in the dtype they were saved in, whose checksum is known, and converted then;
     # group by group, so that little more than the largest array is there twice.
     saved, placed = _by_name(metadata), _by_name(wanted)
-    arrays: dict[str, jax.Array] = {}
+    arrays: dict[str, Any] = {}
     for group in _groups({name: saved[name] for name in placed}):
         exact = {
             name: jax.ShapeDtypeStruct(
@@ -242,7 +250,9 @@ def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
                 integrity.compare(integrity.array_checksums(read), checksums)
         except Exception as error:
             raise _unreadable(folder, error) from error
-        arrays |= {name: read[name].astype(placed[name].dtype) for name in group}
+        for name in group:
+            array = read.pop(name).astype(placed[name].dtype)
+            arrays[name] = array if convert is None else convert(name, array)
     flat, structure = jax.tree_util.tree_flatten_with_path(wanted)
     names = [integrity.path_name(path) for path, _ in flat]
     restored = jax.tree.unflatten(structure, [arrays[name] for name in names])

@@ -17,7 +17,8 @@ What is evaluated is an ``EvaluateConfig``, from ``--config``, from the flags, o
 the flags win. ``FOLDER`` gets ``report.json``, ``report.html``, ``episodes.jsonl`` (a line per
 episode, written at once), ``videos/`` and more, see ``evaluation/closed_loop.py``. Killed at any
 moment and started again, the command goes on with the missing episodes; finished, it says so.
-``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples actions.
+``--mesh.tensor`` and ``--mesh.fsdp`` split the model over
+chips. ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples actions.
 
 ``--policy=zero``, ``random`` or ``expert`` evaluates that condition alone. LIBERO's scripted
 experts act by default in all tasks of the suite that have one; with ``--config`` (a recipe of
@@ -49,6 +50,7 @@ from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
 from univla_jax.simulators import BENCHMARKS, EXPERT_CHUNK
 from univla_jax.simulators.navsim.navsim_benchmark import export_predictions
 from univla_jax.tokenizers.action import load_action_tokenizer
+from univla_jax.training.model_setup import mesh_flags
 
 CONFIG = cli.config_flag(required=False)
 CHECKPOINT = cli.string_flag(
@@ -58,16 +60,15 @@ OUT = cli.string_flag("out", "folder for the results", required=False)
 POLICY = cli.string_flag(
     "policy", "instead of --checkpoint: ws://host:port, zero, random or expert", required=False
 )
-<<<<<<< HEAD
 API_KEY_FILE = cli.string_flag(
     "api_key_file", "file with the key of --policy=ws://...", required=False
-=======
+)
 EXPORT = cli.string_flag(
     "export", "folder for a prediction per scene of navsim, as its agent reads it", required=False
->>>>>>> efcb9d2 (Convert metric caches, export predictions, report open-loop errors in both conventions)
 )
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 SAMPLING = sampling_flags()
+MESH = mesh_flags()
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
 
 # Field of ``EvaluateConfig`` -> the flag that overrides it.
@@ -137,7 +138,9 @@ def _evaluate_offline() -> None:
     if not SAMPLING().greedy:
         raise UserError("--offline compares greedy predictions; leave --temperature at 0")
     episodes = _FIELDS["episodes"].value or 0
-    found = offline.evaluate(CHECKPOINT.value, OFFLINE.value, OUT.value, episodes=episodes)
+    found = offline.evaluate(
+        CHECKPOINT.value, OFFLINE.value, OUT.value, episodes=episodes, place=MESH()
+    )
     print(f"{found['task']} on {found['episodes']} episodes of {found['store']}")
     print(offline.table(found))
     print(f"{OUT.value}/{offline.REPORT}")
@@ -152,6 +155,7 @@ def _evaluate_closed_loop() -> None:
         OUT.value,
         sampling=SAMPLING(),
         round_trip=_round_trip(),
+        place=MESH(),
         api_key=cli.read_secret(API_KEY_FILE.value, "api_key_file") if API_KEY_FILE.value else "",
     )
     if was_finished:

@@ -15,6 +15,7 @@ picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view``
 ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples frames instead of taking the
 likeliest. The third imagines scenes of the embedded road under the true and a changed steering,
 which the true renderer judges: ``steering.png``, ``steering.json``.
+``--mesh.tensor`` and ``--mesh.fsdp`` split the model over chips.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from univla_jax.evaluation import imagined_episodes, steered_imagination
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
 from univla_jax.evaluation.steered_imagination import SteeringConfig
 from univla_jax.inference.sampling import sampling_flags
+from univla_jax.training.model_setup import mesh_flags
 
 CONFIG = cli.config_flag()
 CHECKPOINT = cli.string_flag("checkpoint", "world-model checkpoint, or its training's workdir")
@@ -40,6 +42,7 @@ IMAGE = cli.string_flag("image", "picture to continue instead", required=False)
 INSTRUCTION = cli.string_flag("instruction", "task for that picture", default="")
 OUT = cli.string_flag("out", "folder for the results")
 SAMPLING = sampling_flags()
+MESH = mesh_flags()
 
 _SHOWN = {
     "imagined": "imagined",
@@ -78,12 +81,13 @@ def main(argv: list[str]) -> None:
             INSTRUCTION.value,
             OUT.value,
             sampling=SAMPLING(),
+            place=MESH(),
         )
         _print_paths(imagined_episodes.picture_files(config))
         return
     was_finished = imagined_episodes.finished(OUT.value)
     report = imagined_episodes.imagine(
-        config, CHECKPOINT.value, SOURCE.value, OUT.value, sampling=SAMPLING()
+        config, CHECKPOINT.value, SOURCE.value, OUT.value, sampling=SAMPLING(), place=MESH()
     )
     if was_finished:
         print(f"{OUT.value} holds these results already")

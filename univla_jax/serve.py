@@ -1,6 +1,7 @@
 """Serves a policy checkpoint to robots over a websocket with openpi's protocol.
 
     python -m univla_jax.serve --checkpoint=WORKDIR --port=8000
+    python -m univla_jax.serve --checkpoint=WORKDIR --mesh.tensor=4 --int8
 
 ``openpi_client.websocket_client_policy.WebsocketClientPolicy("localhost", 8000)`` works unchanged;
 ``serving/protocol.py`` lists the keys. The port opens once all batch sizes are compiled; later
@@ -25,6 +26,7 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.errors import UserError
 from univla_jax.inference.sampling import sampling_flags
+from univla_jax.training.model_setup import mesh_flags
 
 _BEGIN = time.perf_counter()
 _DEFAULT_COMPILED = "~/.cache/univla_jax/compiled"
@@ -46,6 +48,7 @@ SPECULATIVE_BLOCK = flags.DEFINE_integer(
     "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
 )
 SAMPLING = sampling_flags()
+MESH = mesh_flags()
 CACHE_GIB = flags.DEFINE_float(
     "cache_gib", 0.0, "GiB per device of caches kept between calls; 0 takes what is free"
 )
@@ -120,6 +123,7 @@ def main(argv: list[str]) -> None:
         speculative_block=SPECULATIVE_BLOCK.value,
         sampling=SAMPLING(),
         int8=INT8.value,
+        place=MESH(),
         max_instruction_tokens=MAX_INSTRUCTION_TOKENS.value,
     )
     executor = Executor(policy, execution)

@@ -32,12 +32,9 @@ from univla_jax.evaluation.actors import (
     ScriptedActor,
     ZeroActions,
 )
-<<<<<<< HEAD
-from univla_jax.evaluation.runner import VIDEOS, Actor, BenchmarkRunner, RunnerConfig
-from univla_jax.inference.execution import Execution, Executor
-=======
 from univla_jax.evaluation.runner import EPISODES, VIDEOS, Actor, BenchmarkRunner, RunnerConfig
->>>>>>> efcb9d2 (Convert metric caches, export predictions, report open-loop errors in both conventions)
+from univla_jax.inference.execution import Execution, Executor
+from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
@@ -133,6 +130,7 @@ def evaluate(
     sampling: Sampling = GREEDY,
     round_trip: ActionRoundTrip | None = None,
     api_key: str = "",
+    place: MakePlacement | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs what is missing of an evaluation and writes its report.
@@ -145,7 +143,9 @@ def evaluate(
       sampling: of the policy's tokens.
       round_trip: what the expert's actions go through; nothing by default.
       api_key: of the server at ``ws://host:port``.
+      place: makes the placement of a policy that is split over devices.
       api_key: of the server at ``ws://host:port``.
+      place: makes the placement of a policy that is split over devices.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -180,7 +180,8 @@ def evaluate(
     if finished(folder):
         return read_report(folder)
     batch = config.batch or benchmark.batch
-    actors = _Actors(config, benchmark, policy, remote, batch, sampling, round_trip)
+    options = {"batch_size": batch, "sampling": sampling, "place": place}
+    actors = _Actors(config, benchmark, policy, remote, options, round_trip)
     limits = RunnerConfig(batch, config.hang_seconds, config.video_episodes, progress)
     with BenchmarkRunner(benchmark, folder, limits) as runner:
         # Condition after condition, the policy first: a killed evaluation has whole conditions to
@@ -217,7 +218,7 @@ def finished(out: str | os.PathLike[str]) -> bool:
 
 def read_episodes(folder: str | os.PathLike[str], condition: str) -> list[dict[str, Any]]:
     """The records of a condition's episodes."""
-    lines = io.read_jsonl(pathlib.Path(folder) / EPISODES)
+    lines = io.read_jsonl(io.absolute_path(folder) / EPISODES)
     return [line for line in lines if line["condition"] == condition]
 
 
@@ -324,14 +325,13 @@ class _Actors:
         benchmark: Benchmark,
         policy: str | None,
         remote: RemotePolicy | None,
-        batch: int,
-        sampling: Sampling,
+        options: dict[str, Any],
         round_trip: ActionRoundTrip | None,
     ) -> None:
         self._config, self._benchmark, self._path = config, benchmark, policy
         self._round_trip, self._remote = round_trip, remote
         corpus = config.corpus or benchmark.corpus
-        self._options = {"corpus": corpus, "batch_size": batch, "sampling": sampling}
+        self._options = {"corpus": corpus, **options}
 
     def make(self, condition: str) -> Actor:
         """What acts in a condition."""

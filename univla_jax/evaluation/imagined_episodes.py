@@ -23,6 +23,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
 from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
 from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.io import json_values
 from univla_jax.run_dir import check_config, write_config
@@ -91,6 +92,7 @@ def imagine(
     out: str | os.PathLike[str],
     *,
     sampling: Sampling = GREEDY,
+    place: MakePlacement | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Imagines, scores and draws.
@@ -101,6 +103,7 @@ def imagine(
       source: RLDS dataset folder with the held-out split.
       out: folder for pictures and report.
       sampling: of the visual tokens; each batch draws from a seed of its own.
+      place: makes the placement of a model that is split over devices.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -119,7 +122,7 @@ def imagine(
     out = io.absolute_path(out)
     if finished(out):
         return io.read_json(out / REPORT)
-    model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
+    model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None, place=place)
     truths, too_short = _read_episodes(config, model, source)
     batches = [
         _imagine_batch(
@@ -295,6 +298,7 @@ def imagine_picture(
     out: str | os.PathLike[str],
     *,
     sampling: Sampling = GREEDY,
+    place: MakePlacement | None = None,
 ) -> np.ndarray:
     """Writes the imagined frames beside each other, as a video, and each by itself.
 
@@ -312,7 +316,7 @@ def imagine_picture(
     Raises:
       UserError: no picture, or the checkpoint is no world model.
     """
-    model = WorldModel.load(checkpoint, corpus=config.corpus, view=config.view or None)
+    model = WorldModel.load(checkpoint, corpus=config.corpus, view=config.view or None, place=place)
     given = model.resize(_read_picture(image)[None])
     samples = 1 if sampling.greedy else config.shown
     codes = model.imagine(

@@ -29,7 +29,7 @@ from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import Prediction, Scores
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer, length_bucket
 from univla_jax.pipeline.batch import Batch, Example, pack
@@ -75,6 +75,7 @@ def evaluate(
     *,
     episodes: int = 0,
     batch_size: int = 16,
+    place: MakePlacement | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores a policy's actions or a world model's frames and writes ``offline.json``.
@@ -85,6 +86,7 @@ def evaluate(
       out: folder of the report.
       episodes: how many of the store, from its beginning; 0 for all.
       batch_size: moments computed together.
+      place: makes the placement of a model that is split over devices.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -104,7 +106,7 @@ def evaluate(
         return io.read_json(io.absolute_path(out) / REPORT)
     if not 0 <= episodes <= len(source):
         raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
-    loaded = LoadedModel.from_checkpoint(folder)
+    loaded = LoadedModel.from_checkpoint(folder, place=place)
     (source,) = open_stores(_data_config(loaded, store, batch_size), loaded.assets)
     corpus = loaded.record.find_corpus(source.manifest.header.corpus)
     write_config(out, identity, name=_IDENTITY)

@@ -222,7 +222,7 @@ class TokenActionDecoder:
             speculative_block=speculative_block,
         )
         self.max_action_tokens = decoding.max_new_tokens
-        self._sampler = Sampler(loaded.model, loaded.params)
+        self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
 
     def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
         """Fixes the shapes; see ``PrefixCache``."""
@@ -302,6 +302,12 @@ class FlowActionDecoder:
         self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
     ) -> list[ActionPrediction]:
         """See ``ActionDecoder``; the history keeps an eoa, since there are no action ids."""
+        with self._loaded.placement.scope():
+            return self._predict(prompts, sessions, timer)
+
+    def _predict(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
         loaded = self._loaded
         vocabulary = loaded.assets.vocabulary
         tokens, lengths = pad_prompts(prompts, vocabulary.pad, batch_size=self._batch_size)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
 from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.tasks.base import FrameTask
@@ -49,7 +49,7 @@ class WorldModel:
                 f"{loaded.folder} was not trained on view {view!r}, only on {', '.join(views)}"
             )
         self._spec = loaded.assets.image_spec(self.corpus, self.view)
-        self._sampler = Sampler(loaded.model, loaded.params)
+        self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
 
     @classmethod
     def load(
@@ -60,6 +60,7 @@ class WorldModel:
         view: str | None = None,
         untrained: bool = False,
         seed: int = 0,
+        place: MakePlacement | None = None,
     ) -> WorldModel:
         """Loads a checkpoint folder and nothing else.
 
@@ -69,12 +70,15 @@ class WorldModel:
           view: the camera; the first one trained on by default.
           untrained: random parameters instead of the saved ones, as a baseline.
           seed: of the random parameters.
+          place: makes the placement of a model that is split over devices.
 
         Raises:
           UserError: no complete checkpoint, changed or missing assets, or a checkpoint that is no
             world model (a policy's makes garbled frames).
         """
-        loaded = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
+        loaded = LoadedModel.from_checkpoint(
+            checkpoint, untrained=untrained, seed=seed, place=place
+        )
         return cls(loaded, corpus=corpus, view=view)
 
     @property

@@ -28,8 +28,7 @@ from univla_jax.inference.action_decoders import (
     Session,
     make_action_decoder,
 )
-from univla_jax.inference.int8 import quantize_params
-from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
 from univla_jax.inference.memory import GIB, SessionLru, device_bytes
 from univla_jax.inference.observations import (
     NoStateEncoder,
@@ -118,6 +117,7 @@ class Policy:
         cache_budget: int = _CACHE_BUDGET,
         max_instruction_tokens: int = 0,
         int8: bool = False,
+        place: MakePlacement | None = None,
         free_form: bool = False,
     ) -> Policy:
         """Loads a checkpoint folder and nothing else.
@@ -139,15 +139,16 @@ class Policy:
           max_instruction_tokens: longer instructions are refused, and ``warmup`` compiles all that
             the others need; 0 takes any that the model has room for, and compiles when one comes.
           int8: weights of eight bits (``int8.py``); the actions are nearly the same.
+          place: makes the placement of a model that is split over devices.
           free_form: action ids in any order, as the reference has it; by default only whole chunks.
 
         Raises:
           UserError: no complete checkpoint, changed or missing assets, a checkpoint that is no
             policy, or several corpora and none named.
         """
-        loaded = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
-        if int8:
-            loaded = dataclasses.replace(loaded, params=quantize_params(loaded.params))
+        loaded = LoadedModel.from_checkpoint(
+            checkpoint, untrained=untrained, seed=seed, int8=int8, place=place
+        )
         return cls(
             loaded,
             corpus=corpus,

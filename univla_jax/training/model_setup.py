@@ -7,13 +7,14 @@ import functools
 import importlib.util
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from absl import flags
 from jax.sharding import Mesh, NamedSharding
 
 from univla_jax import checkpoints
@@ -29,6 +30,7 @@ from univla_jax.models.action_expert import (
 )
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig, preset
+from univla_jax.models.placement import LOCAL, Placement
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences.tokens import labeled_roles
@@ -340,3 +342,69 @@ def model_rules(
         }
         sizes |= {name: math.gcd(sizes[name], size) for name, size in others.items()}
     return sharding.activation_rules(mesh, sizes)
+
+
+def mesh_flags() -> Callable[[], Callable[..., Placement]]:
+    """Defines ``--mesh.tensor`` and ``--mesh.fsdp`` of a command that runs a trained model.
+
+    Returns:
+      to be called inside ``main``: ``inference_placement`` with what they say.
+    """
+    again = {"allow_override": True}  # several commands in one process may define them
+    holders = {
+        "tensor": flags.DEFINE_integer(
+            "mesh.tensor", 1, "chips over which heads and MLP are split", **again
+        ),
+        "fsdp": flags.DEFINE_integer(
+            "mesh.fsdp", 1, "chips over which parameters are split further", **again
+        ),
+    }
+    return lambda: functools.partial(
+        inference_placement, **{name: holder.value for name, holder in holders.items()}
+    )
+
+
+def inference_placement(
+    config: DecoderConfig,
+    *,
+    tensor: int = 1,
+    fsdp: int = 1,
+    expert: ActionExpert | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Placement:
+    """Places a decoder over ``tensor * fsdp`` devices for inference.
+
+    Heads, MLP and vocabulary are split over ``tensor``, and so are the key heads of caches where
+    they divide; the parameters are split once more over ``fsdp`` and gathered when they are used.
+    A batch is not split: it is small, and every part of the model works on all of it.
+
+    Args:
+      config: of the decoder.
+      tensor: parts of heads, MLP and vocabulary.
+      fsdp: parts of the parameters.
+      expert: on top of the decoder.
+      devices: the first of these are taken; all by default.
+
+    Raises:
+      UserError: fewer devices, or query heads that do not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = tensor * fsdp
+    if min(tensor, fsdp) < 1 or count > len(devices):
+        raise UserError(
+            f"--mesh.tensor={tensor} --mesh.fsdp={fsdp}: expected at least 1 each, and a product "
+            f"of at most {len(devices)}, the number of devices"
+        )
+    if config.num_heads % tensor:
+        raise UserError(
+            f"--mesh.tensor={tensor}: does not divide the {config.num_heads} heads of the model; "
+            "take a number that does"
+        )
+    if count == 1:
+        return LOCAL
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp, tensor=tensor), devices[:count])
+    rules = tuple(
+        (name, () if name == axes.BATCH else wanted)
+        for name, wanted in model_rules(config, mesh, expert)
+    )
+    return Placement(mesh, functools.partial(sharding.with_shardings, mesh=mesh), rules)
