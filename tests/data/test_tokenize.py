@@ -110,7 +110,7 @@ def test_too_many_invalid_episodes_fail_and_lose_nothing(source, tmp_path):
     tokenize(make_config(), source, tmp_path, MeanTokenizer())
     assert len(TokenStore(tmp_path / "train")) == 6
     with pytest.raises(
-        UserError, match=r"no episode of 'bad' is left: 1 broken .*; 1 filtered by instruction"
+        UserError, match=r"no valid episode among 2 of 2: 1 broken .*; 1 filtered by instruction"
     ):
         tokenize(make_config(splits={"bad": "bad"}), source, tmp_path, MeanTokenizer())
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.episodes import DATASET, make_episode
 from univla_jax.data import datasets
+from univla_jax.data.episode_reader import BrokenEpisodeError
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.validation import (
     EpisodesConfig,
@@ -14,6 +15,7 @@ from univla_jax.data.validation import (
     ValidEpisodes,
     check_invalid_fraction,
     describe_invalid,
+    find_first_valid,
     validate_episode,
 )
 from univla_jax.errors import UserError
@@ -127,3 +129,50 @@ def test_only_the_views_asked_for_are_decoded(folder):
     assert [list(e.frames) for e in ValidEpisodes(config, folder)] == [[], [], []]
     with pytest.raises(UserError, match="no view 'side'; it has image, wrist_image"):
         ValidEpisodes(config, folder, ["side"])
+
+
+class CountingReader:
+    """Episodes that are broken but for some; counts those read."""
+
+    folder = "set"
+
+    def __init__(self, total, valid=(), short=()):
+        self.total, self.valid, self.short, self.read = total, valid, short, []
+
+    def __len__(self):
+        return self.total
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index in self.valid:
+            return make_episode(index, steps=5)
+        if index in self.short:
+            return make_episode(index, steps=1)
+        raise BrokenEpisodeError(self.episode_id(index), "is blue")
+
+    def episode_id(self, index):
+        return f"e{index}"
+
+
+def first_valid(reader):
+    return find_first_valid(reader, min_frames=3, image_sizes={}).episode_id
+
+
+def test_a_pass_over_broken_episodes_alone_ends_early():
+    reader = CountingReader(100_000)
+    with pytest.raises(UserError, match=r"no valid episode among .* of 100000: .* broken \(e0: is"):
+        first_valid(reader)
+    assert len(reader.read) <= 101 and max(reader.read) > 90_000
+
+
+@pytest.mark.parametrize(
+    ("reader", "expected", "most"),
+    [
+        (CountingReader(1000, valid=[0]), 0, 1),
+        (CountingReader(1000, valid=[7, 9]), 7, 8),
+        (CountingReader(1000, valid=range(100, 1000)), 100, 60),
+        (CountingReader(1000, short=range(990), valid=[993]), 993, 1000),
+    ],
+)
+def test_the_first_valid_episode_is_found(reader, expected, most):
+    assert first_valid(reader) == f"blocks-{expected}" and len(reader.read) <= most

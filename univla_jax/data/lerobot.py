@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,6 +71,7 @@ class LeRobotReader(EpisodeReader):
         self._episodes = self._select(split)
         self._columns = ParquetColumns()
         self._videos: dict[pathlib.Path, VideoFrames] = {}
+        self._videos_lock = threading.Lock()
         self.name = f"{self.folder.name}:{metadata.version}"
         self.image_sizes = {v: metadata.image_size(p) for v, p in dataset.views.items()}
         self.fingerprint = hashlib.sha256(
@@ -194,11 +196,11 @@ class LeRobotReader(EpisodeReader):
 
     def _video_frames(self, span: VideoSpan, length: int) -> np.ndarray:
         """uint8 [T, H, W, 3] of one episode in a video that may hold many."""
-        video = self._videos.get(span.path)
-        if video is None:
-            while len(self._videos) >= _OPEN_VIDEOS:
-                self._videos.pop(next(iter(self._videos)), None)
-            video = self._videos[span.path] = VideoFrames(span.path)
+        with self._videos_lock:
+            video = self._videos.pop(span.path, None) or VideoFrames(span.path)
+            self._videos[span.path] = video  # the last used comes last
+            if len(self._videos) > _OPEN_VIDEOS:
+                del self._videos[next(iter(self._videos))]
         # Times in the metadata are sums of rounded durations, and files begin later than 0 where
         # an encoder delays them. Where the file has as many frames as its episodes have steps, the
         # numbers of the frames say which are meant; elsewhere the times must, to half a frame.

@@ -31,7 +31,7 @@ from univla_jax.data.token_store import Manifest, StoreHeader, TokenStore, Token
 from univla_jax.data.validation import (
     InvalidEpisode,
     check_invalid_fraction,
-    describe_invalid,
+    find_first_valid,
     read_episode,
 )
 from univla_jax.episode import Episode
@@ -220,21 +220,13 @@ class _SplitTokenizer:
           DatasetMismatchError: no episode can be read as the ``DatasetConfig`` says.
           UserError: no episode is valid.
         """
-        reader, invalid = self._reader, []
-        for index in range(len(reader)):
-            episode = read_episode(
-                reader,
-                index,
-                min_frames=self._dataset.min_frames,
-                image_sizes=reader.image_sizes,
-            )
-            if not isinstance(episode, InvalidEpisode):
-                found = {view: f.shape[1:3] for view, f in episode.frames.items()}
-                return found, episode.actions.shape[1]
-            invalid.append(episode)
-        raise UserError(
-            f"{reader.folder}: no episode of {self._split!r} is left: {describe_invalid(invalid)}"
+        episode = find_first_valid(
+            self._reader,
+            min_frames=self._dataset.min_frames,
+            image_sizes=self._reader.image_sizes,
         )
+        sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
+        return sizes, episode.actions.shape[1]
 
     def _header(self) -> StoreHeader:
         reader, dataset, config = self._reader, self._dataset, self._config

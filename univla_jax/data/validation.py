@@ -10,6 +10,7 @@ Axes: T steps, H/W image height and width, A action dimensions.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from univla_jax.errors import UserError
 
 MAX_INSTRUCTION = 2000
 """Longest instruction in characters; a longer one is a parsing accident."""
+_PROBED = 50  # broken episodes at the beginning, and spread over all, that say enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,34 @@ def read_episode(
         episode, min_frames=min_frames, image_sizes=image_sizes, action_dim=action_dim
     )
     return episode if invalid is None else invalid
+
+
+def find_first_valid(
+    reader: EpisodeReader, *, min_frames: int, image_sizes: Mapping[str, tuple[int, int] | None]
+) -> Episode:
+    """The first valid episode, before a pass over all of them; the arguments of ``read_episode``.
+
+    Raises:
+      DatasetMismatchError: no episode of the dataset can be read as its ``DatasetConfig`` says.
+      UserError: no episode is valid, or so many at the beginning and over the whole split are
+        broken that reading the others would not help.
+    """
+    # A mistake in the config breaks every episode; to find that out takes a few of them, not hours.
+    total, invalid = len(reader), {}
+    probed = [*range(min(_PROBED, total)), *range(0, total, max(1, total // _PROBED))]
+    for number, index in enumerate(itertools.chain(probed, range(total))):
+        if number == len(probed) and not any(each.filter for each in invalid.values()):
+            break
+        if index in invalid:
+            continue
+        episode = read_episode(reader, index, min_frames=min_frames, image_sizes=image_sizes)
+        if not isinstance(episode, InvalidEpisode):
+            return episode
+        invalid[index] = episode
+    raise UserError(
+        f"{reader.folder}: no valid episode among {len(invalid)} of {total}: "
+        f"{describe_invalid([invalid[index] for index in sorted(invalid)])}"
+    )
 
 
 def check_invalid_fraction(
@@ -237,10 +267,13 @@ class ValidEpisodes:
 
         Raises:
           DatasetMismatchError: at the first episode, when none can be read.
-          UserError: after the last episode, when too many were broken; names the first.
+          UserError: as ``find_first_valid``, before a long pass; when too many were broken, after
+            the last one; names the first.
         """
         self.invalid = []
         sizes = self.reader.image_sizes
+        if len(self) > _PROBED:
+            find_first_valid(self.reader, min_frames=self._min_frames, image_sizes=sizes)
         for index in tqdm.tqdm(self._indices, f"read {self._config.split}", unit="episode"):
             episode = read_episode(
                 self.reader, index, min_frames=self._min_frames, image_sizes=sizes
