@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from univla_jax import io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds import RldsReader
+from univla_jax.data.readers import open_reader
+from univla_jax.data.validation import InvalidEpisode, describe_invalid, read_episode
 from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
 from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
@@ -164,20 +166,25 @@ def _read_episodes(
     config: ImagineConfig, model: WorldModel, source: str | os.PathLike[str]
 ) -> tuple[list[GroundTruth], int]:
     """The episodes to continue, and how many were too short for a single frame."""
-    dataset = find_dataset_config(config.corpus)
-    dataset = dataclasses.replace(dataset, views={model.view: dataset.views[model.view]})
-    episodes = RldsReader(source, dataset, config.split)
-    count = config.episodes or len(episodes)
-    truths, too_short = [], 0
-    for episode in episodes:
+    dataset = find_dataset_config(config.corpus).with_views([model.view])
+    reader = open_reader(source, dataset, config.split)
+    count = config.episodes or len(reader)
+    truths, too_short, invalid = [], 0, []
+    for index in range(len(reader)):
         if len(truths) == count:
             break
+        episode = read_episode(reader, index, min_frames=1, image_sizes=reader.image_sizes)
+        if isinstance(episode, InvalidEpisode):
+            invalid.append(episode)
+            continue
         spaced = episode.frames[model.view][:: model.frame_spacing]
         if len(spaced) <= config.context:
             too_short += 1
             continue
         frames = model.resize(spaced[: config.context + config.frames])
         truths.append(GroundTruth(episode.instruction, frames))
+    if invalid:
+        print(f"{source}: skipped {describe_invalid(invalid)}", file=sys.stderr)
     if not truths:
         raise UserError(
             f"{source}: no episode of split {config.split!r} is longer than {config.context} "
