@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import time
 
 import numpy as np
 import pytest
 
+from tests.data import test_damage
 from tests.data.episodes import DATASET, MeanTokenizer, make_episode
 from tests.data.test_token_store import content
+from tests.data.test_video import write_video
 from univla_jax.config import build_config
 from univla_jax.data import datasets
 from univla_jax.data.rlds_writer import write_rlds
@@ -262,3 +265,49 @@ def test_codes_come_out_in_order_from_batches_of_one_shape(lengths):
         codes = encoder.take(len(frames))["image"]
         assert codes.dtype == np.uint16
         np.testing.assert_array_equal(codes, MeanTokenizer().encode_frames(frames))
+
+
+@pytest.mark.parametrize("name", test_damage.DATASETS)
+def test_every_format_becomes_a_store(tmp_path, monkeypatch, name):
+    write, config, count, _ = test_damage.DATASETS[name]
+    monkeypatch.setitem(datasets.DATASETS, config.name, config)
+    folder = write(tmp_path / "source")
+    values = {
+        "corpus": config.name,
+        "image_specs": {view: {"size": (16, 16), **SPEC} for view in config.views},
+        "splits": {"train": "train"},
+    }
+    tokenize(make_config(**values), folder, tmp_path / "stores", MeanTokenizer())
+    store = TokenStore(tmp_path / "stores" / "train")
+    header = store.manifest.header
+    assert len(store) == count and not store.manifest.invalid_episodes
+    assert header.control_hz == config.control_hz == store[0].control_hz
+    for episode in store:
+        assert {v: np.shape(c[:]) for v, c in episode.codes.items()} == {
+            view: (len(episode), 2, 2) for view in config.views
+        }
+
+
+def test_clips_of_many_sizes_and_rates_become_one_store(tmp_path, monkeypatch):
+    """Something-Something: several widths, 12 frames a second, an id in the test list alone."""
+    config = dataclasses.replace(datasets.DATASETS["something_something"], name="clips")
+    monkeypatch.setitem(datasets.DATASETS, "clips", config)
+    for number in range(8):
+        size = (24, (32, 42, 18)[number % 3])
+        frames = range(0, 10 * (24 + 6 * number), 10) if number else range(0, 60, 10)
+        levels = [level % 250 for level in frames]
+        write_video(tmp_path / f"videos/{number}.webm", levels, 12, codec="libvpx", size=size)
+    labels = [{"id": str(n), "label": f"push {n}"} for n in range(8)]
+    (tmp_path / "something-something-v2-train.json").write_text(json.dumps(labels))
+    (tmp_path / "something-something-v2-test.json").write_text('[{"id": "99"}]')
+    values = {
+        "corpus": "clips",
+        "image_specs": {"image": {"size": (16, 16), **SPEC}},
+        "splits": {"train": "train"},
+        "max_invalid_fraction": 0.0,
+    }
+    tokenize(make_config(**values), tmp_path, tmp_path / "stores", MeanTokenizer())
+    store = TokenStore(tmp_path / "stores" / "train")
+    assert [len(e) for e in store] == [13, 15, 18, 20, 23, 25, 28]
+    (short,) = store.manifest.invalid_episodes
+    assert (short.episode_id, short.filter) == ("train/0", "min_frames")
