@@ -136,6 +136,9 @@ def test_windows_stay_inside_their_episode():
         [2, 3],
         [7, 8],
     ]
+    for most in (1, 2, 3, 4):
+        spread = normalization.sliding_windows(episodes, 2, most=most)[..., 0].tolist()
+        assert spread == [[0, 1], [1, 2], [2, 3], [7, 8]][:: -(-4 // most)]
     two = np.arange(6).reshape(3, 2)
     np.testing.assert_array_equal(normalization.sliding_windows([two], 2), [two[:2], two[1:]])
     with pytest.raises(UserError, match="chunks of 5 steps wanted, the longest episode has 4"):

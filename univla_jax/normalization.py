@@ -254,12 +254,15 @@ def stream_statistics(
     return running.statistics(kinds)
 
 
-def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """All windows of ``length`` steps inside each episode, one step apart.
+def sliding_windows(
+    episodes: Sequence[np.ndarray], length: int, *, most: int | None = None
+) -> np.ndarray:
+    """Windows of ``length`` steps inside each episode, one step apart.
 
     Args:
       episodes: each [steps, A].
       length: T.
+      most: when there are more, evenly spread ones are taken; None takes all.
 
     Returns:
       [N, T, A], in order.
@@ -267,13 +270,18 @@ def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
     Raises:
       UserError: every episode is shorter than one window.
     """
-    # Views, not copies, until the final concatenation.
+    # Views, not copies, until the final concatenation, which takes every ``stride``-th window of
+    # the whole sequence of them: a large corpus has more windows than fit into memory.
     long_enough = [np.asarray(actions) for actions in episodes if len(actions) >= length]
     if not long_enough:
         longest = max(map(len, episodes), default=0)
         raise UserError(f"chunks of {length} steps wanted, the longest episode has {longest}")
     windows = [np.lib.stride_tricks.sliding_window_view(a, length, axis=0) for a in long_enough]
-    return np.concatenate(windows).swapaxes(1, 2)
+    counts = np.array([len(each) for each in windows])
+    stride = 1 if most is None else -(-int(counts.sum()) // most)
+    firsts = -np.concatenate([[0], np.cumsum(counts)[:-1]]) % stride
+    chosen = [each[first::stride] for each, first in zip(windows, firsts)]
+    return np.concatenate(chosen).swapaxes(1, 2)
 
 
 def state_key(corpus: str) -> str:
