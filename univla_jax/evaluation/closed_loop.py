@@ -34,7 +34,6 @@ from univla_jax.evaluation.actors import (
 )
 from univla_jax.evaluation.runner import EPISODES, VIDEOS, Actor, BenchmarkRunner, RunnerConfig
 from univla_jax.inference.execution import Execution, Executor
-from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
@@ -142,8 +141,6 @@ def evaluate(
       out: folder of the evaluation.
       sampling: of the policy's tokens.
       round_trip: what the expert's actions go through; nothing by default.
-      api_key: of the server at ``ws://host:port``.
-      place: makes the placement of a policy that is split over devices.
       api_key: of the server at ``ws://host:port``.
       place: makes the placement of a policy that is split over devices.
       progress: whether to draw a progress bar on standard error.
