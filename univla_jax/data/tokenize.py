@@ -23,6 +23,7 @@ from etils import epath
 from PIL import Image
 
 from univla_jax.config import build_config
+from univla_jax.data import drivevla_records
 from univla_jax.data.datasets import DatasetConfig, find_dataset_config
 from univla_jax.data.episode_reader import EpisodeReader
 from univla_jax.data.readers import open_reader
@@ -148,7 +149,7 @@ def tokenize(
 
     Args:
       config: what and how.
-      source: dataset folder.
+      source: dataset folder, or a file of DriveVLA-W0's records, which becomes one store.
       out: parent folder of the stores.
       vision: encodes the frames.
       part: the shards that this process writes; whichever process finds all shards finished
@@ -168,6 +169,14 @@ def tokenize(
                 f"config.image_specs.{view}.factor: {spec.factor}, but the vision tokenizer "
                 f"makes one code of {vision.factor} pixels a side; set it to that"
             )
+    if pathlib.Path(source).suffix == drivevla_records.SUFFIX:
+        path = pathlib.Path(source)
+        store = pathlib.Path(out) / path.stem
+        size = config.episodes_per_shard
+        imported = drivevla_records.import_records(
+            path, store, dataset, specs, vision, episodes_per_shard=size
+        )
+        return {path.stem: imported}
     manifests = {}
     for name, split in config.splits.items():
         reader = open_reader(source, dataset, split)
