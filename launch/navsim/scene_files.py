@@ -5,7 +5,8 @@
 A metric cache is an xz-compressed pickle of nuPlan's and navsim's classes, so only an environment
 that has them can open it. This script needs nothing of univla_jax: copy it there. It takes caches
 of v1.1 and of v2; the fields are described in univla_jax/simulators/navsim/scene_file.py. Caches of
-one log that lie at most 0.55 s apart become each other's previous frame (extended comfort).
+one log that lie at most 0.55 s apart become each other's previous frame (extended comfort); for
+``navhard_two_stage`` give its YAML as ``--split``, which says which scenes follow on which.
 """
 
 import argparse
@@ -134,17 +135,33 @@ def _observation(observation):
     return tracks, red_ids, red
 
 
+def _stages(split):
+    """Token -> previous frame and -> first-stage scene, from a split's ``reactive_all_mapping``."""
+    previous, original = {}, {}
+    if split is not None:
+        import yaml  # navsim's environment has it
+
+        for now, before, seconds in yaml.safe_load(split.read_text())["reactive_all_mapping"]:
+            previous[now] = before
+            for pair in seconds:
+                previous[pair[0]] = pair[1]
+                original[pair[0]], original[pair[1]] = now, before
+    return previous, original
+
+
 def main(arguments=None):
     """Converts every cache below a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="metric cache folder")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of scene files")
+    parser.add_argument("--split", type=pathlib.Path, help="YAML of a two-stage split of navsim")
     flags = parser.parse_args(arguments)
     paths = sorted(flags.cache.rglob("metric_cache.pkl"))
     if not paths:
         print(f"error: no metric_cache.pkl in {flags.cache}", file=sys.stderr)
         return 2
     flags.out.mkdir(parents=True, exist_ok=True)
+    previous, original = _stages(flags.split)
     by_log = {}
     for path in paths:  # <cache>/<log>/<type>/<token>/metric_cache.pkl
         by_log.setdefault(path.parents[2].name, []).append(path)
@@ -161,6 +178,9 @@ def main(arguments=None):
                 arrays["previous_token"] = earlier["token"]
                 arrays["seconds_since_previous"] = now - before
         for _, arrays in scenes:
+            token = arrays["token"]
+            arrays["previous_token"] = previous.get(token, arrays["previous_token"])
+            arrays["original_token"] = original.get(token, "")
             np.savez_compressed(flags.out / (arrays["token"] + ".npz"), **arrays)
     print(f"{len(paths)} scene files in {flags.out}")
     return 0

@@ -121,6 +121,14 @@ def test_a_cache_becomes_a_scene_of_the_same_score(tmp_path):
         assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+def test_stages_of_a_split(tmp_path):
+    split = tmp_path / "two_stage.yaml"
+    split.write_text("reactive_all_mapping:\n- [a, b, [[c, d], [e, f]]]\n")
+    previous, original = scene_files._stages(split)
+    assert previous == {"a": "b", "c": "d", "e": "f"}
+    assert original == {"c": "a", "d": "b", "e": "a", "f": "b"}
+
+
 def test_no_caches(tmp_path, capsys):
     assert scene_files.main([f"--cache={tmp_path}", f"--out={tmp_path}"]) == 2
     assert "no metric_cache.pkl" in capsys.readouterr().err

@@ -54,7 +54,11 @@ from univla_jax.simulators.navsim.open_loop import (
 )
 from univla_jax.simulators.navsim.pdm_score import SCORE, VERSIONS, aggregate, score_trajectory
 from univla_jax.simulators.navsim.scene_file import Scene, load_scene, scene_paths
-from univla_jax.simulators.navsim.trajectory_tracking import interpolate_poses, simulate
+from univla_jax.simulators.navsim.trajectory_tracking import (
+    interpolate_poses,
+    simulate,
+    to_global,
+)
 from univla_jax.simulators.navsim.vehicle_model import VX
 
 SCENES, BASELINE = "scenes", "ego_status_mlp.npz"
@@ -70,6 +74,7 @@ PUBLISHED = {
     "human: PDMS, v1.1 navtest": 94.8,
 }
 """Percent; UniVLA and DriveVLA-W0 (arXiv 2506.19850 table 7, arXiv 2510.12796)."""
+_STAGE_SPREAD = 0.1  # square meters
 
 
 def make_benchmark(
@@ -362,7 +367,14 @@ def scored(scene: Scene, poses: np.ndarray) -> dict[str, Any]:
             continue  # a scene of v2, whose tracks end too early for the other version
         filtered = score_trajectory(scene, poses, version, human_filter=True)
         scores |= named_scores(filtered.of(0), version)
-    return {"scores": scores, "previous_token": scene.previous_token}
+    end = to_global(scene.ego_state, poses[-1])[:2]
+    return {
+        "scores": scores,
+        "previous_token": scene.previous_token,
+        "original_token": scene.original_token,
+        "start": np.round(scene.ego_state[:2], 4).tolist(),
+        "end": np.round(end, 4).tolist(),
+    }
 
 
 def named_scores(scores: Mapping[str, float], version: str) -> dict[str, float]:
@@ -384,8 +396,37 @@ def score_breakdown(
     order = sorted(
         scores, key=lambda name: (name.split()[1], name.split()[0] not in SCORE.values())
     )
+    scores = {name: scores[name] for name in order}
+    whole = two_stage_scores(records)
+    scores |= {"EPDMS v2, two stages": whole} if whole else {}
     figures = mean_over([record.get("open_loop", {}) for record in records])
-    return Breakdown(figures=figures, scores={name: scores[name] for name in order})
+    return Breakdown(figures=figures, scores=scores)
+
+
+def two_stage_scores(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """EPDMS of the scenes that have a second stage: the product of both stages.
+
+    Second-stage scenes begin where a first-stage plan might have ended. Each counts by how near it
+    begins to where the plan did end, ``exp(-d² / 0.2)``, all alike where none is near (navsim
+    ``scene_aggregator.py:18-47``).
+    """
+    seconds: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record.get("original_token"):
+            seconds.setdefault(record["original_token"], []).append(record)
+    found = []
+    for record in records:
+        after = seconds.get(record["token"], ())
+        if not after or "EPDMS v2" not in record["scores"]:
+            continue
+        starts = np.array([other["start"] for other in after])
+        squares = ((starts - record["end"]) ** 2).sum(1)
+        weights = np.exp(-squares / (2 * _STAGE_SPREAD))
+        if np.isclose(weights.sum(), 0.0):
+            weights = np.ones(len(after))
+        mean = np.average([other["scores"]["EPDMS v2"] for other in after], weights=weights)
+        found.append(float(record["scores"]["EPDMS v2"] * mean))
+    return found
 
 
 def _with_extended_comfort(
