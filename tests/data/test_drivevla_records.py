@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 
 from tests.data.test_navsim import Malicious
-from univla_jax.data.datasets import DATASETS
-from univla_jax.data.drivevla_records import TEST, TRAINVAL, import_records, read_records
+from univla_jax.data.drivevla_records import TEST, TRAINVAL, read_records
 from univla_jax.data.ego_motion import COMMANDS
 from univla_jax.data.token_store import TokenStore
+from univla_jax.data.tokenize import TokenizeConfig, tokenize
 from univla_jax.errors import UserError
-from univla_jax.tokenizers.image import ImageSpec
-
-SPECS = {view: ImageSpec(size=(144, 256)) for view in ("image", "previous_image")}
 
 
 class Vision:
@@ -48,8 +45,8 @@ def write(folder, name="navsim_emu_vla_256_144_trainval_pre_1s.pkl", count=2, **
 
 
 def imported(path, out):
-    import_records(path, out, DATASETS["navsim"], SPECS, Vision)
-    return TokenStore(out)
+    tokenize(TokenizeConfig("navsim", {"train": "navtrain"}), path, out, Vision)
+    return TokenStore(out / path.stem)
 
 
 def test_records_become_a_store(tmp_path):

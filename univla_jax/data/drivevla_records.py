@@ -14,12 +14,12 @@ Axes: T = 12 steps, h/w code grid.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 
 from univla_jax.data.datasets import DatasetConfig
 from univla_jax.data.ego_motion import FRAME_SECONDS, PAST_MOTIONS, ego_status, one_hot
@@ -52,7 +52,7 @@ _STEPS, _PRESENT = 12, 3
 _FIELDS = ("text", "image", "action")
 
 
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_records(path: epath.Path) -> list[dict[str, Any]]:
     """The records of a file.
 
     Raises:
@@ -72,7 +72,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def record_episode(
-    record: Mapping[str, Any], folder: pathlib.Path, statistics: ActionStatistics, corpus: str
+    record: Mapping[str, Any], folder: epath.Path, statistics: ActionStatistics, corpus: str
 ) -> TokenizedEpisode:
     """One record as an episode of twelve steps whose only moment is the fourth.
 
@@ -123,8 +123,8 @@ def record_episode(
 
 
 def import_records(
-    path: pathlib.Path,
-    out: pathlib.Path,
+    path: epath.Path,
+    out: epath.Path,
     dataset: DatasetConfig,
     specs: Mapping[str, ImageSpec],
     vision: FrameTokenizer,
@@ -176,9 +176,10 @@ def import_records(
     return writer.finish()
 
 
-def _read_codes(path: pathlib.Path, token: str) -> np.ndarray:
+def _read_codes(path: epath.Path, token: str) -> np.ndarray:
     try:
-        codes = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            codes = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"record {token}: no codes {path}: {error}; restore them") from error
     return codes.reshape(codes.shape[-2:]) if codes.ndim in (2, 3) else codes

@@ -169,9 +169,9 @@ def tokenize(
                 f"config.image_specs.{view}.factor: {spec.factor}, but the vision tokenizer "
                 f"makes one code of {vision.factor} pixels a side; set it to that"
             )
-    if pathlib.Path(source).suffix == drivevla_records.SUFFIX:
-        path = pathlib.Path(source)
-        store = pathlib.Path(out) / path.stem
+    path = absolute_path(source)
+    if path.suffix == drivevla_records.SUFFIX:
+        store = absolute_path(out) / path.stem
         size = config.episodes_per_shard
         imported = drivevla_records.import_records(
             path, store, dataset, specs, vision, episodes_per_shard=size
