@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 
@@ -17,16 +18,26 @@ class Shell:
         """Stores whether commands are only printed."""
         self.dry_run = dry_run
 
-    def run(self, command: Sequence[str], *, stdin: str | None = None, check: bool = True) -> int:
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: str | None = None,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> int:
         """Runs a command whose output goes to the terminal.
 
         Args:
           command: program and arguments.
           stdin: its standard input.
           check: whether a failure ends the script.
+          env: variables added to its environment.
+          timeout: seconds after which it is killed.
 
         Returns:
-          The exit status, 0 in a dry run.
+          The exit status, 0 in a dry run, 124 after ``timeout``.
         """
         if self.dry_run:
             print(shlex.join(command))
@@ -34,19 +45,38 @@ class Shell:
                 print(stdin.rstrip())
             return 0
         _require(command[0])
-        status = subprocess.run(command, input=stdin, text=True, check=False).returncode
+        environment = {**os.environ, **(env or {})}
+        try:
+            status = subprocess.run(
+                command, input=stdin, text=True, check=False, env=environment, timeout=timeout
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
         if status and check:
             fail(f"{shlex.join(command)} ended with status {status}")
         return status
 
-    def output(self, command: Sequence[str]) -> str | None:
-        """Output of a command, stripped; None if it fails, the empty string in a dry run."""
+    def output(
+        self, command: Sequence[str], *, timeout: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command and returns its status, output and errors; nothing in a dry run."""
         if self.dry_run:
             print(shlex.join(command))
-            return ""
+            return subprocess.CompletedProcess(command, 0, "", "")
         _require(command[0])
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            return subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            message = f"no answer within {timeout:g} s"
+            return subprocess.CompletedProcess(command, 124, "", message)
 
 
 def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
