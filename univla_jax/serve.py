@@ -67,6 +67,9 @@ FORGET_AFTER_SECONDS = flags.DEFINE_float(
     0.0,
     "silence that starts an episode of a robot that names none; 0 starts one per request",
 )
+RELOAD_SECONDS = flags.DEFINE_float(
+    "reload_seconds", 0.0, "seconds between looks for a newer checkpoint of the workdir; 0 for none"
+)
 CAMERA_SIZES = flags.DEFINE_list(
     "camera_sizes", [], "CAMERA=HEIGHTxWIDTH,... of the training data, where not as the policy sees"
 )
@@ -117,20 +120,36 @@ def main(argv: list[str]) -> None:
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     startup.check_port(config.host, config.port)
     _keep_compiled(startup.enable_compilation_cache)
-    policy = Policy.load(
-        CHECKPOINT.value,
-        corpus=CORPUS.value,
-        speculative_block=SPECULATIVE_BLOCK.value,
-        sampling=SAMPLING(),
-        int8=INT8.value,
-        place=MESH(),
-        max_instruction_tokens=MAX_INSTRUCTION_TOKENS.value,
-    )
-    executor = Executor(policy, execution)
-    max_batch = startup.warmup(policy, config.max_batch, _report)
+
+    def load(checkpoint: str) -> Executor:
+        policy = Policy.load(
+            checkpoint,
+            corpus=CORPUS.value,
+            speculative_block=SPECULATIVE_BLOCK.value,
+            sampling=SAMPLING(),
+            int8=INT8.value,
+            place=MESH(),
+            max_instruction_tokens=MAX_INSTRUCTION_TOKENS.value,
+        )
+        return Executor(policy, execution)
+
+    executor = load(CHECKPOINT.value)
+    max_batch = startup.warmup(executor.policy, config.max_batch, _report)
     config = dataclasses.replace(config, max_batch=max_batch)
-    startup.plan_memory(policy, max_batch, CACHE_GIB.value, _report)
-    if not asyncio.run(startup.serve(executor, config, tls, _report)):
+    startup.plan_memory(executor.policy, max_batch, CACHE_GIB.value, _report)
+    cache_bytes = executor.policy.memory(max_batch)["budget of caches kept"]
+
+    def load_next(checkpoint: str) -> Executor:
+        # Its programs are those of the one before: the shapes are the same, nothing is compiled.
+        following = load(checkpoint)
+        following.policy.warmup(1)
+        following.policy.set_cache_budget(cache_bytes)
+        return following
+
+    reloads = None
+    if RELOAD_SECONDS.value:
+        reloads = startup.Reloads(CHECKPOINT.value, RELOAD_SECONDS.value, load_next)
+    if not asyncio.run(startup.serve(executor, config, tls, _report, reloads=reloads)):
         os._exit(0)  # the call under way would be waited for
 
 

@@ -105,7 +105,12 @@ def running(policy, *, tls=None, metadata=None, **config):
     if errors:
         thread.join()
         raise errors[0]
-    handle = Handle(server, lambda: box["loop"].call_soon_threadsafe(box["stop"].set), thread)
+    handle = Handle(
+        server,
+        lambda: box["loop"].call_soon_threadsafe(box["stop"].set),
+        thread,
+        lambda: box["loop"],
+    )
     try:
         yield handle
     finally:
@@ -122,6 +127,7 @@ class Handle:
     server: PolicyServer
     stop: object
     thread: threading.Thread
+    loop: object
 
     @property
     def port(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from websockets.asyncio import client as asyncio_client
 from tests.serving.harness import CountingPolicy, infer, observation, running
 from univla_jax.cli import read_secret
 from univla_jax.client import wire
+from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.serving.server import PolicyServer, ServerConfig
 from univla_jax.serving.startup import check_port, tls_context
@@ -327,3 +329,49 @@ def test_taken_ports_and_bad_settings_are_named(tmp_path):
         read_secret(str(tmp_path / "none"), "api_key_file")
     (tmp_path / "key").write_text("geheim\n")
     assert read_secret(str(tmp_path / "key"), "api_key_file") == "geheim"
+
+
+class _Checkpoint(CountingPolicy):
+    """Answers with the number of a checkpoint."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def act(self, observations, sessions, *, timer=None):
+        super().act(observations, sessions, timer=timer)
+        number = self.number
+        time.sleep(0.002)
+        return [ActionChunk(np.array([[number, len(s), self.number]])) for s in sessions]
+
+
+def test_a_reload_under_load_drops_no_request_and_mixes_no_answer():
+    with running(_Checkpoint(0), metadata={"checkpoint": "0"}, window_seconds=0.0) as server:
+        answers, errors = [[] for _ in range(3)], []
+
+        def ask(number):
+            try:
+                with server.connect() as robot:
+                    while len(answers[number]) < 40 or answers[number][-1]["checkpoint"] != "3":
+                        answers[number].append(infer(robot, observation(1, episode_id="a")))
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in (1, 2, 3):
+            time.sleep(0.05)
+            following = server.server.reload(_Checkpoint(number), {"checkpoint": str(number)})
+            asyncio.run_coroutine_threadsafe(following, server.loop()).result(10)
+        for thread in threads:
+            thread.join(30)
+        assert not errors and server.metric("univla_reloads_total") == 3
+        with server.connect() as late:
+            assert infer(late, observation(1))["checkpoint"] == "3"
+    for robot in answers:
+        assert [reply["actions"][0, 1] for reply in robot] == list(range(1, len(robot) + 1))
+        for reply in robot:
+            assert reply["actions"][0, [0, 2]].tolist() == [int(reply["checkpoint"])] * 2
+        numbers = [int(reply["checkpoint"]) for reply in robot]
+        assert numbers == sorted(numbers)

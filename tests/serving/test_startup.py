@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import jax
@@ -14,11 +15,13 @@ from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.policy import Policy
 from univla_jax.serving.server import ServerConfig
 from univla_jax.serving.startup import (
+    Reloads,
     enable_compilation_cache,
     parse_camera_sizes,
     plan_memory,
     server_metadata,
     warmup,
+    watch,
 )
 
 
@@ -97,3 +100,41 @@ def test_sizes_of_cameras():
     assert parse_camera_sizes(["image=480x640", "a=b=1x2"]) == {"image": (480, 640), "a=b": (1, 2)}
     with pytest.raises(UserError, match="--camera_sizes: 'image=480', expected CAMERA="):
         parse_camera_sizes(["image=480"])
+
+
+class _Server:
+    """Remembers what it was given."""
+
+    def __init__(self):
+        self.reloaded = asyncio.Event()
+
+    async def reload(self, policy, metadata):
+        self.served, self.metadata = policy, metadata
+        self.reloaded.set()
+
+
+def test_a_newer_checkpoint_replaces_the_one_before(tmp_path, caplog):
+    assets = tiny_checkpoint.make_assets()
+    executor = Executor(Policy.load(tiny_checkpoint.save(tmp_path, assets)), Execution())
+    loaded = []
+
+    def load(folder):
+        loaded.append(folder)
+        if len(loaded) == 1:
+            raise UserError("a disk that fails")
+        return Executor(Policy.load(folder), Execution())
+
+    async def scenario():
+        server, reloads = _Server(), Reloads(str(tmp_path), 0.01, load)
+        watching = asyncio.create_task(watch(server, executor, ServerConfig(), reloads))
+        for step in (8, 9):
+            await asyncio.to_thread(tiny_checkpoint.save, tmp_path, assets, step=step)
+            while len(loaded) < step - 7:
+                await asyncio.sleep(0.01)
+        await server.reloaded.wait()
+        watching.cancel()
+        return server
+
+    server = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert server.metadata["checkpoint_step"] == 9 and "a disk that fails" in caplog.text
+    assert server.served.policy.loaded.folder.name == "9"

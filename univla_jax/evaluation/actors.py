@@ -179,7 +179,7 @@ class RemotePolicy:
         """
         del seed
         client = self._connect()
-        self._check_same(client)
+        self._check_checkpoint(client.metadata.get("checkpoint"))
         return RemoteEpisode(client)
 
     def act(
@@ -205,7 +205,7 @@ class RemotePolicy:
         except ServerGone as error:
             self._lost(sessions, str(error))
         for session, reply in zip(sessions, replies):
-            self._check_same(session.client)
+            self._check_checkpoint(reply.get("checkpoint") or self.metadata.get("checkpoint"))
             if session.executed is not None and session.client.connections > 1:
                 self._lost(sessions, "a connection broke within an episode")
             steps = len(reply["actions"])
@@ -231,8 +231,7 @@ class RemotePolicy:
                 "again to go on"
             ) from error
 
-    def _check_same(self, client: RobotClient) -> None:
-        served = client.metadata.get("checkpoint")
+    def _check_checkpoint(self, served: str | None) -> None:
         if served != self.metadata.get("checkpoint"):
             raise UserError(
                 f"--policy={self.address} serves another checkpoint than when this evaluation was "

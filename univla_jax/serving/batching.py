@@ -111,6 +111,10 @@ class Batcher:
             await self._wait_for_window()
             await self._process_batch()
 
+    async def run_between(self, function: Callable[[], Any]) -> Any:
+        """Calls a function on the thread of the batches, after the one under way."""
+        return await asyncio.wrap_future(self._thread.submit(function))
+
     def abandon(self, reason: str) -> None:
         """Lets every ``submit`` that still waits raise BusyError."""
         for future in list(self._waiting):

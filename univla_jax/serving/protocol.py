@@ -10,6 +10,7 @@
                                            executed since, or the actions that were; all by default}
     server → robot   {"actions": float32 [T, A], "actions_valid": bool,
                       "actions_invalid_reason": str, "actions_steered": int,
+                      "checkpoint": str, identity of the one that answers,
                       "new_episode": bool, "ignored_keys": [str]: unknown keys of the request,
                       "policy_timing": {"infer_ms", "observe_ms", "read_ms", "write_ms"},
                       "server_timing": {"infer_ms", "queue_ms"[, "prev_total_ms"]}}

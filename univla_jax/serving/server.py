@@ -157,6 +157,7 @@ class ServerMetrics:
         self.invalid_chunks = counter(
             "univla_invalid_chunks", "Answers whose tokens decoded to no whole chunk"
         )
+        self.reloads = counter("univla_reloads", "Checkpoints that replaced an earlier one")
         self.out_of_memory = counter(
             "univla_out_of_memory", "Times that the device or the host had no memory left"
         )
@@ -238,6 +239,7 @@ class PolicyServer:
         """
         self._policy, self._config, self._tls = policy, config, tls
         self._metadata = wire.pack(metadata)
+        self._checkpoint = str(metadata.get("checkpoint", ""))
         self._cameras = _camera_sizes(policy.frame_sizes, config.camera_sizes)
         self.metrics = ServerMetrics()
         self._robots: set[_Robot] = set()
@@ -285,6 +287,27 @@ class PolicyServer:
             self.call_under_way = not self._batcher.close(left)
             with contextlib.suppress(asyncio.CancelledError):
                 await batches
+
+    async def reload(self, policy: ServedPolicy, metadata: Mapping[str, Any]) -> None:
+        """Answers with another checkpoint's policy from the next call on.
+
+        Robots keep their connections and histories, so its tokens must mean the same. Their caches
+        are those of the old parameters and are dropped.
+
+        Args:
+          policy: compiled already, of the same cameras, tokenizers and statistics.
+          metadata: of it, for robots that connect later.
+        """
+
+        # On the thread of the calls, so between two of them: no answer is of both.
+        def swap() -> None:
+            self._policy.drop_caches()
+            self._policy, self._metadata = policy, wire.pack(metadata)
+            self._checkpoint = str(metadata.get("checkpoint", ""))
+
+        await self._batcher.run_between(swap)
+        self.metrics.reloads.inc()
+        _log.info("checkpoint %s is served from now on", self._checkpoint[:12])
 
     async def _listen(self) -> Server:
         config = self._config
@@ -472,7 +495,7 @@ class PolicyServer:
         if request.executed is not None and not new_episode:
             robot.session.set_executed(request.executed)
         result = await self._batcher.submit((request.observation, robot.session))
-        chunk, policy_timing = result.value
+        chunk, policy_timing, checkpoint = result.value
         seconds = time.perf_counter() - begin
         self.metrics.requests.labels("ok").inc()
         self.metrics.invalid_chunks.inc(0 if chunk.valid else 1)
@@ -483,6 +506,7 @@ class PolicyServer:
             server_timing["prev_total_ms"] = robot.previous_ms
         reply = protocol.reply_message(chunk, policy_timing)
         about = {"new_episode": new_episode, "ignored_keys": list(request.ignored_keys)}
+        about |= {"checkpoint": checkpoint}
         return reply | about | {"server_timing": server_timing}
 
     def _begins_episode(self, robot: _Robot, request: protocol.Request) -> bool:
@@ -507,7 +531,7 @@ class PolicyServer:
 
     def _act(
         self, items: Sequence[tuple[Observation, Any]]
-    ) -> list[tuple[ActionChunk, dict[str, float]]]:
+    ) -> list[tuple[ActionChunk, dict[str, float], str]]:
         """One call of the policy; runs on the batcher's thread."""
         observations, sessions = zip(*items)
         timer, begin = Timer(), time.perf_counter()
@@ -518,7 +542,7 @@ class PolicyServer:
             part = protocol.TIMING_NAMES[section]
             self.metrics.policy_seconds.labels(part).inc(milliseconds / 1e3)
             timing[f"{part}_ms"] = milliseconds
-        return [(chunk, timing) for chunk in chunks]
+        return [(chunk, timing, self._checkpoint) for chunk in chunks]
 
     def _prefill_ahead(self) -> bool:
         """Work ahead of requests; runs on the batcher's thread."""

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 from univla_jax.buckets import require_local
-from univla_jax.checkpoints import checkpoint_identity
+from univla_jax.checkpoints import checkpoint_identity, newest_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.inference.execution import Executor
 from univla_jax.inference.memory import GIB, cache_budget, is_out_of_memory
@@ -29,6 +30,8 @@ from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import batch_bucket
 from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
+
+_log = logging.getLogger(__name__)
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str]) -> None:
@@ -184,11 +187,62 @@ def server_metadata(executor: Executor, config: ServerConfig) -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Reloads:
+    """Where newer checkpoints are looked for.
+
+    Attributes:
+      workdir: of the training.
+      seconds: between two looks.
+      load: loads and compiles the policy of a checkpoint folder.
+    """
+
+    workdir: str
+    seconds: float
+    load: Callable[[str], Executor]
+
+
+async def watch(
+    server: PolicyServer, executor: Executor, config: ServerConfig, reloads: Reloads
+) -> None:
+    """Replaces the policy of a server whenever its workdir has a newer checkpoint; runs for ever.
+
+    A checkpoint that cannot be loaded, or whose tokens mean something else, is logged and left: the
+    server goes on with what it has.
+    """
+    served, tried = executor, str(executor.policy.loaded.folder)
+    while True:
+        await asyncio.sleep(reloads.seconds)
+        folder = await asyncio.to_thread(newest_checkpoint, reloads.workdir)
+        if folder is None or str(folder) == tried:
+            continue
+        tried = str(folder)
+        try:
+            new = await asyncio.to_thread(reloads.load, tried)
+            _check_same_meaning(served, new)
+        except Exception:
+            _log.exception("checkpoint %s is not served; the one before is", tried)
+            continue
+        await server.reload(new, server_metadata(new, config))
+        served = new
+
+
+def _check_same_meaning(old: Executor, new: Executor) -> None:
+    """Raises UserError where robots' histories mean something else to a new checkpoint."""
+    one, other = (executor.policy.loaded.assets for executor in (old, new))
+    if one.fingerprint != other.fingerprint:
+        raise UserError(
+            "its tokenizers, statistics or cameras are others; start a server of its own for it"
+        )
+
+
 async def serve(
     executor: Executor,
     config: ServerConfig,
     tls: ssl.SSLContext | None,
     report: Callable[[str], None],
+    *,
+    reloads: Reloads | None = None,
 ) -> bool:
     """Serves until SIGTERM or SIGINT.
 
@@ -197,6 +251,7 @@ async def serve(
       config: address, limits and timeouts.
       tls: certificate and key, or None for plain connections.
       report: gets a line when the server listens and when it has stopped.
+      reloads: where newer checkpoints appear; nowhere by default.
 
     Returns:
       whether no call of the policy is under way any more.
@@ -210,7 +265,16 @@ async def serve(
         loop.add_signal_handler(number, stop.set)
     server = PolicyServer(executor, config, metadata=server_metadata(executor, config), tls=tls)
     scheme = "wss" if tls else "ws"
-    await server.run(stop, lambda: report(f"listening on {scheme}://{config.host}:{server.port}"))
+    watching: list[asyncio.Task[None]] = []
+
+    def on_ready() -> None:
+        report(f"listening on {scheme}://{config.host}:{server.port}")
+        if reloads is not None:
+            watching.append(asyncio.create_task(watch(server, executor, config, reloads)))
+
+    await server.run(stop, on_ready)
+    for task in watching:
+        task.cancel()
     report("stopped, with a call of the policy under way" if server.call_under_way else "stopped")
     return not server.call_under_way
 
