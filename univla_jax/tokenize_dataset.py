@@ -23,6 +23,7 @@ from univla_jax.data.token_store import Manifest
 from univla_jax.data.tokenize import Part, TokenizeConfig, tokenize, verify_store
 from univla_jax.data.validation import describe_invalid
 from univla_jax.io import absolute_path
+from univla_jax.normalization import MIN_MAX
 from univla_jax.tokenizers.vision import VisionTokenizer
 
 CONFIG = cli.config_flag()
@@ -53,6 +54,13 @@ def _report(name: str, manifest: Manifest) -> None:
     """What went into a store on standard output, and what did not on standard error."""
     header, invalid = manifest.header, manifest.invalid_episodes
     print(f"{name}: {manifest.episodes} episodes, {manifest.frames} frames in {OUT.value}/{name}")
+    if header.encoder_dtype != "float32":
+        share = f"{manifest.equal_codes:.2%}"
+        print(f"{name}: {share} of the codes in {header.encoder_dtype} are those of float32")
+    for statistics in filter(None, [manifest.statistics]):
+        rare = [i for i, kind in enumerate(statistics.kinds) if kind == MIN_MAX]
+        if rare:
+            print(f"{name}: action dimensions {rare} normalized by their least and greatest value")
     if invalid:
         print(
             f"{name}: {len(invalid)} of {header.source_episodes} episodes skipped: "

@@ -39,7 +39,7 @@ from univla_jax.checkpoints import intact_checkpoint
 from univla_jax.config import build_config
 from univla_jax.errors import ExitStatus
 from univla_jax.io import absolute_path, write_text
-from univla_jax.pipeline.inspect import render_examples
+from univla_jax.pipeline.example_page import render_examples
 from univla_jax.training.distributed import (
     Preempted,
     ProcessGroupConfig,

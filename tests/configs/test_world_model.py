@@ -14,6 +14,7 @@ from configs import tokens
 from tests.conftest import REPOSITORY
 from tests.data import corpora
 from univla_jax.config import build_config
+from univla_jax.data import action_conventions
 from univla_jax.data.datasets import DATASETS
 from univla_jax.data.tokenize import TokenizeConfig, tokenize
 from univla_jax.episode import Observation
@@ -83,6 +84,7 @@ def sources(folder):
         made[name] = name, corpora.write(folder / name, name, 2, steps)
     made["calvin"] = "calvin", corpora.write_calvin(folder / "calvin", 2, 60)
     made["ssv2"] = "something_something", corpora.write_something(folder / "ssv2")
+    made["segments"] = "1x", corpora.write_segments(folder / "segments")
     for version in ("v2.1", "v3.0"):
         where = corpora.write_lerobot(folder / version, version, 2, 110)
         made[f"aloha-{version}"] = "aloha", where
@@ -101,7 +103,7 @@ def test_every_public_corpus_in_one_mixture(tmp_path):
         manifest = tokenize(build_config(TokenizeConfig, config.to_dict()), source, out, vision)
         assert not manifest["train"].invalid_episodes, name
         stores.append(f"{out}/train")
-        if corpus != "something_something":
+        if DATASETS[corpus].actions is not action_conventions.no_actions:
             acting.append(f"{out}/train")
     arguments += [
         "--config.model.preset=tiny",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -343,14 +343,24 @@ def write_clip(path: pathlib.Path, frames: int, rate: int, size: tuple[int, int]
             container.mux(packet)
 
 
-def write_something(folder: pathlib.Path, widths: Sequence[int] = (320, 320, 320)) -> pathlib.Path:
-    """Something-Something: clips of 2.5 to 4 s at 12 fps of one width."""
+def write_something(folder: pathlib.Path) -> pathlib.Path:
+    """Something-Something: clips of 2.5 to 4 s at 12 fps of several widths, and a test list."""
     labels = []
-    for number, width in enumerate(widths):
-        size = (240, width // 2 * 2)  # the codec wants even sides
-        write_clip(folder / "videos" / f"{number}.mp4", 30 + 9 * number, 12, size)
+    for number, width in enumerate((320, 426, 240)):
+        write_clip(folder / "videos" / f"{number}.mp4", 30 + 9 * number, 12, (240, width))
         labels.append({"id": str(number), "label": WORDS, "template": WORDS, "placeholders": []})
-    (folder / "train.json").write_text(json.dumps(labels))
+    for split, listed in {"train": labels, "validation": labels[:1], "test": [{"id": "0"}]}.items():
+        name = f"something-something-v2-{split}.json"
+        (folder / name).write_text(json.dumps(listed))
+    return folder
+
+
+def write_segments(folder: pathlib.Path) -> pathlib.Path:
+    """One long video with a text for each of its segments."""
+    write_clip(folder / "walk.mp4", 160, 10, (120, 160))
+    starts = range(0, 16, 4)
+    segments = [[float(start), start + 4.0, f"{WORDS} {start}"] for start in starts]
+    (folder / "train.json").write_text(json.dumps({"walk": segments}))
     return folder
 
 

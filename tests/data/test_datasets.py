@@ -167,6 +167,7 @@ def test_droid_takes_the_first_instruction_there_is(tmp_path):
     published.write(tmp_path / "droid", "droid", **options)
     (episode,) = open_reader(tmp_path / "droid", DATASETS["droid"], "train")
     assert episode.instruction == "stack the blocks" and not episode.paraphrases
+    assert episode.metadata == {"file": "somewhere"}
 
 
 def test_instructions_beside_the_first_are_paraphrases():

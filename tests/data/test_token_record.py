@@ -46,6 +46,7 @@ def read(records):
         {},
         {"state": None},
         {"actions": np.zeros((5, 0), "f4")},
+        {"paraphrases": ("hebe ihn", "auf"), "metadata": {"file": "a/b", "success": True}},
         {"texts": {"answer": ("yes",), "reasoning": ("a", "a", "b", "b", "a")}},
     ],
 )

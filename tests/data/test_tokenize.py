@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import threading
 import time
 
 import numpy as np
@@ -253,18 +254,18 @@ def test_codes_come_out_in_order_from_batches_of_one_shape(lengths):
     rng = np.random.default_rng(0)
     episodes = [rng.integers(0, 256, (n, 8, 16, 3), np.uint8) for n in lengths]
     tokenizer = MeanTokenizer()
-    encoder = BatchedEncoder(tokenizer.encode_frames, ["image"], batch_size=4)
-    for frames in episodes:
-        encoder.push({"image": frames})
-    assert encoder.num_ready == sum(lengths) // 4 * 4
-    encoder.flush()
-    encoder.flush()
-    assert encoder.num_ready == sum(lengths)
+    with BatchedEncoder(tokenizer.encode_frames, ["image"], batch_size=4) as encoder:
+        for frames in episodes:
+            encoder.push({"image": frames})
+        assert encoder.num_ready <= sum(lengths) // 4 * 4
+        encoder.flush()
+        encoder.flush()
+        for frames in episodes:
+            codes = encoder.take(len(frames))["image"]
+            assert codes.dtype == np.uint16
+            np.testing.assert_array_equal(codes, MeanTokenizer().encode_frames(frames))
+        assert encoder.num_ready == 0
     assert tokenizer.shapes == [(4, 8, 16, 3)] * -(-sum(lengths) // 4)
-    for frames in episodes:
-        codes = encoder.take(len(frames))["image"]
-        assert codes.dtype == np.uint16
-        np.testing.assert_array_equal(codes, MeanTokenizer().encode_frames(frames))
 
 
 @pytest.mark.parametrize("name", test_damage.DATASETS)
@@ -311,3 +312,50 @@ def test_clips_of_many_sizes_and_rates_become_one_store(tmp_path, monkeypatch):
     assert [len(e) for e in store] == [13, 15, 18, 20, 23, 25, 28]
     (short,) = store.manifest.invalid_episodes
     assert (short.episode_id, short.filter) == ("train/0", "min_frames")
+
+
+def test_frames_are_read_while_others_are_encoded():
+    released = threading.Event()
+
+    def encode(frames):
+        assert released.wait(10)
+        return MeanTokenizer().encode_frames(frames)
+
+    frames = np.zeros((4, 8, 8, 3), np.uint8)
+    with BatchedEncoder(encode, ["image"], batch_size=4) as encoder:
+        encoder.push({"image": frames})
+        encoder.push({"image": frames})  # does not wait for the first batch
+        assert encoder.num_ready == 0
+        released.set()
+        assert encoder.take(8)["image"].shape == (8, 1, 1)
+
+
+def test_copies_are_changed_as_the_config_says(source, tmp_path):
+    changes = {"augmented_copies": 2, "max_shift": 0.0, "min_crop": 0.5, "brightness": 0.4}
+    config = make_config(splits={"train": "train"}, **changes)
+    tokenize(config, source, tmp_path, MeanTokenizer())
+    store = TokenStore(tmp_path / "train")
+    header = store.manifest.header
+    assert header.augmentation == {"min_crop": 0.5, "brightness": 0.4} and store.copies == 3
+    original, first, second = (np.asarray(store[i].codes["image"]) for i in range(3))
+    assert (original != first).any() and (first != second).any()
+    np.testing.assert_array_equal(store[0].actions, store[2].actions)
+    assert not make_config().augmentation
+
+
+class Rounding(MeanTokenizer):
+    """In bfloat16 every eighth code is another."""
+
+    def encode_frames(self, frames, dtype="float32"):
+        codes = super().encode_frames(frames)
+        if dtype == "bfloat16":
+            codes.reshape(-1)[::8] += 1
+        return codes
+
+
+def test_the_share_of_equal_codes_is_measured(source, tmp_path):
+    config = make_config(splits={"train": "train"}, encoder_dtype="bfloat16")
+    tokenize(config, source, tmp_path, Rounding())
+    manifest = TokenStore(tmp_path / "train").manifest
+    assert manifest.header.encoder_dtype == "bfloat16"
+    assert 0.8 < manifest.equal_codes < 0.95

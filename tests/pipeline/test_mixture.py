@@ -31,7 +31,7 @@ from univla_jax.training.run_assets import image_specs
 
 def stream(counts, proportions=None, seed=7, **changes):
     config = small.config(**changes)
-    stores = [small.store(n, letter) for n, letter in zip(counts, "abc")]
+    stores = [Split(small.store(n, letter), 0, held_out=False) for n, letter in zip(counts, "abc")]
     builder = SampleBuilder(config, small.assets())
     return SampleStream(stores, proportions or counts, builder, seed)
 
@@ -218,6 +218,26 @@ def test_augmented_copies_stay_on_their_side_of_the_split():
     train, held = (Split(source, 2, held_out=h) for h in (False, True))
     names = [[split[i].episode_id for i in range(len(split))] for split in (train, held)]
     assert names == [["a0", "a1", "a2", "a6", "a7", "a8"], ["a3", "a4", "a5", "a9", "a10", "a11"]]
+
+
+def test_some_of_the_copies_are_drawn_for_every_epoch():
+    source = small.store(12)  # four episodes, each with two copies behind it
+    source.copies = 3
+    config = small.config(copies_per_epoch=2)
+    made = SampleStream(
+        [make_split(config, source, held_out=False)], [1], SampleBuilder(config, small.assets()), 7
+    )
+    assert made.epoch == 8
+    epochs = []
+    for epoch in range(6):
+        numbers = range(8 * epoch, 8 * epoch + 8)
+        epochs.append(sorted(int(made.sample(n)[0].episode_id[1:]) for n in numbers))
+        assert [n // 3 for n in epochs[-1]] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert len(set(epochs[-1])) == 8
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert {n for epoch in epochs for n in epoch} == set(range(12))
+    assert len(make_split(small.config(), source, held_out=False)) == 12
+    assert len(make_split(small.config(copies_per_epoch=9), source, held_out=False)) == 12
 
 
 SPECS = {view: ImageSpec(size=(80, 80), factor=8) for view in ("image", "wrist_image")}

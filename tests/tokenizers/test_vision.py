@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,3 +118,35 @@ def test_damaged_files_are_named(tokenizer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"codebok_size": 16}))
     with pytest.raises(UserError, match="did you mean 'codebook_size'"):
         VisionTokenizer.load(tmp_path)
+
+
+def test_bfloat16_gives_most_of_the_codes(tokenizer):
+    exact = tokenizer.encode_frames(frames(5))
+    assert np.mean(tokenizer.encode_frames(frames(5), dtype="bfloat16") == exact) > 0.8
+
+
+_DEVICES = """
+import jax, numpy as np
+from univla_jax.tokenizers.vision import VisionTokenizer
+from univla_jax.tokenizers.vision_vq import VisionConfig, init_variables
+
+config = VisionConfig(
+    codebook_size=64, ch=8, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), num_groups=4
+)
+variables, devices = init_variables(config, 0), jax.local_devices()
+frames = np.random.default_rng(0).integers(0, 256, (11, 16, 24, 3), np.uint8)
+one, four = (VisionTokenizer(config, variables, devices[:n]) for n in (1, 4))
+leaf = jax.tree.leaves(four.variables)[0]
+assert len(devices) == 4 and len(leaf.sharding.device_set) == 4
+codes = one.encode_frames(frames)
+np.testing.assert_array_equal(four.encode_frames(frames), codes)
+np.testing.assert_array_equal(four.decode_codes(codes), one.decode_codes(codes))
+assert one.fingerprint == four.fingerprint
+"""
+
+
+@pytest.mark.slow
+def test_all_devices_share_the_frames():
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=os.getcwd())
+    subprocess.run([sys.executable, "-c", _DEVICES], env=environment, check=True, timeout=300)

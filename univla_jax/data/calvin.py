@@ -32,6 +32,7 @@ from univla_jax.data.episode_reader import (
     MissingFieldError,
     check_filters,
     describe_error,
+    read_metadata,
 )
 from univla_jax.data.instruction_text import decode_text
 from univla_jax.data.safe_pickle import load_plain
@@ -111,7 +112,8 @@ class CalvinReader(EpisodeReader):
         steps = LazySteps(dataset, {*self._fields, text}, load, str(self._frames))
         check_filters(dataset, steps)
         frames = {view: steps[path] for view, path in dataset.views.items()}
-        return build_episode(dataset, steps, frames, self.episode_id(index))
+        metadata = read_metadata(dataset, steps)
+        return build_episode(dataset, steps, frames, self.episode_id(index), metadata)
 
     def _find_fields(self) -> frozenset[str]:
         """The fields of the first annotated frame that can be opened."""

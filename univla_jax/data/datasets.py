@@ -85,6 +85,8 @@ class DatasetConfig:
         ``chunk_deltas`` all.
       texts: kind of text (``Episode.texts``, such as ``"reasoning"``) -> its path.
       default_instruction: for episodes without an instruction; where it is empty, they are invalid.
+      metadata: name -> path of a field of the episode, or of its last step, that is kept in the
+        token store (``TokenizedEpisode.metadata``).
       episode_filters: path of a field of the episode -> the value it must have, such as
         ``{"success": True}``; of a field of its steps, that of the last one counts. Other episodes
         are left out and counted apart from broken ones.
@@ -118,6 +120,7 @@ class DatasetConfig:
     absolute_dims: tuple[int, ...] | None = None
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     default_instruction: str = ""
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     episode_filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     idle_steps: Callable[[np.ndarray], np.ndarray] | None = None
     segment_seconds: float | None = None
@@ -251,6 +254,7 @@ _BUILT_IN = (
         policy_views=("image",),
         control_hz=5.0,
         frame_spacing=5,
+        metadata={"file": "episode_metadata/file_path"},
         actions=action_conventions.reached_movement,
         action_units=_MOVEMENT,
         gripper=_OPEN_1,
@@ -285,6 +289,7 @@ _BUILT_IN = (
             "language_instruction_2",
             "language_instruction_3",
         ),
+        metadata={"file": "episode_metadata/file_path"},
         actions=action_conventions.cartesian_velocity,
         action_units="velocity of the hand as commanded, six numbers; gripper",
         gripper=_OPEN_1,
@@ -464,7 +469,11 @@ def normalization_kinds(key: str) -> tuple[str, ...]:
 
 
 def build_episode(
-    dataset: DatasetConfig, steps: Steps, frames: Mapping[str, np.ndarray], episode_id: str
+    dataset: DatasetConfig,
+    steps: Steps,
+    frames: Mapping[str, np.ndarray],
+    episode_id: str,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Episode:
     """An episode in the dataset's conventions.
 
@@ -473,6 +482,7 @@ def build_episode(
       steps: path -> [T, ...]; texts as objects.
       frames: per view uint8 [T, H, W, 3].
       episode_id: unique in the dataset.
+      metadata: what ``DatasetConfig.metadata`` names, as plain values.
 
     Raises:
       KeyError: a field is missing.
@@ -502,6 +512,7 @@ def build_episode(
     return Episode(
         instruction=instruction,
         paraphrases=tuple(paraphrases),
+        metadata=dict(metadata or {}),
         frames=shown,
         actions=actions[kept],
         control_hz=dataset.control_hz / stride,

@@ -141,10 +141,25 @@ def check_filters(
       KeyError: there is no such field.
     """
     for path, wanted in dataset.episode_filters.items():
-        in_episode = episode is not None and path in episode
-        found = plain_value(episode[path] if in_episode else steps[path][-1])
+        found = _episode_value(path, steps, episode)
         if found != wanted:
             raise FilteredEpisodeError("episode_filters", f"{path} is {found!r}, not {wanted!r}")
+
+
+def read_metadata(
+    dataset: DatasetConfig, steps: Mapping[str, Any], episode: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values that ``DatasetConfig.metadata`` names; arguments as of ``check_filters``.
+
+    Raises:
+      KeyError: there is no such field.
+    """
+    return {name: _episode_value(path, steps, episode) for name, path in dataset.metadata.items()}
+
+
+def _episode_value(path: str, steps: Mapping[str, Any], episode: Mapping[str, Any] | None) -> Any:
+    in_episode = episode is not None and path in episode
+    return plain_value(episode[path] if in_episode else steps[path][-1])
 
 
 def plain_value(value: Any) -> Any:

@@ -37,6 +37,7 @@ from univla_jax.data.episode_reader import (
     MissingFieldError,
     check_filters,
     describe_error,
+    read_metadata,
 )
 from univla_jax.data.image_decoding import decode_images
 from univla_jax.episode import Episode
@@ -114,7 +115,8 @@ class Hdf5Reader(EpisodeReader):
             steps = LazySteps(dataset, {*self._shapes, *about}, load, str(self.folder))
             check_filters(dataset, steps, about)
             frames = {view: _as_images(steps[path]) for view, path in dataset.views.items()}
-            return build_episode(dataset, steps, frames, self.episode_id(index))
+            metadata = read_metadata(dataset, steps, about)
+            return build_episode(dataset, steps, frames, self.episode_id(index), metadata)
 
     def _find_fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Path -> shape and type of the first episode that can be read; of attributes, of none."""

@@ -28,6 +28,7 @@ from univla_jax.data.episode_reader import (
     LazySteps,
     MissingFieldError,
     check_filters,
+    read_metadata,
 )
 from univla_jax.data.image_decoding import decode_images
 from univla_jax.data.lerobot_metadata import BrokenEntry, EpisodeFiles, LeRobotMetadata, VideoSpan
@@ -148,7 +149,8 @@ class LeRobotReader(EpisodeReader):
                 frames[view] = self._video_frames(files.videos[path], files.length)
             else:
                 frames[view] = decode_images(self._encoded_images(steps[path]))
-        return build_episode(dataset, steps, frames, self.episode_id(index))
+        metadata = read_metadata(dataset, steps, files.fields)
+        return build_episode(dataset, steps, frames, self.episode_id(index), metadata)
 
     def _rows(self, files: EpisodeFiles) -> range:
         """The rows of an episode in its file: v3 files hold many, v2 files one."""

@@ -24,6 +24,7 @@ from univla_jax.data.episode_reader import (
     MissingFieldError,
     check_filters,
     plain_value,
+    read_metadata,
 )
 from univla_jax.data.image_decoding import decode_images
 from univla_jax.data.tf_example import index_fields, parse_values
@@ -120,7 +121,8 @@ class RldsReader(EpisodeReader):
         frames = {view: _as_images(steps[path]) for view, path in self._dataset.views.items()}
         has_id = _EPISODE_ID in episode
         own_id = str(plain_value(episode[_EPISODE_ID])) if has_id else self.episode_id(index)
-        return build_episode(self._dataset, steps, frames, own_id)
+        metadata = read_metadata(self._dataset, steps, episode)
+        return build_episode(self._dataset, steps, frames, own_id, metadata)
 
 
 def _find_dataset(folder: str | os.PathLike[str]) -> epath.Path:

@@ -23,7 +23,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,8 @@ class StoreHeader:
       block_steps: steps per record of codes (``token_record.py``).
       augmented_copies: shifted copies stored behind each episode.
       max_shift: largest shift of a copy, as a fraction of the frame's size.
+      augmentation: what else changes the copies, by its field in ``TokenizeConfig``.
+      encoder_dtype: of the vision tokenizer's products.
       format: version of the record format.
     """
 
@@ -87,6 +89,8 @@ class StoreHeader:
     block_steps: int
     augmented_copies: int = 0
     max_shift: float = 0.0
+    augmentation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    encoder_dtype: str = "float32"
     format: int = FORMAT
 
     @property
@@ -127,6 +131,7 @@ class Manifest:
       state_statistics: of the proprioceptive state, None where there is none.
       invalid_episodes: the source episodes that were skipped.
       shards: in order.
+      equal_codes: share of codes that a vision tokenizer in float32 gives, too.
     """
 
     header: StoreHeader
@@ -138,6 +143,7 @@ class Manifest:
         metadata={"formerly": "problems"}
     )
     shards: tuple[ShardEntry, ...]
+    equal_codes: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,8 +346,11 @@ class TokenStoreWriter:
         """The invalid episodes of all shards, in order; every shard must be finished."""
         return tuple(invalid for file in self._shard_files() for invalid in file.invalid_episodes)
 
-    def finish(self) -> Manifest:
+    def finish(self, equal_codes: Callable[[], float] = lambda: 1.0) -> Manifest:
         """Computes the statistics and writes the manifest.
+
+        Args:
+          equal_codes: measures ``Manifest.equal_codes``.
 
         Raises:
           UserError: a shard is not finished, or one of them is damaged.
@@ -360,6 +369,7 @@ class TokenStoreWriter:
             ),
             invalid_episodes=self.invalid_episodes(),
             shards=shards,
+            equal_codes=equal_codes(),
         )
         io.remove_partial(self.folder)
         io.write_json(self.folder / MANIFEST, io.json_values(manifest))

@@ -11,19 +11,26 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import tqdm
 from etils import epath
-from PIL import Image
 
 from univla_jax.config import build_config
 from univla_jax.data import drivevla_records
+from univla_jax.data.augmentation import (
+    COLOR_CHANGES,
+    random_colors,
+    random_crop,
+    random_shift,
+)
 from univla_jax.data.datasets import DatasetConfig, find_dataset_config
 from univla_jax.data.episode_reader import EpisodeReader
 from univla_jax.data.readers import open_reader
@@ -39,7 +46,7 @@ from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.io import absolute_path
 from univla_jax.tokenizers.image import ImageSpec
-from univla_jax.tokenizers.vision import FrameTokenizer
+from univla_jax.tokenizers.vision import ENCODER_DTYPES, FrameTokenizer
 
 # ----------------------------------------------------------------------------
 # Config, and the part of the work that one of several processes does.
@@ -58,9 +65,18 @@ class TokenizeConfig:
       episodes_per_shard: source episodes per shard, the unit of work that a kill can lose.
       min_frames: shortest episode kept, in frames; None takes the dataset's own.
       max_invalid_fraction: fraction of broken episodes, in 0...1, beyond which a split fails.
-      augmented_copies: randomly shifted copies of each episode, stored right behind it.
+      augmented_copies: randomly changed copies of each episode, stored right behind it. All frames
+        of a camera in a copy are changed alike.
       max_shift: largest shift of a copy, as a fraction of the frame's size.
-      read_threads: threads that read, decode and resize ahead of the tokenizer.
+      min_crop: least area of a random crop of a copy, as a fraction of the frame's; it is resized
+        back to the frame's size. 1 crops nothing.
+      brightness: largest change of a copy's brightness, as a fraction.
+      contrast: of its contrast.
+      saturation: of its saturation.
+      encoder_dtype: of the vision tokenizer's products: "float32", as policies encode their
+        observations, or "bfloat16", faster; the manifest says which share of codes is the same.
+      read_threads: threads that read, decode and resize ahead of the tokenizer; 0 takes one per
+        core, at most 16.
     """
 
     corpus: str
@@ -74,20 +90,41 @@ class TokenizeConfig:
     )
     augmented_copies: int = 0
     max_shift: float = 0.1
-    read_threads: int = 2
+    min_crop: float = 1.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    encoder_dtype: str = "float32"
+    read_threads: int = 0
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range."""
-        for name in ("batch_frames", "episodes_per_shard", "read_threads"):
+        for name in ("batch_frames", "episodes_per_shard"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 1")
-        if self.augmented_copies < 0:
-            raise UserError(f"config.augmented_copies: {self.augmented_copies}, expected 0 or more")
-        for name in ("max_invalid_fraction", "max_shift"):
+        for name in ("augmented_copies", "read_threads"):
+            if getattr(self, name) < 0:
+                raise UserError(f"config.{name}: {getattr(self, name)}, expected 0 or more")
+        for name in ("max_invalid_fraction", "max_shift", *COLOR_CHANGES):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected 0...1")
+        if not 0.05 <= self.min_crop <= 1:
+            raise UserError(f"config.min_crop: {self.min_crop}, expected 0.05...1")
+        if self.encoder_dtype not in ENCODER_DTYPES:
+            known = ", ".join(ENCODER_DTYPES)
+            raise UserError(
+                f"config.encoder_dtype: {self.encoder_dtype!r}, expected one of {known}"
+            )
         if not self.splits:
             raise UserError("config.splits must not be empty")
+
+    @property
+    def augmentation(self) -> dict[str, float]:
+        """What changes the stored copies beside their shift."""
+        names = ("min_crop", *COLOR_CHANGES) if self.augmented_copies else ()
+        unchanged = {"min_crop": 1.0}
+        values = {name: getattr(self, name) for name in names}
+        return {n: value for n, value in values.items() if value != unchanged.get(n, 0.0)}
 
     def resolve(self) -> tuple[DatasetConfig, dict[str, ImageSpec]]:
         """The dataset with the chosen views and ``min_frames``, and the image spec of each view.
@@ -199,7 +236,9 @@ class _SplitTokenizer:
     ) -> None:
         self._config, self._dataset, self._specs = config, dataset, specs
         self._reader, self._vision, self._split = reader, vision, split
-        self._first_sizes, self._action_dim = self._infer_shapes()
+        self._first = self._first_valid_episode()
+        self._first_sizes = {v: frames.shape[1:3] for v, frames in self._first.frames.items()}
+        self._action_dim = self._first.actions.shape[1]
         # A store holds one code grid per view. Frames of any size become that grid where the spec
         # resizes them; elsewhere all must have the size of the first episode.
         self._image_sizes = {
@@ -220,10 +259,23 @@ class _SplitTokenizer:
                 self._config.max_invalid_fraction,
                 str(folder),
             )
-        return writer.finish()
+        return writer.finish(self._measure_equal_codes)
 
-    def _infer_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
-        """Image sizes and action dimensions of the first valid episode.
+    def _measure_equal_codes(self) -> float:
+        """Share of the codes of a few frames that a tokenizer in float32 gives, too."""
+        if self._config.encoder_dtype == "float32":
+            return 1.0
+        frames = {v: s.resize(self._first.frames[v][:64]) for v, s in self._specs.items()}
+        pairs = [(self._encode_frames(f), self._vision.encode_frames(f)) for f in frames.values()]
+        return float(np.mean(np.concatenate([(a == b).ravel() for a, b in pairs])))
+
+    def _encode_frames(self, frames: np.ndarray) -> np.ndarray:
+        if self._config.encoder_dtype == "float32":
+            return self._vision.encode_frames(frames)
+        return self._vision.encode_frames(frames, dtype=self._config.encoder_dtype)
+
+    def _first_valid_episode(self) -> Episode:
+        """The first valid episode, whose image sizes and action dimensions all others must have.
 
         Raises:
           DatasetMismatchError: no episode can be read as the ``DatasetConfig`` says.
@@ -234,8 +286,8 @@ class _SplitTokenizer:
             min_frames=self._dataset.min_frames,
             image_sizes=self._reader.image_sizes,
         )
-        sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
-        return sizes, episode.actions.shape[1]
+        kept = {view: frames[:64] for view, frames in episode.frames.items()}
+        return dataclasses.replace(episode, frames=kept)
 
     def _header(self) -> StoreHeader:
         reader, dataset, config = self._reader, self._dataset, self._config
@@ -257,6 +309,8 @@ class _SplitTokenizer:
             block_steps=block_steps(grids),
             augmented_copies=config.augmented_copies,
             max_shift=config.max_shift if config.augmented_copies else 0.0,
+            augmentation=config.augmentation,
+            encoder_dtype=config.encoder_dtype,
         )
 
     def _write_shards(self, writer: TokenStoreWriter, part: Part) -> None:
@@ -265,18 +319,23 @@ class _SplitTokenizer:
         total = sum(len(writer.source_range(n)) for n in numbers)
         done = total - sum(len(writer.source_range(n)) for n in missing)
         description, start, frames = f"tokenize {writer.folder.name}", time.monotonic(), 0
+        # The bar counts episodes that are stored: its rate, and the time that it says is left, are
+        # those of the whole work: reading, encoding and writing.
+        copies, stored = 1 + self._config.augmented_copies, 0
         with tqdm.tqdm(desc=description, total=total, initial=done, unit="episode") as bar:
             for number in missing:
-                read = self._read_ahead(writer.source_range(number), bar.update)
+                read = self._read_ahead(writer.source_range(number))
                 with writer.shard(number) as shard:
                     for episode in self._encode(read):
                         if isinstance(episode, InvalidEpisode):
                             shard.skip(episode)
+                            bar.update()
                             continue
                         shard.add(episode)
-                        frames += len(episode)
+                        stored, frames = stored + 1, frames + len(episode)
                         rate = frames / max(time.monotonic() - start, 1e-9)
                         bar.set_postfix_str(f"{rate:.0f} frames/s", refresh=False)
+                        bar.update(int(stored % copies == 0))
 
     def _encode(
         self, read: Iterable[list[Episode] | InvalidEpisode]
@@ -285,30 +344,27 @@ class _SplitTokenizer:
         # Frames are pushed as they come and encoded whenever a batch is full, so an episode's
         # codes are complete only some episodes later. Until then it waits without its frames, and
         # the queue's front leaves as soon as every view has as many codes as it has steps.
-        encoder = BatchedEncoder(
-            self._vision.encode_frames, list(self._specs), self._config.batch_frames
-        )
+        views, size = list(self._specs), self._config.batch_frames
         pending: collections.deque[Episode] = collections.deque()
-        for copies in read:
-            if isinstance(copies, InvalidEpisode):
-                yield copies
-                continue
-            for episode in copies:
-                encoder.push(episode.frames)
-                pending.append(dataclasses.replace(episode, frames={}))
-            while pending and encoder.num_ready >= len(pending[0]):
+        with BatchedEncoder(self._encode_frames, views, size) as encoder:
+            for copies in read:
+                if isinstance(copies, InvalidEpisode):
+                    yield copies
+                    continue
+                for episode in copies:
+                    encoder.push(episode.frames)
+                    pending.append(dataclasses.replace(episode, frames={}))
+                while pending and encoder.num_ready >= len(pending[0]):
+                    yield _with_codes(pending.popleft(), encoder)
+            encoder.flush()
+            while pending:
                 yield _with_codes(pending.popleft(), encoder)
-        encoder.flush()
-        while pending:
-            yield _with_codes(pending.popleft(), encoder)
 
-    def _read_ahead(
-        self, indices: range, on_read: Callable[[], object]
-    ) -> Iterator[list[Episode] | InvalidEpisode]:
+    def _read_ahead(self, indices: range) -> Iterator[list[Episode] | InvalidEpisode]:
         """``_read_copies`` of each episode in order, by threads while others are encoded."""
         # At most ``read_threads`` episodes are in memory beside those being encoded:
         # Executor.map would read the whole shard ahead.
-        threads = self._config.read_threads
+        threads = self._config.read_threads or min(16, len(os.sched_getaffinity(0)))
         pool = concurrent.futures.ThreadPoolExecutor(threads)
         try:
             running = collections.deque(
@@ -318,7 +374,6 @@ class _SplitTokenizer:
                 result = running.popleft().result()
                 if index is not None:
                     running.append(pool.submit(self._read_copies, index))
-                on_read()
                 yield result
         finally:
             pool.shutdown(cancel_futures=True)
@@ -339,13 +394,18 @@ class _SplitTokenizer:
         for copy in range(1, self._config.augmented_copies + 1):
             # Seeded by episode and copy, so that a store comes out the same in any order of work.
             rng = np.random.default_rng((index, copy))
-            shifted = {
-                view: random_shift(frames[view], self._config.max_shift, rng)
-                for view in sorted(frames)
-            }
+            changed = {view: self._changed(frames[view], rng) for view in sorted(frames)}
             copy_id = f"{episode.episode_id}+shift{copy}"
-            copies.append(dataclasses.replace(episode, frames=shifted, episode_id=copy_id))
+            copies.append(dataclasses.replace(episode, frames=changed, episode_id=copy_id))
         return copies
+
+    def _changed(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        config = self._config
+        frames = random_shift(frames, config.max_shift, rng)
+        if config.min_crop < 1:
+            frames = random_crop(frames, config.min_crop, rng)
+        changes = {name: getattr(config, name) for name in COLOR_CHANGES if getattr(config, name)}
+        return random_colors(frames, changes, rng) if changes else frames
 
 
 def _with_codes(episode: Episode, encoder: BatchedEncoder) -> TokenizedEpisode:
@@ -354,31 +414,7 @@ def _with_codes(episode: Episode, encoder: BatchedEncoder) -> TokenizedEpisode:
     return TokenizedEpisode(codes=encoder.take(len(episode)), **fields)
 
 
-def random_shift(frames: np.ndarray, max_shift: float, rng: np.random.Generator) -> np.ndarray:
-    """Augmentation: shifts all frames of a view by the same random fraction; black comes in.
-
-    Reproduces ``random_shift`` of UniVLA models/tokenizer/emu3_tokenizer.py:15.
-
-    Args:
-      frames: uint8 [T, H, W, 3], at the size they are tokenized.
-      max_shift: largest fraction of width and height, in 0...1.
-      rng: draws the two fractions.
-
-    Returns:
-      uint8 [T, H, W, 3].
-    """
-    # Pillow's affine matrix maps output to input pixels. Bicubic resampling with fractions of a
-    # pixel, black outside: the same calls as the reference, whose stored copies were made so.
-    height, width = frames.shape[1:3]
-    right, down = rng.uniform(-max_shift, max_shift, 2)
-    matrix = (1, 0, right * width, 0, 1, down * height)
-    shifted = np.empty_like(frames)
-    for i, frame in enumerate(frames):
-        image = Image.fromarray(frame)
-        shifted[i] = image.transform(
-            (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
-        )
-    return shifted
+_BATCHES_AHEAD = 4  # of a view, given to the tokenizer and not taken yet
 
 
 class BatchedEncoder:
@@ -386,7 +422,8 @@ class BatchedEncoder:
 
     Episodes are shorter or longer than a batch. Their frames are joined to one stream per view, so
     that short ones share batches and the tokenizer is compiled for one shape only; ``flush`` pads
-    the last batch with zeros.
+    the last batch with zeros. A thread encodes while the caller reads and writes other episodes; a
+    context, which ends it.
     """
 
     def __init__(
@@ -401,11 +438,25 @@ class BatchedEncoder:
         """
         self._encode_batch, self._batch_size = encode, batch_size
         self._frames: dict[str, list[np.ndarray]] = {view: [] for view in views}
+        # Per view the batches under way with the number of their frames, then single codes.
+        self._batches = {view: collections.deque[tuple[Future, int]]() for view in views}
         self._codes = {view: collections.deque[np.ndarray]() for view in views}
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def __enter__(self) -> BatchedEncoder:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
     @property
     def num_ready(self) -> int:
-        """Number of frames whose codes can be taken of every view."""
+        """Number of frames whose codes can be taken of every view without waiting."""
+        for view in self._batches:
+            while self._batches[view] and self._batches[view][0][0].done():
+                self._collect(view)
         return min(map(len, self._codes.values()))
 
     def push(self, frames: Mapping[str, np.ndarray]) -> None:
@@ -417,7 +468,7 @@ class BatchedEncoder:
                 stream = np.concatenate(waiting)
                 full = len(stream) // size * size
                 for start in range(0, full, size):
-                    self._codes[view].extend(self._encode_batch(stream[start : start + size]))
+                    self._submit(view, stream[start : start + size], size)
                 self._frames[view] = [stream[full:]]
 
     def flush(self) -> None:
@@ -426,16 +477,28 @@ class BatchedEncoder:
             rest = np.concatenate(waiting) if waiting else np.empty(0)
             if len(rest):
                 padding = [(0, self._batch_size - len(rest))] + [(0, 0)] * (rest.ndim - 1)
-                codes = self._encode_batch(np.pad(rest, padding))
-                self._codes[view].extend(codes[: len(rest)])
+                self._submit(view, np.pad(rest, padding), len(rest))
             self._frames[view] = []
 
     def take(self, count: int) -> dict[str, np.ndarray]:
-        """Per view the next codes, uint16 [count, h, w]; ``num_ready`` must be that many."""
+        """Per view the next codes, uint16 [count, h, w], of frames that were encoded."""
+        for view, codes in self._codes.items():
+            while len(codes) < count:
+                self._collect(view)
         return {
             view: np.stack([codes.popleft() for _ in range(count)]).astype(np.uint16)
             for view, codes in self._codes.items()
         }
+
+    def _submit(self, view: str, frames: np.ndarray, count: int) -> None:
+        while len(self._batches[view]) >= _BATCHES_AHEAD:
+            self._collect(view)
+        self._batches[view].append((self._thread.submit(self._encode_batch, frames), count))
+
+    def _collect(self, view: str) -> None:
+        """Waits for the oldest batch of a view."""
+        future, count = self._batches[view].popleft()
+        self._codes[view].extend(future.result()[:count])
 
 
 # ----------------------------------------------------------------------------
@@ -490,6 +553,9 @@ def verify_store(
     ):
         if stored != given:
             raise UserError(f"{folder} was made with another {what} ({stored} -> {given})")
+    encode = vision.encode_frames
+    if header.encoder_dtype != "float32":
+        encode = functools.partial(encode, dtype=header.encoder_dtype)
     skipped = {invalid.episode_id for invalid in store.manifest.invalid_episodes}
     indices = {store[i].episode_id: i for i in range(len(store))}
     equal = []
@@ -497,10 +563,12 @@ def verify_store(
         # An invalid episode may not be readable at all; one that is read may have its own id.
         episode = None if reader.episode_id(i) in skipped else reader[i]
         if episode is not None and episode.episode_id in indices:
-            encoder = BatchedEncoder(vision.encode_frames, list(specs), config.batch_frames)
-            encoder.push({v: s.resize(episode.frames[v], training=True) for v, s in specs.items()})
-            encoder.flush()
-            codes, kept = encoder.take(len(episode)), store[indices[episode.episode_id]].codes
+            with BatchedEncoder(encode, list(specs), config.batch_frames) as encoder:
+                frames = {v: s.resize(episode.frames[v], training=True) for v, s in specs.items()}
+                encoder.push(frames)
+                encoder.flush()
+                codes = encoder.take(len(episode))
+            kept = store[indices[episode.episode_id]].codes
             equal.append(np.mean([np.mean(codes[v] == np.asarray(kept[v])) for v in specs]))
     result = VerificationResult(
         len(store.manifest.shards), len(equal), float(np.mean(equal or [1.0]))

@@ -32,7 +32,12 @@ from typing import Any
 import numpy as np
 
 from univla_jax.data.datasets import DatasetConfig, build_episode, split_range
-from univla_jax.data.episode_reader import EpisodeReader, check_filters, describe_error
+from univla_jax.data.episode_reader import (
+    EpisodeReader,
+    check_filters,
+    describe_error,
+    read_metadata,
+)
 from univla_jax.data.video import duration, read_frames
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
@@ -112,7 +117,8 @@ class VideoFolderReader(EpisodeReader):
         frames = read_frames(path, start=start, end=end, hz=dataset.control_hz)
         steps = {path: [clip.text] * len(frames) for path in dataset.instruction}
         views = dict.fromkeys(dataset.views, frames)
-        return build_episode(dataset, steps, views, self.episode_id(index))
+        metadata = read_metadata(dataset, {}, clip.fields)
+        return build_episode(dataset, steps, views, self.episode_id(index), metadata)
 
     def _path(self, name: str) -> pathlib.Path:
         paths = self._videos.get(name, [])

@@ -34,6 +34,7 @@ from univla_jax.evaluation.actors import (
 )
 from univla_jax.evaluation.runner import EPISODES, VIDEOS, Actor, BenchmarkRunner, RunnerConfig
 from univla_jax.inference.execution import Execution, Executor
+from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics

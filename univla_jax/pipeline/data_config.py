@@ -54,6 +54,8 @@ class DataConfig:
         elements.
       read_threads: threads per process that load and build; 0 does it on demand.
       prefetch_batches: batches made ahead on a thread; 0 makes them on demand.
+      copies_per_epoch: of each episode and its augmented copies in a store, how many are drawn anew
+        for every epoch; 0 shows all of them in each.
       held_out_every: each so many-th episode of a store is for evaluation and never trained on; 0
         holds none out, and evaluation then uses whole stores.
     """
@@ -80,6 +82,7 @@ class DataConfig:
     workers: int = 0
     read_threads: int = 2
     prefetch_batches: int = 2
+    copies_per_epoch: int = 0
     held_out_every: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class DataConfig:
             _check_at_least(name, getattr(self, name), 1)
         for name in ("frame_spacing", "workers", "read_threads", "prefetch_batches", "seed"):
             _check_at_least(name, getattr(self, name), 0)
+        _check_at_least("copies_per_epoch", self.copies_per_epoch, 0)
         for name in ("null_prompt_prob", "aligned_windows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name}: {getattr(self, name)}, expected 0…1")

@@ -262,10 +262,16 @@ def _identity(
 
 
 def _renamed(identity: dict[str, Any]) -> dict[str, Any]:
-    """A saved identity in today's field names, without what is no longer part of it."""
+    """A saved identity in today's field names, without what is no longer part of it.
+
+    A field that did not exist yet has its default, which is what the older program did.
+    """
     names = {f"data.{old}": f"data.{new}" for old, new in former_names(DataConfig).items()}
     ignored = {f"data.{name}" for name in _NOT_CONTENT}
-    return {names.get(key, key): value for key, value in identity.items() if key not in ignored}
+    fields = [f for f in dataclasses.fields(DataConfig) if f.default is not dataclasses.MISSING]
+    defaults = {f"data.{f.name}": f.default for f in fields if f.name not in _NOT_CONTENT}
+    saved = {names.get(key, key): value for key, value in identity.items() if key not in ignored}
+    return json.loads(json.dumps(defaults)) | saved
 
 
 class EvaluationBatches:

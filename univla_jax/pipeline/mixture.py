@@ -61,43 +61,49 @@ class Split:
         *,
         held_out: bool,
         cameras: Sequence[str] = (),
+        copies_per_epoch: int = 0,
     ) -> None:
-        """Wraps ``source``; see the class."""
+        """Wraps ``source``; see the class and ``DataConfig.copies_per_epoch``."""
         self.source = source
         self._every = held_out_every
         self._held_out = held_out
         self._copies = getattr(source, "copies", 1)
+        self._shown = min(copies_per_epoch or self._copies, self._copies)
         self._cameras = tuple(cameras)
 
     def __len__(self) -> int:
-        """Episodes of this split."""
-        return self._episodes * max(1, len(self._cameras))
+        """Episodes of this split in an epoch."""
+        whole = len(self.source) // self._copies
+        held_out = whole // self._every if self._every else 0
+        if self._every:
+            whole = held_out if self._held_out else whole - held_out
+        return whole * self._shown * max(1, len(self._cameras))
 
     def __getitem__(self, index: int) -> TokenizedEpisode:
-        """Episode ``index`` of this split."""
-        if not self._cameras:
-            return self._episode(index)
-        index, camera = divmod(index, len(self._cameras))
-        episode, view = self._episode(index), self._cameras[camera]
-        return dataclasses.replace(episode, codes={view: episode.codes[view]})
+        """Episode ``index`` of this split; the first of its copies where not all are shown."""
+        return self.at(index)
 
-    @property
-    def _episodes(self) -> int:
-        if not self._every:
-            return len(self.source)
-        whole = len(self.source) // self._copies
-        held_out = whole // self._every
-        return self._copies * (held_out if self._held_out else whole - held_out)
+    def at(self, index: int, seed: Sequence[int] = ()) -> TokenizedEpisode:
+        """Episode ``index`` in an epoch.
 
-    def _episode(self, index: int) -> TokenizedEpisode:
-        every = self._every
-        if not every:
-            return self.source[index]
+        Args:
+          index: of an episode, a copy and a camera.
+          seed: of the epoch; draws which copies are shown.
+        """
+        index, camera = divmod(index, max(1, len(self._cameras)))
+        group, copy = divmod(index, self._shown)
         # Groups of ``every`` episodes give their last one to the held-out split. Copies of an
         # episode are neighbors in the store, so the arithmetic is on whole episodes.
-        group, copy = divmod(index, self._copies)
-        whole = group * every + every - 1 if self._held_out else group + group // (every - 1)
-        return self.source[whole * self._copies + copy]
+        every, whole = self._every, group
+        if every:
+            whole = group * every + every - 1 if self._held_out else group + group // (every - 1)
+        if seed and self._shown < self._copies:
+            copy = int(np.random.default_rng((*seed, whole)).permutation(self._copies)[copy])
+        episode = self.source[whole * self._copies + copy]
+        if not self._cameras:
+            return episode
+        view = self._cameras[camera]
+        return dataclasses.replace(episode, codes={view: episode.codes[view]})
 
 
 def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
@@ -163,7 +169,13 @@ def make_split(config: DataConfig, source: EpisodeSource, *, held_out: bool) -> 
         dataset = DATASETS.get(episode.corpus)
         named = () if dataset is None else dataset.world_model_views
         cameras = tuple(view for view in named if view in episode.codes)
-    return Split(source, config.held_out_every, held_out=held_out, cameras=cameras)
+    return Split(
+        source,
+        config.held_out_every,
+        held_out=held_out,
+        cameras=cameras,
+        copies_per_epoch=config.copies_per_epoch,
+    )
 
 
 def mixture_weight(source: EpisodeSource) -> float:
@@ -264,7 +276,7 @@ class SampleBuilder:
 
 
 _FINE_BLOCK = 1000  # slots that are enough to keep uneven proportions within 0.05 %
-_BLOCKS, _EPOCHS, _REDRAWS = 0, 1, 2  # streams of random numbers
+_BLOCKS, _EPOCHS, _REDRAWS, _COPIES = 0, 1, 2, 3  # streams of random numbers
 _MOST_REDRAWS = 1000
 
 
@@ -310,7 +322,7 @@ class SampleStream:
         store, epoch, index = self.locate(number)
         rng = np.random.default_rng((self._seed, _EPOCHS, store, epoch, index))
         for attempt in range(_MOST_REDRAWS):
-            episode = self._splits[store][index]
+            episode = self._splits[store].at(index, (self._seed, _COPIES, store, epoch))
             try:
                 return episode, self._builder.draw(episode, rng)
             except SampleTooLongError:

@@ -12,7 +12,7 @@ import concurrent.futures
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax
@@ -21,12 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univla_jax.errors import UserError
 from univla_jax.io import PathLike, dump_json, parse_json, read_files, write_files
 from univla_jax.tokenizers.image import to_levels, to_pixels
 from univla_jax.tokenizers.vision_vq import VisionConfig, VisionVQ, abstract_variables
 
+ENCODER_DTYPES = ("float32", "bfloat16")
 CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.safetensors"
 # Floats of one full-resolution layer per call: what the caches of a CPU hold, and elsewhere what is
@@ -65,22 +67,44 @@ class VisionTokenizer:
     """The VQ tokenizer of single frames, with its weights.
 
     Computation is float32 with full-precision products, whatever the platform's default, so that
-    codes agree between training data and policy and between machines.
+    codes agree between training data and policy and between machines. Frames are shared by all
+    local accelerators.
 
     Attributes:
       config: shape of the network.
-      variables: ``{"params": ..., "batch_stats": ...}`` of ``VisionVQ``.
+      variables: ``{"params": ..., "batch_stats": ...}`` of ``VisionVQ``, on every device.
     """
 
-    def __init__(self, config: VisionConfig, variables: Mapping[str, Any]) -> None:
-        """Places the weights on the default device.
+    def __init__(
+        self,
+        config: VisionConfig,
+        variables: Mapping[str, Any],
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Places the weights.
+
+        Args:
+          config: shape of the network.
+          variables: of ``VisionVQ``.
+          devices: that share the frames; by default all local accelerators, or one CPU.
 
         Raises:
           UserError: the variables are not those of ``config``.
         """
         self.config = config
         _check_variables(config, variables)
-        self.variables = jax.tree.map(jnp.asarray, dict(variables))
+        if devices is None:
+            devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+        # One device takes the plain path, whose programs the cache of compilations holds already.
+        self._num_devices = len(devices)
+        self._sharding: NamedSharding | None = None
+        if self._num_devices > 1:
+            mesh = Mesh(np.array(devices), ("frames",))
+            self._sharding = NamedSharding(mesh, PartitionSpec("frames"))
+            replicated = NamedSharding(mesh, PartitionSpec())
+            self.variables = jax.device_put(dict(variables), replicated)
+        else:
+            self.variables = jax.tree.map(jnp.asarray, dict(variables))
 
     @property
     def codebook_size(self) -> int:
@@ -97,12 +121,14 @@ class VisionTokenizer:
         """Pixels per code along each side."""
         return self.config.factor
 
-    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
+    def encode_frames(self, frames: np.ndarray, *, dtype: str = "float32") -> np.ndarray:
         """Encodes frames, each on its own.
 
         Args:
           frames: uint8 [N, H, W, 3], RGB, H and W multiples of ``factor`` (see
             ``ImageSpec.resize``).
+          dtype: of the network's products, one of ``ENCODER_DTYPES``; the nearest code is always
+            found in float32. Less exact products give other codes here and there.
 
         Returns:
           uint16 [N, h, w].
@@ -119,7 +145,8 @@ class VisionTokenizer:
                 f"{self.factor}: resize them by their image spec"
             )
         size = self._batch_size(*frames.shape[1:3])
-        return self._batched("encode", to_pixels, frames, size).astype(np.uint16)
+        method = "encode" if dtype == "float32" else f"encode_{dtype}"
+        return self._batched(method, to_pixels, frames, size).astype(np.uint16)
 
     def decode_codes(self, codes: np.ndarray) -> np.ndarray:
         """Decodes codes to frames.
@@ -194,17 +221,24 @@ class VisionTokenizer:
         # Batches are powers of two and the last one is padded, so that any number of frames costs
         # few compilations. XLA splits layers of few channels among the cores of a CPU badly:
         # there, each core takes batches of its own on a thread instead.
-        cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
-        per_core = -(-len(items) // cores)
-        size = min(1 << max(0, per_core - 1).bit_length(), max_batch)
+        # On accelerators two batches are under way, so that a device need not wait for the host to
+        # prepare its next one.
+        on_cpu = jax.default_backend() == "cpu" and self._num_devices == 1
+        workers = len(os.sched_getaffinity(0)) if on_cpu else 2
+        shares = workers if on_cpu else self._num_devices
+        per_share = min(1 << max(0, -(-len(items) // shares) - 1).bit_length(), max_batch)
+        size = per_share * self._num_devices
 
         def run(start: int) -> np.ndarray:
             batch = items[start : start + size]
             padding = [(0, size - len(batch))] + [(0, 0)] * (items.ndim - 1)
-            out = _compiled(self.config, method)(self.variables, prepare(np.pad(batch, padding)))
+            prepared = prepare(np.pad(batch, padding))
+            if self._sharding is not None:
+                prepared = jax.device_put(prepared, self._sharding)
+            out = _compiled(self.config, method)(self.variables, prepared)
             return finish(np.asarray(out)[: len(batch)])
 
-        with concurrent.futures.ThreadPoolExecutor(cores) as threads:
+        with concurrent.futures.ThreadPoolExecutor(workers) as threads:
             return np.concatenate(list(threads.map(run, range(0, len(items), size))))
 
 
@@ -228,7 +262,15 @@ def _compiled(config: VisionConfig, method: str) -> Callable[[Any, np.ndarray], 
         with jax.default_matmul_precision("highest"):
             return model.apply(variables, items, method=method)
 
-    return jax.jit(apply)
+    def encode_bfloat16(variables: Any, pixels: jax.Array) -> jax.Array:
+        # The network's products in bfloat16, the codebook and its distances in float32: rounded
+        # distances would be equal for many codes.
+        rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+        latents = model.apply(rounded, pixels.astype(jnp.bfloat16), method="latents")
+        with jax.default_matmul_precision("highest"):
+            return model.apply(variables, latents.astype(jnp.float32), method="nearest")
+
+    return jax.jit(encode_bfloat16 if method == "encode_bfloat16" else apply)
 
 
 def _check_variables(config: VisionConfig, variables: Mapping[str, Any]) -> None:

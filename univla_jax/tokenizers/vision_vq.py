@@ -319,6 +319,10 @@ class VisionVQ(nn.Module):
         codes = self.quantize(self.latents(pixels))
         return codes[:, 0] if pixels.ndim == 4 else codes
 
+    def nearest(self, latents: jax.Array) -> jax.Array:
+        """Codes int32 [B, h, w] of the latents [B, 1, h, w, E] of images."""
+        return self.quantize(latents)[:, 0]
+
     def decode(self, codes: jax.Array) -> jax.Array:
         """Pixels float32: codes [B, h, w] to images, [B, t, h, w] to videos."""
         zq = self.quantize.lookup(codes)

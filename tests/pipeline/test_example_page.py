@@ -8,7 +8,7 @@ import html
 import numpy as np
 
 from tests.pipeline import small
-from univla_jax.pipeline.inspect import render_examples
+from univla_jax.pipeline.example_page import render_examples
 
 
 class Pictures:
