@@ -183,3 +183,10 @@ def test_attributes_filter_episodes(tmp_path):
 def test_a_folder_without_files_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no HDF5 files"):
         open_reader(tmp_path, ACT, "train")
+
+
+def test_attributes_are_kept_as_metadata(tmp_path):
+    write_act(tmp_path, count=1)
+    config = dataclasses.replace(ACT, metadata={"simulated": "sim", "task": "folder"})
+    (episode,) = open_reader(tmp_path, config, "train")
+    assert episode.metadata == {"simulated": False, "task": "fold the towel"}
