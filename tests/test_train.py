@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
+from tests import bucket_server
 from tests.training import tiny_run
 from univla_jax import io
 from univla_jax.training import metrics
@@ -55,6 +57,7 @@ def command(tmp_path_factory):
             text=True,
         )
 
+    start.environment = environment
     return start
 
 
@@ -152,3 +155,36 @@ def _stop_while_it_saves(process, workdir, before, delay):
 def _kill(process):
     process.kill()
     process.communicate()
+
+
+@pytest.mark.slow
+def test_kill_9_in_a_save_to_a_bucket_leaves_no_trace(command, whole, tmp_path, monkeypatch):
+    """Where no folder is renamed: an unfinished checkpoint has its final name already."""
+    pytest.importorskip("gcsfs", reason="needs the extra [gcs]")
+    with bucket_server.running_server() as port:
+        for name, value in bucket_server.environment(port).items():
+            monkeypatch.setitem(command.environment, name, value)
+        process = command("gs://bucket/run")
+        while process.poll() is None and not _unfinished_in_bucket(port):
+            time.sleep(0.002)
+        assert process.poll() is None
+        _kill(process)
+        status, errors = _finish(command("gs://bucket/run"))
+        assert status == 0, errors
+        assert "continuing" in errors
+        assert _object(port, "run/metrics.jsonl") == whole
+
+
+def _unfinished_in_bucket(port):
+    """Whether a checkpoint has objects, but not the one that is written last."""
+    address = f"http://127.0.0.1:{port}/storage/v1/b/bucket/o?prefix=run/checkpoints/"
+    with urllib.request.urlopen(address) as answer:
+        names = {item["name"] for item in json.load(answer).get("items", [])}
+    steps = {name.split("/")[2] for name in names} - {"", "3"}  # so that there is one to go on from
+    return any(f"run/checkpoints/{step}/commit_success.txt" not in names for step in steps)
+
+
+def _object(port, name):
+    address = f"http://127.0.0.1:{port}/storage/v1/b/bucket/o/{name.replace('/', '%2F')}?alt=media"
+    with urllib.request.urlopen(address) as answer:
+        return answer.read()
