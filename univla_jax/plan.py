@@ -7,9 +7,12 @@
     python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:2x2 --decode
 
 Prints per chip what parameters, optimizer and activations take of the memory a program may use,
-the operations and tokens of a step, and the time it takes at least. ``--full_logits`` compiles the
-step a second time, with the textbook loss. Needs ``pip install 'univla_jax[plan]'``. Exit status: 0
-it fits, 1 it does not, 2 an error with its remedy.
+the operations and tokens of a step, and the time it takes at least; then what the chips exchange:
+bytes of each kind of collective, how much of them travels behind arithmetic, arrays that are laid
+out anew though nothing asked for it, and the time of a step that the compiler's own estimates add
+up to. Mesh and XLA options are those that training would choose for the chip. ``--full_logits``
+compiles the step a second time, with the textbook loss. Needs ``pip install 'univla_jax[plan]'``.
+Exit status: 0 it fits, 1 it does not, 2 an error with its remedy.
 """
 
 from __future__ import annotations

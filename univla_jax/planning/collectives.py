@@ -282,10 +282,11 @@ class _Walk:
         return rounds * moved / rate + sum(spanned) * _LATENCY
 
 
-# Measured over estimated time of arithmetic: the one constant that is fitted, to the published step
-# of Llama 3.1 8B on v6e-8 (tests/planning/test_published.py predicts the others with it).
+# Measured over estimated time of arithmetic; 1 takes the compiler's estimates as they are, which no
+# measured step has corrected yet.
 COMPUTE_SCALE = 1.0
-# The splash kernel multiplies by 128 columns at a time, masks, and takes exponents in between.
+# Of the peak, the splash kernel is taken to reach: it multiplies by 128 columns at a time,
+# masks, and takes exponents in between. An assumption, not a measurement.
 _ATTENTION_EFFICIENCY = 0.4
 
 
