@@ -17,7 +17,7 @@ def test_the_command_refuses_a_batch_that_does_not_divide():
     done = subprocess.run(
         [
             *(sys.executable, "-m", "univla_jax.plan", "--config=configs/libero.py:video"),
-            *("--topology=v6e:16x16", "--json"),
+            *("--topology=v6e:16x16", "--config.mesh.fsdp=256", "--json"),
         ],
         cwd=REPOSITORY,
         capture_output=True,
