@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -142,3 +144,16 @@ def test_what_is_installed_is_pinned(tmp_path):
     assert len(asked) == 2
     assert asked[1].endswith(f"--constraint {lock} --editable {REPOSITORY}[tpu]")
     assert "launch/requirements.lock" in (REPOSITORY / "launch/Dockerfile").read_text()
+
+
+def test_the_pins_cover_what_the_launchers_install(monkeypatch):
+    """A requirement that setup.py got since would come in whatever version is the newest."""
+    setup = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: setup.update(settings))
+    runpy.run_path(str(REPOSITORY / "setup.py"))
+    extras = ("tpu", "cuda12", "cuda13", "gcs", "wandb")
+    needed = [*setup["install_requires"], *(r for e in extras for r in setup["extras_require"][e])]
+    lock = (REPOSITORY / "launch/requirements.lock").read_text()
+    pinned = set(re.findall(r"^([\w.-]+)(?:\[\w+\])?==", lock, re.MULTILINE))
+    names = {re.match(r"[\w.-]+", text)[0] for text in needed}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in names} <= pinned
