@@ -18,7 +18,7 @@ import sys
 import time
 
 GCLOUD = """#!{python} -IS
-import json, os, pathlib, subprocess, sys
+import json, os, pathlib, subprocess, sys, time
 folder = pathlib.Path({folder!r})
 given = sys.argv[1:]
 with (folder / "calls.jsonl").open("a") as file:
@@ -46,6 +46,8 @@ elif action == "queued-resources create":
     cloud["state"] = "ACTIVE"
     save()
 elif action == "queued-resources delete":
+    for home in folder.glob("worker?"):
+        home.rename(folder / f"deleted{{time.time_ns()}}")
     cloud["state"] = None
     save()
 else:
