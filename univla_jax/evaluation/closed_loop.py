@@ -5,6 +5,7 @@
     out/
       evaluation.json   config and policy; fixed when the evaluation is begun
       ...               what ``runner.py`` writes while episodes run
+      rollouts/         token store of all episodes with their outcomes, where it is asked for
       versions.json     of everything involved
       report.html       for people, one page that needs no other file
       report.json       written last; its presence means finished
@@ -22,7 +23,8 @@ from typing import Any
 import jax
 
 from univla_jax import __version__, io
-from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import assets_folder, checkpoint_identity, find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation import report as reports
 from univla_jax.evaluation.actors import (
@@ -32,6 +34,7 @@ from univla_jax.evaluation.actors import (
     ScriptedActor,
     ZeroActions,
 )
+from univla_jax.evaluation.rollouts import write_store
 from univla_jax.evaluation.runner import VIDEOS, Actor, BenchmarkRunner, RunnerConfig
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
@@ -42,8 +45,9 @@ from univla_jax.simulators import EXPERT_CHUNK, Benchmark, Breakdown, make_bench
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 CONDITIONS = ("policy", "untrained", "random", "zero")
 """Conditions of every benchmark; some have more, see ``Benchmark.variants``."""
-WITHOUT_POLICY = ("zero", "random", "expert")
+WITHOUT_POLICY = ("zero", "random", "expert", "attempts")
 """Conditions that can be evaluated without any policy."""
+_SCRIPTED = ("expert", "attempts")
 _IDENTITY, _VERSIONS = "evaluation.json", "versions.json"
 _FREE = ("assets", "batch", "hang_seconds", "video_episodes")  # may differ when a run is resumed
 _MAX_VIDEOS = 24  # shown in the page
@@ -54,6 +58,7 @@ _OPTIONS = (
     "episodes_per_task",
     "max_steps",
     "first_seed",
+    "training_scenes",
     "execute",
     "assets",
 )
@@ -71,11 +76,16 @@ class EvaluateConfig:
       episodes_per_task: initial states of each task (CALVIN: chains).
       max_steps: steps after which an episode ends.
       first_seed: index of the first seed in the range kept for evaluation.
+      training_scenes: scenes of the range kept for demonstrations instead, for roll-outs that are
+        learned from.
+      rollouts: whether all episodes are written to ``rollouts/``, a token store with outcomes, by
+        the tokenizers of the checkpoint.
       execute: actions executed of each chunk; by default all.
       assets: the simulator's assets or data set.
       conditions: "policy"; the same model with random parameters ("untrained"); random actions;
         zero actions; and where the benchmark has them the policy given another object's
-        instruction but scored on the true task ("other_instruction"), or scripts ("expert").
+        instruction but scored on the true task ("other_instruction"), scripts ("expert"), or
+        scripts that err ("attempts").
       corpus: whose cameras and action statistics the policy uses.
       untrained_seed: of the random parameters.
       batch: episodes run at once and answered in one call to the policy, each in a process of its
@@ -91,6 +101,8 @@ class EvaluateConfig:
     episodes_per_task: int = 0
     max_steps: int = 0
     first_seed: int = 0
+    training_scenes: bool = False
+    rollouts: bool = False
     execute: int = 0
     assets: str = ""
     conditions: tuple[str, ...] = ()
@@ -166,7 +178,11 @@ def evaluate(
         return read_report(folder)
     batch = config.batch or benchmark.batch
     actors = _Actors(config, benchmark, policy, batch, sampling, round_trip)
-    limits = RunnerConfig(batch, config.hang_seconds, config.video_episodes, progress)
+    limits = RunnerConfig(
+        batch, config.hang_seconds, config.video_episodes, progress, record=config.rollouts
+    )
+    if config.rollouts and (policy is None or _is_address(policy)):
+        raise UserError("config.rollouts: needs --checkpoint=..., whose tokenizers encode them")
     with BenchmarkRunner(benchmark, folder, limits) as runner:
         # Condition after condition, the policy first: a killed evaluation has whole conditions to
         # show, and a baseline that needs a second set of parameters is loaded last.
@@ -178,6 +194,10 @@ def evaluate(
         versions = _versions(runner, folder)
         figures = {name: _figures(benchmark, runner, name) for name in conditions}
         throughput = reports.throughput(runner.times.lines)
+    if config.rollouts:
+        assets = Assets.load(assets_folder(find_checkpoint(policy)))
+        corpus = config.corpus or benchmark.corpus or next(iter(assets.statistics))
+        write_store(folder, assets, corpus, f"{benchmark.name}: {', '.join(conditions)}")
     about = {"policy": policy, "conditions": list(conditions), "batch": batch}
     about |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
     report = {
@@ -317,7 +337,7 @@ class _Actors:
 
     def make(self, condition: str) -> Actor:
         """What acts in a condition."""
-        if condition == "expert":
+        if condition in _SCRIPTED:
             return ScriptedActor(self._round_trip)
         if condition == "zero":
             return ZeroActions(self._benchmark.action_dim, self._chunk())
@@ -349,8 +369,9 @@ class _Actors:
 
     @functools.cached_property
     def _policy(self) -> Policy | RemotePolicy | None:
-        if self._path is None:
-            return None
+        conditions = self._config.conditions or self._benchmark.conditions
+        if self._path is None or set(conditions) <= set(_SCRIPTED):
+            return None  # a checkpoint beside scripts gives no more than its tokenizers
         if _is_address(self._path):
             return RemotePolicy(self._path)
         return Policy.load(self._path, **self._options)
