@@ -36,6 +36,7 @@ from univla_jax.evaluation.actors import (
 )
 from univla_jax.evaluation.rollouts import write_store
 from univla_jax.evaluation.runner import VIDEOS, Actor, BenchmarkRunner, RunnerConfig
+from univla_jax.inference.planning import PlanningConfig, plan
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
@@ -86,6 +87,9 @@ class EvaluateConfig:
         zero actions; and where the benchmark has them the policy given another object's
         instruction but scored on the true task ("other_instruction"), scripts ("expert"), or
         scripts that err ("attempts").
+      plan: chunks of which the policy imagines, judges and executes the best; 0 does not plan.
+      plan_by: how the best is chosen, see ``inference.planning.PlanningConfig``.
+      plan_temperature: of the sampled chunks.
       corpus: whose cameras and action statistics the policy uses.
       untrained_seed: of the random parameters.
       batch: episodes run at once and answered in one call to the policy, each in a process of its
@@ -106,6 +110,9 @@ class EvaluateConfig:
     execute: int = 0
     assets: str = ""
     conditions: tuple[str, ...] = ()
+    plan: int = 0
+    plan_by: str = "value"
+    plan_temperature: float = 1.0
     corpus: str = ""
     untrained_seed: int = 0
     batch: int = 0
@@ -119,6 +126,13 @@ class EvaluateConfig:
         for name in ("episodes", "episodes_per_task", "max_steps", "execute", "batch"):
             if getattr(self, name) < 0:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 0")
+
+        if self.plan:
+            self.planning()
+
+    def planning(self) -> PlanningConfig:
+        """How the policy plans."""
+        return PlanningConfig(self.plan, self.plan_by, self.plan_temperature)
 
     def make_benchmark(self) -> Benchmark:
         """The benchmark with the options that are set.
@@ -181,6 +195,8 @@ def evaluate(
     limits = RunnerConfig(
         batch, config.hang_seconds, config.video_episodes, progress, record=config.rollouts
     )
+    if config.plan and (policy is None or _is_address(policy)):
+        raise UserError("config.plan: needs --checkpoint=..., which imagines and judges")
     if config.rollouts and (policy is None or _is_address(policy)):
         raise UserError("config.rollouts: needs --checkpoint=..., whose tokenizers encode them")
     with BenchmarkRunner(benchmark, folder, limits) as runner:
@@ -374,7 +390,11 @@ class _Actors:
             return None  # a checkpoint beside scripts gives no more than its tokenizers
         if _is_address(self._path):
             return RemotePolicy(self._path)
-        return Policy.load(self._path, **self._options)
+        policy = Policy.load(self._path, **self._options)
+        if not self._config.plan:
+            return policy
+        batch, seed = self._options["batch_size"], self._options["sampling"].seed
+        return plan(policy, self._config.planning(), batch_size=batch, seed=seed)
 
     def _chunk(self) -> int:
         """Actions that a baseline plans at once: as many as the policy."""

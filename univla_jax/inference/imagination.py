@@ -29,7 +29,7 @@ from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.sequences.tokens import Role
-from univla_jax.tasks import TaskRecord
+from univla_jax.tasks import TaskRecord, task_class
 from univla_jax.tasks.base import FrameTask, Task
 from univla_jax.tasks.policy_video import PolicyVideo
 
@@ -68,10 +68,9 @@ class WorldModel:
         try:
             model = loaded.select(FrameTask, Role.VISION, "imagining")
         except UserError as error:
-            try:
-                model = self._acted()
-            except UserError:
+            if not any(_follows_actions(record) for record in loaded.tasks):
                 raise error from None
+            model = self._acted()
         self.corpus = model.record.find_corpus(corpus)
         self.view = view or model.record.views_of(self.corpus)[0]
         self.loaded = self._of_view(model, self.view)
@@ -352,6 +351,12 @@ class WorldModel:
             f"{model.folder} was not trained on the views {', '.join(sorted(context))} together; "
             "train the task 'world_model' with views_together=True"
         )
+
+
+def _follows_actions(record: TaskRecord) -> bool:
+    """Whether a task learned the frames behind given actions."""
+    is_video = issubclass(task_class(record.task), PolicyVideo)
+    return is_video and record.learned(Role.VISION) and record.frames > 1
 
 
 def _same_task(loaded: LoadedModel, model: LoadedModel) -> list[TaskRecord]:
