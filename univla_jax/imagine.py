@@ -81,6 +81,8 @@ def main(argv: list[str]) -> None:
         print(f"{OUT.value} holds these results already")
     print(f"{report['episodes']} held-out episodes, {report['frames']} frames")
     print(table(report))
+    for name, value in report.get("true_state", {}).items():
+        print(f"{name.replace('_', ' ')}: {100 * value:.1f} %")
     _print_paths([*imagined_episodes.picture_files(config), imagined_episodes.REPORT])
 
 
