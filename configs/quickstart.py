@@ -4,6 +4,21 @@
     python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=DIR \\
         --config.init_from=WORLD_MODEL_DIR --config.data.stores="('STORE',)"
 
+One checkpoint that acts, imagines, obeys and judges, after the stage ``world_model``::
+
+    for split in attempts attempts_held_out; do
+      python -m univla_jax.evaluate --config=configs/quickstart.py:$split \\
+          --checkpoint=W/world_model --out=W/$split
+    done
+    python -m univla_jax.train --config=configs/quickstart.py:unified --workdir=W/unified \\
+        --config.init_from=W/world_model \\
+        --config.data.stores="('W/tokens/train', 'W/attempts/rollouts')" \\
+        --config.evaluation.stores="('W/tokens/val', 'W/attempts_held_out/rollouts')"
+    python -m univla_jax.evaluate --config=configs/quickstart.py:evaluate \\
+        --checkpoint=W/unified --plan=8 --conditions=policy --out=W/planned
+    python -m univla_jax.imagine --config=configs/quickstart.py:imagine --checkpoint=W/unified \\
+        --source=W/demonstrations --actions=recorded --out=W/obeyed
+
 One recipe per stage, chosen by the name after the colon; each names only what differs from the
 defaults of its dataclass, and every field of that can be set on the command line.
 """
