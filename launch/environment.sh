@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   the interpreter to use (default: the first of python3, 3.12, 3.11, 3.13 that fits)
 #   VENV=folder         the virtual environment (default: .venv in the repository)
 #   INSTALLED=python    an interpreter that has the project already; nothing is installed then
+#   LOCK=file           pinned versions to install, such as launch/requirements.lock (default: the newest)
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$REPOSITORY/.venv}"
@@ -24,12 +25,13 @@ find_python() {
 
 # install_project EXTRAS: installs the project unless that was done already; "base" means no extras.
 install_project() {
-  local extras="$1" python stamp wanted
+  local extras="$1" python stamp wanted pins=()
   if [[ -n "${INSTALLED:-}" ]]; then
     return
   fi
+  [[ -z "${LOCK:-}" ]] || pins=(--constraint "$LOCK")
   stamp="$VENV/installed-$extras"
-  wanted="$(cksum <"$REPOSITORY/setup.py") $REPOSITORY"
+  wanted="$(cat "$REPOSITORY/setup.py" ${LOCK:+"$LOCK"} | cksum) $REPOSITORY"
   if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     return
   fi
@@ -41,6 +43,6 @@ install_project() {
   echo "installing univla_jax ($extras) (several minutes on a first run)"
   "$PROJECT_PYTHON" -m pip install --quiet --upgrade pip
   # Joined by &&, so that a failure is one where a caller goes on without the extras as well.
-  "$PROJECT_PYTHON" -m pip install --quiet --editable "$REPOSITORY$([[ $extras == base ]] || echo "[$extras]")" &&
+  "$PROJECT_PYTHON" -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable "$REPOSITORY$([[ $extras == base ]] || echo "[$extras]")" &&
     echo "$wanted" >"$stamp"
 }

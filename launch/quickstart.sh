@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to a robot policy that acts, on a CPU, in about a quarter of an hour after installation.
 #
-#   bash launch/quickstart.sh [WORKDIR]        (default: ./quickstart)
+#   bash launch/quickstart.sh [WORKDIR]        (default: ./quickstart; or gs://BUCKET/FOLDER)
 #   bash launch/quickstart.sh --dry_run [WORKDIR]        print the commands, run nothing
 #
 # Run again, it skips finished stages; interrupted anywhere, it resumes. Other recipes for these stages:
-#   CONFIG=configs/mine.py bash launch/quickstart.sh mine
+#   bash launch/quickstart.sh --config=configs/road.py road        (driving; or CONFIG=configs/mine.py)
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
@@ -17,14 +17,26 @@ if [[ "${1:-}" == "--dry_run" ]]; then
   dry_run=1
   shift
 fi
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-WORKDIR="$(realpath -m "${1:-quickstart}")"
-if [[ -z "$dry_run" ]]; then
-  install_project base
-  mkdir -p "$WORKDIR"
+if [[ "${1:-}" == --config=* ]]; then
+  CONFIG="${1#--config=}"
+  shift
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+CALLED_FROM="$PWD"
+WORKDIR="${1:-quickstart}"
 CONFIG="${CONFIG:-configs/quickstart.py}"
 cd "$REPOSITORY"
+extras=base
+if grep -q "simulators.road" "$CONFIG"; then extras=driving; fi
+if [[ "$WORKDIR" == gs://* ]]; then
+  extras="$([[ "$extras" == base ]] && echo gcs || echo "$extras,gcs")"
+else
+  WORKDIR="$(cd "$CALLED_FROM" && realpath -m "$WORKDIR")"
+fi
+if [[ -z "$dry_run" ]]; then
+  install_project "$extras"
+  [[ "$WORKDIR" == gs://* ]] || mkdir -p "$WORKDIR"
+fi
 # Two-megabyte pages for large buffers: training on CPU is a third faster with them.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
@@ -68,8 +80,10 @@ stage policy policy train --config="$CONFIG:policy" --workdir="$WORKDIR/policy" 
   --config.data.stores="('$WORKDIR/tokens/train',)" \
   --config.evaluation.stores="('$WORKDIR/tokens/val',)" \
   --config.init_from="$WORKDIR/world_model"
+baselines=()  # that demonstrations come with
+[[ -f "$demonstrations/ego_status_mlp.npz" ]] && baselines=(--assets="$demonstrations")
 stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
-  --checkpoint="$WORKDIR/policy" --out="$WORKDIR/evaluation"
+  --checkpoint="$WORKDIR/policy" --out="$WORKDIR/evaluation" "${baselines[@]}"
 stage imagination imagination imagine --config="$CONFIG:imagine" \
   --checkpoint="$WORKDIR/world_model" --source="$demonstrations" --out="$WORKDIR/imagination"
 run "$PROJECT_PYTHON" -m univla_jax.summarize --workdir="$WORKDIR"

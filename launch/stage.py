@@ -23,9 +23,9 @@ import time
 def main() -> int:
     """Runs the stage unless it is finished; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", type=pathlib.Path, required=True)
+    parser.add_argument("--record", type=to_path, required=True)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--output", type=to_path, required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
@@ -47,6 +47,15 @@ def main() -> int:
     return status
 
 
+def to_path(text: str) -> pathlib.Path:
+    """A local path, or one in a bucket."""
+    if "://" not in text:
+        return pathlib.Path(text)
+    from univla_jax import io
+
+    return io.absolute_path(text)
+
+
 def is_finished(record: pathlib.Path, name: str, command: list[str]) -> bool:
     """Whether the last attempt at the stage was this command and succeeded."""
     # Only the last attempt counts: after a change of the command and back again, the output on disk
@@ -66,6 +75,9 @@ def append(record: pathlib.Path, line: dict) -> None:
     """Appends a JSON line, on a line of its own even if a crash cut the last one short."""
     before = record.read_text(encoding="utf-8") if record.exists() else ""
     cut_short = bool(before) and not before.endswith("\n")
+    if "://" in str(record):  # in a bucket nothing is appended to; one stage runs at a time
+        record.write_text(f"{before}{json.dumps(line)}\n")
+        return
     with record.open("a", encoding="utf-8") as file:
         file.write("\n" * cut_short + json.dumps(line) + "\n")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.training import toy
+from univla_jax import integrity
 from univla_jax.checkpoints import (
     CheckpointConfig,
     Checkpointer,
@@ -59,7 +60,9 @@ def test_roundtrip_of_state_position_and_assets(tmp_path):
     newest = find_checkpoint(tmp_path)
     assert newest.name == "2"
     assert (assets_folder(newest) / "words.txt").read_text() == "pick"
-    assert sorted(p.name for p in newest.iterdir() if p.is_dir()) == ["assets", "iterator", "state"]
+    assert sorted(p.name for p in newest.iterdir() if p.is_dir()) == [
+        *("assets", "checksums", "iterator", "state")
+    ]
 
 
 def test_empty_workdir_restores_nothing(tmp_path):
@@ -123,26 +126,148 @@ def test_unfinished_and_incomplete_folders_are_skipped(tmp_path, caplog):
     assert "never finished" in caplog.text and "incomplete" in caplog.text
 
 
-def test_damaged_arrays_fall_back_to_the_previous(tmp_path, caplog):
-    _save(tmp_path, [1, 2])
-    folder = tmp_path / "checkpoints" / "2" / "state"
-    for file in folder.rglob("d/*"):
-        file.write_bytes(file.read_bytes()[:10])
+def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Where the arrays lie, largest last."""
+    return sorted((folder / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+
+
+def _each(change):
+    """A damage of all data files."""
+
+    def damage(folder):
+        for file in _data_files(folder):
+            file.write_bytes(change(file.read_bytes()))
+
+    return damage
+
+
+def _of(name, change):
+    """A damage of one file."""
+
+    def damage(folder):
+        (file,) = folder.glob(name)
+        file.write_bytes(change(file.read_bytes()))
+
+    return damage
+
+
+def _flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def _half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _nothing(content: bytes) -> bytes:
+    return b""
+
+
+DAMAGES = {
+    "data emptied": _each(_nothing),
+    "data cut": _each(_half),
+    "a bit of the data flipped": _each(_flip),
+    "data missing": lambda folder: [file.unlink() for file in _data_files(folder)],
+    "manifest emptied": _of("state/manifest.ocdbt", _nothing),
+    "a bit of the manifest flipped": _of("state/manifest.ocdbt", _flip),
+    "manifest missing": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    "description cut": _of("state/_METADATA", _half),
+    "record emptied": _of("_CHECKPOINT_METADATA", _nothing),
+    "position missing": lambda folder: shutil.rmtree(folder / "iterator"),
+    "position emptied": _of("iterator/*.bin", _nothing),
+    "a bit of the position flipped": _of("iterator/*.bin", _flip),
+    "checksums cut": _of("checksums/arrays.json", _half),
+    "checksums missing": lambda folder: shutil.rmtree(folder / "checksums"),
+    "assets missing": lambda folder: shutil.rmtree(folder / "assets"),
+    "an asset changed": _of("assets/words.txt", _flip),
+}
+
+
+def _check_assets(folder: pathlib.Path) -> None:
+    if (folder / "words.txt").read_text() != "pick":
+        raise UserError("words.txt was changed")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A workdir with the states of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("two")
+    _save(folder, [1, 2])
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    name, two_checkpoints, tmp_path, caplog
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    newest = workdir / "checkpoints" / "2"
+    DAMAGES[name](newest)
+    if name.partition(" ")[0] in ("data", "manifest") or "data flipped" in name:
+        with pytest.raises(
+            UserError, match=rf"{newest} is damaged .*; use .*checkpoints/1 instead"
+        ):
+            load_params(workdir, {"w": jax.ShapeDtypeStruct((4,), jnp.float32)})
     batches = toy.Batches()
-    assert int(_restore(tmp_path, batches).step) == 1
-    assert batches.position == 1
-    assert "damaged" in caplog.text
-    _save(tmp_path, [2])
-    assert int(_restore(tmp_path).step) == 2
+    with Checkpointer(workdir, CheckpointConfig(), check_assets=_check_assets) as saver:
+        restored = saver.restore(toy.template(toy.create()), batches)
+        assert int(restored.step) == 1
+        np.testing.assert_array_equal(restored.params["w"], 1.0)
+        assert batches.position == 1
+        assert f"{newest} is damaged" in caplog.text
+        assert newest.with_name("2.damaged").is_dir() and not newest.exists()
+        saver.save(2, restored, batches)
+    assert _steps_of(workdir) == [1, 2]
+
+
+def _steps_of(workdir: pathlib.Path) -> list[int]:
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def test_all_damaged_is_an_error_and_touches_nothing(tmp_path):
     _save(tmp_path, [1])
-    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("d/*"):
-        file.write_bytes(b"")
+    DAMAGES["data emptied"](tmp_path / "checkpoints" / "1")
     with pytest.raises(UserError, match="none of the checkpoints"):
         _restore(tmp_path)
     assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_save_that_cannot_be_read_back_is_an_error(tmp_path, monkeypatch):
+    """As on a disk that takes everything and keeps half of it."""
+    monkeypatch.setattr(integrity, "write_checksums", lambda folder, checksums: None)
+    with pytest.raises(UserError, match=r"was written and cannot be read back .*arrays\.json"):
+        _save(tmp_path, [1])
+
+
+@pytest.mark.parametrize(
+    "name", ["run[v2]", "[sweep]", "a*b?", "50% {x}", "lr=1e-4,wd=0.1", "läuft", "a:b#c&d;e'"]
+)
+def test_names_of_workdirs(tmp_path, name):
+    saved = _save(tmp_path / name, [1])
+    jax.tree.map(np.testing.assert_array_equal, _restore(tmp_path / name), saved)
+    np.testing.assert_array_equal(load_params(tmp_path / name, toy.template(saved.params))["w"], 1)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\nb", "gs://bucket/run[v2]", "gs://bucket/a#b"])
+def test_a_name_that_could_not_be_read_back_is_refused_at_the_start(tmp_path, name):
+    with pytest.raises(UserError, match="could not be read back; choose another name"):
+        Checkpointer(name if "://" in name else tmp_path / name, CheckpointConfig())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "bfloat16", "float32"])
+def test_a_checksum_changes_with_any_bit(dtype):
+    bits = np.random.default_rng(0).integers(0, 2, (3, 5)).astype(dtype)
+    checksums = integrity.array_checksums({"a": jnp.asarray(bits)})
+    swapped = bits[:, ::-1].copy()
+    for i in range(15):
+        changed = bits.copy()
+        changed.flat[i] = 1 - changed.flat[i]
+        assert integrity.array_checksums({"a": jnp.asarray(changed)})["a"] != checksums["a"]
+    assert integrity.array_checksums({"a": jnp.asarray(swapped)})["a"] != checksums["a"]
 
 
 def test_another_model_names_the_parameter(tmp_path):
@@ -157,11 +282,11 @@ def test_another_model_names_the_parameter(tmp_path):
         load_params(tmp_path, toy.template({"v": jnp.zeros(4)}))
 
 
-def test_another_number_of_processes(tmp_path):
+def test_a_position_of_every_process_is_needed(tmp_path):
     _save(tmp_path, [1])
     position = tmp_path / "checkpoints" / "1" / "iterator" / "process_0_of_1.bin"
     position.rename(position.with_name("process_0_of_4.bin"))
-    with pytest.raises(UserError, match="process_0_of_4"):
+    with pytest.raises(UserError, match="none of the checkpoints"):
         _restore(tmp_path, toy.Batches())
 
 

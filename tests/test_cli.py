@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import textwrap
 import pytest
 
 from tests.conftest import REPOSITORY
-from univla_jax.cli import format_table
+from univla_jax.cli import format_table, report
+from univla_jax.errors import TransientError, UserError
 
 CONFIG = """
 import dataclasses
@@ -33,8 +35,10 @@ def get_config(name="small"):
 """
 COMMAND = """
 import pathlib
+import threading
+import time
 from univla_jax import cli
-from univla_jax.errors import UserError
+from univla_jax.errors import HangError, UserError
 
 CONFIG = cli.config_flag(DEFAULT)
 
@@ -46,6 +50,9 @@ def main(argv):
         raise ValueError("a bug")
     if CONFIG.value.steps == 7:
         pathlib.Path("/dev/full").write_text("more than a full disk takes")
+    if CONFIG.value.steps == 6:
+        threading.Thread(target=time.sleep, args=(300,)).start()
+        raise HangError("no batch for 10 s")
     print(CONFIG.value.steps, CONFIG.value.model.width, CONFIG.value.fast)
 
 if __name__ == "__main__":
@@ -116,6 +123,28 @@ def test_a_bug_keeps_its_traceback(folder, arguments):
     result = run(folder, "defaulted.py", *arguments)
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_a_hang_does_not_wait_for_the_threads_that_hang(folder):
+    result = run(folder, "required.py", "--config=config.py", "--config.steps=6")
+    assert (result.returncode, result.stderr) == (86, "error: no batch for 10 s\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("wrong"), 2),
+        (OSError(errno.EROFS, "read-only", "file"), 2),
+        (TransientError("the bucket answered 503"), 85),
+        (OSError(errno.ESTALE, "stale file handle", "file"), 85),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), 85),
+        (FileNotFoundError(errno.ENOENT, "no such file", "file"), None),
+        (ValueError("a bug"), None),
+    ],
+)
+def test_the_status_says_whether_the_same_command_may_go_on(error, status, capsys):
+    assert report(error) == status
+    assert len(capsys.readouterr().err.splitlines()) == (status is not None)
 
 
 def test_a_table_has_words_to_the_left_and_numbers_to_the_right():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
+from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.data.token_store import StoreHeader, TokenStore, TokenStoreWriter
 from univla_jax.errors import UserError
 from univla_jax.fit_tokenizer import fit_tokenizer
 from univla_jax.normalization import ActionStatistics
@@ -78,6 +81,70 @@ def test_action(source, tmp_path):
     chunk = statistics.normalize(episodes[0].actions[:5])
     decoded = tokenizer.decode(tokenizer.encode(chunk), *chunk.shape)
     assert decoded.valid and np.abs(decoded.actions - chunk).max() <= report["max_error"]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Token stores of two corpora, the second with actions of 14 dimensions and two copies."""
+    folder = tmp_path_factory.mktemp("stores")
+    for corpus, dimensions, copies in (("tabletop", 7, 0), ("aloha", 14, 1)):
+        header = StoreHeader(
+            corpus=corpus,
+            split="train",
+            control_hz=5.0,
+            source=f"{corpus}:1",
+            source_fingerprint="source",
+            source_episodes=4,
+            episodes_per_shard=4,
+            min_frames=8,
+            image_specs={"image": {"size": [16, 16]}},
+            grids={"image": (2, 2)},
+            vision_fingerprint="vision",
+            codebook_size=8,
+            block_steps=4,
+            augmented_copies=copies,
+        )
+        writer = TokenStoreWriter(folder / corpus, header)
+        with writer.shard(0) as shard:
+            for number in range(4):
+                rng = np.random.default_rng(number)
+                actions = rng.uniform(-1, 1, (8 + number, dimensions)).astype(np.float32)
+                codes = {"image": np.zeros((8 + number, 2, 2), np.uint16)}
+                for copy in range(1 + copies):
+                    name, paraphrases = f"{number}+{copy}", ("raise it",) if number else ()
+                    words = f"lift block {number}"
+                    episode = TokenizedEpisode(words, codes, actions, 5.0, corpus, name)
+                    shard.add(dataclasses.replace(episode, paraphrases=paraphrases))
+        writer.finish()
+    return folder
+
+
+def test_text_and_actions_of_token_stores_of_several_corpora(stores, tmp_path):
+    source = f"{stores / 'tabletop'},{stores / 'aloha'}"
+    both = {"corpus": "tabletop,aloha"}
+    report = fit_tokenizer(TEXT | both, source, tmp_path / "text")
+    assert (report["instructions"], report["distinct_instructions"]) == (2 * (4 + 3), 5)
+    report = fit_tokenizer(ACTION | both, source, tmp_path / "action")
+    assert report["chunks"] == sum(8 + n - 4 for n in range(4)) * 2
+    assert report["max_error"] < 0.2
+    tokenizer = load_action_tokenizer(tmp_path / "action")
+    assert tokenizer.horizon == 5
+    values = json.loads((tmp_path / "action/statistics.json").read_text())
+    own = TokenStore(stores / "tabletop").manifest.statistics
+    assert ActionStatistics.from_dict(values["tabletop"]) == own
+    for corpus, dimensions in (("tabletop", 7), ("aloha", 14)):
+        statistics = ActionStatistics.from_dict(values[corpus])
+        chunk = statistics.normalize(np.zeros((5, dimensions)))
+        decoded = tokenizer.decode(tokenizer.encode(chunk), *chunk.shape)
+        assert decoded.valid and np.abs(decoded.actions - chunk).max() < 0.2
+    few = fit_tokenizer(ACTION | both | {"max_chunks": 10}, source, tmp_path / "few")
+    assert few["chunks"] <= 10
+    with pytest.raises(UserError, match="'tabletop', but the stores hold 'aloha,tabletop'"):
+        fit_tokenizer(ACTION, source, tmp_path / "other")
+    with pytest.raises(UserError, match="no token store"):
+        fit_tokenizer(ACTION | both, f"{stores / 'tabletop'},nowhere", tmp_path / "none")
+    with pytest.raises(UserError, match="only token stores can be given together"):
+        fit_tokenizer(ACTION | both, "here,there", tmp_path / "none")
 
 
 def test_vision(source, fitted_vision, capsys):

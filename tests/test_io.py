@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
+import pathlib
 import pickle
 import struct
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from array_record.python import array_record_module
@@ -120,10 +123,16 @@ def write_array_record(path, items):
     return str(path)
 
 
-def write_tfrecord(path, items):
+def masked(data):
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def write_tfrecord(path, items, checksum=masked):
     with open(path, "wb") as file:
         for item in items:
-            file.write(struct.pack("<QI", len(item), 0) + item + b"\0\0\0\0")
+            length = struct.pack("<Q", len(item))
+            file.write(length + checksum(length) + item + checksum(item))
     return str(path)
 
 
@@ -169,17 +178,73 @@ def test_a_missing_shard_is_an_error(tmp_path):
         ShardedRecords([Shard(str(tmp_path / "none"), 4)]).check()
 
 
-def test_a_flipped_bit_is_an_error(tmp_path):
-    path = tmp_path / "a"
-    write_array_record(path, contents(5))
-    data = bytearray(path.read_bytes())
-    place = data.index(contents(1, start=2)[0][:50])
+def flip(data, place):
     data[place] ^= 1
-    path.write_bytes(data)
-    records = ShardedRecords([Shard(str(path), 5)])
-    assert records[1] == contents(2)[1]
+
+
+def in_record(data, offset):
+    return data.index(contents(1, start=2)[0][:50]) + offset
+
+
+DAMAGES = {
+    "a bit of the record": lambda data: flip(data, in_record(data, 7)),
+    "its last byte": lambda data: flip(data, in_record(data, 2001)),
+    "zeros": lambda data: data.__setitem__(
+        slice(in_record(data, 0), in_record(data, 900)), b"\0" * 900
+    ),
+    "random bytes": lambda data: data.__setitem__(
+        slice(in_record(data, 90), in_record(data, 100)), b"0123456789"
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_an_error_and_the_others_are_read(path, damage):
+    with open(path, "rb+") as file:
+        data = bytearray(file.read())
+        DAMAGES[damage](data)
+        file.seek(0)
+        file.write(data)
+    records = ShardedRecords([Shard(path, 5)])
+    assert [records[i] for i in (0, 1, 3, 4)] == [contents(5)[i] for i in (0, 1, 3, 4)]
     with pytest.raises(UserError, match="record 2 is damaged"):
         records[2]
+
+
+def test_the_checksums_of_tfrecord_are_compared(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    whole = bytearray(pathlib.Path(write_tfrecord(path, contents(3))).read_bytes())
+    start = 12 + 2000 + 4  # of the second record
+    for place, message in ((start + 12 + 2001, "record 1 is damaged"), (start, "holds 1 readable")):
+        damaged = bytearray(whole)
+        flip(damaged, place)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            ShardedRecords([Shard(str(path), 3)])[1]
+    # Zeros over the end of a record and its checksum are damage; zeros in the place of every
+    # checksum come from a writer that has none.
+    whole[start + 12 + 1000 : start + 12 + 2001 + 4] = b"\0" * 1005
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="record 1 is damaged"):
+        ShardedRecords([Shard(str(path), 3)])[1]
+    write_tfrecord(path, contents(3), checksum=lambda _: b"\0\0\0\0")
+    assert list(ShardedRecords([Shard(str(path), 3)])) == contents(3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (gzip.compress(b"x" * 9000), "compressed with gzip"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "a web page"),
+        (b"", "it is empty"),
+        (b"\0" * 5000, "nothing but zeros"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_shard_is_said(path, content, message):
+    pathlib.Path(path).write_bytes(content)
+    with pytest.raises(UserError, match=f"0 readable records, expected 5 .*{message}"):
+        ShardedRecords([Shard(path, 5)]).check()
 
 
 def test_only_the_last_used_shards_stay_open(tmp_path, monkeypatch):

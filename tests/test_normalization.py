@@ -69,6 +69,48 @@ def test_invalid_statistics_are_refused(change, message):
         normalization.ActionStatistics(**{**rows, **change})
 
 
+def rare(steps=1000):
+    """Dimensions of noise, of a gripper used in 0.5 % of the steps, of nothing and of a switch."""
+    rng = np.random.default_rng(0)
+    actions = np.zeros((steps, 4))
+    actions[:, 0] = rng.normal(size=steps)
+    actions[rng.permutation(steps)[: steps // 200], 1] = 1
+    actions[:, 3] = rng.integers(0, 2, steps)
+    return actions
+
+
+def test_a_dimension_that_hardly_ever_moves_keeps_its_range():
+    actions = rare()
+    found = normalization.stream_statistics(lambda: [actions])
+    assert found.kinds == ("quantiles", "min_max", "quantiles", "quantiles")
+    back = found.unnormalize(found.normalize(actions))
+    np.testing.assert_allclose(back[:, 1], actions[:, 1], atol=1e-6)
+    np.testing.assert_allclose(back[:, [2, 3]], actions[:, [2, 3]], atol=1e-3)
+    assert np.quantile(np.abs(back[:, 0] - actions[:, 0]), 0.97) < 1e-3
+
+
+def test_the_kind_of_a_dimension_can_be_chosen():
+    actions = rare()
+    kinds = ("min_max", "identity", "quantiles", "identity")
+    found = normalization.stream_statistics(lambda: [actions], kinds)
+    assert found.kinds == kinds and normalization.ActionStatistics.from_dict(found.to_dict()) == (
+        found
+    )
+    normalized = found.normalize(actions)
+    assert normalized[:, 0].min() == -1 and normalized[:, 0].max() == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(normalized[:, [1, 3]], actions[:, [1, 3]], atol=1e-6)
+    np.testing.assert_allclose(found.unnormalize(normalized), actions, atol=1e-3)
+    with pytest.raises(UserError, match="3 normalizations for 4 dimensions"):
+        normalization.stream_statistics(lambda: [actions], kinds[:3])
+    with pytest.raises(UserError, match="'mean' is not one of quantiles, min_max, identity"):
+        normalization.stream_statistics(lambda: [actions], ("mean",) * 4)
+
+
+def test_quantiles_alone_are_saved_as_ever():
+    found = normalization.stream_statistics(lambda: [rare()[:, [0, 2, 3]]])
+    assert set(found.to_dict()) == {"mean", "std", "q01", "q99", "count"}
+
+
 def test_wrong_batches_are_refused():
     running = normalization.RunningStatistics(np.zeros(3), np.ones(3))
     running.update(np.zeros((1, 3)))
@@ -94,6 +136,9 @@ def test_windows_stay_inside_their_episode():
         [2, 3],
         [7, 8],
     ]
+    for most in (1, 2, 3, 4):
+        spread = normalization.sliding_windows(episodes, 2, most=most)[..., 0].tolist()
+        assert spread == [[0, 1], [1, 2], [2, 3], [7, 8]][:: -(-4 // most)]
     two = np.arange(6).reshape(3, 2)
     np.testing.assert_array_equal(normalization.sliding_windows([two], 2), [two[:2], two[1:]])
     with pytest.raises(UserError, match="chunks of 5 steps wanted, the longest episode has 4"):

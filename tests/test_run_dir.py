@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import pathlib
+import time
 
 import pytest
+from etils import epath
 
 from univla_jax import io, run_dir
 from univla_jax.data.tokenizer_fitting import TextFitConfig
@@ -36,7 +40,7 @@ def test_the_same_config_may_come_back(tmp_path):
     run_dir.write_config(tmp_path / "run", _Config())
     changed = _Config(steps=20, data=_Inner(threads=4))
     run_dir.check_config(tmp_path / "run", changed, free=FREE)
-    run_dir.write_config(tmp_path / "run", changed)
+    run_dir.write_config(tmp_path / "run", changed, free=FREE)
     assert run_dir.read_config(tmp_path / "run", _Config) == changed
 
 
@@ -48,6 +52,44 @@ def test_another_config_is_refused_key_by_key(tmp_path):
     assert "rate was 0.1, is 0.2" in str(error.value)
     assert "data.sizes was [1, 2], is [1, 3]" in str(error.value)
     assert run_dir.read_config(tmp_path, _Config) == _Config()
+
+
+def test_a_changed_config_is_taken_where_it_is_forced(tmp_path):
+    run_dir.write_config(tmp_path, _Config())
+    other = _Config(steps=20, rate=0.2)
+    assert run_dir.config_changes(tmp_path, other, free=FREE) == ["rate was 0.1, is 0.2"]
+    assert run_dir.check_config(tmp_path, other, free=FREE, force=True)
+    run_dir.write_config(tmp_path, other, free=FREE, force=True)
+    assert run_dir.read_config(tmp_path, _Config) == other
+    assert run_dir.config_changes(tmp_path / "new", other) == []
+
+
+def test_many_processes_begin_one_folder_at_once(tmp_path, monkeypatch):
+    """With writes as slow as those of a network disk; and none of them reads half a file."""
+    write = pathlib.Path.write_bytes
+
+    def slow(self, content):
+        write(self, content[: len(content) // 2])
+        time.sleep(0.01)
+        return write(self, content)
+
+    monkeypatch.setattr(type(epath.Path()), "write_bytes", slow)
+    configs = [*[_Config()] * 6, _Config(rate=0.2), _Config(rate=0.3)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        accepted = list(pool.map(lambda config: _begin(tmp_path / "run", config), configs))
+    first = run_dir.read_config(tmp_path / "run", _Config)
+    assert accepted == [config == first for config in configs]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [run_dir.CONFIG_FILE]
+
+
+def _begin(folder, config):
+    """Whether the folder is this config's."""
+    try:
+        run_dir.check_config(folder, config)
+        run_dir.write_config(folder, config)
+    except UserError:
+        return False
+    return True
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

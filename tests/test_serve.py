@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
+from univla_jax.client import wire
 from univla_jax.episode import Observation
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import Sampling
-from univla_jax.serving import protocol
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
 WORDS = "push the red block to the left"
@@ -78,11 +78,11 @@ def test_it_acts_as_the_policy_does_and_starts_faster_the_second_time(policy_che
         ):
             seconds.append(spent)
             with connect(f"ws://127.0.0.1:{port}", compression=None) as robot:
-                metadata = protocol.unpack(robot.recv())
+                metadata = wire.unpack(robot.recv())
                 assert metadata["chunk"] == policy.chunk_size and metadata["checkpoint_step"] == 7
                 for seed, chunk in enumerate(expected):
-                    robot.send(protocol.pack(_message(seed)))
-                    reply = protocol.unpack(robot.recv(timeout=60))
+                    robot.send(wire.pack(_message(seed)))
+                    reply = wire.unpack(robot.recv(timeout=60))
                     np.testing.assert_array_equal(reply["actions"], chunk.actions)
                     assert reply["actions_valid"] == chunk.valid
                     assert reply["actions_invalid_reason"] == chunk.reason
@@ -103,8 +103,8 @@ def test_sampling_flags_arrive(policy_checkpoint, tmp_path):
         connect(f"ws://127.0.0.1:{port}", compression=None) as robot,
     ):
         robot.recv()
-        robot.send(protocol.pack(_message(0)))
-        reply = protocol.unpack(robot.recv(timeout=60))
+        robot.send(wire.pack(_message(0)))
+        reply = wire.unpack(robot.recv(timeout=60))
         np.testing.assert_array_equal(reply["actions"], chunk.actions)
 
 
@@ -120,12 +120,12 @@ def test_sigterm_under_load(policy_checkpoint, tmp_path):
         for robot in robots:
             robot.recv()
         for i, robot in enumerate(robots):
-            robot.send(protocol.pack(_message(i)))
+            robot.send(wire.pack(_message(i)))
         process.send_signal(signal.SIGTERM)
         outcomes = []
         for robot in robots:
             try:
-                outcomes.append(protocol.unpack(robot.recv(timeout=60))["actions"].shape)
+                outcomes.append(wire.unpack(robot.recv(timeout=60))["actions"].shape)
                 robot.recv(timeout=60)
             except exceptions.ConnectionClosed as closed:
                 outcomes.append(closed.rcvd.code)
@@ -139,6 +139,26 @@ def _fails(checkpoint, *arguments):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
+
+
+@pytest.mark.slow
+def test_it_starts_without_a_home(policy_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "HOME", str(tmp_path / "file" / "home"))
+    (tmp_path / "file").write_text("")
+    command = [*_command(policy_checkpoint, "--port=0", "--max_batch=1")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "listening" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    assert any("compiled functions are not kept: --compiled=~/.cache" in line for line in lines)
+    assert any("GiB per device: weights" in line for line in lines)
 
 
 def test_mistakes_are_one_line(policy_checkpoint, tmp_path):

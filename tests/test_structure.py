@@ -12,8 +12,10 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "univla_jax"
 # Rooms from left to right; those of one rank may import each other.
 RANKS = {
     "errors": 0,
+    "client": 0,
     "episode": 0,
     "config": 0,
+    "buckets": 0,
     "io": 0,
     "run_dir": 1,
     "normalization": 1,
@@ -24,6 +26,7 @@ RANKS = {
     "tasks": 5,
     "pipeline": 6,
     "models": 1,
+    "integrity": 7,
     "checkpoints": 7,
     "simulators": 7,
     "training": 8,

@@ -140,7 +140,10 @@ def test_a_dataset_of_ones_own_loses_short_episodes_alone_and_says_so(tmp_path, 
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "train: 4 episodes, 140 frames" in printed
-    assert "1 of 5 episodes skipped (min_frames=10): blocks-2: 9 frames, at least 10" in errors
+    assert (
+        "1 of 5 episodes skipped: 1 filtered by min_frames (blocks-2: 9 frames, at least 10"
+        in errors
+    )
 
     monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
     exec(OWN, {})

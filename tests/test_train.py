@@ -80,13 +80,16 @@ def whole(command, tmp_path_factory):
     return (workdir / metrics.METRICS_FILE).read_bytes()
 
 
-def test_sigterm_saves_the_step_and_the_same_command_goes_on(command, whole, tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_the_step_and_the_same_command_goes_on(command, whole, tmp_path, number):
     process = command(tmp_path)
     _wait_for_lines(process, tmp_path, 4)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     status, errors = _finish(process)
     assert status == 83, errors
-    assert "stopped by SIGTERM; step" in errors
+    assert f"stopped by {number.name}; step" in errors
     status, errors = _finish(command(tmp_path))
     assert status == 0, errors
     assert "continuing" in errors

@@ -25,7 +25,15 @@ import numpy as np
 from etils import epath
 
 from univla_jax.errors import UserError
-from univla_jax.io import PathLike, hash_files, new_folder, parse_json, read_files, write_json
+from univla_jax.io import (
+    PathLike,
+    hash_files,
+    new_folder,
+    parse_json,
+    read_files,
+    write_bytes,
+    write_json,
+)
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
@@ -92,7 +100,7 @@ class LazyVisionTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if path.is_file():
-                path.copy(folder / path.name)
+                write_bytes(folder / path.name, path.read_bytes())
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ One folder holds all that is needed to continue training or to act, and appears 
     <workdir>/checkpoints/<step>/
         state/      arrays (Orbax/TensorStore), readable on any mesh
         iterator/   process_<i>_of_<n>.bin, the data position of each process before batch <step>
+        checksums/  of every array of the state (``integrity.py``)
         assets/     tokenizers, vocabulary, image specs, statistics, model config
 """
 
@@ -15,21 +16,29 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from univla_jax import integrity
+from univla_jax.buckets import is_remote
 from univla_jax.errors import UserError
+from univla_jax.integrity import DamagedCheckpointError
 from univla_jax.io import PathLike, absolute_path
 
 CHECKPOINTS, STATE, ITERATOR, ASSETS = "checkpoints", "state", "iterator", "assets"
+CHECKSUMS = "checksums"
 _COMMITTED = "_CHECKPOINT_METADATA"  # Orbax writes it into every folder it finishes
+_COMMITTED_IN_BUCKET = "commit_success.txt"  # and this last where there is no atomic rename
+_UNUSABLE = {False: "\\\n\r", True: "\\\n\r*?[]#"}  # in names of folders, on a disk and in buckets
 _TREE = "_METADATA"
 _IDENTIFYING = (_COMMITTED, f"{STATE}/manifest.ocdbt", f"{ASSETS}/assets.json")
 
@@ -69,6 +78,82 @@ def newest_checkpoint(folder: PathLike) -> epath.Path | None:
     return None
 
 
+def check_workdir(workdir: PathLike) -> None:
+    """Checks that checkpoints below a folder of this name can be read back.
+
+    Raises:
+      UserError: a character that TensorStore or a bucket takes for something else.
+    """
+    path = absolute_path(workdir)
+    for character in _UNUSABLE[is_remote(path)]:
+        if character in os.fspath(path):
+            raise UserError(
+                f"{path}: checkpoints below a folder with {character!r} in its name could not be "
+                "read back; choose another name"
+            )
+
+
+CheckAssets = Callable[[epath.Path], Any]
+
+
+def intact_checkpoint(
+    folder: PathLike, check_assets: CheckAssets | None = None, *, below: int | None = None
+) -> epath.Path | None:
+    """The newest checkpoint whose parts are all there, as the first process finds it.
+
+    What is damaged is named in a warning. The contents of the arrays are checked only when they are
+    read. With several processes this is a collective call, and all get the same answer.
+
+    Args:
+      folder: a workdir or ``checkpoints`` folder.
+      check_assets: raises where the assets folder it is given is damaged; None leaves them alone.
+      below: only steps below this one.
+
+    Returns:
+      its folder, None where there is none.
+    """
+    folder = absolute_path(folder)
+    inner = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
+    found = -1
+    for path in reversed(_step_folders(inner)) if jax.process_index() == 0 else ():
+        step = int(path.name)
+        if (below is None or step < below) and _is_complete(path):
+            try:
+                _check_folder(path, check_assets)
+            except DamagedCheckpointError as error:
+                logging.warning("checkpoint %s is damaged, skipped: %s", path, error)
+                continue
+            found = step
+            break
+    found = _of_first_process(found)
+    return None if found < 0 else inner / str(found)
+
+
+def _check_folder(folder: epath.Path, check_assets: CheckAssets | None) -> None:
+    integrity.check_folder(
+        folder,
+        folder / _COMMITTED,
+        saved_shapes=saved_shapes,
+        checksums=CHECKSUMS,
+        iterator=ITERATOR,
+        check_assets=None if check_assets is None else (ASSETS, check_assets),
+    )
+
+
+def _of_first_process(value: int) -> int:
+    """The first process's value, on all of them."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _on_all_processes(condition: bool) -> bool:
+    """Whether it holds on every process."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.int32(condition)).all())
+
+
 def assets_folder(checkpoint: PathLike) -> epath.Path:
     """The folder of tokenizers, statistics and configs in a checkpoint.
 
@@ -104,6 +189,8 @@ def _step_folders(checkpoints: epath.Path) -> list[epath.Path]:
 
 
 def _is_complete(folder: epath.Path) -> bool:
+    if is_remote(folder) and not (folder / _COMMITTED_IN_BUCKET).is_file():
+        return False
     return (folder / _COMMITTED).is_file() and (folder / STATE / _TREE).is_file()
 
 
@@ -112,7 +199,13 @@ def _is_complete(folder: epath.Path) -> bool:
 # names the parameter, and not a stack trace of TensorStore.
 
 
-def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
+def load_params(
+    checkpoint: PathLike,
+    template: Any,
+    *,
+    part: str = "",
+    convert: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:
     """Reads only the parameters of a checkpoint, straight to where they will live.
 
     Little more than the largest array is held beside them.
@@ -123,6 +216,8 @@ def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
         without they go to the default device. Another dtype than the saved one is converted to.
       part: which of the trees under the parameters, where there are several (``has_part``); empty
         for all of them.
+      convert: maps the name ``params/a/b`` and each array to what stands in its place; called as
+        soon as it is read, so that the whole of the arrays never has to fit.
 
     Returns:
       the parameters.
@@ -132,22 +227,93 @@ def load_params(checkpoint: PathLike, template: Any, *, part: str = "") -> Any:
     """
     folder = find_checkpoint(checkpoint)
     wanted = {"params": {part: template} if part else template}
-    metadata = _metadata(folder)
+    try:
+        metadata = _metadata(folder)
+        checksums = integrity.read_checksums(folder / CHECKSUMS)
+    except Exception as error:  # damage surfaces as many types of several libraries
+        raise _unreadable(folder, error) from error
     _check_same_shapes(_shapes(metadata), wanted, folder, within=_prefix(part))
-    placed = jax.tree.map(_with_sharding, wanted)
+    # Arrays are read in the dtype they were saved in, whose checksum is known, and converted then;
+    # group by group, so that little more than the largest array is there twice.
+    saved, placed = _by_name(metadata), _by_name(wanted)
+    arrays: dict[str, Any] = {}
+    for group in _groups({name: saved[name] for name in placed}):
+        exact = {
+            name: jax.ShapeDtypeStruct(
+                saved[name].shape, saved[name].dtype, sharding=_with_sharding(placed[name]).sharding
+            )
+            for name in group
+        }
+        try:
+            read = _read_arrays(folder, exact)
+            if checksums is not None:
+                integrity.compare(integrity.array_checksums(read), checksums)
+        except Exception as error:
+            raise _unreadable(folder, error) from error
+        for name in group:
+            array = read.pop(name).astype(placed[name].dtype)
+            arrays[name] = array if convert is None else convert(name, array)
+    flat, structure = jax.tree_util.tree_flatten_with_path(wanted)
+    names = [integrity.path_name(path) for path, _ in flat]
+    restored = jax.tree.unflatten(structure, [arrays[name] for name in names])
+    return restored["params"][part] if part else restored["params"]
+
+
+_GROUP_BYTES = 1 << 30
+
+
+def _groups(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    """Names of arrays that are read together: up to a gigabyte, or one alone that is larger."""
+    group, size = [], 0
+    for name, array in arrays.items():
+        nbytes = array.size * array.dtype.itemsize
+        if group and size + nbytes > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group, size = [*group, name], size + nbytes
+    if group:
+        yield group
+
+
+def _read_arrays(
+    folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Some arrays of a checkpoint's state, by their paths."""
+    tree: dict[str, Any] = {}
+    for name, array in wanted.items():
+        *parents, last = name.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = array
     # Orbax reads as many arrays at once as fit its limit. The least limit that works is a little
     # more than the largest array: chunks divide an array, or are a small part of it.
-    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(metadata))
+    largest = max(x.size * x.dtype.itemsize for x in wanted.values())
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + int(1.1 * largest / 1e9))
-    restored = ocp.Checkpointer(handler).restore(
+    restored = handler.restore(
         folder / STATE,
         args=ocp.args.PyTreeRestore(
-            item=placed,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(placed),
+            item=tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
             partial_restore=True,
         ),
     )
-    return restored["params"][part] if part else restored["params"]
+    return _by_name(restored)
+
+
+def _unreadable(folder: epath.Path, error: Exception) -> UserError:
+    older = _intact_before(folder)
+    remedy = f"use {older} instead" if older is not None else "restore it from a copy"
+    return UserError(f"checkpoint {folder} is damaged ({error}); {remedy}")
+
+
+def _intact_before(checkpoint: epath.Path) -> epath.Path | None:
+    """The newest older checkpoint beside one, whose parts are all there; None without one."""
+    if not checkpoint.name.isdecimal():
+        return None
+    for path in reversed(_step_folders(checkpoint.parent)):
+        if int(path.name) < int(checkpoint.name) and _is_complete(path):
+            with contextlib.suppress(DamagedCheckpointError):
+                _check_folder(path, None)
+                return path
+    return None
 
 
 def has_part(checkpoint: epath.Path, part: str) -> bool:
@@ -170,12 +336,14 @@ def _metadata(checkpoint: epath.Path) -> Any:
     )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths ``a/b/c``."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in flat
-    }
+    return {integrity.path_name(path): leaf for path, leaf in flat}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
 
 
 def _check_same_shapes(
@@ -329,6 +497,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         config: CheckpointConfig,
         *,
         write_assets: Callable[[epath.Path], Any] | None = None,
+        check_assets: CheckAssets | None = None,
     ) -> None:
         """Opens ``<workdir>/checkpoints``, making it if needed.
 
@@ -337,12 +506,16 @@ class Checkpointer(contextlib.AbstractContextManager):
           config: when to save and what to keep.
           write_assets: called with an empty folder inside each new checkpoint; writes the files
             that make the checkpoint usable by itself.
+          check_assets: raises where such a folder is damaged.
 
         Raises:
-          UserError: the folder cannot be written.
+          UserError: the folder cannot be written, or has a name that cannot be read back.
         """
+        check_workdir(workdir)
         self.folder = absolute_path(workdir) / CHECKPOINTS
-        self._config, self._write_assets = config, write_assets
+        self._config = config
+        self._write_assets, self._check_assets = write_assets, check_assets
+        self._unverified: int | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
@@ -385,18 +558,31 @@ class Checkpointer(contextlib.AbstractContextManager):
         """
         if step in self._manager.all_steps():
             return
+        self.wait()  # for the previous one, which is verified before an older one makes room
         # Each process writes its own position, taken now: the iterator moves on while the file is
         # written in the background. Assets are the same on all, so the first process writes them.
+        # Checksums are computed from the arrays as they are now, before the next step takes their
+        # memory; only the file waits for them.
         position = b"" if iterator is None else iterator.get_state()
+        checksums = integrity.array_checksums(state)
+        process, processes = jax.process_index(), jax.process_count()
+
+        def write_checksums(folder: epath.Path) -> None:
+            if process == 0:
+                integrity.write_checksums(folder, checksums)
+
         items = {
             STATE: ocp.args.StandardSave(state),
-            ITERATOR: FilesSave(lambda folder: _position_file(folder).write_bytes(position)),
+            ITERATOR: FilesSave(
+                lambda folder: integrity.write_position(folder, position, process, processes)
+            ),
+            CHECKSUMS: FilesSave(write_checksums),
         }
         if self._write_assets is not None:
-            primary = jax.process_index() == 0
-            items[ASSETS] = FilesSave(self._write_assets if primary else lambda folder: None)
+            items[ASSETS] = FilesSave(self._write_assets if process == 0 else lambda folder: None)
         with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True, metrics=metrics)
+        self._unverified = step
 
     def restore(self, template: Any, iterator: Any = None) -> Any | None:
         """Restores the newest readable checkpoint and moves ``iterator`` to its position.
@@ -416,43 +602,83 @@ class Checkpointer(contextlib.AbstractContextManager):
         """
         # A checkpoint can be damaged although its commit record is there: a disk lost blocks, or a
         # copy was cut short. The next older one is taken then, and damaged ones are renamed only
-        # once another was read, so that nothing is touched where none can be.
-        damaged, last_error = [], None
-        wanted = {STATE: ocp.args.StandardRestore(template), ITERATOR: FilesRestore()}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            folder = self.folder / str(step)
-            try:
-                _check_same_shapes(saved_shapes(folder), template, folder)
-                restored = self._manager.restore(step, args=ocp.args.Composite(**wanted))
-            except UserError:
-                raise
-            except (ValueError, OSError) as error:
-                logging.warning("checkpoint %s is damaged, skipped: %s", folder, error)
-                damaged, last_error = [*damaged, folder], error
-                continue
-            if iterator is not None:
-                iterator.set_state(*_read_positions(restored[ITERATOR]))
-            self._set_aside(damaged)
-            return restored[STATE]
-        if damaged:
+        # once another was read, so that nothing is touched where none can be. All processes take
+        # the same one: the first finds it, and it counts only if every process could read it.
+        last_error: Exception | None = None
+        newest = self._newest_complete()
+        folder = intact_checkpoint(self.folder, self._check_assets)
+        while folder is not None:
+            state, positions, last_error = self._read(folder, template)
+            if last_error is None:
+                if iterator is not None:
+                    iterator.set_state(*positions)
+                self._set_aside(int(folder.name))
+                return state
+            logging.warning("checkpoint %s is damaged, skipped: %s", folder, last_error)
+            folder = intact_checkpoint(self.folder, self._check_assets, below=int(folder.name))
+        if newest is not None:
             raise UserError(
-                f"none of the checkpoints in {self.folder} can be read ({last_error}); restore "
-                "them, or move them away to start anew"
+                f"none of the checkpoints in {self.folder} can be read "
+                f"({last_error or f'{newest} is damaged'}); restore them, or move them away to "
+                "start anew"
             )
         return None
 
+    def _read(
+        self, folder: epath.Path, template: Any
+    ) -> tuple[Any, Sequence[bytes], Exception | None]:
+        """State, positions and None, or what is wrong with them on this process or another."""
+        state, positions, checksums, error = None, [], None, None
+        try:
+            _check_same_shapes(saved_shapes(folder), template, folder)
+            checksums = integrity.read_checksums(folder / CHECKSUMS)
+            positions = integrity.read_positions(folder / ITERATOR)
+            # The handler itself, without Orbax's barrier after a restore: a process that fails
+            # would leave the others waiting there.
+            state = ocp.StandardCheckpointHandler().restore(
+                folder / STATE, args=ocp.args.StandardRestore(template)
+            )
+        except UserError:
+            raise
+        except Exception as found:  # damage surfaces as many types of several libraries
+            error = found
+        if not _on_all_processes(error is None):
+            return None, [], error or DamagedCheckpointError("another process cannot read it")
+        if checksums is not None:
+            try:
+                integrity.compare(integrity.array_checksums(state), checksums)
+            except DamagedCheckpointError as found:
+                return None, [], found
+        return state, positions, None
+
     def wait(self) -> None:
-        """Waits until the save in progress is on disk.
+        """Waits until the save in progress is on disk, and opens it to see that it is whole.
 
         Raises:
-          UserError: it could not be written.
+          UserError: it could not be written, or not be read back.
         """
         with self._write_errors():
             self._manager.wait_until_finished()
+        if self._unverified is None:
+            return
+        folder, self._unverified = self.folder / str(self._unverified), None
+        if jax.process_index() == 0:
+            try:
+                _check_folder(folder, None)
+            except DamagedCheckpointError as error:
+                raise UserError(
+                    f"checkpoint {folder} was written and cannot be read back ({error}); look at "
+                    "the disk; older checkpoints are intact"
+                ) from error
 
-    def _set_aside(self, damaged: list[epath.Path]) -> None:
-        """Renames unreadable checkpoints, so that their steps can be saved again."""
-        if not damaged:
+    def _newest_complete(self) -> epath.Path | None:
+        steps = [path for path in _step_folders(self.folder) if _is_complete(path)]
+        return steps[-1] if steps else None
+
+    def _set_aside(self, restored: int) -> None:
+        """Renames the checkpoints after a restored one, so that their steps can be saved again."""
+        damaged = [path for path in _step_folders(self.folder) if int(path.name) > restored]
+        if not _of_first_process(len(damaged)):
             return
         if jax.process_index() == 0:
             for folder in damaged:
@@ -469,22 +695,6 @@ class Checkpointer(contextlib.AbstractContextManager):
             raise UserError(
                 f"cannot write a checkpoint in {self.folder}: {error}; older checkpoints are intact"
             ) from error
-
-
-def _position_file(folder: epath.Path) -> epath.Path:
-    return folder / f"process_{jax.process_index()}_of_{jax.process_count()}.bin"
-
-
-def _read_positions(folder: epath.Path) -> list[bytes]:
-    """The positions of all processes that saved them, however many there are now."""
-    files = sorted(folder.glob("process_*_of_*.bin"))
-    if {file.stem.rpartition("_")[2] for file in files} != {str(len(files))}:
-        names = ", ".join(file.name for file in files) or "nothing"
-        raise UserError(
-            f"{folder} holds {names}, which is not the position of every process that saved it; "
-            "restore the missing files, or use another checkpoint"
-        )
-    return [file.read_bytes() for file in files]
 
 
 def _set_aside_incomplete(checkpoints: epath.Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,18 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from univla_jax import config
-from univla_jax.errors import UserError
+from univla_jax import buckets, config
+from univla_jax.errors import ExitStatus, HangError, TransientError, UserError
 
 _CONFIG = "config"
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FAILED_FOR_NOW = (
+    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOLCK, errno.EAGAIN),
+    *(errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN),
+)
 _REMEDY = "make room or choose another folder; what was complete before is intact"
+_BUCKETS = ("gs://", "s3://", "az://", "hf://")
 _defaults: dict[str, str] = {}
 
 
@@ -78,12 +85,33 @@ def string_flag(
     return holder
 
 
+def read_secret(file: str, flag: str) -> str:
+    """The text of a file, such as an API key, without the white space around it.
+
+    Args:
+      file: its path.
+      flag: that names it, for messages.
+
+    Raises:
+      UserError: the file cannot be read or is empty.
+    """
+    try:
+        secret = pathlib.Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{flag}={file}: {error}") from error
+    if not secret:
+        raise UserError(f"--{flag}={file} is empty; write the secret into it")
+    return secret
+
+
 def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
     """Parses the flags, runs ``main(argv)`` and leaves the process.
 
     A ``UserError``, a flag that does not parse, a missing config file, an override of a key that
     the config lacks and a disk that is full or read-only each become one line on standard error and
-    exit status 2. Any other exception is a bug and keeps its traceback.
+    exit status 2; a ``TransientError`` and a disk or network that fails for now, one line and
+    status 85; a ``HangError``, one line and status 86. Any other exception is a bug and keeps its
+    traceback.
 
     Args:
       main: gets the command line without its flags; its result becomes the exit status.
@@ -97,20 +125,49 @@ def run(main: Callable[[list[str]], Any], *, arguments: int = 0) -> None:
     app.run(_guarded(main), flags_parser=_guarded(parse))
 
 
+def report(error: BaseException) -> ExitStatus | None:
+    """Prints the line of an error that is no bug.
+
+    Returns:
+      the exit status that says what kind of error it is; None, and nothing printed, for a bug.
+    """
+    message = str(error)
+    if isinstance(error, HangError):
+        status = ExitStatus.HANG
+    elif isinstance(error, TransientError):
+        status = ExitStatus.TRANSIENT
+    elif isinstance(error, UserError):
+        status = ExitStatus.USER_ERROR
+    elif isinstance(error, OSError) and error.errno in _NO_WRITING:
+        status = ExitStatus.USER_ERROR
+        message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {_REMEDY}"
+    elif isinstance(error, OSError) and error.errno in _FAILED_FOR_NOW:
+        status = ExitStatus.TRANSIENT
+        message = f"{error.filename or 'a file or connection'} failed for now: {error.strerror}"
+    elif buckets.is_transient(error):
+        status = ExitStatus.TRANSIENT
+        message = f"a bucket or the network failed for now: {type(error).__name__}: {error}"
+    else:
+        return None
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    return status
+
+
 def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """Wraps ``function`` so that an error the user can fix becomes one line and status 2."""
+    """Wraps ``function`` so that an error that is no bug becomes one line and its status."""
 
     def call(argv: list[str]) -> Any:
         try:
             return function(argv)
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            if error.errno not in _NO_WRITING:  # a bug, or a device that fails
+        except Exception as error:
+            status = report(error)
+            if status is None:
                 raise
-            message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {_REMEDY}"
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+            if status == ExitStatus.HANG:
+                # Threads that still wait would keep an ordinary exit from ending.
+                sys.stdout.flush()
+                os._exit(status)
+            sys.exit(int(status))
 
     return call
 
@@ -140,7 +197,21 @@ def _parse(argv: list[str], arguments: int) -> list[str]:
         )
     if argument is not None:
         _check_loaded(flags.FLAGS[_CONFIG].value)
+    for path in _bucket_paths(flags.FLAGS.flag_values_dict()):
+        buckets.check_access(path)
     return rest
+
+
+def _bucket_paths(value: Any) -> list[str]:
+    """One path of every bucket that flags or the config name, before any work is done there."""
+    if isinstance(value, str):
+        return [value] if value.startswith(_BUCKETS) else []
+    if hasattr(value, "items"):
+        value = [item for _, item in value.items()]
+    if not isinstance(value, (list, tuple)):
+        return []
+    found = {path.split("/")[2]: path for item in value for path in _bucket_paths(item)}
+    return list(found.values())
 
 
 def _config_argument(argv: list[str]) -> str | None:

@@ -4,7 +4,10 @@
     python -m univla_jax.demonstrate --benchmark=libero --assets=LIBERO_ASSETS \\
         --config=configs/libero_scratch.py:demonstrations --out=FOLDER
 
-The first are of the embedded tabletop, the second of LIBERO, with the fields of its published data.
+    python -m univla_jax.demonstrate --config=configs/road.py:demonstrations --out=FOLDER
+
+The first are of the embedded tabletop, the second of LIBERO, with the fields of its published data;
+the third are drives on the embedded road, as NAVSIM logs in ``FOLDER`` itself instead of RLDS.
 The dataset lies in ``FOLDER/NAME/VERSION`` and appears there when it is complete; started again,
 the command leaves it as it is.
 """
@@ -17,19 +20,26 @@ from absl import flags
 
 from univla_jax import cli
 from univla_jax.config import build_config
+from univla_jax.errors import UserError
 from univla_jax.simulators import DEMONSTRATIONS
 
 CONFIG = cli.config_flag()
 OUT = cli.string_flag("out", "folder for the dataset")
-BENCHMARK = flags.DEFINE_enum("benchmark", "tabletop", list(DEMONSTRATIONS), "whose experts")
+BENCHMARK = flags.DEFINE_enum(
+    "benchmark", None, list(DEMONSTRATIONS), "whose experts; the config's own, or the tabletop's"
+)
 ASSETS = cli.string_flag("assets", "the simulator's assets", required=False)
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    module = importlib.import_module(DEMONSTRATIONS[BENCHMARK.value])
-    config = build_config(module.DemonstrationsConfig, CONFIG.value.to_dict())
+    values = CONFIG.value.to_dict()
+    benchmark = BENCHMARK.value or values.get("benchmark", "tabletop")
+    if benchmark not in DEMONSTRATIONS:
+        raise UserError(f"config.benchmark: {benchmark!r}, not one of {', '.join(DEMONSTRATIONS)}")
+    module = importlib.import_module(DEMONSTRATIONS[benchmark])
+    config = build_config(module.DemonstrationsConfig, values)
     folder = module.write_demonstrations(config, OUT.value, assets=ASSETS.value)
     print(f"{config.train_episodes} + {config.val_episodes} demonstrations in {folder}")
 

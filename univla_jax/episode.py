@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class Episode:
       state: float32 [T, P] proprioception, or None where the dataset has none.
       texts: further texts by kind, each one for the whole episode or one per step: ``"reasoning"``
         before an action, ``"question"`` and ``"answer"`` about a frame.
+      paraphrases: other instructions of the same episode; each training sample draws one of all.
+      metadata: what else the dataset says about the episode, by name, as JSON values; kept in the
+        token store.
     """
 
     instruction: str
@@ -35,6 +39,8 @@ class Episode:
     episode_id: str
     state: np.ndarray | None = None
     texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    paraphrases: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of steps T."""

@@ -8,6 +8,8 @@
         --conditions=policy,zero --out=FOLDER
     python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --policy=expert \\
         --config=configs/official.py:libero_video --config.action=FAST --out=FOLDER
+    python -m univla_jax.evaluate --benchmark=navsim --assets=DATA --suite=navtest \\
+        --checkpoint=WORKDIR --out=FOLDER --export=PREDICTIONS
     python -m univla_jax.evaluate --offline=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
     python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B [--out=FOLDER]
 
@@ -15,7 +17,8 @@ What is evaluated is an ``EvaluateConfig``, from ``--config``, from the flags, o
 the flags win. ``FOLDER`` gets ``report.json``, ``report.html``, ``episodes.jsonl`` (a line per
 episode, written at once), ``videos/`` and more, see ``evaluation/closed_loop.py``. Killed at any
 moment and started again, the command goes on with the missing episodes; finished, it says so.
-``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples actions.
+``--mesh.tensor`` and ``--mesh.fsdp`` split the model over
+chips. ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples actions.
 
 ``--plan=8`` samples eight chunks, imagines what each does, judges it and executes the best, with a
 checkpoint that was trained on all of that; ``--plan_by=random`` and ``divergence`` are baselines
@@ -26,6 +29,9 @@ without imagination. ``--rollouts`` leaves the episodes as a token store with ou
 experts act by default in all tasks of the suite that have one; with ``--config`` (a recipe of
 ``configs/official.py``) their actions take the way of a policy's: normalized by the recipe's
 statistics, encoded by its action tokenizer, and back.
+
+``--export`` writes the driving policy's ``<token>.json`` of each scene for NAVSIM's own scorer
+(``launch/navsim/prediction_agent.py``); it works without scene files.
 
 ``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
 token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
@@ -48,7 +54,9 @@ from univla_jax.inference.planning import CHOICES
 from univla_jax.inference.sampling import sampling_flags
 from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
 from univla_jax.simulators import BENCHMARKS, EXPERT_CHUNK
+from univla_jax.simulators.navsim.navsim_benchmark import export_predictions
 from univla_jax.tokenizers.action import load_action_tokenizer
+from univla_jax.training.model_setup import mesh_flags
 
 CONFIG = cli.config_flag(required=False)
 CHECKPOINT = cli.string_flag(
@@ -58,8 +66,15 @@ OUT = cli.string_flag("out", "folder for the results", required=False)
 POLICY = cli.string_flag(
     "policy", "instead of --checkpoint: ws://host:port, zero, random or expert", required=False
 )
+API_KEY_FILE = cli.string_flag(
+    "api_key_file", "file with the key of --policy=ws://...", required=False
+)
+EXPORT = cli.string_flag(
+    "export", "folder for a prediction per scene of navsim, as its agent reads it", required=False
+)
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 SAMPLING = sampling_flags()
+MESH = mesh_flags()
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
 
 # Field of ``EvaluateConfig`` -> the flag that overrides it.
@@ -132,7 +147,9 @@ def _evaluate_offline() -> None:
     if not SAMPLING().greedy:
         raise UserError("--offline compares greedy predictions; leave --temperature at 0")
     episodes = _FIELDS["episodes"].value or 0
-    found = offline.evaluate(CHECKPOINT.value, OFFLINE.value, OUT.value, episodes=episodes)
+    found = offline.evaluate(
+        CHECKPOINT.value, OFFLINE.value, OUT.value, episodes=episodes, place=MESH()
+    )
     print(f"{found['task']} on {found['episodes']} episodes of {found['store']}")
     print(offline.table(found))
     print(f"{OUT.value}/{offline.REPORT}")
@@ -147,6 +164,8 @@ def _evaluate_closed_loop() -> None:
         OUT.value,
         sampling=SAMPLING(),
         round_trip=_round_trip(),
+        place=MESH(),
+        api_key=cli.read_secret(API_KEY_FILE.value, "api_key_file") if API_KEY_FILE.value else "",
     )
     if was_finished:
         print(f"{OUT.value} holds this evaluation already")
@@ -154,6 +173,10 @@ def _evaluate_closed_loop() -> None:
     print(report.summary_table(found))
     print(" ".join(f"{key} {value}" for key, value in sorted(found["throughput"].items())))
     print(f"{OUT.value}/{closed_loop.REPORT}\n{OUT.value}/{closed_loop.PAGE}")
+    if EXPORT.value:
+        condition = found["protocol"]["conditions"][0]
+        count = export_predictions(closed_loop.read_episodes(OUT.value, condition), EXPORT.value)
+        print(f"{count} predictions of {condition!r} in {EXPORT.value}")
 
 
 def main(argv: list[str]) -> None:

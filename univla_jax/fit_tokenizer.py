@@ -3,10 +3,12 @@
     python -m univla_jax.fit_tokenizer --config=configs/quickstart.py:vision \\
         --source=DATASET_FOLDER --workdir=TOKENIZER_FOLDER
 
-The config's ``kind`` says which. The folder gets the tokenizer's files, for actions also
-``statistics.json``, and last ``fit.json`` with the config and what came out. Started again, the
-command says that the fit is finished; an interrupted image tokenizer continues from its newest
-checkpoint. Exit status: 0 done, 2 an error of the user, 83 stopped by SIGTERM with the step saved.
+The config's ``kind`` says which. ``--source`` is a dataset, or for text and actions token stores,
+with commas between several; ``--config.corpus`` then names their corpora, with commas, too. The
+folder gets the tokenizer's files, for actions also ``statistics.json``, and last ``fit.json`` with
+the config and what came out. Started again, the command says that the fit is finished; an
+interrupted image tokenizer continues from its newest checkpoint. Exit status: 0 done, 2 an error of
+the user, 83 stopped by SIGTERM with the step saved.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from absl import logging
 from univla_jax import cli, run_dir
 from univla_jax.config import build_config
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig, fit_action, fit_text
-from univla_jax.errors import UserError
-from univla_jax.training.distributed import EXIT_STATUS, Preempted
+from univla_jax.errors import ExitStatus, UserError
+from univla_jax.training.distributed import Preempted
 from univla_jax.training.vision_training import FREE, VisionFitConfig, fit_vision
 
 CONFIG = cli.config_flag()
-SOURCE = cli.string_flag("source", "dataset folder")
+SOURCE = cli.string_flag("source", "dataset folder, or token stores with commas")
 WORKDIR = cli.string_flag("workdir", "folder for the tokenizer")
 
 # A finished text or action fit belongs to all fields of its config. A vision fit is long, so fields
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
         report = fit_tokenizer(CONFIG.value.to_dict(), SOURCE.value, WORKDIR.value)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
-        return EXIT_STATUS
+        return ExitStatus.PREEMPTED
     print(f"{WORKDIR.value}: {json.dumps(report)}")
     return 0
 

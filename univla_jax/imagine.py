@@ -9,6 +9,8 @@
     python -m univla_jax.imagine --config=configs/quickstart.py:imagine --checkpoint=WORKDIR \\
         --source=RLDS_FOLDER --actions=recorded --out=FOLDER
 
+    python -m univla_jax.imagine --config=configs/road.py:imagine --checkpoint=WORKDIR --out=FOLDER
+
 The first form writes ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
 ``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
 last frame given. Started again on finished results, the command says so. The second continues a
@@ -17,7 +19,9 @@ picture of your own. The third lets the frames follow given actions: those that 
 units, a whole number of the model's action chunks; it writes ``obeyed.png`` (real above imagined)
 and ``obey.json``. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera;
 ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples frames instead of taking the
-likeliest.
+likeliest. The third imagines scenes of the embedded road under the true and a changed steering,
+which the true renderer judges: ``steering.png``, ``steering.json``.
+``--mesh.tensor`` and ``--mesh.fsdp`` split the model over chips.
 """
 
 from __future__ import annotations
@@ -31,9 +35,11 @@ from univla_jax import cli
 from univla_jax.cli import format_table
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.evaluation import imagined_episodes, obeyed_episodes
+from univla_jax.evaluation import imagined_episodes, obeyed_episodes, steered_imagination
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
+from univla_jax.evaluation.steered_imagination import SteeringConfig
 from univla_jax.inference.sampling import sampling_flags
+from univla_jax.training.model_setup import mesh_flags
 
 CONFIG = cli.config_flag()
 CHECKPOINT = cli.string_flag("checkpoint", "world-model checkpoint, or its training's workdir")
@@ -45,6 +51,7 @@ ACTIONS = cli.string_flag(
 )
 OUT = cli.string_flag("out", "folder for the results")
 SAMPLING = sampling_flags()
+MESH = mesh_flags()
 
 _SHOWN = {
     "imagined": "imagined",
@@ -68,7 +75,11 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    config = build_config(ImagineConfig, CONFIG.value.to_dict())
+    values = CONFIG.value.to_dict()
+    if "turn" in values:  # of a SteeringConfig
+        _imagine_steering(build_config(SteeringConfig, values))
+        return
+    config = build_config(ImagineConfig, values)
     if (SOURCE.value is None) == (IMAGE.value is None):
         raise UserError("give either --source (real episodes) or --image (a picture)")
     if ACTIONS.value is not None:
@@ -88,12 +99,13 @@ def main(argv: list[str]) -> None:
             INSTRUCTION.value,
             OUT.value,
             sampling=SAMPLING(),
+            place=MESH(),
         )
         _print_paths(imagined_episodes.picture_files(config))
         return
     was_finished = imagined_episodes.finished(OUT.value)
     report = imagined_episodes.imagine(
-        config, CHECKPOINT.value, SOURCE.value, OUT.value, sampling=SAMPLING()
+        config, CHECKPOINT.value, SOURCE.value, OUT.value, sampling=SAMPLING(), place=MESH()
     )
     if was_finished:
         print(f"{OUT.value} holds these results already")
@@ -102,6 +114,19 @@ def main(argv: list[str]) -> None:
     for name, value in report.get("true_state", {}).items():
         print(f"{name.replace('_', ' ')}: {100 * value:.1f} %")
     _print_paths([*imagined_episodes.picture_files(config), imagined_episodes.REPORT])
+
+
+def _imagine_steering(config: SteeringConfig) -> None:
+    report = steered_imagination.imagine_steering(
+        config, CHECKPOINT.value, OUT.value, sampling=SAMPLING()
+    )
+    right = report["right"]
+    ends = f"{100 * right['low']:.1f} - {100 * right['high']:.1f}"
+    print(
+        f"{right['successes']} of {right['episodes']} frames imagined under a changed steering "
+        f"differ in its direction: {100 * right['rate']:.1f} % (95 %: {ends})"
+    )
+    _print_paths([steered_imagination.STRIPS, steered_imagination.REPORT])
 
 
 def _print_paths(names: Sequence[str]) -> None:

@@ -6,9 +6,12 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
+import io
 import itertools
 import json
+import mmap
 import os
 import pathlib
 import resource
@@ -21,18 +24,34 @@ from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
+from etils.epath import gpath
 
+from univla_jax import buckets
+from univla_jax.buckets import PathLike, is_remote
 from univla_jax.errors import UserError
 
-PathLike = str | os.PathLike[str]
 P = TypeVar("P", bound=pathlib.PurePath)
 _PARTIAL = ".partial"
 
 
-def absolute_path(path: PathLike) -> epath.Path:
+class LiteralPath(gpath.PosixGPath):
+    """An ``epath.Path`` whose own name is never taken for a pattern.
+
+    ``epath`` hands a folder's name to ``glob`` as part of the pattern, so that below ``run[v2]``
+    nothing is found, by Orbax neither, which is given paths of this class.
+    """
+
+    def glob(self, pattern: str) -> Iterator[LiteralPath]:
+        """Entries of this folder whose name matches ``pattern``, which has no slash."""
+        if not self.is_dir():
+            return iter(())
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+
+def absolute_path(path: PathLike) -> LiteralPath:
     """A local path made absolute, a ``gs://`` path as it is."""
-    path = epath.Path(path)
-    return path if "://" in os.fspath(path) else path.absolute()
+    path = LiteralPath(path)
+    return path if is_remote(path) else path.absolute()
 
 
 # ----------------------------------------------------------------------------
@@ -44,22 +63,52 @@ def partial_path(path: P) -> P:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
 
 
-def remove_partial(folder: pathlib.Path) -> None:
+def remove_partial(folder: pathlib.PurePath) -> None:
     """Removes what killed processes left unfinished in ``folder`` and the folders in it."""
-    for path in folder.rglob(f".*{_PARTIAL}"):
-        path.unlink(missing_ok=True)
+    if not is_remote(folder):  # in a bucket nothing is there before it is whole
+        for path in pathlib.Path(folder).rglob(f".*{_PARTIAL}"):
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
     """Writes or replaces a file, in a folder that exists."""
+    if is_remote(path):
+        buckets.filesystem().pipe_file(os.fspath(path), content)
+        return
     path = epath.Path(path)
     partial = partial_path(path)
     with partial.open("wb") as file:
         file.write(content)
-        if hasattr(file, "fileno"):  # a local file; an object in a bucket has none
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+
+
+def create_bytes(path: PathLike, content: bytes) -> bool:
+    """Writes a file that must not exist yet, in a folder that exists; whole or not at all.
+
+    Of several processes that do this at once, one succeeds.
+
+    Returns:
+      whether it was written; False where there was one already.
+    """
+    if is_remote(path):
+        return buckets.create(path, content)
+    path = epath.Path(path)
+    partial = partial_path(path)
+    partial.write_bytes(content)
+    try:
+        os.link(partial, path)  # the one call that fails where the name is taken
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if path.exists():
+            return False
+        partial.replace(path)
+        return True
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -77,11 +126,16 @@ def new_folder(path: PathLike) -> Iterator[epath.Path]:
     """Context of a folder beside ``path`` that takes its name when the body ends.
 
     The temporary name is fixed, so that what a killed process left there is removed the next time.
+    A folder in a bucket is made on the local disk and uploaded, the files at its top last.
 
     Args:
       path: absent, or an empty folder.
     """
     path = epath.Path(path)
+    if is_remote(path):
+        with buckets.staged_folder(path) as staged:
+            yield staged
+        return
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     partial.rmtree(missing_ok=True)
     partial.mkdir(parents=True)
@@ -92,6 +146,25 @@ def new_folder(path: PathLike) -> Iterator[epath.Path]:
         partial.rename(path)
     finally:
         partial.rmtree(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: PathLike) -> Iterator[pathlib.Path]:
+    """Context of a local file that becomes ``path`` when the body ends, for libraries that write.
+
+    Its suffix may be another one, so that the library must be told the format.
+    """
+    if is_remote(path):
+        with buckets.staged_file(path) as staged:
+            yield staged
+        return
+    final = pathlib.Path(path)
+    partial = partial_path(final)
+    try:
+        yield partial
+        partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------
@@ -180,6 +253,30 @@ def fingerprint(files: Mapping[str, bytes]) -> str:
 
 
 # ----------------------------------------------------------------------------
+# What lies in a file's place when a download went wrong.
+
+
+_FOREIGN = (
+    (b"version https://git-lfs", "it is a Git LFS pointer, run `git lfs pull` in its folder"),
+    (b"\x1f\x8b", "it is compressed with gzip, unpack it first"),
+    (b"<!DOCTYPE", "it is a web page, download the file again"),
+    (b"<html", "it is a web page, download the file again"),
+)
+
+
+def describe_foreign(path: PathLike) -> str:
+    """What a file holds instead of data, as `` (it is empty)``; empty where that is unknown."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    if not head.strip(b"\0"):
+        return " (it begins with nothing but zeros)" if head else " (it is empty)"
+    return next((f" ({what})" for start, what in _FOREIGN if head.startswith(start)), "")
+
+
+# ----------------------------------------------------------------------------
 # The small files of a tokenizer. It keeps the bytes it was loaded from, so that saving it again
 # changes nothing and its fingerprint stays the same wherever the folder lies.
 
@@ -246,8 +343,23 @@ def _read_lines(path: PathLike) -> tuple[list[dict[str, Any]], int]:
     return lines, end
 
 
+def open_log(path: PathLike, end: int = 0) -> io.BufferedWriter | buckets.RewrittenFile:
+    """Opens a file to append to, in a folder that exists.
+
+    Args:
+      path: the file; made where it is absent.
+      end: bytes of it that stay.
+    """
+    if is_remote(path):
+        found = epath.Path(path)
+        return buckets.RewrittenFile(path, found.read_bytes()[:end] if found.exists() else b"")
+    file = pathlib.Path(path).open("ab")  # noqa: SIM115, the caller closes it
+    file.truncate(end)
+    return file
+
+
 class JsonlWriter(contextlib.AbstractContextManager):
-    """Append-only JSONL, one fsync per record; local files only.
+    """Append-only JSONL, one fsync per record; in a bucket an upload every few seconds.
 
     Attributes:
       path: the file.
@@ -260,17 +372,17 @@ class JsonlWriter(contextlib.AbstractContextManager):
         Raises:
           UserError: a line that is not a JSON object.
         """
-        self.path = pathlib.Path(path)
+        self.path = epath.Path(path)
         self.lines, end = _read_lines(path)
-        self._file = self.path.open("ab")
-        self._file.truncate(end)
+        self._file = open_log(path, end)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds a line; it is on disk when this returns."""
         text = json.dumps(dict(line), ensure_ascii=False, allow_nan=False)
         self._file.write(text.encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if isinstance(self._file, io.BufferedWriter):
+            os.fsync(self._file.fileno())
         self.lines.append(json.loads(text))
 
     def close(self) -> None:
@@ -295,6 +407,7 @@ class JsonlWriter(contextlib.AbstractContextManager):
 
 # Each record is its own chunk (group_size:1) and reads are random: no read-ahead, no threads.
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_CRC_PIECE = 256 << 10
 _MAX_OPEN_FILES = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
@@ -320,7 +433,10 @@ class Shard:
 
 
 class ShardedRecords:
-    """The records of several shards as one sequence of ``bytes``; picklable and thread-safe."""
+    """The records of several shards as one sequence; picklable and thread-safe.
+
+    A record is ``bytes``, or a view of them where the format allows one without a copy (TFRecord).
+    """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         """Takes the shards in order; opens none of them."""
@@ -332,7 +448,7 @@ class ShardedRecords:
         """Number of records in all shards together."""
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: int) -> bytes | memoryview:
         """One record.
 
         Raises:
@@ -408,15 +524,21 @@ _open_shards = _OpenShards()
 
 
 def _open_shard(shard: Shard) -> _ArrayRecordFile | _TfRecordFile:
-    if not os.path.isfile(shard.path):
+    try:
+        file = buckets.local_file(shard.path)
+    except FileNotFoundError:
+        file = ""
+    if not os.path.isfile(file):
         raise UserError(f"shard {shard.path} is missing; restore or regenerate the dataset")
     is_tfrecord = ".tfrecord" in os.path.basename(shard.path)
-    reader = (_TfRecordFile if is_tfrecord else _ArrayRecordFile)(shard.path)
+    reader = (_TfRecordFile if is_tfrecord else _ArrayRecordFile)(file)
     if reader.num_records != shard.records:
+        foreign = describe_foreign(shard.path) or (
+            "; it is damaged, truncated or not the file its dataset describes"
+        )
         raise UserError(
             f"shard {shard.path} holds {reader.num_records} readable records, expected "
-            f"{shard.records}; it is truncated or not the file its dataset describes; restore or "
-            "regenerate it"
+            f"{shard.records}{foreign}; restore or regenerate it"
         )
     return reader
 
@@ -435,31 +557,59 @@ class _ArrayRecordFile:
 
 
 class _TfRecordFile:
-    """One TFRecord file; its checksums are not verified."""
+    """One TFRecord file; a record whose two checksums are zero, never written, is not verified."""
 
     _HEADER, _FOOTER = struct.Struct("<QI"), 4
 
     def __init__(self, path: str) -> None:
         # A record is its length u64, a checksum of the length u32, the data, and a checksum of
         # the data u32. The file has no index, so the positions are found once by jumping from
-        # length to length. A record that reaches beyond the end of the file is not counted, which
-        # makes a truncated file show in the number of records.
-        self._path = path
-        self._spans: list[tuple[int, int]] = []
-        size, start = os.path.getsize(path), self._HEADER.size
-        with open(path, "rb") as file:
-            while start <= size:
-                file.seek(start - self._HEADER.size)
-                length, _ = self._HEADER.unpack(file.read(self._HEADER.size))
-                following = start + length + self._FOOTER
-                if following > size:
-                    break
-                self._spans.append((start, length))
-                start = following + self._HEADER.size
+        # length to length. A record that reaches beyond the end of the file or whose length has
+        # another checksum ends the search, which makes it show in the number of records.
+        self._data = _map_file(path)
+        self._spans: list[tuple[int, int, bool]] = []
+        size, start = len(self._data), self._HEADER.size
+        while start <= size:
+            header = self._data[start - self._HEADER.size : start]
+            length, checksum = self._HEADER.unpack(header)
+            following = start + length + self._FOOTER
+            intact = checksum == _masked_crc(header[:8]) or (not checksum and length)
+            if following > size or not intact:
+                break
+            self._spans.append((start, length, checksum == 0))
+            start = following + self._HEADER.size
         self.num_records = len(self._spans)
 
-    def read(self, index: int) -> bytes:
-        start, length = self._spans[index]
-        with open(self._path, "rb") as file:
-            file.seek(start)
-            return file.read(length)
+    def read(self, index: int) -> memoryview:
+        start, length, unverified = self._spans[index]
+        record, end = self._data[start : start + length], start + length
+        checksum = int.from_bytes(self._data[end : end + self._FOOTER], "little")
+        if checksum != _masked_crc(record) and (checksum or not unverified):
+            raise OSError("its checksum is wrong")
+        return record
+
+
+def tfrecord_frame(record: bytes) -> bytes:
+    """A record as it lies in a TFRecord file, with its length and both checksums."""
+    length = struct.pack("<Q", len(record))
+    checksums = (struct.pack("<I", _masked_crc(part)) for part in (length, record))
+    return b"".join((length, next(checksums), record, next(checksums)))
+
+
+def _map_file(path: str) -> memoryview:
+    """A file in memory without reading it: a record of which little is used is hardly copied."""
+    with open(path, "rb") as file:
+        if not os.path.getsize(path):
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _masked_crc(data: bytes | memoryview) -> int:
+    """The CRC-32C of TFRecord files, rotated and shifted as there."""
+    import google_crc32c
+
+    # It takes ``bytes`` alone; pieces of a view are copied while they are in the cache.
+    crc = 0
+    for start in range(0, len(data), _CRC_PIECE):
+        crc = google_crc32c.extend(crc, bytes(data[start : start + _CRC_PIECE]))
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -15,6 +15,10 @@ import numpy as np
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
 
+QUANTILES, MIN_MAX, IDENTITY = "quantiles", "min_max", "identity"
+NORMALIZATIONS = (QUANTILES, MIN_MAX, IDENTITY)
+"""What becomes -1 and 1: the 1 % and 99 % quantile, the least and greatest value, or -1 and 1."""
+
 _BINS = 5000
 _EDGE_PADDING = 1e-10
 _DIVISION_GUARD = 1e-8
@@ -27,9 +31,10 @@ class ActionStatistics:
     Attributes:
       mean: A values.
       std: A values, population standard deviation.
-      q01: A values, 1 % quantile; ``normalize`` maps it to -1.
-      q99: A values, 99 % quantile; ``normalize`` maps it to 1.
+      q01: A values that ``normalize`` maps to -1: the 1 % quantile, or what ``kinds`` says.
+      q99: A values that ``normalize`` maps to 1: the 99 % quantile, or what ``kinds`` says.
       count: number of steps, 0 where it is not known.
+      kinds: A of ``NORMALIZATIONS``; empty where all dimensions have quantiles.
     """
 
     mean: tuple[float, ...]
@@ -37,6 +42,7 @@ class ActionStatistics:
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     count: int = 0
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises UserError for fields that do not fit together."""
@@ -44,6 +50,7 @@ class ActionStatistics:
         lengths = {name: len(values) for name, values in fields.items()}
         if len(set(lengths.values())) != 1 or not len(self.mean):
             raise UserError(f"action statistics: fields of different lengths {lengths}")
+        check_kinds(self.kinds, len(self.mean))
         if not all(np.isfinite(values).all() for values in fields.values()):
             raise UserError("action statistics: a value is not finite; recompute them")
         if np.any(np.asarray(self.q01) > self.q99):
@@ -96,9 +103,11 @@ class ActionStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers for JSON."""
+        # Without ``kinds`` where there are none, as in the files written before there were any.
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
+            if name != "kinds" or value
         }
 
     @classmethod
@@ -109,6 +118,15 @@ class ActionStatistics:
           UserError: a missing or unknown key, or fields that do not fit together.
         """
         return build_config(cls, values, where="action statistics")
+
+
+def check_kinds(kinds: Sequence[str], dimensions: int | None = None) -> None:
+    """Raises UserError unless these are ``NORMALIZATIONS``, one per dimension or none."""
+    unknown = sorted(set(kinds) - set(NORMALIZATIONS))
+    if unknown:
+        raise UserError(f"normalization {unknown[0]!r} is not one of {', '.join(NORMALIZATIONS)}")
+    if kinds and dimensions not in (None, len(kinds)):
+        raise UserError(f"{len(kinds)} normalizations for {dimensions} dimensions; give one each")
 
 
 class RunningStatistics:
@@ -154,23 +172,40 @@ class RunningStatistics:
         if len(steps):
             self._accumulate(steps)
 
-    def statistics(self) -> ActionStatistics:
+    def statistics(self, kinds: Sequence[str] = ()) -> ActionStatistics:
         """Statistics of all steps so far.
 
-        A quantile is the left edge of the first bin whose cumulative count reaches its share.
+        A quantile is the left edge of the first bin whose cumulative count reaches its share. Where
+        both quantiles of a dimension lie in one bin but its values do not, it moves in under two
+        percent of the steps, as a rarely used gripper; between its quantiles it would never move
+        again, so it takes "min_max" instead.
+
+        Args:
+          kinds: per dimension one of ``NORMALIZATIONS``; all "quantiles" when empty.
 
         Raises:
-          UserError: fewer than two steps.
+          UserError: fewer than two steps, or another number of kinds.
         """
+        check_kinds(kinds, len(self._low))
         if self._count < 2:
             raise UserError(f"statistics need at least 2 steps, got {self._count}")
         variance = np.maximum(0, self._mean_of_squares - self._mean**2)
+        low, high = np.array(self._quantile(0.01)), np.array(self._quantile(0.99))
+        bins = (self._high - self._low) / _BINS
+        frozen = (high - low < 1.5 * bins) & (self._high > self._low)
+        found = np.array(kinds or [QUANTILES] * len(low))
+        found[frozen & (found == QUANTILES)] = MIN_MAX
+        low, high = (
+            np.select([found == MIN_MAX, found == IDENTITY], [edge, bound], quantile)
+            for quantile, edge, bound in ((low, self._low, -1.0), (high, self._high, 1.0))
+        )
         return ActionStatistics(
             mean=tuple(self._mean.tolist()),
             std=tuple(np.sqrt(variance).tolist()),
-            q01=self._quantile(0.01),
-            q99=self._quantile(0.99),
+            q01=tuple(low.tolist()),
+            q99=tuple(high.tolist()),
             count=self._count,
+            kinds=tuple(found.tolist()) if (found != QUANTILES).any() else (),
         )
 
     def _accumulate(self, steps: np.ndarray) -> None:
@@ -188,16 +223,20 @@ class RunningStatistics:
         return tuple(float(edges[np.searchsorted(np.cumsum(n), target)]) for edges, n in pairs)
 
 
-def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStatistics:
+def stream_statistics(
+    batches: Callable[[], Iterable[np.ndarray]], kinds: Sequence[str] = ()
+) -> ActionStatistics:
     """Statistics of a stream too large for memory, in two passes: the range, then the histogram.
 
     The result does not depend on how the steps are cut into batches.
 
     Args:
       batches: called twice; each time yields the same batches [N, A].
+      kinds: per dimension one of ``NORMALIZATIONS``; see ``RunningStatistics.statistics``.
 
     Raises:
-      UserError: no steps, batches that do not fit together, or values that are not finite.
+      UserError: no steps, batches that do not fit together, values that are not finite, or another
+        number of kinds.
     """
     # Two passes, because the bins of the histogram need the range first. Sorting all values would
     # give exact quantiles, but the actions of a large mixture do not fit into memory.
@@ -212,15 +251,18 @@ def stream_statistics(batches: Callable[[], Iterable[np.ndarray]]) -> ActionStat
     running = RunningStatistics(low, high)
     for batch in batches():
         running.update(batch)
-    return running.statistics()
+    return running.statistics(kinds)
 
 
-def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """All windows of ``length`` steps inside each episode, one step apart.
+def sliding_windows(
+    episodes: Sequence[np.ndarray], length: int, *, most: int | None = None
+) -> np.ndarray:
+    """Windows of ``length`` steps inside each episode, one step apart.
 
     Args:
       episodes: each [steps, A].
       length: T.
+      most: when there are more, evenly spread ones are taken; None takes all.
 
     Returns:
       [N, T, A], in order.
@@ -228,13 +270,18 @@ def sliding_windows(episodes: Sequence[np.ndarray], length: int) -> np.ndarray:
     Raises:
       UserError: every episode is shorter than one window.
     """
-    # Views, not copies, until the final concatenation.
+    # Views, not copies, until the final concatenation, which takes every ``stride``-th window of
+    # the whole sequence of them: a large corpus has more windows than fit into memory.
     long_enough = [np.asarray(actions) for actions in episodes if len(actions) >= length]
     if not long_enough:
         longest = max(map(len, episodes), default=0)
         raise UserError(f"chunks of {length} steps wanted, the longest episode has {longest}")
     windows = [np.lib.stride_tricks.sliding_window_view(a, length, axis=0) for a in long_enough]
-    return np.concatenate(windows).swapaxes(1, 2)
+    counts = np.array([len(each) for each in windows])
+    stride = 1 if most is None else -(-int(counts.sum()) // most)
+    firsts = -np.concatenate([[0], np.cumsum(counts)[:-1]]) % stride
+    chosen = [each[first::stride] for each, first in zip(windows, firsts)]
+    return np.concatenate(chosen).swapaxes(1, 2)
 
 
 def state_key(corpus: str) -> str:

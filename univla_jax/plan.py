@@ -22,8 +22,9 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.config import build_config
 from univla_jax.planning.decode_plan import plan_decoding
+from univla_jax.planning.plan_search import search_plans, search_table
 from univla_jax.planning.topologies import find_topology
-from univla_jax.planning.training_plan import plan_training, search_plans, search_table
+from univla_jax.planning.training_plan import plan_training
 from univla_jax.training.train_config import TrainConfig
 
 CONFIG = cli.config_flag()

@@ -29,6 +29,7 @@ def check_config(
     name: str = CONFIG_FILE,
     extra: Mapping[str, Any] | None = None,
     free: Iterable[str] = (),
+    force: bool = False,
 ) -> bool:
     """Checks that ``folder`` is new or belongs to this config; changes nothing.
 
@@ -38,6 +39,7 @@ def check_config(
       name: file in the folder that holds the config.
       extra: JSON values beside the fields of the config, such as the checkpoint they are used on.
       free: dotted keys which may change between two starts, with all below them.
+      force: accept any other change as well; ``config_changes`` tells which there are.
 
     Returns:
       whether the folder holds the config already.
@@ -48,8 +50,20 @@ def check_config(
     file = epath.Path(folder) / name
     if not file.exists():
         return False
-    _check_same(file.parent, io.read_json(file), config, extra or {}, free)
+    if not force:
+        _check_same(file.parent, io.read_json(file), config, extra or {}, free)
     return True
+
+
+def config_changes(
+    folder: PathLike, config: Any, *, name: str = CONFIG_FILE, free: Iterable[str] = ()
+) -> list[str]:
+    """``"key was X, is Y"`` for each key that ``check_config`` would refuse; none in a new folder.
+
+    The arguments are those of ``check_config``.
+    """
+    file = epath.Path(folder) / name
+    return _changes(file.parent, io.read_json(file), config, {}, free) if file.exists() else []
 
 
 def write_config(
@@ -58,16 +72,26 @@ def write_config(
     *,
     name: str = CONFIG_FILE,
     extra: Mapping[str, Any] | None = None,
+    free: Iterable[str] = (),
+    force: bool = False,
 ) -> None:
     """Makes ``folder`` the folder of this config; the arguments are those of ``check_config``.
 
+    Any number of processes may do so at once: the first one names the config, the others find the
+    same there, or are refused.
+
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written, or another process made it the folder of another config.
     """
     file = epath.Path(folder) / name
+    content = io.dump_json({**io.json_values(config), **(extra or {})})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        io.write_json(file, {**io.json_values(config), **(extra or {})})
+        if not file.exists() and io.create_bytes(file, content):
+            return
+        if file.read_bytes() != content:
+            check_config(folder, config, name=name, extra=extra, free=free, force=force)
+            io.write_bytes(file, content)
     except OSError as error:
         raise UserError(f"{file.parent} cannot be written: {error}") from error
 
@@ -144,18 +168,28 @@ def _check_same(
     free: Iterable[str],
 ) -> None:
     """Raises UserError unless ``saved`` is ``config`` with ``extra``, but for the free keys."""
+    changed = _changes(folder, saved, config, extra, free)
+    if changed:
+        raise UserError(
+            f"{folder} belongs to another config: {'; '.join(changed)}; use its values, or another "
+            "folder"
+        )
+
+
+def _changes(
+    folder: epath.Path,
+    saved: Mapping[str, Any],
+    config: Any,
+    extra: Mapping[str, Any],
+    free: Iterable[str],
+) -> list[str]:
     if not isinstance(config, Mapping):
         # By way of today's dataclass: a field renamed since then takes its new name, a field that
         # did not exist yet its default, which is what the older program did.
         fields = {key: value for key, value in saved.items() if key not in extra}
         beside = {key: value for key, value in saved.items() if key in extra}
         saved = io.json_values(build_config(type(config), fields, where=str(folder))) | beside
-    changed = differences(saved, {**io.json_values(config), **extra}, free=free)
-    if changed:
-        raise UserError(
-            f"{folder} belongs to another config: {'; '.join(changed)}; use its values, or another "
-            "folder"
-        )
+    return differences(saved, {**io.json_values(config), **extra}, free=free)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Serves a policy checkpoint to robots over a websocket with openpi's protocol.
 
     python -m univla_jax.serve --checkpoint=WORKDIR --port=8000
+    python -m univla_jax.serve --checkpoint=WORKDIR --mesh.tensor=4 --int8
 
 ``openpi_client.websocket_client_policy.WebsocketClientPolicy("localhost", 8000)`` works unchanged;
 ``serving/protocol.py`` lists the keys. The port opens once all batch sizes are compiled; later
 starts find the compiled functions in ``--compiled``. ``GET /healthz`` answers while the server
-runs, ``GET /metrics`` is for Prometheus. On SIGTERM, requests under way are finished. Needs
+runs, ``GET /metrics`` is for Prometheus. Connections and refusals are logged on standard error. On
+SIGTERM, requests under way are finished. Needs
 ``pip install '.[serve]'``.
 """
 
@@ -13,16 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging as standard_logging
+import os
 import sys
 import time
+from collections.abc import Callable
 
 from absl import flags, logging
 
 from univla_jax import cli
 from univla_jax.errors import UserError
 from univla_jax.inference.sampling import sampling_flags
+from univla_jax.training.model_setup import mesh_flags
 
 _BEGIN = time.perf_counter()
+_DEFAULT_COMPILED = "~/.cache/univla_jax/compiled"
 
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
 CORPUS = cli.string_flag("corpus", "corpus whose cameras and statistics are used", required=False)
@@ -41,6 +48,7 @@ SPECULATIVE_BLOCK = flags.DEFINE_integer(
     "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
 )
 SAMPLING = sampling_flags()
+MESH = mesh_flags()
 CACHE_GIB = flags.DEFINE_float(
     "cache_gib", 0.0, "GiB per device of caches kept between calls; 0 takes what is free"
 )
@@ -50,9 +58,25 @@ WINDOW_MS = flags.DEFINE_float("window_ms", 5.0, "milliseconds a request waits f
 QUEUE = flags.DEFINE_integer("queue", 64, "most requests that wait; more are refused")
 MAX_CONNECTIONS = flags.DEFINE_integer("max_connections", 64, "most robots connected")
 MAX_MESSAGE_MB = flags.DEFINE_integer("max_message_mb", 16, "largest request, in MiB")
-DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30.0, "seconds a stop waits for requests")
+DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 20.0, "seconds a stop waits for requests")
+IDLE_SECONDS = flags.DEFINE_float(
+    "idle_seconds", 3600.0, "seconds after which a silent robot is disconnected; 0 for never"
+)
+FORGET_AFTER_SECONDS = flags.DEFINE_float(
+    "forget_after_seconds",
+    0.0,
+    "silence that starts an episode of a robot that names none; 0 starts one per request",
+)
+CAMERA_SIZES = flags.DEFINE_list(
+    "camera_sizes", [], "CAMERA=HEIGHTxWIDTH,... of the training data, where not as the policy sees"
+)
+MAX_INSTRUCTION_TOKENS = flags.DEFINE_integer(
+    "max_instruction_tokens", 64, "longest instruction; longer ones are refused"
+)
 COMPILED = cli.string_flag(
-    "compiled", "folder of compiled functions", default="~/.cache/univla_jax/compiled"
+    "compiled",
+    f"folder of compiled functions; {_DEFAULT_COMPILED} by default, where it can be written",
+    required=False,
 )
 
 
@@ -60,12 +84,14 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.WARNING)
+    standard_logging.getLogger("univla_jax.serving").setLevel(standard_logging.INFO)
     try:
         from univla_jax.serving import startup
         from univla_jax.serving.server import ServerConfig
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs the package {error.name}: pip install .[serve]") from error
-    from univla_jax.inference.policy import Execution, Executor, Policy
+    from univla_jax.inference.execution import Execution, Executor
+    from univla_jax.inference.policy import Policy
 
     # What can be wrong with the command line is found first: loading and compiling an 8B policy
     # takes minutes, and a port that is taken should not cost them.
@@ -78,24 +104,45 @@ def main(argv: list[str]) -> None:
         max_connections=MAX_CONNECTIONS.value,
         max_message_bytes=MAX_MESSAGE_MB.value * 2**20,
         drain_seconds=DRAIN_SECONDS.value,
-        api_key=startup.read_api_key(API_KEY_FILE.value) if API_KEY_FILE.value else API_KEY.value,
+        idle_seconds=IDLE_SECONDS.value,
+        forget_after_seconds=FORGET_AFTER_SECONDS.value,
+        camera_sizes=startup.parse_camera_sizes(CAMERA_SIZES.value),
+        api_key=(
+            cli.read_secret(API_KEY_FILE.value, "api_key_file")
+            if API_KEY_FILE.value
+            else API_KEY.value
+        ),
     )
     tls = startup.tls_context(TLS_CERT.value, TLS_KEY.value)
     execution = Execution(EXECUTION.value, EXECUTE_STEPS.value, ENSEMBLE_DECAY.value)
     startup.check_port(config.host, config.port)
-    startup.enable_compilation_cache(COMPILED.value)
+    _keep_compiled(startup.enable_compilation_cache)
     policy = Policy.load(
         CHECKPOINT.value,
         corpus=CORPUS.value,
         speculative_block=SPECULATIVE_BLOCK.value,
         sampling=SAMPLING(),
         int8=INT8.value,
+        place=MESH(),
+        max_instruction_tokens=MAX_INSTRUCTION_TOKENS.value,
     )
     executor = Executor(policy, execution)
     max_batch = startup.warmup(policy, config.max_batch, _report)
     config = dataclasses.replace(config, max_batch=max_batch)
     startup.plan_memory(policy, max_batch, CACHE_GIB.value, _report)
-    asyncio.run(startup.serve(executor, config, tls, _report))
+    if not asyncio.run(startup.serve(executor, config, tls, _report)):
+        os._exit(0)  # the call under way would be waited for
+
+
+def _keep_compiled(enable: Callable[[str], None]) -> None:
+    """Keeps compiled functions in the folder named, or in the default one if that is possible."""
+    if COMPILED.value is not None:
+        enable(COMPILED.value)
+        return
+    try:
+        enable(_DEFAULT_COMPILED)
+    except UserError as error:
+        _report(f"compiled functions are not kept: {error}")
 
 
 def _report(message: str) -> None:

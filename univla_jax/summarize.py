@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univla_jax import cli, io, run_dir
 from univla_jax.cli import format_table
@@ -57,7 +57,8 @@ def write_learning_curves(path: str | os.PathLike[str], stages: Mapping[str, Lin
         _label(accuracy, "next-token accuracy")
         accuracy.set_ylim(0, 1)
         accuracy.set_xlabel("optimizer step")
-    FigureCanvasAgg(figure).print_png(os.fspath(path))
+    with io.new_file(path) as file:
+        FigureCanvasAgg(figure).print_png(os.fspath(file))
 
 
 def _draw(axes: Any, lines: Lines, name: str, label: str, modality: str) -> None:
@@ -131,7 +132,7 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       UserError: nothing there, or a result that is damaged.
     """
-    root = pathlib.Path(workdir)
+    root = io.absolute_path(workdir)
     lines = {name: io.read_jsonl(root / name / metrics.METRICS_FILE) for name in _RUNS}
     lines = {name: found for name, found in lines.items() if found}
     report = {
@@ -163,21 +164,21 @@ def summary_table(report: Mapping[str, Any]) -> str:
     return format_table(rows, left=2)
 
 
-def _result(path: pathlib.Path) -> dict[str, Any]:
+def _result(path: epath.Path) -> dict[str, Any]:
     return io.read_json(path) if path.exists() else {}
 
 
-def _tokenizers(folder: pathlib.Path) -> dict[str, Any]:
+def _tokenizers(folder: epath.Path) -> dict[str, Any]:
     found = {name: _result(folder / name / run_dir.FIT_FILE) for name in _FITS}
     return {name: value["report"] for name, value in found.items() if value.get("report")}
 
 
-def _tokens(folder: pathlib.Path) -> dict[str, Any]:
+def _tokens(folder: epath.Path) -> dict[str, Any]:
     complete = [split for split in _SPLITS if (folder / split / MANIFEST).exists()]
     return {split: _store(folder / split) for split in complete}
 
 
-def _store(folder: pathlib.Path) -> dict[str, Any]:
+def _store(folder: epath.Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     return {
         "episodes": manifest.episodes,
@@ -206,7 +207,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _stages(path: pathlib.Path) -> dict[str, Any]:
+def _stages(path: epath.Path) -> dict[str, Any]:
     """Wall time and peak memory of each stage, over all attempts at it."""
     stages: dict[str, dict[str, float]] = {}
     # A stage that was killed and resumed has several lines: its time is their sum, its peak the
@@ -224,9 +225,9 @@ def _stages(path: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _attempts(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _attempts(path: epath.Path) -> Iterator[dict[str, Any]]:
     """The lines of ``launch/stage.py``, without one that a crash cut short."""
-    for text in path.read_text("utf-8").splitlines() if path.exists() else ():
+    for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(text)
 

@@ -13,7 +13,6 @@ nothing: it recomputes the checksums of finished stores and encodes some of thei
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from absl import flags
@@ -23,6 +22,7 @@ from univla_jax.config import build_config
 from univla_jax.data.token_store import Manifest
 from univla_jax.data.tokenize import Part, TokenizeConfig, tokenize, verify_store
 from univla_jax.data.validation import describe_invalid
+from univla_jax.io import absolute_path
 from univla_jax.tokenizers.vision import VisionTokenizer
 
 CONFIG = cli.config_flag()
@@ -55,15 +55,15 @@ def _report(name: str, manifest: Manifest) -> None:
     print(f"{name}: {manifest.episodes} episodes, {manifest.frames} frames in {OUT.value}/{name}")
     if invalid:
         print(
-            f"{name}: {len(invalid)} of {header.source_episodes} episodes skipped "
-            f"(min_frames={header.min_frames}): {describe_invalid(invalid, 20)}",
+            f"{name}: {len(invalid)} of {header.source_episodes} episodes skipped: "
+            f"{describe_invalid(invalid, 10)}",
             file=sys.stderr,
         )
 
 
 def _verify(config: TokenizeConfig, vision: VisionTokenizer) -> None:
     for name in config.splits:
-        folder = pathlib.Path(OUT.value, name)
+        folder = absolute_path(OUT.value) / name
         result = verify_store(folder, config, SOURCE.value, vision)
         print(
             f"{name}: {result.shards} shards unchanged, {result.episodes} episodes encoded again, "

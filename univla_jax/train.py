@@ -7,7 +7,12 @@ The workdir gets ``config.json``, ``assets/`` (tokenizers, statistics), ``shardi
 split of every parameter), ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/<step>/``.
 Started again, the command continues from the newest checkpoint; after the last step it says so and
 ends. Exit status: 0 done, 2 something to mend (one line on standard error), 83 stopped by SIGTERM
-with the current step saved, 84 another process of the run was lost.
+with the current step saved, 84 another process of the run was lost, 85 a network or disk failed for
+now, 86 no progress for too long. After 83 to 86 the same command goes on.
+
+A run that is started again may change what leaves its mathematics alone: the mesh and the number of
+processes, remat, attention, accumulation, chunks, the folders that stores were moved to. Anything
+else is refused; ``--force`` goes on all the same, and records it in ``WORKDIR/forced.json``.
 
 ``--profile=START:STOP`` writes a trace of those steps, ``--wandb=PROJECT`` sends the metrics there
 too; TensorBoard gets times, rates, utilization and memory beside them.
@@ -22,22 +27,24 @@ names, elsewhere those of ``--coordinator=HOST:PORT --processes=N --process=I``.
 from __future__ import annotations
 
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import flags, logging
+from etils import epath
 
 from univla_jax import cli
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import intact_checkpoint
 from univla_jax.config import build_config
+from univla_jax.errors import ExitStatus
+from univla_jax.io import absolute_path, write_text
 from univla_jax.pipeline.inspect import render_examples
 from univla_jax.training.distributed import (
-    EXIT_STATUS,
     Preempted,
     ProcessGroupConfig,
-    StalledDataError,
-    exit_on_peer_failure,
     join,
+    leave_at_once,
 )
 from univla_jax.training.metrics import ProfileWindow
 from univla_jax.training.run_assets import build_assets
@@ -48,7 +55,7 @@ from univla_jax.training.train_loop import train
 # What a run would train on, as a page to look at.
 
 
-def inspect_data(config: TrainConfig, workdir: str | os.PathLike[str], count: int) -> pathlib.Path:
+def inspect_data(config: TrainConfig, workdir: str | os.PathLike[str], count: int) -> epath.Path:
     """Writes ``count`` training examples of a run to ``inspect.html`` in its workdir.
 
     Returns:
@@ -57,11 +64,12 @@ def inspect_data(config: TrainConfig, workdir: str | os.PathLike[str], count: in
     Raises:
       UserError: something in the config or the data to mend.
     """
-    folder = pathlib.Path(workdir)
-    page = render_examples(config.data, build_assets(config, folder), count)
+    folder = absolute_path(workdir)
+    assets = build_assets(config, intact_checkpoint(folder, Assets.load))
+    page = render_examples(config.data, assets, count)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "inspect.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
@@ -75,6 +83,9 @@ _COORDINATOR = flags.DEFINE_string("coordinator", "", "With --distributed: proce
 _PROCESSES = flags.DEFINE_integer("processes", 0, "With --distributed: how many processes")
 _PROCESS = flags.DEFINE_integer("process", -1, "With --distributed: number of this process")
 
+_FORCE = flags.DEFINE_bool(
+    "force", False, "Go on with another config than the workdir's; WORKDIR/forced.json records it"
+)
 _INSPECT = flags.DEFINE_integer(
     "inspect", 0, "Writes so many training examples to WORKDIR/inspect.html and trains nothing"
 )
@@ -94,14 +105,11 @@ def main(argv: Sequence[str]) -> int:
     if _DISTRIBUTED.value:
         join(ProcessGroupConfig(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     try:
-        with exit_on_peer_failure():
-            train(config, _WORKDIR.value, profile=profile, wandb=_WANDB.value)
+        with leave_at_once():
+            train(config, _WORKDIR.value, profile=profile, wandb=_WANDB.value, force=_FORCE.value)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
-        return EXIT_STATUS
-    except StalledDataError as stalled:
-        print(f"error: {stalled}", file=sys.stderr, flush=True)
-        os._exit(2)  # threads that still wait for the data would keep an ordinary exit from ending
+        return ExitStatus.PREEMPTED
     return 0
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 
 from univla_jax.data.datasets import DatasetConfig
+from univla_jax.data.readers import open_reader
+from univla_jax.data.validation import InvalidEpisode, read_episode
 from univla_jax.episode import Episode
 
 DATASET = DatasetConfig(
@@ -70,3 +72,18 @@ class MeanTokenizer:
         n, height, width, _ = frames.shape
         red = frames[..., 0].reshape(n, height // 8, 8, width // 8, 8)
         return red.mean((2, 4)).astype(np.uint16)
+
+
+def read_all(folder, config, split="train"):
+    """Every valid episode of a dataset by its id, and reason and filter of the others."""
+    reader = open_reader(folder, config, split)
+    valid, invalid = {}, {}
+    for index in range(len(reader)):
+        read = read_episode(
+            reader, index, min_frames=config.min_frames, image_sizes=reader.image_sizes
+        )
+        if isinstance(read, InvalidEpisode):
+            invalid[read.episode_id] = (read.reason, read.filter)
+        else:
+            valid[read.episode_id] = read
+    return valid, invalid

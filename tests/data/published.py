@@ -65,6 +65,10 @@ STRUCTURES = {
         },
         vector(7, np.float64),
         {
+            "action_dict": {
+                "cartesian_velocity": vector(6, np.float64),
+                "gripper_position": vector(1, np.float64),
+            },
             **_STEP_TEXT,
             "language_instruction_2": KINDS.Text(),
             "language_instruction_3": KINDS.Text(),

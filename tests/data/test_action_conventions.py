@@ -44,3 +44,23 @@ def test_aloha_chunks_are_relative_to_their_first_step_and_back():
     assert np.abs(angles).max() <= np.pi + 1e-6
     back = action_conventions.ALOHA_DELTAS.to_absolute(deltas, chunks[:, 0])
     np.testing.assert_allclose(back, chunks, atol=1e-5)
+
+
+MOVES = np.float32(
+    [[0, 0, 1], [0, 0, 1], [0, 1e-6, 1], [0.5, 0, 1], [0, 0, -1], [0, 0, -1], [1, 0, -1]]
+)
+POSES = np.cumsum(MOVES, 0)
+
+
+def test_idle_steps_neither_move_nor_grip():
+    idle = action_conventions.no_movement()
+    assert idle(MOVES).tolist() == [True, True, True, False, False, True, False]
+    assert action_conventions.no_movement(gripper=None)(MOVES * 0).all()
+    assert len(idle(MOVES[:0])) == 0
+
+
+def test_the_same_pose_again_is_idle():
+    poses = np.concatenate([POSES[:, :2], MOVES[:, 2:]], 1)
+    idle = action_conventions.same_pose()
+    assert idle(poses).tolist() == [False, True, True, False, False, True, False]
+    assert idle(poses[:1]).tolist() == [False] and len(idle(poses[:0])) == 0

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from tests.data.episodes import read_all
+from univla_jax.data.action_conventions import action_field
 from univla_jax.data.datasets import DATASETS
+from univla_jax.data.episode_reader import DatasetMismatchError
 from univla_jax.data.readers import open_reader
 from univla_jax.errors import UserError
 
+CONFIG = dataclasses.replace(DATASETS["calvin"], min_frames=3)
 SENTENCES = ("push the button", "open the drawer", "lift the block")
 
 
@@ -82,5 +88,109 @@ def test_annotations_cannot_run_code(tmp_path):
             return print, ("run",)
 
     write(tmp_path, annotations={"language": Evil()})
-    with pytest.raises(UserError, match=r"no annotation table: it holds .*print"):
+    with pytest.raises(UserError, match=r"no annotation table: .*it holds .*print"):
         source(tmp_path)
+
+
+# ----------------------------------------------------------------------------
+# Damage breaks the episodes that show it, and no others.
+
+
+def change_frame(folder, number, **changes):
+    path = folder / "training" / f"episode_{number:07d}.npz"
+    with np.load(path) as stored:
+        arrays = {**stored, **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def flip_in_data(folder, number):
+    path = folder / "training" / f"episode_{number:07d}.npz"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"rel_actions.npy") + 200] ^= 4
+    path.write_bytes(data)
+
+
+FRAMES = {
+    "another picture size": (
+        lambda folder: change_frame(folder, 7, rgb_static=np.zeros((9, 9, 3), np.uint8)),
+        "must have the same shape",
+    ),
+    "a picture of floats": (
+        lambda folder: change_frame(folder, 7, rgb_static=np.zeros((20, 20, 3))),
+        "expected uint8",
+    ),
+    "a field that is missing": (
+        lambda folder: change_frame(folder, 7, robot_obs=None),
+        "no item named 'robot_obs.npy'",
+    ),
+    "objects instead of numbers": (
+        lambda folder: change_frame(folder, 7, rel_actions=np.array([None] * 7)),
+        "Object arrays cannot be loaded",
+    ),
+    "fewer numbers": (
+        lambda folder: change_frame(folder, 7, rel_actions=np.zeros(6)),
+        "must have the same shape",
+    ),
+    "words": (
+        lambda folder: change_frame(folder, 7, rel_actions=np.array(["a"] * 7)),
+        "actions holds <U",
+    ),
+    "NaN": (
+        lambda folder: change_frame(folder, 7, rel_actions=np.full(7, np.nan)),
+        "action of step 2 is not finite",
+    ),
+    "a flipped bit": (lambda folder: flip_in_data(folder, 7), "Bad CRC-32"),
+}
+
+
+@pytest.mark.parametrize("case", FRAMES)
+def test_a_damaged_frame_breaks_its_episode_alone(tmp_path, case):
+    change, reason = FRAMES[case]
+    write(tmp_path)
+    change(tmp_path)
+    valid, invalid = read_all(tmp_path, CONFIG)
+    # Two episodes show frame 7.
+    assert sorted(valid) == ["train/0000017-0000029"]
+    assert sorted(invalid) == ["train/0000000-0000009", "train/0000005-0000016"]
+    assert reason in invalid["train/0000005-0000016"][0]
+
+
+ANNOTATIONS = {
+    "backwards": ((9, 0), "push", "frames 9 to 0"),
+    "before the beginning": ((-3, 4), "push", "frames -3 to 4"),
+    "without end": ((0, 10**9), "push", "frames 0 to 1000000000"),
+    "no numbers": ((0.5, 4.0), "push", "'float' object cannot be"),
+    "one number": ((4,), "push", "not enough values"),
+    "nothing": (None, "push", "the annotation is damaged"),
+    "no sentence": ((0, 9), 7, "int 7 instead of a text"),
+    "printed sentence": ((0, 9), "['push']", "printed Python object"),
+}
+
+
+@pytest.mark.parametrize("case", ANNOTATIONS)
+def test_a_damaged_annotation_breaks_its_episode_alone(tmp_path, case):
+    limits, sentence, reason = ANNOTATIONS[case]
+    table = {
+        "language": {"ann": [SENTENCES[0], sentence, SENTENCES[2]]},
+        "info": {"indx": [(0, 9), limits, (17, 29)]},
+    }
+    write(tmp_path, annotations=table)
+    valid, invalid = read_all(tmp_path, CONFIG)
+    assert sorted(valid) == ["train/0000000-0000009", "train/0000017-0000029"]
+    assert list(invalid) == ["train/annotation-000001"]
+    assert reason in invalid["train/annotation-000001"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"views": {"image": "rgb_top"}}, "rgb_top"),
+        ({"state": "robot"}, "robot"),
+        ({"actions": action_field("actions_abs")}, "actions_abs"),
+        ({"episode_filters": {"success": True}}, "success"),
+    ],
+)
+def test_a_field_that_no_frame_has_ends_before_the_pass(tmp_path, changes, field):
+    write(tmp_path)
+    with pytest.raises(DatasetMismatchError, match=f"no field '{field}' in .*; it has actions"):
+        open_reader(tmp_path, dataclasses.replace(CONFIG, **changes), "train")[0]

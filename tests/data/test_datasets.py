@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from tests.data import published
-from tests.data.episodes import DATASET
-from univla_jax.data import datasets
-from univla_jax.data.datasets import DATASETS, find_dataset_config, register_dataset
+from tests.data.episodes import DATASET, make_episode
+from univla_jax.data import action_conventions, datasets
+from univla_jax.data.datasets import (
+    DATASETS,
+    build_episode,
+    find_dataset_config,
+    register_dataset,
+)
 from univla_jax.data.readers import open_reader
 from univla_jax.errors import UserError
 
@@ -57,7 +62,8 @@ def test_the_published_structure_is_read(name, tmp_path):
     source = open_reader(tmp_path / name, dataset, "train")
     (episode,) = source
     steps = 14 - TRIMMED.get(name, 0)
-    assert episode.actions.shape == (steps, 7) and episode.actions.dtype == np.float32
+    dimensions = 8 if name == "cmu_play_fusion" else 7
+    assert episode.actions.shape == (steps, dimensions) and episode.actions.dtype == np.float32
     assert {v: f.shape for v, f in episode.frames.items()} == {
         view: (steps, 16, 24, 3) for view in dataset.views
     }
@@ -83,11 +89,96 @@ def test_bridge_takes_the_reached_movement(tmp_path):
     np.testing.assert_array_equal(episode.state, states[1:-1])
 
 
+def test_droid_takes_velocities_and_an_open_gripper_is_1(tmp_path):
+    made = published.write(tmp_path / "droid", "droid")
+    (episode,) = open_reader(tmp_path / "droid", DATASETS["droid"], "train")
+    velocity = np.stack([step["action_dict"]["cartesian_velocity"] for step in made])
+    closed = np.stack([step["action_dict"]["gripper_position"] for step in made])[:, 0]
+    np.testing.assert_allclose(episode.actions[:, :6], velocity, atol=1e-6)
+    decided = (closed < 0.05) | (closed > 0.95)
+    np.testing.assert_array_equal(episode.actions[decided, 6], (closed < 0.05)[decided])
+    assert decided.sum() > 3
+
+
+def test_cmu_play_fusion_has_no_terminate(tmp_path):
+    made = published.write(tmp_path / "cmu", "cmu_play_fusion")
+    (episode,) = open_reader(tmp_path / "cmu", DATASETS["cmu_play_fusion"], "train")
+    commands = np.stack([step["action"] for step in made])
+    np.testing.assert_array_equal(episode.actions, commands[:, :8])
+
+
+STEPS = {"action": np.arange(84, dtype=np.float64).reshape(12, 7)} | {
+    "language_instruction": np.array(["lift"] * 12, object)
+}
+
+
+def test_images_with_blue_first_are_turned():
+    frames = make_episode(0, steps=12).frames
+    dataset = dataclasses.replace(DATASET, state=None, bgr_views=("wrist_image",))
+    made = build_episode(dataset, STEPS, frames, "0")
+    np.testing.assert_array_equal(made.frames["image"], frames["image"])
+    np.testing.assert_array_equal(made.frames["wrist_image"], frames["wrist_image"][..., ::-1])
+    assert dataset.with_views(["image"]).bgr_views == ()
+    turned = {name: DATASETS[name].bgr_views for name in DATASETS if DATASETS[name].bgr_views}
+    both = ("image", "wrist_image")
+    assert turned == {"utaustin_mutex": both, "berkeley_autolab_ur5": ("wrist_image",)}
+
+
+def test_a_stride_keeps_every_so_many_th_step_that_is_left():
+    frames = make_episode(0, steps=12).frames
+    dataset = dataclasses.replace(
+        DATASET,
+        state=None,
+        trim=(1, 0),
+        frame_stride=4,
+        actions=lambda steps: steps["action"][1:],
+    )
+    made = build_episode(dataset, STEPS, frames, "0")
+    np.testing.assert_array_equal(made.frames["image"], frames["image"][[1, 5, 9]])
+    np.testing.assert_array_equal(made.actions, np.float32(STEPS["action"][[1, 5, 9]]))
+    assert made.control_hz == DATASET.control_hz / 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bgr_views": ("top",)}, "bgr_views: dataset 'blocks' has no view 'top'"),
+        ({"policy_views": ("image", "top")}, "policy_views: .*'top'"),
+        ({"world_model_views": ("top",)}, "world_model_views: .*'top'"),
+        ({"normalization": ("quantile",)}, "normalization 'quantile' is not one of quantiles"),
+        ({"frame_stride": 0}, "frame_stride 0 is below 1"),
+    ],
+)
+def test_rows_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(DATASET, **changes)
+
+
+def test_every_built_in_row_says_what_its_actions_are():
+    # No gripper, a part of the episodes without, and cars.
+    without = {"tabletop", "fmb", "navsim", "road"}
+    for dataset in datasets._BUILT_IN:
+        if dataset.actions is not action_conventions.no_actions:
+            assert dataset.action_units and (dataset.gripper or dataset.name in without), dataset
+
+
 def test_droid_takes_the_first_instruction_there_is(tmp_path):
     options = {"instruction": "stack the blocks", "blank": ("language_instruction",)}
     published.write(tmp_path / "droid", "droid", **options)
     (episode,) = open_reader(tmp_path / "droid", DATASETS["droid"], "train")
-    assert episode.instruction == "stack the blocks"
+    assert episode.instruction == "stack the blocks" and not episode.paraphrases
+
+
+def test_instructions_beside_the_first_are_paraphrases():
+    paths = ("language_instruction", "language_instruction_2", "language_instruction_3")
+    dataset = dataclasses.replace(DATASET, instruction=paths, state=None)
+    texts = ("", "lift the cup", "lift the cup", "raise it")
+    paths = (*paths, "language_instruction_4")
+    steps = {path: np.array([text] * 4, object) for path, text in zip(paths, texts)}
+    steps["action"] = np.zeros((4, 7))
+    frames = make_episode(0, steps=4).frames
+    made = build_episode(dataclasses.replace(dataset, instruction=paths), steps, frames, "0")
+    assert (made.instruction, made.paraphrases) == ("lift the cup", ("raise it",))
 
 
 def test_weights_spacings_and_sizes_of_the_world_model_mixture():

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import time
 
 import numpy as np
 import pytest
 
+from tests.data import test_damage
 from tests.data.episodes import DATASET, MeanTokenizer, make_episode
 from tests.data.test_token_store import content
+from tests.data.test_video import write_video
 from univla_jax.config import build_config
 from univla_jax.data import datasets
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.token_store import TokenStore
 from univla_jax.data.tokenize import BatchedEncoder, Part, TokenizeConfig, tokenize, verify_store
 from univla_jax.errors import UserError
+from univla_jax.tokenizers.image import ImageSpec
 
 SPEC = {"min_pixels": 64}
 SETTINGS = {
@@ -38,7 +42,8 @@ def not_finite(index):
 EPISODES = [make_episode(i) for i in range(12)]
 EPISODES[0] = not_finite(0)
 EPISODES[3] = make_episode(3, instruction="")
-EPISODES[4] = make_episode(4, size=(8, 8))
+EPISODES[4] = not_finite(4)
+EPISODES[5] = make_episode(5, size=(8, 8))  # any size will do: the image spec has one
 EPISODES[11] = make_episode(11, steps=2)
 INVALID = (0, 3, 4, 11)
 
@@ -74,8 +79,8 @@ def test_valid_episodes_are_encoded_and_invalid_ones_named(source, tmp_path):
     assert [e.episode_id for e in read] == [f"blocks-{i}" for i in valid]
     for index, got in zip(valid, read):
         want = EPISODES[index]
-        codes = MeanTokenizer().encode_frames(want.frames["image"])
-        np.testing.assert_array_equal(got.codes["image"], codes)
+        frames = ImageSpec(size=(16, 24), **SPEC).resize(want.frames["image"])
+        np.testing.assert_array_equal(got.codes["image"], MeanTokenizer().encode_frames(frames))
         assert got.codes["wrist_image"].shape == (len(want), 2, 1)
         np.testing.assert_array_equal(got.actions, want.actions)
         np.testing.assert_array_equal(got.state, want.state)
@@ -103,11 +108,13 @@ def test_an_interrupted_run_comes_out_the_same(source, tmp_path):
 
 
 def test_too_many_invalid_episodes_fail_and_lose_nothing(source, tmp_path):
-    with pytest.raises(UserError, match=r"3 of 9 episodes are invalid .*blocks-0: action of step"):
+    with pytest.raises(UserError, match=r"2 of 8 episodes are broken .*blocks-0: action of step"):
         tokenize(make_config(max_invalid_fraction=0.1), source, tmp_path, MeanTokenizer())
     tokenize(make_config(), source, tmp_path, MeanTokenizer())
     assert len(TokenStore(tmp_path / "train")) == 6
-    with pytest.raises(UserError, match="all 2 episodes of 'bad' are invalid"):
+    with pytest.raises(
+        UserError, match=r"no valid episode among 2 of 2: 1 broken .*; 1 filtered by instruction"
+    ):
         tokenize(make_config(splits={"bad": "bad"}), source, tmp_path, MeanTokenizer())
 
 
@@ -258,3 +265,49 @@ def test_codes_come_out_in_order_from_batches_of_one_shape(lengths):
         codes = encoder.take(len(frames))["image"]
         assert codes.dtype == np.uint16
         np.testing.assert_array_equal(codes, MeanTokenizer().encode_frames(frames))
+
+
+@pytest.mark.parametrize("name", test_damage.DATASETS)
+def test_every_format_becomes_a_store(tmp_path, monkeypatch, name):
+    write, config, count, _ = test_damage.DATASETS[name]
+    monkeypatch.setitem(datasets.DATASETS, config.name, config)
+    folder = write(tmp_path / "source")
+    values = {
+        "corpus": config.name,
+        "image_specs": {view: {"size": (16, 16), **SPEC} for view in config.views},
+        "splits": {"train": "train"},
+    }
+    tokenize(make_config(**values), folder, tmp_path / "stores", MeanTokenizer())
+    store = TokenStore(tmp_path / "stores" / "train")
+    header = store.manifest.header
+    assert len(store) == count and not store.manifest.invalid_episodes
+    assert header.control_hz == config.control_hz == store[0].control_hz
+    for episode in store:
+        assert {v: np.shape(c[:]) for v, c in episode.codes.items()} == {
+            view: (len(episode), 2, 2) for view in config.views
+        }
+
+
+def test_clips_of_many_sizes_and_rates_become_one_store(tmp_path, monkeypatch):
+    """Something-Something: several widths, 12 frames a second, an id in the test list alone."""
+    config = dataclasses.replace(datasets.DATASETS["something_something"], name="clips")
+    monkeypatch.setitem(datasets.DATASETS, "clips", config)
+    for number in range(8):
+        size = (24, (32, 42, 18)[number % 3])
+        frames = range(0, 10 * (24 + 6 * number), 10) if number else range(0, 60, 10)
+        levels = [level % 250 for level in frames]
+        write_video(tmp_path / f"videos/{number}.webm", levels, 12, codec="libvpx", size=size)
+    labels = [{"id": str(n), "label": f"push {n}"} for n in range(8)]
+    (tmp_path / "something-something-v2-train.json").write_text(json.dumps(labels))
+    (tmp_path / "something-something-v2-test.json").write_text('[{"id": "99"}]')
+    values = {
+        "corpus": "clips",
+        "image_specs": {"image": {"size": (16, 16), **SPEC}},
+        "splits": {"train": "train"},
+        "max_invalid_fraction": 0.0,
+    }
+    tokenize(make_config(**values), tmp_path, tmp_path / "stores", MeanTokenizer())
+    store = TokenStore(tmp_path / "stores" / "train")
+    assert [len(e) for e in store] == [13, 15, 18, 20, 23, 25, 28]
+    (short,) = store.manifest.invalid_episodes
+    assert (short.episode_id, short.filter) == ("train/0", "min_frames")

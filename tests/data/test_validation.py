@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.episodes import DATASET, make_episode
 from univla_jax.data import datasets
+from univla_jax.data.episode_reader import BrokenEpisodeError
 from univla_jax.data.rlds_writer import write_rlds
 from univla_jax.data.validation import (
     EpisodesConfig,
@@ -14,6 +15,7 @@ from univla_jax.data.validation import (
     ValidEpisodes,
     check_invalid_fraction,
     describe_invalid,
+    find_first_valid,
     validate_episode,
 )
 from univla_jax.errors import UserError
@@ -30,6 +32,9 @@ def with_nan(name):
 def without_a_frame():
     frames = dict(make_episode(0).frames)
     return {"frames": {**frames, "image": frames["image"][1:]}}
+
+
+FILTERS = {"2 frames, at least 3": "min_frames", "instruction is empty": "instruction"}
 
 
 @pytest.mark.parametrize(
@@ -52,20 +57,32 @@ def without_a_frame():
 def test_an_invalid_episode_has_a_reason(changes, reason):
     episode = make_episode(0, **changes)
     found = validate_episode(episode, min_frames=3, image_sizes=SIZES, action_dim=7)
-    assert (found is None) if reason is None else (reason in found)
+    assert (found is None) if reason is None else (reason in found.reason)
+    assert found is None or found.filter == FILTERS.get(reason, "")
 
 
 def test_too_many_invalid_episodes_are_an_error():
     invalid = [InvalidEpisode(f"e{i}", "is blue") for i in range(5)]
     check_invalid_fraction(invalid, 100, 0.05, "set")
     check_invalid_fraction([], 1, 0.0, "set")
-    with pytest.raises(UserError, match=r"5 of 50 .*over max_invalid_fraction=0.05.*e0: is blue"):
+    with pytest.raises(
+        UserError,
+        match=r"5 of 50 episodes are broken .*over max_invalid_fraction=0.05.*e0: is blue",
+    ):
         check_invalid_fraction(invalid, 50, 0.05, "set")
-    with pytest.raises(UserError, match="all of them"):
+    with pytest.raises(UserError, match=r"none of 5 episodes is left: 5 broken \(e0: is blue"):
         check_invalid_fraction(invalid, 5, 1.0, "set")
     with pytest.raises(UserError, match="no episodes"):
         check_invalid_fraction([], 0, 1.0, "set")
-    assert describe_invalid(invalid) == "e0: is blue; e1: is blue; e2: is blue; and 2 more"
+    listed = "5 broken (e0: is blue; e1: is blue; e2: is blue; and 2 more)"
+    assert describe_invalid(invalid) == listed
+    filtered = [InvalidEpisode(f"f{i}", "short", "min_frames") for i in range(90)]
+    assert describe_invalid([*filtered, *invalid], 1) == (
+        "5 broken (e0: is blue; and 4 more); 90 filtered by min_frames (f0: short; and 89 more)"
+    )
+    check_invalid_fraction([*filtered, *invalid], 190, 0.05, "set")
+    with pytest.raises(UserError, match="5 of 99 episodes are broken"):
+        check_invalid_fraction([*filtered, *invalid], 189, 0.05, "set")
 
 
 NOT_FINITE = make_episode(2, actions=np.full((5, 7), np.nan, np.float32))
@@ -91,14 +108,14 @@ def ids(folder, **fields):
 def test_invalid_episodes_are_skipped_and_named(folder, capsys):
     assert ids(folder, max_invalid_fraction=0.5) == ["blocks-0", "blocks-1", "blocks-3"]
     errors = capsys.readouterr().err
-    assert "2 invalid episodes skipped: blocks-2: action of step 0 is not finite" in errors
-    assert "blocks-4: 2 frames, at least 3 are needed" in errors
+    assert "2 episodes skipped: 1 broken (blocks-2: action of step 0 is not finite" in errors
+    assert "1 filtered by min_frames (blocks-4: 2 frames, at least 3 are needed)" in errors
     assert len(ids(folder, max_invalid_fraction=0.5, min_frames=2)) == 4
 
 
 def test_a_split_with_too_many_invalid_episodes_is_an_error(folder):
     with pytest.raises(
-        UserError, match=r"2 of 5 episodes are invalid \(over max_invalid_fraction=0\.05\)"
+        UserError, match=r"1 of 4 episodes are broken \(over max_invalid_fraction=0\.05\)"
     ):
         ids(folder)
 
@@ -112,3 +129,50 @@ def test_only_the_views_asked_for_are_decoded(folder):
     assert [list(e.frames) for e in ValidEpisodes(config, folder)] == [[], [], []]
     with pytest.raises(UserError, match="no view 'side'; it has image, wrist_image"):
         ValidEpisodes(config, folder, ["side"])
+
+
+class CountingReader:
+    """Episodes that are broken but for some; counts those read."""
+
+    folder = "set"
+
+    def __init__(self, total, valid=(), short=()):
+        self.total, self.valid, self.short, self.read = total, valid, short, []
+
+    def __len__(self):
+        return self.total
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index in self.valid:
+            return make_episode(index, steps=5)
+        if index in self.short:
+            return make_episode(index, steps=1)
+        raise BrokenEpisodeError(self.episode_id(index), "is blue")
+
+    def episode_id(self, index):
+        return f"e{index}"
+
+
+def first_valid(reader):
+    return find_first_valid(reader, min_frames=3, image_sizes={}).episode_id
+
+
+def test_a_pass_over_broken_episodes_alone_ends_early():
+    reader = CountingReader(100_000)
+    with pytest.raises(UserError, match=r"no valid episode among .* of 100000: .* broken \(e0: is"):
+        first_valid(reader)
+    assert len(reader.read) <= 101 and max(reader.read) > 90_000
+
+
+@pytest.mark.parametrize(
+    ("reader", "expected", "most"),
+    [
+        (CountingReader(1000, valid=[0]), 0, 1),
+        (CountingReader(1000, valid=[7, 9]), 7, 8),
+        (CountingReader(1000, valid=range(100, 1000)), 100, 60),
+        (CountingReader(1000, short=range(990), valid=[993]), 993, 1000),
+    ],
+)
+def test_the_first_valid_episode_is_found(reader, expected, most):
+    assert first_valid(reader) == f"blocks-{expected}" and len(reader.read) <= most

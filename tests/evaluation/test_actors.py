@@ -9,6 +9,7 @@ import pytest
 
 from tests.evaluation import fake_simulators  # noqa: F401, registers the benchmark
 from tests.serving.harness import CountingPolicy, running
+from univla_jax.client import wire
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation import closed_loop
@@ -89,14 +90,6 @@ SMALL = EvaluateConfig(
 )
 
 
-class _Summing(CountingPolicy):
-    """One step per call: the sum of all pixels of the episode, and its number of calls."""
-
-    def check(self, observation, name):
-        if observation.instruction == "refuse me":
-            raise UserError(f"{name}: refused")
-
-
 class _Breaking(RemotePolicy):
     """Loses its connections once."""
 
@@ -106,7 +99,7 @@ class _Breaking(RemotePolicy):
         self.calls += 1
         if self.calls == 3:
             for session in sessions:
-                session.close()
+                session.client._submit(session.client._connection.close()).result()
         return super().act(observations, sessions)
 
 
@@ -116,7 +109,7 @@ def _lines(out):
 
 
 def test_episodes_keep_their_own_history_and_survive_a_break(tmp_path, monkeypatch):
-    with running(_Summing()) as server:
+    with running(CountingPolicy(sizes=(4, 4))) as server:
         address = f"ws://127.0.0.1:{server.port}"
         evaluate(SMALL, address, tmp_path / "a", progress=False)
         monkeypatch.setattr(closed_loop, "RemotePolicy", _Breaking)
@@ -128,21 +121,69 @@ def test_episodes_keep_their_own_history_and_survive_a_break(tmp_path, monkeypat
     assert _lines(tmp_path / "b") == lines
 
 
+SEEN = Observation("go", {"image": np.zeros((8, 8, 3), np.uint8)})
+
+
 def test_a_server_that_is_gone_stops_with_a_remedy():
-    with running(_Summing()) as server:
+    with running(CountingPolicy()) as server:
         address = f"ws://127.0.0.1:{server.port}"
         policy = RemotePolicy(address, retry_seconds=(0.01,))
         session = policy.start()
-    observation = Observation("go", {"image": np.zeros((8, 8, 3), np.uint8)})
     with pytest.raises(PolicyLost):
-        policy.act([observation], [session])
+        policy.act([SEEN], [session])
     with pytest.raises(UserError, match=r"no server after 2 attempts .* to go on"):
         policy.start()
 
 
 def test_a_refusal_of_the_server_is_passed_on():
-    with running(_Summing()) as server:
+    with running(CountingPolicy()) as server:
         policy = RemotePolicy(f"ws://127.0.0.1:{server.port}")
-        observation = Observation("refuse me", {"image": np.zeros((8, 8, 3), np.uint8)})
         with pytest.raises(UserError, match="refused"):
-            policy.act([observation], [policy.start()])
+            policy.act([Observation("refuse me", SEEN.frames)], [policy.start()])
+
+
+def test_a_server_with_a_key_and_fewer_cameras_than_the_simulator():
+    metadata = {"observation_keys": {"observation/image": [8, 8, 3]}}
+    with running(CountingPolicy(), api_key="secret", metadata=metadata) as server:
+        address = f"ws://127.0.0.1:{server.port}"
+        with pytest.raises(UserError, match=r"401 a valid API key is needed; .*--api_key_file"):
+            RemotePolicy(address)
+        policy, sent = RemotePolicy(address, api_key="secret"), []
+        session = policy.start()
+        ask, frames = session.client.infer_async, {**SEEN.frames, "side": SEEN.frames["image"]}
+        session.client.infer_async = lambda request: sent.append(sorted(request)) or ask(request)
+        policy.act([Observation("go", frames)], [session])
+        session.close()
+    assert sent == [["observation/image", "prompt"]]
+
+
+def test_another_checkpoint_behind_the_address_is_noticed(tmp_path):
+    with running(CountingPolicy(), metadata={"checkpoint": "a" * 64}) as server:
+        policy = RemotePolicy(f"ws://127.0.0.1:{server.port}")
+        assert policy.identity == "a" * 64
+        server.server._metadata = wire.pack({"checkpoint": "b" * 64})
+        with pytest.raises(UserError, match="serves another checkpoint than when"):
+            policy.start()
+
+
+def test_a_busy_server_ends_no_evaluation():
+    policy = CountingPolicy()
+    with running(policy) as server:
+        remote = RemotePolicy(f"ws://127.0.0.1:{server.port}", retry_seconds=(0.01,) * 3)
+        session = remote.start()
+        policy.failures = [MemoryError()] * 4
+        assert remote.act([SEEN], [session])[0].actions[0, 1] == 1
+        session.close()
+
+
+def test_the_server_learns_how_much_of_each_chunk_is_executed():
+    policy, sessions = CountingPolicy(), []
+    start = policy.start
+    policy.start = lambda seed=0: sessions.append(start()) or sessions[-1]
+    with running(policy) as server:
+        remote = RemotePolicy(f"ws://127.0.0.1:{server.port}", execute=1)
+        session = remote.start()
+        for _ in range(2):
+            remote.act([SEEN], [session])
+        session.close()
+    assert sessions[0].executed == 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from univla_jax.data.video import read_frames
 from univla_jax.errors import UserError
+from univla_jax.evaluation import imagined_episodes
 from univla_jax.evaluation.imagined_episodes import ImagineConfig, imagine, imagine_picture
 from univla_jax.inference.sampling import Sampling
 
@@ -21,6 +25,18 @@ def test_episodes_that_are_too_short_are_named(demonstrations, world_model_check
             tmp_path,
             progress=False,
         )
+
+
+def test_a_damaged_episode_is_skipped_and_named(demonstrations, tmp_path, capsys):
+    shutil.copytree(demonstrations, tmp_path / "data")
+    (shard,) = (tmp_path / "data").rglob("*val*record*")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    model = types.SimpleNamespace(view="image", frame_spacing=5, resize=lambda frames: frames)
+    truths, too_short = imagined_episodes._read_episodes(ImagineConfig(), model, tmp_path / "data")
+    assert (len(truths), too_short) == (3, 0)
+    assert "1 broken (val/00000" in capsys.readouterr().err
 
 
 def test_a_picture_of_ones_own(world_model_checkpoint, tmp_path):

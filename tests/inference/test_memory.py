@@ -11,7 +11,7 @@ import pytest
 
 from univla_jax.inference.action_decoders import Session
 from univla_jax.inference.memory import SessionLru, device_bytes, is_out_of_memory
-from univla_jax.tasks.history import History
+from univla_jax.tasks.history import EpisodeLog
 
 
 @dataclasses.dataclass
@@ -20,7 +20,7 @@ class _Cached:
 
 
 def _sessions(*sizes):
-    sessions = [Session(History()) for _ in sizes]
+    sessions = [Session(EpisodeLog(2, 3)) for _ in sizes]
     for session, size in zip(sessions, sizes):
         session.cached_prefix = _Cached(size)
     return sessions

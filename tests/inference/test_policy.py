@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,10 +15,10 @@ from tests.inference.uncached import greedy_tokens
 from tests.parity import assert_parity
 from univla_jax.checkpoints import checkpoint_identity
 from univla_jax.data.action_conventions import ALOHA_DELTAS
-from univla_jax.episode import ActionChunk, Observation
+from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.loaded_model import LoadedModel
-from univla_jax.inference.policy import Execution, Executor, Policy, no_motion
+from univla_jax.inference.policy import Policy, no_motion
 from univla_jax.inference.sampling import Sampling
 from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators.tabletop.tabletop_env import TabletopEnv
@@ -188,6 +189,27 @@ def test_no_motion_before_any_action():
     assert no_motion(2, 3, np.array([5.0, 5.0, -1.0])).tolist() == [[0, 0, -1]] * 2
 
 
+def test_no_motion_of_joints_is_where_they_are_and_never_zero():
+    """Poses and two grippers: zeros would drive every joint."""
+    last, joints = np.arange(1.0, 5.0), range(4)
+    assert no_motion(2, 4, last, joints).tolist() == [last.tolist()] * 2
+    assert no_motion(2, 4, last, [1, 3]).tolist() == [[0, 2, 0, 4]] * 2
+    assert no_motion(2, 4, None, joints, pose=last).tolist() == [last.tolist()] * 2
+    assert no_motion(2, 4, None, joints).shape == (0, 4)
+
+
+def test_a_pose_that_nobody_knows_is_no_action(trained):
+    """Where actions command poses, an invalid chunk before the first action answers none at all."""
+    good, endless = _ids(trained, _chunk(0)), _ids(trained, _chunk(0))[:-1]
+    policy = _scripted(trained, [[endless], [good], [endless]])
+    policy.absolute_dims = tuple(range(7))
+    session = policy.start()
+    first, second, third = (policy.act([_observation(i)], [session])[0] for i in range(3))
+    assert not first.valid and first.actions.shape == (0, 7)
+    assert second.valid and not third.valid
+    np.testing.assert_array_equal(third.actions, np.tile(second.actions[-1], (3, 1)))
+
+
 def test_history_window_and_another_instruction(trained):
     answer = _ids(trained, _chunk(0))
     policy = _scripted(trained, [[answer]] * 4)
@@ -325,6 +347,44 @@ def test_frames_of_another_size_are_refused_where_the_spec_keeps_the_cameras(tra
         policy.act([_observation(0)], [policy.start()])
     with pytest.raises(UserError, match="'image' cannot be resized"):
         policy.act([_changed("image", np.zeros((4, 64, 3), np.uint8))], [policy.start()])
+
+
+def test_instructions_beyond_the_limit_are_refused(trained):
+    policy = Policy(trained, max_instruction_tokens=24)
+    long = "push the red block " * 9
+    with pytest.raises(UserError, match="at most 24 are answered; shorten it"):
+        policy.check(_observation(0, long))
+    assert Policy(trained).check(_observation(0, long)) is None
+
+
+@pytest.mark.slow
+def test_no_request_waits_for_the_compiler(trained):
+    """Whatever robots ask after ``warmup``, in any order, nothing is compiled."""
+    policy = Policy(trained, max_instruction_tokens=24)
+    rng, compiled = np.random.default_rng(0), []
+    sessions = [policy.start() for _ in range(2)]
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for size in (1, 2):
+            policy.warmup(size)
+        assert compiled
+        compiled.clear()
+        for call in range(12):
+            words = ["touch green", "push the red block to the left"][int(rng.integers(2))]
+            count = 1 + int(rng.integers(2))
+            policy.act([_observation(call, words)] * count, sessions[:count])
+            if rng.integers(2):
+                policy.prefill_ahead()
+            if not rng.integers(4):
+                sessions[0] = policy.start()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
 
 
 def test_sessions_belong_to_robots(trained):
@@ -477,73 +537,3 @@ def test_random_weights_predict_whole_chunks(trained, speculative_block):
     free = Policy(trained, batch_size=2, free_form=True)
     chunk, _ = free.act([Observation("touch green", frames)] * 2, [free.start(), free.start()])
     assert not chunk.valid and chunk.num_overridden == 0
-
-
-# ----------------------------------------------------------------------------
-# How much of a chunk is executed, and how chunks that overlap are joined.
-
-
-SEEN = Observation("go", {})
-
-
-class Scripted:
-    """Chunks of three steps and one dimension, told in advance."""
-
-    chunk_size, views = 3, ()
-
-    def __init__(self, *rows):
-        self._rows = list(rows)
-
-    def start(self, seed=0):
-        return seed
-
-    def act(self, observations, sessions, *, timer=None):
-        row = self._rows.pop(0)
-        if row is None:
-            return [ActionChunk(np.zeros((3, 1), np.float32), valid=False, reason="broken")]
-        return [ActionChunk(np.array(row, np.float32)[:, None])]
-
-
-def _run(policy, execution, calls):
-    executor = Executor(policy, execution)
-    plan = executor.start()
-    return [executor.act([SEEN], [plan])[0] for _ in range(calls)]
-
-
-def _rows(chunks):
-    return [chunk.actions[:, 0].tolist() for chunk in chunks]
-
-
-def test_whole_chunks_and_receding_horizon():
-    rows = ([1, 2, 3], [4, 5, 6])
-    assert _rows(_run(Scripted(*rows), Execution(), 2)) == [[1, 2, 3], [4, 5, 6]]
-    receding = Execution("receding", steps=2)
-    assert _rows(_run(Scripted(*rows), receding, 2)) == [[1, 2], [4, 5]]
-
-
-def test_an_ensemble_is_the_mean_of_what_was_said_about_a_step():
-    rows = ([0, 3, 6], [5, 9, 9], [12, 0, 0], [1, 1, 1])
-    chunks = _run(Scripted(*rows), Execution("ensemble", decay=0.0), 4)
-    # step 1: 3 and 5; step 2: 6, 9 and 12; step 3: 9, 0 and 1 (the first chunk has ended)
-    np.testing.assert_allclose(np.ravel(_rows(chunks)), [0, 4, 9, 10 / 3], rtol=1e-6)
-
-
-def test_the_oldest_weighs_most():
-    chunks = _run(Scripted([0, 3, 0], [5, 0, 0]), Execution("ensemble", decay=1.0), 2)
-    expected = (3 + 5 * np.exp(-1)) / (1 + np.exp(-1))
-    np.testing.assert_allclose(chunks[1].actions[0, 0], expected, rtol=1e-6)
-
-
-def test_chunks_that_did_not_decode_are_left_out():
-    chunks = _run(Scripted([1, 2, 3], None, None, None), Execution("ensemble"), 4)
-    assert [c.valid for c in chunks] == [True, False, False, False]
-    assert _rows(chunks) == [[1], [2], [3], [0]]
-
-
-def test_mistakes_are_named():
-    with pytest.raises(UserError, match="mode 'all', expected one of chunk, receding, ensemble"):
-        Execution("all")
-    with pytest.raises(UserError, match="0 steps"):
-        Execution("receding", steps=0)
-    with pytest.raises(UserError, match="4 steps of chunks of 3"):
-        Executor(Scripted(), Execution("receding", steps=4))

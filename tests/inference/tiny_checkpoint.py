@@ -102,10 +102,12 @@ def _random_params(model: Decoder, seed: int, scale: float) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def save(workdir: pathlib.Path, assets: Assets, *, seed: int = 0, scale: float = 1.0, step=7):
+def save(
+    workdir: pathlib.Path, assets: Assets, *, seed: int = 0, scale: float = 1.0, step=7, **changes
+):
     """Writes ``workdir``/checkpoints/7 with random parameters; returns the workdir."""
     vocabulary = assets.vocabulary
-    config = preset("tiny", vocab_size=vocabulary.size, pad_id=vocabulary.pad)
+    config = preset("tiny", vocab_size=vocabulary.size, pad_id=vocabulary.pad, **changes)
     assets = dataclasses.replace(assets, model=dataclasses.asdict(config))
     params = _random_params(Decoder(config), seed, scale)
     with Checkpointer(workdir, CheckpointConfig(), write_assets=assets.save) as checkpointer:

@@ -205,7 +205,7 @@ def test_wrong_folders(wrong, tmp_path):
 def test_a_remote_folder(tmp_path):
     folder = hf_folders.vision_folder(tmp_path / "source")
     for source, to in ((folder, "gs://bucket/ours"), ("hf://BAAI/Emu3", tmp_path / "ours")):
-        with pytest.raises(UserError, match="conversion works on local folders"):
+        with pytest.raises(UserError, match="must be a local folder"):
             from_hf(source, to, ConvertConfig(), progress=False)
 
 

@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.training import tiny_run
 from univla_jax import io
+from univla_jax.errors import ExitStatus
 from univla_jax.training import metrics
-from univla_jax.training.distributed import LOST_STATUS
 
 STEPS = 20
 pytestmark = pytest.mark.slow
@@ -102,7 +102,7 @@ def test_one_of_four_dies_and_the_others_stop(start, tmp_path):
     for number in (0, 1, 3):
         line = f"[{number}] error: process {number} of 4 stops because another one is gone"
         assert line in errors
-        assert f"process {number} ended with status {LOST_STATUS}" in errors
+        assert f"process {number} ended with status {ExitStatus.PEER_LOST}" in errors
 
 
 def test_sigterm_saves_one_step_in_all_processes(start, tmp_path):

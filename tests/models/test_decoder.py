@@ -78,7 +78,10 @@ def gradient(decoder):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "attention"}, {"remat": "projections"}],
+    [
+        *({"scan_unroll": 2}, {"remat": "full"}, {"remat": "attention"}),
+        *({"remat": "projections"}, {"remat": "offload"}),
+    ],
     ids=str,
 )
 def test_execution_options_change_no_number(decoder, gradient, changes):

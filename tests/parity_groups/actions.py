@@ -219,6 +219,13 @@ def gripper(golden: Golden) -> Iterator[Check]:
             yield close(case, "rewritten", array, arrays[f"{case}|out_{what}"], REWRITTEN)
 
 
+def _binarized(actions: np.ndarray) -> np.ndarray:
+    """Actions [T, 7] with the gripper binarized, as the reference has DROID's."""
+    converted = np.array(actions, np.float32)
+    converted[:, 6] = action_conventions.binarize_gripper(converted[:, 6])
+    return converted
+
+
 def _rt1_actions(actions: np.ndarray) -> np.ndarray:
     """RT-1 actions [T, 7]: the relative gripper becomes absolute, the rest stays."""
     converted = np.array(actions, np.float32)
@@ -230,5 +237,5 @@ _CONVENTIONS = {
     "binarize": action_conventions.binarize_gripper,
     "rel2abs": action_conventions.relative_to_absolute_gripper,
     "rt1": _rt1_actions,
-    "droid": lambda actions: action_conventions.binarized_gripper({"action": actions}),
+    "droid": _binarized,
 }

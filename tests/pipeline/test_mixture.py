@@ -185,6 +185,14 @@ def test_a_code_outside_the_vocabulary_is_named_with_its_episode():
         build(dataclasses.replace(small.episode(0, 9), codes=codes))
 
 
+def test_each_sample_draws_one_of_the_instructions():
+    episode = dataclasses.replace(small.episode(0, 9), instruction="a", paraphrases=("b", "c"))
+    builder = SampleBuilder(small.config(), small.assets())
+    rng = np.random.default_rng(0)
+    drawn = [chr(builder.draw(episode, rng).tokens.ids[1]) for _ in range(300)]
+    assert all(70 < drawn.count(letter) < 130 for letter in "abc")
+
+
 def test_a_builder_pickles_for_workers():
     builder = SampleBuilder(small.config(), small.assets())
     copy = pickle.loads(pickle.dumps(builder))
@@ -228,7 +236,7 @@ def assets(**changes):
     return dataclasses.replace(given, **changes)
 
 
-def write_store(folder, count=8, min_frames=3, specs=SPECS, **changes):
+def write_store(folder, count=8, min_frames=3, specs=SPECS, steps=9, **changes):
     header = StoreHeader(
         corpus="tabletop",
         split="train",
@@ -248,7 +256,7 @@ def write_store(folder, count=8, min_frames=3, specs=SPECS, **changes):
     for number in range(writer.header.num_shards):
         with writer.shard(number) as shard:
             for index in writer.source_range(number):
-                episode = small.episode(index, 9 + index % 4, views=len(specs))
+                episode = small.episode(index, steps + index % 4, views=len(specs))
                 codes = dict(zip(specs, map(np.ascontiguousarray, episode.codes.values())))
                 shard.add(dataclasses.replace(episode, codes=codes))
     writer.finish()
@@ -286,8 +294,8 @@ def test_stores_that_do_not_fit_are_refused(tmp_path):
     cases = [
         (write_store(tmp_path / "other", vision_fingerprint="x"), {}, "another vision tokenizer"),
         (write_store(tmp_path / "sized", specs=sized), {}, "view 'image' was made with"),
-        (write_store(tmp_path / "short", min_frames=2), {}, "may hold episodes of 2 frames"),
-        (good, {"task": "world_model"}, "at least 5; tokenize with min_frames=5"),
+        (write_store(tmp_path / "short", steps=2), {}, "2 of 8 episodes .* 3 frames .* shortest 2"),
+        (good, {"task": "world_model", "frame_spacing": 10}, "tokenize with min_frames=10"),
         (good, {"views": ("front",)}, "no view 'front'"),
         (str(tmp_path / "none"), {}, "no token store"),
     ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.planning.recipes import needs_compiler
 from univla_jax.errors import UserError
 from univla_jax.planning.topologies import _required_memory, find_topology
+from univla_jax.training.hardware import find_chip
 
 
 @pytest.mark.parametrize("name", ["v9:4x4", "v5p", "v5p:big", ""])
@@ -23,3 +25,14 @@ def test_an_unknown_topology_is_named(name):
 )
 def test_memory_required_by_a_program_that_does_not_fit(message, size):
     assert _required_memory(message) == size
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("v4:4x4x4", 64), ("v5e:4x4", 16), ("v5p:4x4x4", 64), ("v6e:8x8", 64), ("tpu7x:4x4x4", 128)],
+)
+def test_slices_of_every_chip(name, devices):
+    topology = find_topology(name)
+    assert len(topology.devices) == devices == topology.chip.devices * topology.num_chips
+    assert find_chip(topology.devices[0]) == topology.chip

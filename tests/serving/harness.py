@@ -11,30 +11,42 @@ import time
 import numpy as np
 from websockets.sync.client import connect
 
+from univla_jax.client import wire
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 SIDE = 8
 
 
+class CountingSession(list):
+    """The sums of the frames seen, and what was executed."""
+
+    executed = None
+
+    def set_executed(self, executed):
+        if isinstance(executed, int) and executed > 1:
+            raise UserError("more actions executed than answered")
+        self.executed = executed
+
+
 class CountingPolicy:
     """Answers the sum of all pixels a session has seen, and how many observations those were."""
 
-    views = ("image",)
+    keeps_history = True
 
-    def __init__(self, seconds=0.0):
+    def __init__(self, seconds=0.0, sizes=(SIDE, SIDE)):
+        self.frame_sizes = {"image": sizes}
         self.seconds, self.batches = seconds, []
         self.running, self.ahead, self.dropped = threading.Event(), 0, 0
         self.failures = []  # raised by the next calls of ``act``, one each
 
-    def start(self):
-        return []
+    def start(self, seed=0):
+        return CountingSession()
 
     def check(self, observation, name):
-        if observation.frames["image"].shape[0] != SIDE:
-            raise UserError(f"{name}: view 'image' has another size")
+        if observation.instruction == "refuse me":
+            raise UserError(f"{name}: refused")
 
     def act(self, observations, sessions, *, timer=None):
         self.running.set()
@@ -47,6 +59,8 @@ class CountingPolicy:
         with timer.section("prefill"):
             for observation, session in zip(observations, sessions):
                 session.append(int(observation.frames["image"].sum()))
+        if observations[0].instruction == "at length":
+            return [ActionChunk(np.zeros((100_000, 1), np.float32)) for _ in observations]
         return [
             ActionChunk(np.array([[sum(s), len(s)]], np.float32), valid=sum(s) > 0, reason="")
             for s in sessions
@@ -69,7 +83,8 @@ def observation(value=1, prompt="go", **more):
 @contextlib.contextmanager
 def running(policy, *, tls=None, metadata=None, **config):
     """The server and its port; it is stopped, and must stop, at the end."""
-    config = ServerConfig(**{"port": 0, "drain_seconds": 5.0, **config})
+    defaults = {"port": 0, "drain_seconds": 5.0, "forget_after_seconds": 600.0}
+    config = ServerConfig(**{**defaults, **config})
     server = PolicyServer(policy, config, metadata=metadata or {"protocol": 1}, tls=tls)
     started, errors, box = threading.Event(), [], {}
 
@@ -116,7 +131,7 @@ class Handle:
         """A bare client behind its metadata."""
         options = {"compression": None, "max_size": None, **options}
         connection = connect(f"ws://127.0.0.1:{self.port}", **options)
-        protocol.unpack(connection.recv())
+        wire.unpack(connection.recv())
         return connection
 
     def metric(self, name):
@@ -129,6 +144,6 @@ class Handle:
 
 def infer(connection, message):
     """The reply to a message; a text frame stays text."""
-    connection.send(protocol.pack(message))
+    connection.send(wire.pack(message))
     reply = connection.recv(timeout=20)
-    return reply if isinstance(reply, str) else protocol.unpack(reply)
+    return reply if isinstance(reply, str) else wire.unpack(reply)

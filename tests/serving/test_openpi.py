@@ -13,9 +13,9 @@ import venv
 
 import pytest
 
+from tests.client.test_wire import MESSAGE
 from tests.serving.harness import CountingPolicy, running
-from tests.serving.test_protocol import MESSAGE
-from univla_jax.serving import protocol
+from univla_jax.client import wire
 
 CLIENT = "openpi-client==0.1.2"
 FORGOTTEN = "typing-extensions"  # it imports this without asking for it
@@ -41,19 +41,21 @@ def python(tmp_path_factory):
 
 
 def test_the_client_of_openpi_works_unchanged(python):
-    frame = protocol.pack(MESSAGE)
-    with running(CountingPolicy(), metadata={"protocol": 1, "chunk": 1}) as server:
+    """It cannot say where an episode ends, so that nothing of one reaches the next."""
+    frame = wire.pack(MESSAGE)
+    metadata = {"protocol": 1, "chunk": 1}
+    with running(CountingPolicy(), metadata=metadata, forget_after_seconds=0) as server:
         command = [python, ROBOT, str(server.port), frame.hex()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["metadata"] == {"protocol": 1, "chunk": 1}
-    assert seen["actions"] == [[[PIXELS, 1]], [[3 * PIXELS, 2]]] and seen["dtype"] == "float32"
+    assert seen["actions"] == [[[PIXELS, 1]], [[2 * PIXELS, 1]]] and seen["dtype"] == "float32"
     assert seen["valid"] is True
     assert seen["timing"] == [
         ["infer_ms", "read_ms"],
         ["infer_ms", "prev_total_ms", "queue_ms"],
     ]
     assert "bad request: key 'prompt' is missing" in seen["error"]
-    assert seen["broker"] == [4 * PIXELS, 3]
+    assert seen["broker"] == [PIXELS, 1]
     assert bytes.fromhex(seen["packed"]) == frame

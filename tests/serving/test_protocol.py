@@ -1,99 +1,15 @@
-"""The wire format: openpi's bytes, and nothing that is allocated or run because a frame says so."""
+"""Requests are checked key by key; replies carry actions, validity and timing."""
 
 from __future__ import annotations
 
-import pickle
-import tracemalloc
-
-import msgpack
 import numpy as np
 import pytest
 
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.serving import protocol
-from univla_jax.serving.protocol import parse_request, reply_message
+from univla_jax.serving.protocol import CameraSize, parse_request, reply_message
 
-MESSAGE = {
-    "frame": np.arange(12, dtype=np.uint8).reshape(2, 2, 3),
-    "state": np.array([0.5, -1.0], np.float32),
-    "scalar": np.float32(2.5),
-    "text": "näher",
-    "nested": {"list": [1, 2.0, None, True]},
-}
-
-
-def _same(a, b):
-    assert a.keys() == b.keys()
-    for key in ("frame", "state"):
-        assert a[key].dtype == b[key].dtype
-        np.testing.assert_array_equal(a[key], b[key])
-    assert all(a[key] == b[key] for key in ("scalar", "text", "nested"))
-
-
-def test_messages_come_back():
-    _same(protocol.unpack(protocol.pack(MESSAGE)), MESSAGE)
-
-
-def _array(**changes):
-    fields = {"__ndarray__": True, "data": b"\0" * 4, "dtype": "|u1", "shape": [2, 2]} | changes
-    return msgpack.packb({key.encode(): value for key, value in fields.items()})
-
-
-@pytest.mark.parametrize(
-    ("frame", "message"),
-    [
-        (b"", "no msgpack"),
-        (b"\xc1", "no msgpack"),
-        (protocol.pack(MESSAGE)[:-3], "no msgpack"),
-        (pickle.dumps({"a": 1}), "no msgpack"),
-        (msgpack.packb({1: 2}), "no msgpack"),
-        (msgpack.packb(list(range(65))), "no msgpack"),
-        (msgpack.packb(msgpack.ExtType(5, b"x")), "no msgpack"),
-        (b"\x91" * 3000, "no msgpack"),
-        (_array(shape=[2, 3]), "does not fit its data"),
-        (_array(shape=[2, -2]), "expected up to 8 sizes"),
-        (_array(shape=[2**40, 2]), "expected up to 8 sizes"),
-        (_array(shape=[2**30] * 8), "does not fit its data"),
-        (_array(shape="22"), "expected up to 8 sizes"),
-        (_array(data=None), "does not fit its data"),
-        (_array(dtype="|O"), "not accepted"),
-        (_array(dtype="<c8"), "not accepted"),
-        (_array(dtype="|S4"), "not accepted"),
-        (_array(dtype="u1,u1"), "not accepted"),
-        (_array(dtype="nonsense"), "is unknown"),
-        (_array(dtype=None), "expected a NumPy type string"),
-        (msgpack.packb({b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}), "a number"),
-        (msgpack.packb({b"__npgeneric__": True, b"data": -1, b"dtype": "|u1"}), "scalar"),
-    ],
-)
-def test_bad_frames_are_refused(frame, message):
-    with pytest.raises(protocol.WireError, match=message):
-        protocol.unpack(frame)
-
-
-def test_huge_claims_allocate_nothing():
-    """Nested lists that each claim as many items as the frame could hold."""
-    frame = b"\xdd\x00\x0f\x00\x00" * 500 + b"\0" * 2**20
-    tracemalloc.start()
-    with pytest.raises(protocol.WireError):
-        protocol.unpack(frame)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2**22
-
-
-@pytest.mark.parametrize("value", [np.array([None]), np.array([1j]), np.complex64(1), object()])
-def test_what_cannot_be_sent(value):
-    with pytest.raises(protocol.WireError):
-        protocol.pack({"value": value})
-
-
-# ----------------------------------------------------------------------------
-# Requests are checked key by key; replies carry actions, validity and timing.
-
-
-VIEWS = ("image", "wrist_image")
+VIEWS = {"image": CameraSize(4, 6), "wrist_image": CameraSize(2, 2)}
 
 
 def _message(**changes):
@@ -113,11 +29,24 @@ def _read(message):
 
 def test_an_openpi_observation():
     request = _read(_message())
-    assert not request.reset and request.episode_id is None
+    assert request.reset is None and request.episode_id is None
     seen = request.observation
     assert seen.instruction == "touch green" and set(seen.frames) == set(VIEWS)
     assert seen.state.dtype == np.float32 and seen.state.tolist() == list(range(8))
     assert _read(_message(**{"observation/state": None})).observation.state is None
+
+
+def test_frames_of_the_same_shape_are_taken_in_other_sizes():
+    for size in ((8, 12), (4, 6), (2, 3)):
+        frames = {"observation/image": np.zeros((*size, 3), np.uint8)}
+        assert _read(_message(**frames)).observation.frames["image"].shape[:2] == size
+
+
+def test_what_was_executed():
+    assert _read(_message()).executed is None
+    assert _read(_message(executed=np.int8(3))).executed == 3
+    executed = _read(_message(executed=np.ones((2, 7)))).executed
+    assert executed.dtype == np.float32 and executed.shape == (2, 7)
 
 
 def test_resets_and_episodes():
@@ -134,7 +63,12 @@ def test_resets_and_episodes():
         ({}, "'observation/image' is missing; the message has nothing"),
         ({"reset": False}, "'observation/image' is missing"),
         (_message(prompt=None), "'prompt' is missing"),
-        (_message(**{"observation/side": 1}), "unknown key 'observation/side'; .* knows obs"),
+        (_message(episode=1), "unknown key 'episode'; did you mean 'episode_id'"),
+        (_message(executed=1.5), "'executed' is a float, expected the number of actions"),
+        (_message(executed=np.zeros(3)), r"'executed' is float64 \[3\]"),
+        (_message(executed=np.full((1, 3), np.inf)), "'executed' contains a value"),
+        (_message(**{"observation/image": np.zeros((1, 1, 3), np.uint8)}), "has 1 x 1 pixels"),
+        (_message(**{"observation/image": np.zeros((6, 4, 3), np.uint8)}), "sees 4 x 6; send this"),
         (_message(prompt=b"x"), "'prompt' is a bytes"),
         (_message(prompt="x" * 1025), "1025 characters"),
         (_message(reset=1), "'reset' is a int"),

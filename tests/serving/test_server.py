@@ -16,10 +16,11 @@ from websockets import exceptions
 from websockets.asyncio import client as asyncio_client
 
 from tests.serving.harness import CountingPolicy, infer, observation, running
+from univla_jax.cli import read_secret
+from univla_jax.client import wire
 from univla_jax.errors import UserError
-from univla_jax.serving import protocol
-from univla_jax.serving.server import ServerConfig
-from univla_jax.serving.startup import check_port, read_api_key, tls_context
+from univla_jax.serving.server import PolicyServer, ServerConfig
+from univla_jax.serving.startup import check_port, tls_context
 
 PIXELS = 8 * 8 * 3
 
@@ -47,16 +48,97 @@ def test_mistakes_are_answered_and_the_connection_stays():
     policy = CountingPolicy()
     with running(policy) as server, server.connect() as robot:
         small = {"observation/image": np.zeros((4, 8, 3), np.uint8), "prompt": "go"}
+        infer(robot, observation(1))
         for message, error in (
-            (observation(1, extra=1), "unknown key 'extra'"),
-            (small, "observation: view 'image' has another size"),
+            (observation(1, resets=True), "unknown key 'resets'; did you mean 'reset'?"),
+            (observation(1, executed=2), "more actions executed than answered"),
+            (observation(1, prompt="refuse me"), "observation: refused"),
+            (small, "'observation/image' has 4 x 8 pixels, the policy sees 8 x 8"),
             ([1, 2], "the message is a list"),
         ):
             reply = infer(robot, message)
             assert reply.startswith("bad request: ") and error in reply
-        assert infer(robot, observation(1))["actions"][0, 1] == 1
-        assert policy.batches == [1]
-        assert server.metric('univla_requests_total{outcome="bad_request"}') == 3
+        assert infer(robot, observation(1))["actions"][0, 1] == 2
+        assert policy.batches == [1, 1]
+        assert server.metric('univla_requests_total{outcome="bad_request"}') == 5
+
+
+def test_mistakes_without_end_end_the_connection():
+    with running(CountingPolicy()) as server, server.connect() as robot:
+        with pytest.raises(exceptions.ConnectionClosed) as closed:
+            for _ in range(40):
+                assert infer(robot, [1, 2]).startswith("bad request: the message is a list")
+        assert closed.value.rcvd.code == 1008
+        assert server.metric('univla_requests_total{outcome="bad_request"}') == 32
+
+
+def test_keys_of_other_policies_are_ignored_and_said_so():
+    with running(CountingPolicy()) as server, server.connect() as robot:
+        keys = {"observation/joint_position": np.zeros(7), "observation/gripper": 1.0}
+        reply = infer(robot, observation(1, **keys))
+        assert reply["actions"][0, 1] == 1 and reply["ignored_keys"] == list(keys)
+
+
+def _counts(robot, **more):
+    reply = infer(robot, observation(1, **more))
+    return reply["actions"][0, 1], reply["new_episode"]
+
+
+def test_a_robot_that_names_no_episode_carries_nothing_into_the_next(caplog):
+    """openpi's client: its ``reset`` sends nothing."""
+    with running(CountingPolicy(), forget_after_seconds=0) as server:
+        with server.connect() as robot:
+            assert [_counts(robot) for _ in range(3)] == [(1, True)] * 3
+        with server.connect() as robot:  # one that does keeps its history
+            assert _counts(robot, episode_id="a") == (1, True)
+            assert [_counts(robot, episode_id="a"), _counts(robot)] == [(2, False), (3, False)]
+        with server.connect() as robot:
+            assert [_counts(robot, reset=i == 0) for i in range(2)] == [(1, True), (2, False)]
+    assert caplog.text.count("names no episodes") == 1
+
+
+def test_episodes_are_inferred_from_silence_where_the_server_is_told_to():
+    server = running(CountingPolicy(), forget_after_seconds=0.2)
+    with server as server, server.connect() as robot:
+        assert _counts(robot) == (1, True)
+        time.sleep(0.25)
+        assert _counts(robot) == (1, True)
+
+
+def test_the_policy_learns_what_was_executed():
+    policy, seen = CountingPolicy(), []
+    start = policy.start
+    policy.start = lambda seed=0: seen.append(start()) or seen[-1]
+    with running(policy) as server, server.connect() as robot:
+        infer(robot, observation(1, executed=5))  # nothing was answered before
+        infer(robot, observation(1, executed=1))
+        assert seen[0].executed == 1
+        infer(robot, observation(1, executed=np.ones((2, 2), np.float64)))
+    assert len(seen) == 1 and seen[0].executed.tolist() == [[1, 1], [1, 1]]
+
+
+def test_frames_of_a_declared_camera_size_are_taken_alone():
+    sizes = {"image": (6, 12)}
+    with running(CountingPolicy(), camera_sizes=sizes) as server, server.connect() as robot:
+        wide = {"observation/image": np.ones((6, 12, 3), np.uint8), "prompt": "go"}
+        assert infer(robot, wide)["actions_valid"]
+        assert "sees 6 x 12; send exactly this size" in infer(robot, observation(1))
+    with pytest.raises(UserError, match=r"--camera_sizes: no camera 'wrist'; .* has image"):
+        PolicyServer(CountingPolicy(), ServerConfig(camera_sizes={"wrist": (1, 1)}), metadata={})
+
+
+def test_robots_that_ask_nothing_make_room():
+    with running(CountingPolicy(), idle_seconds=0.2) as server, server.connect() as robot:
+        with pytest.raises(exceptions.ConnectionClosed) as closed:
+            robot.recv(timeout=10)
+        assert closed.value.rcvd.code == 1001 and "no request for 0.2 s" in closed.value.rcvd.reason
+
+
+def test_connections_are_logged(caplog):
+    caplog.set_level("INFO")
+    with running(CountingPolicy()) as server, server.connect() as robot:
+        infer(robot, observation(1))
+    assert " connected, 1 in all" in caplog.text and "after 1 episode(s)" in caplog.text
 
 
 def test_frames_that_cannot_be_read_end_their_connection_only():
@@ -80,10 +162,10 @@ def test_frames_that_cannot_be_read_end_their_connection_only():
 def test_errors_of_the_policy_tell_nothing_and_spare_the_others(caplog):
     with running(CountingPolicy(), window_seconds=1.0) as server:
         with server.connect() as good, server.connect() as bad:
-            good.send(protocol.pack(observation(1)))
+            good.send(wire.pack(observation(1)))
             reply = infer(bad, observation(1, prompt="crash"))
             assert reply.startswith("internal error") and "secret" not in reply
-            assert protocol.unpack(good.recv(timeout=10))["actions"][0, 0] == PIXELS
+            assert wire.unpack(good.recv(timeout=10))["actions"][0, 0] == PIXELS
             with pytest.raises(exceptions.ConnectionClosed):
                 bad.recv(timeout=10)
         assert "secret details" in caplog.text
@@ -91,14 +173,14 @@ def test_errors_of_the_policy_tell_nothing_and_spare_the_others(caplog):
 
 def test_health_and_metrics_answer_while_the_policy_computes():
     with running(CountingPolicy(seconds=1.0)) as server, server.connect() as robot:
-        robot.send(protocol.pack(observation(1)))
+        robot.send(wire.pack(observation(1)))
         assert server.server._policy.running.wait(10)
         begin = time.perf_counter()
         assert _get(server.port, "/healthz") == (200, "OK\n")
         status, page = _get(server.port, "/metrics")
         assert time.perf_counter() - begin < 0.5
         assert status == 200 and "univla_connections 1.0" in page
-        assert protocol.unpack(robot.recv(timeout=10))["actions_valid"]
+        assert wire.unpack(robot.recv(timeout=10))["actions_valid"]
         assert 'univla_requests_total{outcome="ok"} 1.0' in _get(server.port, "/metrics")[1]
 
 
@@ -107,8 +189,8 @@ def test_robots_that_ask_together_are_answered_together():
     with running(policy, window_seconds=5.0, max_batch=3) as server:
         robots = [server.connect() for _ in range(3)]
         for i, robot in enumerate(robots):
-            robot.send(protocol.pack(observation(i)))
-        totals = [protocol.unpack(r.recv(timeout=10))["actions"][0, 0] for r in robots]
+            robot.send(wire.pack(observation(i)))
+        totals = [wire.unpack(r.recv(timeout=10))["actions"][0, 0] for r in robots]
         assert totals == [0, PIXELS, 2 * PIXELS] and policy.batches == [3]
         for robot in robots:
             robot.close()
@@ -118,14 +200,14 @@ def test_a_full_queue_refuses_and_the_robot_may_try_again():
     policy = CountingPolicy(seconds=0.5)
     with running(policy, queue=1, max_batch=1) as server:
         robots = [server.connect() for _ in range(3)]
-        robots[0].send(protocol.pack(observation(1)))
+        robots[0].send(wire.pack(observation(1)))
         assert policy.running.wait(10)
-        robots[1].send(protocol.pack(observation(1)))
+        robots[1].send(wire.pack(observation(1)))
         time.sleep(0.1)
         reply = infer(robots[2], observation(1))
         assert reply.startswith("busy: 1 requests are waiting; try again")
         for robot in robots[:2]:
-            assert protocol.unpack(robot.recv(timeout=10))["actions"][0, 1] == 1
+            assert wire.unpack(robot.recv(timeout=10))["actions"][0, 1] == 1
         assert infer(robots[2], observation(1))["actions"][0, 1] == 1
         for robot in robots:
             robot.close()
@@ -150,10 +232,25 @@ def test_only_robots_with_the_key_get_in():
         )
 
 
+def _until_free(server):
+    ends = time.monotonic() + 10
+    while server.metric("univla_connections"):
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
 def test_web_pages_and_one_robot_too_many_stay_outside():
     with running(CountingPolicy(), max_connections=1) as server:
-        with pytest.raises(exceptions.InvalidStatus, match="403"):
-            server.connect(origin="http://evil.example")
+        own = f"127.0.0.1:{server.port}"
+        for origin in ("http://evil.example", "http://127.0.0.1", "null"):
+            with pytest.raises(exceptions.InvalidStatus, match="403"):
+                server.connect(origin=origin)
+        # A name that its owner lets point here: page and address agree, and yet it is refused.
+        rebound = {"Host": "evil.example:1", "Origin": "http://evil.example:1"}
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            _get(server.port, "/metrics", **rebound)
+        server.connect(origin=f"http://{own}").close()  # a client that sends the server's own
+        _until_free(server)
         with server.connect(), pytest.raises(exceptions.InvalidStatus, match="503"):
             server.connect()
 
@@ -171,9 +268,9 @@ def test_encrypted(tmp_path):
     # what the client of websockets.sync does.
     async def ask(port):
         async with asyncio_client.connect(f"wss://127.0.0.1:{port}", ssl=trusting) as robot:
-            metadata = protocol.unpack(await robot.recv())
-            await robot.send(protocol.pack(observation(1)))
-            return metadata, protocol.unpack(await robot.recv())
+            metadata = wire.unpack(await robot.recv())
+            await robot.send(wire.pack(observation(1)))
+            return metadata, wire.unpack(await robot.recv())
 
     with running(CountingPolicy(), tls=tls_context(*files)) as server:
         metadata, reply = asyncio.run(asyncio.wait_for(ask(server.port), 20))
@@ -188,17 +285,31 @@ def test_stopping_finishes_what_runs():
     policy = CountingPolicy(seconds=0.5)
     with running(policy) as server:
         working, idle = server.connect(), server.connect()
-        working.send(protocol.pack(observation(1)))
+        working.send(wire.pack(observation(1)))
         assert policy.running.wait(10)
         server.stop()
         with pytest.raises(exceptions.ConnectionClosed) as closed:
             idle.recv(timeout=10)
         assert closed.value.rcvd.code == 1001
-        assert protocol.unpack(working.recv(timeout=10))["actions_valid"]
+        assert wire.unpack(working.recv(timeout=10))["actions_valid"]
         with pytest.raises(exceptions.ConnectionClosed):
             working.recv(timeout=10)
         with pytest.raises((OSError, exceptions.InvalidStatus)):
             server.connect()
+
+
+def test_a_call_that_outlasts_the_drain_is_left_behind():
+    policy = CountingPolicy(seconds=1.5)
+    with running(policy, drain_seconds=0.1) as server:
+        working = server.connect()
+        working.send(wire.pack(observation(1)))
+        assert policy.running.wait(10)
+        server.stop()
+        assert working.recv(timeout=10) == "busy: the server stops; try again later"
+        with pytest.raises(exceptions.ConnectionClosed):
+            working.recv(timeout=10)
+        server.thread.join(10)
+        assert server.server.call_under_way and not policy.batches
 
 
 def test_taken_ports_and_bad_settings_are_named(tmp_path):
@@ -213,6 +324,6 @@ def test_taken_ports_and_bad_settings_are_named(tmp_path):
     with pytest.raises(UserError, match="--port: 70000"):
         ServerConfig(port=70000)
     with pytest.raises(UserError, match="--api_key_file"):
-        read_api_key(str(tmp_path / "none"))
+        read_secret(str(tmp_path / "none"), "api_key_file")
     (tmp_path / "key").write_text("geheim\n")
-    assert read_api_key(str(tmp_path / "key")) == "geheim"
+    assert read_secret(str(tmp_path / "key"), "api_key_file") == "geheim"

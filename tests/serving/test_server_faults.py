@@ -16,7 +16,7 @@ from websockets import exceptions
 
 from tests.serving.harness import CountingPolicy, infer, observation, running
 from univla_jax.benchmarks.harness import resident_megabytes
-from univla_jax.serving import protocol
+from univla_jax.client import wire
 
 PIXELS = 8 * 8 * 3
 LONGEST = 2**13  # bytes of a frame that the fuzzed server reads
@@ -25,7 +25,7 @@ LONGEST = 2**13  # bytes of a frame that the fuzzed server reads
 def _mutated(rng):
     """One message that is wrong somewhere: bytes, structure, values, or nothing at all."""
     kind = rng.integers(8)
-    frame = bytearray(protocol.pack(observation(1, **{"observation/state": np.zeros(8)})))
+    frame = bytearray(wire.pack(observation(1, **{"observation/state": np.zeros(8)})))
     if kind == 0:
         return rng.bytes(rng.integers(0, 400))
     if kind == 1:
@@ -41,7 +41,7 @@ def _mutated(rng):
         value = [None, 1, -1.5, b"\0", "x" * 2000, [1], {"a": 1}, np.zeros((8, 8, 4))][
             rng.integers(8)
         ]
-        return protocol.pack(observation(1) | {key: value})
+        return wire.pack(observation(1) | {key: value})
     if kind == 5:
         message = {b"__ndarray__": True, b"data": rng.bytes(8), b"dtype": "<i8"}
         message[b"shape"] = rng.integers(-3, 2**31, rng.integers(0, 12)).tolist()
@@ -58,7 +58,7 @@ def _fuzz(server, count, seed):
         try:
             robot.send(_mutated(rng))
             reply = robot.recv(timeout=20)
-            assert isinstance(reply, str) or "actions" in protocol.unpack(reply) or reply
+            assert isinstance(reply, str) or "actions" in wire.unpack(reply) or reply
         except exceptions.ConnectionClosed:
             robot.close()
             robot, ended = server.connect(), ended + 1
@@ -91,7 +91,7 @@ def test_a_robot_that_dies_while_it_waits():
     policy = CountingPolicy(seconds=0.3)
     with running(policy) as server, server.connect() as good:
         bad = server.connect()
-        bad.send(protocol.pack(observation(9)))
+        bad.send(wire.pack(observation(9)))
         assert policy.running.wait(10)
         bad.socket.shutdown(socket.SHUT_RDWR)
         assert infer(good, observation(1))["actions"][0].tolist() == [PIXELS, 1]
@@ -117,7 +117,7 @@ def test_a_robot_that_does_not_read_is_cut_off():
     with running(CountingPolicy(), send_seconds=0.3) as server, server.connect() as good:
         raw = server.connect(max_queue=1)
         raw.recv_events_paused = True
-        message = protocol.pack(observation(1, extra="x" * 1000))
+        message = wire.pack(observation(1, prompt="at length"))
         stop = threading.Event()
 
         def flood():

@@ -8,18 +8,28 @@ import jax
 import pytest
 
 from tests.inference import tiny_checkpoint
+from univla_jax.client import wire
 from univla_jax.errors import UserError
-from univla_jax.inference.policy import Execution, Executor, Policy
-from univla_jax.serving import protocol
-from univla_jax.serving.startup import plan_memory, server_metadata, warmup
+from univla_jax.inference.execution import Execution, Executor
+from univla_jax.inference.policy import Policy
+from univla_jax.serving.server import ServerConfig
+from univla_jax.serving.startup import (
+    enable_compilation_cache,
+    parse_camera_sizes,
+    plan_memory,
+    server_metadata,
+    warmup,
+)
 
 
 def test_a_robot_learns_what_to_send_and_what_it_gets(tmp_path):
     policy = Policy.load(tiny_checkpoint.save(tmp_path, tiny_checkpoint.make_assets()))
-    metadata = server_metadata(Executor(policy, Execution("receding", steps=2)))
-    assert protocol.unpack(protocol.pack(metadata)) == metadata
-    assert (metadata["chunk"], metadata["actions_per_call"], metadata["action_dim"]) == (3, 2, 7)
+    metadata = server_metadata(Executor(policy, Execution("receding", steps=1)), ServerConfig())
+    assert wire.unpack(wire.pack(metadata)) == metadata
+    assert (metadata["chunk"], metadata["actions_per_call"], metadata["action_dim"]) == (3, 1, 7)
     assert (metadata["checkpoint_step"], metadata["control_hz"]) == (7, 5.0)
+    assert len(metadata["checkpoint"]) == 64 and metadata["keeps_history"] is True
+    assert metadata["optional_keys"] == ["reset", "episode_id", "executed"]
     shapes = {"observation/image": [24, 24, 3], "observation/wrist_image": [16, 16, 3]}
     assert metadata["observation_keys"] == shapes
     assert metadata["action_q01"] == list(tiny_checkpoint.STATISTICS.q01)
@@ -31,7 +41,7 @@ def test_a_robot_learns_that_its_state_is_wanted(tmp_path):
     statistics = {**assets.statistics, "tabletop/state": tiny_checkpoint.STATISTICS}
     assets = dataclasses.replace(assets, statistics=statistics)
     policy = Policy.load(tiny_checkpoint.save(tmp_path, assets))
-    metadata = server_metadata(Executor(policy, Execution("chunk")))
+    metadata = server_metadata(Executor(policy, Execution("chunk")), ServerConfig())
     assert metadata["observation_keys"]["observation/state"] == [7]
 
 
@@ -71,3 +81,19 @@ def test_memory_is_planned_by_bytes(policy_checkpoint):
     assert lines[0].startswith("GiB per device: weights 0.0") and "kept 0.50" in lines[0]
     plan_memory(policy, 4, 0.0, lines.append)
     assert policy.memory(4)["budget of caches kept"] == 2**32  # a CPU does not tell its memory
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--compiled=.*file/x: .*name another folder"):
+        enable_compilation_cache(tmp_path / "file" / "x")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # a container without /etc/passwd
+    with pytest.raises(UserError, match=r"--compiled=~/x: .*home directory.*; name another folder"):
+        enable_compilation_cache("~/x")
+
+
+def test_sizes_of_cameras():
+    assert parse_camera_sizes(["image=480x640", "a=b=1x2"]) == {"image": (480, 640), "a=b": (1, 2)}
+    with pytest.raises(UserError, match="--camera_sizes: 'image=480', expected CAMERA="):
+        parse_camera_sizes(["image=480"])

@@ -126,6 +126,15 @@ def test_sentencepiece_fits_tiny_datasets(texts):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_sentencepiece_writes_the_rarest_characters_as_bytes():
+    common, rare = "lift the red block", "".join(map(chr, range(0x4E00, 0x4E00 + 300)))
+    tokenizer = SentencePieceTextTokenizer.fit([common] * 2000 + [rare], 400)
+    assert tokenizer.vocabulary_size <= 400
+    for text in (common, rare):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(common)) < len(common)
+
+
 def test_sentencepiece_unusable_requests():
     with pytest.raises(UserError, match="no text to fit"):
         SentencePieceTextTokenizer.fit(["", " "], 300)

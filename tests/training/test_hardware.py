@@ -17,6 +17,10 @@ from univla_jax.training.hardware import find_chip
         ("TPU v5", "v5p"),
         ("TPU v5 lite", "v5e"),
         ("TPU v6 lite", "v6e"),
+        ("TPU v4", "v4"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
     ],
 )

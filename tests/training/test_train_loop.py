@@ -207,22 +207,26 @@ def test_the_record_says_whether_states_are_shown(world):
     assert plain["layout"] == "policy_video" and plain["action_frames"] == 3
 
 
+def _interrupted_at(step):
+    """``GlobalBatches.__next__`` that is interrupted before batch ``step``."""
+    taken, following = [], train_loop.GlobalBatches.__next__
+
+    def take(self):
+        if len(taken) == step:
+            raise KeyboardInterrupt
+        taken.append(0)
+        return following(self)
+
+    return take
+
+
 @pytest.mark.parametrize("crash", [1, 5])
 def test_a_crash_and_a_resume_are_bit_equal_to_an_uninterrupted_run(
     world, whole, tmp_path, monkeypatch, crash
 ):
     config = tiny_run.config(world, **EVALUATED)
-    taken = []
-
-    def fail_at(self):
-        if len(taken) == crash:
-            raise KeyboardInterrupt
-        taken.append(0)
-        return following(self)
-
-    following = train_loop.GlobalBatches.__next__
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_loop.GlobalBatches, "__next__", fail_at)
+        patch.setattr(train_loop.GlobalBatches, "__next__", _interrupted_at(crash))
         _train(config, tmp_path)
     _train(config, tmp_path)
     assert (tmp_path / METRICS_FILE).read_bytes() == (whole / METRICS_FILE).read_bytes()
@@ -259,13 +263,58 @@ def test_a_run_goes_on_without_the_folders_it_was_made_from(world, whole, tmp_pa
         _train(dataclasses.replace(config, total_steps=4), tmp_path / "run")
 
 
-def test_assets_changed_since_the_run_began_are_refused(world, whole, tmp_path):
+def test_a_checkpoint_with_changed_assets_counts_as_damaged(whole, tmp_path, caplog):
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
     record = next((copy / "checkpoints" / "6" / "assets").glob("text/*.json"))
     record.write_text(record.read_text() + " ")
     with pytest.raises(UserError, match="was changed after the checkpoint was written"):
-        _train(tiny_run.config(world, **EVALUATED, total_steps=8), copy)
+        Assets.load(checkpoints.assets_folder(copy / "checkpoints" / "6"))
+    newest = checkpoints.intact_checkpoint(copy, Assets.load)
+    assert newest.name == "4" and "was changed after the checkpoint was written" in caplog.text
+
+
+def test_a_forced_change_is_recorded(world, whole, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    changed = tiny_run.config(
+        world, **EVALUATED, total_steps=7, optimizer__learning_rate=0.02, data__seed=7
+    )
+    with pytest.raises(UserError, match=r"data\.seed was 42, is 7; optimizer\.learning_rate was"):
+        _train(changed, copy)
+    assert not (copy / train_loop.FORCED_FILE).exists()
+    train_loop.train(changed, copy, progress=False, force=True)
+    assert "warning: the data begins anew" in capsys.readouterr().err
+    (change,) = io.read_json(copy / train_loop.FORCED_FILE)["changes"]
+    assert change["step"] == 6 and len(change["config"]) == 2
+    steps = [line["step"] for line in io.read_jsonl(copy / METRICS_FILE) if "loss" in line]
+    assert steps == list(range(7))
+
+
+@pytest.mark.slow
+def test_what_leaves_the_mathematics_alone_may_change_between_starts(
+    world, whole, tmp_path, monkeypatch
+):
+    """A smaller slice after a preemption needs less memory; disks and buckets come and go."""
+    first = tiny_run.config(world, **EVALUATED, model__overrides={"remat": "full"})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_loop.GlobalBatches, "__next__", _interrupted_at(4))
+        _train(first, tmp_path / "run")
+    shutil.copytree(world / "store", tmp_path / "moved" / "store")
+    settings = {
+        "accumulation": 2,
+        "loss__chunks": 2,
+        "loss__max_labeled": 200,
+        "data__stores": (str(tmp_path / "moved" / "store"),),
+        "init_from": "/nowhere",
+        "model__overrides": {"remat": "attention", "attention": "plain", "scan_unroll": 2},
+    }
+    _train(tiny_run.config(world, **EVALUATED, **settings), tmp_path / "run")
+    expected = [line.get("loss") for line in io.read_jsonl(whole / METRICS_FILE)]
+    found = [line.get("loss") for line in io.read_jsonl(tmp_path / "run" / METRICS_FILE)]
+    np.testing.assert_allclose(
+        [loss for loss in found if loss], [loss for loss in expected if loss], rtol=1e-3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +378,7 @@ def test_an_earlier_stage_of_another_size_is_refused(world, world_model, tmp_pat
         ({"tokenizers__text": ""}, r"tokenizers\.text is empty"),
         ({"tokenizers__action": ""}, r"tokenizers\.action is empty"),
         ({"tokenizers__text": "/nowhere"}, "/nowhere"),
+        ({"data__chunk_size": 2}, "fitted to chunks of 3 steps, data.chunk_size is 2"),
         ({"init_from": "/nowhere"}, "no complete checkpoint in /nowhere"),
         ({"model__preset": "huge"}, "model preset 'huge' is unknown"),
         ({"model__overrides": {"vocab_size": 3}}, "comes from the vocabulary"),

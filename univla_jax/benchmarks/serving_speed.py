@@ -39,6 +39,7 @@ from univla_jax.benchmarks.harness import (
     save,
     timed,
 )
+from univla_jax.client import wire
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.inference.policy import Policy
 from univla_jax.serving import protocol, startup
@@ -113,7 +114,7 @@ async def _drive(port: int, example: Observation, robots: int, requests: int) ->
     for connection in connections:
         await connection.close()
     waits = np.array([wait for waits, _ in results for wait in waits])
-    replies = [[protocol.unpack(reply) for reply in replies] for _, replies in results]
+    replies = [[wire.unpack(reply) for reply in replies] for _, replies in results]
     return Answers(
         seconds,
         waits,
@@ -124,7 +125,7 @@ async def _drive(port: int, example: Observation, robots: int, requests: int) ->
 
 def _message(example: Observation, robot: int, number: int) -> bytes:
     request = protocol.request_message(observe(example, robot, number))
-    return protocol.pack(request | {"reset": starts_episode(robot, number)})
+    return wire.pack(request | {"reset": starts_episode(robot, number)})
 
 
 async def _robot(

@@ -62,9 +62,16 @@ def inverted_closedness(steps: Steps) -> np.ndarray:
     return _movement_and_gripper(steps, invert_gripper(closed))
 
 
-def binarized_gripper(steps: Steps) -> np.ndarray:
-    """DROID: the field ``action`` with its gripper binarized; [T, 7]."""
-    return _with_gripper(steps["action"], binarize_gripper)
+def cartesian_velocity(steps: Steps) -> np.ndarray:
+    """DROID: commanded velocity of the hand and the binarized gripper; [T, 7].
+
+    Not the field ``action``, which is an absolute pose whose gripper is 1 when closed. OpenVLA
+    (github.com/openvla/openvla, ``droid_baseact_transform``) takes the velocity, too.
+    """
+    velocity = np.asarray(steps["action_dict/cartesian_velocity"], np.float32)
+    closed = np.asarray(steps["action_dict/gripper_position"], np.float32).reshape(-1)
+    gripper = binarize_gripper(invert_gripper(closed))
+    return np.concatenate([velocity, gripper[:, None]], 1)
 
 
 def clipped_world_actions(steps: Steps) -> np.ndarray:
@@ -77,10 +84,9 @@ def inverted_gripper(steps: Steps) -> np.ndarray:
     return _with_gripper(steps["action"], lambda g: invert_gripper(np.clip(g, 0, 1)))
 
 
-def first_three_last_four(steps: Steps) -> np.ndarray:
-    """CMU play fusion: the first three and the last four dimensions of ``action``; [T, 7]."""
-    commands = np.asarray(steps["action"], np.float32)
-    return np.concatenate([commands[:, :3], commands[:, -4:]], 1)
+def without_terminate(steps: Steps) -> np.ndarray:
+    """CMU play fusion: ``action`` without its last number, "terminate"; [T, 8]."""
+    return np.asarray(steps["action"], np.float32)[:, :-1]
 
 
 def _with_gripper(actions: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -92,6 +98,60 @@ def _with_gripper(actions: np.ndarray, convert: Callable[[np.ndarray], np.ndarra
 def _movement_and_gripper(steps: Steps, gripper: np.ndarray) -> np.ndarray:
     parts = (steps["action/world_vector"], steps["action/rotation_delta"], gripper[:, None])
     return np.concatenate([np.asarray(part, np.float32) for part in parts], 1)
+
+
+# ----------------------------------------------------------------------------
+# Functions for ``DatasetConfig.idle_steps``: actions [T, A] -> bool [T].
+
+
+def no_movement(
+    threshold: float = 1e-4, gripper: int | None = -1
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Idle steps of movements: nothing moves, and the gripper stays as it was.
+
+    As OpenVLA drops the no-ops of LIBERO (``regenerate_libero_dataset.py``).
+
+    Args:
+      threshold: norm of the action without its gripper below which nothing moves.
+      gripper: its dimension; None where there is none.
+    """
+
+    def idle(actions: np.ndarray) -> np.ndarray:
+        return (np.linalg.norm(_without(actions, gripper), axis=1) < threshold) & _kept_gripper(
+            actions, gripper
+        )
+
+    return idle
+
+
+def same_pose(
+    threshold: float = 1e-4, gripper: int | None = -1
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Idle steps of absolute poses: the one before again, the gripper included.
+
+    Args:
+      threshold: norm of the change without the gripper below which it is the same pose.
+      gripper: its dimension; None where there is none.
+    """
+
+    def idle(actions: np.ndarray) -> np.ndarray:
+        change = np.diff(_without(actions, gripper), axis=0)
+        same = np.append([False], np.linalg.norm(change, axis=1) < threshold)[: len(actions)]
+        return same & _kept_gripper(actions, gripper)
+
+    return idle
+
+
+def _without(actions: np.ndarray, gripper: int | None) -> np.ndarray:
+    return actions if gripper is None else np.delete(actions, gripper, axis=1)
+
+
+def _kept_gripper(actions: np.ndarray, gripper: int | None) -> np.ndarray:
+    """Whether the gripper's command is that of the step before; the first step has none."""
+    if gripper is None:
+        return np.ones(len(actions), bool)
+    values = actions[:, gripper]
+    return np.append([True], values[1:] == values[:-1])[: len(actions)]
 
 
 # ----------------------------------------------------------------------------

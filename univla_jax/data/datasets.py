@@ -19,10 +19,13 @@ import numpy as np
 from univla_jax.config import name_hint
 from univla_jax.data import action_conventions
 from univla_jax.data.action_conventions import Steps
+from univla_jax.data.instruction_text import decode_text
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
+from univla_jax.normalization import check_kinds
 
 Size = tuple[int, int]
+_CAMERA_LISTS = ("policy_views", "world_model_views", "bgr_views")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +51,49 @@ class DatasetConfig:
       name: key in ``DATASETS``; configs, token stores and checkpoints refer to the dataset by it.
       views: camera name in this package -> path of its image. By convention ``"image"`` is the
         third-person and ``"wrist_image"`` the wrist camera.
-      control_hz: control rate in steps per second.
-      frame_spacing: steps between two frames of a world-model sample, about one second.
+      control_hz: control rate in steps per second, as recorded. Videos are sampled at it; the
+        ``fps`` of a LeRobot dataset takes its place.
+      frame_spacing: steps kept between two frames of a world-model sample, about one second.
       image_sizes: camera name -> (height, width) in pixels at which its frames are tokenized,
         multiples of the vision tokenizer's 8; a config may give ``image_specs`` instead.
       policy_views: cameras that a policy sees, in their order; empty takes all of ``views``.
       world_model_views: cameras each of which gives a sample of its own to a task that shows one
         camera; empty takes the first of ``views``.
-      instruction: paths of the instruction in the first step; the first non-empty one counts.
+      instruction: paths of instructions in the first step. The first that is not empty becomes the
+        episode's, all others that are neither empty nor equal its paraphrases, of which each
+        training sample draws one.
+      bgr_views: cameras whose images the dataset stores with blue first; they are turned to RGB.
       actions: converts ``Steps`` to actions [T', A] in physical units (anything NumPy casts to
         float32), T' being T without ``trim``. By default the field ``"action"``; see
         ``action_conventions`` for common conversions, or write a function.
+      action_units: what the numbers of an action are, for people.
+      gripper: what the gripper's number means, for people; empty where there is none.
+      normalization: per action dimension one of ``normalization.NORMALIZATIONS``; empty takes
+        quantiles of all.
       state: path of the proprioceptive state [T, P], None where there is none.
       mixture_weight: relative share in a training mixture of several datasets.
       min_frames: shortest episode kept, in steps; shorter ones are skipped and reported. Must be at
         least the length of an action chunk, and ``frame_spacing`` for the world model.
       trim: steps dropped at the start and at the end of every episode.
+      frame_stride: keeps every so many-th of the steps that are left, at a rate divided by it. For
+        videos and absolute actions; movements from step to step would have to be added up.
       chunk_deltas: for policies whose action chunks are relative to the pose at their first step;
         None where every action stands for itself.
+      absolute_dims: dimensions of an action that command a value, such as a gripper's or a pose's;
+        the others are displacements. Standing still repeats the last value of the former and makes
+        the latter 0. None takes the last dimension, the gripper, and where there are
+        ``chunk_deltas`` all.
       texts: kind of text (``Episode.texts``, such as ``"reasoning"``) -> its path.
       default_instruction: for episodes without an instruction; where it is empty, they are invalid.
+      episode_filters: path of a field of the episode -> the value it must have, such as
+        ``{"success": True}``; of a field of its steps, that of the last one counts. Other episodes
+        are left out and counted apart from broken ones.
+      idle_steps: actions [T', A] -> bool [T'], the steps to leave out because the robot does
+        nothing; see ``action_conventions``. None keeps every step.
+      segment_seconds: length to which ``"videos"`` are cut, so that a long one is never held as a
+        whole; None takes each as one episode.
       reader: file format, a key of ``readers.READERS``: ``"rlds"``, ``"calvin"``, ``"lerobot"``,
-        ``"videos"`` or ``"navsim"``.
+        ``"hdf5"``, ``"videos"`` or ``"navsim"``.
     """
 
     name: str
@@ -80,20 +104,32 @@ class DatasetConfig:
     policy_views: tuple[str, ...] = ()
     world_model_views: tuple[str, ...] = ()
     instruction: tuple[str, ...] = ("language_instruction",)
+    bgr_views: tuple[str, ...] = ()
     actions: Callable[[Steps], np.ndarray] = action_conventions.unchanged
+    action_units: str = ""
+    gripper: str = ""
+    normalization: tuple[str, ...] = ()
     state: str | None = "observation/state"
     mixture_weight: float = 1.0
     min_frames: int = 10
     trim: tuple[int, int] = (0, 0)
+    frame_stride: int = 1
     chunk_deltas: action_conventions.ChunkDeltas | None = None
+    absolute_dims: tuple[int, ...] | None = None
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     default_instruction: str = ""
+    episode_filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    idle_steps: Callable[[np.ndarray], np.ndarray] | None = None
+    segment_seconds: float | None = None
     reader: str = "rlds"
 
     def __post_init__(self) -> None:
-        """Raises UserError for a view that is named and not there."""
-        for name in ("policy_views", "world_model_views"):
+        """Raises UserError for a view that is named and not there, or a value out of range."""
+        for name in _CAMERA_LISTS:
             self._check_views(getattr(self, name), f"{name}: ")
+        check_kinds(self.normalization)
+        if self.frame_stride < 1:
+            raise UserError(f"dataset {self.name!r}: frame_stride {self.frame_stride} is below 1")
 
     def with_views(self, views: Iterable[str]) -> DatasetConfig:
         """The same dataset with only some of its cameras.
@@ -106,8 +142,7 @@ class DatasetConfig:
         return dataclasses.replace(
             self,
             views={view: self.views[view] for view in views},
-            policy_views=tuple(view for view in self.policy_views if view in views),
-            world_model_views=tuple(view for view in self.world_model_views if view in views),
+            **{name: tuple(v for v in getattr(self, name) if v in views) for name in _CAMERA_LISTS},
         )
 
     def _check_views(self, views: Iterable[str], what: str = "") -> None:
@@ -120,8 +155,12 @@ class DatasetConfig:
 
 
 # ----------------------------------------------------------------------------
-# The built-in datasets. Actions: the gripper is 1 open, 0 closed unless stated otherwise.
+# The built-in datasets.
 
+_OPEN_1 = "1 open, 0 closed"
+_CLOSED_1 = "1 closed, -1 open"
+_MOVEMENT = "movement of the hand per step: meters, then fixed-axis angles in radians; gripper"
+_SCALED = "movement of the hand per step, -1 to 1 of the controller's range; gripper"
 
 _IN_OBSERVATION = ("observation/natural_language_instruction",)
 _SQUARE = (256, 256)
@@ -140,7 +179,8 @@ def _libero(name: str) -> DatasetConfig:
         **_views((200, 200), image="image", wrist_image="wrist_image"),
         control_hz=20.0,
         frame_spacing=10,
-        # actions: the gripper is -1 open, 1 closed
+        action_units=_SCALED,
+        gripper=_CLOSED_1,
     )
 
 
@@ -158,17 +198,18 @@ def _driving(name: str, size: Size | None) -> DatasetConfig:
         state="ego_status",
         min_frames=10,  # a moment, the second before it and the four seconds after it
         texts={kind: kind for kind in ("command", "token", "image")},
+        action_units="movement in half a second: meters ahead and to the left, radians to the left",
         reader="navsim",
     )
 
 
 def _video(name: str, **changes) -> DatasetConfig:
-    """A folder of videos, one frame a second."""
+    """A folder of videos, of which five frames a second are taken, every one of them shown."""
     return DatasetConfig(
         name,
         views={"image": "video"},
         image_sizes={"image": _SQUARE},
-        control_hz=1.0,
+        control_hz=5.0,
         frame_spacing=1,
         actions=action_conventions.no_actions,
         state=None,
@@ -184,6 +225,7 @@ _BUILT_IN = (
         views={"image": "observation/image", "wrist_image": "observation/wrist_image"},
         control_hz=5.0,
         frame_spacing=5,
+        action_units="movement of the gripper per step, -1 to 1 of its greatest speed; gripper",
     ),
     _libero("libero"),  # the four suites as one corpus with joint statistics, as published
     _libero("libero_spatial"),
@@ -197,7 +239,8 @@ _BUILT_IN = (
         control_hz=30.0,
         frame_spacing=10,
         actions=action_conventions.action_field("rel_actions"),
-        # actions: the gripper is 1 open, -1 closed
+        action_units=_SCALED,
+        gripper="1 open, -1 closed",
         state="robot_obs",
         mixture_weight=0.8,
         reader="calvin",
@@ -209,6 +252,8 @@ _BUILT_IN = (
         control_hz=5.0,
         frame_spacing=5,
         actions=action_conventions.reached_movement,
+        action_units=_MOVEMENT,
+        gripper=_OPEN_1,
         min_frames=5,
         trim=(1, 1),
     ),
@@ -219,6 +264,8 @@ _BUILT_IN = (
         frame_spacing=3,
         instruction=_IN_OBSERVATION,
         actions=action_conventions.relative_gripper,
+        action_units=_MOVEMENT,
+        gripper=_OPEN_1,
         state="observation/base_pose_tool_reached",
         mixture_weight=0.3,
     ),
@@ -238,7 +285,9 @@ _BUILT_IN = (
             "language_instruction_2",
             "language_instruction_3",
         ),
-        actions=action_conventions.binarized_gripper,
+        actions=action_conventions.cartesian_velocity,
+        action_units="velocity of the hand as commanded, six numbers; gripper",
+        gripper=_OPEN_1,
         state="observation/cartesian_position",
         mixture_weight=0.2,
     ),
@@ -249,6 +298,8 @@ _BUILT_IN = (
         frame_spacing=20,
         instruction=_IN_OBSERVATION,
         actions=action_conventions.open_gripper,
+        action_units=_MOVEMENT,
+        gripper=_OPEN_1,
     ),
     DatasetConfig(
         "taco_play",
@@ -257,6 +308,8 @@ _BUILT_IN = (
         frame_spacing=5,
         instruction=_IN_OBSERVATION,
         actions=action_conventions.clipped_world_actions,
+        action_units=_SCALED,
+        gripper="0...1; which end is open differs between sources: look at the data",
         state="observation/robot_obs",
     ),
     DatasetConfig(
@@ -264,6 +317,7 @@ _BUILT_IN = (
         **_views(image="image_side_1"),
         control_hz=10.0,
         frame_spacing=5,
+        action_units="six numbers of the hand as recorded; gripper",
         state="observation/eef_pose",
     ),
     DatasetConfig(
@@ -272,7 +326,8 @@ _BUILT_IN = (
         control_hz=20.0,
         frame_spacing=10,
         mixture_weight=0.5,
-        # actions: the gripper is 1 open, -1 closed
+        action_units=_SCALED,
+        gripper="1 open, -1 closed",
     ),
     DatasetConfig(
         "kuka",
@@ -281,16 +336,21 @@ _BUILT_IN = (
         frame_spacing=3,
         instruction=_IN_OBSERVATION,
         actions=action_conventions.relative_gripper,
+        action_units=_MOVEMENT,
+        gripper=_OPEN_1,
         state=None,
         mixture_weight=0.1,
     ),
     DatasetConfig(
         "berkeley_autolab_ur5",
         **_views(image="image", wrist_image="hand_image"),
+        bgr_views=("wrist_image",),
         control_hz=5.0,
         frame_spacing=5,
         instruction=_IN_OBSERVATION,
         actions=action_conventions.relative_gripper,
+        action_units=_MOVEMENT,
+        gripper=_OPEN_1,
         state="observation/robot_state",
     ),
     DatasetConfig(
@@ -298,8 +358,9 @@ _BUILT_IN = (
         **_views(image="image"),
         control_hz=5.0,
         frame_spacing=10,
-        actions=action_conventions.first_three_last_four,
-        # actions: the gripper is as commanded
+        actions=action_conventions.without_terminate,
+        action_units="pose of the hand as commanded: seven numbers; gripper",
+        gripper="as commanded",
     ),
     DatasetConfig(
         "viola",
@@ -308,14 +369,19 @@ _BUILT_IN = (
         frame_spacing=15,
         instruction=_IN_OBSERVATION,
         actions=action_conventions.inverted_closedness,
+        action_units=_MOVEMENT,
+        gripper=_OPEN_1,
         state="observation/joint_states",
     ),
     DatasetConfig(
         "utaustin_mutex",
         **_views(image="image", wrist_image="wrist_image"),
+        bgr_views=("image", "wrist_image"),
         control_hz=20.0,
         frame_spacing=10,
         actions=action_conventions.inverted_gripper,
+        action_units=_SCALED,
+        gripper=_OPEN_1,
     ),
     DatasetConfig(
         "aloha",
@@ -324,10 +390,11 @@ _BUILT_IN = (
             for view in ("cam_high", "cam_left_wrist", "cam_right_wrist")
         },
         image_sizes=dict.fromkeys(("cam_high", "cam_left_wrist", "cam_right_wrist"), (128, 128)),
-        control_hz=30.0,
-        frame_spacing=30,
+        control_hz=50.0,
+        frame_spacing=50,
         instruction=("task",),
-        # actions: the grippers, as measured, are dimensions 6 and 13
+        action_units="poses of both hands: meters, roll, pitch and yaw in radians; gripper",
+        gripper="dimensions 6 and 13, as measured",
         state="observation.state",
         min_frames=20,
         chunk_deltas=action_conventions.ALOHA_DELTAS,
@@ -380,6 +447,16 @@ def chunk_deltas(corpus: str) -> action_conventions.ChunkDeltas | None:
     return None if dataset is None else dataset.chunk_deltas
 
 
+def normalization_kinds(key: str) -> tuple[str, ...]:
+    """How the actions of a corpus are normalized, per dimension; empty for quantiles of all.
+
+    Args:
+      key: name of the corpus. States, which have a ``state_key``, have quantiles.
+    """
+    dataset = DATASETS.get(key)
+    return () if dataset is None else dataset.normalization
+
+
 # ----------------------------------------------------------------------------
 # Shared by the readers of all file formats: from raw fields to an ``Episode``, and splits.
 #
@@ -399,37 +476,64 @@ def build_episode(
 
     Raises:
       KeyError: a field is missing.
-      ValueError: the frames that ``trim`` leaves and the actions differ in number.
+      ValueError: a field that is no number, no text or of another rank, or fields whose steps
+        differ in number.
     """
     # The action function sees the whole episode and leaves out the steps of ``trim`` itself: a
     # relative gripper, for example, needs the commands before the first step that is kept. All
     # other fields are cut here.
-    start, end = dataset.trim
+    (start, end), stride = dataset.trim, dataset.frame_stride
+    actions = _numbers("actions", dataset.actions(steps))[::stride]
+    kept = np.ones(len(actions), bool) if dataset.idle_steps is None else _moving(dataset, actions)
 
-    def trimmed(array: np.ndarray) -> np.ndarray:
-        return array[start : len(array) - end]
+    def trimmed(name: str, values: Any) -> Any:
+        values = values[start : len(values) - end][::stride]
+        if len(values) != len(kept):
+            raise ValueError(f"{len(kept)} actions for {len(values)} steps of {name}")
+        return values if kept.all() else values[kept]
 
-    kept = {view: trimmed(array) for view, array in frames.items()}
-    actions = np.asarray(dataset.actions(steps), np.float32)
-    lengths = {len(array) for array in kept.values()}
-    if lengths - {len(actions)}:
-        raise ValueError(f"{len(actions)} actions for {sorted(lengths)} frames")
-    instructions = (decode_text(steps[p][0]) for p in dataset.instruction if p in steps)
+    shown = {view: trimmed(f"view {view!r}", array) for view, array in frames.items()}
+    shown |= {view: np.ascontiguousarray(shown[view][..., ::-1]) for view in dataset.bgr_views}
+    texts = (decode_text(steps[path][0]) for path in dataset.instruction if path in steps)
+    instruction, *paraphrases = dict.fromkeys(t for t in texts if t.strip()) or (
+        dataset.default_instruction,
+    )
+    state = None if dataset.state is None else _numbers(dataset.state, steps[dataset.state])
     return Episode(
-        instruction=next((t for t in instructions if t.strip()), dataset.default_instruction),
-        frames=kept,
-        actions=actions,
-        control_hz=dataset.control_hz,
+        instruction=instruction,
+        paraphrases=tuple(paraphrases),
+        frames=shown,
+        actions=actions[kept],
+        control_hz=dataset.control_hz / stride,
         corpus=dataset.name,
         episode_id=episode_id,
-        state=np.asarray(trimmed(steps[dataset.state]), np.float32) if dataset.state else None,
-        texts={k: tuple(map(decode_text, trimmed(steps[p]))) for k, p in dataset.texts.items()},
+        state=None if state is None else trimmed(f"{dataset.state!r}", state),
+        texts={
+            kind: tuple(map(decode_text, trimmed(f"{path!r}", np.asarray(steps[path], object))))
+            for kind, path in dataset.texts.items()
+        },
     )
 
 
-def decode_text(value: Any) -> str:
-    """UTF-8 bytes, or anything else, as a string."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+def _numbers(name: str, values: Any) -> np.ndarray:
+    """A field as float32 [T, N]; one number per step is N = 1."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds {array.dtype}, no numbers")
+    if array.ndim not in (1, 2):
+        raise ValueError(f"{name} has the shape {list(array.shape)}, expected [T, N]")
+    with np.errstate(over="ignore"):  # becomes infinite, which validation notices
+        return np.asarray(array[:, None] if array.ndim == 1 else array, np.float32)
+
+
+def _moving(dataset: DatasetConfig, actions: np.ndarray) -> np.ndarray:
+    """Which steps are not idle, bool [T]."""
+    idle = np.asarray(dataset.idle_steps(actions))
+    if idle.shape != (len(actions),) or idle.dtype != bool:
+        raise ValueError(
+            f"idle_steps gives {idle.dtype}{list(idle.shape)} for {len(actions)} steps"
+        )
+    return ~idle
 
 
 def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tuple[str, range]:
@@ -446,7 +550,7 @@ def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tu
     Raises:
       UserError: another notation, an unknown split, or no episodes in it.
     """
-    found = re.fullmatch(r"(\w+)(?:\[(\d*%?):(\d*%?)\])?", split)
+    found = re.fullmatch(r"([^\[\]]+)(?:\[(\d*%?):(\d*%?)\])?", split)
     if found is None or found[1] not in sizes:
         raise UserError(f"{where} has no split {split!r}; it has {', '.join(sizes) or 'none'}")
     size = sizes[found[1]]
@@ -460,3 +564,13 @@ def split_range(split: str, sizes: Mapping[str, int], where: pathlib.Path) -> tu
     if not indices:
         raise UserError(f"{where}: split {split!r} holds no episodes")
     return found[1], indices
+
+
+def absolute_dims(corpus: str, action_dim: int) -> tuple[int, ...]:
+    """Dimensions of a corpus' actions that command a value; see ``DatasetConfig``."""
+    dataset = DATASETS.get(corpus)
+    if dataset is not None and dataset.absolute_dims is not None:
+        return dataset.absolute_dims
+    if dataset is not None and dataset.chunk_deltas is not None:
+        return tuple(range(action_dim))
+    return (action_dim - 1,)

@@ -37,6 +37,7 @@ from PIL import Image
 
 from univla_jax.data.datasets import DatasetConfig, build_episode, split_range
 from univla_jax.data.ego_motion import COMMANDS, SECOND, ego_status, motions_between, yaw_of
+from univla_jax.data.episode_reader import EpisodeReader
 from univla_jax.data.safe_pickle import load_plain
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
@@ -57,8 +58,12 @@ _FIELDS = (
 )
 
 
-class NavsimReader:
-    """Random access to the runs of moments of a split; an ``EpisodeReader``."""
+class NavsimReader(EpisodeReader):
+    """Random access to the runs of moments of a split.
+
+    Attributes:
+      runs: log and frame numbers of the moments of each run.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], dataset: DatasetConfig, split: str) -> None:
         """Finds the moments of a split in its logs.
@@ -86,27 +91,22 @@ class NavsimReader:
         missing = [log for log in chosen if log not in logs]
         if missing:
             raise UserError(f"{self.folder}: split {name!r} names the log {missing[0]}, not there")
-        self._runs = _find_runs([logs[log] for log in chosen], tokens, name)
-        sizes = {name: len(self._runs)}
+        self.runs = _find_runs([logs[log] for log in chosen], tokens, name)
+        sizes = {name: len(self.runs)}
         self._split, indices = split_range(split, sizes, self.folder)
-        self._runs = [self._runs[i] for i in indices]
+        self.runs = [self.runs[i] for i in indices]
         self.name = f"{dataset.name}:{self.folder.name}"
         self.image_sizes = dict.fromkeys(dataset.views)
-        listing = repr([(path.stem, moments) for path, moments in self._runs])
+        self.control_hz = dataset.control_hz
+        listing = repr([(path.stem, moments) for path, moments in self.runs])
         self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
 
     def __len__(self) -> int:
         """Number of runs."""
-        return len(self._runs)
+        return len(self.runs)
 
-    def __getitem__(self, index: int) -> Episode:
-        """Reads one run.
-
-        Raises:
-          UserError: an image is missing or damaged, or a pose is not finite; names it.
-          IndexError: no such run.
-        """
-        path, moments = self._runs[index]
+    def _read(self, index: int) -> Episode:
+        path, moments = self.runs[index]
         frames, dataset = read_log(path), self._dataset
         first, last = moments[0] - SECOND, moments[-1]
         shown = range(first, last + HORIZON)
@@ -140,7 +140,7 @@ class NavsimReader:
 
     def episode_id(self, index: int) -> str:
         """Split, log and the frame number of the first moment."""
-        path, moments = self._runs[index]
+        path, moments = self.runs[index]
         return f"{self._split}/{path.stem}/{moments[0]:05d}"
 
     def _image(self, log: pathlib.Path, frame: Mapping[str, Any]) -> pathlib.Path:

@@ -3,64 +3,33 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
+from univla_jax.buckets import require_local
 from univla_jax.data.calvin import CalvinReader
 from univla_jax.data.datasets import DatasetConfig
+from univla_jax.data.episode_reader import EpisodeReader, describe_error
+from univla_jax.data.hdf5 import Hdf5Reader
 from univla_jax.data.lerobot import LeRobotReader
 from univla_jax.data.navsim import NavsimReader
 from univla_jax.data.rlds import RldsReader
-from univla_jax.data.video import VideoFolderReader
-from univla_jax.episode import Episode
+from univla_jax.data.video_folder import VideoFolderReader
 from univla_jax.errors import UserError
 
-
-class EpisodeReader(Protocol):
-    """Random access to the episodes of one split of a dataset.
-
-    Attributes:
-      folder: of the dataset.
-      name: dataset name, with a version where there is one.
-      image_sizes: view -> (height, width) that the dataset declares, None where it leaves them
-        open.
-      fingerprint: sha256 of the metadata that describe the dataset.
-    """
-
-    folder: pathlib.Path
-    name: str
-    image_sizes: Mapping[str, tuple[int, int] | None]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        """Number of episodes in the split."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Episode:
-        """Decodes one episode.
-
-        Raises:
-          UserError: it cannot be decoded; names it.
-          IndexError: no such episode, so that a reader can be iterated over.
-        """
-        ...
-
-    def episode_id(self, index: int) -> str:
-        """Id of an episode, also of one that cannot be decoded."""
-        ...
-
-
-# The modules above import TFDS, PyAV and PyArrow inside functions: a format costs neither time nor
-# an installed package until it is read.
+# The modules above import TFDS, PyAV, PyArrow and h5py inside functions: a format costs neither
+# time nor an installed package until it is read.
 READERS: Mapping[str, Callable[..., EpisodeReader]] = {
     "rlds": RldsReader,
     "calvin": CalvinReader,
     "lerobot": LeRobotReader,
+    "hdf5": Hdf5Reader,
     "videos": VideoFolderReader,
     "navsim": NavsimReader,
 }
 """``DatasetConfig.reader`` -> class called with (folder, dataset, split)."""
+_FROM_BUCKETS = (
+    "rlds",
+)  # the others open files by the thousand with libraries that want local ones
 
 
 def open_reader(
@@ -74,11 +43,22 @@ def open_reader(
       split: in TFDS notation, for example ``"train"`` or ``"train[:95%]"``.
 
     Raises:
-      UserError: an unknown reader, no dataset there, an unknown split, or a missing file or field.
+      UserError: an unknown reader, no dataset there, an unknown split, a missing file or field, or
+        metadata that are damaged in any way.
     """
     if dataset.reader not in READERS:
         raise UserError(
             f"dataset {dataset.name!r}: reader {dataset.reader!r} is not one of "
             f"{', '.join(READERS)}"
         )
-    return READERS[dataset.reader](folder, dataset, split)
+    if dataset.reader not in _FROM_BUCKETS:
+        require_local(folder, f"a dataset of the format {dataset.reader!r}")
+    try:
+        return READERS[dataset.reader](folder, dataset, split)
+    except UserError:
+        raise
+    except Exception as error:  # whatever damaged or foreign metadata lead to
+        raise UserError(
+            f"{folder} cannot be opened as {dataset.reader}, its metadata are damaged or of "
+            f"another format: {describe_error(error)}"
+        ) from error

@@ -9,32 +9,38 @@ Axes: T steps, H/W image height and width.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from etils import epath
 
-from univla_jax.data.datasets import DatasetConfig, build_episode, decode_text
+from univla_jax.data.datasets import DatasetConfig, build_episode
+from univla_jax.data.episode_reader import (
+    DatasetMismatchError,
+    EpisodeReader,
+    LazySteps,
+    MissingFieldError,
+    check_filters,
+    plain_value,
+)
+from univla_jax.data.image_decoding import decode_images
+from univla_jax.data.tf_example import index_fields, parse_values
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
-from univla_jax.io import Shard, ShardedRecords
+from univla_jax.io import Shard, ShardedRecords, absolute_path
 
 _INFO, _FEATURES = "dataset_info.json", "features.json"
+_EPISODE_ID = "episode_metadata/episode_id"
 
 
-class RldsReader:
-    """Random access to the episodes of one split of a TFDS dataset; an ``EpisodeReader``.
+class RldsReader(EpisodeReader):
+    """Random access to the episodes of one split of a TFDS dataset.
 
     Attributes:
       folder: the version folder, which holds the metadata and the shards.
       name: dataset name and version, for example ``"tabletop:1.0.0"``.
-      image_sizes: view -> (height, width) that the dataset declares, None where it leaves them
-        open.
-      fingerprint: sha256 over the metadata files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], dataset: DatasetConfig, split: str) -> None:
@@ -47,19 +53,26 @@ class RldsReader:
 
         Raises:
           UserError: no dataset there, an unknown split, a missing or truncated shard, or a field
-            that the dataset lacks.
+            that the dataset lacks or that is of another kind.
         """
         self.folder = _find_dataset(folder)
         self._dataset, self._split = dataset, split
         builder = _builder(self.folder)
         self.name = f"{builder.info.name}:{builder.info.version}"
-        self._features = builder.info.features
+        features = builder.info.features
+        if "steps" not in features:
+            raise UserError(
+                f"{self.folder} is no RLDS dataset: no 'steps' in {', '.join(features)}"
+            )
+        self._step_fields = dict(_flatten(features["steps"].feature))
+        context = {name: feature for name, feature in features.items() if name != "steps"}
+        self._episode_fields = dict(_flatten(context))
+        self._check_fields()
         self._records = ShardedRecords(_shards(builder, split, self.folder))
         self._records.check()
-        fields = _step_features(self._features)
-        self._check_fields(fields)
-        self._decoders = _skip_image_decoding(fields)
-        self.image_sizes = {v: _declared_size(fields[path]) for v, path in dataset.views.items()}
+        sizes = {view: self._step_fields[path].shape for view, path in dataset.views.items()}
+        self.image_sizes = {v: None if None in s[:2] else tuple(s[:2]) for v, s in sizes.items()}
+        self.control_hz = dataset.control_hz
         metadata = b"\0".join((self.folder / name).read_bytes() for name in (_INFO, _FEATURES))
         self.fingerprint = hashlib.sha256(metadata).hexdigest()
 
@@ -67,69 +80,61 @@ class RldsReader:
         """Number of episodes in the split."""
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Episode:
-        """Reads and decodes one episode.
-
-        Raises:
-          UserError: its record is damaged or cannot be decoded; names the episode.
-          IndexError: no such episode.
-        """
-        record = self._records[index]
-        try:
-            return self._decode(record, index)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{self.episode_id(index)} cannot be decoded: {what}") from error
-
     def episode_id(self, index: int) -> str:
         """Id of an episode that has none in its metadata."""
         return f"{self._split}/{index:06d}"
 
-    def _check_fields(self, fields: Mapping[str, Any]) -> None:
-        dataset = self._dataset
-        state = [dataset.state] if dataset.state else []
-        for path in (
-            *dataset.views.values(),
-            *dataset.instruction,
-            *state,
-            *dataset.texts.values(),
-        ):
-            if path not in fields:
-                raise UserError(
-                    f"dataset {dataset.name!r}: the steps of {self.folder} have no field {path!r}; "
-                    f"they have {', '.join(sorted(fields))}"
+    def _check_fields(self) -> None:
+        """Checks the fields that the ``DatasetConfig`` names; those of its actions show later."""
+        dataset, known = self._dataset, self._step_fields
+        wanted = [(path, "an 8-bit image", _is_image) for path in dataset.views.values()]
+        wanted += [
+            (path, "a text", _is_text) for path in (*dataset.instruction, *dataset.texts.values())
+        ]
+        if dataset.state:
+            wanted.append((dataset.state, "a vector of numbers", _is_vector))
+        for path, what, fits in wanted:
+            if path not in known:
+                raise MissingFieldError(dataset, path, known, f"the steps of {self.folder}")
+            if not fits(known[path]):
+                raise DatasetMismatchError(
+                    f"dataset {dataset.name!r}: the field {path!r} of {self.folder} is "
+                    f"{_describe(known[path])}, expected {what}"
                 )
+        known = {**known, **self._episode_fields}
+        for path in dataset.episode_filters:
+            if path not in known:
+                raise MissingFieldError(dataset, path, known, str(self.folder))
 
-    def _decode(self, record: bytes, index: int) -> Episode:
-        # TFDS yields the steps one by one as nested dictionaries; fields are wanted as arrays over
-        # time under one flat path, the form in which a ``DatasetConfig`` names them.
-        example = self._features.deserialize_example_np(record, decoders=self._decoders)
-        steps: dict[str, list[Any]] = {}
-        for step in example["steps"]:
-            for path, value in _flatten(step):
-                steps.setdefault(path, []).append(value)
-        arrays = {path: _stack(values) for path, values in steps.items()}
-        frames = {view: _decode_images(arrays[p]) for view, p in self._dataset.views.items()}
-        own_id = example.get("episode_metadata", {}).get("episode_id")
-        episode_id = self.episode_id(index) if own_id is None else decode_text(own_id)
-        return build_episode(self._dataset, arrays, frames, episode_id)
+    def _read(self, index: int) -> Episode:
+        # Only the fields in use are parsed, whatever else a record holds; each when it is first
+        # asked for. Filters come first: an episode that is left out costs no image.
+        fields, where = index_fields(self._records[index]), str(self.folder)
+        steps = _Steps(self._dataset, self._step_fields, fields, where)
+
+        def load(path: str) -> np.ndarray:
+            return _parse_field(path, self._episode_fields[path], fields, path, in_steps=False)
+
+        episode = LazySteps(self._dataset, self._episode_fields, load, where)
+        check_filters(self._dataset, steps, episode)
+        frames = {view: _as_images(steps[path]) for view, path in self._dataset.views.items()}
+        has_id = _EPISODE_ID in episode
+        own_id = str(plain_value(episode[_EPISODE_ID])) if has_id else self.episode_id(index)
+        return build_episode(self._dataset, steps, frames, own_id)
 
 
-def _find_dataset(folder: str | os.PathLike[str]) -> pathlib.Path:
+def _find_dataset(folder: str | os.PathLike[str]) -> epath.Path:
     """The TFDS version folder at ``folder``, or the only one up to two levels below it."""
-    root = pathlib.Path(folder)
+    root = absolute_path(folder)
     if not root.is_dir():
         raise UserError(f"no dataset folder {root}; write the dataset first or correct the path")
     if (root / _INFO).is_file():
         return root
     # TFDS writes name/version below its data_dir, so a folder two levels up is meant as often.
     # Hidden folders are datasets that were interrupted while they were written.
-    candidates = [*root.glob(f"*/{_INFO}"), *root.glob(f"*/*/{_INFO}")]
-    found = sorted(
-        path.parent
-        for path in candidates
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    outer = _visible_folders(root)
+    inner = [path for folder in outer for path in _visible_folders(folder)]
+    found = sorted(path for path in (*outer, *inner) if (path / _INFO).is_file())
     if len(found) == 1:
         return found[0]
     if not found:
@@ -138,7 +143,11 @@ def _find_dataset(folder: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"{root} holds several datasets ({listed}); name one of them")
 
 
-def _builder(folder: pathlib.Path) -> Any:
+def _visible_folders(folder: epath.Path) -> list[epath.Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
+
+
+def _builder(folder: epath.Path) -> Any:
     import tensorflow_datasets as tfds
 
     if not (folder / _FEATURES).is_file():
@@ -150,7 +159,7 @@ def _builder(folder: pathlib.Path) -> Any:
         raise UserError(f"{folder} is not a readable TFDS dataset: {reason}") from error
 
 
-def _shards(builder: Any, split: str, folder: pathlib.Path) -> list[Shard]:
+def _shards(builder: Any, split: str, folder: epath.Path) -> list[Shard]:
     try:
         instructions = builder.info.splits[split].file_instructions
     except ValueError as error:
@@ -163,11 +172,11 @@ def _shards(builder: Any, split: str, folder: pathlib.Path) -> list[Shard]:
 
 
 # ----------------------------------------------------------------------------
-# Decoding of a record: nested fields to one array per path, images with Pillow.
+# Fields of a record: from the flat lists of an Example to one array over time per path.
 
 
 def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested features or values as (path joined by slashes, leaf)."""
+    """Leaves of nested features as (path joined by slashes, feature)."""
     for key, value in node.items():
         if hasattr(value, "items"):
             yield from _flatten(value, f"{prefix}{key}/")
@@ -175,51 +184,92 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _step_features(features: Any) -> dict[str, Any]:
-    """Path inside a step -> TFDS feature."""
-    if "steps" not in features:
-        raise UserError(f"not an RLDS dataset: no 'steps' among {', '.join(features)}")
-    return dict(_flatten(features["steps"].feature))
-
-
-def _skip_image_decoding(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoders that leave every image of the steps as its encoded bytes.
-
-    TFDS decodes with OpenCV where it is installed and with TensorFlow or Pillow elsewhere. Those
-    differ by a gray level here and there in JPEGs, which moves visual codes. Images are therefore
-    always decoded with Pillow, so that a dataset has the same pixels on every machine, and only
-    those of the views in use.
-    """
+def _is_image(feature: Any) -> bool:
     import tensorflow_datasets as tfds
 
-    decoders: dict[str, Any] = {}
-    images = (p for p, feature in fields.items() if isinstance(feature, tfds.features.Image))
-    for path in images:
-        *parents, leaf = ["steps", *path.split("/")]
-        node = decoders
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = tfds.decode.SkipDecoding()
-    return decoders
+    encoded, shape = isinstance(feature, tfds.features.Image), feature.shape
+    channels = (1, 3, 4) if encoded else (3,)
+    return feature.np_dtype == np.uint8 and len(shape) == 3 and shape[2] in (None, *channels)
 
 
-def _declared_size(image: Any) -> tuple[int, int] | None:
-    height, width = image.shape[:2]
-    return None if height is None or width is None else (height, width)
+def _is_text(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)  # a sequence of texts may hold a single one
+    return np.dtype(inner.np_dtype).kind in "OSU" and not hasattr(inner, "encoding_format")
 
 
-def _stack(values: list[Any]) -> np.ndarray:
-    """Values of T steps as an array [T, ...]; texts and encoded images as objects [T]."""
-    if not isinstance(values[0], (bytes, str)):
-        return np.stack(values)
-    column = np.empty(len(values), object)
-    column[:] = values
-    return column
+def _is_vector(feature: Any) -> bool:
+    return np.dtype(feature.np_dtype).kind in "biuf" and len(feature.shape) <= 1
 
 
-def _decode_images(encoded: np.ndarray) -> np.ndarray:
-    """Encoded images [T] to uint8 [T, H, W, 3], RGB."""
-    images = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded]
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"images of different sizes: {sorted({i.shape[:2] for i in images})}")
-    return np.stack(images)
+def _describe(feature: Any) -> str:
+    shape = getattr(feature, "shape", "")
+    return f"{type(feature).__name__} of {feature.np_dtype} {list(shape)}"
+
+
+class _Steps(LazySteps):
+    """The step fields of one record."""
+
+    def __init__(
+        self,
+        dataset: DatasetConfig,
+        features: Mapping[str, Any],
+        fields: Mapping[str, memoryview],
+        where: str,
+    ) -> None:
+        super().__init__(dataset, features, self._parse, where)
+        self._features, self._fields = features, fields
+        self._length: int | None = None
+
+    def _parse(self, path: str) -> np.ndarray:
+        values = _parse_field(
+            path, self._features[path], self._fields, f"steps/{path}", in_steps=True
+        )
+        if self._length not in (None, len(values)):
+            raise ValueError(f"{len(values)} steps of {path!r}, {self._length} of other fields")
+        self._length = len(values)
+        return values
+
+
+def _parse_field(
+    path: str, feature: Any, fields: Mapping[str, memoryview], key: str, *, in_steps: bool
+) -> np.ndarray:
+    """A field as an array, [T, ...] in steps; texts and encoded images as objects (bytes)."""
+    info = feature.get_serialized_info()
+    if key not in fields and f"{key}/ragged_flat_values" in fields:
+        return _parse_ragged(key, fields)
+    if isinstance(info, Mapping) or key not in fields:
+        present = any(name.startswith(f"{key}/") for name in fields)
+        raise ValueError(
+            f"the field {path!r} is of a kind that cannot be read: {_describe(feature)}"
+            if present
+            else f"the record has no field {path!r}"
+        )
+    values = parse_values(fields[key])
+    shape, dtype = tuple(info.shape), np.dtype(info.np_dtype)
+    if shape.count(None) + in_steps > 1:
+        raise ValueError(f"the field {path!r} has several open dimensions: {list(shape)}")
+    if values.size and (values.dtype == object) != (dtype.kind in "OSU"):
+        raise ValueError(f"the field {path!r} holds {values.dtype}, expected {dtype}")
+    shape = ((-1,) if in_steps else ()) + tuple(-1 if size is None else size for size in shape)
+    values = values.reshape(shape) if values.size or -1 not in shape else values.reshape(0)
+    if values.dtype != object:
+        return values.view(dtype) if dtype == np.uint64 else values.astype(dtype)
+    if np.dtype(feature.np_dtype).kind in "biuf" and not hasattr(feature, "encoding_format"):
+        return np.stack([feature.decode_example_np(value) for value in values.ravel()])  # packed
+    return values
+
+
+def _parse_ragged(key: str, fields: Mapping[str, memoryview]) -> np.ndarray:
+    """A list of values per step, of any length, as objects [T]."""
+    if f"{key}/ragged_row_lengths_1" in fields:
+        raise ValueError(f"the field {key!r} has several open dimensions")
+    values = parse_values(fields[f"{key}/ragged_flat_values"])
+    lengths = parse_values(fields[f"{key}/ragged_row_lengths_0"])
+    rows = np.empty(len(lengths), object)
+    rows[:] = np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    return rows
+
+
+def _as_images(values: np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] of encoded images [T], or of pixels that are stored as they are."""
+    return values if values.dtype == np.uint8 else decode_images(values)

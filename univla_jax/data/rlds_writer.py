@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tqdm
 from array_record.python import array_record_module
+from etils import epath
 from PIL import Image
 
 from univla_jax import io as files
@@ -48,7 +49,7 @@ def write_rlds(
     file_format: str = "array_record",
     shard_bytes: int = 128 << 20,
     progress: bool = True,
-) -> pathlib.Path:
+) -> epath.Path:
     """Writes a dataset that ``tfds.builder_from_directory`` opens.
 
     ``steps`` holds ``observation`` (every view, ``state`` where the episodes have one, the fields
@@ -78,7 +79,7 @@ def write_rlds(
     """
     if file_format not in FILE_FORMATS:
         raise UserError(f"file_format {file_format!r} is not one of {', '.join(FILE_FORMATS)}")
-    final = pathlib.Path(folder) / name / version
+    final = files.absolute_path(folder) / name / version
     if (final / "dataset_info.json").is_file():
         return final
     serializer: _EpisodeSerializer | None = None
@@ -98,7 +99,7 @@ def write_rlds(
     return final
 
 
-def check_description(folder: pathlib.Path, description: str) -> None:
+def check_description(folder: epath.Path, description: str) -> None:
     """Checks that an existing dataset is the one that would be written.
 
     Args:

@@ -22,16 +22,18 @@ import itertools
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
 
-from univla_jax import io, run_dir
+from univla_jax import buckets, io, run_dir
 from univla_jax.config import build_config
 from univla_jax.data import token_record
-from univla_jax.data.datasets import chunk_deltas
+from univla_jax.data.datasets import chunk_deltas, normalization_kinds
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.validation import InvalidEpisode
 from univla_jax.errors import UserError
@@ -148,7 +150,7 @@ class _ShardFile:
     )
 
 
-def read_manifest(folder: pathlib.Path) -> Manifest:
+def read_manifest(folder: epath.Path) -> Manifest:
     """Reads the manifest of a complete store.
 
     Raises:
@@ -186,12 +188,13 @@ class TokenStore:
         Raises:
           UserError: no store there, an unfinished one, or a shard missing or of another size.
         """
-        self.folder = pathlib.Path(folder)
+        self.folder = io.absolute_path(folder)
         self.manifest = read_manifest(self.folder)
         # Sizes are checked at every start, which finds a copy that was cut short. Checksums would
         # read the whole store, hundreds of gigabytes at full size; ``verify`` does that on request.
+        sizes = buckets.file_sizes(self.folder / _SHARDS)
         for shard in self.manifest.shards:
-            _check_size(self.folder, shard)
+            _check_size(self.folder / shard.file, sizes.get(shard.file.rpartition("/")[2]), shard)
         block = self.manifest.header.block_steps
         self._episodes = _StoredEpisodes(self.folder, self.manifest.shards, block)
 
@@ -242,9 +245,7 @@ class TokenStore:
 class _StoredEpisodes:
     """The episodes of the shards, by index over all of them."""
 
-    def __init__(
-        self, folder: pathlib.Path, shards: Sequence[ShardEntry], block_steps: int
-    ) -> None:
+    def __init__(self, folder: epath.Path, shards: Sequence[ShardEntry], block_steps: int) -> None:
         counts = [
             [token_record.count_records(steps, block_steps) for steps in shard.steps]
             for shard in shards
@@ -267,9 +268,7 @@ class _StoredEpisodes:
         return token_record.from_records(records[header], lambda block: records[header + 1 + block])
 
 
-def _check_size(folder: pathlib.Path, shard: ShardEntry) -> None:
-    path = folder / shard.file
-    size = path.stat().st_size if path.is_file() else None
+def _check_size(path: epath.Path, size: int | None, shard: ShardEntry) -> None:
     if size != shard.bytes:
         found = "is missing" if size is None else f"has {size} bytes"
         raise UserError(
@@ -296,7 +295,7 @@ class TokenStoreWriter:
         Raises:
           UserError: the folder holds a store with another header; names what differs.
         """
-        self.folder, self.header = pathlib.Path(folder), header
+        self.folder, self.header = io.absolute_path(folder), header
         begun = run_dir.check_config(folder, header, name=HEADER)
         (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
         if not begun:
@@ -326,17 +325,16 @@ class TokenStoreWriter:
         # The shard is renamed before its entry is written, so an entry means a whole shard. After
         # a kill between the two the shard is written again over the one that has no entry.
         path = self._shard_path(number)
-        partial = io.partial_path(path)
-        writer = ShardWriter(path, partial, self.header)
-        try:
-            yield writer
-            with _disk_errors(path):
-                entry = writer.finish()
-                partial.replace(path)
-                io.write_json(path.with_suffix(".json"), io.json_values(entry))
-        finally:
-            writer.close()
-            partial.unlink(missing_ok=True)
+        with io.new_file(path) as partial:
+            writer = ShardWriter(path, partial, self.header)
+            try:
+                yield writer
+                with _disk_errors(path):
+                    entry = writer.finish()
+            finally:
+                writer.close()
+        with _disk_errors(path):
+            io.write_json(path.with_suffix(".json"), io.json_values(entry))
 
     def invalid_episodes(self) -> tuple[InvalidEpisode, ...]:
         """The invalid episodes of all shards, in order; every shard must be finished."""
@@ -371,14 +369,14 @@ class TokenStoreWriter:
         paths = (self._shard_path(n).with_suffix(".json") for n in range(self.header.num_shards))
         return [build_config(_ShardFile, io.read_json(path), where=str(path)) for path in paths]
 
-    def _shard_path(self, number: int) -> pathlib.Path:
+    def _shard_path(self, number: int) -> epath.Path:
         return self.folder / _SHARDS / f"{number:05d}.array_record"
 
 
 class ShardWriter:
     """Takes the episodes of one shard; made by ``TokenStoreWriter.shard``."""
 
-    def __init__(self, path: pathlib.Path, partial: pathlib.Path, header: StoreHeader) -> None:
+    def __init__(self, path: epath.Path, partial: pathlib.Path, header: StoreHeader) -> None:
         """Opens ``partial``, which becomes ``path``."""
         self._path, self._partial, self._header = path, partial, header
         self._writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
@@ -435,12 +433,13 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: pathlib.Path) -> Iterator[None]:
+def _disk_errors(path: epath.Path) -> Iterator[None]:
     """Names the shard that could not be written."""
     try:
         yield
     except (OSError, RuntimeError, UserError) as error:
-        free = shutil.disk_usage(path.parent).free >> 20
+        where = tempfile.gettempdir() if io.is_remote(path) else path.parent
+        free = shutil.disk_usage(where).free >> 20
         raise UserError(
             f"shard {path} could not be written ({str(error).splitlines()[0]}); {free} MB are free "
             "on its disk: make room and run again, finished shards are kept"
@@ -470,7 +469,9 @@ def compute_statistics(
         return (values(store[i]) for store in stores for i in range(len(store)))
 
     first = next(all_values(), None)
-    return None if first is None or not first.shape[1] else stream_statistics(all_values)
+    if first is None or not first.shape[1]:
+        return None
+    return stream_statistics(all_values, normalization_kinds(key))
 
 
 def action_values(actions: np.ndarray, corpus: str, chunk_size: int) -> np.ndarray:

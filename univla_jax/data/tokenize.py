@@ -12,7 +12,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-import pathlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,16 +19,25 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 from PIL import Image
 
 from univla_jax.config import build_config
+from univla_jax.data import drivevla_records
 from univla_jax.data.datasets import DatasetConfig, find_dataset_config
-from univla_jax.data.readers import EpisodeReader, open_reader
+from univla_jax.data.episode_reader import EpisodeReader
+from univla_jax.data.readers import open_reader
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import Manifest, StoreHeader, TokenStore, TokenStoreWriter
-from univla_jax.data.validation import InvalidEpisode, check_invalid_fraction, read_episode
+from univla_jax.data.validation import (
+    InvalidEpisode,
+    check_invalid_fraction,
+    find_first_valid,
+    read_episode,
+)
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
+from univla_jax.io import absolute_path
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vision import FrameTokenizer
 
@@ -49,7 +57,7 @@ class TokenizeConfig:
       batch_frames: frames per call of the tokenizer.
       episodes_per_shard: source episodes per shard, the unit of work that a kill can lose.
       min_frames: shortest episode kept, in frames; None takes the dataset's own.
-      max_invalid_fraction: fraction of invalid episodes, in 0...1, beyond which a split fails.
+      max_invalid_fraction: fraction of broken episodes, in 0...1, beyond which a split fails.
       augmented_copies: randomly shifted copies of each episode, stored right behind it.
       max_shift: largest shift of a copy, as a fraction of the frame's size.
       read_threads: threads that read, decode and resize ahead of the tokenizer.
@@ -141,7 +149,7 @@ def tokenize(
 
     Args:
       config: what and how.
-      source: dataset folder.
+      source: dataset folder, or a file of DriveVLA-W0's records, which becomes one store.
       out: parent folder of the stores.
       vision: encodes the frames.
       part: the shards that this process writes; whichever process finds all shards finished
@@ -161,11 +169,19 @@ def tokenize(
                 f"config.image_specs.{view}.factor: {spec.factor}, but the vision tokenizer "
                 f"makes one code of {vision.factor} pixels a side; set it to that"
             )
+    path = absolute_path(source)
+    if path.suffix == drivevla_records.SUFFIX:
+        store = absolute_path(out) / path.stem
+        size = config.episodes_per_shard
+        imported = drivevla_records.import_records(
+            path, store, dataset, specs, vision, episodes_per_shard=size
+        )
+        return {path.stem: imported}
     manifests = {}
     for name, split in config.splits.items():
         reader = open_reader(source, dataset, split)
         tokenizer = _SplitTokenizer(config, dataset, specs, reader, vision, split)
-        manifests[name] = tokenizer.run(pathlib.Path(out) / name, part)
+        manifests[name] = tokenizer.run(absolute_path(out) / name, part)
     return manifests
 
 
@@ -183,9 +199,15 @@ class _SplitTokenizer:
     ) -> None:
         self._config, self._dataset, self._specs = config, dataset, specs
         self._reader, self._vision, self._split = reader, vision, split
-        self._image_sizes, self._action_dim = self._infer_shapes()
+        self._first_sizes, self._action_dim = self._infer_shapes()
+        # A store holds one code grid per view. Frames of any size become that grid where the spec
+        # resizes them; elsewhere all must have the size of the first episode.
+        self._image_sizes = {
+            view: reader.image_sizes[view] if specs[view].size else size
+            for view, size in self._first_sizes.items()
+        }
 
-    def run(self, folder: pathlib.Path, part: Part) -> Manifest | None:
+    def run(self, folder: epath.Path, part: Part) -> Manifest | None:
         """Writes the shards of a part; finishes the store once all shards are there."""
         writer = TokenStoreWriter(folder, self._header())
         if not writer.complete:
@@ -203,31 +225,26 @@ class _SplitTokenizer:
     def _infer_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Image sizes and action dimensions of the first valid episode.
 
-        Sizes that the dataset does not declare are taken from that episode, and all others must
-        agree with it: a store holds one code grid per view.
+        Raises:
+          DatasetMismatchError: no episode can be read as the ``DatasetConfig`` says.
+          UserError: no episode is valid.
         """
-        declared, reason = self._reader.image_sizes, "there is none"
-        for index in range(len(self._reader)):
-            sizes = {view: size for view, size in declared.items() if size}
-            min_frames = self._dataset.min_frames
-            episode = read_episode(self._reader, index, min_frames=min_frames, image_sizes=sizes)
-            if not isinstance(episode, InvalidEpisode):
-                found = {view: f.shape[1:3] for view, f in episode.frames.items()}
-                return found, episode.actions.shape[1]
-            reason = f"{episode.episode_id}: {episode.reason}"
-        raise UserError(
-            f"{self._reader.folder}: all {len(self._reader)} episodes of {self._split!r} are "
-            f"invalid; the last: {reason}"
+        episode = find_first_valid(
+            self._reader,
+            min_frames=self._dataset.min_frames,
+            image_sizes=self._reader.image_sizes,
         )
+        sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
+        return sizes, episode.actions.shape[1]
 
     def _header(self) -> StoreHeader:
         reader, dataset, config = self._reader, self._dataset, self._config
-        sizes = self._image_sizes.items()
+        sizes = self._first_sizes.items()
         grids = {view: self._specs[view].grid_size(*size) for view, size in sizes}
         return StoreHeader(
             corpus=dataset.name,
             split=self._split,
-            control_hz=dataset.control_hz,
+            control_hz=reader.control_hz / dataset.frame_stride,
             source=reader.name,
             source_fingerprint=reader.fingerprint,
             source_episodes=len(reader),
@@ -444,7 +461,7 @@ class VerificationResult:
 
 
 def verify_store(
-    folder: pathlib.Path,
+    folder: epath.Path,
     config: TokenizeConfig,
     source: str | os.PathLike[str],
     vision: FrameTokenizer,

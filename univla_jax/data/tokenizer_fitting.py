@@ -1,4 +1,4 @@
-"""Fits the text and the action tokenizer to the episodes of a dataset.
+"""Fits the text and the action tokenizer to the episodes of a dataset or of token stores.
 
 Axes: N chunks, T steps, A action dimensions.
 """
@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tqdm
+from etils import epath
 
 from univla_jax import run_dir
-from univla_jax.data.datasets import chunk_deltas
-from univla_jax.data.token_store import action_values
+from univla_jax.data.datasets import chunk_deltas, normalization_kinds
+from univla_jax.data.token_store import MANIFEST, TokenStore, action_values
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.errors import UserError
 from univla_jax.io import write_json
-from univla_jax.normalization import sliding_windows, stream_statistics
+from univla_jax.normalization import ActionStatistics, sliding_windows, stream_statistics
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 
@@ -68,12 +69,71 @@ class ActionFitConfig(EpisodesConfig):
             raise UserError(f"config.chunk_size: {self.chunk_size}; expected at least one step")
 
 
+# ----------------------------------------------------------------------------
+# What is fitted to: episodes of one dataset, or of token stores, one corpus or several.
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusEpisodes:
+    """What the fits need of the episodes of one corpus.
+
+    Attributes:
+      name: of the corpus.
+      texts: the instructions, paraphrases among them.
+      actions: per episode float32 [T, A].
+    """
+
+    name: str
+    texts: list[str]
+    actions: list[np.ndarray]
+
+
+def read_corpora(config: EpisodesConfig, source: Path) -> tuple[list[CorpusEpisodes], str]:
+    """The episodes of each corpus, and the name of the source.
+
+    Args:
+      config: names the corpora of token stores, with commas between several; which episodes of a
+        dataset are used. A token store is used as a whole.
+      source: dataset folder, or token stores with commas between several.
+
+    Raises:
+      UserError: no dataset or store there, or stores of other corpora than the config's.
+    """
+    folders = os.fspath(source).split(",")
+    if not any((epath.Path(folder) / MANIFEST).exists() for folder in folders):
+        if len(folders) > 1:
+            raise UserError(f"--source: {source}: only token stores can be given together")
+        episodes = ValidEpisodes(config, source)
+        read = [(e.instruction, *e.paraphrases, e.actions) for e in episodes]
+        texts = [text for *instructions, _ in read for text in instructions]
+        actions = [actions for *_, actions in read]
+        return [CorpusEpisodes(config.corpus, texts, actions)], episodes.reader.name
+    by_corpus: dict[str, CorpusEpisodes] = {}
+    stores = [TokenStore(folder) for folder in folders]
+    for store in stores:
+        name = store.manifest.header.corpus
+        corpus = by_corpus.setdefault(name, CorpusEpisodes(name, [], []))
+        # The first of every group of copies: they have the same words and actions.
+        for index in tqdm.tqdm(range(0, len(store), store.copies), f"read {store.folder}"):
+            episode = store[index]
+            corpus.texts.extend(episode.instructions)
+            corpus.actions.append(episode.actions)
+    if set(config.corpus.split(",")) != set(by_corpus):
+        found = ",".join(sorted(by_corpus))
+        raise UserError(f"config.corpus: {config.corpus!r}, but the stores hold {found!r}")
+    return list(by_corpus.values()), " ".join(store.manifest.header.source for store in stores)
+
+
+# ----------------------------------------------------------------------------
+# The fits.
+
+
 def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any]:
     """Fits and saves the text tokenizer.
 
     Args:
       config: how.
-      source: dataset folder.
+      source: see ``read_corpora``.
       folder: gets the tokenizer's files, and ``fit.json`` at the end.
 
     Returns:
@@ -82,8 +142,8 @@ def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any
     Raises:
       UserError: something wrong with the config, the dataset or the folder.
     """
-    episodes = ValidEpisodes(config, source)
-    texts = [episode.instruction for episode in episodes]
+    corpora, name = read_corpora(config, source)
+    texts = [text for corpus in corpora for text in corpus.texts]
     tokenizer = SentencePieceTextTokenizer.fit(
         texts, config.vocabulary_size, symbols=config.symbols
     )
@@ -94,16 +154,16 @@ def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any
         "distinct_instructions": len(set(texts)),
         "mean_tokens": _mean_length([tokenizer.encode(text) for text in texts[:_REPORTED]]),
     }
-    run_dir.write_fit_report(folder, config, source=episodes.reader.name, report=report)
+    run_dir.write_fit_report(folder, config, source=name, report=report)
     return report
 
 
 def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str, Any]:
-    """Takes the action statistics of a split and fits FAST to its normalized chunks.
+    """Takes the action statistics of every corpus and fits FAST to their normalized chunks.
 
     Args:
       config: how.
-      source: dataset folder.
+      source: see ``read_corpora``.
       folder: gets the tokenizer's files, ``statistics.json`` (corpus -> statistics), and
         ``fit.json`` at the end.
 
@@ -112,38 +172,58 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
       of a round trip in normalized units.
 
     Raises:
-      UserError: something wrong with the config, the dataset or the folder, or no episode as long
-        as a chunk.
+      UserError: something wrong with the config, the dataset or the folder, no actions, or no
+        episode as long as a chunk.
     """
-    episodes = ValidEpisodes(config, source)
-    actions = [episode.actions for episode in episodes]
-    # Statistics come from every step, as in a token store, and chunks are normalized with them
-    # before the BPE sees them: training does the same, so the codes fitted here are those used.
-    values = [action_values(a, config.corpus, config.chunk_size) for a in actions]
-    statistics = stream_statistics(lambda: values)
-    chunks = sliding_windows(actions, config.chunk_size)
-    chunks = chunks[:: -(-len(chunks) // config.max_chunks)]
-    deltas = chunk_deltas(config.corpus)
-    chunks = statistics.normalize(chunks if deltas is None else deltas.to_relative(chunks))
-    tokenizer = FastTokenizer.fit(chunks, config.scale, config.vocabulary_size)
+    corpora, name = read_corpora(config, source)
+    most = -(-config.max_chunks // len(corpora))
+    normalized, statistics = [], {}
+    for corpus in corpora:
+        chunks, statistics[corpus.name] = _normalized_chunks(corpus, config.chunk_size, most)
+        normalized.append(chunks)
+    tokenizer = FastTokenizer.fit(normalized, config.scale, config.vocabulary_size)
     tokenizer.save(folder)
-    write_json(pathlib.Path(folder) / STATISTICS_FILE, {config.corpus: statistics.to_dict()})
+    values = {corpus: each.to_dict() for corpus, each in statistics.items()}
+    write_json(epath.Path(folder) / STATISTICS_FILE, values)
+    count = sum(map(len, normalized))
     report = {
         "vocabulary_size": tokenizer.vocabulary_size,
-        "chunks": len(chunks),
-        **_round_trip(tokenizer, chunks[:: max(1, len(chunks) // _REPORTED)]),
+        "chunks": count,
+        **_round_trip(tokenizer, [c[:: max(1, count // _REPORTED)] for c in normalized]),
     }
-    run_dir.write_fit_report(folder, config, source=episodes.reader.name, report=report)
+    run_dir.write_fit_report(folder, config, source=name, report=report)
     return report
 
 
-def _round_trip(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict[str, float]:
-    encoded = tokenizer.encode_batch(chunks)
-    back = [tokenizer.decode(ids, *chunks.shape[1:]).actions for ids in encoded]
+def _normalized_chunks(
+    corpus: CorpusEpisodes, chunk_size: int, most: int
+) -> tuple[np.ndarray, ActionStatistics]:
+    """At most about ``most`` chunks [N, T, A], and the statistics of all steps."""
+    # Statistics come from every step, as in a token store, and chunks are normalized with them
+    # before the BPE sees them: training does the same, so the codes fitted here are those used.
+    if not any(actions.shape[1] for actions in corpus.actions):
+        raise UserError(f"corpus {corpus.name!r} has no actions; leave it out")
+    statistics = stream_statistics(
+        lambda: (action_values(a, corpus.name, chunk_size) for a in corpus.actions),
+        normalization_kinds(corpus.name),
+    )
+    chunks = sliding_windows(corpus.actions, chunk_size, most=most)
+    deltas = chunk_deltas(corpus.name)
+    chunks = chunks if deltas is None else deltas.to_relative(chunks)
+    return statistics.normalize(chunks), statistics
+
+
+def _round_trip(tokenizer: FastTokenizer, chunks: Sequence[np.ndarray]) -> dict[str, float]:
+    lengths, errors = [], []
+    for each in chunks:
+        encoded = tokenizer.encode_batch(each)
+        back = [tokenizer.decode(ids, *each.shape[1:]).actions for ids in encoded]
+        lengths += map(len, encoded)
+        errors.append(float(np.abs(np.stack(back) - each).max()))
     return {
-        "mean_tokens": _mean_length(encoded),
-        "max_tokens": max(map(len, encoded)),
-        "max_error": float(np.abs(np.stack(back) - chunks).max()),
+        "mean_tokens": round(float(np.mean(lengths)), 2),
+        "max_tokens": max(lengths),
+        "max_error": max(errors),
     }
 
 

@@ -1,7 +1,8 @@
-"""Validation of episodes: what makes one invalid, and how many of a dataset may be.
+"""Validation of episodes: which are broken, which are filtered, and how many may be broken.
 
-Invalid episodes are never repaired: they are skipped and reported, and too many of them are an
-error.
+Neither is repaired: both are skipped and reported. A filtered episode is sound, but too short,
+without an instruction, or left out by its ``DatasetConfig``; any number of them may be. Too many
+broken ones are an error.
 
 Axes: T steps, H/W image height and width, A action dimensions.
 """
@@ -9,6 +10,7 @@ Axes: T steps, H/W image height and width, A action dimensions.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,54 +19,75 @@ import numpy as np
 import tqdm
 
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.readers import EpisodeReader, open_reader
+from univla_jax.data.episode_reader import (
+    BrokenEpisodeError,
+    EpisodeReader,
+    FilteredEpisodeError,
+)
+from univla_jax.data.readers import open_reader
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
 MAX_INSTRUCTION = 2000
 """Longest instruction in characters; a longer one is a parsing accident."""
+_PROBED = 50  # broken episodes at the beginning, and spread over all, that say enough
 
 
 @dataclasses.dataclass(frozen=True)
 class InvalidEpisode:
-    """An episode that was skipped.
+    """An episode that was skipped, because it is broken or because it was filtered.
 
     Attributes:
       episode_id: unique inside the dataset.
       reason: what is wrong, with the value and the expectation.
+      filter: what left a sound episode out: ``"min_frames"``, ``"instruction"`` or
+        ``"episode_filters"``; empty where the episode is broken.
     """
 
     episode_id: str = dataclasses.field(metadata={"formerly": "episode"})
     reason: str
+    filter: str = ""
 
 
 def validate_episode(
     episode: Episode,
     *,
     min_frames: int,
-    image_sizes: Mapping[str, tuple[int, int]],
+    image_sizes: Mapping[str, tuple[int, int] | None],
     action_dim: int | None = None,
-) -> str | None:
-    """Returns why ``episode`` is invalid, None where it is valid.
+) -> InvalidEpisode | None:
+    """Returns why ``episode`` is left out, None where it is valid.
 
     Args:
       episode: to check.
       min_frames: least number of steps T.
-      image_sizes: expected (H, W) in pixels per view; every one of these views must be there.
+      image_sizes: expected (H, W) in pixels per view, None where any will do; every one of these
+        views must be there.
       action_dim: expected A, None where any will do.
     """
+    reason = _why_broken(episode, image_sizes, action_dim)
+    if reason is not None:
+        return InvalidEpisode(episode.episode_id, reason)
+    if not episode.instruction.strip():
+        return InvalidEpisode(episode.episode_id, "the instruction is empty", "instruction")
+    if len(episode) < min_frames:
+        reason = f"{len(episode)} frames, at least {min_frames} are needed"
+        return InvalidEpisode(episode.episode_id, reason, "min_frames")
+    return None
+
+
+def _why_broken(
+    episode: Episode, image_sizes: Mapping[str, tuple[int, int] | None], action_dim: int | None
+) -> str | None:
     # The cheapest checks come first; each reason names value and expectation, because a list of
     # reasons is all that is left of a skipped episode.
-    if not episode.instruction.strip():
-        return "the instruction is empty"
     if len(episode.instruction) > MAX_INSTRUCTION:
         return f"the instruction has {len(episode.instruction)} characters, over {MAX_INSTRUCTION}"
-    if len(episode) < min_frames:
-        return f"{len(episode)} frames, at least {min_frames} are needed"
     for view, size in image_sizes.items():
-        frames, expected = episode.frames.get(view), (len(episode), *size, 3)
+        frames = episode.frames.get(view)
         if frames is None:
             return f"view {view!r} is missing; it has {', '.join(episode.frames) or 'none'}"
+        expected = (len(episode), *(size or frames.shape[1:3]), 3)
         if frames.shape != expected or frames.dtype != np.uint8:
             found = f"{frames.dtype}{list(frames.shape)}"
             return f"view {view!r} is {found}, expected uint8{list(expected)}"
@@ -88,48 +111,95 @@ def read_episode(
     index: int,
     *,
     min_frames: int,
-    image_sizes: Mapping[str, tuple[int, int]],
+    image_sizes: Mapping[str, tuple[int, int] | None],
     action_dim: int | None = None,
 ) -> Episode | InvalidEpisode:
-    """Reads and validates one episode; the arguments are those of ``validate_episode``."""
+    """Reads and validates one episode; the arguments are those of ``validate_episode``.
+
+    Raises:
+      DatasetMismatchError: no episode of the dataset can be read as its ``DatasetConfig`` says.
+    """
     try:
         episode = reader[index]
-    except UserError as error:
-        return InvalidEpisode(reader.episode_id(index), str(error))
-    reason = validate_episode(
+    except FilteredEpisodeError as error:
+        return InvalidEpisode(reader.episode_id(index), error.reason, error.filter)
+    except BrokenEpisodeError as error:
+        return InvalidEpisode(reader.episode_id(index), error.reason)
+    invalid = validate_episode(
         episode, min_frames=min_frames, image_sizes=image_sizes, action_dim=action_dim
     )
-    return episode if reason is None else InvalidEpisode(episode.episode_id, reason)
+    return episode if invalid is None else invalid
+
+
+def find_first_valid(
+    reader: EpisodeReader, *, min_frames: int, image_sizes: Mapping[str, tuple[int, int] | None]
+) -> Episode:
+    """The first valid episode, before a pass over all of them; the arguments of ``read_episode``.
+
+    Raises:
+      DatasetMismatchError: no episode of the dataset can be read as its ``DatasetConfig`` says.
+      UserError: no episode is valid, or so many at the beginning and over the whole split are
+        broken that reading the others would not help.
+    """
+    # A mistake in the config breaks every episode; to find that out takes a few of them, not hours.
+    total, invalid = len(reader), {}
+    probed = [*range(min(_PROBED, total)), *range(0, total, max(1, total // _PROBED))]
+    for number, index in enumerate(itertools.chain(probed, range(total))):
+        if number == len(probed) and not any(each.filter for each in invalid.values()):
+            break
+        if index in invalid:
+            continue
+        episode = read_episode(reader, index, min_frames=min_frames, image_sizes=image_sizes)
+        if not isinstance(episode, InvalidEpisode):
+            return episode
+        invalid[index] = episode
+    raise UserError(
+        f"{reader.folder}: no valid episode among {len(invalid)} of {total}: "
+        f"{describe_invalid([invalid[index] for index in sorted(invalid)])}"
+    )
 
 
 def check_invalid_fraction(
     invalid: Sequence[InvalidEpisode], total: int, max_invalid_fraction: float, source: str
 ) -> None:
-    """Fails when too many episodes are invalid.
+    """Fails when too many episodes are broken, or none is left.
 
     Args:
-      invalid: the invalid episodes.
+      invalid: the broken and the filtered episodes.
       total: number of all episodes read.
-      max_invalid_fraction: largest accepted fraction in 0...1.
+      max_invalid_fraction: largest accepted fraction of broken ones in 0...1, of those that are
+        not filtered.
       source: the dataset, for the message.
 
     Raises:
-      UserError: no episodes at all, all of them invalid, or more than the fraction; names the
+      UserError: no episodes at all, none left, or more broken ones than the fraction; names the
         first.
     """
     if not total:
         raise UserError(f"{source}: holds no episodes")
-    if len(invalid) == total or len(invalid) > max_invalid_fraction * total:
-        limit = f"over max_invalid_fraction={max_invalid_fraction}"
-        limit = "all of them" if len(invalid) == total else limit
+    broken = [each for each in invalid if not each.filter]
+    if len(invalid) == total:
+        raise UserError(f"{source}: none of {total} episodes is left: {describe_invalid(invalid)}")
+    wanted = total - (len(invalid) - len(broken))
+    if len(broken) > max_invalid_fraction * wanted:
         raise UserError(
-            f"{source}: {len(invalid)} of {total} episodes are invalid ({limit}); "
-            f"the first: {describe_invalid(invalid)}"
+            f"{source}: {len(broken)} of {wanted} episodes are broken (over "
+            f"max_invalid_fraction={max_invalid_fraction}); the first: {_list(broken, 3)}"
         )
 
 
 def describe_invalid(invalid: Sequence[InvalidEpisode], limit: int = 3) -> str:
-    """The first ``limit`` invalid episodes and their reasons in one line."""
+    """Broken and filtered episodes in one line: numbers, and the first ``limit`` of each kind."""
+    kinds: dict[str, list[InvalidEpisode]] = {}
+    for each in sorted(invalid, key=lambda each: each.filter):
+        kinds.setdefault(each.filter, []).append(each)
+    return "; ".join(
+        f"{len(listed)} {f'filtered by {kind}' if kind else 'broken'} ({_list(listed, limit)})"
+        for kind, listed in kinds.items()
+    )
+
+
+def _list(invalid: Sequence[InvalidEpisode], limit: int) -> str:
     listed = "; ".join(f"{each.episode_id}: {each.reason}" for each in invalid[:limit])
     return listed + (f"; and {len(invalid) - limit} more" if len(invalid) > limit else "")
 
@@ -146,7 +216,7 @@ class EpisodesConfig:
       corpus: name of the dataset in ``data/datasets.py``.
       split: split of the dataset in TFDS notation, such as ``"train[:95%]"``.
       min_frames: shortest episode used, in frames; None takes the dataset's own.
-      max_invalid_fraction: fraction of invalid episodes, in 0...1, beyond which reading fails.
+      max_invalid_fraction: fraction of broken episodes, in 0...1, beyond which reading fails.
       max_episodes: when the split has more, evenly spread ones are read; None reads all.
     """
 
@@ -196,10 +266,14 @@ class ValidEpisodes:
         """All valid episodes in order.
 
         Raises:
-          UserError: after the last episode, when too many were invalid; names the first.
+          DatasetMismatchError: at the first episode, when none can be read.
+          UserError: as ``find_first_valid``, before a long pass; when too many were broken, after
+            the last one; names the first.
         """
         self.invalid = []
-        sizes = {view: size for view, size in self.reader.image_sizes.items() if size}
+        sizes = self.reader.image_sizes
+        if len(self) > _PROBED:
+            find_first_valid(self.reader, min_frames=self._min_frames, image_sizes=sizes)
         for index in tqdm.tqdm(self._indices, f"read {self._config.split}", unit="episode"):
             episode = read_episode(
                 self.reader, index, min_frames=self._min_frames, image_sizes=sizes
@@ -211,5 +285,5 @@ class ValidEpisodes:
         source = f"{self.reader.folder}, split {self._config.split!r}"
         check_invalid_fraction(self.invalid, len(self), self._config.max_invalid_fraction, source)
         if self.invalid:
-            count, listed = len(self.invalid), describe_invalid(self.invalid)
-            print(f"{source}: {count} invalid episodes skipped: {listed}", file=sys.stderr)
+            listed = describe_invalid(self.invalid)
+            print(f"{source}: {len(self.invalid)} episodes skipped: {listed}", file=sys.stderr)

@@ -5,14 +5,13 @@ Axes: T steps, A action dimensions.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 
+from univla_jax.client.robot_client import RETRY_SECONDS, Refused, RobotClient, ServerGone
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.runner import PolicyLost
@@ -117,8 +116,21 @@ class ScriptedActor:
 # A policy behind a server that speaks openpi's protocol, one connection per episode.
 
 
-_RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
-_REPLY_SECONDS = 300.0
+@dataclasses.dataclass(eq=False)
+class RemoteEpisode:
+    """One episode at a server.
+
+    Attributes:
+      client: its connection.
+      executed: actions of the last reply that are executed; None before the first.
+    """
+
+    client: RobotClient
+    executed: int | None = None
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.client.close()
 
 
 class RemotePolicy:
@@ -129,86 +141,113 @@ class RemotePolicy:
       metadata: the server's description of its policy.
     """
 
-    def __init__(self, address: str, *, retry_seconds: Sequence[float] = _RETRY_SECONDS) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str = "",
+        execute: int = 0,
+        retry_seconds: Sequence[float] = RETRY_SECONDS,
+    ) -> None:
         """Connects once to see that the server is there.
 
         Args:
           address: ``ws://host:port`` or ``wss://host:port``.
-          retry_seconds: before each further attempt to reach the server.
+          api_key: of the server, where it wants one.
+          execute: actions executed of each reply; 0 for all.
+          retry_seconds: before each further attempt to reach the server, or a busy one.
 
         Raises:
           UserError: no server, or the package websockets is missing.
         """
-        self.address, self._retry_seconds, self._losses = address, tuple(retry_seconds), 0
-        self.metadata: dict[str, Any] = {}
-        self.start().close()
+        self.address, self._api_key, self._execute = address, api_key, execute
+        self._retry_seconds, self._losses = tuple(retry_seconds), 0
+        client = self._connect()
+        self.metadata = client.metadata
+        client.close()
 
-    def start(self, seed: int = 0) -> Any:
+    @property
+    def identity(self) -> str:
+        """What is evaluated: the checkpoint, where the server says which it serves."""
+        return str(self.metadata.get("checkpoint", self.address))
+
+    def start(self, seed: int = 0) -> RemoteEpisode:
         """A connection: the server keeps an episode's history with it, and samples by its own seed.
 
         Raises:
-          UserError: the server stays away.
+          UserError: the server stays away, or serves another checkpoint than at first.
         """
         del seed
-        for seconds in (0.0, *self._retry_seconds):
-            time.sleep(seconds)
-            try:
-                return self._connect()
-            except (OSError, TimeoutError) as error:
-                reason = str(error) or type(error).__name__
-        raise UserError(
-            f"--policy={self.address}: no server after {1 + len(self._retry_seconds)} attempts "
-            f"({reason}); start it, then run the same command again to go on"
-        )
+        client = self._connect()
+        self._check_same(client)
+        return RemoteEpisode(client)
 
     def act(
-        self, observations: Sequence[Observation], sessions: Sequence[Any]
+        self, observations: Sequence[Observation], sessions: Sequence[RemoteEpisode]
     ) -> list[ActionChunk]:
         """The next chunk of every episode; all requests are sent before the first reply is read.
 
         Raises:
           PolicyLost: a connection broke.
-          UserError: the server refuses an observation, or breaks connections again and again.
+          UserError: the server refuses an observation, serves another checkpoint, or breaks
+            connections again and again.
         """
-        from websockets.exceptions import WebSocketException
-
         # All requests go out before the first reply is awaited, so that the server answers them in
         # one batch.
+        futures = [
+            session.client.infer_async(self._request(observation, session))
+            for observation, session in zip(observations, sessions, strict=True)
+        ]
         try:
-            for observation, session in zip(observations, sessions, strict=True):
-                session.send(protocol.pack(protocol.request_message(observation)))
-            frames = [session.recv(timeout=_REPLY_SECONDS) for session in sessions]
-        except (OSError, TimeoutError, WebSocketException) as error:
-            self._lost(sessions, error)
+            replies = [future.result() for future in futures]
+        except Refused as error:
+            raise UserError(f"--policy={self.address} answers: {error}") from error
+        except ServerGone as error:
+            self._lost(sessions, str(error))
+        for session, reply in zip(sessions, replies):
+            self._check_same(session.client)
+            if session.executed is not None and session.client.connections > 1:
+                self._lost(sessions, "a connection broke within an episode")
+            steps = len(reply["actions"])
+            session.executed = min(self._execute, steps) if self._execute else steps
         self._losses = 0
-        return [self._chunk(frame) for frame in frames]
+        return [self._chunk(reply) for reply in replies]
 
-    def _connect(self) -> Any:
-        try:
-            from websockets.exceptions import WebSocketException
-            from websockets.sync.client import connect
-        except ModuleNotFoundError as error:
-            raise UserError("--policy=ws://... needs websockets: pip install .[serve]") from error
-        try:
-            connection = connect(self.address, max_size=None, compression=None)
-            self.metadata = protocol.unpack(connection.recv(timeout=_REPLY_SECONDS))
-        except (WebSocketException, ValueError) as error:
-            raise OSError(str(error)) from error
-        return connection
+    def _request(self, observation: Observation, session: RemoteEpisode) -> dict[str, Any]:
+        # A simulator may have more cameras, or a state, than the policy was trained with.
+        message = protocol.request_message(observation)
+        known = self.metadata.get("observation_keys")
+        if known is not None:
+            message = {k: v for k, v in message.items() if k in known or k == protocol.PROMPT}
+        return message if session.executed is None else {**message, "executed": session.executed}
 
-    def _lost(self, sessions: Sequence[Any], error: Exception) -> None:
+    def _connect(self) -> RobotClient:
+        options = {"api_key": self._api_key, "retry_seconds": self._retry_seconds}
+        try:
+            return RobotClient(self.address, **options)
+        except ServerGone as error:
+            raise UserError(
+                f"--policy={error}; start it or give it --api_key_file, then run the same command "
+                "again to go on"
+            ) from error
+
+    def _check_same(self, client: RobotClient) -> None:
+        served = client.metadata.get("checkpoint")
+        if served != self.metadata.get("checkpoint"):
+            raise UserError(
+                f"--policy={self.address} serves another checkpoint than when this evaluation was "
+                "begun; start the first one again, or evaluate the other into another --out"
+            )
+
+    def _lost(self, sessions: Sequence[RemoteEpisode], reason: str) -> NoReturn:
         for session in sessions:
-            with contextlib.suppress(Exception):
-                session.close()
+            session.close()
         self._losses += 1
         if self._losses > len(self._retry_seconds):
-            raise UserError(f"--policy={self.address}: every connection breaks: {error}") from error
-        raise PolicyLost(str(error)) from error
+            raise UserError(f"--policy={self.address}: every connection breaks: {reason}")
+        raise PolicyLost(reason)
 
-    def _chunk(self, frame: bytes | str) -> ActionChunk:
-        if isinstance(frame, str):
-            raise UserError(f"--policy={self.address} answers: {frame.strip().splitlines()[-1]}")
-        reply = protocol.unpack(frame)
+    def _chunk(self, reply: Mapping[str, Any]) -> ActionChunk:
         return ActionChunk(
             np.asarray(reply["actions"], np.float32),
             valid=bool(reply.get("actions_valid", True)),

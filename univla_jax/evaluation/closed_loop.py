@@ -16,11 +16,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pathlib
 import platform
 from typing import Any
 
 import jax
+from etils import epath
 
 from univla_jax import __version__, io
 from univla_jax.assets import Assets
@@ -35,7 +35,9 @@ from univla_jax.evaluation.actors import (
     ZeroActions,
 )
 from univla_jax.evaluation.rollouts import write_store
-from univla_jax.evaluation.runner import VIDEOS, Actor, BenchmarkRunner, RunnerConfig
+from univla_jax.evaluation.runner import EPISODES, VIDEOS, Actor, BenchmarkRunner, RunnerConfig
+from univla_jax.inference.execution import Execution, Executor
+from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.planning import PlanningConfig, plan
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
@@ -46,9 +48,8 @@ from univla_jax.simulators import EXPERT_CHUNK, Benchmark, Breakdown, make_bench
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 CONDITIONS = ("policy", "untrained", "random", "zero")
 """Conditions of every benchmark; some have more, see ``Benchmark.variants``."""
-WITHOUT_POLICY = ("zero", "random", "expert", "attempts")
+WITHOUT_POLICY = ("zero", "random", "expert")
 """Conditions that can be evaluated without any policy."""
-_SCRIPTED = ("expert", "attempts")
 _IDENTITY, _VERSIONS = "evaluation.json", "versions.json"
 _FREE = ("assets", "batch", "hang_seconds", "video_episodes")  # may differ when a run is resumed
 _MAX_VIDEOS = 24  # shown in the page
@@ -153,6 +154,8 @@ def evaluate(
     *,
     sampling: Sampling = GREEDY,
     round_trip: ActionRoundTrip | None = None,
+    api_key: str = "",
+    place: MakePlacement | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs what is missing of an evaluation and writes its report.
@@ -164,6 +167,8 @@ def evaluate(
       out: folder of the evaluation.
       sampling: of the policy's tokens.
       round_trip: what the expert's actions go through; nothing by default.
+      api_key: of the server at ``ws://host:port``.
+      place: makes the placement of a policy that is split over devices.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -181,23 +186,31 @@ def evaluate(
     _check_conditions(conditions, benchmark, policy)
     # The identity is the config, the checkpoint's hash, and everything else that changes actions.
     # What changes speed or videos alone may differ when a killed evaluation is resumed.
-    policy_identity = None if policy is None else _policy_identity(policy)
+    remote, policy_identity = None, None
+    if policy is not None and not _is_address(policy):
+        policy_identity = checkpoint_identity(find_checkpoint(policy))
+    elif policy is not None and finished(out):  # its server need not run any more
+        policy_identity = read_report(out).get("policy_identity", policy)
+    elif policy is not None:
+        remote = RemotePolicy(policy, api_key=api_key, execute=benchmark.execute)
+        policy_identity = remote.identity
     extra = {} if policy is None else {"checkpoint": policy_identity}
     extra |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
     extra |= {} if round_trip is None else {"action_path": round_trip.identity()}
     if not check_config(out, config, name=_IDENTITY, extra=extra, free=_FREE):
         write_config(out, config, name=_IDENTITY, extra=extra)
-    folder = pathlib.Path(out)
+    folder = io.absolute_path(out)
     if finished(folder):
         return read_report(folder)
     batch = config.batch or benchmark.batch
-    actors = _Actors(config, benchmark, policy, batch, sampling, round_trip)
+    options = {"batch_size": batch, "sampling": sampling, "place": place}
+    actors = _Actors(config, benchmark, policy, remote, options, round_trip)
     limits = RunnerConfig(
         batch, config.hang_seconds, config.video_episodes, progress, record=config.rollouts
     )
-    if config.plan and (policy is None or _is_address(policy)):
+    if config.plan and (policy is None or remote is not None):
         raise UserError("config.plan: needs --checkpoint=..., which imagines and judges")
-    if config.rollouts and (policy is None or _is_address(policy)):
+    if config.rollouts and (policy is None or remote is not None):
         raise UserError("config.rollouts: needs --checkpoint=..., whose tokenizers encode them")
     with BenchmarkRunner(benchmark, folder, limits) as runner:
         # Condition after condition, the policy first: a killed evaluation has whole conditions to
@@ -233,7 +246,13 @@ def evaluate(
 
 def finished(out: str | os.PathLike[str]) -> bool:
     """Whether ``out`` holds a finished evaluation."""
-    return (pathlib.Path(out) / REPORT).exists()
+    return (io.absolute_path(out) / REPORT).exists()
+
+
+def read_episodes(folder: str | os.PathLike[str], condition: str) -> list[dict[str, Any]]:
+    """The records of a condition's episodes."""
+    lines = io.read_jsonl(io.absolute_path(folder) / EPISODES)
+    return [line for line in lines if line["condition"] == condition]
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -242,7 +261,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       UserError: there is none.
     """
-    path = pathlib.Path(folder) / REPORT
+    path = io.absolute_path(folder) / REPORT
     report = io.read_json(path) if path.exists() else {}
     if "tasks" in report:  # it held the figures of its only condition at the top
         policy = report["protocol"]["policy"]
@@ -288,9 +307,9 @@ def compare(
     }
     if out is not None:
         names = [os.fspath(folder) for folder in (first, second)]
-        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+        io.absolute_path(out).mkdir(parents=True, exist_ok=True)
         page = reports.comparison_page(names, pair, found)
-        io.write_text(pathlib.Path(out) / COMPARISON, page)
+        io.write_text(io.absolute_path(out) / COMPARISON, page)
     return found
 
 
@@ -303,12 +322,8 @@ def _check_conditions(
             raise UserError(
                 f"condition {condition!r}: {benchmark.name} has {', '.join(sorted(known))}"
             )
-        if policy is None and condition not in WITHOUT_POLICY:
+        if policy is None and condition not in (*WITHOUT_POLICY, *benchmark.scripted):
             raise UserError(f"condition {condition!r} needs --checkpoint=... or --policy=...")
-
-
-def _policy_identity(policy: str) -> str:
-    return policy if _is_address(policy) else checkpoint_identity(find_checkpoint(policy))
 
 
 def _is_address(policy: str) -> bool:
@@ -324,7 +339,7 @@ def _figures(benchmark: Benchmark, runner: BenchmarkRunner, condition: str) -> d
     return reports.summarize(records, calls, breakdown)
 
 
-def _versions(runner: BenchmarkRunner, folder: pathlib.Path) -> dict[str, str]:
+def _versions(runner: BenchmarkRunner, folder: epath.Path) -> dict[str, str]:
     """Of everything involved; kept in a file for a run that finds all episodes finished."""
     path = folder / _VERSIONS
     if runner.versions or not path.exists():
@@ -342,18 +357,18 @@ class _Actors:
         config: EvaluateConfig,
         benchmark: Benchmark,
         policy: str | None,
-        batch: int,
-        sampling: Sampling,
+        remote: RemotePolicy | None,
+        options: dict[str, Any],
         round_trip: ActionRoundTrip | None,
     ) -> None:
         self._config, self._benchmark, self._path = config, benchmark, policy
-        self._round_trip = round_trip
+        self._round_trip, self._remote = round_trip, remote
         corpus = config.corpus or benchmark.corpus
-        self._options = {"corpus": corpus, "batch_size": batch, "sampling": sampling}
+        self._options = {"corpus": corpus, **options}
 
     def make(self, condition: str) -> Actor:
         """What acts in a condition."""
-        if condition in _SCRIPTED:
+        if condition in self._benchmark.scripted:
             return ScriptedActor(self._round_trip)
         if condition == "zero":
             return ZeroActions(self._benchmark.action_dim, self._chunk())
@@ -361,16 +376,24 @@ class _Actors:
             return RandomActions(self._statistics(), self._chunk())
         if condition == "untrained":
             seed = self._config.untrained_seed
-            return Policy.load(self._path, untrained=True, seed=seed, **self._options)
-        return self._policy
+            options = {"untrained": True, "seed": seed, **self._options}
+            return self._executed(Policy.load(self._path, **options))
+        return self._remote or self._executed(self._policy)
+
+    def _executed(self, policy: Policy) -> Actor:
+        """A policy that remembers the part of each chunk that the benchmark executes."""
+        execute = self._benchmark.execute
+        if not 0 < execute < policy.chunk_size:
+            return policy
+        return Executor(policy, Execution("receding", steps=execute))
 
     def describe(self) -> dict[str, Any]:
         """Settings of the policy and the expert, for the report."""
         round_trip = self._round_trip
         about = {"action_path": round_trip.identity() if round_trip else "none"}
         about = about if "expert" in self._config.conditions else {}
-        if isinstance(self._policy, RemotePolicy):
-            about["server"] = str(self._policy.metadata)
+        if self._remote is not None:
+            about["server"] = str(self._remote.metadata)
         elif self._policy is not None:
             policy, assets = self._policy, self._policy.loaded.assets
             about |= {
@@ -384,12 +407,12 @@ class _Actors:
         return about
 
     @functools.cached_property
-    def _policy(self) -> Policy | RemotePolicy | None:
+    def _policy(self) -> Policy | None:
         conditions = self._config.conditions or self._benchmark.conditions
-        if self._path is None or set(conditions) <= set(_SCRIPTED):
+        if self._path is None or self._remote is not None:
+            return None
+        if set(conditions) <= set(self._benchmark.scripted):
             return None  # a checkpoint beside scripts gives no more than its tokenizers
-        if _is_address(self._path):
-            return RemotePolicy(self._path)
         policy = Policy.load(self._path, **self._options)
         if not self._config.plan:
             return policy

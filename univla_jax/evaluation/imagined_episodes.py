@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from univla_jax import io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds import RldsReader
+from univla_jax.data.readers import open_reader
+from univla_jax.data.validation import InvalidEpisode, describe_invalid, read_episode
 from univla_jax.errors import UserError
 from univla_jax.evaluation import tabletop_judge
 from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
 from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
 from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.io import json_values
 from univla_jax.run_dir import check_config, write_config
@@ -94,6 +97,7 @@ def imagine(
     out: str | os.PathLike[str],
     *,
     sampling: Sampling = GREEDY,
+    place: MakePlacement | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Imagines, scores and draws.
@@ -104,6 +108,7 @@ def imagine(
       source: RLDS dataset folder with the held-out split.
       out: folder for pictures and report.
       sampling: of the visual tokens; each batch draws from a seed of its own.
+      place: makes the placement of a model that is split over devices.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -119,10 +124,10 @@ def imagine(
         del extra["top_p"]  # folders from before there was one are continued
     if not check_config(out, config, name=_IDENTITY, extra=extra):
         write_config(out, config, name=_IDENTITY, extra=extra)
-    out = pathlib.Path(out)
+    out = io.absolute_path(out)
     if finished(out):
         return io.read_json(out / REPORT)
-    model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None)
+    model = WorldModel.load(folder, corpus=config.corpus, view=config.view or None, place=place)
     truths, too_short = _read_episodes(config, model, source)
     batches = [
         _imagine_batch(
@@ -164,7 +169,7 @@ def _true_state(
 
 def finished(out: str | os.PathLike[str]) -> bool:
     """Whether ``out`` holds a finished imagination."""
-    return (pathlib.Path(out) / REPORT).exists()
+    return (io.absolute_path(out) / REPORT).exists()
 
 
 def picture_files(config: ImagineConfig) -> list[str]:
@@ -176,20 +181,25 @@ def _read_episodes(
     config: ImagineConfig, model: WorldModel, source: str | os.PathLike[str]
 ) -> tuple[list[GroundTruth], int]:
     """The episodes to continue, and how many were too short for a single frame."""
-    dataset = find_dataset_config(config.corpus)
-    dataset = dataclasses.replace(dataset, views={model.view: dataset.views[model.view]})
-    episodes = RldsReader(source, dataset, config.split)
-    count = config.episodes or len(episodes)
-    truths, too_short = [], 0
-    for episode in episodes:
+    dataset = find_dataset_config(config.corpus).with_views([model.view])
+    reader = open_reader(source, dataset, config.split)
+    count = config.episodes or len(reader)
+    truths, too_short, invalid = [], 0, []
+    for index in range(len(reader)):
         if len(truths) == count:
             break
+        episode = read_episode(reader, index, min_frames=1, image_sizes=reader.image_sizes)
+        if isinstance(episode, InvalidEpisode):
+            invalid.append(episode)
+            continue
         spaced = episode.frames[model.view][:: model.frame_spacing]
         if len(spaced) <= config.context:
             too_short += 1
             continue
         frames = model.resize(spaced[: config.context + config.frames])
         truths.append(GroundTruth(episode.instruction, frames, episode.episode_id))
+    if invalid:
+        print(f"{source}: skipped {describe_invalid(invalid)}", file=sys.stderr)
     if not truths:
         raise UserError(
             f"{source}: no episode of split {config.split!r} is longer than {config.context} "
@@ -266,7 +276,7 @@ def _draw(
     seconds_per_frame: float,
     imagined: np.ndarray,
     truths: Sequence[GroundTruth],
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> None:
     """Writes the strips and the video of the first episodes, preferably long enough ones."""
     length = config.context + config.frames
@@ -290,7 +300,7 @@ def _draw(
 
 
 def _write_videos(
-    config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: pathlib.Path
+    config: ImagineConfig, clips: Sequence[Clip], seconds_per_frame: float, out: epath.Path
 ) -> None:
     settings = {"columns": 2, "fps": 1 / seconds_per_frame, "hold_seconds": 1.5}
     write_gif(out / GIF, clips, **settings)
@@ -310,6 +320,7 @@ def imagine_picture(
     out: str | os.PathLike[str],
     *,
     sampling: Sampling = GREEDY,
+    place: MakePlacement | None = None,
 ) -> np.ndarray:
     """Writes the imagined frames beside each other, as a video, and each by itself.
 
@@ -327,7 +338,7 @@ def imagine_picture(
     Raises:
       UserError: no picture, or the checkpoint is no world model.
     """
-    model = WorldModel.load(checkpoint, corpus=config.corpus, view=config.view or None)
+    model = WorldModel.load(checkpoint, corpus=config.corpus, view=config.view or None, place=place)
     given = model.resize(_read_picture(image)[None])
     samples = 1 if sampling.greedy else config.shown
     codes = model.imagine(
@@ -339,7 +350,7 @@ def imagine_picture(
     )
     frames = model.decode(codes)
     seconds = model.seconds_per_frame
-    _draw_samples(config, seconds, given, frames, instruction, pathlib.Path(out))
+    _draw_samples(config, seconds, given, frames, instruction, io.absolute_path(out))
     return frames
 
 
@@ -357,12 +368,13 @@ def _draw_samples(
     given: np.ndarray,
     frames: np.ndarray,
     instruction: str,
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for sample, own in enumerate(frames):
         for number, frame in enumerate(own, 1):
-            Image.fromarray(frame).save(out / f"draw{sample}_frame{number}.png")
+            with io.new_file(out / f"draw{sample}_frame{number}.png") as file:
+                Image.fromarray(frame).save(file, format="PNG")
     factor = -(-config.picture_size // given.shape[1])
     videos = [enlarge(np.concatenate([given, own]), factor) for own in frames]
     times = [f"{n * seconds_per_frame:g} s" for n in range(1, 1 + frames.shape[1])]

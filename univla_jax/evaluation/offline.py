@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -30,7 +29,7 @@ from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import Prediction, Scores
 from univla_jax.inference.imagination import WorldModel
-from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer, length_bucket
 from univla_jax.pipeline.batch import Batch, Example, pack
@@ -76,6 +75,7 @@ def evaluate(
     *,
     episodes: int = 0,
     batch_size: int = 16,
+    place: MakePlacement | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores a policy's actions or a world model's frames and writes ``offline.json``.
@@ -86,6 +86,7 @@ def evaluate(
       out: folder of the report.
       episodes: how many of the store, from its beginning; 0 for all.
       batch_size: moments computed together.
+      place: makes the placement of a model that is split over devices.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -101,15 +102,15 @@ def evaluate(
     identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
     identity |= {"episodes": episodes}
     check_config(out, identity, name=_IDENTITY)
-    if (pathlib.Path(out) / REPORT).exists():
-        return io.read_json(pathlib.Path(out) / REPORT)
+    if (io.absolute_path(out) / REPORT).exists():
+        return io.read_json(io.absolute_path(out) / REPORT)
     if not 0 <= episodes <= len(source):
         raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
-    loaded = LoadedModel.from_checkpoint(folder)
+    loaded = LoadedModel.from_checkpoint(folder, place=place)
     (source,) = open_stores(_data_config(loaded, store, batch_size), loaded.assets)
     corpus = loaded.record.find_corpus(source.manifest.header.corpus)
     write_config(out, identity, name=_IDENTITY)
-    out, count = pathlib.Path(out), episodes or len(source)
+    out, count = io.absolute_path(out), episodes or len(source)
     held_out = [source[i] for i in range(count)]
     scores = frame_scores if isinstance(loaded.task, FrameTask) else action_scores
     report = {
@@ -307,7 +308,7 @@ def episode_queries(policy: Policy, episode: TokenizedEpisode) -> Iterator[Query
     for number in range(count):
         step = np.array([number * size])
         views = [np.asarray(episode.codes[view][step]) for view in policy.views]
-        moment = task.moment_prompt(views, states[number])
+        moment = task.moment_prompt(views, states[number], instruction=episode.instruction)
         past = history.prefix(opening)
         history = history.observe(moment)
         prompt = history.prompt(opening)

@@ -53,6 +53,18 @@ def proportion(outcomes: Iterable[bool]) -> dict[str, Any]:
     return counts | {"rate": round(rate, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
+def mean_score(values: Iterable[float]) -> dict[str, Any]:
+    """``mean`` of scores in 0...1 and the ends ``low``, ``high`` of its 95 % interval.
+
+    The interval is that of the normal distribution, by the standard error of the mean.
+    """
+    scores = np.asarray(list(values), np.float64)
+    mean = float(scores.mean())
+    half = _Z * float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 1.0
+    ends = {"low": max(0.0, mean - half), "high": min(1.0, mean + half)}
+    return {"mean": round(mean, 5)} | {name: round(end, 5) for name, end in ends.items()}
+
+
 def summarize(
     records: Sequence[Record], calls: Sequence[Record], breakdown: Breakdown
 ) -> dict[str, Any]:
@@ -77,6 +89,7 @@ def summarize(
         "episodes_lost_to_the_simulator": sum("error" in r for r in records),
         "latency": latency(calls),
         "figures": dict(breakdown.figures),
+        "scores": {name: mean_score(values) for name, values in breakdown.scores.items()},
         "breakdown": {
             title: {name: proportion(outcomes) for name, outcomes in groups.items()}
             for title, groups in breakdown.outcomes.items()
@@ -241,6 +254,10 @@ def summary_table(report: Report) -> str:
     ]
     for label, cell in _FIGURES.items():
         rows.append([label, *(cell(figures) for figures in conditions.values())])
+    for name in main_condition(report).get("scores", {}):
+        cells = [c.get("scores", {}).get(name) for c in conditions.values()]
+        rows.append([name, *("" if s is None else _percent(s["mean"]) for s in cells)])
+        rows.append(["  95 %", *("" if s is None else _interval(s) for s in cells)])
     for title, groups in main_condition(report)["breakdown"].items():
         for name in groups:
             cells = [c["breakdown"].get(title, {}).get(name) for c in conditions.values()]

@@ -20,19 +20,21 @@ import collections
 import dataclasses
 import multiprocessing.connection
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import tqdm
+from etils import epath
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.rollouts import RECORDED
 from univla_jax.evaluation.worker import InProcessWorker, Message, ProcessWorker
 from univla_jax.inference.policy import no_motion
-from univla_jax.io import JsonlWriter
+from univla_jax.io import JsonlWriter, is_remote
 from univla_jax.simulators import Benchmark, Simulator, Trial
 
 EPISODES, CALLS, TIMES = "episodes.jsonl", "calls.jsonl", "times.jsonl"
@@ -113,17 +115,15 @@ class WorkerSlot:
     number: int
     since: float = 0.0
     trial: Trial | None = None
-    video: pathlib.Path | None = None
-    recording: pathlib.Path | None = None
+    video: epath.Path | None = None
+    recording: epath.Path | None = None
     session: Any = None
     observation: Observation | None = None
     last_action: np.ndarray | None = None
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     invalid_reason: str = ""
 
-    def begin(
-        self, trial: Trial, video: pathlib.Path | None, recording: pathlib.Path | None
-    ) -> None:
+    def begin(self, trial: Trial, video: epath.Path | None, recording: epath.Path | None) -> None:
         """Resets the simulator to an episode."""
         self.close_session()
         self.trial, self.video, self.recording = trial, video, recording
@@ -132,15 +132,18 @@ class WorkerSlot:
         self.since = time.monotonic()
         self.worker.reset(trial, video, recording)
 
-    def act(self, chunk: ActionChunk, execute: int) -> None:
-        """Executes the first ``execute`` actions of a chunk, all of them if it is 0."""
+    def act(self, chunk: ActionChunk, execute: int, *, whole: bool = False) -> None:
+        """Executes the first ``execute`` actions of a chunk, all of them if it is 0.
+
+        ``whole`` gives the chunk to the simulator as one step.
+        """
         self.counts["chunks"] += 1
         self.counts["num_overridden"] += chunk.num_overridden > 0
         if not chunk.valid:
             self.counts["invalid"] += 1
             self.invalid_reason = self.invalid_reason or chunk.reason
-        actions = chunk.actions[: execute or None]
-        self.last_action, self.observation = actions[-1], None
+        actions = chunk.actions[None] if whole else chunk.actions[: execute or None]
+        self.last_action, self.observation = (chunk.actions if whole else actions)[-1], None
         self.since = time.monotonic()
         self.worker.act(actions)
 
@@ -166,12 +169,15 @@ class BenchmarkRunner:
       versions: of simulator and renderer, once a worker is ready.
     """
 
-    def __init__(self, benchmark: Benchmark, out: pathlib.Path, config: RunnerConfig) -> None:
+    def __init__(self, benchmark: Benchmark, out: epath.Path, config: RunnerConfig) -> None:
         """Opens the logs in ``out``, which must exist."""
         self._benchmark, self._out, self._config = benchmark, out, config
         self.versions: dict[str, str] = {}
-        for name in (VIDEOS, _LOGS):
-            (out / name).mkdir(exist_ok=True)
+        (out / VIDEOS).mkdir(parents=True, exist_ok=True)
+        # What simulators print goes straight to a file, which a bucket does not have.
+        local = tempfile.mkdtemp(prefix="univla_jax_") if is_remote(out) else out
+        self._logs = pathlib.Path(local, _LOGS)
+        self._logs.mkdir(exist_ok=True)
         self.episodes, self.calls, self.times = (
             JsonlWriter(out / name) for name in (EPISODES, CALLS, TIMES)
         )
@@ -249,7 +255,7 @@ class BenchmarkRunner:
     def _start_worker(self, number: int) -> InProcessWorker | ProcessWorker:
         if self._benchmark.in_process:
             return InProcessWorker(self._make, self._benchmark.video_every)
-        log = self._out / _LOGS / f"{number}.log"
+        log = self._logs / f"{number}.log"
         return ProcessWorker(self._make, self._benchmark.video_every, log)
 
     def _loop(self) -> None:
@@ -372,7 +378,7 @@ class BenchmarkRunner:
         self.calls.append({"condition": self._condition, "rows": len(slots), "seconds": seconds})
         for slot, chunk in zip(slots, chunks, strict=True):
             checked = sanitize_chunk(chunk, self._benchmark.action_dim, slot.last_action)
-            slot.act(checked, self._benchmark.execute)
+            slot.act(checked, self._benchmark.execute, whole=self._benchmark.whole_chunks)
 
     def _record_run(self, seconds: float, episodes: int) -> None:
         if episodes:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from univla_jax.errors import UserError
+from univla_jax.io import new_file
 
 _BACKGROUND, _TEXT = (255, 255, 255), (30, 30, 34)
 _SUCCESS, _FAILURE = (38, 140, 70), (190, 50, 44)
@@ -59,15 +60,16 @@ def write_gif(
     palette = _palette(sheets)
     quantized = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     milliseconds = round(1000 / fps)
-    quantized[0].save(
-        path,
-        format="GIF",
-        save_all=True,
-        append_images=quantized[1:],
-        duration=[milliseconds] * (length - 1) + [round(1000 * hold_seconds)],
-        loop=0,
-        optimize=False,
-    )
+    with new_file(path) as file:
+        quantized[0].save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=quantized[1:],
+            duration=[milliseconds] * (length - 1) + [round(1000 * hold_seconds)],
+            loop=0,
+            optimize=False,
+        )
 
 
 def _palette(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -104,7 +106,7 @@ def write_mp4(
     sheets += sheets[-1:] * (round(fps * hold_seconds) - 1)
     even = [np.pad(s, [(0, n % 2) for n in s.shape[:2]] + [(0, 0)], mode="edge") for s in sheets]
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w") as container:
+    with new_file(path) as file, av.open(str(file), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=fractions.Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = even[0].shape[:2]
         stream.pix_fmt = "yuv420p"
@@ -160,7 +162,8 @@ def write_strips(
         draw.text((center, 8), heading, _TEXT, font=label_font, anchor="mt")
     for number, strip in enumerate(strips):
         _draw_strip(sheet, draw, strip, (left, 28 + number * block))
-    sheet.save(path, format="PNG")
+    with new_file(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def _draw_strip(

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univla_jax import io
 from univla_jax.episode import Observation
@@ -47,8 +48,8 @@ class InProcessWorker:
     def reset(
         self,
         trial: Trial,
-        video: pathlib.Path | None = None,
-        recording: pathlib.Path | None = None,
+        video: epath.Path | None = None,
+        recording: epath.Path | None = None,
     ) -> None:
         """See ``ProcessWorker.reset``."""
         self._message = self._server.reset(trial, video, recording)
@@ -102,8 +103,8 @@ class ProcessWorker:
     def reset(
         self,
         trial: Trial,
-        video: pathlib.Path | None = None,
-        recording: pathlib.Path | None = None,
+        video: epath.Path | None = None,
+        recording: epath.Path | None = None,
     ) -> None:
         """Begins an episode.
 
@@ -143,7 +144,7 @@ class Recorder:
     them, ``state`` float32 [T + 1, P] where there is one, ``instruction`` and ``success``.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: epath.Path) -> None:
         """Starts without steps; ``path`` lacks the number of the part and the suffix."""
         self._path, self._part = path, 0
         self._observations: list[Observation] = []
@@ -188,7 +189,7 @@ class SimulatorServer:
     def __init__(self, simulator: Simulator, video_every: int) -> None:
         """Takes a simulator and the steps between the frames of a video."""
         self._simulator, self._video_every = simulator, video_every
-        self._video: pathlib.Path | None = None
+        self._video: epath.Path | None = None
         self._recorder: Recorder | None = None
         self._clip = Clip("")
         self._seconds, self._steps = 0.0, 0
@@ -200,8 +201,8 @@ class SimulatorServer:
     def reset(
         self,
         trial: Trial,
-        video: pathlib.Path | None,
-        recording: pathlib.Path | None = None,
+        video: epath.Path | None,
+        recording: epath.Path | None = None,
     ) -> Message:
         """Begins an episode; see ``ProcessWorker.reset``."""
         begin = time.perf_counter()

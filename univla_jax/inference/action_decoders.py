@@ -24,7 +24,7 @@ from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prom
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
-from univla_jax.tasks.history import History
+from univla_jax.tasks.history import EpisodeLog, History
 from univla_jax.tokenizers.constrained import DecodedActions
 
 
@@ -33,48 +33,90 @@ class Session:
     """State of one episode between calls; made by ``Policy.start``, changed by ``Policy.act``.
 
     Attributes:
-      history: observations and actions still in the window.
+      log: what was observed and executed.
       seed: of whatever is drawn for this episode.
-      instruction: of the last call; another one empties the history.
+      instruction: of the last call; another one empties the log.
+      history: observations and actions of the last prompt, and its answer.
       chunks: number of chunks predicted.
       invalid: how many of them did not decode.
-      last_action: float32 [A], the last step of the last chunk.
+      last_action: float32 [A], the last one executed, or the last of the last chunk.
       last_ids: int32 [n], what the last chunk was decoded from.
+      returned: float32 [N, A] actions that the last call answered; they count as executed unless
+        ``executed`` says otherwise.
+      executed: float32 [N, A] actions that were executed since the last call instead.
       cached_prefix: keys and values of the last prompt and chunk; only saves time.
     """
 
-    history: History
+    log: EpisodeLog
     seed: int = 0
     instruction: str | None = None
+    history: History = dataclasses.field(default_factory=History)
     chunks: int = 0
     invalid: int = 0
     last_action: np.ndarray | None = None
     last_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    returned: np.ndarray | None = None
+    executed: np.ndarray | None = None
     cached_prefix: CachedPrefix | None = None
 
     def key(self) -> jax.Array:
         """The random key of the next chunk, the same in any batch."""
         return jax.random.fold_in(jax.random.key(self.seed), self.chunks)
 
-    def observe(self, instruction: str, moment: np.ndarray) -> History:
-        """The history with a new observation; the session itself stays as it is."""
-        same = self.instruction in (None, instruction)
-        history = self.history if same else History(window=self.history.window)
-        return history.observe(moment)
+    def present_log(self, instruction: str | None = None) -> EpisodeLog:
+        """The log with what was executed since the last call; empty for another instruction."""
+        if None not in (instruction, self.instruction) and instruction != self.instruction:
+            return EpisodeLog(self.log.window, self.log.chunk_size)
+        executed = self.returned if self.executed is None else self.executed
+        return self.log if executed is None else self.log.execute(executed)
 
     def update(
         self,
         instruction: str,
+        log: EpisodeLog,
         history: History,
         chunk: ActionChunk,
         cached_prefix: CachedPrefix | None,
     ) -> None:
-        """Keeps a call that succeeded; ``history`` holds its observation and ids."""
-        self.history, self.instruction, self.cached_prefix = history, instruction, cached_prefix
+        """Keeps a call that succeeded; log and history hold its observation and ids."""
+        self.log, self.history, self.instruction = log, history, instruction
+        self.cached_prefix = cached_prefix
         self.last_ids = history.actions[-1]
         self.chunks += 1
         self.invalid += not chunk.valid
-        self.last_action = chunk.actions[-1]
+        self.set_returned(chunk.actions)
+
+    def set_returned(self, actions: np.ndarray) -> None:
+        """What the caller was told to execute, float32 [N, A]."""
+        self.returned, self.executed = actions, None
+        if len(actions):
+            self.last_action = actions[-1]
+
+    def set_executed(self, executed: int | np.ndarray) -> None:
+        """What was executed since the last call, where it is not what that call answered.
+
+        Args:
+          executed: how many of the actions answered, or the actions themselves [N, A].
+
+        Raises:
+          UserError: more actions than were answered, or actions of another shape.
+        """
+        returned = np.zeros((0, 0), np.float32) if self.returned is None else self.returned
+        if isinstance(executed, int):
+            if not 0 <= executed <= len(returned):
+                raise UserError(
+                    f"{executed} actions executed since the last call, which answered "
+                    f"{len(returned)}; give their number, or the actions themselves"
+                )
+            executed = returned[:executed]
+        elif executed.ndim != 2 or (len(returned) and executed.shape[1] != returned.shape[1]):
+            raise UserError(
+                f"executed actions of shape {list(executed.shape)}, expected "
+                f"[N, {returned.shape[1]}]"
+            )
+        self.executed = np.asarray(executed, np.float32)
+        if len(self.executed):
+            self.last_action = self.executed[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +222,7 @@ class TokenActionDecoder:
             speculative_block=speculative_block,
         )
         self.max_action_tokens = decoding.max_new_tokens
-        self._sampler = Sampler(loaded.model, loaded.params)
+        self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
 
     def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
         """Fixes the shapes; see ``PrefixCache``."""
@@ -260,6 +302,12 @@ class FlowActionDecoder:
         self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
     ) -> list[ActionPrediction]:
         """See ``ActionDecoder``; the history keeps an eoa, since there are no action ids."""
+        with self._loaded.placement.scope():
+            return self._predict(prompts, sessions, timer)
+
+    def _predict(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
         loaded = self._loaded
         vocabulary = loaded.assets.vocabulary
         tokens, lengths = pad_prompts(prompts, vocabulary.pad, batch_size=self._batch_size)
@@ -285,7 +333,7 @@ class FlowActionDecoder:
 
     def warmup(self, batch_size: int) -> None:
         """Compiles the buckets of the usual prompts; a flow has no cache to fix shapes by."""
-        session = Session(history=History(window=1))
+        session = Session(EpisodeLog(1, self._shape[0]))
         for length in sorted({length_bucket(length) for length in self._usual_lengths}):
             prompt = np.full(length, self._loaded.assets.vocabulary.bos, np.int32)
             self.predict([prompt] * batch_size, [session] * batch_size, Timer())

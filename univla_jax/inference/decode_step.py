@@ -31,6 +31,7 @@ from univla_jax.models.attention import MASKED, attention
 from univla_jax.models.decoder import Block, Decoder, LayerInputs, compute_logits, mask_padded_vocab
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.layers import RotaryEmbedding
+from univla_jax.models.placement import replicate, shard_cache
 
 LayerKeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer
 
@@ -58,6 +59,14 @@ class DecodeBatch:
     lengths: jax.Array
     last_hidden: jax.Array
     pending: jax.Array
+
+    def sharded(self) -> DecodeBatch:
+        """The cache split by key heads over the mesh in scope, the rest whole on every device.
+
+        Every jitted call returns its batch so: the next one then finds what it was compiled for.
+        """
+        rest = map(replicate, (self.lengths, self.last_hidden, self.pending))
+        return DecodeBatch(jax.tree.map(shard_cache, self.cache), *rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +337,8 @@ def prefill(
     cache = KVCache.create(model.config, tokens.shape[0], slots)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache = model.apply(_variables(model, params), tokens, positions, cache=cache, window=0)
-    return DecodeBatch(cache, lengths, _hidden_at(hidden, lengths - 1), _no_tokens(lengths))
+    last = _hidden_at(hidden, lengths - 1)
+    return DecodeBatch(cache, lengths, last, _no_tokens(lengths)).sharded()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width", "slots"))
@@ -340,7 +350,7 @@ def prefill_packed(
     hidden, new = packed_forward(model, params, tokens, lengths, width)
     cache = KVCache.create(model.config, len(lengths), slots)
     cache = cache.write(*new, jnp.zeros_like(lengths))
-    return DecodeBatch(cache, lengths, hidden, _no_tokens(lengths))
+    return DecodeBatch(cache, lengths, hidden, _no_tokens(lengths)).sharded()
 
 
 @functools.partial(
@@ -379,7 +389,7 @@ def append(
         _variables(model, params), tokens, positions, cache=batch.cache, window=window
     )
     last = jnp.where(lengths[:, None] > 0, _hidden_at(hidden, lengths - 1), batch.last_hidden)
-    return DecodeBatch(cache, batch.lengths + lengths, last, _no_tokens(lengths))
+    return DecodeBatch(cache, batch.lengths + lengths, last, _no_tokens(lengths)).sharded()
 
 
 class _Loop(NamedTuple):
@@ -502,7 +512,7 @@ def generate(
         end.last_hidden,
         jnp.where(counts > 0, last, batch.pending),
     )
-    return batch, Generated(end.tokens, counts, active & ~end.running, end.num_overridden)
+    return batch.sharded(), Generated(end.tokens, counts, active & ~end.running, end.num_overridden)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -24,7 +24,7 @@ from univla_jax.data.datasets import chunk_deltas
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.decode_step import DecodeState
-from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
 from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
@@ -76,7 +76,7 @@ class WorldModel:
         self.loaded = self._of_view(model, self.view)
         self._vision = loaded.assets.require("vision")
         self._spec = loaded.assets.image_spec(self.corpus, self.view)
-        self._sampler = Sampler(loaded.model, loaded.params)
+        self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
 
     @classmethod
     def load(
@@ -87,6 +87,7 @@ class WorldModel:
         view: str | None = None,
         untrained: bool = False,
         seed: int = 0,
+        place: MakePlacement | None = None,
     ) -> WorldModel:
         """Loads a checkpoint folder and nothing else.
 
@@ -96,12 +97,15 @@ class WorldModel:
           view: the camera; the first one trained on by default.
           untrained: random parameters instead of the saved ones, as a baseline.
           seed: of the random parameters.
+          place: makes the placement of a model that is split over devices.
 
         Raises:
           UserError: no complete checkpoint, changed or missing assets, or a checkpoint that never
             learned frames (a policy's makes garbled ones).
         """
-        loaded = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
+        loaded = LoadedModel.from_checkpoint(
+            checkpoint, untrained=untrained, seed=seed, place=place
+        )
         return cls(loaded, corpus=corpus, view=view)
 
     @property
@@ -134,6 +138,7 @@ class WorldModel:
         *,
         sampling: Sampling = GREEDY,
         guidance: float = 1.0,
+        motions: np.ndarray | None = None,
     ) -> np.ndarray | dict[str, np.ndarray]:
         """Codes of the next frames.
 
@@ -145,6 +150,8 @@ class WorldModel:
           sampling: how codes are sampled; episode i of any batch draws the same.
           guidance: how much more the instruction counts than it would by itself (classifier-free
             guidance against the same frames without instruction); 1 for no guidance.
+          motions: float [B, n, A] in physical units, for a task whose frames follow from actions:
+            those before, between and behind all frames but the last imagined one.
 
         Returns:
           uint16 [B, N, h, w], by name where the context is.
@@ -160,6 +167,8 @@ class WorldModel:
         count = len(views[0])
         if len(instructions) != count:
             raise UserError(f"{len(instructions)} instructions for {count} episodes")
+        if motions is not None:
+            return self._imagine_moving(instructions, context, frames, motions, sampling)
         task, grids = model.task, [view.shape[2:] for view in views]
         texts = [*instructions, *([""] * count if guidance != 1 else [])]
         rows = [[view[i % count] for view in views] for i in range(len(texts))]
@@ -412,6 +421,40 @@ def extend_rows(sampler: Sampler, state: DecodeState, rows: Sequence[np.ndarray]
     for row, ids in zip(tokens, rows):
         row[: len(ids)] = ids
     return sampler.extend(state, tokens, np.array([len(ids) for ids in rows], np.int32))
+
+    def _imagine_moving(
+        self,
+        instructions: Sequence[str],
+        context: np.ndarray,
+        frames: int,
+        motions: np.ndarray,
+        sampling: Sampling,
+    ) -> np.ndarray:
+        """``imagine`` where what stands between two frames differs from episode to episode."""
+        # The ids of motions differ in number, so each frame is prompted anew with those before it
+        # as its context.
+        task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
+        pad, decoding = self.loaded.assets.vocabulary.pad, task.frame_decoding(grid)
+        per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
+        for number in range(frames):
+            count = task.PAST + per_frame * known.shape[1]
+            prompts = [
+                task.prompt(text, codes, moves[:count], self.corpus)
+                for text, codes, moves in zip(instructions, known, motions)
+            ]
+            tokens, lengths = pad_prompts(prompts, pad, batch_size=len(prompts))
+            slots = tokens.shape[1] + decoding.max_new_tokens
+            state = self._sampler.prefill(tokens, lengths, slots=slots)
+            generated, _ = self._sampler.generate(
+                state,
+                max_new_tokens=decoding.max_new_tokens,
+                allowed=decoding.allowed,
+                sampling=sampling,
+                key=jax.random.fold_in(jax.random.key(sampling.seed), number),
+            )
+            imagined = task.parse_frames(np.asarray(generated.tokens)[: len(known), None], grid)
+            known = np.concatenate([known, imagined], axis=1)
+        return known[:, context.shape[1] :]
 
 
 def _per_frame(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray) -> np.ndarray:

@@ -18,29 +18,47 @@ from univla_jax.errors import UserError
 _INPUT_AXES = {"out": (1, 2)}  # of stacked kernels [L, inputs, outputs]; one for all others
 
 
+def check_installed() -> None:
+    """Raises UserError unless qwix, which quantizes, is installed."""
+    try:
+        import qwix  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError("int8 weights need the package qwix: pip install .[int8]") from error
+
+
+def quantize_leaf(name: str, x: jax.Array) -> Any:
+    """A kernel or head as a ``qwix.QArray``; other parameters as they are.
+
+    Args:
+      name: its path in the decoder's parameters, such as ``stack/layers/mlp/gate/kernel``; what
+        stands before it is ignored.
+      x: the parameter.
+    """
+    import qwix
+
+    # One scale per layer and output channel: the error of a product is then bounded channel by
+    # channel, and the scale could be applied after the product as well.
+    *path, last = name.split("/")
+    if last == "head":
+        return qwix.quantize(x, "int8", channelwise_axes=(0,))
+    if last != "kernel" or "stack" not in path:
+        return x
+    inputs = _INPUT_AXES.get(path[-1], (1,))
+    outputs = tuple(axis for axis in range(x.ndim) if axis not in inputs)
+    return qwix.quantize(x, "int8", channelwise_axes=outputs)
+
+
 def quantize_params(params: Any) -> Any:
-    """Parameters whose kernels and head are ``qwix.QArray``.
+    """A decoder's parameters whose kernels and head are ``qwix.QArray``.
 
     Raises:
       UserError: qwix is not installed.
     """
-    try:
-        import qwix
-    except ModuleNotFoundError as error:
-        raise UserError("int8 weights need the package qwix: pip install .[int8]") from error
-
-    # One scale per layer and output channel: the error of a product is then bounded channel by
-    # channel, and the scale could be applied after the product as well.
-    def layer_leaf(path: Any, x: jax.Array) -> Any:
-        if path[-1].key != "kernel":
-            return x
-        inputs = _INPUT_AXES.get(path[-2].key, (1,))
-        outputs = tuple(axis for axis in range(x.ndim) if axis not in inputs)
-        return qwix.quantize(x, "int8", channelwise_axes=outputs)
-
-    stack = jax.tree_util.tree_map_with_path(layer_leaf, params["stack"])
-    head = qwix.quantize(params["head"], "int8", channelwise_axes=(0,))
-    return {**params, "stack": stack, "head": head}
+    check_installed()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: quantize_leaf(jax.tree_util.keystr(path, simple=True, separator="/"), x),
+        params,
+    )
 
 
 def dequantize_params(params: Any, dtype: Any) -> Any:

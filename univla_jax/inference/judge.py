@@ -31,7 +31,7 @@ class Judge:
         self.loaded = loaded.select(Value, Role.VALUE, "judging")
         self.corpus = self.loaded.record.find_corpus(corpus)
         self._encoder = ObservationEncoder(loaded.assets, self.loaded.record, self.corpus)
-        self._sampler = Sampler(loaded.model, loaded.params)
+        self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
 
     @classmethod
     def load(cls, checkpoint: str | pathlib.Path, *, corpus: str | None = None) -> Judge:

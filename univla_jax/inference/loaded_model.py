@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
+from univla_jax.inference.int8 import check_installed, quantize_leaf
 from univla_jax.models.action_expert import (
     DECODER,
     EXPERT,
@@ -23,10 +25,19 @@ from univla_jax.models.action_expert import (
 )
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
+from univla_jax.models.placement import LOCAL, Placement
 from univla_jax.normalization import ActionStatistics
 from univla_jax.sequences.tokens import Role
 from univla_jax.tasks import TaskRecord, make_task, records_from_json, task_class
 from univla_jax.tasks.base import Task
+
+
+class MakePlacement(Protocol):
+    """Chooses the devices of a model whose sizes are known."""
+
+    def __call__(self, config: DecoderConfig, *, expert: ActionExpert | None) -> Placement:
+        """The placement of a decoder, and of the expert on top of it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +52,7 @@ class LoadedModel:
       params: its parameters.
       expert: the action expert on top of it, or None.
       expert_params: its parameters.
+      placement: on which devices all of them are.
       records: all tasks it was trained on; empty where ``record`` is the only one.
     """
 
@@ -51,11 +63,18 @@ class LoadedModel:
     params: Any
     expert: ActionExpert | None = None
     expert_params: Any = None
+    placement: Placement = LOCAL
     records: tuple[TaskRecord, ...] = ()
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: str | pathlib.Path, *, untrained: bool = False, seed: int = 0
+        cls,
+        checkpoint: str | pathlib.Path,
+        *,
+        untrained: bool = False,
+        seed: int = 0,
+        int8: bool = False,
+        place: MakePlacement | None = None,
     ) -> LoadedModel:
         """Loads a checkpoint; every file of its assets is verified.
 
@@ -63,6 +82,8 @@ class LoadedModel:
           checkpoint: a folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
           untrained: random parameters instead of the saved ones, as a baseline.
           seed: of the random parameters.
+          int8: kernels and head in eight bits, each quantized as soon as it is read.
+          place: makes the placement of decoder and expert; one device by default.
 
         Raises:
           UserError: no complete checkpoint, assets that were changed or removed, or parameters of
@@ -78,20 +99,24 @@ class LoadedModel:
                 ActionExpertConfig, assets.action_expert, where="assets.action_expert"
             )
             expert = ActionExpert(settings, model.config)
+        placement = LOCAL if place is None else place(model.config, expert=expert)
+        if int8:
+            check_installed()
         init = params_init(model, expert)
+        template = placement.place(jax.eval_shape(init, jax.random.key(0)))
         if untrained:
-            # "rbg" compiles faster than the default generator. The sharding commits the parameters
-            # to their device, as restoring does: else all that a trained model has compiled would
-            # be compiled again.
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            draw = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=device)
-            params = draw(jax.random.key(seed, impl="rbg"))
+            params = _draw_params(init, template, placement, seed)
+            params = _quantized(params) if int8 else params
         else:
-            params = load_params(folder, nn.unbox(jax.eval_shape(init, jax.random.key(0))))
+            params = load_params(folder, template, convert=_quantize if int8 else None)
         if expert is None:
-            return cls(folder, assets, records[0], model, params, records=records)
-        parts = model, params[DECODER], expert, params[EXPERT]
-        return cls(folder, assets, records[0], *parts, records=records)
+            return cls(
+                folder, assets, records[0], model, params, placement=placement, records=records
+            )
+        decoder, own = params[DECODER], params[EXPERT]
+        return cls(
+            folder, assets, records[0], model, decoder, expert, own, placement, records=records
+        )
 
     @functools.cached_property
     def task(self) -> Task:
@@ -153,6 +178,30 @@ class LoadedModel:
     def with_record(self, record: TaskRecord) -> LoadedModel:
         """The same model with another of its records."""
         return self if record is self.record else dataclasses.replace(self, record=record)
+
+
+def _quantize(name: str, x: jax.Array) -> Any:
+    """A parameter of a checkpoint in eight bits; those of an expert stay as they are."""
+    return x if EXPERT in name.split("/") else quantize_leaf(name, x)
+
+
+def _quantized(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: _quantize(jax.tree_util.keystr(path, simple=True, separator="/"), x), params
+    )
+
+
+def _draw_params(
+    init: Callable[[jax.Array], Any], template: Any, placement: Placement, seed: int
+) -> Any:
+    """Random parameters where restored ones would be."""
+    # "rbg" compiles faster than the default generator. The sharding commits the parameters to their
+    # device, as restoring does: else all that a trained model has compiled would be compiled again.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda x: x.sharding or device, template)
+    draw = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)
+    with placement.scope():
+        return draw(jax.random.key(seed, impl="rbg"))
 
 
 def inference_config(assets: Assets) -> DecoderConfig:

@@ -6,6 +6,7 @@ Axes: N observations, H/W pixels, h/w code grid, P state dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.normalization import state_key
-from univla_jax.sequences.tokens import encode_states
 from univla_jax.tasks import TaskRecord
 
 
@@ -123,11 +123,9 @@ class StateEncoder:
         Raises:
           UserError: the checkpoint has none.
         """
-        self._vocabulary = loaded.assets.vocabulary
-        self._tokenizer = loaded.assets.require("action")
-        self._statistics = loaded.statistics(state_key(corpus))
-        self._size = self._statistics.action_dim
-        self.max_tokens = self._tokenizer.max_tokens(1, self._size)
+        self._task, self._corpus = loaded.task, corpus
+        self._size = loaded.statistics(state_key(corpus)).action_dim
+        self.max_tokens = self._task.max_state_tokens(self._size)
 
     def example(self) -> np.ndarray:
         """A state the policy takes: float32 [P] zeros."""
@@ -137,10 +135,10 @@ class StateEncoder:
         """Raises UserError, which calls the observation ``name``, for a state it cannot encode."""
         check_state(state, self._size, name, "the policy was trained with")
 
-    def encode(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """int32 ids of each of the checked states, [P]."""
+    def encode(self, states: Sequence[np.ndarray]) -> list[Any]:
+        """Each of the checked states [P] as the task's prompts take it."""
         stacked = np.asarray(states, np.float32).reshape(-1, self._size)
-        return encode_states(self._vocabulary, self._tokenizer, self._statistics, stacked)
+        return self._task.encode_states(self._corpus, stacked)
 
 
 class NoStateEncoder:

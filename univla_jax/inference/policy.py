@@ -1,4 +1,4 @@
-"""Policy: observations of several robots in, one action chunk for each out, and its execution.
+"""Policy: observations of several robots in, one action chunk for each out.
 
     encode → codes, state ids → history → prompt → action ids, eoa → parse → unnormalize
            → ActionChunk
@@ -16,12 +16,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from univla_jax.data.action_conventions import ChunkDeltas
-from univla_jax.data.datasets import chunk_deltas
+from univla_jax.data.datasets import absolute_dims, chunk_deltas
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import (
@@ -30,8 +28,7 @@ from univla_jax.inference.action_decoders import (
     Session,
     make_action_decoder,
 )
-from univla_jax.inference.int8 import quantize_params
-from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
 from univla_jax.inference.memory import GIB, SessionLru, device_bytes
 from univla_jax.inference.observations import (
     NoStateEncoder,
@@ -43,7 +40,7 @@ from univla_jax.inference.sampler import Timer, batch_bucket
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.sequences.tokens import Role
 from univla_jax.tasks.base import ActionTask
-from univla_jax.tasks.history import History, close_action
+from univla_jax.tasks.history import EpisodeLog, close_action
 
 _AHEAD_BATCH = 8  # sessions whose next prompts are prefilled together at most
 _CACHE_BUDGET = 4 * GIB
@@ -61,6 +58,7 @@ class Policy:
       state_encoder: checks and encodes proprioceptive states, where the policy was shown them.
       chunk_deltas: how the corpus' poses are predicted relative to the robot's current one; None
         where actions are commands as they are.
+      absolute_dims: dimensions of an action that command a value; the others are displacements.
     """
 
     def __init__(
@@ -73,6 +71,7 @@ class Policy:
         sampling: Sampling = GREEDY,
         speculative_block: int = 0,
         cache_budget: int = _CACHE_BUDGET,
+        max_instruction_tokens: int = 0,
         free_form: bool = False,
         action_decoder: ActionDecoder | None = None,
     ) -> None:
@@ -89,6 +88,7 @@ class Policy:
         self._encoder = ObservationEncoder(loaded.assets, record, self.corpus)
         self.state_encoder = StateEncoder(loaded, self.corpus) if record.state else NoStateEncoder()
         self.chunk_deltas = chunk_deltas(self.corpus)
+        self.absolute_dims = absolute_dims(self.corpus, self.statistics.action_dim)
         self._batch_size = batch_size
         self.action_decoder = action_decoder or make_action_decoder(
             loaded,
@@ -98,6 +98,7 @@ class Policy:
             speculative_block=speculative_block,
             free_form=free_form,
         )
+        self._max_instruction_tokens = max_instruction_tokens
         self.action_decoder.set_shapes(self._usual_lengths(), batch_size)
         self._seed = sampling.seed
         self._sessions = SessionLru(cache_budget)
@@ -115,7 +116,9 @@ class Policy:
         sampling: Sampling = GREEDY,
         speculative_block: int = 0,
         cache_budget: int = _CACHE_BUDGET,
+        max_instruction_tokens: int = 0,
         int8: bool = False,
+        place: MakePlacement | None = None,
         free_form: bool = False,
     ) -> Policy:
         """Loads a checkpoint folder and nothing else.
@@ -134,16 +137,19 @@ class Policy:
             The actions are the same.
           cache_budget: bytes per device that the key/value caches kept between calls may take
             together; sessions that fall out prefill their next prompt anew.
+          max_instruction_tokens: longer instructions are refused, and ``warmup`` compiles all that
+            the others need; 0 takes any that the model has room for, and compiles when one comes.
           int8: weights of eight bits (``int8.py``); the actions are nearly the same.
+          place: makes the placement of a model that is split over devices.
           free_form: action ids in any order, as the reference has it; by default only whole chunks.
 
         Raises:
           UserError: no complete checkpoint, changed or missing assets, a checkpoint that is no
             policy, or several corpora and none named.
         """
-        loaded = LoadedModel.from_checkpoint(checkpoint, untrained=untrained, seed=seed)
-        if int8:
-            loaded = dataclasses.replace(loaded, params=quantize_params(loaded.params))
+        loaded = LoadedModel.from_checkpoint(
+            checkpoint, untrained=untrained, seed=seed, int8=int8, place=place
+        )
         return cls(
             loaded,
             corpus=corpus,
@@ -152,6 +158,7 @@ class Policy:
             sampling=sampling,
             speculative_block=speculative_block,
             cache_budget=cache_budget,
+            max_instruction_tokens=max_instruction_tokens,
             free_form=free_form,
         )
 
@@ -161,13 +168,23 @@ class Policy:
         return self.loaded.record.chunk_size
 
     @property
+    def history_window(self) -> int:
+        """Observations in a prompt; 1 where a policy needs no history."""
+        return self.loaded.task.history_window
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The cameras an observation must have."""
         return self._encoder.views
 
+    @property
+    def frame_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width in pixels at which the policy sees each camera."""
+        return {view: f.shape[:2] for view, f in self._encoder.example().frames.items()}
+
     def start(self, seed: int = 0) -> Session:
         """A new episode; ``seed`` fixes what is drawn for it, on top of the policy's own."""
-        return Session(History(window=self.loaded.task.history_window), self._seed + seed)
+        return Session(EpisodeLog(self.history_window, self.chunk_size), self._seed + seed)
 
     def act(
         self,
@@ -181,6 +198,8 @@ class Policy:
         Args:
           observations: one per robot.
           sessions: of the same robots, from ``start``; each gets its observation and action added.
+            The actions of its last call count as executed unless ``Session.set_executed`` said
+            otherwise.
           timer: gets the sections ``encode``, ``prefill`` and ``decode``.
 
         Returns:
@@ -241,6 +260,12 @@ class Policy:
                 f"{name}: the instruction makes {tokens} tokens, the policy was trained on "
                 f"sequences of {longest}; shorten it"
             )
+        limit = self._max_instruction_tokens
+        if limit and tokens > limit:
+            raise UserError(
+                f"{name}: the instruction makes {tokens} tokens, at most {limit} are answered; "
+                "shorten it, or raise --max_instruction_tokens"
+            )
 
     def prefill_ahead(self) -> bool:
         """Prefills, between calls, what the next prompts are known to begin with.
@@ -254,7 +279,8 @@ class Policy:
         sessions = self._sessions.take_pending(self._batch_size or _AHEAD_BATCH)
         pending = []
         for session in sessions:
-            prefix = session.history.prefix(self.loaded.task.opening(session.instruction or ""))
+            history = session.present_log().history(self._encode_executed)
+            prefix = history.prefix(self.loaded.task.opening(session.instruction or ""))
             if self.action_decoder.should_prefill(prefix, session):
                 pending.append((prefix, session))
         if pending:
@@ -297,9 +323,13 @@ class Policy:
             size = self._batch_size or batch_bucket(len(observations))
             codes = self._encoder.encode(observations, size)
             states = self.state_encoder.encode([observation.state for observation in observations])
+        logs = [s.present_log(o.instruction) for s, o in zip(sessions, observations)]
+        moments = [
+            task.moment_prompt(views, state, instruction=observation.instruction)
+            for observation, views, state in zip(observations, codes, states)
+        ]
         histories = [
-            session.observe(observation.instruction, task.moment_prompt(views, state))
-            for observation, session, views, state in zip(observations, sessions, codes, states)
+            log.history(self._encode_executed).observe(moment) for log, moment in zip(logs, moments)
         ]
         prompts = [
             history.prompt(task.opening(observation.instruction))
@@ -307,28 +337,41 @@ class Policy:
         ]
         predictions = self.action_decoder.predict(prompts, sessions, timer)
         chunks = []
-        for observation, session, history, prediction in zip(
-            observations, sessions, histories, predictions
+        for observation, session, log, history, prediction in zip(
+            observations, sessions, logs, histories, predictions
         ):
             chunk = self._unnormalized(prediction, observation, session)
-            history = history.act(close_action(task.vocabulary, prediction.ids))
-            session.update(observation.instruction, history, chunk, prediction.cached_prefix)
+            ids = close_action(task.vocabulary, prediction.ids)
+            session.update(
+                observation.instruction,
+                log.call(history.moments[-1], ids, chunk.actions),
+                history.act(ids),
+                chunk,
+                prediction.cached_prefix,
+            )
             chunks.append(chunk)
         self._sessions.touch(sessions)
         return chunks
 
+    def _encode_executed(self, actions: np.ndarray) -> np.ndarray:
+        """int32 ids, with eoa, of executed actions float32 [T, A], as training writes them."""
+        if self.chunk_deltas is not None:
+            actions = self.chunk_deltas.to_relative(actions)
+        (ids,) = self.loaded.task.chunk_ids(self.statistics.normalize(actions)[None])
+        return np.append(ids, self.loaded.task.vocabulary.eoa).astype(np.int32)
+
     def _unnormalized(
         self, prediction: ActionPrediction, observation: Observation, session: Session
     ) -> ActionChunk:
-        """A prediction in physical units; no motion where it is not valid."""
+        """A prediction in physical units; the task's fallback or no motion where it is invalid."""
         decoded, deltas = prediction.decoded, self.chunk_deltas
+        fallback = self.loaded.task.fallback(observation.state, self.chunk_size)
         if decoded.valid:
             actions = self.statistics.unnormalize(decoded.actions)
+        elif fallback is not None:
+            actions = fallback
         else:
-            pose = None if deltas is None else observation.state
-            actions = no_motion(
-                self.chunk_size, self.statistics.action_dim, session.last_action, deltas, pose
-            )
+            actions = self._no_motion(observation, session)
         if decoded.valid and deltas is not None:
             actions = deltas.to_absolute(actions, np.asarray(observation.state, np.float32))
         return ActionChunk(
@@ -338,6 +381,18 @@ class Policy:
             num_overridden=prediction.num_overridden,
         )
 
+    def _no_motion(self, observation: Observation, session: Session) -> np.ndarray:
+        """No motion of a robot, float32 [T, A]; [0, A] where its pose is not known."""
+        size, last, pose = self.statistics.action_dim, session.last_action, None
+        if self.chunk_deltas is not None:
+            # Arms are where they are, whatever they were told; grippers hold what they were told.
+            pose = np.array(observation.state, np.float32)
+            if last is not None:
+                grippers = list(self.chunk_deltas.absolute)
+                pose[grippers] = last[grippers]
+            last = None
+        return no_motion(self.chunk_size, size, last, self.absolute_dims, pose)
+
     def _usual_lengths(self) -> tuple[int, int, int]:
         """New tokens of the usual calls: one observation, with an instruction, a whole prompt."""
         record, task = self.loaded.record, self.loaded.task
@@ -346,169 +401,39 @@ class Policy:
         codes = [np.zeros((1, *grids[view]), np.int32) for view in views]
         moment = len(task.moment_prompt(codes)) + self.state_encoder.max_tokens
         actions = (window - 1) * self.action_decoder.max_action_tokens
-        longest = _USUAL_OPENING + window * moment + actions
-        first = _USUAL_OPENING + moment
-        return moment + 1, first, max(first, min(longest, record.sequence_length))
+        # Where instructions are limited, no prompt is longer than what is compiled beforehand.
+        opening = self._max_instruction_tokens or _USUAL_OPENING
+        longest, first = opening + window * moment + actions, opening + moment
+        if not self._max_instruction_tokens:
+            longest = max(first, min(longest, record.sequence_length))
+        return moment + 1, first, longest
 
 
 def no_motion(
     steps: int,
     action_dim: int,
     last_action: np.ndarray | None,
-    deltas: ChunkDeltas | None = None,
+    absolute: Sequence[int] | None = None,
     pose: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Stand still: float32 [steps, action_dim].
+    """Stand still: float32 [steps, action_dim], or [0, action_dim] where that is not known.
 
-    Actions that are displacements are 0 but for the last dimension, the gripper, which stays as
-    last commanded. Actions that are poses (``deltas`` is given) are the current pose, their
-    grippers as last commanded. The zeros of the normalized range are no such thing: unnormalized
-    they move.
+    Displacements are 0; what commands a value keeps its last command, or the present value. The
+    zeros of the normalized range are no such thing: unnormalized they move.
 
     Args:
       steps: length of the chunk.
       action_dim: dimensions A.
-      last_action: [A] of the step before, None at the start: then the gripper of displacements gets
-        0 too, and those of a pose stay where they are.
-      deltas: of a corpus of poses.
-      pose: [A], the current one, where ``deltas`` is given.
+      last_action: [A] of the step before, None at the start: a gripper beside displacements is 0
+        then.
+      absolute: dimensions that command a value; the last one, the gripper, by default.
+      pose: [A], the present values, where they are known.
     """
+    absolute = [action_dim - 1] if absolute is None else list(absolute)
+    known = pose if last_action is None else last_action
     actions = np.zeros((steps, action_dim), np.float32)
-    grippers = [action_dim - 1] if deltas is None else list(deltas.absolute)
-    if pose is not None:
-        actions[:] = pose
-    if last_action is not None:
-        actions[:, grippers] = last_action[grippers]
+    if known is not None:
+        actions[:, absolute] = known[absolute]
+    elif absolute != [action_dim - 1]:
+        return actions[:0]
     return actions
-
-
-# ----------------------------------------------------------------------------
-# Execution of action chunks: whole, receding horizon, or temporal ensembling.
-#
-#     chunk       a0 a1 a2 a3 a4 │ b0 b1 …       all of a chunk, then the next
-#     receding    a0 a1 │ b0 b1 │ c0 c1 │ …      its first steps only
-#     ensemble    a0 │ (a1 b0) │ (a2 b1 c0) │ …  the mean of all chunks that reach a step
-#
-# The mean weighs the ``i``-th oldest prediction of a step by ``exp(-decay * i)`` (ACT, arXiv
-# 2304.13705, algorithm 2; octo-models/octo octo/utils/gym_wrappers.py:154-196).
-#
-# Axes: T steps of a chunk, A action dimensions.
-
-
-MODES = ("chunk", "receding", "ensemble")
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """An execution mode and its parameters.
-
-    Attributes:
-      mode: one of ``MODES``.
-      steps: steps executed per call in the modes that take fewer than all.
-      decay: how fast the weights of an ensemble fall; 0 weighs all alike.
-    """
-
-    mode: str = "chunk"
-    steps: int = 1
-    decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Raises UserError for an unknown mode or a number out of range."""
-        if self.mode not in MODES:
-            raise UserError(f"execution mode {self.mode!r}, expected one of {', '.join(MODES)}")
-        if self.steps < 1 or self.decay < 0:
-            raise UserError(
-                f"execution: {self.steps} steps and decay {self.decay}, expected at least 1 and 0"
-            )
-
-
-@dataclasses.dataclass(eq=False)
-class ExecutorSession:
-    """A policy's session, and the chunks of it that reach beyond the current step.
-
-    Attributes:
-      session: the policy's.
-      chunks: float32 [n, A] each, the actions of earlier chunks from the current step on, oldest
-        first.
-    """
-
-    session: Any
-    chunks: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    def ensemble(self, chunk: ActionChunk, execution: Execution) -> np.ndarray:
-        """Adds a chunk and advances; returns the averaged actions of the next steps [steps, A].
-
-        A chunk that is not valid is left out, unless there is no other.
-        """
-        if chunk.valid:
-            self.chunks.append(chunk.actions)
-        chunks = self.chunks or [chunk.actions]
-        steps = min(execution.steps, max(map(len, chunks)))
-        actions = []
-        for step in range(steps):
-            predictions = np.stack([c[step] for c in chunks if len(c) > step])
-            weights = np.exp(-execution.decay * np.arange(len(predictions)))
-            mean = (weights[:, None] * predictions).sum(0).astype(np.float32)
-            actions.append(mean / np.float32(weights.sum()))
-        self.chunks = [c[steps:] for c in self.chunks if len(c) > steps]
-        return np.stack(actions)
-
-
-class Executor:
-    """A policy whose calls return the actions to execute until the next call."""
-
-    def __init__(self, policy: Policy, execution: Execution) -> None:
-        """Wraps a policy.
-
-        Raises:
-          UserError: more steps than a chunk has.
-        """
-        if execution.steps > policy.chunk_size:
-            raise UserError(
-                f"execution: {execution.steps} steps of chunks of {policy.chunk_size}; take at "
-                "most so many"
-            )
-        self.policy, self.execution = policy, execution
-
-    @property
-    def views(self) -> tuple[str, ...]:
-        """The cameras an observation must have."""
-        return self.policy.views
-
-    @property
-    def steps(self) -> int:
-        """Actions per call."""
-        return self.policy.chunk_size if self.execution.mode == "chunk" else self.execution.steps
-
-    def start(self, seed: int = 0) -> ExecutorSession:
-        """The session of a new episode; see ``Policy.start``."""
-        return ExecutorSession(self.policy.start(seed))
-
-    def check(self, observation: Observation, name: str = "observation") -> None:
-        """Raises UserError for an observation that ``act`` would refuse."""
-        self.policy.check(observation, name)
-
-    def prefill_ahead(self) -> bool:
-        """See ``Policy.prefill_ahead``."""
-        return self.policy.prefill_ahead()
-
-    def drop_caches(self) -> None:
-        """See ``Policy.drop_caches``."""
-        self.policy.drop_caches()
-
-    def act(
-        self,
-        observations: Sequence[Observation],
-        sessions: Sequence[ExecutorSession],
-        *,
-        timer: Timer | None = None,
-    ) -> list[ActionChunk]:
-        """The actions of every robot until its next call; see ``Policy.act``."""
-        inner = [session.session for session in sessions]
-        chunks = self.policy.act(observations, inner, timer=timer)
-        return [self._executed(session, chunk) for session, chunk in zip(sessions, chunks)]
-
-    def _executed(self, session: ExecutorSession, chunk: ActionChunk) -> ActionChunk:
-        if self.execution.mode == "ensemble":
-            return dataclasses.replace(chunk, actions=session.ensemble(chunk, self.execution))
-        return dataclasses.replace(chunk, actions=chunk.actions[: self.steps])

@@ -22,9 +22,10 @@ import numpy as np
 from univla_jax.errors import UserError
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
 from univla_jax.inference.memory import device_bytes
-from univla_jax.inference.sampler import Sampler, Timer, batch_bucket, length_bucket
+from univla_jax.inference.sampler import Sampler, Timer, batch_bucket, grow_cache, length_bucket
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.kv_cache import KVCache
+from univla_jax.models.placement import shard_cache
 
 _PACK_FROM = 4  # sequences; smaller batches are prefilled padded, to spare a compiled shape
 _MIN_ROOM = 32  # slots after the longest usual prompt: the padding of new tokens is below that
@@ -150,7 +151,17 @@ class PrefixCache:
             decoding is greedy.
           timer: gets the sections ``prefill`` and ``decode``.
         """
-        timer = timer or Timer()
+        with self._sampler.placement.scope():
+            return self._complete(prompts, cached_prefixes, draft_sources, keys, timer or Timer())
+
+    def _complete(
+        self,
+        prompts: Sequence[np.ndarray],
+        cached_prefixes: Sequence[CachedPrefix | None],
+        draft_sources: Sequence[np.ndarray] | None,
+        keys: Sequence[jax.Array] | None,
+        timer: Timer,
+    ) -> list[Completion]:
         with timer.section("prefill") as results:
             state = self._prefill(prompts, cached_prefixes)
             results.append(state.batch)
@@ -166,7 +177,8 @@ class PrefixCache:
 
     def prefill_ahead(self, prefixes: Sequence[np.ndarray]) -> list[CachedPrefix]:
         """Prefills the beginnings int32 [n] of prompts to come."""
-        return _kept(self._prefill(prefixes, [None] * len(prefixes)), prefixes)
+        with self._sampler.placement.scope():
+            return _kept(self._prefill(prefixes, [None] * len(prefixes)), prefixes)
 
     def should_prefill(self, prefix: np.ndarray, cached: CachedPrefix | None) -> bool:
         """Whether prefilling ``prefix`` ahead would spare a later call anything."""
@@ -175,10 +187,9 @@ class PrefixCache:
 
     def cache_bytes(self, batch_size: int = 1) -> int:
         """Bytes per device of the caches of ``batch_size`` usual prompts."""
-        caches = jax.eval_shape(
-            lambda: KVCache.create(self._sampler.model.config, batch_size, self._slots)
-        )
-        return device_bytes(caches)
+        config, placement = self._sampler.model.config, self._sampler.placement
+        shape = jax.eval_shape(lambda: KVCache.create(config, batch_size, self._slots))
+        return device_bytes(shape) // placement.cache_parts(config.num_kv_heads)
 
     def reusable_length(self, prompt: np.ndarray, cached: CachedPrefix | None) -> int:
         """How many leading ids of ``prompt`` are taken from its cached prefix.
@@ -201,7 +212,10 @@ class PrefixCache:
         That is: a prefill of each usual length, packed and padded; batches of several widths
         merged; an extension of cached prefixes; and the decode loop.
         """
-        size = self._padded_size(batch_size)
+        with self._sampler.placement.scope():
+            self._warmup(self._padded_size(batch_size))
+
+    def _warmup(self, size: int) -> None:
         for width in self._widths:
             for length in (width, width // 2) if size >= _PACK_FROM else (width,):
                 prompts = [np.zeros(length, np.int32)] * size
@@ -298,7 +312,7 @@ class PrefixCache:
         """
         known = [cache for cache in caches if cache is not None]
         slots = max(self._slots, *(cache.slots for cache in known))
-        caches = [(known[0] if cache is None else cache).grow(slots) for cache in caches]
+        caches = [grow_cache(known[0] if cache is None else cache, slots) for cache in caches]
         config = self._sampler.model.config
         none = np.full(len(lengths), NO_TOKEN, np.int32)
         hidden = np.zeros((len(lengths), config.hidden_size), config.compute_dtype)
@@ -312,7 +326,7 @@ class PrefixCache:
         slots = max(state.batch.cache.slots for state in states)
         placed: list[DecodeBatch | None] = [None] * self._padded_size(count)
         for state, members in zip(states, groups):
-            batch = state.batch.replace(cache=state.batch.cache.grow(slots))
+            batch = state.batch.replace(cache=grow_cache(state.batch.cache, slots))
             for i, sequence in zip(members, _split(batch)):
                 placed[i] = sequence
         filled = tuple(placed[0] if sequence is None else sequence for sequence in placed)
@@ -370,7 +384,7 @@ def _split(batch: DecodeBatch) -> list[DecodeBatch]:
 
     def sequence(i: int) -> DecodeBatch:
         cache = jax.tree.map(lambda x: x[:, i : i + 1], batch.cache)
-        return DecodeBatch(cache, *(x[i : i + 1] for x in _outside_cache(batch)))
+        return DecodeBatch(cache, *(x[i : i + 1] for x in _outside_cache(batch))).sharded()
 
     return [sequence(i) for i in range(len(batch.lengths))]
 
@@ -379,12 +393,12 @@ def _split(batch: DecodeBatch) -> list[DecodeBatch]:
 def _concatenate(sequences: tuple[DecodeBatch, ...]) -> DecodeBatch:
     """One batch of sequences with caches of the same slots."""
     cache = _stack(tuple(sequence.cache for sequence in sequences))
-    return DecodeBatch(cache, *map(jnp.concatenate, zip(*map(_outside_cache, sequences))))
+    return DecodeBatch(cache, *map(jnp.concatenate, zip(*map(_outside_cache, sequences)))).sharded()
 
 
 @jax.jit
 def _stack(caches: tuple[KVCache, ...]) -> KVCache:
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *caches)
+    return jax.tree.map(lambda *x: shard_cache(jnp.concatenate(x, axis=1)), *caches)
 
 
 def _outside_cache(batch: DecodeBatch) -> tuple[jax.Array, ...]:

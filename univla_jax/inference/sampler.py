@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState,
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.decoder import Decoder
+from univla_jax.models.kv_cache import KVCache
+from univla_jax.models.placement import LOCAL, Placement, shard_cache
 
 
 class Timer:
@@ -118,20 +120,40 @@ def _pad_to_bucket(tokens: np.ndarray, extra: int = 0) -> np.ndarray:
 # ----------------------------------------------------------------------------
 
 
+def _in_placement(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of ``Sampler`` that runs over the mesh of its placement."""
+
+    @functools.wraps(method)
+    def call(self: Sampler, *arguments: Any, **options: Any) -> Any:
+        with self.placement.scope():
+            return method(self, *arguments, **options)
+
+    return call
+
+
 class Sampler:
     """A decoder with its parameters that prefills and continues batches of sequences."""
 
-    def __init__(self, model: Decoder, params: Any, *, unstack_layers: bool | None = None) -> None:
-        """Takes a decoder and its parameters (any sharding).
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        *,
+        unstack_layers: bool | None = None,
+        placement: Placement = LOCAL,
+    ) -> None:
+        """Takes a decoder and its parameters.
 
         Args:
           model: the decoder.
           params: its parameters.
           unstack_layers: whether to hold a second copy of the layers, one by one, for the decode
             loop: on a CPU it saves a third of the time per token, and is the default there.
+          placement: of the parameters.
         """
         self.model = model
         self.params = params
+        self.placement = placement
         if unstack_layers is None:
             unstack_layers = jax.default_backend() == "cpu"
         unstack_layers = unstack_layers and params is not None
@@ -146,6 +168,7 @@ class Sampler:
         """Bytes of the parameters on each device, a second copy of the layers included."""
         return device_bytes((self.params, self._layers))
 
+    @_in_placement
     def prefill(
         self,
         tokens: np.ndarray,
@@ -186,6 +209,7 @@ class Sampler:
         )
         return DecodeState(batch, max_length)
 
+    @_in_placement
     def extend(
         self,
         state: DecodeState,
@@ -226,6 +250,7 @@ class Sampler:
         )
         return DecodeState(batch, state.max_length + int(lengths.max(initial=0)))
 
+    @_in_placement
     def generate(
         self,
         state: DecodeState,
@@ -304,6 +329,7 @@ class Sampler:
         )
         return generated, DecodeState(batch, max_length, has_pending=True)
 
+    @_in_placement
     def generate_speculative(
         self,
         state: DecodeState,
@@ -467,8 +493,14 @@ def _sequence_keys(key: jax.Array | None, batch_size: int, sampling: Sampling) -
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size))
 
 
+@functools.partial(jax.jit, static_argnames="slots")
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
+    """The same content with at least ``slots`` slots per sequence, on the same devices."""
+    return jax.tree.map(shard_cache, cache.grow(slots))
+
+
 def _make_room(batch: DecodeBatch, *, window: int, slots: int) -> tuple[DecodeBatch, int]:
     """A cache of at least ``slots`` slots, and a bucket of at least ``window`` of them."""
     if slots > batch.cache.slots:
-        batch = batch.replace(cache=batch.cache.grow(length_bucket(slots)))
+        batch = batch.replace(cache=grow_cache(batch.cache, length_bucket(slots)))
     return batch, min(length_bucket(window), batch.cache.slots)

@@ -215,5 +215,5 @@ def generate(
     last = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
     stopped = active & (counts > 0) & (last == stop_id)
     cache = restack_cache(batch.cache, end.cache)
-    batch = DecodeBatch(cache, end.lengths, end.last_hidden, batch.pending)
+    batch = DecodeBatch(cache, end.lengths, end.last_hidden, batch.pending).sharded()
     return batch, Generated(tokens, counts, stopped, end.num_overridden), end.steps

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from univla_jax.buckets import require_local
 from univla_jax.errors import UserError
 from univla_jax.interop.tensor_io import StoredTensor, parse_header, read_header
 from univla_jax.io import dump_json, hash_files, parse_json, write_files
@@ -100,11 +101,7 @@ def local_path(folder: str | pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: it is the address of something remote.
     """
-    if "://" in str(folder):
-        raise UserError(
-            f"{folder}: conversion works on local folders; convert here, then copy (for example "
-            "with gcloud storage cp -r)"
-        )
+    require_local(folder, "what a conversion reads and writes")
     return pathlib.Path(folder).absolute()
 
 

@@ -106,9 +106,7 @@ class Stack(nn.Module):
         config = self.config
         block = Block
         if config.remat != "none":
-            kept = decoder_config.REMAT_PRESETS[config.remat]
-            policy = jax.checkpoint_policies.save_only_these_names(*kept)
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+            block = nn.remat(Block, policy=_remat_policy(config.remat), prevent_cse=False)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -242,6 +240,18 @@ def _table_init(config: DecoderConfig, zero_id: int | None) -> Callable[..., jax
         return jnp.where(used, config.initializer_range * jax.random.normal(key, shape, dtype), 0)
 
     return init
+
+
+def _remat_policy(preset: str) -> Callable[..., Any]:
+    kept, policies = decoder_config.REMAT_PRESETS[preset], jax.checkpoint_policies
+    if preset not in decoder_config.OFFLOADED:
+        return policies.save_only_these_names(*kept)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(kept),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def _layer_cache(inputs: LayerInputs, index: jax.Array) -> CachedKeyValues | LayerCache | None:

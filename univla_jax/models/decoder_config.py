@@ -39,9 +39,6 @@ CACHE_LENGTH = "cache_length"
 LOOKUP_BATCH = "lookup_batch"
 LOOKUP_LENGTH = "lookup_length"
 LOOKUP_EMBED = "lookup_embed"
-LOSS_BATCH = "loss_batch"
-LOSS_LENGTH = "loss_length"
-LOSS_VOCAB = "loss_vocab"
 
 
 # ----------------------------------------------------------------------------
@@ -64,14 +61,19 @@ DOWN = "mlp_down"
 
 REMAT_NAMES = (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER, OUTPUT, GATE, UP, DOWN)
 
-# From least memory (and most recomputation) to most memory. "none" keeps everything.
+# From least memory (and most recomputation) to most memory. "none" keeps everything. "offload"
+# keeps its intermediates in the memory of the host until the backward pass needs them.
 REMAT_PRESETS: dict[str, tuple[str, ...]] = {
     "full": (),
+    "offload": (QUERY, KEY, VALUE, OUTPUT),
     "attention": (ATTENTION_OUT, ATTENTION_NORMALIZER),
     "qkv_attention": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER),
+    "attention_block": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER, OUTPUT),
+    "attention_block_up": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER, OUTPUT, UP),
     "projections": (QUERY, KEY, VALUE, ATTENTION_OUT, ATTENTION_NORMALIZER, OUTPUT, GATE, UP),
     "none": REMAT_NAMES,
 }
+OFFLOADED = frozenset({"offload"})  # presets whose intermediates wait in the host's memory
 
 
 # ----------------------------------------------------------------------------
@@ -79,6 +81,7 @@ REMAT_PRESETS: dict[str, tuple[str, ...]] = {
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "fp8")
 ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "blocked", "splash", "cudnn")
 
 
@@ -104,6 +107,10 @@ class DecoderConfig:
       qkv_bias: biases on the query, key and value projections.
       dtype: compute type of activations; norms, softmax, rotations and logits stay float32.
       param_dtype: type the parameters are stored in.
+      gradient_dtype: type in which gradients of the layers' matrices and of the head are summed
+        over tokens and devices; ``dtype`` where None. ``"float32"`` moves twice the bytes.
+      quantization: one of ``QUANTIZATIONS``: the layers' products of training in eight bits, or
+        None; parameters, optimizer and everything else stay as they are.
       remat: name in ``REMAT_PRESETS``; what the backward pass keeps of each layer.
       scan_unroll: layers per iteration of the scan; ``num_layers`` unrolls it (fast on CPU).
       attention: implementation by name; ``"auto"`` chooses by platform and shape.
@@ -127,6 +134,8 @@ class DecoderConfig:
     qkv_bias: bool = False
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
+    gradient_dtype: str | None = None
+    quantization: str | None = None
     remat: str = "full"
     scan_unroll: int = 1
     attention: str = "auto"
@@ -148,6 +157,10 @@ class DecoderConfig:
         self._require(in_range, "attention_dropout", "a rate in [0, 1), or None")
         self._require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
         self._require(self.param_dtype in DTYPES, "param_dtype", f"one of {DTYPES}")
+        known = self.gradient_dtype is None or self.gradient_dtype in DTYPES
+        self._require(known, "gradient_dtype", f"one of {DTYPES}, or None")
+        known = self.quantization is None or self.quantization in QUANTIZATIONS
+        self._require(known, "quantization", f"one of {QUANTIZATIONS}, or None")
         known = self.attention in ATTENTION_IMPLEMENTATIONS
         self._require(known, "attention", f"one of {ATTENTION_IMPLEMENTATIONS}")
         is_id = self.pad_id is None or 0 <= self.pad_id < self.vocab_size
@@ -174,6 +187,11 @@ class DecoderConfig:
     def compute_dtype(self) -> jnp.dtype:
         """``dtype`` as a JAX type."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def reduction_dtype(self) -> jnp.dtype:
+        """``gradient_dtype`` as a JAX type."""
+        return jnp.dtype(self.gradient_dtype or self.dtype)
 
     @property
     def storage_dtype(self) -> jnp.dtype:

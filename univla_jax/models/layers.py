@@ -5,7 +5,6 @@ Axes: B batch, S sequence, D model, F mlp, N query heads, K key/value heads, C h
 
 from __future__ import annotations
 
-import functools
 from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from univla_jax.models import decoder_config
 from univla_jax.models.attention import attention
 from univla_jax.models.attention_kernels import CachedKeyValues, dropout_scale
 from univla_jax.models.decoder_config import DecoderConfig
+from univla_jax.models.linear import linear
 
 
 @flax.struct.dataclass
@@ -48,38 +48,6 @@ def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Ar
         return x
     scale = dropout_scale(module.make_rng("dropout"), rate, x.shape)
     return (x * scale).astype(x.dtype)
-
-
-# JAX's rule for the derivative by the kernel puts d_y first, and XLA on CPU then fuses the
-# elementwise work that makes d_y into a transposing copy that costs more than the product itself: a
-# third of a training step at the quickstart size. Here it is one product of x and d_y in that
-# order.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear(num_contracted: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``jnp.tensordot(x, kernel, axes=num_contracted)`` with its own backward pass."""
-    return jnp.tensordot(x, kernel, axes=num_contracted)
-
-
-def _linear_forward(
-    num_contracted: int, x: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.tensordot(x, kernel, axes=num_contracted), (x, kernel)
-
-
-def _linear_backward(
-    num_contracted: int, saved: tuple[jax.Array, jax.Array], d_y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    leading = tuple(range(x.ndim - num_contracted))
-    x_outputs = tuple(range(len(leading), d_y.ndim))
-    kernel_outputs = tuple(range(num_contracted, kernel.ndim))
-    d_x = jax.lax.dot_general(d_y, kernel, ((x_outputs, kernel_outputs), ((), ())))
-    return d_x, jax.lax.dot_general(x, d_y, ((leading, leading), ((), ())))
-
-
-linear.defvjp(_linear_forward, _linear_backward)
 
 
 @runtime_checkable
@@ -147,7 +115,15 @@ class Projection(nn.Module):
             self.inputs + self.outputs,
             config.storage_dtype,
         )
-        y = linear(len(self.inputs), x, kernel.astype(config.compute_dtype))
+        y = linear(
+            len(self.inputs),
+            x,
+            kernel,
+            names=self.names,
+            dtype=config.compute_dtype,
+            gradient_dtype=config.reduction_dtype,
+            quantization=config.quantization,
+        )
         if self.use_bias:
             zeros = nn.with_logical_partitioning(
                 nn.initializers.zeros_init(), self.names[len(self.inputs) :]

@@ -110,31 +110,45 @@ def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
 
     Raises:
       UserError: no complete store there, one of another vision tokenizer or other image sizes, one
-        without the actions, states or texts of its task, or one that may hold episodes shorter than
-        a sample's smallest window.
+        without the actions, states or texts of its task, or one with episodes shorter than a
+        sample's smallest window.
     """
     opened: list[TokenStore] = []
     for number, part in enumerate(config.parts):
         if not part.stores:
             raise UserError("data.stores: none named; give the folders of one or more token stores")
-        stores = [TokenStore(folder) for folder in part.stores]
-        for store in stores:
-            where = f"token store {store.folder}"
+        for folder in part.stores:
+            where = f"token store {folder}"
             if config.mixture:
                 where = f"data.mixture[{number}] ({config.titles[number]}): {where}"
-            check_store(store.manifest.header, part, assets, where=where)
-            lacking = lacking_content(store, part)
-            if lacking:
-                raise UserError(
-                    f"{where}: has no {lacking}, which the task {part.task!r} needs; leave the "
-                    "store out, or take a task that does without"
-                )
-        opened += stores
+            opened.append(_open_store(folder, part, assets, where))
     return opened
 
 
+def _open_store(folder: str, config: DataConfig, assets: Assets, where: str) -> TokenStore:
+    store = TokenStore(folder)
+    check_store(store.manifest.header, config, assets, where=where)
+    lacking = lacking_content(store, config)
+    if lacking:
+        raise UserError(
+            f"{where}: has no {lacking}, which the task {config.task!r} needs; leave the store "
+            "out, or take a task that does without"
+        )
+    # The episodes that there are decide, not the shortest that might have been kept.
+    corpus = store.manifest.header.corpus
+    needed = make_task(config.task, config.settings, assets).steps_needed(corpus)
+    steps = [n for shard in store.manifest.shards for n in shard.steps]
+    if short := sum(n < needed for n in steps):
+        raise UserError(
+            f"{where}: {short} of {len(steps)} episodes have fewer than the {needed} frames that a "
+            f"sample takes, the shortest {min(steps)}; tokenize with min_frames={needed}, or take "
+            "smaller chunks"
+        )
+    return store
+
+
 def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, where: str) -> None:
-    """Checks that the codes of a store mean what ``assets`` say, and that all samples fit.
+    """Checks that the codes of a store mean what ``assets`` say.
 
     Args:
       header: of the store.
@@ -143,7 +157,7 @@ def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, wher
       where: what to call the store.
 
     Raises:
-      UserError: as ``open_stores``.
+      UserError: another vision tokenizer, other image sizes, or a view is missing.
     """
     assets.require_same_tokenizers({"vision": header.vision_fingerprint}, source=where)
     views = config.views or tuple(header.image_specs)
@@ -153,12 +167,6 @@ def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, wher
     # Codes only mean what the checkpoint thinks if frames were resized alike before encoding.
     specs = {v: ImageSpec.from_dict(s) for v, s in header.image_specs.items() if v in views}
     assets.require_same_image_specs(header.corpus, specs, source=where)
-    needed = make_task(config.task, config.settings, assets).steps_needed(header.corpus)
-    if header.min_frames < needed:
-        raise UserError(
-            f"{where}: may hold episodes of {header.min_frames} frames, a sample takes at least "
-            f"{needed}; tokenize with min_frames={needed}, or take smaller chunks"
-        )
 
 
 def make_split(config: DataConfig, source: EpisodeSource, *, held_out: bool) -> Split:
@@ -260,7 +268,7 @@ class SampleBuilder:
 
         Args:
           episode: from a token store.
-          rng: draws the null prompt, the window and the camera.
+          rng: draws the null prompt or the instruction, the window and the camera.
 
         Raises:
           SampleTooLongError: it has more tokens than ``sequence_length``.
@@ -270,6 +278,8 @@ class SampleBuilder:
         instruction = episode.instruction
         if self._config.null_prompt_prob and rng.random() < self._config.null_prompt_prob:
             instruction = ""
+        elif episode.paraphrases:
+            instruction = str(rng.choice(episode.instructions))
         name = f"episode {episode.corpus}/{episode.episode_id}"
         cut = self._config.too_long == "cut_text"
         before = rng.bit_generator.state if cut else None

@@ -126,7 +126,7 @@ def _suspects(
             start += len(shard.steps)
     else:
         indices = list(range(len(source)))
-    shown = progress and isinstance(source, TokenStore)
+    shown = progress and indices and isinstance(source, TokenStore)
     for index in tqdm.tqdm(indices, "measure samples", unit="episode", disable=not shown):
         yield source[index]
 

@@ -38,6 +38,20 @@ class Topology:
     chip: Chip
     devices: Sequence[Any]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Chips along each axis of the torus."""
+        return tuple(int(size) for size in self.name.split(":")[1].split("x"))
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of the slice; some have two devices."""
+        return math.prod(self.shape)
+
+
+# Both cores of a v4 chip are one device, as on the machines; the compiler's own default is two.
+_CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
+
 
 def find_topology(name: str) -> Topology:
     """The slice called ``name``; needs the TPU compiler, no TPU.
@@ -59,7 +73,9 @@ def find_topology(name: str) -> Topology:
         )
     _configure_libtpu()
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **_CHIP_CONFIGS.get(kind, {})
+        ).devices
     except Exception as error:  # libtpu reports a bad shape as a bare runtime error
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -99,12 +115,14 @@ class CompiledProgram:
         lengthen it.
       peak: bytes per chip at the worst moment, code included.
       fits: whether the compiler placed it in the chip's memory.
+      text: the scheduled program as the compiler prints it; empty where it does not fit.
     """
 
     seconds: float
     processor_seconds: float
     peak: int
     fits: bool
+    text: str = dataclasses.field(default="", repr=False)
 
 
 def compile_ahead(lowered: Any) -> CompiledProgram:
@@ -115,17 +133,19 @@ def compile_ahead(lowered: Any) -> CompiledProgram:
     """
     clock, processor = time.perf_counter(), time.process_time()
     try:
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        peak, fits = _required_memory(str(error)), False
+        peak, fits, text = _required_memory(str(error)), False, ""
         if peak is None:
             raise
     else:
+        memory, text = compiled.memory_analysis(), compiled.as_text()
         # Donated inputs are reused for outputs (alias), so only the other outputs take memory.
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
         peak, fits = peak + memory.generated_code_size_in_bytes, True
-    return CompiledProgram(time.perf_counter() - clock, time.process_time() - processor, peak, fits)
+    elapsed = time.perf_counter() - clock, time.process_time() - processor
+    return CompiledProgram(*elapsed, peak, fits, text)
 
 
 def _required_memory(message: str) -> int | None:

@@ -1,25 +1,22 @@
-"""Memory, operations and lower bound on the time of a training step; search for the best plan."""
+"""Memory, operations, traffic and predicted time of a training step on a slice."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import tqdm
 
-from univla_jax.cli import format_table
 from univla_jax.errors import UserError
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import GATE, REMAT_PRESETS, DecoderConfig
 from univla_jax.pipeline.batch import Batch
+from univla_jax.planning.collectives import Traffic, analyze
+from univla_jax.planning.hlo import Program
 from univla_jax.planning.topologies import (
     GIB,
     CompiledProgram,
@@ -32,8 +29,7 @@ from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware
 from univla_jax.training.losses import LabelWeights, LossFn
 from univla_jax.training.metrics import host_gigabytes
-from univla_jax.training.model_setup import TrainSetup, decoder_config, label_weights
-from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training.model_setup import TrainSetup, label_weights
 from univla_jax.training.train_config import TrainConfig
 
 
@@ -79,6 +75,9 @@ class TrainingPlan:
       tokens: per step, padding included.
       useful_tokens: per step, by the recipe's ``sample_tokens``.
       time: lower bounds.
+      traffic: what the chips exchange, and the predicted time; None for a program that does not
+        fit, or of a compiler that is not a TPU's.
+      peak_flops: operations per second of all chips together at their bf16 peak.
       compile_seconds: of the TPU compiler, by the clock.
       compile_processor_seconds: the same in processor time of all threads.
       host_gigabytes: largest resident memory of this process so far.
@@ -103,22 +102,40 @@ class TrainingPlan:
     tokens: int
     useful_tokens: int
     time: StepTime
+    traffic: Traffic | None
+    peak_flops: float
     compile_seconds: float
     compile_processor_seconds: float
     host_gigabytes: float
     full_logits_total: int | None = None
 
     @property
+    def step_seconds(self) -> float:
+        """Predicted time of a step; the lower bound where nothing can be predicted."""
+        return self.traffic.step_seconds if self.traffic else self.time.lower_bound
+
+    @property
     def seconds_per_token(self) -> float:
-        """Lower bound of the time per useful token."""
-        return self.time.lower_bound / self.useful_tokens
+        """Time per useful token."""
+        return self.step_seconds / self.useful_tokens
+
+    @property
+    def mfu(self) -> float:
+        """Predicted model FLOP/s utilization: operations by our own count over the peak."""
+        return self.flops / self.step_seconds / self.peak_flops
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return dataclasses.asdict(self) | {"lower_bound_seconds": self.time.lower_bound}
+        values = dataclasses.asdict(dataclasses.replace(self, traffic=None))
+        return values | {
+            "lower_bound_seconds": self.time.lower_bound,
+            "step_seconds": self.step_seconds,
+            "mfu": self.mfu,
+            "traffic": self.traffic and self.traffic.to_dict(),
+        }
 
     def describe(self) -> str:
-        """A dozen lines of text."""
+        """Some lines of text."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items()) or "one chip"
         fits = "fits" if self.fits else "DOES NOT FIT"
         useful = self.useful_tokens / self.tokens
@@ -137,6 +154,11 @@ class TrainingPlan:
             "tokens": f"{self.tokens:,} per step, {self.useful_tokens:,} useful ({useful:.0%})",
             "step time": f"at least {self.time.lower_bound:.3f} s (arithmetic "
             f"{self.time.compute_seconds:.3f}, memory {self.time.memory_seconds:.3f})",
+            **(self.traffic.describe() if self.traffic else {}),
+            "predicted": f"{self.step_seconds:.3f} s a step, {self.mfu:.1%} MFU, "
+            f"{self.useful_tokens / self.step_seconds / self.chips:,.0f} useful tokens/s per device"
+            if self.traffic
+            else "nothing: no program of a TPU compiler",
             "compilation": f"{self.compile_seconds:.0f} s ({self.compile_processor_seconds:.0f} s "
             f"of processor time), {self.host_gigabytes:.1f} GB of this machine",
         }
@@ -159,7 +181,7 @@ def plan_training(
     Raises:
       UserError: mesh, batch and slice do not fit together.
     """
-    setup = TrainSetup.build(config, Vocabulary.emu3(), make_mesh(config.mesh, topology.devices))
+    setup = TrainSetup.on_devices(config, Vocabulary.emu3(), topology.devices)
     compiled = _compile(setup)
     decoder, chip = setup.model.config, topology.chip
     length = config.data.sequence_length
@@ -194,11 +216,19 @@ def plan_training(
             (flops + recomputed) / setup.mesh.size / (chip.teraflops * 1e12),
             traffic / (chip.gigabytes_per_second * 1e9),
         ),
+        traffic=_traffic(compiled, topology),
+        peak_flops=setup.mesh.size * chip.teraflops * 1e12,
         compile_seconds=compiled.seconds,
         compile_processor_seconds=compiled.processor_seconds,
         host_gigabytes=host_gigabytes(),
         full_logits_total=full,
     )
+
+
+def _traffic(compiled: CompiledProgram, topology: Topology) -> Traffic | None:
+    if topology.devices[0].platform != "tpu" or not compiled.text:
+        return None
+    return analyze(Program.parse(compiled.text), topology.chip, topology.shape)
 
 
 def useful_tokens(config: TrainConfig) -> int:
@@ -289,88 +319,3 @@ def full_logit_loss(model: Decoder, label_weights: LabelWeights) -> LossFn:
         return jnp.sum(weights * nll), jnp.sum(weights), {}
 
     return loss
-
-
-# ----------------------------------------------------------------------------
-# Plan search: compiles the most promising meshes, batch sizes and remat presets and ranks them.
-
-
-_TENSOR, _CONTEXT, _BATCH_FACTORS = (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)
-
-
-def search_plans(config: TrainConfig, topology: Topology, *, limit: int) -> list[TrainingPlan]:
-    """Compiles the ``limit`` most promising candidates; best plan first.
-
-    Args:
-      config: the recipe.
-      topology: the slice.
-      limit: how many to compile.
-
-    Raises:
-      UserError: no mesh divides the recipe's batch and the slice.
-    """
-    found = sorted(candidates(config, len(topology.devices)), key=_expected_cost)
-    if not found:
-        raise UserError(
-            f"no mesh of {len(topology.devices)} chips divides a batch of {config.data.batch_size} "
-            f"x {config.data.sequence_length} tokens; change config.data.batch_size"
-        )
-    # What fits into memory is known only after compiling, and remat decides it most. So the presets
-    # take turns: the best candidate of each is compiled before the second best of any.
-    by_preset: dict[str, list[TrainConfig]] = {}
-    for candidate in found:
-        by_preset.setdefault(candidate.model.overrides["remat"], []).append(candidate)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_preset.values()))
-    chosen = [candidate for candidate in turns if candidate is not None][:limit]
-    bar = tqdm.tqdm(chosen, unit="candidate", file=sys.stderr)
-    plans = [plan_training(candidate, topology) for candidate in bar]
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.seconds_per_token))
-
-
-def candidates(config: TrainConfig, chips: int) -> Iterator[TrainConfig]:
-    """Every variation of the recipe that divides evenly over ``chips``.
-
-    The batch size is the recipe's or a multiple of it.
-    """
-    kv_heads = decoder_config(config.model, Vocabulary.emu3()).num_kv_heads
-    choices = itertools.product(_TENSOR, _CONTEXT, _BATCH_FACTORS, REMAT_PRESETS)
-    # ``fsdp`` takes the chips that are left, so that every candidate uses the whole slice.
-    for tensor, context, factor, preset in choices:
-        batch_size = config.data.batch_size * factor
-        fsdp, rest = divmod(chips, tensor * context)
-        micro_batch, uneven = divmod(batch_size, config.accumulation)
-        uneven = uneven or rest or kv_heads % tensor or config.data.sequence_length % context
-        if uneven or not fsdp or micro_batch % fsdp:
-            continue
-        yield dataclasses.replace(
-            config,
-            mesh=MeshConfig(fsdp=fsdp, tensor=tensor, context=context),
-            data=dataclasses.replace(config.data, batch_size=batch_size),
-            model=dataclasses.replace(
-                config.model, overrides={**config.model.overrides, "remat": preset}
-            ),
-        )
-
-
-def _expected_cost(config: TrainConfig) -> tuple[float, int, int]:
-    """Order of candidates: recomputed operations per token, then communication inside layers."""
-    decoder = decoder_config(config.model, Vocabulary.emu3())
-    recomputed = hardware.recomputed_flops(decoder, config.data.sequence_length)
-    return recomputed, config.mesh.tensor * config.mesh.context, config.data.batch_size
-
-
-def search_table(plans: list[TrainingPlan]) -> str:
-    """One line per plan."""
-    header = ["mesh", "batch", "remat", "total per chip", "step at least", "us per useful token"]
-    lines = [
-        [
-            " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()),
-            str(plan.batch_size),
-            plan.remat,
-            format_gib(plan.total) + ("" if plan.fits else " (does not fit)"),
-            f"{plan.time.lower_bound:.3f} s",
-            f"{1e6 * plan.seconds_per_token:.3f}",
-        ]
-        for plan in plans
-    ]
-    return format_table([header, *lines], left=len(header))

@@ -104,6 +104,7 @@ LABELS: Mapping[str, frozenset[Role]] = {
     "action": frozenset({Role.ACTION}),
     "vision": frozenset({Role.VISION}),
     "both": frozenset({Role.MARKUP, Role.VISION, Role.ACTION}),
+    "vision_and_action": frozenset({Role.VISION, Role.ACTION}),
     "thought_and_action": frozenset({Role.THOUGHT, Role.ACTION}),
     "answer": frozenset({Role.ANSWER}),
     "value": frozenset({Role.VALUE}),
@@ -113,7 +114,7 @@ LABELS: Mapping[str, frozenset[Role]] = {
 
 "action" and "both" are the two of the reference's interleaved policies (UniVLA
 train/datasets.py:245-269), "vision" is its world model's (:535-536), "all" its image mode's without
-flags (:289-313).
+flags (:289-313); "vision_and_action" is DriveVLA-W0's (utils/datasets.py:602-805).
 """
 
 

@@ -79,6 +79,8 @@ class Batcher:
         self._num_clients = num_clients or (lambda: max_batch)
         self._queue: collections.deque[_QueuedItem] = collections.deque()
         self._arrived = asyncio.Event()
+        self._waiting: set[asyncio.Future[BatchResult]] = set()
+        self._under_way: concurrent.futures.Future[Any] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     @property
@@ -98,6 +100,8 @@ class Batcher:
         future = asyncio.get_running_loop().create_future()
         self._queue.append(_QueuedItem(item, future, time.perf_counter()))
         self._arrived.set()
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
         return await future
 
     async def run(self) -> None:
@@ -107,9 +111,24 @@ class Batcher:
             await self._wait_for_window()
             await self._process_batch()
 
-    def close(self) -> None:
-        """Waits for the call under way and ends the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+    def abandon(self, reason: str) -> None:
+        """Lets every ``submit`` that still waits raise BusyError."""
+        for future in list(self._waiting):
+            if not future.done():
+                future.set_exception(BusyError(reason))
+
+    def close(self, seconds: float | None = None) -> bool:
+        """Ends the thread after the call under way.
+
+        Args:
+          seconds: the longest wait for it; None waits until it is done.
+
+        Returns:
+          whether it is done.
+        """
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        calls = [] if self._under_way is None else [self._under_way]
+        return not concurrent.futures.wait(calls, seconds).not_done
 
     async def _wait_for_item(self) -> None:
         # ``on_idle`` prefills the prompts of calls to come. It competes with them for the one
@@ -177,4 +196,5 @@ class Batcher:
             return [self._call([item])[0] for item in items]
 
     async def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        self._under_way = self._thread.submit(function, *arguments)
+        return await asyncio.wrap_future(self._under_way)

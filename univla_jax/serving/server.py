@@ -13,7 +13,9 @@ import dataclasses
 import functools
 import hmac
 import http
+import ipaddress
 import logging
+import socket
 import ssl
 import time
 import uuid
@@ -27,6 +29,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
+from univla_jax.client import wire
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.memory import is_out_of_memory
@@ -37,19 +40,27 @@ from univla_jax.serving.batching import Batcher, BusyError
 _log = logging.getLogger(__name__)
 _MAX_CLOSE_REASON = 123  # bytes, RFC 6455 section 5.5
 _FULL_SECONDS = 30.0  # after a robot found no memory, for which no further one is let in
-_GOING_AWAY, _UNSUPPORTED_DATA, _INVALID_DATA, _INTERNAL_ERROR = 1001, 1003, 1007, 1011
+_CLOSE_SECONDS = 2.0  # for the closing handshake of a connection
+_MAX_MISTAKES = 32  # requests refused in a row, after which a robot is disconnected
+_GOING_AWAY, _UNSUPPORTED_DATA, _INVALID_DATA, _POLICY_VIOLATION = 1001, 1003, 1007, 1008
+_INTERNAL_ERROR = 1011
 
 
 class ServedPolicy(Protocol):
     """The part of ``Policy`` and ``Executor`` that a server uses."""
 
     @property
-    def views(self) -> tuple[str, ...]:
-        """Cameras an observation must have."""
+    def frame_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Cameras an observation must have, with the height and width that the policy sees."""
         ...
 
-    def start(self) -> Any:
-        """A session: the state of a new episode."""
+    @property
+    def keeps_history(self) -> bool:
+        """Whether an answer depends on earlier calls of its episode."""
+        ...
+
+    def start(self, seed: int = 0) -> Any:
+        """A session: the state of a new episode; its ``set_executed`` is told what was executed."""
         ...
 
     def check(self, observation: Observation, name: str) -> None:
@@ -88,6 +99,11 @@ class ServerConfig:
       max_connections: most robots connected.
       max_message_bytes: largest request.
       max_side: largest height or width of a camera frame, in pixels.
+      camera_sizes: camera -> (height, width) of the training data's frames, where they were not of
+        the shape that the policy sees.
+      forget_after_seconds: a robot that names no episodes starts one after so long a silence; 0
+        starts one with every request of it.
+      idle_seconds: a robot that asks nothing for so long is disconnected; 0 for never.
       send_seconds: a robot that does not take its reply for so long is disconnected.
       drain_seconds: how long a stop waits for requests under way.
       api_key: must be in the header ``Authorization: Api-Key <key>`` if not empty.
@@ -101,8 +117,11 @@ class ServerConfig:
     max_connections: int = 64
     max_message_bytes: int = 16 * 2**20
     max_side: int = 4096
+    camera_sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    forget_after_seconds: float = 0.0
+    idle_seconds: float = 3600.0
     send_seconds: float = 10.0
-    drain_seconds: float = 30.0
+    drain_seconds: float = 20.0
     api_key: str = ""
 
     def __post_init__(self) -> None:
@@ -112,7 +131,8 @@ class ServerConfig:
                 raise UserError(f"--{name}: {getattr(self, name)}, expected at least 1")
         if not 0 <= self.port < 2**16:
             raise UserError(f"--port: {self.port}, expected 0 to 65535")
-        for name in ("window_seconds", "send_seconds", "drain_seconds"):
+        seconds = ("window", "forget_after", "idle", "send", "drain")
+        for name in (f"{part}_seconds" for part in seconds):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}: {getattr(self, name)} is negative")
 
@@ -167,17 +187,38 @@ class _Robot:
       episode_id: its own name of the episode.
       busy: whether a request of it is being answered.
       previous_ms: milliseconds from the arrival of its last request until the reply was sent.
+      episodes: how many it has begun.
+      names_episodes: whether it ever said which episode a request is of.
+      answered: time.monotonic() of its last answer.
+      mistakes: refused requests since its last good one.
+      ended: whether its connection is being closed.
     """
 
     connection: ServerConnection
-    session: Any
+    session: Any = None
     episode_id: str | int | None = None
     busy: bool = False
     previous_ms: float | None = None
+    episodes: int = 0
+    names_episodes: bool = False
+    answered: float = 0.0
+    mistakes: int = 0
+    ended: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its address, for the log."""
+        return _address(self.connection)
 
 
 class PolicyServer:
-    """Serves one policy to many robots until it is stopped."""
+    """Serves one policy to many robots until it is stopped.
+
+    Attributes:
+      metrics: of everything since it was made.
+      port: that it listens on.
+      call_under_way: whether a call of the policy was not over when ``run`` ended.
+    """
 
     def __init__(
         self,
@@ -196,10 +237,13 @@ class PolicyServer:
           tls: certificate and key, or None for plain connections.
         """
         self._policy, self._config, self._tls = policy, config, tls
-        self._metadata = protocol.pack(metadata)
+        self._metadata = wire.pack(metadata)
+        self._cameras = _camera_sizes(policy.frame_sizes, config.camera_sizes)
         self.metrics = ServerMetrics()
         self._robots: set[_Robot] = set()
         self._draining = False
+        self._drained_by = 0.0  # time.monotonic()
+        self.call_under_way = False
         self._full_until = 0.0  # time.monotonic() until which no further robot is let in
         self.port = config.port
 
@@ -235,10 +279,12 @@ class PolicyServer:
             stopped.cancel()
             await self._drain(server)
         finally:
+            # A call that outlasts the drain is left behind: whoever stops the server kills it soon.
             batches.cancel()
+            left = max(0.0, self._drained_by - time.monotonic())
+            self.call_under_way = not self._batcher.close(left)
             with contextlib.suppress(asyncio.CancelledError):
                 await batches
-            self._batcher.close()
 
     async def _listen(self) -> Server:
         config = self._config
@@ -251,7 +297,7 @@ class PolicyServer:
                 compression=None,
                 max_size=config.max_message_bytes,
                 max_queue=2,
-                origins=[None],  # browsers send one: no web page may drive a robot
+                close_timeout=_CLOSE_SECONDS,
                 process_request=self._respond_to_http,
                 server_header=None,
                 logger=_log.getChild("websockets"),
@@ -266,6 +312,7 @@ class PolicyServer:
         # Idle robots are disconnected at once; busy ones get their reply and are disconnected by
         # ``_serve_robot``. Whoever is left after ``drain_seconds`` is cut off.
         self._draining = True
+        self._drained_by = time.monotonic() + self._config.drain_seconds
         server.close(close_connections=False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_seconds):
@@ -273,6 +320,7 @@ class PolicyServer:
                 await asyncio.gather(*(c.close(_GOING_AWAY, "server stops") for c in idle))
                 while self._robots:
                     await asyncio.sleep(0.01)
+        self._batcher.abandon("the server stops")
         server.close(close_connections=True)
         await server.wait_closed()
 
@@ -285,8 +333,12 @@ class PolicyServer:
             if self._draining:
                 return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "stopping\n")
             return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if not self._is_own_origin(request.headers):
+            why = "web pages may not drive robots\n"
+            return self._refused(connection, http.HTTPStatus.FORBIDDEN, why)
         if not self._is_authorized(request.headers):
-            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a valid API key is needed\n")
+            why = "a valid API key is needed\n"
+            return self._refused(connection, http.HTTPStatus.UNAUTHORIZED, why)
         if path == "/metrics":
             self.metrics.queue_length.set(self._batcher.queue_length)
             content_type = prometheus.CONTENT_TYPE_LATEST
@@ -294,8 +346,28 @@ class PolicyServer:
             return Response(200, "OK", headers, self.metrics.page())
         refusal = self._refusal()
         if refusal:
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{refusal}\n")
+            return self._refused(connection, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{refusal}\n")
         return None
+
+    def _refused(self, connection: ServerConnection, status: http.HTTPStatus, why: str) -> Response:
+        _log.warning("%s refused: %s", _address(connection), why.strip())
+        return connection.respond(status, why)
+
+    def _is_own_origin(self, headers: Headers) -> bool:
+        """Whether a connection comes from no web page of someone else."""
+        # Browsers send the page's origin; most other clients send none, some the server's own. Its
+        # own is that of the Host header, but only where that is an address and no name: a name
+        # could be one that its owner lets point here (DNS rebinding).
+        origins = headers.get_all("Origin")
+        if not origins:
+            return True
+        host = headers.get("Host", "").lower()
+        name = host.rpartition(":")[0] or host
+        own = {"localhost", socket.gethostname().lower(), self._config.host.lower()}
+        with contextlib.suppress(ValueError):
+            own.add(str(ipaddress.ip_address(name.strip("[]"))))
+        origin = origins[0].lower().partition("://")[2]
+        return len(origins) == 1 and origin == host and name.strip("[]") in own
 
     def _refusal(self) -> str:
         """Why no further robot is let in; empty where one is."""
@@ -317,22 +389,40 @@ class PolicyServer:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
 
     async def _serve_robot(self, connection: ServerConnection) -> None:
-        robot = _Robot(connection, self._policy.start())
+        robot = _Robot(connection)
         self._robots.add(robot)
         self.metrics.connections.set(len(self._robots))
+        _log.info("robot %s connected, %d in all", robot.name, len(self._robots))
+        how = "went away"
         try:
             await self._send(robot, self._metadata)
-            async for frame in connection:
+            while not robot.ended:
+                frame = await self._receive(robot)
                 robot.busy = True
                 await self._answer(robot, frame)
                 robot.busy = False
-                if self._draining:
+                if self._draining and not robot.ended:
+                    robot.ended = True
                     await connection.close(_GOING_AWAY, "server stops")
-        except (exceptions.ConnectionClosed, TimeoutError):
-            pass  # it went away, or does not take its replies
+        except exceptions.ConnectionClosed as closed:
+            if closed.rcvd is not None and closed.rcvd.reason:
+                how = f"ended: {closed.rcvd.reason}"
+        except TimeoutError:
+            how = "does not take its replies"
         finally:
             self._robots.discard(robot)
             self.metrics.connections.set(len(self._robots))
+            _log.info("robot %s %s after %d episode(s)", robot.name, how, robot.episodes)
+
+    async def _receive(self, robot: _Robot) -> str | bytes:
+        """The next frame of a robot; one that is silent for too long is disconnected."""
+        try:
+            async with asyncio.timeout(self._config.idle_seconds or None):
+                return await robot.connection.recv()
+        except TimeoutError:
+            idle = f"no request for {self._config.idle_seconds:g} s; connect again"
+            await robot.connection.close(_GOING_AWAY, idle)
+            return await robot.connection.recv()  # raises ConnectionClosed
 
     async def _answer(self, robot: _Robot, frame: str | bytes) -> None:
         # A mistake in a request, or a full queue, is answered in words and the robot may go on. A
@@ -345,11 +435,16 @@ class PolicyServer:
                 message = "expected a binary msgpack frame"
                 await self._end(robot, _UNSUPPORTED_DATA, "unreadable", message)
                 return
-            reply = await self._reply(robot, protocol.unpack(frame), begin)
-        except protocol.WireError as error:
+            reply = await self._reply(robot, wire.unpack(frame), begin)
+        except wire.WireError as error:
             await self._end(robot, _INVALID_DATA, "unreadable", str(error))
         except UserError as error:
-            await self._refuse(robot, "bad_request", f"bad request: {error}")
+            robot.mistakes += 1
+            message = f"bad request: {error}"
+            if robot.mistakes >= _MAX_MISTAKES:
+                await self._end(robot, _POLICY_VIOLATION, "bad_request", message)
+            else:
+                await self._refuse(robot, "bad_request", message)
         except BusyError as error:
             await self._refuse(robot, "busy", f"busy: {error}; try again later")
         except Exception:
@@ -358,22 +453,24 @@ class PolicyServer:
             message = f"internal error {number}; the server's log says more"
             await self._end(robot, _INTERNAL_ERROR, "error", message)
         else:
-            await self._send(robot, protocol.pack(reply))
+            await self._send(robot, wire.pack(reply))
             robot.previous_ms = 1e3 * (time.perf_counter() - begin)
+            robot.answered, robot.mistakes = time.monotonic(), 0
 
     async def _reply(self, robot: _Robot, message: Any, begin: float) -> dict[str, Any]:
         """The reply to one message that arrived at ``begin``."""
-        request = protocol.parse_request(
-            message, self._policy.views, max_side=self._config.max_side
-        )
+        request = protocol.parse_request(message, self._cameras, max_side=self._config.max_side)
         if request.observation is not None:
             self._policy.check(request.observation, "observation")
-        new_episode = request.episode_id is not None and request.episode_id != robot.episode_id
-        if request.reset or new_episode:
-            robot.session, robot.episode_id = self._policy.start(), request.episode_id
+        new_episode = self._begins_episode(robot, request)
+        if new_episode:
+            robot.session, robot.episode_id = self._policy.start(robot.episodes), request.episode_id
+            robot.episodes += 1
         if request.observation is None:
             self.metrics.requests.labels("reset").inc()
             return {"reset": True}
+        if request.executed is not None and not new_episode:
+            robot.session.set_executed(request.executed)
         result = await self._batcher.submit((request.observation, robot.session))
         chunk, policy_timing = result.value
         seconds = time.perf_counter() - begin
@@ -385,7 +482,28 @@ class PolicyServer:
         if robot.previous_ms is not None:
             server_timing["prev_total_ms"] = robot.previous_ms
         reply = protocol.reply_message(chunk, policy_timing)
-        return reply | {"server_timing": server_timing}
+        about = {"new_episode": new_episode, "ignored_keys": list(request.ignored_keys)}
+        return reply | about | {"server_timing": server_timing}
+
+    def _begins_episode(self, robot: _Robot, request: protocol.Request) -> bool:
+        """Whether a request is the first of an episode."""
+        # What a policy remembers of one episode must not reach the next. openpi's client has a
+        # ``reset`` that sends nothing, so a robot that has never named an episode may be in another
+        # one than before; only silence, or no memory at all, keeps them apart then.
+        robot.names_episodes |= request.names_episode
+        named = request.episode_id is not None and request.episode_id != robot.episode_id
+        if robot.session is None or request.reset or named:
+            return True
+        if robot.names_episodes or not self._policy.keeps_history:
+            return False
+        silence = self._config.forget_after_seconds
+        if not silence and robot.episodes == 1:
+            _log.warning(
+                "robot %s names no episodes, so that each of its requests starts one; send "
+                "'episode_id' or 'reset', or infer them with --forget_after_seconds",
+                robot.name,
+            )
+        return not silence or time.monotonic() - robot.answered > silence
 
     def _act(
         self, items: Sequence[tuple[Observation, Any]]
@@ -442,9 +560,11 @@ class PolicyServer:
 
     async def _refuse(self, robot: _Robot, outcome: str, message: str) -> None:
         self.metrics.requests.labels(outcome).inc()
+        _log.info("robot %s refused: %s", robot.name, message[:200])
         await self._send(robot, message)
 
     async def _end(self, robot: _Robot, code: int, outcome: str, message: str) -> None:
+        robot.ended = True  # what it sent already is not answered any more
         await self._refuse(robot, outcome, message)
         reason = message.encode("ascii", "replace")[:_MAX_CLOSE_REASON].decode()
         await robot.connection.close(code, reason)
@@ -458,3 +578,26 @@ class PolicyServer:
         except TimeoutError:
             robot.connection.transport.abort()
             raise
+
+
+def _address(connection: ServerConnection) -> str:
+    address = connection.remote_address
+    return f"{address[0]}:{address[1]}" if address else "?"
+
+
+def _camera_sizes(
+    policy: Mapping[str, tuple[int, int]], declared: Mapping[str, tuple[int, int]]
+) -> dict[str, protocol.CameraSize]:
+    """Which frames are taken of each camera.
+
+    Raises:
+      UserError: a declared size is of no camera of the policy.
+    """
+    unknown = sorted(set(declared) - set(policy))
+    if unknown:
+        raise UserError(
+            f"--camera_sizes: no camera {unknown[0]!r}; the policy has {', '.join(policy)}"
+        )
+    seen = {view: protocol.CameraSize(*size) for view, size in policy.items()}
+    exact = {view: protocol.CameraSize(*size, exact=True) for view, size in declared.items()}
+    return seen | exact

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import ssl
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from univla_jax.buckets import require_local
+from univla_jax.checkpoints import checkpoint_identity
 from univla_jax.errors import UserError
+from univla_jax.inference.execution import Executor
 from univla_jax.inference.memory import GIB, cache_budget, is_out_of_memory
-from univla_jax.inference.policy import Executor, Policy
+from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import batch_bucket
 from univla_jax.serving import protocol
 from univla_jax.serving.server import PolicyServer, ServerConfig
@@ -31,13 +38,17 @@ def enable_compilation_cache(folder: str | os.PathLike[str]) -> None:
       folder: created if it is missing; only its owner can write there.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: it cannot be made or written.
     """
-    path = pathlib.Path(folder).expanduser()
+    require_local(folder, "the folder of compiled functions")
     try:
+        path = pathlib.Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise UserError(f"--compiled={folder}: {error.strerror}; name another folder") from error
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--compiled={folder}: {reason}; name another folder") from error
     # JAX keeps by default only what took more than a second to compile. A policy is many small
     # programs, one per shape, which together are most of a start.
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -137,14 +148,20 @@ def plan_memory(
     report(f"GiB per device: {sizes}")
 
 
-def server_metadata(executor: Executor) -> dict[str, Any]:
+def server_metadata(executor: Executor, config: ServerConfig) -> dict[str, Any]:
     """The first message to every robot: what to send, what it gets, and of which checkpoint."""
     policy = executor.policy
     loaded, statistics = policy.loaded, policy.statistics
-    request = protocol.request_message(policy.example())
+    example = policy.example()
+    frames = {
+        view: np.zeros((*config.camera_sizes.get(view, size), 3), np.uint8)
+        for view, size in policy.frame_sizes.items()
+    }
+    request = protocol.request_message(dataclasses.replace(example, frames=frames))
     statistics_json = json.dumps(statistics.to_dict(), sort_keys=True)
     return {
         "protocol": protocol.VERSION,
+        "checkpoint": checkpoint_identity(loaded.folder),
         "checkpoint_step": int(loaded.folder.name) if loaded.folder.name.isdigit() else -1,
         "layout": loaded.record.task,
         "corpus": policy.corpus,
@@ -153,6 +170,7 @@ def server_metadata(executor: Executor) -> dict[str, Any]:
         "execution": executor.execution.mode,
         "actions_per_call": executor.steps,
         "action_dim": statistics.action_dim,
+        "absolute_dims": list(policy.absolute_dims),
         "action_q01": list(statistics.q01),
         "action_q99": list(statistics.q99),
         "statistics_sha256": hashlib.sha256(statistics_json.encode()).hexdigest(),
@@ -160,6 +178,9 @@ def server_metadata(executor: Executor) -> dict[str, Any]:
             key: list(value.shape) for key, value in request.items() if key != protocol.PROMPT
         },
         "prompt_key": protocol.PROMPT,
+        "optional_keys": list(protocol.OPTIONAL),
+        "keeps_history": executor.keeps_history,
+        "forget_after_seconds": float(config.forget_after_seconds),
     }
 
 
@@ -168,7 +189,7 @@ async def serve(
     config: ServerConfig,
     tls: ssl.SSLContext | None,
     report: Callable[[str], None],
-) -> None:
+) -> bool:
     """Serves until SIGTERM or SIGINT.
 
     Args:
@@ -177,6 +198,9 @@ async def serve(
       tls: certificate and key, or None for plain connections.
       report: gets a line when the server listens and when it has stopped.
 
+    Returns:
+      whether no call of the policy is under way any more.
+
     Raises:
       UserError: the port is taken.
     """
@@ -184,22 +208,23 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = PolicyServer(executor, config, metadata=server_metadata(executor), tls=tls)
+    server = PolicyServer(executor, config, metadata=server_metadata(executor, config), tls=tls)
     scheme = "wss" if tls else "ws"
     await server.run(stop, lambda: report(f"listening on {scheme}://{config.host}:{server.port}"))
-    report("stopped")
+    report("stopped, with a call of the policy under way" if server.call_under_way else "stopped")
+    return not server.call_under_way
 
 
-def read_api_key(file: str) -> str:
-    """The API key in a file.
+def parse_camera_sizes(items: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Sizes ``CAMERA=HEIGHTxWIDTH`` by camera.
 
     Raises:
-      UserError: the file cannot be read or is empty.
+      UserError: an item of another form.
     """
-    try:
-        key = pathlib.Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api_key_file={file}: {error}") from error
-    if not key:
-        raise UserError(f"--api_key_file={file} is empty; write the key into it")
-    return key
+    sizes = {}
+    for item in items:
+        found = re.fullmatch(r"(.+)=(\d+)x(\d+)", item)
+        if not found:
+            raise UserError(f"--camera_sizes: {item!r}, expected CAMERA=HEIGHTxWIDTH")
+        sizes[found[1]] = (int(found[2]), int(found[3]))
+    return sizes

@@ -24,12 +24,15 @@ BENCHMARKS = {
     "libero": "univla_jax.simulators.libero.libero_benchmark",
     "calvin": "univla_jax.simulators.calvin_simulator",
     "simpler": "univla_jax.simulators.simpler_simulator",
+    "navsim": "univla_jax.simulators.navsim.navsim_benchmark",
+    "road": "univla_jax.simulators.road.road_benchmark",
 }
 """Name → module with ``make_benchmark(**options) -> Benchmark``, imported on first use."""
 
 DEMONSTRATIONS = {
     "tabletop": "univla_jax.simulators.tabletop.tabletop_expert",
     "libero": "univla_jax.simulators.libero.libero_demonstrations",
+    "road": "univla_jax.simulators.road.road_expert",
 }
 """Name → module with ``DemonstrationsConfig`` and ``write_demonstrations(config, out, assets)``."""
 
@@ -105,10 +108,12 @@ class Breakdown:
     Attributes:
       figures: name -> value.
       outcomes: title -> group -> success of each attempt; the report adds rates and intervals.
+      scores: name -> score of each episode, in 0...1; the report adds means and intervals.
     """
 
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     outcomes: Mapping[str, Mapping[str, Sequence[bool]]] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,8 @@ class Benchmark:
       make: makes the simulator; must pickle unless ``in_process``.
       variants: condition -> ``make`` of a simulator that differs for it, for example one that
         gives the policy another instruction, or one with a scripted expert.
+      scripted: those of ``variants`` whose simulator plans itself (``PlannedObservation``), so
+        that they need no policy.
       conditions: evaluated by default.
       in_process: whether the simulator is cheap and safe enough to be stepped in the process of
         the policy; others get a process each.
@@ -129,6 +136,8 @@ class Benchmark:
       corpus: whose cameras and action statistics a policy uses; its only one by default.
       seed: of what an actor draws at random in an episode.
       execute: actions executed of each chunk; 0 executes all.
+      whole_chunks: a simulator's step takes a whole chunk [T, A], for example as a plan that it
+        follows until it asks again.
       action_dim: dimensions A of an action.
       random_range: (low, high) of each dimension, for random actions without a policy.
       video_every: steps between the frames of a video.
@@ -141,12 +150,14 @@ class Benchmark:
     trials: tuple[Trial, ...]
     make: Callable[[], Simulator]
     variants: Mapping[str, Callable[[], Simulator]] = dataclasses.field(default_factory=dict)
+    scripted: tuple[str, ...] = ("expert",)
     conditions: tuple[str, ...] = ("policy",)
     in_process: bool = False
     batch: int = 1
     corpus: str | None = None
     seed: Callable[[Trial], int] = lambda trial: trial.trial
     execute: int = 0
+    whole_chunks: bool = False
     action_dim: int = 7
     random_range: tuple[Sequence[float], Sequence[float]] = ((-1.0,) * 7, (1.0,) * 7)
     video_every: int = 4

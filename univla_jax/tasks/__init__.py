@@ -27,6 +27,10 @@ TASK_NAMES = (
     "question",
     "caption",
     "text_to_image",
+    "driving",
+    "driving_vava",
+    "driving_flow",
+    "driving_world_model",
 )
 
 

@@ -324,9 +324,20 @@ class Task(abc.ABC):
             return None
         if episode.state is None:
             raise UserError("it has no state; set data.state=False or leave its store out")
-        statistics = self.statistics_of(state_key(episode.corpus))
-        states = episode.state[np.asarray(steps)]
+        return self.encode_states(episode.corpus, episode.state[np.asarray(steps)])
+
+    def encode_states(self, corpus: str, states: np.ndarray) -> list[Any]:
+        """What ``moment_prompt`` takes of each state float32 [N, P]: its int32 ids.
+
+        Training and inference both encode states here, so that a policy is never shown one in
+        another form than it was trained on.
+        """
+        statistics = self.statistics_of(state_key(corpus))
         return encode_states(self.vocabulary, self.action_tokenizer, statistics, states)
+
+    def max_state_tokens(self, state_dim: int) -> int:
+        """The most ids of a state of ``state_dim`` numbers."""
+        return self.action_tokenizer.max_tokens(1, state_dim)
 
     def statistics_of(self, key: str) -> ActionStatistics:
         """Statistics of a corpus' actions, or by ``state_key`` of its states.
@@ -357,18 +368,33 @@ class ActionTask(Task):
     def moment_prompt(
         self,
         views: Sequence[np.ndarray],
-        state: np.ndarray | None = None,
+        state: Any = None,
         *,
+        instruction: str = "",
         frames_shown: int | None = None,
     ) -> np.ndarray:
         """int32 ids of one moment up to its boa, what a call adds to the prompt.
 
         Args:
           views: per camera integer [T, h, w] codes; one frame in the published policies.
-          state: state ids, or None where the policy was shown none.
+          state: of ``encode_states``, or None where the policy was shown none.
+          instruction: for tasks that write it at every moment; most have it in the opening alone.
           frames_shown: frames written of T (``frames.frame_block``).
         """
+        del instruction
         return self.compose(self.moment(self.frame_pieces(views, frames_shown), state, None)).ids
+
+    def fallback(self, state: np.ndarray | None, steps: int) -> np.ndarray | None:
+        """Actions [steps, A] in physical units in place of ids that do not decode.
+
+        None leaves it to the policy, which stands still.
+
+        Args:
+          state: float [P] of the observation, or None.
+          steps: of a chunk.
+        """
+        del state, steps
+        return None
 
     def decoding(
         self, shape: tuple[int, int], *, free_form: bool = False, max_new_tokens: int = 0

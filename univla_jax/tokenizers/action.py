@@ -36,6 +36,10 @@ class ActionTokenizer(Protocol):
     def fingerprint(self) -> str:
         """sha256 of the files it is saved as."""
 
+    @property
+    def horizon(self) -> int | None:
+        """Steps of the chunks it was fitted to; None where any will do."""
+
     def max_tokens(self, horizon: int, action_dim: int) -> int:
         """Upper bound of the codes of a chunk in [-1, 1]."""
 
@@ -63,6 +67,8 @@ class UniformBinTokenizer:
     """
 
     kind = "uniform_bins"
+
+    horizon = None  # any chunk can be encoded
 
     def __init__(self, bins: int = 256) -> None:
         """Bins of equal width over [-1, 1].
@@ -150,6 +156,8 @@ class NumberTextTokenizer:
 
     kind = "number_text"
     _characters = "0123456789-.,\n"
+
+    horizon = None  # any chunk can be encoded
 
     def __init__(self, decimals: int = 2) -> None:
         """Numbers with ``decimals`` digits after the point; raises UserError for less than 1."""

@@ -44,6 +44,7 @@ class FastTokenizer:
     Attributes:
       scale: factor from orthonormal DCT coefficients to integers.
       min_token: coefficient that the character 0 stands for.
+      horizon: steps of the chunks it was fitted to, None where the files do not say.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -63,6 +64,7 @@ class FastTokenizer:
             raise UserError(f"{CONFIG_FILE}: lacks {sorted(missing)}; restore the file")
         self.scale = float(values["scale"])
         self.min_token = int(values["min_token"])
+        self.horizon = values.get("time_horizon")
         try:
             self._bpe = tokenizers.Tokenizer.from_str(files[_BPE_FILE].decode())
         except Exception as error:  # the library raises bare Exception
@@ -82,7 +84,9 @@ class FastTokenizer:
         return cls(read_files(folder, required, optional=optional, what="FAST action tokenizer"))
 
     @classmethod
-    def fit(cls, chunks: np.ndarray, scale: float, vocabulary_size: int) -> FastTokenizer:
+    def fit(
+        cls, chunks: np.ndarray | Sequence[np.ndarray], scale: float, vocabulary_size: int
+    ) -> FastTokenizer:
         """Fits the BPE to normalized action chunks.
 
         Every chunk in [-1, 1] can be encoded afterwards, whatever the BPE was fitted to: its
@@ -91,7 +95,8 @@ class FastTokenizer:
         beyond them are lost.)
 
         Args:
-          chunks: float [N, T, A], normalized to [-1, 1]; sliding windows over the episodes.
+          chunks: float [N, T, A], normalized to [-1, 1]; sliding windows over the episodes. Of
+            several corpora one array each, of the same T.
           scale: factor from coefficients to integers; larger is finer and longer.
           vocabulary_size: upper limit of codes; ``vocabulary_size`` of the result counts those
             there really are.
@@ -99,22 +104,31 @@ class FastTokenizer:
         Raises:
           UserError: chunks of another shape or not finite, or a vocabulary too small.
         """
-        chunks = check_chunks(chunks, 3)
-        if not chunks.size or not scale > 0:
-            raise UserError(f"FAST: chunks of shape {chunks.shape}, scale {scale}: nothing to fit")
-        coefficients, bound = _dct(chunks, scale), _max_coefficient(scale, chunks.shape[1])
-        low, high = min(int(coefficients.min()), -bound), max(int(coefficients.max()), bound)
+        groups = [chunks] if isinstance(chunks, np.ndarray) else list(chunks)
+        groups = [check_chunks(group, 3) for group in groups]
+        shapes = [group.shape for group in groups]
+        if not all(group.size for group in groups) or not groups or not scale > 0:
+            raise UserError(f"FAST: chunks of shape {shapes}, scale {scale}: nothing to fit")
+        horizons, dimensions = ({shape[axis] for shape in shapes} for axis in (1, 2))
+        if len(horizons) > 1:
+            raise UserError(f"FAST: chunks of {sorted(horizons)} steps; give one length")
+        (horizon,) = horizons
+        coefficients = [_dct(group, scale) for group in groups]
+        bound = _max_coefficient(scale, horizon)
+        low = min(-bound, *(int(each.min()) for each in coefficients))
+        high = max(bound, *(int(each.max()) for each in coefficients))
         if high - low + 1 >= _MAX_CHARACTERS:
             raise UserError(
                 f"FAST: {high - low + 1} coefficient values are too many; lower the scale"
             )
-        bpe = _train_bpe((_to_text(each - low) for each in coefficients), vocabulary_size)
+        texts = (_to_text(each - low) for group in coefficients for each in group)
+        bpe = _train_bpe(texts, vocabulary_size)
         values = {
             "scale": scale,
             "min_token": low,
             "vocab_size": bpe.get_vocab_size(),
-            "time_horizon": chunks.shape[1],
-            "action_dim": chunks.shape[2],
+            "time_horizon": horizon,
+            "action_dim": dimensions.pop() if len(dimensions) == 1 else None,
             "processor_class": "UniversalActionProcessor",
         }
         bpe_values = {

@@ -33,6 +33,7 @@ KIND_FILE = "text_tokenizer.json"
 KIND = "sentencepiece"
 _MODEL_FILE = "sentencepiece.model"
 _SPACE = "\u2581"
+_COVERAGES = (1.0, 0.9995, 0.995, 0.95)  # shares of the characters that get ids of their own
 
 
 class TextTokenizer(Protocol):
@@ -244,7 +245,8 @@ class SentencePieceTextTokenizer:
         Args:
           texts: instructions, as often as they occur.
           vocabulary_size: upper limit; a small dataset gives fewer ids. 257 of them are the bytes
-            and "unknown", so it must be a little above the number of characters plus that.
+            and "unknown". Where not all characters find a place beside those, the rarest are
+            written as bytes.
           symbols: strings that get one id each, such as the frame sizes ``"1*8*8"`` that occur in
             every sequence.
 
@@ -255,39 +257,47 @@ class SentencePieceTextTokenizer:
         symbols = list(dict.fromkeys(_normalize(symbol) for symbol in symbols))
         if not any(line.strip() for line in lines):
             raise UserError("text tokenizer: no text to fit to; give at least one instruction")
-        # Every choice below serves exact round trips: bytes for unknown characters, all characters
-        # covered, no normalization, no space added or removed, no special ids (the package's own
-        # vocabulary has them). One thread, so that the same texts give the same bytes.
+        for coverage in _COVERAGES:
+            try:
+                return cls(cls._train(lines, vocabulary_size, symbols, coverage))
+            except RuntimeError as error:
+                reason = error
+        needed = 257 + len(symbols) + len({_SPACE, *"".join(lines).replace(" ", "")})
+        raise UserError(
+            f"text tokenizer: cannot fit {vocabulary_size} ids to {len(lines)} texts: about "
+            f"{needed} or more are needed for bytes, characters and symbols ({reason})"
+        ) from reason
+
+    @staticmethod
+    def _train(
+        lines: Sequence[str], vocabulary_size: int, symbols: Sequence[str], coverage: float
+    ) -> bytes:
+        # Every choice below serves exact round trips: bytes for unknown characters, no
+        # normalization, no space added or removed, no special ids (the package's own vocabulary has
+        # them). One thread, so that the same texts give the same bytes.
         model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=vocabulary_size,
-                hard_vocab_limit=False,
-                byte_fallback=True,
-                character_coverage=1.0,
-                required_chars=_SPACE,
-                user_defined_symbols=symbols,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                max_sentence_length=max(4192, *(4 * len(line) for line in lines)),
-                unk_id=0,
-                bos_id=-1,
-                eos_id=-1,
-                pad_id=-1,
-                num_threads=1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            needed = 257 + len(symbols) + len({_SPACE, *"".join(lines).replace(" ", "")})
-            raise UserError(
-                f"text tokenizer: cannot fit {vocabulary_size} ids to {len(lines)} texts: about "
-                f"{needed} or more are needed for bytes, characters and symbols ({error})"
-            ) from error
-        return cls(model.getvalue())
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocabulary_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=coverage,
+            required_chars=_SPACE,
+            user_defined_symbols=symbols,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=max(4192, *(4 * len(line) for line in lines)),
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+        return model.getvalue()
 
     @classmethod
     def load(cls, folder: PathLike) -> SentencePieceTextTokenizer:

@@ -5,23 +5,27 @@ computed while a chunk's logits exist and only scaled in the backward pass: logi
 once, never stored for a whole batch, and the head is multiplied three times per chunk instead of
 four.
 
-On a mesh the vocabulary is split over all devices that share a batch: each multiplies the gathered
-positions of a chunk with its own part of the head, whose gradient needs no exchange.
+On a mesh either the hidden states or the head move, whichever is less: see ``HeadSharding``.
 
 Axes: B batch, P positions, D model, V padded vocabulary, I chunks, J positions per chunk.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from univla_jax.models import decoder_config
-from univla_jax.models.decoder import compute_logits, mask_padded_vocab
+from univla_jax.models.decoder import MASKED_LOGIT, compute_logits
+from univla_jax.models.linear import MeshAxes, fitting_axes
 
 LOGITS_PER_CHUNK = 2**22
 MIN_POSITIONS = 256  # per chunk: each also reads and writes the gradient of the whole head
@@ -35,6 +39,7 @@ def cross_entropy(
     *,
     vocab_size: int,
     chunks: int | None = None,
+    gradient_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Weighted cross-entropy of hidden states against target ids.
 
@@ -45,20 +50,155 @@ def cross_entropy(
       weights: float32 [B, P].
       vocab_size: number of real ids.
       chunks: number of parts of P; None takes ``default_chunks``.
+      gradient_dtype: what the head's gradient is summed over devices in; the head's by default.
 
     Returns:
       float32 sum of w * nll, differentiable in ``hidden`` and ``head``; and per position, without
       gradient, nll float32 [B, P] and whether the target had the largest logit bool [B, P].
     """
     b, p, _ = hidden.shape
+    sharding = HeadSharding.from_context(hidden.shape, head.shape)
     chunks = min(chunks or default_chunks(b, p, head.shape[0]), p)
-    extra = -p % chunks
+    # every device cuts its own positions into the same number of chunks
+    extra = -p % (chunks * sharding.length_shards)
     if extra:
         hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
         targets, weights = (jnp.pad(x, ((0, 0), (0, extra))) for x in (targets, weights))
-    head = _pin(head, decoder_config.LOSS_VOCAB, None)
-    total, nll, correct = _fused(vocab_size, chunks, hidden, head, targets, weights)
+    options = _Options(vocab_size, chunks, sharding, jnp.dtype(gradient_dtype or head.dtype))
+    total, nll, correct = _fused(options, hidden, head, targets, weights)
     return total, (nll[:, :p], correct[:, :p])
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSharding:
+    """What moves in the loss, over the mesh in scope.
+
+    The head is stored split along the vocabulary (tensor parallel) and along the model width
+    (FSDP). Its width has to be made whole, in one of two ways:
+
+    * the head moves: gathered before the first chunk, its gradient reduced and scattered after the
+      last one. Twice V x D numbers, whatever the batch.
+    * the hidden states move: the head is cut along the vocabulary instead, every device gets the
+      positions of all devices that hold other parts of it, and their gradients return. Twice
+      B x P x D numbers of those devices.
+
+    Attributes:
+      batch: mesh axes of B.
+      length: mesh axes of P.
+      vocabulary: mesh axes that the head's vocabulary is split over as it is stored.
+      width: mesh axes that its width is split over as it is stored.
+      moves_head: which of the two.
+      length_shards: parts of P.
+    """
+
+    batch: MeshAxes = ()
+    length: MeshAxes = ()
+    vocabulary: MeshAxes = ()
+    width: MeshAxes = ()
+    moves_head: bool = False
+    length_shards: int = 1
+
+    @classmethod
+    def from_context(cls, hidden: Sequence[int], head: Sequence[int]) -> HeadSharding:
+        """The cheaper way for hidden states [B, P, D] and a head [V, D]."""
+        mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+        if mesh.empty or not rules:
+            return cls()
+        taken: set[str] = set()
+        batch, vocabulary = (
+            fitting_axes(rules[name], size, mesh.shape, set())
+            for name, size in ((decoder_config.BATCH, hidden[0]), (decoder_config.VOCAB, head[0]))
+        )
+        taken.update(vocabulary)
+        width = fitting_axes(rules[decoder_config.EMBED], head[1], mesh.shape, taken)
+        length = tuple(axis for axis in rules[decoder_config.LENGTH] if mesh.shape[axis] > 1)
+        parts = lambda axes: math.prod(mesh.shape[axis] for axis in axes)  # noqa: E731
+        here = [axis for axis in batch if axis not in width]
+        positions = hidden[0] // parts(here) * hidden[1]
+        divides = head[0] % (parts(vocabulary) * parts(width)) == 0
+        owned = set(width) <= {*batch, *length}  # else the same positions would be added twice
+        moves_head = not divides or not owned or positions > head[0] // parts(vocabulary)
+        return cls(batch, length, vocabulary, width, moves_head, parts(length))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing is sharded."""
+        return not (self.batch or self.length or self.vocabulary or self.width)
+
+    @property
+    def positions(self) -> PartitionSpec:
+        """Of arrays [B, P, ...]."""
+        return PartitionSpec(self.batch, self.length)
+
+    @property
+    def head(self) -> PartitionSpec:
+        """Of the head and its gradient [V, D]."""
+        return PartitionSpec(self.vocabulary, self.width)
+
+    @property
+    def vocabulary_shards(self) -> MeshAxes:
+        """Mesh axes over which the logits of a position are split."""
+        return self.vocabulary if self.moves_head else (*self.vocabulary, *self.width)
+
+    def load_head(self, head: jax.Array) -> jax.Array:
+        """A device's part of the head, whole along the width."""
+        if not self.width:
+            return head
+        if self.moves_head:
+            return jax.lax.all_gather(head, self.width, axis=1, tiled=True)
+        return jax.lax.all_to_all(head, self.width, 0, 1, tiled=True)
+
+    def store_head(self, d_head: jax.Array) -> jax.Array:
+        """Sums the gradient of ``load_head``'s result over all tokens, split as it is stored."""
+        axes = {*self.batch, *self.length}
+        if self.width and self.moves_head:
+            owned = axes & set(self.width)
+            if owned == set(self.width):
+                d_head = jax.lax.psum_scatter(d_head, self.width, scatter_dimension=1, tiled=True)
+            else:  # devices with equal tokens: each cuts out its part of the sum
+                d_head = _own_part(_sum_over(d_head, owned), self.width)
+        elif self.width:
+            d_head = jax.lax.all_to_all(d_head, self.width, 1, 0, tiled=True)
+        return _sum_over(d_head, axes - set(self.width))
+
+    def load_positions(self, x: jax.Array) -> jax.Array:
+        """[b, j, ...] of this device, or of all devices that hold other parts of the head."""
+        if self.moves_head:
+            return x
+        for dimension, axes in self._moved():
+            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+        return x
+
+    def store_positions(self, x: jax.Array) -> jax.Array:
+        """Sums [b, j, ...] over the parts of the vocabulary; each device gets its own positions."""
+        scattered: set[str] = set()
+        if not self.moves_head:
+            for dimension, axes in reversed(self._moved()):
+                x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+                scattered.update(axes)
+        return _sum_over(x, set(self.vocabulary_shards) - scattered)
+
+    def own_positions(self, x: jax.Array) -> jax.Array:
+        """Cuts this device's positions out of what ``load_positions`` gathered."""
+        if not self.moves_head:
+            for dimension, axes in reversed(self._moved()):
+                x = _own_part(x, axes, dimension)
+        return x
+
+    def _moved(self) -> list[tuple[int, MeshAxes]]:
+        """Dimensions of the positions that are gathered, and over which mesh axes."""
+        owners = (self.batch, self.length)
+        axes = [tuple(axis for axis in own if axis in self.width) for own in owners]
+        return [(dimension, found) for dimension, found in enumerate(axes) if found]
+
+
+def _sum_over(x: jax.Array, axes: Any) -> jax.Array:
+    return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
+
+
+def _own_part(x: jax.Array, axes: MeshAxes, dimension: int = 1) -> jax.Array:
+    size = x.shape[dimension] // jax.lax.axis_size(axes)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, dimension)
 
 
 def default_chunks(batch: int, positions: int, vocabulary: int) -> int:
@@ -67,65 +207,98 @@ def default_chunks(batch: int, positions: int, vocabulary: int) -> int:
     return -(-positions // length)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    vocab_size: int
+    chunks: int
+    sharding: HeadSharding
+    gradient_dtype: jnp.dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    vocab_size: int,
-    chunks: int,
+    options: _Options,
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of w * nll, nll [B, P] and whether the target was the largest [B, P]."""
+    sharding = options.sharding
 
-    def step(total: jax.Array, part: Any) -> tuple[jax.Array, Any]:
-        h_BJD, t_BJ, w_BJ = _gather(part)
-        _, nll, correct = _chunk(vocab_size, h_BJD, head, t_BJ)
-        return total + jnp.sum(w_BJ * nll), (nll, correct)
+    def local(
+        hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        loaded = sharding.load_head(head)
 
-    parts = _split((hidden, targets, weights), chunks)
-    total, per_token = jax.lax.scan(step, jnp.zeros((), jnp.float32), parts)
-    return total, *_join(per_token)
+        def step(total: jax.Array, part: Any) -> tuple[jax.Array, Any]:
+            _, w_BJ, nll, correct = _chunk(options, loaded, part)
+            own = sharding.own_positions(nll), sharding.own_positions(correct)
+            return total + jnp.sum(sharding.own_positions(w_BJ) * own[0]), own
+
+        parts = _split((hidden, targets, weights), options.chunks)
+        total, kept = jax.lax.scan(step, jnp.zeros((), jnp.float32), parts)
+        return _sum_over(total, {*sharding.batch, *sharding.length}), *_join(kept)
+
+    return _run(sharding, local, (hidden, head, targets, weights), gradients=False)
 
 
 def _forward(
-    vocab_size: int,
-    chunks: int,
+    options: _Options,
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Like ``_fused``, and the gradients of the sum as residuals."""
+    sharding = options.sharding
 
-    def step(carry: Any, part: Any) -> tuple[Any, Any]:
-        total, d_head_DV = carry
-        h_BJD, t_BJ, w_BJ = _gather(part)
-        exponents, nll, correct = _chunk(vocab_size, h_BJD, head, t_BJ)
-        # The gradient of w * nll by the logits is w * (softmax - one-hot). It is rounded to the
-        # head's dtype, as automatic differentiation would; only the sum over chunks is float32.
-        is_target = jnp.arange(head.shape[0]) == t_BJ[..., None]
-        d_logits = (jnp.exp(exponents) - is_target) * w_BJ[..., None]
-        d_logits = d_logits.astype(head.dtype)
-        d_hidden = jnp.einsum("bjv,vd->bjd", d_logits, head).astype(hidden.dtype)
-        d_head_DV += jnp.einsum("bjd,bjv->dv", h_BJD, d_logits, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(w_BJ * nll), d_head_DV), (nll, correct, d_hidden)
+    def local(
+        hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        loaded = sharding.load_head(head)
 
-    # The head's gradient is accumulated transposed, [D, V], and split along the vocabulary as the
-    # head itself is in the loss: each device then adds up its own part, and nothing is exchanged
-    # until the end.
-    parts = _split((hidden, targets, weights), chunks)
-    d_head_DV = _pin(jnp.zeros(head.shape[::-1], jnp.float32), None, decoder_config.LOSS_VOCAB)
-    start = (jnp.zeros((), jnp.float32), d_head_DV)
-    (total, d_head_DV), kept = jax.lax.scan(step, start, parts)
-    nll, correct, d_hidden = _join(kept)
-    return (total, nll, correct), (d_hidden, d_head_DV.T.astype(head.dtype))
+        def step(carry: Any, part: Any) -> tuple[Any, Any]:
+            total, d_head_DV = carry
+            (h_BJD, d_logits), w_BJ, nll, correct = _chunk(options, loaded, part)
+            d_hidden = jnp.einsum("bjv,vd->bjd", d_logits, loaded).astype(hidden.dtype)
+            d_head_DV += jnp.einsum(
+                "bjd,bjv->dv", h_BJD, d_logits, preferred_element_type=jnp.float32
+            )
+            own = sharding.own_positions(nll), sharding.own_positions(correct)
+            total += jnp.sum(sharding.own_positions(w_BJ) * own[0])
+            return (total, d_head_DV), (*own, sharding.store_positions(d_hidden))
+
+        parts = _split((hidden, targets, weights), options.chunks)
+        start = jnp.zeros((), jnp.float32), jnp.zeros(loaded.shape[::-1], jnp.float32)
+        (total, d_head_DV), kept = jax.lax.scan(step, start, parts)
+        # Over chunks the head's gradient is summed on each device alone; it is exchanged once.
+        d_head = sharding.store_head(d_head_DV.T.astype(options.gradient_dtype))
+        nll, correct, d_hidden = _join(kept)
+        total = _sum_over(total, {*sharding.batch, *sharding.length})
+        return total, nll, correct, d_hidden, d_head.astype(head.dtype)
+
+    arrays = hidden, head, targets, weights
+    *results, d_hidden, d_head = _run(sharding, local, arrays, gradients=True)
+    return tuple(results), (d_hidden, d_head)
+
+
+def _run(sharding: HeadSharding, local: Any, arrays: Any, *, gradients: bool) -> Any:
+    """Runs ``local`` on every device's part of (hidden, head, targets, weights)."""
+    if sharding.is_local:
+        return local(*arrays)
+    positions, head = sharding.positions, sharding.head
+    out = (PartitionSpec(), positions, positions, *((positions, head) if gradients else ()))
+    run = jax.shard_map(
+        local, in_specs=(positions, head, positions, positions), out_specs=out, check_vma=False
+    )
+    return run(*arrays)
 
 
 def _backward(
-    vocab_size: int, chunks: int, saved: tuple[jax.Array, jax.Array], cotangents: Any
+    options: _Options, saved: tuple[jax.Array, jax.Array], cotangents: Any
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    del vocab_size, chunks
+    del options
     scale = cotangents[0]
     d_hidden, d_head = (x * scale.astype(x.dtype) for x in saved)
     return d_hidden, d_head, None, None
@@ -135,29 +308,34 @@ _fused.defvjp(_forward, _backward)
 
 
 def _chunk(
-    vocab_size: int, h_BJD: jax.Array, head_VD: jax.Array, t_BJ: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log-probabilities [B, J, V], nll [B, J] and whether the target is the largest [B, J]."""
-    logits = mask_padded_vocab(compute_logits(h_BJD, head_VD), vocab_size)
-    logits = _pin(
-        logits, decoder_config.LOSS_BATCH, decoder_config.LOSS_LENGTH, decoder_config.LOSS_VOCAB
-    )
+    options: _Options, head_VD: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, jax.Array]:
+    """Hidden states and the gradient by the logits; weights; nll; whether the target is largest.
+
+    The positions are those of ``load_positions``, the logits this device's part of the vocabulary.
+    """
+    sharding = options.sharding
+    h_BJD, t_BJ, w_BJ = (sharding.load_positions(x) for x in part)
+    shards = sharding.vocabulary_shards
+    first = jax.lax.axis_index(shards) * head_VD.shape[0] if shards else 0
+    ids = first + jnp.arange(head_VD.shape[0])
+    logits = compute_logits(h_BJD, head_VD)
+    if shards or head_VD.shape[0] > options.vocab_size:
+        logits = jnp.where(ids < options.vocab_size, logits, MASKED_LOGIT)
     # log-sum-exp by hand: the row's maximum is needed anyway, to tell whether the target has it.
     top = jnp.max(logits, axis=-1)
-    normalizer = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
-    picked = jnp.take_along_axis(logits, t_BJ[..., None], axis=-1)[..., 0]
-    return logits - normalizer[..., None], normalizer - picked, picked >= top
-
-
-def _gather(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    """Hidden states [B, J, D], targets and weights [B, J], whole where the vocabulary is split."""
-    positions = (decoder_config.LOSS_BATCH, decoder_config.LOSS_LENGTH)
-    h_BJD, t_BJ, w_BJ = part
-    return _pin(h_BJD, *positions, None), _pin(t_BJ, *positions), _pin(w_BJ, *positions)
-
-
-def _pin(x: jax.Array, *names: str | None) -> jax.Array:
-    return nn.with_logical_constraint(x, names)
+    top = jax.lax.pmax(top, shards) if shards else top
+    is_target = ids == t_BJ[..., None]
+    sums = (
+        jnp.sum(jnp.exp(logits - top[..., None]), axis=-1),
+        jnp.sum(jnp.where(is_target, logits, 0), axis=-1),
+    )
+    normalizer, picked = jax.lax.psum(sums, shards) if shards else sums
+    normalizer = top + jnp.log(normalizer)
+    # The gradient of w * nll by the logits is w * (softmax - one-hot). It is rounded to the head's
+    # dtype, as automatic differentiation would; only the sum over chunks is float32.
+    d_logits = (jnp.exp(logits - normalizer[..., None]) - is_target) * w_BJ[..., None]
+    return (h_BJD, d_logits.astype(head_VD.dtype)), w_BJ, normalizer - picked, picked >= top
 
 
 def _split(arrays: Any, chunks: int) -> Any:

@@ -18,9 +18,13 @@ class Chip:
       name: as in the names of topologies, ``"v6e"``.
       kind: ``device_kind`` of its JAX devices, or how it begins.
       hbm_gib: GiB a program may use: what the TPU compiler itself refuses to exceed, a little less
-        than the 16, 95 and 32 GB of the data sheets.
+        than the data sheets' sizes.
       teraflops: peak in bf16 without sparsity, 10^12 operations per second.
       gigabytes_per_second: memory bandwidth, 10^9 bytes per second.
+      gigahertz: clock of the cycles in which the TPU compiler estimates; 0 for a GPU.
+      link_gigabytes_per_second: of one link between TPU chips in one direction.
+      wraparound: chips along an axis of a slice from which on it is closed to a ring; 0 for none.
+      devices: JAX devices of one chip.
     """
 
     name: str
@@ -28,19 +32,32 @@ class Chip:
     hbm_gib: float
     teraflops: float
     gigabytes_per_second: float
+    gigahertz: float = 0.0
+    link_gigabytes_per_second: float = 0.0
+    wraparound: int = 0
+    devices: int = 1
+
+    def wraps(self, size: int) -> bool:
+        """Whether an axis of so many chips is a ring."""
+        return bool(self.wraparound) and size % self.wraparound == 0
 
 
-# cloud.google.com/tpu/docs/{v5e,v5p,v6e}, usable memory from the compiler's own messages;
-# nvidia.com, data sheets of the SXM versions.
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, usable memory from the compiler's own messages;
+# link speeds from jax-ml.github.io/scaling-book/tpus; clocks from the peaks and the sizes of the
+# matrix units; nvidia.com, data sheets of the SXM versions. Chips of v4 and v5p are one device of
+# two cores; those of tpu7x are two devices, and every figure is that of one.
 _TPUS = (
-    Chip("v5e", "TPU v5 lite", 15.75, 197, 819),
-    Chip("v6e", "TPU v6 lite", 31.25, 918, 1640),
-    Chip("v5p", "TPU v5", 95.74, 459, 2765),
+    Chip("v4", "TPU v4", 30.75, 275, 1228, 1.05, 45, 4),
+    Chip("v5e", "TPU v5 lite", 15.75, 197, 819, 1.5, 45, 16),
+    Chip("v6e", "TPU v6 lite", 31.25, 918, 1640, 1.75, 90, 16),
+    Chip("v5p", "TPU v5", 95.74, 459, 2765, 1.75, 90, 4),
+    Chip("tpu7x", "TPU7x", 94.75, 1153.5, 3690, 2.2, 90, 4, 2),
 )
 _GPUS = (
     Chip("a100", "NVIDIA A100", 80.0, 312, 2039),
     Chip("h100", "NVIDIA H100", 80.0, 989, 3350),
     Chip("h200", "NVIDIA H200", 141.0, 989, 4800),
+    Chip("b200", "NVIDIA B200", 180.0, 2250, 8000),
 )
 CHIPS = {chip.name: chip for chip in _TPUS}
 

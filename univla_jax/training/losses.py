@@ -208,7 +208,13 @@ def loss_of_hidden(
         hidden, targets, weights, dropped, groups = gathered
     head = model.apply({"params": params}, method="head_weights")
     total, per_token = cross_entropy(
-        hidden, head, targets, weights, vocab_size=model.config.vocab_size, chunks=chunks
+        hidden,
+        head,
+        targets,
+        weights,
+        vocab_size=model.config.vocab_size,
+        chunks=chunks,
+        gradient_dtype=model.config.reduction_dtype,
     )
     metrics = _named_sums(MODALITIES, modalities.index(targets), weights, *per_token)
     if groups is not None:

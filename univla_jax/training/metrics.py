@@ -39,8 +39,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from univla_jax import io
+from univla_jax.buckets import RewrittenFile
 from univla_jax.errors import UserError
-from univla_jax.io import PathLike
+from univla_jax.io import PathLike, absolute_path
 from univla_jax.training.hardware import find_chip
 
 METRICS_FILE, TENSORBOARD, PROFILE = "metrics.jsonl", "tensorboard", "profile"
@@ -76,7 +77,8 @@ class TensorBoardWriter:
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._writer = RecordWriter((folder / name).open("wb"))
+        self._file = io.open_log(folder / name)
+        self._writer = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -112,10 +114,10 @@ class WandbWriter:
         workdir = epath.Path(workdir)
         file = workdir / _WANDB_FILE
         if not file.exists():
-            file.write_text(wandb.util.generate_id())
+            io.write_text(file, wandb.util.generate_id())
         self._run = wandb.init(
             project=project,
-            dir=workdir,
+            dir=None if io.is_remote(workdir) else workdir,
             id=file.read_text(),
             name=workdir.name,
             config=config,
@@ -183,8 +185,9 @@ class MetricsLogger(contextlib.AbstractContextManager):
         path = self._folder / METRICS_FILE
         self._folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in io.read_jsonl(path) if line["step"] < start_step]
-        io.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        io.write_bytes(path, content)
+        self._file = io.open_log(path, len(content))
         self._writers = [TensorBoardWriter(self._folder / TENSORBOARD), *writers]
         self._bar = tqdm.tqdm(
             total=total_steps, initial=start_step, unit="step", disable=not progress
@@ -224,11 +227,17 @@ class MetricsLogger(contextlib.AbstractContextManager):
             return
         known = {name: value for name, value in values.items() if not math.isnan(value)}
         with self._write_errors():
-            self._file.write(json.dumps({"step": step, **known}) + "\n")
+            self._file.write(json.dumps({"step": step, **known}).encode() + b"\n")
             self._file.flush()
             self._show(step, known)
             for writer in self._writers:
                 writer.flush()
+
+    def sync(self) -> None:
+        """Makes the lines so far durable; comes before the checkpoint that goes on from them."""
+        if isinstance(self._file, RewrittenFile):
+            with self._write_errors():
+                self._file.sync()
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self._writers:
@@ -353,7 +362,7 @@ class Profiler(contextlib.AbstractContextManager):
 
     def __init__(self, window: ProfileWindow | None, workdir: PathLike) -> None:
         """Writes to ``workdir``/profile; without a window it does nothing."""
-        self._window, self._folder = window, epath.Path(workdir) / PROFILE
+        self._window, self._folder = window, absolute_path(workdir) / PROFILE
         self._running = False
 
     def __exit__(self, *_: object) -> None:
@@ -367,7 +376,7 @@ class Profiler(contextlib.AbstractContextManager):
         if self._running and step >= self._window.stop:
             self._stop()
         elif not self._running and self._window.start <= step < self._window.stop:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(os.fspath(self._folder))
             self._running = True
 
     def _stop(self) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from absl import flags
 from jax.sharding import Mesh, NamedSharding
 
 from univla_jax import checkpoints
@@ -27,12 +30,15 @@ from univla_jax.models.action_expert import (
 )
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig, preset
+from univla_jax.models.placement import LOCAL, Placement
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences.tokens import labeled_roles
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware, sharding
+from univla_jax.training.compiler_options import compiler_options
 from univla_jax.training.losses import LabelWeights, LossFn, make_loss
+from univla_jax.training.mesh_choice import run_mesh
 from univla_jax.training.optimizer import make_optimizer, make_schedule
 from univla_jax.training.train_config import ModelConfig, TrainConfig
 from univla_jax.training.train_step import (
@@ -119,6 +125,11 @@ class TrainSetup:
             mesh, data.batch_size, accumulation=config.accumulation, length=data.sequence_length
         )
         model = Decoder(decoder_config(config.model, vocabulary))
+        if model.config.quantization and importlib.util.find_spec("qwix") is None:
+            raise UserError(
+                f"model.overrides.quantization: {model.config.quantization!r} needs the package "
+                "qwix; pip install 'univla_jax[int8]'"
+            )
         expert = None
         if config.has_expert:
             expert = ActionExpert(expert_config(config.model, model.config), model.config)
@@ -148,6 +159,28 @@ class TrainSetup:
             abstract=abstract_state(params_init(model, expert), optimizer, mesh),
             batch_sharding=sharding.batch_sharding(mesh, sequence=True),
         )
+
+    @classmethod
+    def on_devices(
+        cls,
+        config: TrainConfig,
+        vocabulary: Vocabulary,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> TrainSetup:
+        """The setup on the mesh that config and chip ask for; all devices by default.
+
+        Raises:
+          UserError: see ``build``; or the mesh does not divide the devices.
+        """
+        mesh = run_mesh(
+            config.mesh,
+            devices,
+            batch_size=config.data.batch_size // config.accumulation,
+            length=config.data.sequence_length,
+            kv_heads=decoder_config(config.model, vocabulary).num_kv_heads,
+            split_sequence=not config.has_expert,
+        )
+        return cls.build(config, vocabulary, mesh)
 
     @property
     def flops_per_token(self) -> float:
@@ -191,11 +224,18 @@ class TrainSetup:
             accumulation=self.config.accumulation,
             normalization=self.config.loss.normalization,
             rules=self.rules,
+            compiler_options=compiler_options(self.mesh.devices.flat),
         )
 
     def eval_step(self) -> Step:
         """``step(state, batch) -> sums``, not compiled yet."""
-        return make_eval_step(self.loss, self.abstract, self.batch_sharding, rules=self.rules)
+        return make_eval_step(
+            self.loss,
+            self.abstract,
+            self.batch_sharding,
+            rules=self.rules,
+            compiler_options=compiler_options(self.mesh.devices.flat),
+        )
 
     def new_state(self, params: Any = None) -> TrainState:
         """The state at step 0, around ``params`` (donated) or random ones of the run's seed."""
@@ -294,7 +334,6 @@ def model_rules(
         axes.ACTIVATION_MLP: config.mlp_size,
         axes.ACTIVATION_VOCAB: config.padded_vocab_size,
         axes.LOOKUP_EMBED: config.hidden_size,
-        axes.LOSS_VOCAB: config.padded_vocab_size,
     }
     if expert is not None:
         stack = expert.config.stack(config)
@@ -305,3 +344,69 @@ def model_rules(
         }
         sizes |= {name: math.gcd(sizes[name], size) for name, size in others.items()}
     return sharding.activation_rules(mesh, sizes)
+
+
+def mesh_flags() -> Callable[[], Callable[..., Placement]]:
+    """Defines ``--mesh.tensor`` and ``--mesh.fsdp`` of a command that runs a trained model.
+
+    Returns:
+      to be called inside ``main``: ``inference_placement`` with what they say.
+    """
+    again = {"allow_override": True}  # several commands in one process may define them
+    holders = {
+        "tensor": flags.DEFINE_integer(
+            "mesh.tensor", 1, "chips over which heads and MLP are split", **again
+        ),
+        "fsdp": flags.DEFINE_integer(
+            "mesh.fsdp", 1, "chips over which parameters are split further", **again
+        ),
+    }
+    return lambda: functools.partial(
+        inference_placement, **{name: holder.value for name, holder in holders.items()}
+    )
+
+
+def inference_placement(
+    config: DecoderConfig,
+    *,
+    tensor: int = 1,
+    fsdp: int = 1,
+    expert: ActionExpert | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Placement:
+    """Places a decoder over ``tensor * fsdp`` devices for inference.
+
+    Heads, MLP and vocabulary are split over ``tensor``, and so are the key heads of caches where
+    they divide; the parameters are split once more over ``fsdp`` and gathered when they are used.
+    A batch is not split: it is small, and every part of the model works on all of it.
+
+    Args:
+      config: of the decoder.
+      tensor: parts of heads, MLP and vocabulary.
+      fsdp: parts of the parameters.
+      expert: on top of the decoder.
+      devices: the first of these are taken; all by default.
+
+    Raises:
+      UserError: fewer devices, or query heads that do not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = tensor * fsdp
+    if min(tensor, fsdp) < 1 or count > len(devices):
+        raise UserError(
+            f"--mesh.tensor={tensor} --mesh.fsdp={fsdp}: expected at least 1 each, and a product "
+            f"of at most {len(devices)}, the number of devices"
+        )
+    if config.num_heads % tensor:
+        raise UserError(
+            f"--mesh.tensor={tensor}: does not divide the {config.num_heads} heads of the model; "
+            "take a number that does"
+        )
+    if count == 1:
+        return LOCAL
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp, tensor=tensor), devices[:count])
+    rules = tuple(
+        (name, () if name == axes.BATCH else wanted)
+        for name, wanted in model_rules(config, mesh, expert)
+    )
+    return Placement(mesh, functools.partial(sharding.with_shardings, mesh=mesh), rules)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import shutil
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 
 from univla_jax import tasks
 from univla_jax.assets import Assets, spec_key
-from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint, newest_checkpoint
+from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint
 from univla_jax.data.token_store import StoreHeader, TokenStore, compute_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
@@ -23,7 +22,7 @@ from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
-from univla_jax.training.train_config import TrainConfig
+from univla_jax.training.train_config import FREE_MODEL_SETTINGS, TrainConfig
 
 _EMU3_ACTIONS = 2048
 _WHERE = "config.tokenizers"
@@ -32,7 +31,7 @@ _WHERE = "config.tokenizers"
 FOLDER = "assets"
 
 
-def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
+def build_assets(config: TrainConfig, own: epath.Path | None) -> Assets:
     """Everything that gives this run's token ids their meaning, but the model's settings.
 
     A run that has a checkpoint goes on with the tokenizers in it, whatever became of the folders
@@ -42,7 +41,7 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
       config: names the tokenizers, or the earlier stage they come from, and the token stores,
         whose image specs and action statistics become the run's. (That the stores' codes are of
         this vision tokenizer is checked where the data is opened.)
-      workdir: of the run.
+      own: the checkpoint that the run goes on from, None where it begins.
 
     Raises:
       UserError: a tokenizer is missing or does not fit the vocabulary or the earlier stage.
@@ -51,7 +50,6 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
     stores = [store for _, opened in parts for store in opened]
     if not stores:
         raise UserError("config.data.stores: none named; give the folder of a token store")
-    own = newest_checkpoint(workdir)
     assets = _new_assets(config) if own is None else Assets.load(assets_folder(own))
     return dataclasses.replace(
         assets,
@@ -61,12 +59,16 @@ def build_assets(config: TrainConfig, workdir: pathlib.Path) -> Assets:
     )
 
 
-def store_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
+def store_assets(
+    assets: Assets, workdir: epath.Path, own: epath.Path | None, *, force: bool = False
+) -> Assets:
     """Copies the assets to ``<workdir>/assets``, where every checkpoint takes them from.
 
     Args:
       assets: of this run, the model's settings among them.
       workdir: its folder.
+      own: the checkpoint that the run goes on from, None where it begins.
+      force: take these assets although the checkpoint has others.
 
     Returns:
       the assets read back; the vision tokenizer's weights stay on disk until they are used.
@@ -74,30 +76,32 @@ def store_assets(assets: Assets, workdir: pathlib.Path) -> Assets:
     Raises:
       UserError: the run has a checkpoint with other assets.
     """
-    own, folder = newest_checkpoint(workdir), workdir / FOLDER
-    if own is not None and not _mean_the_same(Assets.load(assets_folder(own)), assets):
+    folder = workdir / FOLDER
+    if own is not None and not force and not _same_run(Assets.load(assets_folder(own)), assets):
         raise UserError(
             f"{own} was saved with other action statistics, image specs, task or model settings "
             "than this config gives: a token store was changed since the run was begun; restore "
             "it, or start in a new --workdir"
         )
     if jax.process_index() == 0 and not _holds(folder, assets):
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.rmtree(missing_ok=True)
         assets.save(folder)
     barrier("store_assets")
     return Assets.load(folder)
 
 
-def _mean_the_same(first: Assets, second: Assets) -> bool:
-    """Whether token ids have the same meaning; what of them is learned may differ."""
-    prints = [
-        dataclasses.replace(assets, task=without_labels(assets.task)).fingerprint
-        for assets in (first, second)
-    ]
-    return prints[0] == prints[1]
+def _same_run(saved: Assets, assets: Assets) -> bool:
+    """Whether assets are those of an earlier start, but for settings that may change."""
+    free = {name: assets.model[name] for name in FREE_MODEL_SETTINGS if name in assets.model}
+    saved = dataclasses.replace(saved, model={**saved.model, **free})
+    # What of the tokens is learned may change too; it gives none of them another meaning.
+    saved, assets = (
+        dataclasses.replace(each, task=without_labels(each.task)) for each in (saved, assets)
+    )
+    return saved.fingerprint == assets.fingerprint
 
 
-def _holds(folder: pathlib.Path, assets: Assets) -> bool:
+def _holds(folder: epath.Path, assets: Assets) -> bool:
     """Whether ``folder`` holds these assets, whole."""
     try:
         return folder.is_dir() and Assets.load(folder).fingerprint == assets.fingerprint
@@ -223,6 +227,12 @@ def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
     if action is None and config.data.needs.action_tokens:
         needing = next(part.task for part in config.data.parts if part.needs.action_tokens)
         raise UserError(f"{_WHERE}.action is empty, but the task {needing!r} needs it")
+    for part in config.data.parts:
+        if part.needs.action_tokens and action.horizon not in (None, part.chunk_size):
+            raise UserError(
+                f"{_WHERE}.action was fitted to chunks of {action.horizon} steps, data.chunk_size "
+                f"is {part.chunk_size}; set it to that, or fit another"
+            )
     if earlier is None:
         vocabulary = _vocabulary(folders.vocabulary, text, vision, action)
     elif earlier.action is None and action is not None:
@@ -247,7 +257,7 @@ def _vocabulary(
     )
 
 
-def _check_earlier(assets: Assets, earlier: Assets, folder: pathlib.Path) -> None:
+def _check_earlier(assets: Assets, earlier: Assets, folder: epath.Path) -> None:
     """Raises UserError unless the earlier stage's parameters know these tokens."""
     prints = earlier.tokenizer_fingerprints
     if earlier.action is None:  # its vocabulary left the number of actions open

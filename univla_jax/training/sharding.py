@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univla_jax.errors import UserError
 from univla_jax.models import decoder_config
+from univla_jax.models.linear import fitting_axes
 
 AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("replica", "data", "fsdp")
@@ -57,11 +58,6 @@ RULES: ShardingRules = (
     (decoder_config.LOOKUP_BATCH, ("replica", "data")),
     (decoder_config.LOOKUP_LENGTH, ()),
     (decoder_config.LOOKUP_EMBED, ("fsdp", "context")),
-    # the loss: every device has a part of the head's vocabulary and gets the positions of all, so
-    # that hidden states travel instead of the head and its gradient, which are larger
-    (decoder_config.LOSS_BATCH, ("replica", "data")),
-    (decoder_config.LOSS_LENGTH, ()),
-    (decoder_config.LOSS_VOCAB, ("tensor", "fsdp", "context")),
 )
 
 
@@ -162,22 +158,9 @@ def resolve(
     taken: set[str] = set()
     spec = []
     for name, size in zip(names, shape, strict=True):
-        split = [] if name is None else _fitting(table[name], size, mesh, taken)
-        taken.update(split)
-        spec.append(tuple(split) if len(split) > 1 else (split[0] if split else None))
+        split = () if name is None else fitting_axes(table[name], size, mesh.shape, taken)
+        spec.append(split if len(split) > 1 else (split[0] if split else None))
     return PartitionSpec(*spec)
-
-
-def _fitting(wanted: Sequence[str], size: int, mesh: Mesh, taken: set[str]) -> list[str]:
-    """The free ones of ``wanted`` whose parts together divide ``size``."""
-    chosen: list[str] = []
-    parts = 1
-    for axis in wanted:
-        if axis in taken or mesh.shape[axis] == 1 or size % (parts * mesh.shape[axis]):
-            continue
-        chosen.append(axis)
-        parts *= mesh.shape[axis]
-    return chosen
 
 
 def activation_rules(
@@ -191,7 +174,7 @@ def activation_rules(
       rules: to start from.
     """
     return tuple(
-        (name, tuple(_fitting(wanted, sizes[name], mesh, set())) if name in sizes else wanted)
+        (name, fitting_axes(wanted, sizes[name], mesh.shape, set()) if name in sizes else wanted)
         for name, wanted in rules
     )
 

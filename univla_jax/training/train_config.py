@@ -136,6 +136,8 @@ class TrainConfig:
       evaluation: held-out loss.
       log_every: steps between two lines of metrics.
       data_timeout_seconds: the longest wait for a batch before the run stops.
+      hang_seconds: the longest time without a step, compilation, evaluation or save that moves on
+        before the run stops with the stacks of its threads; 0 waits for ever.
       sample_tokens: length of a usual sample, from which ``plan`` says how many tokens of a step
         are useful; 0 counts batch elements as full.
     """
@@ -154,6 +156,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     log_every: int = 1
     data_timeout_seconds: float = 600.0
+    hang_seconds: float = 1800.0
     sample_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -179,6 +182,9 @@ class TrainConfig:
         return self.data.needs.action_expert
 
 
+FREE_MODEL_SETTINGS = ("remat", "attention", "scan_unroll")
+"""Fields of ``DecoderConfig`` that say how, not what is computed."""
+
 FREE = (
     "total_steps",
     "log_every",
@@ -187,6 +193,7 @@ FREE = (
     "mesh",
     "sample_tokens",
     "data_timeout_seconds",
+    "hang_seconds",
     "data.too_long",
     "data.loss_on",
     "data.vision_weight",
@@ -195,7 +202,19 @@ FREE = (
     "data.workers",
     "data.read_threads",
     "data.prefetch_batches",
+    "data.stores",
+    "evaluation.stores",
+    "init_from",
+    "loss.max_labeled",
+    "loss.chunks",
+    *(f"model.overrides.{name}" for name in FREE_MODEL_SETTINGS),
 )
 """Keys that may change when a run is resumed. None changes the batches; ``total_steps`` stretches
 the schedule of the steps to come, ``loss_on`` and ``vision_weight`` set their loss; ``too_long``
-decides about samples that a run has not met."""
+decides about samples that a run has not met. Stores may be moved: the saved data position knows
+their contents. ``init_from`` did its part at step 0."""
+
+
+def free_keys(config: TrainConfig) -> tuple[str, ...]:
+    """The keys of a run that may change when it is resumed."""
+    return (*FREE, "accumulation") if config.loss.normalization == "global" else FREE

@@ -9,7 +9,8 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -22,11 +23,12 @@ from univla_jax import checkpoints, io, run_dir
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import Checkpointer
 from univla_jax.errors import UserError
-from univla_jax.io import PathLike
+from univla_jax.io import PathLike, absolute_path
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
 from univla_jax.pipeline.mixture import with_held_out_stores
 from univla_jax.training import sharding
-from univla_jax.training.distributed import Preempted, SigtermHandler, next_within
+from univla_jax.training.distributed import Preempted, SigtermHandler, Watchdog, next_within
+from univla_jax.training.goodput import GoodputLog
 from univla_jax.training.metrics import (
     MetricsLogger,
     Profiler,
@@ -36,12 +38,13 @@ from univla_jax.training.metrics import (
 )
 from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.run_assets import build_assets, store_assets
-from univla_jax.training.train_config import FREE, TrainConfig
+from univla_jax.training.train_config import TrainConfig, free_keys
 from univla_jax.training.train_step import TrainState, means
 
 Metrics = Mapping[str, Any]
 _MUST_BE_FINITE = ("loss", "grad_norm")
 _EVALUATION_PREFIX = "eval/"
+FORCED_FILE = "forced.json"
 
 
 def train(
@@ -51,6 +54,7 @@ def train(
     progress: bool = True,
     profile: ProfileWindow | None = None,
     wandb: str = "",
+    force: bool = False,
 ) -> None:
     """Trains a decoder in ``workdir``, from its newest checkpoint if there is one.
 
@@ -60,38 +64,48 @@ def train(
       progress: whether to draw a progress bar on standard error.
       profile: steps of which a trace is written, or None.
       wandb: project of Weights & Biases to send metrics to, empty for none.
+      force: go on although the config is another one than the workdir's; ``forced.json`` in it
+        records what was changed at which step.
 
     Raises:
       UserError: something in the config, the data, the earlier stage or the workdir to fix, or a
         loss that is not finite.
       Preempted: SIGTERM arrived; the step is saved.
     """
-    workdir = epath.Path(workdir)
-    run_dir.check_config(workdir, config, free=FREE)
-    newest = checkpoints.newest_checkpoint(workdir)
+    started = time.time()
+    workdir, free = absolute_path(workdir), free_keys(config)
+    checkpoints.check_workdir(workdir)
+    run_dir.check_config(workdir, config, free=free, force=force)
+    changes = run_dir.config_changes(workdir, config, free=free)
+    newest = checkpoints.intact_checkpoint(workdir, Assets.load)
     if newest is not None and int(newest.name) >= config.total_steps:
         _print_once(f"{workdir} is trained to step {config.total_steps} already")
         return
 
     # Everything that can be wrong is found out before the workdir is touched: tokenizers, shapes,
     # mesh and data. Only then does the workdir become this run's.
-    assets = build_assets(config, workdir)
-    setup = TrainSetup.build(config, assets.vocabulary, sharding.make_mesh(config.mesh))
+    assets = build_assets(config, newest)
+    setup = TrainSetup.on_devices(config, assets.vocabulary)
     expert = dataclasses.asdict(setup.expert.config) if setup.expert else {}
     assets = dataclasses.replace(
         assets, model=dataclasses.asdict(setup.model.config), action_expert=expert
     )
-    batches = _training_batches(setup, assets)
+    batches = _training_batches(setup, assets, force=force)
     evaluation = HeldOutEvaluation(setup, assets) if config.evaluation.every else None
-    run_dir.write_config(workdir, config)
-    assets = store_assets(assets, workdir)
+    if jax.process_index() == 0:
+        _record_changes(workdir, changes, newest)
+        run_dir.write_config(workdir, config, free=free, force=force)
+    assets = store_assets(assets, workdir, newest, force=force)
     _describe(setup, workdir)
 
     project = wandb if jax.process_index() == 0 else ""
     with (
         batches,
-        Checkpointer(workdir, config.checkpoint, write_assets=assets.save) as checkpointer,
+        Checkpointer(
+            workdir, config.checkpoint, write_assets=assets.save, check_assets=Assets.load
+        ) as checkpointer,
         Profiler(profile, workdir) as profiler,
+        GoodputLog(workdir, started) as goodput,
     ):
         state = _initial_state(setup, assets, checkpointer, batches)
         logger = MetricsLogger(
@@ -103,7 +117,13 @@ def train(
             throughput=Throughput.of(setup.flops_per_token, setup.mesh.devices.flat),
             writers=[WandbWriter(project, workdir, dataclasses.asdict(config))] if project else [],
         )
-        with logger, SigtermHandler() as stop:
+        with (
+            logger,
+            SigtermHandler() as stop,
+            Watchdog(config.hang_seconds) as watchdog,
+        ):
+            if evaluation is not None:
+                evaluation.progress = watchdog.progress
             fit(
                 state,
                 setup.train_step(),
@@ -114,6 +134,8 @@ def train(
                 stop=stop,
                 evaluation=evaluation,
                 before_step=profiler,
+                watchdog=watchdog,
+                goodput=goodput,
             )
 
 
@@ -141,6 +163,8 @@ def fit(
     stop: Callable[[int], bool] | None = None,
     evaluation: HeldOutEvaluation | None = None,
     before_step: Callable[[int], None] | None = None,
+    watchdog: Watchdog | None = None,
+    goodput: GoodputLog | None = None,
 ) -> Any:
     """Trains from ``state.step`` to ``total_steps`` and leaves a checkpoint of the last state.
 
@@ -155,6 +179,8 @@ def fit(
       stop: called before each step; True saves that step and raises ``Preempted``.
       evaluation: run before the step where it is due, and its metrics saved with the checkpoint.
       before_step: called with the number of each step, after its batch came.
+      watchdog: told about every step.
+      goodput: told when the first step is done, and about every save.
 
     Returns:
       the state at ``total_steps``.
@@ -169,6 +195,8 @@ def fit(
         # Checkpoint. Here the state has taken ``step`` steps and the iterator stands before batch
         # ``step``, so a resumed run repeats nothing and leaves nothing out. The metrics of the
         # previous step are checked before, so that a state that went wrong is never saved.
+        if watchdog is not None:
+            watchdog.progress()
         last = step == total_steps
         preempted = not last and stop is not None and stop(step)
         save = last or preempted or checkpointer.due(step)
@@ -179,7 +207,10 @@ def fit(
             if measured:
                 logger.write(step, measured)
             if save:
+                logger.sync()
                 checkpointer.save(step, state, iterator, metrics=measured)
+                if goodput is not None:
+                    goodput.mark(step)
         if last or preempted:
             break
 
@@ -192,10 +223,14 @@ def fit(
             before_step(step)
         state, metrics = step_fn(state, batch)
         _log(previous, logger)
+        if goodput is not None and previous is not None and not goodput.running:
+            goodput.mark(step)
         previous = step, metrics
     checkpointer.wait()
+    if goodput is not None and (told := goodput.summary()):
+        print(told, file=sys.stderr)
     if preempted:
-        raise Preempted(step)
+        raise Preempted(step, getattr(stop, "name", "SIGTERM"))
     return state
 
 
@@ -241,6 +276,7 @@ class GlobalBatches:
         parts: int = 1,
         timeout_seconds: float = 600.0,
         check: Callable[[Any], None] | None = None,
+        force: bool = False,
     ) -> None:
         """Wraps ``batches``.
 
@@ -251,9 +287,10 @@ class GlobalBatches:
           parts: into which the processes share a batch, see ``sharding.HostSlice``.
           timeout_seconds: the longest wait for a batch.
           check: called with each batch of this process; raises where it cannot be trained on.
+          force: begin the data anew where a saved position is of other data.
         """
         self._batches, self._sharding, self._parts = batches, batch_sharding, parts
-        self._timeout, self._check = timeout_seconds, check
+        self._timeout, self._check, self._force = timeout_seconds, check, force
 
     def __iter__(self) -> Iterator[Any]:
         """Returns itself."""
@@ -272,7 +309,12 @@ class GlobalBatches:
 
     def set_state(self, *states: bytes) -> None:
         """Moves to a position that ``get_state`` returned, here or on all processes together."""
-        self._batches.set_state(*states)
+        try:
+            self._batches.set_state(*states)
+        except UserError as error:
+            if not self._force:
+                raise
+            _print_once(f"warning: the data begins anew: {error}")
 
     def __enter__(self) -> GlobalBatches:
         """Returns itself."""
@@ -283,7 +325,7 @@ class GlobalBatches:
         self._batches.close()
 
 
-def _training_batches(setup: TrainSetup, assets: Assets) -> GlobalBatches:
+def _training_batches(setup: TrainSetup, assets: Assets, *, force: bool) -> GlobalBatches:
     data, part = setup.config.data, setup.host_slice
     return GlobalBatches(
         training_batches(data, assets, host=part.index, hosts=part.count),
@@ -291,6 +333,7 @@ def _training_batches(setup: TrainSetup, assets: Assets) -> GlobalBatches:
         parts=part.count,
         timeout_seconds=setup.config.data_timeout_seconds,
         check=setup.check_batch,
+        force=force,
     )
 
 
@@ -299,7 +342,11 @@ def _training_batches(setup: TrainSetup, assets: Assets) -> GlobalBatches:
 
 
 class HeldOutEvaluation:
-    """Loss and metrics of a state on the same held-out batches every time."""
+    """Loss and metrics of a state on the same held-out batches every time.
+
+    Attributes:
+      progress: called after each batch; None for no call.
+    """
 
     def __init__(self, setup: TrainSetup, assets: Assets) -> None:
         """Opens the held-out episodes.
@@ -307,6 +354,7 @@ class HeldOutEvaluation:
         Raises:
           UserError: there are none, or their store does not fit the run.
         """
+        self.progress: Callable[[], None] | None = None
         self._setup, self._config, self._step = setup, setup.config.evaluation, setup.eval_step()
         data, part = setup.config.data, setup.host_slice
         if self._config.stores:
@@ -324,6 +372,8 @@ class HeldOutEvaluation:
             setup.check_batch(batch)
             batch = sharding.to_global(batch, setup.batch_sharding, setup.host_slice.count)
             sums = self._step(state.params, state.step, batch)
+            if self.progress is not None:
+                self.progress()
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         loss, weight, sums = jax.device_get(total)
         with np.errstate(invalid="ignore"):  # nothing to average is NaN, and not logged
@@ -351,6 +401,18 @@ def _initial_state(
     if setup.config.model.visual_init == "codebook":
         return setup.with_visual_init(state, assets.vision.codebook, assets.vocabulary.visual_start)
     return state
+
+
+def _record_changes(workdir: epath.Path, changes: Sequence[str], newest: epath.Path | None) -> None:
+    """Adds what ``force`` let through to ``forced.json``."""
+    if not changes:
+        return
+    file, step = workdir / FORCED_FILE, 0 if newest is None else int(newest.name)
+    record = io.read_json(file) if file.exists() else {"changes": []}
+    record["changes"].append({"step": step, "config": list(changes)})
+    workdir.mkdir(parents=True, exist_ok=True)
+    io.write_json(file, record)
+    _print_once(f"warning: from step {step} on with another config: {'; '.join(changes)}")
 
 
 def _describe(setup: TrainSetup, workdir: epath.Path) -> None:

@@ -125,6 +125,7 @@ def make_train_step(
     accumulation: int = 1,
     normalization: str = "global",
     rules: sharding.ShardingRules = sharding.RULES,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Step:
     """Builds ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -140,6 +141,7 @@ def make_train_step(
         weight; ``"per_micro_batch"`` averages the micro-batches' own means, as the reference does
         (modeling_emu3.py:1586 under gradient accumulation).
       rules: for the activations the loss names, see ``sharding.activation_rules``.
+      compiler_options: of XLA, see ``training/compiler_options.py``.
 
     Returns:
       the step; its metrics are float32 scalars: ``loss``, ``grad_norm`` before clipping,
@@ -176,6 +178,7 @@ def make_train_step(
         in_shardings=(placed, batch_sharding),
         out_shardings=(placed, whole),
         donate_argnums=0,
+        compiler_options=dict(compiler_options or {}),
     )
     return Step(jitted, mesh, rules)
 
@@ -186,6 +189,7 @@ def make_eval_step(
     batch_sharding: NamedSharding,
     *,
     rules: sharding.ShardingRules = sharding.RULES,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Step:
     """Builds ``eval(params, step, batch) -> (sum of w * nll, sum of w, sums)`` without dropout.
 
@@ -197,6 +201,7 @@ def make_eval_step(
         lambda params, step, batch: loss_fn(params, batch, step, None),
         in_shardings=(sharding.shardings(abstract.params), whole, batch_sharding),
         out_shardings=whole,
+        compiler_options=dict(compiler_options or {}),
     )
     return Step(jitted, mesh, rules)
 

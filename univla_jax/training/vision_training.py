@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from univla_jax import run_dir
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
@@ -32,6 +32,7 @@ from univla_jax.config import build_config
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
+from univla_jax.io import absolute_path
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vision_vq import (
@@ -174,7 +175,7 @@ def fit_vision(
         finite.
       Preempted: SIGTERM arrived; the step is saved.
     """
-    run = pathlib.Path(folder) / RUN
+    run = absolute_path(folder) / RUN
     run_dir.check_config(run, config, free=(*FREE, "total_steps"))
     specs = config.specs()
     episodes = ValidEpisodes(config, source, list(specs))
@@ -193,7 +194,7 @@ def fit_vision(
 
 
 def _train(
-    config: VisionFitConfig, batches: FrameBatches, run: pathlib.Path, progress: bool
+    config: VisionFitConfig, batches: FrameBatches, run: epath.Path, progress: bool
 ) -> VisionTrainState:
     optimizer = make_muon(config.optimizer, config.total_steps)
     state = initial_state(config.network(), optimizer, config.seed)

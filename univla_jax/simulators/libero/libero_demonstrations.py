@@ -12,15 +12,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
 from univla_jax.data.datasets import DatasetConfig, find_dataset_config
 from univla_jax.data.rlds_writer import RecordedEpisode, check_description, write_rlds
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
+from univla_jax.io import absolute_path
 from univla_jax.simulators import StepResult, Trial
 from univla_jax.simulators.libero.libero_benchmark import (
     INITIAL_STATES,
@@ -77,7 +78,7 @@ class DemonstrationsConfig:
 
 def write_demonstrations(
     config: DemonstrationsConfig, out: str | os.PathLike[str], *, assets: str | None = None
-) -> pathlib.Path:
+) -> epath.Path:
     """Writes the dataset unless it is there.
 
     Args:
@@ -94,7 +95,7 @@ def write_demonstrations(
     description = "Scripted experts of LIBERO: " + json.dumps(
         dataclasses.asdict(config), sort_keys=True
     )
-    folder = pathlib.Path(out) / config.suite / config.version
+    folder = absolute_path(out) / config.suite / config.version
     if not (folder / "dataset_info.json").is_file():  # else no simulator is needed
         simulator = LiberoSimulator(LiberoProtocol(config.suite), assets)
         counts = {"train": config.train_episodes, "val": config.val_episodes}

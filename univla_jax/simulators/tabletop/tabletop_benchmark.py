@@ -89,6 +89,7 @@ def make_benchmark(
             "other_instruction": functools.partial(make, other_instruction=True),
             "attempts": functools.partial(make, attempts=True),
         },
+        scripted=("expert", "attempts"),
         conditions=("policy", "other_instruction", "untrained", "random"),
         in_process=True,
         batch=40,

@@ -12,10 +12,10 @@ import itertools
 import json
 import multiprocessing
 import os
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
 from univla_jax.data.rlds_writer import check_description, write_rlds
 from univla_jax.episode import Episode
@@ -275,7 +275,7 @@ def _demonstrate(seed: int, family: str | None) -> Episode:
 
 def write_demonstrations(
     config: DemonstrationsConfig, out: str | os.PathLike[str], *, assets: str | None = None
-) -> pathlib.Path:
+) -> epath.Path:
     """Writes the dataset unless it is there.
 
     Args:

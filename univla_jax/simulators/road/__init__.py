@@ -1,0 +1,1 @@
+"""The embedded road: seeded scenes, traffic, a front camera, and NAVSIM-shaped logs of them."""
