@@ -4,6 +4,21 @@
     python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=DIR \\
         --config.init_from=WORLD_MODEL_DIR --config.data.stores="('STORE',)"
 
+One checkpoint that acts, imagines, obeys and judges, after the stage ``world_model``::
+
+    for split in attempts attempts_held_out; do
+      python -m univla_jax.evaluate --config=configs/quickstart.py:$split \\
+          --checkpoint=W/world_model --out=W/$split
+    done
+    python -m univla_jax.train --config=configs/quickstart.py:unified --workdir=W/unified \\
+        --config.init_from=W/world_model \\
+        --config.data.stores="('W/tokens/train', 'W/attempts/rollouts')" \\
+        --config.evaluation.stores="('W/tokens/val', 'W/attempts_held_out/rollouts')"
+    python -m univla_jax.evaluate --config=configs/quickstart.py:evaluate \\
+        --checkpoint=W/unified --plan=8 --conditions=policy --out=W/planned
+    python -m univla_jax.imagine --config=configs/quickstart.py:imagine --checkpoint=W/unified \\
+        --source=W/demonstrations --actions=recorded --out=W/obeyed
+
 One recipe per stage, chosen by the name after the colon; each names only what differs from the
 defaults of its dataclass, and every field of that can be set on the command line.
 """
@@ -25,6 +40,7 @@ from univla_jax.training.vision_training import VisionFitConfig
 
 CORPUS = "tabletop"
 ACTION_FRAMES = 5  # steps of an action chunk: one second at 5 Hz
+VIEWS = ("image", "wrist_image")
 FRAME_SPACING = 3  # steps between the world model's frames
 IMAGE_SPECS = {
     "image": {"size": (32, 32), "factor": 8, "min_pixels": 256},
@@ -92,10 +108,10 @@ def world_model() -> ConfigDict:
 
 
 def policy() -> ConfigDict:
-    """Action chunks, interleaved with the frames of both cameras before them."""
+    """Action chunks alone, interleaved with the frames of both cameras: the specialist."""
     data = {
         "task": "policy_video",
-        "views": ("image", "wrist_image"),
+        "views": VIEWS,
         "frames": 2,
         "chunk_size": ACTION_FRAMES,
         "aligned_windows": 0.7,
@@ -104,6 +120,82 @@ def policy() -> ConfigDict:
         "batch_size": 16,
     }
     return complete(TrainConfig, training(3600, data) | {"loss": {"max_labeled": 64}})
+
+
+def unified() -> ConfigDict:
+    """One checkpoint that acts, imagines, imagines what given actions do, and judges.
+
+    Its stores are ``train``, the demonstrations, and ``rollouts``, the attempts with outcomes.
+    """
+    both = {"views": VIEWS}
+    mixture = (
+        {
+            "task": "policy_video",
+            "name": "policy",
+            "stores": ("train",),
+            "weight": 0.46,
+            "frames": 2,
+            "aligned_windows": 0.7,
+            **both,
+        },
+        {
+            # Attempts teach what actions do where they do not follow from the instruction.
+            "task": "policy_video",
+            "name": "dynamics",
+            "stores": ("train", "rollouts"),
+            "weights": (1.0, 3.0),
+            "weight": 0.22,
+            "frames": 3,
+            "loss_on": "vision",
+            **both,
+        },
+        {
+            "task": "world_model",
+            "stores": ("train",),
+            "weight": 0.22,
+            "frames": 4,
+            "frame_spacing": FRAME_SPACING,
+            **both,
+        },
+        {
+            "task": "value",
+            "stores": ("rollouts",),
+            "weight": 0.1,
+            "frames": 3,
+            "aligned_windows": 0.5,
+            **both,
+        },
+    )
+    data = {
+        "mixture": mixture,
+        "chunk_size": ACTION_FRAMES,
+        "sequence_length": 256,
+        "batch_size": 8,
+        "vision_weight": 0.3,
+    }
+    return complete(TrainConfig, training(4900, data))
+
+
+def attempts() -> ConfigDict:
+    """Roll-outs of an expert that errs, with their outcomes, on scenes of demonstrations."""
+    values = {
+        "episodes": 1200,
+        "batch": 40,
+        "max_steps": 30,
+        "conditions": ("attempts",),
+        "training_scenes": True,
+        "first_seed": 500_000,
+        "rollouts": True,
+        "video_episodes": 0,
+    }
+    return complete(EvaluateConfig, values)
+
+
+def attempts_held_out() -> ConfigDict:
+    """Further attempts, for the held-out loss of the value."""
+    config = attempts()
+    config.update({"episodes": 80, "first_seed": 600_000})
+    return config
 
 
 def training(steps: int, data: Values) -> Values:
@@ -134,7 +226,20 @@ def imagine() -> ConfigDict:
     return complete(ImagineConfig, {"corpus": CORPUS, "episodes": 48, "frames": 3, "batch": 48})
 
 
-STAGES = (demonstrations, text, action, vision, tokens, world_model, policy, evaluate, imagine)
+STAGES = (
+    demonstrations,
+    text,
+    action,
+    vision,
+    tokens,
+    world_model,
+    attempts,
+    attempts_held_out,
+    unified,
+    policy,
+    evaluate,
+    imagine,
+)
 
 
 def get_config(stage: str = "") -> ConfigDict:

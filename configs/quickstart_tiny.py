@@ -15,6 +15,9 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "demonstrations": {"train_episodes": 12, "val_episodes": 4},
     "vision": {"total_steps": 6, "batch_size": 2, "evaluation_frames": 16},
     "world_model": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
+    "attempts": {"episodes": 10, "max_steps": 8},
+    "attempts_held_out": {"episodes": 5, "max_steps": 8},
+    "unified": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "policy": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "evaluate": {"episodes": 5, "batch": 5, "max_steps": 10},
     "imagine": {"episodes": 2, "batch": 2},
@@ -29,7 +32,7 @@ def get_config(stage: str = "") -> ConfigDict:
     """
     config = _FULL["get_config"](stage)
     config.update_from_flattened_dict(_SMALLER.get(stage, {}))
-    if stage in ("world_model", "policy"):
+    if stage in ("world_model", "unified", "policy"):
         config.checkpoint.every = 2
         config.log_every = 1
         config.model.preset = "tiny"

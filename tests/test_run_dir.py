@@ -152,7 +152,7 @@ def _with_former_names(values: dict) -> dict:
 
 
 def test_runs_from_before_a_renaming_continue(tmp_path):
-    data = DataConfig(("store",), "policy_video", 64, 2, chunk_size=5)
+    data = DataConfig(64, 2, ("store",), "policy_video", chunk_size=5)
     loss = LossConfig(normalization="per_micro_batch", max_labeled=8)
     run = TrainConfig(4, ModelConfig("tiny", visual_init="codebook"), data, loss=loss)
     saved = _with_former_names(json_values(run))

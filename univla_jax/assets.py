@@ -126,7 +126,7 @@ class Assets:
         corpora of a run have a view of the same name and another spec. ``image_spec`` finds it.
       statistics: per dataset, the action statistics used for normalization; its state's under
         ``state_key``.
-      task: what it was trained on and how (``tasks.TaskRecord``), as JSON values.
+      task: what it was trained on and how (``tasks.records_to_json``), as JSON values.
       model: settings of the decoder, as JSON values.
       action_expert: settings of the action expert on top of it; empty where there is none.
     """

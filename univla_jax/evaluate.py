@@ -20,6 +20,11 @@ moment and started again, the command goes on with the missing episodes; finishe
 ``--mesh.tensor`` and ``--mesh.fsdp`` split the model over
 chips. ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples actions.
 
+``--plan=8`` samples eight chunks, imagines what each does, judges it and executes the best, with a
+checkpoint that was trained on all of that; ``--plan_by=random`` and ``divergence`` are baselines
+without imagination. ``--rollouts`` leaves the episodes as a token store with outcomes in
+``FOLDER/rollouts``, to learn from.
+
 ``--policy=zero``, ``random`` or ``expert`` evaluates that condition alone. LIBERO's scripted
 experts act by default in all tasks of the suite that have one; with ``--config`` (a recipe of
 ``configs/official.py``) their actions take the way of a policy's: normalized by the recipe's
@@ -45,6 +50,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation import closed_loop, offline, report
 from univla_jax.evaluation.actors import ActionRoundTrip
 from univla_jax.evaluation.closed_loop import EvaluateConfig
+from univla_jax.inference.planning import CHOICES
 from univla_jax.inference.sampling import sampling_flags
 from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
 from univla_jax.simulators import BENCHMARKS, EXPERT_CHUNK
@@ -86,6 +92,9 @@ _FIELDS = {
     "execute": flags.DEFINE_integer("execute", None, "actions executed of each chunk; 0 for all"),
     "assets": cli.string_flag("assets", "the simulator's assets or data set", required=False),
     "conditions": flags.DEFINE_list("conditions", None, "the policy and its baselines"),
+    "plan": flags.DEFINE_integer("plan", None, "chunks to choose the best of; 0 does not plan"),
+    "plan_by": flags.DEFINE_enum("plan_by", None, CHOICES, "how the best chunk is chosen"),
+    "rollouts": flags.DEFINE_bool("rollouts", None, "write the episodes as a token store"),
     "corpus": cli.string_flag(
         "corpus", "corpus whose cameras and statistics apply", required=False
     ),

@@ -6,12 +6,18 @@
     python -m univla_jax.imagine --config=configs/quickstart.py:imagine \\
         --checkpoint=WORKDIR --image=PICTURE --instruction="push the red block" --out=FOLDER
 
+    python -m univla_jax.imagine --config=configs/quickstart.py:imagine --checkpoint=WORKDIR \\
+        --source=RLDS_FOLDER --actions=recorded --out=FOLDER
+
     python -m univla_jax.imagine --config=configs/road.py:imagine --checkpoint=WORKDIR --out=FOLDER
 
 The first form writes ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
 ``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
 last frame given. Started again on finished results, the command says so. The second continues a
-picture of your own. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera;
+picture of your own. The third lets the frames follow given actions: those that were recorded, or
+``--actions=FILE.npy``, float [steps, A] for every episode or [episodes, steps, A], in physical
+units, a whole number of the model's action chunks; it writes ``obeyed.png`` (real above imagined)
+and ``obey.json``. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera;
 ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples frames instead of taking the
 likeliest. The third imagines scenes of the embedded road under the true and a changed steering,
 which the true renderer judges: ``steering.png``, ``steering.json``.
@@ -29,7 +35,7 @@ from univla_jax import cli
 from univla_jax.cli import format_table
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.evaluation import imagined_episodes, steered_imagination
+from univla_jax.evaluation import imagined_episodes, obeyed_episodes, steered_imagination
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
 from univla_jax.evaluation.steered_imagination import SteeringConfig
 from univla_jax.inference.sampling import sampling_flags
@@ -40,6 +46,9 @@ CHECKPOINT = cli.string_flag("checkpoint", "world-model checkpoint, or its train
 SOURCE = cli.string_flag("source", "RLDS dataset folder with the held-out split", required=False)
 IMAGE = cli.string_flag("image", "picture to continue instead", required=False)
 INSTRUCTION = cli.string_flag("instruction", "task for that picture", default="")
+ACTIONS = cli.string_flag(
+    "actions", "'recorded' or a .npy file: imagine what these actions do", required=False
+)
 OUT = cli.string_flag("out", "folder for the results")
 SAMPLING = sampling_flags()
 MESH = mesh_flags()
@@ -73,6 +82,15 @@ def main(argv: list[str]) -> None:
     config = build_config(ImagineConfig, values)
     if (SOURCE.value is None) == (IMAGE.value is None):
         raise UserError("give either --source (real episodes) or --image (a picture)")
+    if ACTIONS.value is not None:
+        if SOURCE.value is None:
+            raise UserError("--actions: give --source, whose episodes the actions are done in")
+        obeyed_episodes.obey(
+            config, CHECKPOINT.value, SOURCE.value, ACTIONS.value, OUT.value, sampling=SAMPLING()
+        )
+        print(obeyed_episodes.table(OUT.value))
+        _print_paths([obeyed_episodes.STRIPS, obeyed_episodes.REPORT])
+        return
     if IMAGE.value is not None:
         imagined_episodes.imagine_picture(
             config,
@@ -93,6 +111,8 @@ def main(argv: list[str]) -> None:
         print(f"{OUT.value} holds these results already")
     print(f"{report['episodes']} held-out episodes, {report['frames']} frames")
     print(table(report))
+    for name, value in report.get("true_state", {}).items():
+        print(f"{name.replace('_', ' ')}: {100 * value:.1f} %")
     _print_paths([*imagined_episodes.picture_files(config), imagined_episodes.REPORT])
 
 

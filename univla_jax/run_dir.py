@@ -7,6 +7,7 @@ started again in it continues when the config is the same, and refuses otherwise
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -147,14 +148,15 @@ def differences(
     Args:
       saved: as they were.
       now: as they are.
-      free: keys that may differ, with all below them.
+      free: keys that may differ, with all below them; ``*`` stands for any one, such as the number
+        of an entry in a list.
     """
     before, after, free = _flat(saved), _flat(now), tuple(free)
     return [
         f"{key} was {_short(before.get(key))}, is {_short(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(key == parent or key.startswith(f"{parent}.") for parent in free)
+        and not any(fnmatch.fnmatchcase(f"{key}.", f"{pattern}.*") for pattern in free)
     ]
 
 
@@ -191,9 +193,11 @@ def _changes(
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to dotted keys."""
+    """Nested mappings, and lists of them, to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            value = {str(number): entry for number, entry in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:

@@ -16,6 +16,9 @@ STAGES = (
     "vision",
     "tokens",
     "world_model",
+    "attempts",
+    "attempts_held_out",
+    "unified",
     "policy",
     "evaluate",
     "imagine",
@@ -35,7 +38,7 @@ def test_every_stage_has_a_config(name, stage):
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_tiny"])
 @pytest.mark.parametrize("stage", ["", "polcy"])
 def test_an_unknown_stage_is_named_beside_the_known_ones(name, stage):
-    with pytest.raises(UserError, match=f"'{stage}'.*world_model, policy"):
+    with pytest.raises(UserError, match=f"'{stage}'.*world_model, attempts"):
         recipe(name)(stage)
 
 

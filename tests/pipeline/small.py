@@ -25,6 +25,9 @@ class Letters:
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         return [ord(c) for c in text]
 
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
 
 class Store(list):
     """Episodes in memory with a name for their content."""

@@ -51,7 +51,7 @@ def test_labels_are_the_tasks_unless_they_are_set(task):
 
 def test_the_settings_of_the_task_are_fields_of_the_config():
     config = small.config(frame_spacing=4, views=("b", "a"), state=True, aligned_windows=0.5)
-    assert config.settings == TaskSettings(2, 3, 4, ("b", "a"), True, 0.5)
+    assert config.settings == TaskSettings(2, 3, 4, ("b", "a"), False, True, 0.5)
 
 
 def test_weights_count_per_episode_or_per_store():

@@ -33,7 +33,7 @@ def stream(counts, proportions=None, seed=7, **changes):
     config = small.config(**changes)
     stores = [Split(small.store(n, letter), 0, held_out=False) for n, letter in zip(counts, "abc")]
     builder = SampleBuilder(config, small.assets())
-    return SampleStream(stores, proportions or counts, builder, seed)
+    return SampleStream(stores, proportions or counts, [builder] * len(stores), seed)
 
 
 def located(count, *args, **changes):
@@ -360,7 +360,7 @@ def test_the_world_model_gets_a_sample_of_every_camera_that_the_corpus_names():
     source = [droid_episode(n) for n in range(4)]
     config = small.config(task="world_model", frame_spacing=3, held_out_every=4)
     split = make_split(config, source, held_out=False)
-    made = SampleStream([split], [1], SampleBuilder(config, small.assets()), 7)
+    made = SampleStream([split], [1], [SampleBuilder(config, small.assets())], 7)
     shown = [(made.sample(n)[0].episode_id, *made.draw(n).shown[0][0][0, 0, :1]) for n in range(9)]
     assert sorted(shown) == [(f"a{n}", camera) for n in range(3) for camera in range(3)]
     assert len(make_split(config, source, held_out=True)) == 3
@@ -387,9 +387,7 @@ def test_a_store_weighs_what_its_corpus_does():
     config = small.config(
         stores=("a", "b"), task="world_model", frame_spacing=3, weight_unit="store"
     )
-    made = training_stream(
-        config, SampleBuilder(config, small.assets()), [droid * 5, small.store(5)]
-    )
+    made = training_stream(config, small.assets(), [droid * 5, small.store(5)])
     drawn = np.array([made.locate(n)[0] for n in range(made.epoch)])
     assert (drawn == 0).mean() == pytest.approx(0.2 / 1.2, abs=1e-3)
 

@@ -10,7 +10,6 @@ import pytest
 
 from tests.pipeline import small
 from univla_jax.pipeline.dataset import training_stream
-from univla_jax.pipeline.mixture import SampleBuilder
 from univla_jax.pipeline.packing import POSITION, PackedSource, pack_group
 
 
@@ -39,9 +38,8 @@ def test_groups_keep_every_sequence_once_and_no_bin_empty(seed):
 
 def source(elements=range(2), parts=1, **changes):
     config, assets = small.config(**changes), small.assets()
-    builder = SampleBuilder(config, assets)
-    stream = training_stream(config, builder, [small.store(40)])
-    return PackedSource(config, stream, builder, elements, assets.vocabulary.pad, parts=parts)
+    stream = training_stream(config, assets, [small.store(40)])
+    return PackedSource(config, stream, elements, assets.vocabulary.pad, parts=parts)
 
 
 def segments(items):

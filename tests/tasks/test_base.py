@@ -113,6 +113,11 @@ def build_with_and_without_target(name):
             task.prompt("go", 1, 2, 2),
             "v1 v2 <eof> v3 v4 <eof> <eoi> <eos>",
         ),
+        "value": lambda: (
+            task.build("go", [TWO], chunks[:1], 3),
+            task.build("go", [TWO], chunks[:1]).ids,
+            "a3",
+        ),
         "text_to_image": lambda: (
             task.build("go", TWO[0]),
             task.prompt("go", 1, 2),

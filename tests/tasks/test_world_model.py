@@ -44,11 +44,11 @@ def test_imagining_gives_the_training_sequence():
 
 def test_only_visual_ids_are_decoded_and_parsed():
     v = ASSETS.vocabulary
-    decoding = TASK.decoding((1, 2))
+    decoding = TASK.frame_decoding((1, 2))
     assert decoding.max_new_tokens == 2 and decoding.stop_id is None
     np.testing.assert_array_equal(decoding.allowed, np.arange(v.bov, v.eov + 1))
     codes = np.arange(8, dtype=np.uint16).reshape(2, 2, 1, 2)
-    parsed = TASK.parse(v.visual_ids(codes.reshape(2, 2, 2)), (1, 2))
+    parsed = TASK.parse_frames(v.visual_ids(codes.reshape(2, 2, 2)), (1, 2))
     np.testing.assert_array_equal(parsed, codes)
     assert parsed.dtype == np.uint16
 

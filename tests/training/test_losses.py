@@ -117,7 +117,7 @@ def test_gathered_positions_keep_their_order():
     weights = jnp.asarray([[0, 1, 0, 2, 0], [0, 0, 0, 0, 3]], jnp.float32)
     targets = jnp.arange(10).reshape(2, 5)
     hidden = targets[..., None].astype(jnp.float32)
-    picked, ids, kept, dropped = gather_labeled(hidden, targets, weights, 3)
+    picked, ids, kept, dropped, _ = gather_labeled(hidden, targets, weights, 3)
     np.testing.assert_array_equal(kept, [[1, 2, 0], [3, 0, 0]])
     np.testing.assert_array_equal(ids, [[1, 3, 4], [9, 9, 9]])
     np.testing.assert_array_equal(picked[..., 0], ids)

@@ -5,6 +5,7 @@
     out/
       evaluation.json   config and policy; fixed when the evaluation is begun
       ...               what ``runner.py`` writes while episodes run
+      rollouts/         token store of all episodes with their outcomes, where it is asked for
       versions.json     of everything involved
       report.html       for people, one page that needs no other file
       report.json       written last; its presence means finished
@@ -22,7 +23,8 @@ import jax
 from etils import epath
 
 from univla_jax import __version__, io
-from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
+from univla_jax.assets import Assets
+from univla_jax.checkpoints import assets_folder, checkpoint_identity, find_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.evaluation import report as reports
 from univla_jax.evaluation.actors import (
@@ -32,9 +34,11 @@ from univla_jax.evaluation.actors import (
     ScriptedActor,
     ZeroActions,
 )
+from univla_jax.evaluation.rollouts import write_store
 from univla_jax.evaluation.runner import EPISODES, VIDEOS, Actor, BenchmarkRunner, RunnerConfig
 from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.loaded_model import MakePlacement
+from univla_jax.inference.planning import PlanningConfig, plan
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
@@ -56,6 +60,7 @@ _OPTIONS = (
     "episodes_per_task",
     "max_steps",
     "first_seed",
+    "training_scenes",
     "execute",
     "assets",
 )
@@ -73,11 +78,19 @@ class EvaluateConfig:
       episodes_per_task: initial states of each task (CALVIN: chains).
       max_steps: steps after which an episode ends.
       first_seed: index of the first seed in the range kept for evaluation.
+      training_scenes: scenes of the range kept for demonstrations instead, for roll-outs that are
+        learned from.
+      rollouts: whether all episodes are written to ``rollouts/``, a token store with outcomes, by
+        the tokenizers of the checkpoint.
       execute: actions executed of each chunk; by default all.
       assets: the simulator's assets or data set.
       conditions: "policy"; the same model with random parameters ("untrained"); random actions;
         zero actions; and where the benchmark has them the policy given another object's
-        instruction but scored on the true task ("other_instruction"), or scripts ("expert").
+        instruction but scored on the true task ("other_instruction"), scripts ("expert"), or
+        scripts that err ("attempts").
+      plan: chunks of which the policy imagines, judges and executes the best; 0 does not plan.
+      plan_by: how the best is chosen, see ``inference.planning.PlanningConfig``.
+      plan_temperature: of the sampled chunks.
       corpus: whose cameras and action statistics the policy uses.
       untrained_seed: of the random parameters.
       batch: episodes run at once and answered in one call to the policy, each in a process of its
@@ -93,9 +106,14 @@ class EvaluateConfig:
     episodes_per_task: int = 0
     max_steps: int = 0
     first_seed: int = 0
+    training_scenes: bool = False
+    rollouts: bool = False
     execute: int = 0
     assets: str = ""
     conditions: tuple[str, ...] = ()
+    plan: int = 0
+    plan_by: str = "value"
+    plan_temperature: float = 1.0
     corpus: str = ""
     untrained_seed: int = 0
     batch: int = 0
@@ -109,6 +127,13 @@ class EvaluateConfig:
         for name in ("episodes", "episodes_per_task", "max_steps", "execute", "batch"):
             if getattr(self, name) < 0:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 0")
+
+        if self.plan:
+            self.planning()
+
+    def planning(self) -> PlanningConfig:
+        """How the policy plans."""
+        return PlanningConfig(self.plan, self.plan_by, self.plan_temperature)
 
     def make_benchmark(self) -> Benchmark:
         """The benchmark with the options that are set.
@@ -180,7 +205,13 @@ def evaluate(
     batch = config.batch or benchmark.batch
     options = {"batch_size": batch, "sampling": sampling, "place": place}
     actors = _Actors(config, benchmark, policy, remote, options, round_trip)
-    limits = RunnerConfig(batch, config.hang_seconds, config.video_episodes, progress)
+    limits = RunnerConfig(
+        batch, config.hang_seconds, config.video_episodes, progress, record=config.rollouts
+    )
+    if config.plan and (policy is None or remote is not None):
+        raise UserError("config.plan: needs --checkpoint=..., which imagines and judges")
+    if config.rollouts and (policy is None or remote is not None):
+        raise UserError("config.rollouts: needs --checkpoint=..., whose tokenizers encode them")
     with BenchmarkRunner(benchmark, folder, limits) as runner:
         # Condition after condition, the policy first: a killed evaluation has whole conditions to
         # show, and a baseline that needs a second set of parameters is loaded last.
@@ -192,6 +223,10 @@ def evaluate(
         versions = _versions(runner, folder)
         figures = {name: _figures(benchmark, runner, name) for name in conditions}
         throughput = reports.throughput(runner.times.lines)
+    if config.rollouts:
+        assets = Assets.load(assets_folder(find_checkpoint(policy)))
+        corpus = config.corpus or benchmark.corpus or next(iter(assets.statistics))
+        write_store(folder, assets, corpus, f"{benchmark.name}: {', '.join(conditions)}")
     about = {"policy": policy, "conditions": list(conditions), "batch": batch}
     about |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
     report = {
@@ -373,9 +408,16 @@ class _Actors:
 
     @functools.cached_property
     def _policy(self) -> Policy | None:
+        conditions = self._config.conditions or self._benchmark.conditions
         if self._path is None or self._remote is not None:
             return None
-        return Policy.load(self._path, **self._options)
+        if set(conditions) <= set(self._benchmark.scripted):
+            return None  # a checkpoint beside scripts gives no more than its tokenizers
+        policy = Policy.load(self._path, **self._options)
+        if not self._config.plan:
+            return policy
+        batch, seed = self._options["batch_size"], self._options["sampling"].seed
+        return plan(policy, self._config.planning(), batch_size=batch, seed=seed)
 
     def _chunk(self) -> int:
         """Actions that a baseline plans at once: as many as the policy."""

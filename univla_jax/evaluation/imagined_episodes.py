@@ -22,6 +22,7 @@ from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.readers import open_reader
 from univla_jax.data.validation import InvalidEpisode, describe_invalid, read_episode
 from univla_jax.errors import UserError
+from univla_jax.evaluation import tabletop_judge
 from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
 from univla_jax.evaluation.videos import Clip, Strip, enlarge, write_gif, write_mp4, write_strips
 from univla_jax.inference.imagination import WorldModel
@@ -81,10 +82,12 @@ class GroundTruth:
     Attributes:
       instruction: the task in words.
       frames: uint8 [n, H, W, 3] at the model's spacing and size, n at most T.
+      episode_id: unique inside the dataset.
     """
 
     instruction: str
     frames: np.ndarray
+    episode_id: str = ""
 
 
 def imagine(
@@ -147,9 +150,21 @@ def imagine(
         "frame_spacing_steps": model.frame_spacing,
         "episodes_too_short": too_short,
         **score_table(scores, model.seconds_per_frame),
+        **_true_state(config, model, imagined, truths),
     }
     io.write_json(out / REPORT, report)
     return report
+
+
+def _true_state(
+    config: ImagineConfig, model: WorldModel, imagined: np.ndarray, truths: Sequence[GroundTruth]
+) -> dict[str, Any]:
+    """What a simulator that knows its scenes says about the frames; only the tabletop does."""
+    if config.corpus != "tabletop" or model.view != "image" or config.context != 1:
+        return {}
+    scenes = [tabletop_judge.scene_at(int(t.episode_id.rpartition("-")[2])) for t in truths]
+    found = tabletop_judge.score(imagined, scenes, [t.instruction for t in truths])
+    return {"true_state": {name: round(value, 4) for name, value in found.items()}}
 
 
 def finished(out: str | os.PathLike[str]) -> bool:
@@ -182,7 +197,7 @@ def _read_episodes(
             too_short += 1
             continue
         frames = model.resize(spaced[: config.context + config.frames])
-        truths.append(GroundTruth(episode.instruction, frames))
+        truths.append(GroundTruth(episode.instruction, frames, episode.episode_id))
     if invalid:
         print(f"{source}: skipped {describe_invalid(invalid)}", file=sys.stderr)
     if not truths:

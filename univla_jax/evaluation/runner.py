@@ -7,6 +7,7 @@
       calls.jsonl       wall time of every call to the policy
       times.jsonl       seconds inside the simulator per episode, and of whole runs
       videos/           <condition>_<task>_<trial>_<success or failure>.gif
+      recorded/         steps of the episodes, where they are to be learned from (``rollouts.py``)
       workers/          what each simulator in a process of its own printed
 
 Episodes do not depend on each other nor on which worker runs them, so the records of a run that
@@ -30,6 +31,7 @@ from etils import epath
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
+from univla_jax.evaluation.rollouts import RECORDED
 from univla_jax.evaluation.worker import InProcessWorker, Message, ProcessWorker
 from univla_jax.inference.policy import no_motion
 from univla_jax.io import JsonlWriter, is_remote
@@ -73,12 +75,14 @@ class RunnerConfig:
       hang_seconds: a simulator silent for so long is restarted.
       videos: episodes of each task that are recorded.
       progress: whether to draw a progress bar on standard error.
+      record: whether the steps of all episodes are recorded.
     """
 
     workers: int = 1
     hang_seconds: float = 600.0
     videos: int = 1
     progress: bool = True
+    record: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range."""
@@ -99,6 +103,7 @@ class WorkerSlot:
       since: monotonic time of the last message to the worker.
       trial: the episode; None while there is none.
       video: where its video goes, less outcome and suffix.
+      recording: where its steps go, less part and suffix.
       session: of the policy.
       observation: that waits for an action; None while the worker computes.
       last_action: float [A], the last of the chunk before.
@@ -111,19 +116,21 @@ class WorkerSlot:
     since: float = 0.0
     trial: Trial | None = None
     video: epath.Path | None = None
+    recording: epath.Path | None = None
     session: Any = None
     observation: Observation | None = None
     last_action: np.ndarray | None = None
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     invalid_reason: str = ""
 
-    def begin(self, trial: Trial, video: epath.Path | None) -> None:
+    def begin(self, trial: Trial, video: epath.Path | None, recording: epath.Path | None) -> None:
         """Resets the simulator to an episode."""
         self.close_session()
-        self.trial, self.video, self.observation, self.last_action = trial, video, None, None
+        self.trial, self.video, self.recording = trial, video, recording
+        self.observation, self.last_action = None, None
         self.counts, self.invalid_reason = collections.Counter(), ""
         self.since = time.monotonic()
-        self.worker.reset(trial, video)
+        self.worker.reset(trial, video, recording)
 
     def act(self, chunk: ActionChunk, execute: int, *, whole: bool = False) -> None:
         """Executes the first ``execute`` actions of a chunk, all of them if it is 0.
@@ -321,7 +328,8 @@ class BenchmarkRunner:
             trial = self._waiting.popleft()
             recorded = self._videos and trial.trial < self._config.videos
             name = f"{self._condition}_{trial.task:03d}_{trial.trial:02d}"
-            slot.begin(trial, self._out / VIDEOS / name if recorded else None)
+            video = self._out / VIDEOS / name if recorded else None
+            slot.begin(trial, video, self._out / RECORDED / name if self._config.record else None)
 
     def _finished(self, slot: WorkerSlot) -> bool:
         """Whether a slot has nothing left to do; its worker is ended then."""
@@ -364,7 +372,7 @@ class BenchmarkRunner:
             # The history of these episodes is gone, so no record would be that of the policy: they
             # begin anew. Those whose workers compute keep their sessions, or get here later.
             for slot in slots:
-                slot.begin(slot.trial, slot.video)
+                slot.begin(slot.trial, slot.video, slot.recording)
             return
         seconds = time.perf_counter() - begin
         self.calls.append({"condition": self._condition, "rows": len(slots), "seconds": seconds})

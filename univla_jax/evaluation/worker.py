@@ -1,7 +1,7 @@
 """A simulator behind messages: in a process of its own, or in the runner's.
 
-    runner → worker   the simulator's factory, once; ("reset", trial, video or None);
-                      ("act", actions float32 [n, A])
+    runner → worker   the simulator's factory, once; ("reset", trial, video or None, recording or
+                      None); ("act", actions float32 [n, A])
     worker → runner   ("ready", versions); ("observation", observation, starts);
                       ("end", result, seconds); ("user_error", message); ("crash", traceback)
 
@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from univla_jax import io
+from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.videos import Clip, write_gif
 from univla_jax.simulators import Simulator, StepResult, Trial
@@ -43,9 +45,14 @@ class InProcessWorker:
         self._server = SimulatorServer(make(), video_every)
         self._message = self._server.ready()
 
-    def reset(self, trial: Trial, video: epath.Path | None = None) -> None:
+    def reset(
+        self,
+        trial: Trial,
+        video: epath.Path | None = None,
+        recording: epath.Path | None = None,
+    ) -> None:
         """See ``ProcessWorker.reset``."""
-        self._message = self._server.reset(trial, video)
+        self._message = self._server.reset(trial, video, recording)
 
     def act(self, actions: np.ndarray) -> None:
         """See ``ProcessWorker.act``."""
@@ -93,9 +100,20 @@ class ProcessWorker:
         self.connection = Connection(ours.detach())
         self._send(make)
 
-    def reset(self, trial: Trial, video: epath.Path | None = None) -> None:
-        """Begins an episode; ``video`` is where its video goes, less outcome and suffix."""
-        self._send(("reset", trial, video))
+    def reset(
+        self,
+        trial: Trial,
+        video: epath.Path | None = None,
+        recording: epath.Path | None = None,
+    ) -> None:
+        """Begins an episode.
+
+        Args:
+          trial: which one.
+          video: where its video goes, less outcome and suffix; None records none.
+          recording: where its steps go, less part and suffix; None records none.
+        """
+        self._send(("reset", trial, video, recording))
 
     def act(self, actions: np.ndarray) -> None:
         """Executes float32 [n, A], fewer where the episode ends or its task changes before."""
@@ -119,6 +137,52 @@ class ProcessWorker:
             self.connection.send(message)
 
 
+class Recorder:
+    """Collects the steps of an episode and writes it at its end, a file per instruction.
+
+    The file holds ``frames/<view>`` uint8 [T + 1, H, W, 3], ``actions`` float32 [T, A] between
+    them, ``state`` float32 [T + 1, P] where there is one, ``instruction`` and ``success``.
+    """
+
+    def __init__(self, path: epath.Path) -> None:
+        """Starts without steps; ``path`` lacks the number of the part and the suffix."""
+        self._path, self._part = path, 0
+        self._observations: list[Observation] = []
+        self._actions: list[np.ndarray] = []
+
+    def observe(self, observation: Observation) -> None:
+        """Adds what is seen before the next action, or at the end."""
+        self._observations.append(observation)
+
+    def act(self, action: np.ndarray) -> None:
+        """Adds an action, float [A]."""
+        self._actions.append(np.asarray(action, np.float32))
+
+    def finish(self, success: bool) -> None:
+        """Writes the episode so far, whose last observation shows how it ended."""
+        first = self._observations[0]
+        arrays = {
+            f"frames/{view}": np.stack([o.frames[view] for o in self._observations])
+            for view in first.frames
+        }
+        if first.state is not None:
+            arrays["state"] = np.stack([o.state for o in self._observations]).astype(np.float32)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        final = self._path.with_name(f"{self._path.name}_{self._part}.npz")
+        partial = io.partial_path(final)
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                actions=np.stack(self._actions),
+                instruction=np.array(first.instruction),
+                success=np.array(success),
+                **arrays,
+            )
+        partial.replace(final)
+        self._part += 1
+        self._observations, self._actions = [], []
+
+
 class SimulatorServer:
     """Executes chunks in a simulator and records videos; each call returns a message."""
 
@@ -126,6 +190,7 @@ class SimulatorServer:
         """Takes a simulator and the steps between the frames of a video."""
         self._simulator, self._video_every = simulator, video_every
         self._video: epath.Path | None = None
+        self._recorder: Recorder | None = None
         self._clip = Clip("")
         self._seconds, self._steps = 0.0, 0
 
@@ -133,12 +198,19 @@ class SimulatorServer:
         """The message that the simulator is made."""
         return "ready", self._simulator.versions()
 
-    def reset(self, trial: Trial, video: epath.Path | None) -> Message:
-        """Begins an episode."""
+    def reset(
+        self,
+        trial: Trial,
+        video: epath.Path | None,
+        recording: epath.Path | None = None,
+    ) -> Message:
+        """Begins an episode; see ``ProcessWorker.reset``."""
         begin = time.perf_counter()
         self._simulator.reset(trial)
         observation = self._simulator.observe()
         self._video, self._clip, self._steps = video, Clip(observation.instruction), 0
+        self._recorder = None if recording is None else Recorder(recording)
+        self._record(observation)
         if video is not None:
             self._clip.frames.append(np.array(self._simulator.video_frame()))
         self._seconds = time.perf_counter() - begin
@@ -156,18 +228,41 @@ class SimulatorServer:
         # recorded or is the last of the chunk, after which the policy observes.
         for index, action in enumerate(actions):
             recorded = self._video is not None and self._steps % self._video_every == 0
-            result = self._simulator.step(action, render=recorded or index == len(actions) - 1)
+            last = index == len(actions) - 1
+            render = recorded or last or self._recorder is not None
+            result = self._simulator.step(action, render=render)
             self._steps += 1
             if recorded:
                 self._clip.frames.append(np.array(self._simulator.video_frame()))
+            if self._recorder is not None:
+                self._recorder.act(action)
             if result is StepResult.ENDED:
                 return "end", self._end()
             if result is StepResult.NEXT_TASK:
-                return "observation", self._simulator.observe(), True
-        return "observation", self._simulator.observe(), False
+                # The task before was done; the frame it ended with shows the next one's beginning.
+                observation = self._simulator.observe()
+                self._record(observation, success=True)
+                self._record(observation)
+                return "observation", observation, True
+            if last or self._recorder is not None:
+                observation = self._simulator.observe()
+                self._record(observation)
+        return "observation", observation, False
+
+    def _record(self, observation: Observation, *, success: bool | None = None) -> None:
+        """Records what is seen, and the end of the instruction's episode where it is known."""
+        if self._recorder is None:
+            return
+        self._recorder.observe(observation)
+        if success is not None:
+            self._recorder.finish(success)
 
     def _end(self) -> dict[str, Any]:
         result = self._simulator.result()
+        if self._recorder is not None:
+            # A policy that was given another instruction than the scored one is judged by that.
+            done = bool(result.get("given_task_success", result["success"]))
+            self._record(self._simulator.observe(), success=done)
         if self._video is not None:
             self._clip.success = bool(result["success"])
             outcome = "success" if self._clip.success else "failure"

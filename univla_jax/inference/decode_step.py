@@ -515,6 +515,13 @@ def generate(
     return batch.sharded(), Generated(end.tokens, counts, active & ~end.running, end.num_overridden)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def next_log_probs(model: Decoder, params: Any, hidden: jax.Array, ids: jax.Array) -> jax.Array:
+    """Log-probabilities float32 [B, R] of the next token among ``ids`` after hidden [B, D]."""
+    head_RD = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
+    return jax.nn.log_softmax(compute_logits(hidden, head_RD))
+
+
 def _variables(model: Decoder, params: Any) -> dict[str, Any]:
     """Variables of ``model.apply`` for calls that do not use the head."""
     stack = int8.dequantize_params(params["stack"], model.config.compute_dtype)

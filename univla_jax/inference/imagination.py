@@ -1,53 +1,80 @@
-"""World model: given frames and an instruction in, the next frames out.
+"""World model: frames and an instruction in, the next frames out, alone or after given actions.
 
-    bos text │ fmt(f0) │ boi "1*h*w" img → h*w codes │ eof eoi boi "1*h*w" img → h*w codes │ …
+    imagine    bos text │ fmt(f0) │ boi "1*h*w" img → h*w codes │ eof eoi boi "1*h*w" img → … │ …
+    roll out   bos text │ fmt(v1) fmt(v2) boa a a eoa boi "1*h*w" img → codes │ … │ boa a a eoa …
 
 What stands between frames is fed, only visual codes are sampled, and one key/value cache grows over
 all frames: no token is prefilled twice. Source: UniVLA
 reference/Emu3/emu3/mllm/processing_emu3.py:527-546.
 
-Axes: B batch, C context frames, N imagined frames, H/W pixels, h/w code grid.
+Axes: B batch, C context frames, N imagined frames or action chunks, T steps of a chunk, A action
+dimensions, H/W pixels, h/w code grid.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
+from univla_jax.data.datasets import chunk_deltas
+from univla_jax.episode import Observation
 from univla_jax.errors import UserError
+from univla_jax.inference.decode_step import DecodeState
 from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
+from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
-from univla_jax.tasks.base import FrameTask
+from univla_jax.sequences.tokens import Role
+from univla_jax.tasks import TaskRecord, task_class
+from univla_jax.tasks.base import FrameTask, Task
+from univla_jax.tasks.policy_video import PolicyVideo
+
+Grid = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class RollOut:
+    """What given actions lead to, as imagined.
+
+    Attributes:
+      codes: per camera uint16 [N, h, w] after each chunk, [B, N, h, w] of a batch.
+      frames: per camera uint8 [N, H, W, 3], the same as pictures; [B, N, H, W, 3] of a batch.
+    """
+
+    codes: Mapping[str, np.ndarray]
+    frames: Mapping[str, np.ndarray]
 
 
 class WorldModel:
-    """Imagines frames of one camera for many episodes at once.
+    """Imagines frames for many episodes at once.
 
     Attributes:
       loaded: the model and its assets.
-      corpus: whose camera it is.
-      view: the camera.
+      corpus: whose cameras these are.
+      view: the camera of ``imagine``, ``resize``, ``encode`` and ``decode``.
     """
 
     def __init__(
         self, loaded: LoadedModel, *, corpus: str | None = None, view: str | None = None
     ) -> None:
         """Prepares a loaded model; see ``load``."""
-        loaded.require_task(FrameTask, "imagining")
-        record = loaded.record
-        self.loaded = loaded
-        self.corpus = record.find_corpus(corpus)
-        views = record.views_of(self.corpus)
-        self.view = view or views[0]
+        # A checkpoint may imagine frames by themselves, by given actions, or both; one of the two
+        # is enough to be loaded, and the other then says what is missing when it is asked for.
+        self._base = loaded
+        try:
+            model = loaded.select(FrameTask, Role.VISION, "imagining")
+        except UserError as error:
+            if not any(_follows_actions(record) for record in loaded.tasks):
+                raise error from None
+            model = self._acted()
+        self.corpus = model.record.find_corpus(corpus)
+        self.view = view or model.record.views_of(self.corpus)[0]
+        self.loaded = self._of_view(model, self.view)
         self._vision = loaded.assets.require("vision")
-        if self.view not in views:
-            raise UserError(
-                f"{loaded.folder} was not trained on view {view!r}, only on {', '.join(views)}"
-            )
         self._spec = loaded.assets.image_spec(self.corpus, self.view)
         self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
 
@@ -73,8 +100,8 @@ class WorldModel:
           place: makes the placement of a model that is split over devices.
 
         Raises:
-          UserError: no complete checkpoint, changed or missing assets, or a checkpoint that is no
-            world model (a policy's makes garbled frames).
+          UserError: no complete checkpoint, changed or missing assets, or a checkpoint that never
+            learned frames (a policy's makes garbled ones).
         """
         loaded = LoadedModel.from_checkpoint(
             checkpoint, untrained=untrained, seed=seed, place=place
@@ -83,12 +110,12 @@ class WorldModel:
 
     @property
     def frame_spacing(self) -> int:
-        """Control steps between two frames."""
+        """Control steps between two frames of ``imagine``."""
         return self.loaded.record.corpora[self.corpus].frame_spacing
 
     @property
     def seconds_per_frame(self) -> float:
-        """Time between two frames."""
+        """Time between two frames of ``imagine``."""
         return self.frame_spacing / self.loaded.record.corpora[self.corpus].control_hz
 
     def resize(self, frames: np.ndarray) -> np.ndarray:
@@ -106,18 +133,19 @@ class WorldModel:
     def imagine(
         self,
         instructions: Sequence[str],
-        context: np.ndarray,
+        context: np.ndarray | Mapping[str, np.ndarray],
         frames: int,
         *,
         sampling: Sampling = GREEDY,
         guidance: float = 1.0,
         motions: np.ndarray | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | dict[str, np.ndarray]:
         """Codes of the next frames.
 
         Args:
           instructions: of each episode; "" for none.
-          context: integer [B, C, h, w] codes of the given frames, oldest first.
+          context: integer [B, C, h, w] codes of the given frames of ``view``, oldest first; or all
+            cameras together, each by name.
           frames: how many to imagine, N.
           sampling: how codes are sampled; episode i of any batch draws the same.
           guidance: how much more the instruction counts than it would by itself (classifier-free
@@ -126,40 +154,273 @@ class WorldModel:
             those before, between and behind all frames but the last imagined one.
 
         Returns:
-          uint16 [B, N, h, w].
+          uint16 [B, N, h, w], by name where the context is.
 
         Raises:
-          UserError: another number of episodes, or codes outside the codebook.
+          UserError: another number of episodes, codes outside the codebook, or a model that was not
+            trained on these cameras together.
         """
-        if len(instructions) != len(context):
-            raise UserError(f"{len(instructions)} instructions for {len(context)} episodes")
-        task, grid = self.loaded.task, context.shape[2:]
+        together = isinstance(context, Mapping)
+        model = self._together(context) if together else self._alone()
+        names = model.record.views_of(self.corpus) if together else (self.view,)
+        views = [context[name] for name in names] if together else [context]
+        count = len(views[0])
+        if len(instructions) != count:
+            raise UserError(f"{len(instructions)} instructions for {count} episodes")
         if motions is not None:
             return self._imagine_moving(instructions, context, frames, motions, sampling)
-        prompts = [task.prompt(text, codes) for text, codes in zip(instructions, context)]
-        if guidance != 1:
-            prompts += [task.prompt("", codes) for codes in context]
-        decoding, separator = task.decoding(grid), task.separator(grid)
-        pad = self.loaded.assets.vocabulary.pad
-        tokens, lengths = pad_prompts(prompts, pad, batch_size=len(prompts))
+        task, grids = model.task, [view.shape[2:] for view in views]
+        texts = [*instructions, *([""] * count if guidance != 1 else [])]
+        rows = [[view[i % count] for view in views] for i in range(len(texts))]
+        prompts = [task.prompt(text, *row) for text, row in zip(texts, rows)]
+        tokens, lengths = pad_prompts(
+            prompts, self.loaded.assets.vocabulary.pad, batch_size=len(prompts)
+        )
         # All slots of the whole roll-out are reserved now: growing the cache later would compile
         # every following call again.
-        slots = tokens.shape[1] + frames * (decoding.max_new_tokens + len(separator))
-        state = self._sampler.prefill(tokens, lengths, slots=slots)
-        imagined = []
+        moment = sum(h * w + len(task.separator((h, w))) for h, w in grids)
+        state = self._sampler.prefill(tokens, lengths, slots=tokens.shape[1] + frames * moment)
+        imagined: list[list[np.ndarray]] = [[] for _ in grids]
         for number in range(frames):
             if number:
-                state = self._sampler.extend(state, np.tile(separator, (len(prompts), 1)))
-            generated, state = self._sampler.generate(
-                state,
-                max_new_tokens=decoding.max_new_tokens,
-                allowed=decoding.allowed,
-                sampling=sampling,
-                key=jax.random.fold_in(jax.random.key(sampling.seed), number),
-                guidance=guidance,
+                state = self._extend(state, task.separator(grids[0]))
+            key = jax.random.fold_in(jax.random.key(sampling.seed), number)
+            codes, state = imagine_moment(
+                self._sampler, state, task, grids, sampling=sampling, key=key, guidance=guidance
             )
-            imagined.append(np.asarray(generated.tokens)[: len(context)])
-        return task.parse(np.stack(imagined, axis=1), grid)
+            for kept, own in zip(imagined, codes):
+                kept.append(own[:count])
+        stacked = [np.stack(kept, axis=1) for kept in imagined]
+        return dict(zip(names, stacked)) if together else stacked[0]
+
+    def roll_out(
+        self,
+        observation: Observation | Sequence[Observation],
+        chunks: np.ndarray,
+        *,
+        sampling: Sampling = GREEDY,
+    ) -> RollOut:
+        """Frames that follow given actions.
+
+        The cache grows over as many chunks as the model was trained to see in a row; a longer
+        roll-out goes on from its last half.
+
+        Args:
+          observation: of all cameras, or one per episode.
+          chunks: float [N, T, A] in physical units, [B, N, T, A] for several episodes.
+          sampling: how codes are sampled.
+
+        Raises:
+          UserError: the model was not trained to imagine by actions; an observation without a view
+            or of another size; chunks of another shape, or not finite.
+        """
+        model, single = self._acted(), isinstance(observation, Observation)
+        observations = [observation] if single else list(observation)
+        actions = np.asarray(chunks, np.float32)
+        actions = actions[None] if single else actions
+        self._check_chunks(model, actions, len(observations))
+        codes = self._roll_out(model, observations, actions, sampling)
+        frames = {view: self.decode(own) for view, own in codes.items()}
+        if single:
+            return RollOut(
+                {v: c[0] for v, c in codes.items()}, {v: f[0] for v, f in frames.items()}
+            )
+        return RollOut(codes, frames)
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps T of an action chunk of ``roll_out``.
+
+        Raises:
+          UserError: the model was not trained to imagine by actions.
+        """
+        return self._acted().record.chunk_size
+
+    @property
+    def action_views(self) -> tuple[str, ...]:
+        """The cameras of ``roll_out``.
+
+        Raises:
+          UserError: the model was not trained to imagine by actions.
+        """
+        return self._acted().record.views_of(self.corpus)
+
+    def _roll_out(
+        self,
+        model: LoadedModel,
+        observations: Sequence[Observation],
+        actions: np.ndarray,
+        sampling: Sampling,
+    ) -> dict[str, np.ndarray]:
+        """Codes uint16 [B, N, h, w] per camera."""
+        record, task = model.record, model.task
+        views = record.views_of(self.corpus)
+        encoder = ObservationEncoder(model.assets, record, self.corpus)
+        for i, observation in enumerate(observations):
+            encoder.check(observation, f"observation {i}")
+        # moments[v] are the codes [B, 1 + n, h, w] of camera v: seen, then imagined.
+        moments = [np.stack(view) for view in zip(*encoder.encode(observations))]
+        grids = [view.shape[2:] for view in moments]
+        ids = [task.chunk_ids(self._normalize(own)) for own in actions]
+        state, shown = None, 0
+        for number in range(actions.shape[1]):
+            if state is None or shown == record.frames:
+                first = max(0, number + 1 - max(1, record.frames // 2))
+                prompts = [
+                    task.build(
+                        observation.instruction,
+                        [view[i, first:] for view in moments],
+                        ids[i][first:number],
+                    ).ids
+                    for i, observation in enumerate(observations)
+                ]
+                tokens, lengths = pad_prompts(
+                    prompts, model.assets.vocabulary.pad, batch_size=len(prompts)
+                )
+                shown = number + 1 - first
+                state = self._sampler.prefill(tokens, lengths, slots=record.sequence_length)
+                fed = [task.outcome(own[number], grids[0]) for own in ids]
+            else:
+                fed = [
+                    np.append(task.next_action, task.outcome(own[number], grids[0])) for own in ids
+                ]
+            state = extend_rows(self._sampler, state, fed)
+            key = jax.random.fold_in(jax.random.key(sampling.seed), number)
+            codes, state = imagine_moment(
+                self._sampler, state, task, grids, sampling=sampling, key=key
+            )
+            moments = [np.append(old, new[:, None], axis=1) for old, new in zip(moments, codes)]
+            shown += 1
+        return {view: codes[:, 1:] for view, codes in zip(views, moments)}
+
+    def _normalize(self, chunks: np.ndarray) -> np.ndarray:
+        deltas = chunk_deltas(self.corpus)
+        chunks = chunks if deltas is None else deltas.to_relative(chunks)
+        return self.loaded.statistics(self.corpus).normalize(chunks)
+
+    def _check_chunks(self, model: LoadedModel, actions: np.ndarray, count: int) -> None:
+        size = model.record.chunk_size
+        width = model.statistics(self.corpus).action_dim
+        if actions.ndim != 4 or actions.shape[0] != count or not actions.shape[1]:
+            raise UserError(f"chunks of shape {list(actions.shape)} for {count} episodes")
+        if actions.shape[2:] != (size, width):
+            raise UserError(
+                f"chunks of {actions.shape[2]} steps and {actions.shape[3]} dimensions; the model "
+                f"was trained on {size} and {width}"
+            )
+        if not np.isfinite(actions).all():
+            raise UserError("chunks with values that are not finite")
+
+    def _extend(self, state: DecodeState, ids: np.ndarray) -> DecodeState:
+        return self._sampler.extend(state, np.tile(ids, (state.batch_size, 1)))
+
+    # The tasks of the checkpoint that make frames.
+
+    def _acted(self) -> LoadedModel:
+        """The model as a video policy that learned frames."""
+        model = self._base.select(
+            PolicyVideo, Role.VISION, "imagining what given actions do", moments=2
+        )
+        if model.record.state:
+            raise UserError(
+                f"{model.folder} was shown proprioceptive states, which imagined moments do not "
+                "have; train the frames of a task without data.state"
+            )
+        return model
+
+    def _alone(self) -> LoadedModel:
+        """The model as a world model of one camera."""
+        self._base.select(FrameTask, Role.VISION, "imagining frames without actions")
+        if self.loaded.record.views_together:
+            views = ", ".join(self.loaded.record.views_of(self.corpus))
+            raise UserError(
+                f"{self.loaded.folder} imagines the cameras {views} together; give the codes of "
+                "each by name"
+            )
+        return self.loaded
+
+    def _of_view(self, model: LoadedModel, view: str) -> LoadedModel:
+        """The model as a world model of this camera, rather alone than with others."""
+        records = _same_task(self._base, model)
+        known = dict.fromkeys(v for record in records for v in record.views_of(self.corpus))
+        fitting = [record for record in records if view in record.views_of(self.corpus)]
+        if not fitting:
+            raise UserError(
+                f"{model.folder} was not trained on view {view!r}, only on {', '.join(known)}"
+            )
+        return model.with_record(min(fitting, key=lambda r: r.views_together))
+
+    def _together(self, context: Mapping[str, np.ndarray]) -> LoadedModel:
+        """The model as a world model of these cameras together."""
+        model = self._base.select(FrameTask, Role.VISION, "imagining frames without actions")
+        for record in _same_task(self._base, model):
+            if record.views_together and set(record.views_of(self.corpus)) == set(context):
+                return model.with_record(record)
+        raise UserError(
+            f"{model.folder} was not trained on the views {', '.join(sorted(context))} together; "
+            "train the task 'world_model' with views_together=True"
+        )
+
+
+def _follows_actions(record: TaskRecord) -> bool:
+    """Whether a task learned the frames behind given actions."""
+    is_video = issubclass(task_class(record.task), PolicyVideo)
+    return is_video and record.learned(Role.VISION) and record.frames > 1
+
+
+def _same_task(loaded: LoadedModel, model: LoadedModel) -> list[TaskRecord]:
+    """The records of ``loaded`` that are of the same task as ``model``'s."""
+    return [record for record in loaded.tasks if record.task == model.record.task]
+
+
+def imagine_moment(
+    sampler: Sampler,
+    state: DecodeState,
+    task: Task,
+    grids: Sequence[Grid],
+    *,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+    guidance: float = 1.0,
+) -> tuple[list[np.ndarray], DecodeState]:
+    """Chooses the codes of one moment of all cameras.
+
+    Args:
+      sampler: of the model.
+      state: up to the header of the first camera's frame; donated.
+      task: says what stands between two frames.
+      grids: of each camera.
+      sampling: how codes are chosen.
+      key: random key of the moment.
+      guidance: see ``Sampler.generate``.
+
+    Returns:
+      per camera codes uint16 [B, h, w], and the state behind the last code.
+    """
+    codes = []
+    for number, grid in enumerate(grids):
+        if number:
+            ids = np.tile(task.separator(grid), (state.batch_size, 1))
+            state = sampler.extend(state, ids)
+        decoding = task.frame_decoding(grid)
+        generated, state = sampler.generate(
+            state,
+            max_new_tokens=decoding.max_new_tokens,
+            allowed=decoding.allowed,
+            sampling=sampling,
+            key=key if key is None or not number else jax.random.fold_in(key, number),
+            guidance=guidance,
+        )
+        codes.append(task.parse_frames(np.asarray(generated.tokens), grid))
+    return codes, state
+
+
+def extend_rows(sampler: Sampler, state: DecodeState, rows: Sequence[np.ndarray]) -> DecodeState:
+    """Feeds each sequence ids int32 [n] of its own."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in zip(tokens, rows):
+        row[: len(ids)] = ids
+    return sampler.extend(state, tokens, np.array([len(ids) for ids in rows], np.int32))
 
     def _imagine_moving(
         self,
@@ -173,7 +434,7 @@ class WorldModel:
         # The ids of motions differ in number, so each frame is prompted anew with those before it
         # as its context.
         task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
-        pad, decoding = self.loaded.assets.vocabulary.pad, task.decoding(grid)
+        pad, decoding = self.loaded.assets.vocabulary.pad, task.frame_decoding(grid)
         per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
         for number in range(frames):
             count = task.PAST + per_frame * known.shape[1]
@@ -191,7 +452,7 @@ class WorldModel:
                 sampling=sampling,
                 key=jax.random.fold_in(jax.random.key(sampling.seed), number),
             )
-            imagined = task.parse(np.asarray(generated.tokens)[: len(known), None], grid)
+            imagined = task.parse_frames(np.asarray(generated.tokens)[: len(known), None], grid)
             known = np.concatenate([known, imagined], axis=1)
         return known[:, context.shape[1] :]
 

@@ -27,7 +27,8 @@ from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.placement import LOCAL, Placement
 from univla_jax.normalization import ActionStatistics
-from univla_jax.tasks import TaskRecord, make_task
+from univla_jax.sequences.tokens import Role
+from univla_jax.tasks import TaskRecord, make_task, records_from_json, task_class
 from univla_jax.tasks.base import Task
 
 
@@ -46,12 +47,13 @@ class LoadedModel:
     Attributes:
       folder: the checkpoint ``.../checkpoints/<step>``.
       assets: tokenizers, vocabulary, image specs, statistics.
-      record: the task it was trained on, and its settings.
+      record: a task it was trained on, and its settings.
       model: the decoder, without dropout; parameters are kept in its compute type.
       params: its parameters.
       expert: the action expert on top of it, or None.
       expert_params: its parameters.
       placement: on which devices all of them are.
+      records: all tasks it was trained on; empty where ``record`` is the only one.
     """
 
     folder: pathlib.Path
@@ -62,6 +64,7 @@ class LoadedModel:
     expert: ActionExpert | None = None
     expert_params: Any = None
     placement: Placement = LOCAL
+    records: tuple[TaskRecord, ...] = ()
 
     @classmethod
     def from_checkpoint(
@@ -88,7 +91,7 @@ class LoadedModel:
         """
         folder = find_checkpoint(checkpoint)
         assets = Assets.load(assets_folder(folder))
-        record = TaskRecord.from_json(assets.task)
+        records = records_from_json(assets.task)
         model = Decoder(inference_config(assets))
         expert = None
         if assets.action_expert:
@@ -107,13 +110,17 @@ class LoadedModel:
         else:
             params = load_params(folder, template, convert=_quantize if int8 else None)
         if expert is None:
-            return cls(folder, assets, record, model, params, placement=placement)
+            return cls(
+                folder, assets, records[0], model, params, placement=placement, records=records
+            )
         decoder, own = params[DECODER], params[EXPERT]
-        return cls(folder, assets, record, model, decoder, expert, own, placement)
+        return cls(
+            folder, assets, records[0], model, decoder, expert, own, placement, records=records
+        )
 
     @functools.cached_property
     def task(self) -> Task:
-        """The task it was trained on, which builds its prompts and parses its output."""
+        """The task of ``record``, which builds its prompts and parses its output."""
         return make_task(self.record.task, self.record.settings, self.assets)
 
     def statistics(self, key: str) -> ActionStatistics:
@@ -130,13 +137,47 @@ class LoadedModel:
             )
         return known[key]
 
-    def require_task(self, kind: type[Task], purpose: str) -> None:
-        """Raises UserError unless the model was trained on a task of this kind."""
-        if not isinstance(self.task, kind):
+    def select(
+        self, kind: type[Task], role: Role, purpose: str, *, moments: int = 1
+    ) -> LoadedModel:
+        """The same model with the record of a task it was trained on.
+
+        Args:
+          kind: of the task.
+          role: of tokens that it must have learned.
+          purpose: what it is needed for, for the message.
+          moments: the fewest moments that its sequences must have had. Of several fitting tasks
+            that with the most moments is taken where more than one is asked for, else the first.
+
+        Raises:
+          UserError: it was trained on no such task.
+        """
+        fitting = [
+            record
+            for record in self.tasks
+            if issubclass(task_class(record.task), kind)
+            and record.learned(role)
+            and record.frames >= moments
+        ]
+        if not fitting:
+            trained = ", ".join(dict.fromkeys(repr(record.task) for record in self.tasks))
+            several = "s" if "," in trained else ""
             raise UserError(
-                f"{self.folder} was trained on the task {self.record.task!r}, which is not made "
-                f"for {purpose}"
+                f"{self.folder} was trained on the task{several} {trained}, which "
+                f"{'are' if several else 'is'} not made for {purpose}"
             )
+        # ``max`` keeps the first of equals.
+        record = max(fitting, key=lambda r: r.frames) if moments > 1 else fitting[0]
+        return self.with_record(record)
+
+    @property
+    def tasks(self) -> tuple[TaskRecord, ...]:
+        """All tasks it was trained on."""
+        return self.records if self.record in self.records else (self.record,)
+
+    def with_record(self, record: TaskRecord) -> LoadedModel:
+        """The same model with another of its records."""
+        return self if record is self.record else dataclasses.replace(self, record=record)
 
 
 def _quantize(name: str, x: jax.Array) -> Any:

@@ -38,6 +38,7 @@ from univla_jax.inference.observations import (
 )
 from univla_jax.inference.sampler import Timer, batch_bucket
 from univla_jax.inference.sampling import GREEDY, Sampling
+from univla_jax.sequences.tokens import Role
 from univla_jax.tasks.base import ActionTask
 from univla_jax.tasks.history import EpisodeLog, close_action
 
@@ -79,7 +80,7 @@ class Policy:
         ``action_decoder`` turns prompts into actions; by default the one that the checkpoint's task
         needs.
         """
-        loaded.require_task(ActionTask, "acting")
+        loaded = loaded.select(ActionTask, Role.ACTION, "acting")
         record = loaded.record
         self.loaded = loaded
         self.corpus = record.find_corpus(corpus)

@@ -392,6 +392,23 @@ class Sampler:
         )
         return generated, DecodeState(batch, max_length), int(steps)
 
+    def next_log_probs(self, state: DecodeState, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities float32 [B, R] of what comes next among ``ids``, in their order.
+
+        Args:
+          state: without pending tokens, as ``prefill`` and ``extend`` return it; not donated.
+          ids: int [R].
+
+        Raises:
+          UserError: an id outside the vocabulary, or a state whose last tokens are pending.
+        """
+        if state.has_pending:
+            raise UserError("log-probabilities after generated tokens: extend the state first")
+        ids = np.asarray(ids, np.int32)
+        self._check_ids(ids)
+        hidden = state.batch.last_hidden
+        return np.asarray(decode_step.next_log_probs(self.model, self.params, hidden, ids))
+
     def _append_pending(self, state: DecodeState) -> DecodeState:
         if not state.has_pending:
             return state

@@ -1,8 +1,9 @@
-"""Configuration of the input pipeline: task, stores, windows, packing, batch."""
+"""Configuration of the input pipeline: tasks, stores, windows, packing, batch."""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 from univla_jax import tasks
@@ -15,14 +16,66 @@ _TOO_LONG = ("error", "drop", "cut_text")
 
 
 @dataclasses.dataclass(frozen=True)
+class MixtureTask:
+    """One task of a mixture. What is empty or None is as ``DataConfig`` has it for all tasks.
+
+    Attributes:
+      task: one of ``tasks.TASK_NAMES``.
+      weight: share of the samples in proportion to the other tasks' weights.
+      name: of its metrics and in messages; by default that of the task. Two entries of one task,
+        such as a video policy that learns actions and one that learns frames, need names.
+      stores: folders, or last names of folders in ``DataConfig.stores``.
+      weights: one per store.
+      frames: moments per sample; 1 where the task shows one moment.
+      chunk_size: steps of an action chunk.
+      state: whether the proprioceptive state is written before each chunk.
+      views: cameras in the order they are written.
+      views_together: whether a world model shows all cameras at every moment instead of one.
+      frame_spacing: steps between two frames of the world model.
+      aligned_windows: fraction of the windows that begin a whole number of chunks in.
+      loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own.
+      vision_weight: loss weight of a visual id, a number or (start, end, steps).
+      null_prompt_prob: fraction of samples with an empty instruction.
+    """
+
+    task: str
+    weight: float = 1.0
+    name: str = ""
+    stores: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    frames: int | None = None
+    chunk_size: int | None = None
+    state: bool | None = None
+    views: tuple[str, ...] = ()
+    views_together: bool | None = None
+    frame_spacing: int | None = None
+    aligned_windows: float | None = None
+    loss_on: str = ""
+    vision_weight: float | tuple[float, float, int] | None = None
+    null_prompt_prob: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What its metrics are called."""
+        return self.name or self.task
+
+    def overrides(self) -> dict[str, object]:
+        """The fields of ``DataConfig`` that it sets."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del own["weight"], own["name"]
+        return {name: value for name, value in own.items() if value not in (None, "", ())}
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What the training batches are made of; built with ``univla_jax.config.build_config``.
 
     Attributes:
-      stores: folders of token stores, one per corpus or suite.
-      task: one of ``tasks.TASK_NAMES``: what the sequences look like.
       sequence_length: tokens S of a batch element.
       batch_size: batch elements B of a step over all hosts.
+      stores: folders of token stores, one per corpus or suite.
+      task: one of ``tasks.TASK_NAMES``: what the sequences look like; empty with a mixture.
+      mixture: tasks that are trained together and share batch elements, instead of ``task``.
       too_long: what becomes of samples of more than ``sequence_length`` tokens: "error" refuses the
         stores before the first step, "drop" draws another sample of the same store instead,
         "cut_text" leaves out the last words of the instruction.
@@ -37,6 +90,7 @@ class DataConfig:
       views: cameras in the order they are written; empty takes the ``policy_views`` of each corpus.
         The world model shows one: when empty, each of the corpus' ``world_model_views`` in a sample
         of its own, else by chance one of those named that the episode has.
+      views_together: whether the world model shows all cameras at every moment instead of one.
       frame_spacing: steps between two frames of the world model; 0 takes each corpus' own.
       aligned_windows: fraction of the windows that begin a whole number of chunks into their
         episode, where a policy that executes whole chunks is queried; the rest begins anywhere. In
@@ -60,10 +114,11 @@ class DataConfig:
         holds none out, and evaluation then uses whole stores.
     """
 
-    stores: tuple[str, ...]
-    task: str = dataclasses.field(metadata={"formerly": "layout"})
     sequence_length: int
     batch_size: int
+    stores: tuple[str, ...] = ()
+    task: str = dataclasses.field(default="", metadata={"formerly": "layout"})
+    mixture: tuple[MixtureTask, ...] = ()
     too_long: str = "error"
     weights: tuple[float, ...] = ()
     weight_unit: str = "episode"
@@ -71,6 +126,7 @@ class DataConfig:
     chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
     state: bool = False
     views: tuple[str, ...] = ()
+    views_together: bool = False
     frame_spacing: int = 0
     aligned_windows: float = 0.0
     loss_on: str = ""
@@ -87,7 +143,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        _check_one_of("task", self.task, tasks.TASK_NAMES)
+        if bool(self.task) == bool(self.mixture):
+            given = f"task={self.task!r} and a mixture" if self.task else "neither"
+            raise UserError(f"data.task, data.mixture: {given}; give one of the two")
+        if self.task:
+            _check_one_of("task", self.task, tasks.TASK_NAMES)
         _check_one_of("loss_on", self.loss_on, ("", *LABELS))
         _check_one_of("weight_unit", self.weight_unit, _WEIGHT_UNITS)
         _check_one_of("too_long", self.too_long, _TOO_LONG)
@@ -107,12 +167,52 @@ class DataConfig:
                 "leave nothing to train on)"
             )
         self._check_weights()
-        self._check_needs()
+        if self.mixture:
+            self._check_mixture()
+        else:
+            self._check_needs()
+
+    @property
+    def parts(self) -> tuple[DataConfig, ...]:
+        """One config per task: itself, or those of the mixture with their own settings.
+
+        Raises:
+          UserError: a task of the mixture has a setting that does not fit it.
+        """
+        if not self.mixture:
+            return (self,)
+        parts = []
+        for number, entry in enumerate(self.mixture):
+            own = {"frames": self.frames, **entry.overrides()}
+            if entry.frames is None and not tasks.task_class(entry.task).needs.frame_sequence:
+                own["frames"] = 1
+            # The settings that only some tasks have go to those; one that an entry names itself is
+            # kept, so that it is refused where it means nothing.
+            if entry.state is None and not tasks.task_class(entry.task).needs.state:
+                own["state"] = False
+            if entry.stores:
+                own["stores"] = tuple(map(self._find_store, entry.stores))
+                own.setdefault("weights", ())
+            try:
+                parts.append(dataclasses.replace(self, mixture=(), **own))
+            except UserError as error:
+                where = f"data.mixture[{number}] ({entry.title})"
+                raise UserError(f"{where}: {str(error).removeprefix('data.')}") from error
+        return tuple(parts)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """The names of a mixture's tasks in metrics and messages; none of a single task."""
+        return tuple(entry.title for entry in self.mixture)
 
     @property
     def needs(self) -> Needs:
-        """What the task needs of data and model."""
-        return tasks.task_class(self.task).needs
+        """What the task needs of data and model; of a mixture what any of its tasks needs."""
+        if not self.mixture:
+            return tasks.task_class(self.task).needs
+        needs = [tasks.task_class(entry.task).needs for entry in self.mixture]
+        names = [f.name for f in dataclasses.fields(Needs) if isinstance(f.default, bool)]
+        return Needs(**{name: any(getattr(n, name) for n in needs) for name in names})
 
     @property
     def settings(self) -> TaskSettings:
@@ -145,12 +245,53 @@ class DataConfig:
         """Proportion of each store in the stream, unnormalized.
 
         Args:
-          episodes: training episodes per store.
+          episodes: training episodes per store; of a mixture those of its first task, then those
+            of the second, and so on.
           own_weights: per store the ``mixture_weight`` of its corpus.
         """
+        if self.mixture:
+            found, start = [], 0
+            for entry, part in zip(self.mixture, self.parts):
+                cut = slice(start, start := start + len(part.stores))
+                own = part.proportions(episodes[cut], own_weights[cut])
+                found += [entry.weight * p / sum(own) for p in own]
+            return found
         weights = self.weights or own_weights
         per_episode = self.weight_unit == "episode"
         return [w * (n if per_episode else 1) for w, n in zip(weights, episodes)]
+
+    def _find_store(self, name: str) -> str:
+        """The folder in ``stores`` that ``name`` means, else ``name`` itself."""
+        found = [s for s in self.stores if s == name or pathlib.PurePath(s).name == name]
+        if len(found) > 1:
+            raise UserError(
+                f"data.stores: {name!r} may be {found[0]} or {found[1]}; name the folder"
+            )
+        return found[0] if found else name
+
+    def _check_mixture(self) -> None:
+        for number, entry in enumerate(self.mixture):
+            where = f"data.mixture[{number}]"
+            if entry.task not in tasks.TASK_NAMES:
+                raise UserError(
+                    f"{where}.task: {entry.task!r} is not one of {', '.join(tasks.TASK_NAMES)}"
+                )
+            if not entry.weight > 0:
+                raise UserError(
+                    f"{where}.weight: {entry.weight}, expected above 0; leave out a task to skip it"
+                )
+            if self.titles.index(entry.title) != number:
+                raise UserError(
+                    f"{where}: two tasks are called {entry.title!r}; give each a name of its own"
+                )
+            if tasks.task_class(entry.task).needs.own_row:
+                raise UserError(
+                    f"{where}: the task {entry.task!r} takes one sample per batch element, so it "
+                    "cannot share a mixture; train it in a run of its own"
+                )
+        for part in self.parts:  # each checks itself
+            if not part.stores:
+                raise UserError("data.stores: none named; give the folders of token stores")
 
     def _check_needs(self) -> None:
         if self.frames != 1 and not self.needs.frame_sequence:
@@ -160,6 +301,10 @@ class DataConfig:
             )
         if self.state and not self.needs.state:
             raise UserError(f"data.state: the task {self.task!r} has no place for it")
+        if self.views_together and not self.needs.frame_spacing:
+            raise UserError(
+                f"data.views_together: a choice of world models, not of the task {self.task!r}"
+            )
         if self.packing and self.needs.own_row:
             raise UserError(
                 f"data.packing: the task {self.task!r} takes one sample per batch element; set "

@@ -13,6 +13,7 @@ hosts, worker processes and threads, and a position in the stream is the number 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from univla_jax.pipeline.mixture import (
     SampleBuilder,
     SampleStream,
     SampleTooLongError,
+    Split,
     make_split,
     mixture_weight,
     open_stores,
@@ -55,6 +57,7 @@ _NOT_CONTENT = (
     "vision_weight",
 )
 """Config fields that change neither the batches nor the position in them."""
+_ADDED = ("mixture", "views_together")
 
 
 def training_batches(
@@ -70,7 +73,7 @@ def training_batches(
     Args:
       config: the data part of the recipe.
       assets: tokenizers and statistics the sequences are made with.
-      sources: one opened store per ``config.stores``, in that order; opened here when None.
+      sources: what ``open_stores`` returns; opened here when None.
       host: number of this host (``jax.process_index()``).
       hosts: number of hosts (``jax.process_count()``).
 
@@ -79,18 +82,18 @@ def training_batches(
         or a batch size that the hosts cannot share.
     """
     sources = open_stores(config, assets) if sources is None else sources
-    if len(sources) != len(config.stores) or not sources:
-        raise UserError(f"data.stores: {len(config.stores)} named, {len(sources)} opened")
+    named = sum(len(part.stores) for part in config.parts)
+    if len(sources) != named or not sources:
+        raise UserError(f"data.stores: {named} named, {len(sources)} opened")
     elements = host_elements(config.batch_size, host, hosts)
-    builder = SampleBuilder(config, assets)
-    stream = training_stream(config, builder, sources)
-    check_lengths(config, builder, sources, progress=host == 0)
+    stream = training_stream(config, assets, sources)
+    _check_lengths(config, assets, sources, progress=host == 0)
     parts = max(1, min(config.workers, len(elements)))
 
     def arrays(step: int, positions: Sequence[int]) -> grain.DatasetIterator[Arrays]:
         pad = assets.vocabulary.pad
         source = PackedSource(
-            config, stream, builder, elements, pad, step=step, positions=positions, parts=parts
+            config, stream, elements, pad, step=step, positions=positions, parts=parts
         )
         return iter(_grain_dataset(config, source, parts))
 
@@ -98,13 +101,35 @@ def training_batches(
 
 
 def training_stream(
-    config: DataConfig, builder: SampleBuilder, sources: Sequence[EpisodeSource]
+    config: DataConfig, assets: Assets, sources: Sequence[EpisodeSource]
 ) -> SampleStream:
-    """The training samples of all stores by number, mixed by the config's weights."""
-    splits = [make_split(config, source, held_out=False) for source in sources]
+    """The training samples of all tasks and stores by number, mixed by the config's weights."""
+    splits = _splits(config, sources, held_out=False)
     own_weights = [mixture_weight(source) for source in sources]
     proportions = config.proportions([len(split) for split in splits], own_weights)
-    return SampleStream(splits, proportions, builder, config.seed)
+    return SampleStream(splits, proportions, _builders(config, assets), config.seed)
+
+
+def _builders(config: DataConfig, assets: Assets) -> list[SampleBuilder]:
+    """The builder of each store, those of a task's stores the same."""
+    builders = (SampleBuilder(part, assets, i) for i, part in enumerate(config.parts))
+    return [b for b, part in zip(builders, config.parts) for _ in part.stores]
+
+
+def _splits(config: DataConfig, sources: Sequence[EpisodeSource], *, held_out: bool) -> list[Split]:
+    """The split of each store that its task trains on or holds out."""
+    parts = [part for part in config.parts for _ in part.stores]
+    return [make_split(part, source, held_out=held_out) for part, source in zip(parts, sources)]
+
+
+def _check_lengths(
+    config: DataConfig, assets: Assets, sources: Sequence[EpisodeSource], *, progress: bool
+) -> None:
+    """``check_lengths`` of every task on its stores."""
+    rest = iter(sources)
+    for part in config.parts:
+        own = list(itertools.islice(rest, len(part.stores)))
+        check_lengths(part, SampleBuilder(part, assets), own, progress=progress)
 
 
 def host_elements(batch_size: int, host: int, hosts: int) -> range:
@@ -253,6 +278,14 @@ def _identity(
     """Everything a saved position depends on."""
     values = dataclasses.asdict(config)
     settings = {f"data.{k}": v for k, v in values.items() if k not in _NOT_CONTENT}
+    # What older positions do not have is part of them only where it is used.
+    for name in _ADDED:
+        if not values[name]:
+            del settings[f"data.{name}"]
+    if config.mixture:
+        settings["data.mixture"] = [
+            {k: v for k, v in entry.items() if k not in _NOT_CONTENT} for entry in values["mixture"]
+        ]
     return {
         **settings,
         "content of the stores": [source_fingerprint(source) for source in sources],
@@ -277,9 +310,9 @@ def _renamed(identity: dict[str, Any]) -> dict[str, Any]:
 class EvaluationBatches:
     """Held-out episodes, each once, in a fixed order; can be iterated any number of times.
 
-    Each episode gives one window, the same every time, in a padded element of its own. The last
-    batches are filled with empty elements (``Batch.valid`` is False there), so that all hosts take
-    the same number of steps.
+    Each episode gives one window of each task, the same every time, in a padded element of its own;
+    the tasks of a mixture take turns. The last batches are filled with empty elements
+    (``Batch.valid`` is False there), so that all hosts take the same number of steps.
     """
 
     def __init__(
@@ -296,7 +329,7 @@ class EvaluationBatches:
         Args:
           config: the data part of the recipe; without ``held_out_every`` whole stores are used.
           assets: tokenizers and statistics of the checkpoint.
-          sources: one opened store per ``config.stores``; opened here when None.
+          sources: what ``open_stores`` returns; opened here when None.
           host: number of this host.
           hosts: number of hosts.
 
@@ -305,8 +338,11 @@ class EvaluationBatches:
             cannot share.
         """
         sources = open_stores(config, assets) if sources is None else sources
-        self._splits = [make_split(config, source, held_out=True) for source in sources]
+        self._splits = _splits(config, sources, held_out=True)
         self._episodes = [(s, i) for s, split in enumerate(self._splits) for i in range(len(split))]
+        if config.mixture:
+            # In turns, so that the first batches, which may be all, show every task.
+            self._episodes.sort(key=lambda episode: episode[::-1])
         if not self._episodes:
             raise UserError(
                 f"evaluation: no episode is held out of {sum(map(len, sources))} with "
@@ -315,8 +351,8 @@ class EvaluationBatches:
         self._config, self._host, self._hosts = config, host, hosts
         self._size = len(host_elements(config.batch_size, host, hosts))
         self._pad = assets.vocabulary.pad
-        self._builder = SampleBuilder(config, assets)
-        check_lengths(config, self._builder, sources, progress=host == 0)
+        self._builders = _builders(config, assets)
+        _check_lengths(config, assets, sources, progress=host == 0)
         if config.too_long == "drop":
             self._episodes = [episode for episode in self._episodes if self._fits(*episode)]
 
@@ -345,14 +381,14 @@ class EvaluationBatches:
         return pack(examples, length=self._config.sequence_length, pad=self._pad)
 
     def _example(self, split: int, index: int) -> Example:
-        return self._builder(self._splits[split][index], self._rng(split, index))
+        return self._builders[split](self._splits[split][index], self._rng(split, index))
 
     def _rng(self, split: int, index: int) -> np.random.Generator:
         return np.random.default_rng([self._config.seed, split, index])
 
     def _fits(self, split: int, index: int) -> bool:
         try:
-            self._builder.draw(self._splits[split][index], self._rng(split, index))
+            self._builders[split].draw(self._splits[split][index], self._rng(split, index))
         except SampleTooLongError:
             return False
         return True

@@ -22,7 +22,7 @@ from univla_jax.assets import Assets
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.dataset import training_stream
-from univla_jax.pipeline.mixture import EpisodeSource, SampleBuilder, open_stores
+from univla_jax.pipeline.mixture import EpisodeSource, open_stores
 from univla_jax.sequences.tokens import Role, Tokens, labeled_roles
 from univla_jax.tasks.base import SampleSpec
 
@@ -34,11 +34,12 @@ _ROLE_COLORS = {
     Role.THOUGHT: "#e5dbff",
     Role.ANSWER: "#ffd6e7",
     Role.ACTION: "#ffd8a8",
+    Role.VALUE: "#ffc9c9",
 }
 _CURVE_COLORS = ("#e03131", "#1971c2", "#2f9e44", "#f08c00", "#9c36b5", "#0c8599", "#343a40")
 _WIDTH, _HEIGHT = 480, 120  # of the curves, in pixels
 
-_PAGE = """<!doctype html><meta charset=utf-8><title>{{ config.task }}</title>
+_PAGE = """<!doctype html><meta charset=utf-8><title>{{ title }}</title>
 <style>
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; }
 section { border-top: 1px solid #ccc; padding: 1em 0; }
@@ -50,14 +51,14 @@ figure img { height: 128px; image-rendering: pixelated; display: block; }
 .curves span { margin-right: 1em; font-size: 11px; white-space: nowrap; }
 .curves svg { border: 1px solid #ccc; }
 </style>
-<h1>{{ examples|length }} examples of {{ config.task }}, loss on {{ config.labels }}</h1>
+<h1>{{ examples|length }} examples of {{ title }}</h1>
 <p class=tokens>{% for role, color in colors.items() -%}
 <span style="background:{{ color }}">{{ role.name.lower() }}</span>
-{%- endfor %}<span class="learned">learned</span>
-(vision weighs {{ "%g"|format(config.vision_schedule[0]) }})</p>
+{%- endfor %}<span class="learned">learned</span></p>
 {% for e in examples %}<section><h2>{{ e.episode.instruction }}</h2>
 <p>{{ e.episode.corpus }}/{{ e.episode.episode_id }}, {{ e.episode|length }} steps at
-{{ "%g"|format(e.episode.control_hz) }} Hz; {{ e.tokens }} tokens, {{ e.learned }} learned</p>
+{{ "%g"|format(e.episode.control_hz) }} Hz; {{ e.task }}, loss on {{ e.labels }} (vision weighs
+{{ "%g"|format(e.vision_weight) }}); {{ e.tokens }} tokens, {{ e.learned }} learned</p>
 {% for view, step, source in e.frames -%}
 <figure><img src="{{ source }}">{{ view }} step {{ step }}</figure>
 {%- endfor %}
@@ -92,7 +93,7 @@ def render_examples(
       config: the data part of the recipe.
       assets: tokenizers and statistics; the frames need its vision tokenizer.
       count: examples.
-      sources: one opened store per ``config.stores``; opened here when None.
+      sources: what ``open_stores`` returns; opened here when None.
 
     Returns:
       an HTML document without outside references.
@@ -101,14 +102,18 @@ def render_examples(
       UserError: as ``training_batches``, or no vision tokenizer.
     """
     sources = open_stores(config, assets) if sources is None else sources
-    builder = SampleBuilder(config, assets)
-    stream = training_stream(config, builder, sources)
+    stream = training_stream(config, assets, sources)
     examples = []
     for number in range(count):
-        examples.append(_example(*stream.sample(number), config, assets))
+        episode, spec = stream.sample(number)
+        examples.append(_example(episode, spec, config.parts[spec.task_id], assets))
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     return template.render(
-        config=config, examples=examples, colors=_ROLE_COLORS, width=_WIDTH, height=_HEIGHT
+        title=", ".join(config.titles) or config.task,
+        examples=examples,
+        colors=_ROLE_COLORS,
+        width=_WIDTH,
+        height=_HEIGHT,
     )
 
 
@@ -125,6 +130,9 @@ def _example(
     steps = sorted({step for _, step in spec.shown})
     return {
         "episode": episode,
+        "task": config.task,
+        "labels": config.labels,
+        "vision_weight": config.vision_schedule[0],
         "tokens": len(tokens),
         "learned": int((weights > 0).sum()),
         "frames": list(_frames(spec, episode, assets)),
@@ -179,7 +187,7 @@ def _spell(ids: np.ndarray, role: Role, assets: Assets) -> str:
         values = list(run)
         if special:
             parts += [f"<{names[value]}>" for value in values]
-        elif role in (Role.ACTION, Role.STATE):
+        elif role in (Role.ACTION, Role.STATE, Role.VALUE):
             parts.append(" ".join(str(assets.vocabulary.action_last - value) for value in values))
         else:
             parts.append(assets.text.decode(values))

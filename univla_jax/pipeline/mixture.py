@@ -1,9 +1,10 @@
-"""Deterministic mixture of token stores: any sample of the endless stream by its number.
+"""Deterministic mixture of tasks and token stores: any sample of the endless stream by its number.
 
     sample n ─► block n // M, slot n % M ─► store, its k-th draw ─► epoch, episode ─► window
 
 A block of M slots holds every store in proportion and is shuffled anew, so every part of the stream
-has the right proportions. The draws of a store go through shuffled epochs of all its episodes.
+has the right proportions. The draws of a store go through shuffled epochs of all its episodes. In a
+mixture of tasks each task has stores of its own in this sense, also where the folder is the same.
 Everything is a function of the seed and ``n`` alone: whoever needs a sample can make it, and no
 host, process or thread needs to know what the others do.
 
@@ -107,21 +108,38 @@ class Split:
 
 
 def open_stores(config: DataConfig, assets: Assets) -> list[TokenStore]:
-    """Opens ``config.stores`` and checks that their codes mean what ``assets`` say.
+    """Opens the stores of every task and checks that they have what the task needs.
+
+    Returns:
+      one store per folder of ``config.stores``; of a mixture those of its first task, then those of
+      the second, and so on.
 
     Raises:
-      UserError: no complete store there, one of another vision tokenizer or other image sizes, or
-        one with episodes shorter than a sample's smallest window.
+      UserError: no complete store there, one of another vision tokenizer or other image sizes, one
+        without the actions, states or texts of its task, or one with episodes shorter than a
+        sample's smallest window.
     """
-    if not config.stores:
-        raise UserError("data.stores: none named; give the folders of one or more token stores")
-    return [_open_store(folder, config, assets) for folder in config.stores]
+    opened: list[TokenStore] = []
+    for number, part in enumerate(config.parts):
+        if not part.stores:
+            raise UserError("data.stores: none named; give the folders of one or more token stores")
+        for folder in part.stores:
+            where = f"token store {folder}"
+            if config.mixture:
+                where = f"data.mixture[{number}] ({config.titles[number]}): {where}"
+            opened.append(_open_store(folder, part, assets, where))
+    return opened
 
 
-def _open_store(folder: str, config: DataConfig, assets: Assets) -> TokenStore:
+def _open_store(folder: str, config: DataConfig, assets: Assets, where: str) -> TokenStore:
     store = TokenStore(folder)
-    where = f"token store {folder}"
     check_store(store.manifest.header, config, assets, where=where)
+    lacking = lacking_content(store, config)
+    if lacking:
+        raise UserError(
+            f"{where}: has no {lacking}, which the task {config.task!r} needs; leave the store "
+            "out, or take a task that does without"
+        )
     # The episodes that there are decide, not the shortest that might have been kept.
     corpus = store.manifest.header.corpus
     needed = make_task(config.task, config.settings, assets).steps_needed(corpus)
@@ -140,7 +158,7 @@ def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, wher
 
     Args:
       header: of the store.
-      config: what is trained on it.
+      config: of the task that is trained on it.
       assets: of the run.
       where: what to call the store.
 
@@ -150,7 +168,7 @@ def check_store(header: StoreHeader, config: DataConfig, assets: Assets, *, wher
     assets.require_same_tokenizers({"vision": header.vision_fingerprint}, source=where)
     views = config.views or tuple(header.image_specs)
     unknown = sorted(set(views) - set(header.image_specs))
-    if unknown and not config.needs.single_view:
+    if unknown and (not config.needs.single_view or config.views_together):
         raise UserError(f"{where}: no view {unknown[0]!r}, only {sorted(header.image_specs)}")
     # Codes only mean what the checkpoint thinks if frames were resized alike before encoding.
     specs = {v: ImageSpec.from_dict(s) for v, s in header.image_specs.items() if v in views}
@@ -164,7 +182,8 @@ def make_split(config: DataConfig, source: EpisodeSource, *, held_out: bool) -> 
     config names views.
     """
     cameras: tuple[str, ...] = ()
-    if config.needs.single_view and not config.views and len(source):
+    one_camera = config.needs.single_view and not config.views_together
+    if one_camera and not config.views and len(source):
         episode = source[0]
         dataset = DATASETS.get(episode.corpus)
         named = () if dataset is None else dataset.world_model_views
@@ -184,6 +203,38 @@ def mixture_weight(source: EpisodeSource) -> float:
     return 1.0 if dataset is None else dataset.mixture_weight
 
 
+def lacking_content(store: TokenStore, config: DataConfig) -> str:
+    """What the task of ``config`` needs and the store does not have; empty where it has all."""
+    if config.needs.actions and store.manifest.statistics is None:
+        return "actions"
+    if config.state and store.manifest.state_statistics is None:
+        return "states"
+    # Texts are a property of the dataset, so the first episode stands for all; one that lacks its
+    # text all the same is an error when it is drawn.
+    present = store[0].texts if config.needs.texts and len(store) else ()
+    return next((f"{kind!r} text" for kind in config.needs.texts if kind not in present), "")
+
+
+def with_held_out_stores(config: DataConfig, folders: Sequence[str]) -> DataConfig:
+    """The config of an evaluation on whole stores: each task takes those that have what it needs.
+
+    Raises:
+      UserError: none of them has what a task of a mixture needs.
+    """
+    held_out = dataclasses.replace(config, stores=tuple(folders), weights=(), held_out_every=0)
+    entries = []
+    for entry, part in zip(config.mixture, config.parts):
+        lacking = {folder: lacking_content(TokenStore(folder), part) for folder in folders}
+        fitting = tuple(folder for folder, what in lacking.items() if not what)
+        if not fitting:
+            raise UserError(
+                f"evaluation.stores: none has the {next(iter(lacking.values()))} that the task "
+                f"{entry.title!r} needs; add one that has"
+            )
+        entries.append(dataclasses.replace(entry, stores=fitting, weights=()))
+    return dataclasses.replace(held_out, mixture=tuple(entries))
+
+
 def source_fingerprint(source: EpisodeSource) -> str:
     """What identifies the content of a source: its own ``fingerprint``, else a hash of its ids."""
     own = getattr(source, "fingerprint", None)
@@ -201,16 +252,22 @@ class SampleTooLongError(UserError):
 
 
 class SampleBuilder:
-    """Turns episodes into training examples of the config's task; picklable.
+    """Turns episodes into training examples of one task; picklable.
 
     Attributes:
       task: of the config.
       drop_long: whether another sample stands in for one that is too long.
     """
 
-    def __init__(self, config: DataConfig, assets: Assets) -> None:
-        """Binds the task to vocabulary, tokenizers and action statistics of ``assets``."""
-        self._config = config
+    def __init__(self, config: DataConfig, assets: Assets, task_id: int = 0) -> None:
+        """Binds the task to vocabulary, tokenizers and action statistics of ``assets``.
+
+        Args:
+          config: of one task, of a mixture one of its ``parts``.
+          assets: of the run.
+          task_id: position of the task in the mixture.
+        """
+        self._config, self._task_id = config, task_id
         self.drop_long = config.too_long == "drop"
         self.task = make_task(config.task, config.settings, assets)
 
@@ -252,7 +309,7 @@ class SampleBuilder:
                 f"{name}: its sample has {len(spec)} tokens, more than "
                 f"data.sequence_length={self._config.sequence_length}; set data.too_long='drop'"
             )
-        return SampleSpec(spec.tokens, spec.shown, spec.actions, name)
+        return dataclasses.replace(spec, name=name, task_id=self._task_id)
 
     def load(self, spec: SampleSpec) -> Example:
         """The example of a drawn sample, at most ``sequence_length`` tokens.
@@ -264,7 +321,7 @@ class SampleBuilder:
             tokens = spec.fill(self.task.vocabulary)
         except UserError as error:
             raise UserError(f"{spec.name}: {error}") from error
-        return Example(tokens.ids, tokens.roles, actions=spec.actions)
+        return Example(tokens.ids, tokens.roles, spec.task_id, spec.actions)
 
     def _shortened(self, text: str, excess: int) -> str:
         """The first words of a text, at least ``excess`` tokens and one word fewer."""
@@ -287,7 +344,7 @@ class SampleStream:
         self,
         splits: Sequence[Split],
         proportions: Sequence[float],
-        builder: SampleBuilder,
+        builders: Sequence[SampleBuilder],
         seed: int,
     ) -> None:
         """Binds the stream.
@@ -295,7 +352,7 @@ class SampleStream:
         Args:
           splits: the stores' training episodes, each at least one.
           proportions: of each store, positive, in any unit.
-          builder: episode to sample.
+          builders: per store, episode to sample of its task.
           seed: of everything drawn.
 
         Raises:
@@ -304,8 +361,7 @@ class SampleStream:
         for number, split in enumerate(splits):
             if not len(split):
                 raise UserError(f"data.stores[{number}]: holds no episode to train on")
-        self._splits, self._builder, self._seed = splits, builder, seed
-        self._drop_long = builder.drop_long
+        self._splits, self._builders, self._seed = splits, builders, seed
         self._slots = slots_per_store(proportions, sum(map(len, splits)))
 
     @property
@@ -320,18 +376,24 @@ class SampleStream:
     def sample(self, number: int) -> tuple[TokenizedEpisode, SampleSpec]:
         """Sample ``number`` with its episode; raises as ``SampleBuilder.draw``."""
         store, epoch, index = self.locate(number)
+        builder = self._builders[store]
         rng = np.random.default_rng((self._seed, _EPOCHS, store, epoch, index))
         for attempt in range(_MOST_REDRAWS):
             episode = self._splits[store].at(index, (self._seed, _COPIES, store, epoch))
             try:
-                return episode, self._builder.draw(episode, rng)
+                return episode, builder.draw(episode, rng)
             except SampleTooLongError:
-                if not self._drop_long:
+                if not builder.drop_long:
                     raise
             # Another sample of the same store takes its place, a function of the number alone.
             rng = np.random.default_rng((self._seed, _REDRAWS, number, attempt))
             index = int(rng.integers(len(self._splits[store])))
         raise UserError(f"data.stores[{store}]: {_MOST_REDRAWS} samples in a row are too long")
+
+    def load(self, spec: SampleSpec) -> Example:
+        """The example of a drawn sample; raises as ``SampleBuilder.load``."""
+        # Reading the codes depends on the vocabulary alone, which all builders share.
+        return self._builders[0].load(spec)
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """(store, epoch of the store, episode) of sample ``number``."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from univla_jax.pipeline.batch import pack
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.pipeline.mixture import SampleBuilder, SampleStream
+from univla_jax.pipeline.mixture import SampleStream
 from univla_jax.tasks.base import SampleSpec
 
 POSITION = "position"
@@ -94,7 +94,6 @@ class PackedSource:
         self,
         config: DataConfig,
         stream: SampleStream,
-        builder: SampleBuilder,
         elements: range,
         pad: int,
         *,
@@ -107,14 +106,13 @@ class PackedSource:
         Args:
           config: batch size, sequence length, packing.
           stream: all samples by number.
-          builder: loads their codes.
           elements: of the global batch, those that belong to this host.
           pad: token id of padding.
           step: number of the first batch.
           positions: per element the last ``POSITION``; the stream's start when empty.
           parts: items of the source that make up this host's part of one batch.
         """
-        self._config, self._builder, self._pad, self._first = config, builder, pad, step
+        self._config, self._stream, self._pad, self._first = config, stream, pad, step
         starts = positions or [0] * len(elements)
         planners = [_ElementPlanner(config, stream, i, step, n) for i, n in zip(elements, starts)]
         edges = [len(elements) * part // parts for part in range(parts + 1)]
@@ -128,7 +126,7 @@ class PackedSource:
         """Part ``index`` from the start: the fields of ``Batch`` [n, S], and ``POSITION`` [n]."""
         step, part = divmod(index, len(self._parts))
         planned = [planner.plan(step + self._first) for planner in self._parts[part]]
-        examples = [[self._builder.load(spec) for spec in specs] for specs, _ in planned]
+        examples = [[self._stream.load(spec) for spec in specs] for specs, _ in planned]
         packed = pack(examples, length=self._config.sequence_length, pad=self._pad)
         return {**packed, POSITION: np.asarray([position for _, position in planned])}
 

@@ -103,7 +103,7 @@ def longest_sample(task: Task, episode: TokenizedEpisode, limit: int) -> Longest
     texts = {kind: (max(values, key=count),) for kind, values in episode.texts.items()}
     longest = dataclasses.replace(episode, texts=texts)
     try:
-        spec = task.sample(longest, instruction, np.random.default_rng(0))
+        spec = task.longest_sample(longest, instruction)
         moments, fixed = _split_off_chunks(task, spec)
         tokens = fixed + moments * _most_chunk_tokens(task, episode)
         if tokens > limit and moments and task.action_tokenizer is not None:

@@ -97,6 +97,7 @@ class Role(enum.IntEnum):
     THOUGHT = 4  # bot, reasoning text, eot
     ANSWER = 5  # the assistant's reply, with its eos
     ACTION = 6  # boa, action ids, eoa
+    VALUE = 7  # how likely and how soon the instruction will be done
 
 
 LABELS: Mapping[str, frozenset[Role]] = {
@@ -106,6 +107,7 @@ LABELS: Mapping[str, frozenset[Role]] = {
     "vision_and_action": frozenset({Role.VISION, Role.ACTION}),
     "thought_and_action": frozenset({Role.THOUGHT, Role.ACTION}),
     "answer": frozenset({Role.ANSWER}),
+    "value": frozenset({Role.VALUE}),
     "all": frozenset(Role) - {Role.STATE},
 }
 """Named sets of labeled roles, the values of ``DataConfig.loss_on``.

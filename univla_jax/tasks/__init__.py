@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from univla_jax.assets import Assets
 from univla_jax.config import build_config, former_names
 from univla_jax.errors import UserError
-from univla_jax.sequences.tokens import TextEncoder
+from univla_jax.sequences.tokens import LABELS, Role, TextEncoder
 from univla_jax.tasks.base import Task, TaskSettings
 
 TASK_NAMES = (
@@ -23,6 +23,7 @@ TASK_NAMES = (
     "policy_flow",
     "chain_of_thought",
     "world_model",
+    "value",
     "question",
     "caption",
     "text_to_image",
@@ -102,6 +103,8 @@ class TaskRecord:
       views: cameras in the order they are written, of corpora that have none of their own.
       corpora: what was shown of each corpus.
       state: whether the proprioceptive state is written before each chunk.
+      views_together: whether a world model was shown all cameras at every moment.
+      labels: key of ``sequences.tokens.LABELS``, what was learned; empty for the task's own.
     """
 
     task: str = dataclasses.field(metadata={"formerly": "layout"})
@@ -112,6 +115,8 @@ class TaskRecord:
     views: tuple[str, ...]
     corpora: Mapping[str, CorpusRecord]
     state: bool = False
+    views_together: bool = False
+    labels: str = ""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskRecord:
@@ -132,8 +137,9 @@ class TaskRecord:
         # The file keeps its first key names and leaves out what older checkpoints do not have, so
         # that a run which is continued finds the fingerprint that it saved.
         values = dataclasses.asdict(self)
-        if not self.state:
-            del values["state"]  # absent, as in assets saved before there were states
+        for name in ("state", "views_together", "labels"):
+            if not values[name]:
+                del values[name]  # absent, as in assets saved before there were such choices
         values["views"] = list(self.views)
         for corpus in values["corpora"].values():
             views = list(corpus.pop("views"))
@@ -151,12 +157,17 @@ class TaskRecord:
             chunk_size=self.chunk_size,
             frame_spacing=self.frame_spacing,
             views=self.views,
+            views_together=self.views_together,
             state=self.state,
         )
 
     def views_of(self, corpus: str) -> tuple[str, ...]:
         """The cameras that are shown of a corpus, in the order they are written."""
         return self.corpora[corpus].views or self.views
+
+    def learned(self, role: Role) -> bool:
+        """Whether tokens of this role were learned."""
+        return role in LABELS[self.labels or task_class(self.task).labels]
 
     def find_corpus(self, name: str | None = None) -> str:
         """The corpus ``name``, or the only one there is.
@@ -171,3 +182,27 @@ class TaskRecord:
             return str(name)
         what = "name one" if name is None else f"{name!r} is not among them"
         raise UserError(f"the checkpoint was trained on the corpora {', '.join(known)}; {what}")
+
+
+_MIXTURE = "mixture"  # key of a mixture's records in ``Assets.task``
+
+
+def records_to_json(records: Sequence[TaskRecord]) -> dict[str, Any]:
+    """The value of ``Assets.task``: of one task its record, of a mixture those of all its tasks."""
+    values = [record.to_json() for record in records]
+    return values[0] if len(values) == 1 else {_MIXTURE: values}
+
+
+def records_from_json(values: Mapping[str, Any]) -> tuple[TaskRecord, ...]:
+    """The tasks that a checkpoint was trained on; the inverse of ``records_to_json``.
+
+    Raises:
+      UserError: a record with unknown or missing keys.
+    """
+    return tuple(map(TaskRecord.from_json, values.get(_MIXTURE, [values])))
+
+
+def without_labels(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``Assets.task`` without what was learned, which may change while a run goes on."""
+    records = [dataclasses.replace(record, labels="") for record in records_from_json(values)]
+    return records_to_json(records)

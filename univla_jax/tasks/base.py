@@ -50,6 +50,7 @@ class TaskSettings:
       chunk_size: steps of an action chunk.
       frame_spacing: steps between two frames of a world model; 0 takes each corpus' own.
       views: cameras in the order they are written; empty takes the corpus' ``policy_views``.
+      views_together: whether a world model shows all cameras at every moment instead of one.
       state: whether the proprioceptive state is written before each chunk.
       aligned_windows: share of the windows that begin a whole number of chunks into their episode.
     """
@@ -58,6 +59,7 @@ class TaskSettings:
     chunk_size: int = 10
     frame_spacing: int = 0
     views: tuple[str, ...] = ()
+    views_together: bool = False
     state: bool = False
     aligned_windows: float = 0.0
 
@@ -75,6 +77,7 @@ class Needs:
       frame_spacing: frames are ``TaskSettings.frame_spacing`` steps apart.
       own_row: one sample per row; packing is off.
       action_expert: a flow-matching expert on top of the decoder.
+      texts: kinds of text that every episode must have (``Episode.texts``).
     """
 
     actions: bool = False
@@ -85,6 +88,7 @@ class Needs:
     frame_spacing: bool = False
     own_row: bool = False
     action_expert: bool = False
+    texts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +124,14 @@ class SampleSpec:
       shown: its frames in the order of their codes.
       actions: float32 [T, A] normalized chunk for the action expert, else None.
       name: the episode, for messages.
+      task_id: position of its task in the run's mixture.
     """
 
     tokens: Tokens
     shown: Sequence[ShownFrame]
     actions: np.ndarray | None = None
     name: str = ""
+    task_id: int = 0
 
     def __len__(self) -> int:
         """Number of tokens S."""
@@ -195,6 +201,10 @@ class Task(abc.ABC):
           UserError: the episode is too short, or lacks a view, a text or statistics.
         """
 
+    def longest_sample(self, episode: TokenizedEpisode, instruction: str) -> SampleSpec:
+        """A sample with as many frames and chunks as any of the episode; raises as ``sample``."""
+        return self.sample(episode, instruction, np.random.default_rng(0))
+
     def steps_needed(self, corpus: str) -> int:
         """The fewest steps of an episode of ``corpus`` that give a sample."""
         return self.settings.chunk_size if self.needs.actions else 1
@@ -202,6 +212,22 @@ class Task(abc.ABC):
     def opening(self, text: str) -> np.ndarray:
         """int32 ids of bos and ``text``, with which every sequence begins."""
         return opening(self.text_encoder, text)[1]
+
+    # Frames that a model is to make: between those it chooses, ids are fed.
+
+    def separator(self, grid: tuple[int, int]) -> np.ndarray:
+        """int32 ids between the codes of a frame and those of one on ``grid``."""
+        return frame_separator(self.text_encoder, *grid)
+
+    def frame_decoding(self, grid: tuple[int, int]) -> Decoding:
+        """How one frame is decoded: h*w visual ids."""
+        visual = self.vocabulary.visual_ids(np.arange(self.vocabulary.visual_size))
+        return Decoding(allowed=visual, stop_id=None, max_new_tokens=grid[0] * grid[1])
+
+    def parse_frames(self, ids: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Codes uint16 [..., h, w] of the visual ids [..., h*w] of frames."""
+        codes = self.vocabulary.visual_codes(ids)
+        return codes.reshape(*ids.shape[:-1], *grid).astype(np.uint16)
 
     # Pieces that several tasks write.
 
@@ -413,27 +439,13 @@ class FrameTask(Task):
     """A task whose prompt ends where the codes of a frame begin."""
 
     @abc.abstractmethod
-    def prompt(self, instruction: str, context: np.ndarray) -> np.ndarray:
+    def prompt(self, instruction: str, *context: np.ndarray) -> np.ndarray:
         """int32 ids of the context frames and the header of the next one.
 
         Args:
           instruction: what happens; "" is the null prompt of classifier-free guidance.
-          context: integer [T, h, w] codes of the frames before it, oldest first.
+          *context: per camera integer [T, h, w] codes of the frames before it, oldest first.
         """
-
-    def separator(self, grid: tuple[int, int]) -> np.ndarray:
-        """int32 ids between the codes of two frames, which are fed, not sampled."""
-        return frame_separator(self.text_encoder, *grid)
-
-    def decoding(self, grid: tuple[int, int]) -> Decoding:
-        """How one frame is decoded: h*w visual ids."""
-        visual = self.vocabulary.visual_ids(np.arange(self.vocabulary.visual_size))
-        return Decoding(allowed=visual, stop_id=None, max_new_tokens=grid[0] * grid[1])
-
-    def parse(self, ids: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Codes uint16 [..., h, w] of the visual ids [..., h*w] of frames."""
-        codes = self.vocabulary.visual_codes(ids)
-        return codes.reshape(*ids.shape[:-1], *grid).astype(np.uint16)
 
 
 def draw_window(

@@ -30,7 +30,7 @@ class ChainOfThought(Task):
 
     name = "chain_of_thought"
     labels = "thought_and_action"
-    needs = Needs(actions=True, action_tokens=True)
+    needs = Needs(actions=True, action_tokens=True, texts=("reasoning",))
 
     def sample(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator

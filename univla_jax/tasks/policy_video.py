@@ -7,6 +7,9 @@ camera is written, then the proprioceptive state where the run shows it, then th
 ``chunk_size`` actions that follow. There is no eos after eoa. The prompt ends with the boa of the
 newest moment; between calls it is assembled from its moments by ``tasks/history.py``.
 
+Where frames are learned too (``data.loss_on``), the same sequence imagines what given actions do:
+a chunk is fed behind its boa (``outcome``), then the codes of the next moment's frames are chosen.
+
 Source: UniVLA train/datasets.py:232-269, reference/RoboVLMs/eval/*/model_wrapper*.py.
 
 Axes: T moments, h/w code grid, A action dimensions.
@@ -20,7 +23,7 @@ import numpy as np
 
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.errors import UserError
-from univla_jax.sequences.frames import frame_blocks
+from univla_jax.sequences.frames import frame_blocks, frame_header
 from univla_jax.sequences.tokens import Role, Tokens, opening
 from univla_jax.tasks.base import (
     ActionTask,
@@ -93,6 +96,22 @@ class PolicyVideo(ActionTask):
                 chunks[t] if t < len(chunks) else None,
             )
         return self.compose(pieces)
+
+    def outcome(self, chunk: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """int32 ids fed behind a boa so that the next moment is imagined, up to its first code.
+
+        Args:
+          chunk: action ids without eoa.
+          grid: of the first camera.
+        """
+        eoa = np.array([self.vocabulary.eoa], np.int32)
+        return np.concatenate([chunk, eoa, frame_header(self.text_encoder, *grid)])
+
+    @property
+    def next_action(self) -> np.ndarray:
+        """int32 ids fed behind the last code of an imagined moment, before the next chunk."""
+        v = self.vocabulary
+        return np.array([v.eof, v.eoi, v.boa], np.int32)
 
 
 TASK = PolicyVideo

@@ -15,6 +15,7 @@ import numpy as np
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.sequences.tokens import Role, Tokens, opening
 from univla_jax.tasks.base import (
+    Needs,
     SampleSpec,
     Task,
     count_moments,
@@ -32,6 +33,7 @@ class Question(Task):
 
     name = "question"
     labels = "answer"
+    needs = Needs(texts=("answer",))
 
     def sample(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator

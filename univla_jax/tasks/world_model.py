@@ -1,6 +1,7 @@
 """World model: an instruction and frames, each in a block of its own, without actions.
 
     bos text │ fmt(v t=0) │ fmt(v t=1) │ … │ fmt(v t=T-1)
+    bos text │ fmt(v1 t=0) fmt(v2 t=0) │ fmt(v1 t=1) fmt(v2 t=1) │ …           views together
 
 Frames are about a second apart (``frame_spacing``). The prompt ends with the header of the next
 frame, "boi 1*h*w img"; its h*w codes are sampled, and what stands between two frames is fed, not
@@ -43,21 +44,22 @@ class WorldModelTask(FrameTask):
     def sample(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
     ) -> SampleSpec:
-        """Up to ``frames`` frames of one camera, ``frame_spacing`` steps apart."""
+        """Up to ``frames`` frames of one camera or of all, ``frame_spacing`` steps apart."""
         # The window is drawn before the camera: the order of the draws is part of what a seed
         # means.
         spacing = corpus_frame_spacing(self.settings, episode.corpus)
         moments = self.draw_window(episode, self.settings.frames, spacing, rng)
-        view = self.draw_camera(episode, rng)
-        tokens = self.build(instruction, [placeholders(view, len(moments))])
-        return SampleSpec(tokens, frames_in_order([view], moments))
+        together = self.settings.views_together
+        views = self.view_codes(episode) if together else [self.draw_camera(episode, rng)]
+        tokens = self.build(instruction, [placeholders(view, len(moments)) for view in views])
+        return SampleSpec(tokens, frames_in_order(views, moments))
 
     def build(self, instruction: str, views: Sequence[np.ndarray]) -> Tokens:
         """The sequence of all frames; more views interleave.
 
         Args:
           instruction: what happens; "" trains without text.
-          views: usually one, integer [T, h, w] codes.
+          views: per camera integer [T, h, w] codes.
         """
         pieces = [opening(self.text_encoder, instruction)]
         blocks = [frame_blocks(self.text_encoder, view) for view in views]
@@ -65,10 +67,10 @@ class WorldModelTask(FrameTask):
             pieces += [(Role.MARKUP, block[t]) for block in blocks]
         return self.compose(pieces)
 
-    def prompt(self, instruction: str, context: np.ndarray) -> np.ndarray:
+    def prompt(self, instruction: str, *context: np.ndarray) -> np.ndarray:
         """See ``FrameTask``."""
-        header = frame_header(self.text_encoder, *context.shape[1:])
-        return np.concatenate([self.build(instruction, [context]).ids, header])
+        header = frame_header(self.text_encoder, *context[0].shape[1:])
+        return np.concatenate([self.build(instruction, context).ids, header])
 
 
 TASK = WorldModelTask

@@ -137,6 +137,7 @@ def weighted_cross_entropy(
     *,
     max_labeled: int | None = None,
     chunks: int | None = None,
+    tasks: Sequence[str] = (),
     train: bool = False,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -153,12 +154,13 @@ def weighted_cross_entropy(
         ``metrics["dropped_labels"]``; see ``LabelWeights.check_capacity``. None computes every
         position.
       chunks: parts in which the head is applied, see ``cross_entropy.default_chunks``.
+      tasks: names of the tasks by their ids in the batch, whose sums are wanted too.
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
 
     Returns:
       sum of w * nll (float32, differentiable), sum of w (float32), and metrics, all of them sums
-      that add up over micro-batches: per modality ``<name>_nll``, ``<name>_correct``,
+      that add up over micro-batches: per modality and per task ``<name>_nll``, ``<name>_correct``,
       ``<name>_tokens`` (unweighted, over labeled tokens) and ``dropped_labels``.
     """
     rngs = {"dropout": dropout_key} if dropout_key is not None else None
@@ -179,6 +181,8 @@ def weighted_cross_entropy(
         modalities,
         max_labeled=max_labeled,
         chunks=chunks,
+        tasks=tasks,
+        task_ids=batch.task_ids if tasks else None,
     )
 
 
@@ -192,12 +196,16 @@ def loss_of_hidden(
     *,
     max_labeled: int | None = None,
     chunks: int | None = None,
+    tasks: Sequence[str] = (),
+    task_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """``weighted_cross_entropy`` of hidden states [B, S, D] that are there already."""
     targets, weights = _shift(tokens), _shift(weights).astype(jnp.float32)
+    groups = None if task_ids is None else _shift(task_ids.astype(jnp.int32))
     dropped = jnp.zeros((), jnp.float32)
     if max_labeled is not None and max_labeled < targets.shape[1]:
-        hidden, targets, weights, dropped = gather_labeled(hidden, targets, weights, max_labeled)
+        gathered = gather_labeled(hidden, targets, weights, max_labeled, groups)
+        hidden, targets, weights, dropped, groups = gathered
     head = model.apply({"params": params}, method="head_weights")
     total, per_token = cross_entropy(
         hidden,
@@ -208,13 +216,20 @@ def loss_of_hidden(
         chunks=chunks,
         gradient_dtype=model.config.reduction_dtype,
     )
-    metrics = _modality_sums(modalities, targets, weights, *per_token) | {DROPPED: dropped}
+    metrics = _named_sums(MODALITIES, modalities.index(targets), weights, *per_token)
+    if groups is not None:
+        metrics |= _named_sums(tasks, groups, weights, *per_token)
+    metrics |= {DROPPED: dropped}
     return jnp.where(dropped > 0, jnp.nan, total), jnp.sum(weights), metrics
 
 
 def gather_labeled(
-    hidden: jax.Array, targets: jax.Array, weights: jax.Array, capacity: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    capacity: int,
+    groups: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """The labeled positions of each row, in order, padded with weight 0 to ``capacity``.
 
     Args:
@@ -222,9 +237,11 @@ def gather_labeled(
       targets: int32 [B, S].
       weights: float32 [B, S]; labeled means not 0.
       capacity: P, static.
+      groups: int32 [B, S], gathered as the targets are; or None.
 
     Returns:
-      hidden [B, P, D], targets [B, P], weights [B, P], and how many labels did not fit (float32).
+      hidden [B, P, D], targets [B, P], weights [B, P], how many labels did not fit (float32), and
+      groups [B, P].
     """
     labeled = weights != 0
     count = jnp.cumsum(labeled, axis=1)  # of labels up to and at each position
@@ -236,7 +253,9 @@ def gather_labeled(
     pick = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     picked = jnp.take_along_axis(hidden, order[..., None], axis=1)
     real = places < count[:, -1:]
-    return picked, pick(targets), jnp.where(real, pick(weights), 0), dropped.astype(jnp.float32)
+    weights = jnp.where(real, pick(weights), 0)
+    groups = None if groups is None else pick(groups)
+    return picked, pick(targets), weights, dropped.astype(jnp.float32), groups
 
 
 def _shift(x_BS: jax.Array) -> jax.Array:
@@ -244,10 +263,12 @@ def _shift(x_BS: jax.Array) -> jax.Array:
     return jnp.pad(x_BS[:, 1:], ((0, 0), (0, 1)))
 
 
-def _modality_sums(modalities, targets, weights, nll, correct) -> dict[str, jax.Array]:
-    index, labeled = modalities.index(targets), weights != 0
-    sums = {}
-    for i, name in enumerate(MODALITIES):
+def _named_sums(
+    names: Sequence[str], index: jax.Array, weights: jax.Array, nll: jax.Array, correct: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums over the labeled tokens of each name, ``index`` being its position in ``names``."""
+    sums, labeled = {}, weights != 0
+    for i, name in enumerate(names):
         mine = (labeled & (index == i)).astype(jnp.float32)
         sums[f"{name}_nll"] = jnp.sum(mine * jax.lax.stop_gradient(nll))
         sums[f"{name}_correct"] = jnp.sum(mine * correct)
@@ -412,12 +433,14 @@ def make_loss(
     chunks: int = 0,
     flow_weight: float = FLOW_WEIGHT,
     expert: ActionExpert | None = None,
+    tasks: Sequence[str] = (),
 ) -> LossFn:
     """The weighted cross-entropy of a run, with an expert its flow matching too.
 
     Its metrics: ``<modality>_loss`` and ``<modality>_accuracy``, unweighted means over the labeled
-    tokens of text, visual and action; ``tokens``, all but padding; with an expert ``flow_mse``.
-    An evaluation draws the same noise for every batch.
+    tokens of text, visual and action; ``task/<name>_loss`` and ``task/<name>_accuracy``, the same
+    of each task of a mixture; ``tokens``, all but padding; with an expert ``flow_mse``. An
+    evaluation draws the same noise for every batch.
 
     Args:
       model: the decoder.
@@ -427,8 +450,10 @@ def make_loss(
       chunks: parts in which the head is applied; 0 chooses them by memory.
       flow_weight: of the flow-matching error.
       expert: the action expert, or None.
+      tasks: names of the tasks of a mixture; no mixture has an expert.
     """
     modalities = Modalities.of(vocabulary)
+    tasks = [f"task/{name}" for name in tasks]
 
     def loss(params: Any, batch: Batch, step: jax.Array, rng: jax.Array | None) -> Any:
         options: dict[str, Any] = {
@@ -440,7 +465,7 @@ def make_loss(
         by_token = weights(batch, step)
         if expert is None:
             total, weight, sums = weighted_cross_entropy(
-                model, params, batch, by_token, modalities, **options
+                model, params, batch, by_token, modalities, tasks=tasks, **options
             )
             flow = {}
         else:
@@ -459,7 +484,7 @@ def make_loss(
             )
             flow = {FLOW_MSE: sums[FLOW_MSE]}
         metrics = {TOKENS: jnp.sum(batch.segment_ids > 0).astype(jnp.float32), **flow}
-        for name in MODALITIES:
+        for name in (*MODALITIES, *tasks):
             count = sums[f"{name}_tokens"]
             metrics[f"{name}_loss"] = sums[f"{name}_nll"], count
             metrics[f"{name}_accuracy"] = sums[f"{name}_correct"], count

@@ -153,6 +153,7 @@ class TrainSetup:
                 chunks=config.loss.chunks,
                 flow_weight=config.loss.flow_weight,
                 expert=expert,
+                tasks=data.titles,
             ),
             rules=model_rules(model.config, mesh, expert),
             abstract=abstract_state(params_init(model, expert), optimizer, mesh),
@@ -292,7 +293,8 @@ class TrainSetup:
 
 def label_weights(data: DataConfig) -> LabelWeights:
     """The loss weights of a run's tasks."""
-    return LabelWeights((labeled_roles(data.labels),), (data.vision_schedule,))
+    labeled = [labeled_roles(part.labels) for part in data.parts]
+    return LabelWeights(labeled, [part.vision_schedule for part in data.parts])
 
 
 def decoder_config(model: ModelConfig, vocabulary: Vocabulary) -> DecoderConfig:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
+from univla_jax import tasks
 from univla_jax.assets import Assets, spec_key
 from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint
 from univla_jax.data.token_store import StoreHeader, TokenStore, compute_statistics
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
-from univla_jax.tasks import CorpusRecord, TaskRecord
+from univla_jax.tasks import CorpusRecord, TaskRecord, records_to_json, without_labels
 from univla_jax.tasks.base import corpus_frame_spacing, ordered_views, policy_views
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
 from univla_jax.tokenizers.image import ImageSpec
@@ -45,15 +46,16 @@ def build_assets(config: TrainConfig, own: epath.Path | None) -> Assets:
     Raises:
       UserError: a tokenizer is missing or does not fit the vocabulary or the earlier stage.
     """
-    stores = [TokenStore(folder) for folder in config.data.stores]
+    parts = [(part, [TokenStore(f) for f in part.stores]) for part in config.data.parts]
+    stores = [store for _, opened in parts for store in opened]
     if not stores:
         raise UserError("config.data.stores: none named; give the folder of a token store")
     assets = _new_assets(config) if own is None else Assets.load(assets_folder(own))
     return dataclasses.replace(
         assets,
         image_specs=image_specs([store.manifest.header for store in stores]),
-        statistics=statistics(stores),
-        task=task_record(config.data, stores).to_json(),
+        statistics=mixture_statistics(parts),
+        task=records_to_json([task_record(part, opened) for part, opened in parts]),
     )
 
 
@@ -92,6 +94,10 @@ def _same_run(saved: Assets, assets: Assets) -> bool:
     """Whether assets are those of an earlier start, but for settings that may change."""
     free = {name: assets.model[name] for name in FREE_MODEL_SETTINGS if name in assets.model}
     saved = dataclasses.replace(saved, model={**saved.model, **free})
+    # What of the tokens is learned may change too; it gives none of them another meaning.
+    saved, assets = (
+        dataclasses.replace(each, task=without_labels(each.task)) for each in (saved, assets)
+    )
     return saved.fingerprint == assets.fingerprint
 
 
@@ -134,12 +140,15 @@ def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
             for header in headers
         },
         state=data.state,
+        views_together=data.views_together,
+        labels=data.loss_on if data.loss_on != tasks.task_class(data.task).labels else "",
     )
 
 
 def _shown_views(data: DataConfig, header: StoreHeader) -> tuple[str, ...]:
     """The cameras of a corpus that acting or imagining may be asked about."""
-    views = ordered_views if data.needs.single_view else policy_views
+    single = data.needs.single_view and not data.views_together
+    views = ordered_views if single else policy_views
     return data.views or tuple(views(header.corpus, list(header.grids)))
 
 
@@ -182,6 +191,21 @@ def statistics(stores: Sequence[TokenStore]) -> dict[str, ActionStatistics]:
     return {key: _joint(key, group) for key, group in by_corpus.items()}
 
 
+def mixture_statistics(
+    parts: Sequence[tuple[DataConfig, Sequence[TokenStore]]],
+) -> dict[str, ActionStatistics]:
+    """Statistics of all tasks' stores: those of a corpus come from the first task that has it.
+
+    A policy named first so keeps the statistics of its demonstrations, whatever roll-outs of the
+    same robot are learned from beside them: other ones would change what its actions mean.
+    """
+    found: dict[str, ActionStatistics] = {}
+    for _, stores in sorted(parts, key=lambda part: not part[0].needs.actions):
+        missing = [store for store in stores if store.statistics.keys() - found.keys()]
+        found = statistics(missing) | found
+    return found
+
+
 def _joint(key: str, stores: Sequence[TokenStore]) -> ActionStatistics:
     if len(stores) == 1:
         return stores[0].statistics[key]
@@ -201,13 +225,14 @@ def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
         if part is None:
             raise UserError(f"{_WHERE}.{name} is empty; name the tokenizer's folder, or init_from")
     if action is None and config.data.needs.action_tokens:
-        raise UserError(f"{_WHERE}.action is empty, but data.task {config.data.task!r} needs it")
-    chunk_size = config.data.chunk_size
-    if config.data.needs.action_tokens and action.horizon not in (None, chunk_size):
-        raise UserError(
-            f"{_WHERE}.action was fitted to chunks of {action.horizon} steps, data.chunk_size is "
-            f"{chunk_size}; set it to that, or fit another"
-        )
+        needing = next(part.task for part in config.data.parts if part.needs.action_tokens)
+        raise UserError(f"{_WHERE}.action is empty, but the task {needing!r} needs it")
+    for part in config.data.parts:
+        if part.needs.action_tokens and action.horizon not in (None, part.chunk_size):
+            raise UserError(
+                f"{_WHERE}.action was fitted to chunks of {action.horizon} steps, data.chunk_size "
+                f"is {part.chunk_size}; set it to that, or fit another"
+            )
     if earlier is None:
         vocabulary = _vocabulary(folders.vocabulary, text, vision, action)
     elif earlier.action is None and action is not None:

@@ -197,6 +197,8 @@ FREE = (
     "data.too_long",
     "data.loss_on",
     "data.vision_weight",
+    "data.mixture.*.loss_on",
+    "data.mixture.*.vision_weight",
     "data.workers",
     "data.read_threads",
     "data.prefetch_batches",

@@ -25,6 +25,7 @@ from univla_jax.checkpoints import Checkpointer
 from univla_jax.errors import UserError
 from univla_jax.io import PathLike, absolute_path
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
+from univla_jax.pipeline.mixture import with_held_out_stores
 from univla_jax.training import sharding
 from univla_jax.training.distributed import Preempted, SigtermHandler, Watchdog, next_within
 from univla_jax.training.goodput import GoodputLog
@@ -357,9 +358,7 @@ class HeldOutEvaluation:
         self._setup, self._config, self._step = setup, setup.config.evaluation, setup.eval_step()
         data, part = setup.config.data, setup.host_slice
         if self._config.stores:
-            data = dataclasses.replace(
-                data, stores=self._config.stores, weights=(), held_out_every=0
-            )
+            data = with_held_out_stores(data, self._config.stores)
         self._batches = EvaluationBatches(data, assets, host=part.index, hosts=part.count)
 
     def due(self, step: int) -> bool:

@@ -66,7 +66,7 @@ def test_the_true_task_counts_whatever_was_given():
 
 
 def test_observations_are_those_of_the_environment():
-    simulator, env = _reset(2, first_seed=3), TabletopEnv()
+    simulator, env = _reset(2, first_seed=EVALUATION_SEEDS[3]), TabletopEnv()
     expected, _ = env.reset(seed=EVALUATION_SEEDS[5], options={"family": FAMILIES[2]})
     action = np.array([0.05, -0.05, -0.02, 0, 0, 0.1, 1])
     for _ in range(3):
@@ -99,3 +99,18 @@ def test_the_families_take_turns():
 def test_numbers_are_checked(wrong):
     with pytest.raises(UserError, match="tabletop: episodes"):
         make_benchmark("tabletop", **wrong)
+
+
+def test_attempts_err_in_their_own_way_on_scenes_of_demonstrations():
+    benchmark = make_benchmark("tabletop", episodes=60, training_scenes=True)
+    simulator, successes = benchmark.variants["attempts"](), 0
+    for trial in benchmark.trials:
+        simulator.reset(trial)
+        result = StepResult.CONTINUES
+        while result is not StepResult.ENDED:
+            (action,) = simulator.observe().plan
+            assert np.abs(action[:3]).max() <= 0.1 + 1e-6
+            result = simulator.step(action)
+        assert simulator.result()["seed"] in DEMONSTRATION_SEEDS
+        successes += simulator.result()["success"]
+    assert 5 < successes < 40

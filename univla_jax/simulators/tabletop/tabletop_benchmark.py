@@ -16,20 +16,36 @@ import numpy as np
 
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators import Benchmark, Breakdown, StepResult, Trial, package_versions
+from univla_jax.simulators import (
+    Benchmark,
+    Breakdown,
+    PlannedObservation,
+    StepResult,
+    Trial,
+    package_versions,
+)
 from univla_jax.simulators.tabletop.tabletop_env import (
     CONTROL_HZ,
     FAMILIES,
     TabletopEnv,
     TabletopTask,
 )
-from univla_jax.simulators.tabletop.tabletop_expert import EVALUATION_SEEDS
+from univla_jax.simulators.tabletop.tabletop_expert import (
+    DEMONSTRATION_SEEDS,
+    EVALUATION_SEEDS,
+    attempt,
+)
 
 _VIDEO_SIZE = 192  # pixels
 
 
 def make_benchmark(
-    *, episodes: int = 120, max_steps: int = 40, first_seed: int = 0, execute: int = 0
+    *,
+    episodes: int = 120,
+    max_steps: int = 40,
+    first_seed: int = 0,
+    training_scenes: bool = False,
+    execute: int = 0,
 ) -> Benchmark:
     """The embedded tabletop.
 
@@ -37,25 +53,28 @@ def make_benchmark(
       episodes: of each condition; the families take turns.
       max_steps: steps after which an episode ends.
       first_seed: index of the first seed in the range kept for evaluation.
+      training_scenes: take the range kept for demonstrations, for roll-outs that are learned from.
       execute: actions executed of each chunk; 0 executes all.
 
     Raises:
       UserError: a number out of range.
     """
+    seeds = DEMONSTRATION_SEEDS if training_scenes else EVALUATION_SEEDS
     last = first_seed + episodes
-    if min(episodes, max_steps) < 1 or min(first_seed, execute) < 0 or last > len(EVALUATION_SEEDS):
+    if min(episodes, max_steps) < 1 or min(first_seed, execute) < 0 or last > len(seeds):
         raise UserError(
             f"tabletop: episodes {episodes} and max_steps {max_steps} must be at least 1, execute "
             f"{execute} at least 0, the seeds {first_seed} to {last - 1} in "
-            f"0...{len(EVALUATION_SEEDS) - 1}"
+            f"0...{len(seeds) - 1}"
         )
-    make = functools.partial(TabletopSimulator, max_steps=max_steps, first_seed=first_seed)
+    first = seeds[first_seed]
+    make = functools.partial(TabletopSimulator, max_steps=max_steps, first_seed=first)
     return Benchmark(
         name="tabletop",
         protocol={
             "benchmark": "tabletop",
             "episodes": episodes,
-            "first_seed": EVALUATION_SEEDS[first_seed],
+            "first_seed": first,
             "families": list(FAMILIES),
             "max_steps": max_steps,
             "execute": execute,
@@ -66,12 +85,16 @@ def make_benchmark(
         },
         trials=tuple(trial_of(index) for index in range(episodes)),
         make=make,
-        variants={"other_instruction": functools.partial(make, other_instruction=True)},
+        variants={
+            "other_instruction": functools.partial(make, other_instruction=True),
+            "attempts": functools.partial(make, attempts=True),
+        },
+        scripted=("expert", "attempts"),
         conditions=("policy", "other_instruction", "untrained", "random"),
         in_process=True,
         batch=40,
         corpus="tabletop",
-        seed=functools.partial(scene_seed, first_seed=first_seed),
+        seed=functools.partial(scene_seed, first_seed=first),
         execute=execute,
         video_every=1,
         breakdown=instruction_breakdown,
@@ -83,9 +106,9 @@ def trial_of(index: int) -> Trial:
     return Trial(index % len(FAMILIES), index // len(FAMILIES))
 
 
-def scene_seed(trial: Trial, *, first_seed: int = 0) -> int:
+def scene_seed(trial: Trial, *, first_seed: int = EVALUATION_SEEDS[0]) -> int:
     """The seed of ``TabletopEnv.reset`` of a trial."""
-    return EVALUATION_SEEDS[first_seed + trial.trial * len(FAMILIES) + trial.task]
+    return first_seed + trial.trial * len(FAMILIES) + trial.task
 
 
 def instruction_breakdown(records: Sequence[dict[str, Any]]) -> Breakdown:
@@ -106,18 +129,25 @@ class TabletopSimulator:
     """
 
     def __init__(
-        self, *, max_steps: int = 40, first_seed: int = 0, other_instruction: bool = False
+        self,
+        *,
+        max_steps: int = 40,
+        first_seed: int = EVALUATION_SEEDS[0],
+        other_instruction: bool = False,
+        attempts: bool = False,
     ) -> None:
         """Makes the environment.
 
         Args:
           max_steps: steps after which an episode ends.
-          first_seed: index of the first seed in the range kept for evaluation.
+          first_seed: of ``TabletopEnv.reset`` in the first trial.
           other_instruction: give the policy the instruction of the same kind of task for another
             block, or another zone.
+          attempts: plan with the expert that errs.
         """
         self.env = TabletopEnv(max_steps=max_steps, lazy=True)
         self._first_seed, self._other_instruction = first_seed, other_instruction
+        self._attempts = attempts
         self.given_task: TabletopTask
 
     def reset(self, trial: Trial) -> None:
@@ -126,12 +156,17 @@ class TabletopSimulator:
         self.env.reset(seed=self._seed, options={"family": FAMILIES[trial.task]})
         self.given_task = self._other_task() if self._other_instruction else self.env.task
         self._steps, self._success, self._given_task_success = 0, False, False
+        rng = np.random.default_rng([self._seed, 1])
+        self._plan = attempt(self.env.task, self.env.scene, rng) if self._attempts else None
 
     def observe(self) -> Observation:
         """Both cameras, the state, and the given instruction."""
         observed = self.env.observe()
         frames = {view: observed[view] for view in ("image", "wrist_image")}
-        return Observation(self.given_task.instruction, frames, observed["state"])
+        seen = self.given_task.instruction, frames, observed["state"]
+        if self._plan is None:
+            return Observation(*seen)
+        return PlannedObservation(*seen, plan=next(self._plan)[None])
 
     def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
         """Executes float [7] (gripper > 0 closes).

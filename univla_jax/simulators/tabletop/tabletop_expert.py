@@ -120,6 +120,38 @@ def _action(offset: np.ndarray, grip: float) -> np.ndarray:
     return np.array([*(offset / longest), 0.0, 0.0, 0.0, grip], np.float32)
 
 
+def attempt(task: TabletopTask, scene: Scene, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """An expert that errs: what a robot may do, and not only what it should; endless.
+
+    From such attempts a model learns what actions do where they do not follow from the instruction,
+    and what failure looks like. Two in five mean well, one in five does the same to another object,
+    one in five misses its places, and one in five wanders; each shakes by an amount of its own.
+
+    Args:
+      task: what it is told.
+      scene: read anew before every action.
+      rng: draws the errors.
+
+    Yields:
+      float32 [7] actions.
+    """
+    kind, shaking = rng.random(), float(rng.choice([0.0, 0.01, 0.03]))
+    path = waypoints(task, scene)
+    if 0.4 <= kind < 0.6:
+        others = task.others(scene)
+        path = waypoints(others[int(rng.integers(len(others)))], scene)
+    elif 0.6 <= kind < 0.8:
+        off = rng.uniform(-0.15, 0.15, 2)
+        path = [(x + off[0], y + off[1], height, grip) for x, y, height, grip in path]
+    elif kind >= 0.8:
+        spots = rng.uniform((0.0, 0.0, 0.03), (1.0, 1.0, HIGH), (6, 3))
+        path = [(*spot, float(rng.choice([OPEN, CLOSE]))) for spot in spots]
+    for action in actions_along(path, scene):
+        noise = rng.normal(0.0, shaking, 3) if shaking else np.zeros(3)
+        moved = np.clip(action[:3] + noise, -MAX_STEP, MAX_STEP)
+        yield np.array([*moved, *action[3:]], np.float32)
+
+
 def demonstrate(seed: int, *, family: str | None = None) -> Episode:
     """One successful scripted episode.
 

@@ -1,0 +1,161 @@
+"""Where things are in a picture of the tabletop: the judge of imagined frames.
+
+The gripper is found by fitting its drawing to what differs from the scene drawn without it; blocks
+are found by their colors. The scene as it lay at the beginning is known to the judge, as it is to
+the simulator, so that "did the imagined gripper go where the instruction says" has a true answer.
+
+Axes: H/W pixels of a square picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.signal
+from PIL import Image
+
+from univla_jax.simulators.tabletop import tabletop_env
+from univla_jax.simulators.tabletop.tabletop_env import BLOCK_RGB, Gripper, Scene
+from univla_jax.simulators.tabletop.tabletop_render import Canvas, View, draw_gripper, draw_scene
+
+SIZE = 64  # pixels in which pictures are compared
+_EXTENT = 1.0 + 2 * tabletop_env.MARGIN  # table units that the fixed camera shows
+_HEIGHTS = (0.03, 0.08, 0.15, 0.22)
+_NEAR = 70.0  # levels; pixels this near to a block's color belong to it
+_LEAST_CHROMA = 60.0  # levels between the strongest and the weakest channel
+_LEAST_PIXELS = 6  # of a block in a picture of SIZE x SIZE
+
+
+def find_gripper(picture: np.ndarray, scene: Scene) -> np.ndarray:
+    """Position (x, y) of the gripper in table units, float64 [2].
+
+    Args:
+      picture: uint8 [H, H, 3] of the fixed camera, at any size.
+      scene: blocks and zones as they lie, the gripper's own pose ignored; blocks that moved since
+        disturb the fit only where they are.
+    """
+    frame, background = _enlarge(picture), _without_gripper(scene)
+    best, found = np.inf, np.zeros(2)
+    # The squared error of drawing the gripper at every pixel, by correlation: where its opacity is
+    # M and its color P, the drawn pixel is background * (1 - M) + P.
+    difference = frame - background
+    for height, is_open in itertools.product(_HEIGHTS, (False, True)):
+        opacity, color = _gripper_drawing(height, is_open)
+        error = np.zeros((SIZE, SIZE))
+        for channel in range(3):
+            d, b = difference[..., channel], background[..., channel]
+            m, p = opacity, color[..., channel]
+            error += _correlate(b * b, m * m) + np.sum(p * p) + 2 * _correlate(d * b, m)
+            error -= 2 * _correlate(d, p) + 2 * _correlate(b, m * p)
+        row, column = np.unravel_index(np.argmin(error), error.shape)
+        if error[row, column] < best:
+            best, found = error[row, column], _table_position(row, column)
+    return found
+
+
+def find_blocks(picture: np.ndarray) -> dict[str, np.ndarray]:
+    """Position (x, y) in table units of every block color that is seen, float64 [2] each."""
+    frame, blocks = _enlarge(picture), {}
+    colors = np.array(list(BLOCK_RGB.values()), np.float64)
+    distance = np.linalg.norm(frame[:, :, None] - colors, axis=-1)
+    # Blends of table and gripper may come near to a color, but they are gray.
+    colored = (frame.max(-1) - frame.min(-1) > _LEAST_CHROMA) & (distance.min(-1) < _NEAR)
+    nearest = np.where(colored, distance.argmin(-1), -1)
+    for number, name in enumerate(BLOCK_RGB):
+        rows, columns = np.nonzero(nearest == number)
+        if len(rows) >= _LEAST_PIXELS:
+            blocks[name] = _table_position(np.median(rows), np.median(columns))
+    return blocks
+
+
+def visited_object(pictures: np.ndarray, scene: Scene, kind: str) -> str:
+    """The color of the block or zone that the gripper of an imagined episode comes nearest to.
+
+    Args:
+      pictures: uint8 [N, H, H, 3] of the fixed camera, one after another.
+      scene: as it lay before the first of them.
+      kind: ``"block"`` or ``"zone"``.
+    """
+    things = scene.zones if kind == "zone" else scene.blocks
+    path = np.stack([find_gripper(picture, scene) for picture in pictures])
+    distance = {
+        thing.color: float(np.linalg.norm(path - thing.position, axis=1).min()) for thing in things
+    }
+    return min(distance, key=distance.__getitem__)
+
+
+def _enlarge(picture: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image, np.float64)
+
+
+def _without_gripper(scene: Scene) -> np.ndarray:
+    canvas = Canvas(View((0.5, 0.5), _EXTENT, SIZE))
+    draw_scene(canvas, scene)
+    return canvas.image().astype(np.float64)
+
+
+@functools.lru_cache(None)
+def _gripper_drawing(height: float, is_open: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Opacity [n, n] and color [n, n, 3] (over black) of a gripper at the middle pixel."""
+    size = 31
+    drawn = []
+    for level in (0.0, 255.0):
+        canvas = Canvas(View((0.0, 0.0), _EXTENT * size / SIZE, size))
+        canvas._rgb[:] = level
+        draw_gripper(canvas, Gripper(np.zeros(2), height, np.zeros(3), is_open))
+        drawn.append(canvas._rgb.astype(np.float64))
+    return 1 - (drawn[1] - drawn[0]).mean(-1) / 255, drawn[0]
+
+
+def _correlate(image: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """Sum of image times template, the template's middle at every pixel; [H, W]."""
+    return scipy.signal.fftconvolve(image, template[::-1, ::-1], mode="same")
+
+
+def _table_position(row: float, column: float) -> np.ndarray:
+    """Table units of the middle of a pixel."""
+    pixel = _EXTENT / SIZE
+    x = 0.5 - _EXTENT / 2 + (column + 0.5) * pixel
+    return np.array([x, 0.5 + _EXTENT / 2 - (row + 0.5) * pixel])
+
+
+def scene_at(seed: int) -> Scene:
+    """The scene of a seed before anything moved; it is the same for every task."""
+    env = tabletop_env.TabletopEnv(lazy=True)
+    env.reset(seed=seed)
+    return env.scene
+
+
+def named_object(instruction: str) -> tuple[str, str]:
+    """What an instruction sends the gripper to first: ``"block"`` or ``"zone"``, and its color."""
+    words = instruction.split()
+    kind = "block" if "block" in words else "zone"
+    return kind, words[words.index(kind) - 1]
+
+
+def score(
+    pictures: np.ndarray, scenes: Sequence[Scene], instructions: Sequence[str]
+) -> dict[str, float]:
+    """How true imagined episodes are to their instructions and to what lay on the table.
+
+    Args:
+      pictures: uint8 [E, N, H, H, 3] of the fixed camera.
+      scenes: as they lay before.
+      instructions: that the model was given.
+
+    Returns:
+      ``right_object``: share of episodes in which the gripper comes nearest to the object that the
+      instruction names; ``colors_kept``: share of the block colors that the last frame shows among
+      those that were there, and no others.
+    """
+    right, kept = [], []
+    for own, scene, instruction in zip(pictures, scenes, instructions):
+        kind, color = named_object(instruction)
+        right.append(visited_object(own, scene, kind) == color)
+        there, seen = {block.color for block in scene.blocks}, set(find_blocks(own[-1]))
+        kept.append(len(there & seen) / len(there | seen))
+    return {"right_object": float(np.mean(right)), "colors_kept": float(np.mean(kept))}

@@ -1,0 +1,73 @@
+"""Judge: an observation and an instruction in, how likely and how soon it will be done out.
+
+Axes: B observations, K values.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from univla_jax.episode import Observation
+from univla_jax.inference.loaded_model import LoadedModel
+from univla_jax.inference.observations import ObservationEncoder
+from univla_jax.inference.sampler import Sampler, pad_prompts
+from univla_jax.sequences.tokens import Role
+from univla_jax.tasks.value import Judgement, Value
+
+
+class Judge:
+    """Judges moments of several episodes at once.
+
+    Attributes:
+      loaded: the model and its assets.
+      corpus: whose cameras these are.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, corpus: str | None = None) -> None:
+        """Prepares a loaded model; see ``load``."""
+        self.loaded = loaded.select(Value, Role.VALUE, "judging")
+        self.corpus = self.loaded.record.find_corpus(corpus)
+        self._encoder = ObservationEncoder(loaded.assets, self.loaded.record, self.corpus)
+        self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
+
+    @classmethod
+    def load(cls, checkpoint: str | pathlib.Path, *, corpus: str | None = None) -> Judge:
+        """Loads a checkpoint folder and nothing else.
+
+        Args:
+          checkpoint: a folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
+          corpus: whose cameras these are; the only one by default.
+
+        Raises:
+          UserError: no complete checkpoint, changed or missing assets, or a checkpoint that was not
+            trained on the task "value".
+        """
+        return cls(LoadedModel.from_checkpoint(checkpoint), corpus=corpus)
+
+    @property
+    def seconds_per_chunk(self) -> float:
+        """Time that one chunk of ``Judgement.chunks`` takes."""
+        record = self.loaded.record
+        return record.chunk_size / record.corpora[self.corpus].control_hz
+
+    def judge(self, observations: Sequence[Observation]) -> list[Judgement]:
+        """What the model says about each observation and its instruction.
+
+        Raises:
+          UserError: an observation without a view, or with a frame of another size.
+        """
+        for i, observation in enumerate(observations):
+            self._encoder.check(observation, f"observation {i}")
+        task = self.loaded.task
+        prompts = [
+            task.build(observation.instruction, views).ids
+            for observation, views in zip(observations, self._encoder.encode(observations))
+        ]
+        pad = self.loaded.assets.vocabulary.pad
+        tokens, lengths = pad_prompts(prompts, pad)
+        state = self._sampler.prefill(tokens, lengths)
+        probabilities = np.exp(self._sampler.next_log_probs(state, task.ids))
+        return task.parse(probabilities[: len(observations)])
