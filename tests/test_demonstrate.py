@@ -28,7 +28,7 @@ def test_the_command_runs_and_names_mistakes(tmp_path):
 
     done = run("--out=data")
     assert done.returncode == 0, done.stderr
-    assert "2 + 1 demonstrations in data/tabletop/1.0.0" in done.stdout
+    assert f"2 + 1 demonstrations in {tmp_path}/data/tabletop/1.0.0" in done.stdout
     assert run().stderr.splitlines()[-1].endswith("give --out=..., the folder for the dataset")
     wrong = run("--out=data", "--config.trian_episodes=2")
     assert (wrong.returncode, "did you mean 'train_episodes'?" in wrong.stderr) == (2, True)

@@ -221,7 +221,11 @@ def test_the_command(tmp_path):
         text=True,
     )
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: no dataset folder nowhere")
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .startswith(f"error: no dataset folder {tmp_path}/nowhere")
+    )
 
 
 def test_report_by_hand():

@@ -39,8 +39,12 @@ _CORPUS = flags.DEFINE_string("corpus", None, "Name of the dataset", allow_overr
 _SPLIT = flags.DEFINE_string("split", "train", "Split of --source", allow_override=True)
 _VISION = flags.DEFINE_string("vision", None, "Tokenizer that shows frames", allow_override=True)
 _OUT = flags.DEFINE_string("out", "inspect.html", "The page", allow_override=True)
-_EPISODES = flags.DEFINE_integer("episodes", 0, "The most episodes read, evenly spread; 0 for all")
-_STRIPS = flags.DEFINE_integer("strips", 8, "Episodes of which frames are shown")
+_EPISODES = flags.DEFINE_integer(
+    "episodes", 0, "The most episodes read, evenly spread; 0 for all", allow_override=True
+)
+_STRIPS = flags.DEFINE_integer(
+    "strips", 8, "Episodes of which frames are shown", allow_override=True
+)
 
 
 def inspect_store(

@@ -57,7 +57,6 @@ _NOT_CONTENT = (
     "vision_weight",
 )
 """Config fields that change neither the batches nor the position in them."""
-_ADDED = ("mixture", "views_together")
 
 
 def training_batches(
@@ -278,10 +277,6 @@ def _identity(
     """Everything a saved position depends on."""
     values = dataclasses.asdict(config)
     settings = {f"data.{k}": v for k, v in values.items() if k not in _NOT_CONTENT}
-    # What older positions do not have is part of them only where it is used.
-    for name in _ADDED:
-        if not values[name]:
-            del settings[f"data.{name}"]
     if config.mixture:
         settings["data.mixture"] = [
             {k: v for k, v in entry.items() if k not in _NOT_CONTENT} for entry in values["mixture"]

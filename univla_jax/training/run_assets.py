@@ -13,6 +13,7 @@ from univla_jax.assets import Assets, spec_key
 from univla_jax.checkpoints import assets_folder, barrier, find_checkpoint
 from univla_jax.data.token_store import StoreHeader, TokenStore, compute_statistics
 from univla_jax.errors import UserError
+from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.normalization import ActionStatistics
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.tasks import CorpusRecord, TaskRecord, records_to_json, without_labels
@@ -93,7 +94,10 @@ def store_assets(
 def _same_run(saved: Assets, assets: Assets) -> bool:
     """Whether assets are those of an earlier start, but for settings that may change."""
     free = {name: assets.model[name] for name in FREE_MODEL_SETTINGS if name in assets.model}
-    saved = dataclasses.replace(saved, model={**saved.model, **free})
+    # Settings that did not exist when the run was begun have their defaults.
+    defaults = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
+    added = {name: defaults[name] for name in assets.model if name not in saved.model}
+    saved = dataclasses.replace(saved, model={**added, **saved.model, **free})
     # What of the tokens is learned may change too; it gives none of them another meaning.
     saved, assets = (
         dataclasses.replace(each, task=without_labels(each.task)) for each in (saved, assets)

@@ -176,11 +176,12 @@ def fit_vision(
       Preempted: SIGTERM arrived; the step is saved.
     """
     run = absolute_path(folder) / RUN
-    run_dir.check_config(run, config, free=(*FREE, "total_steps"))
+    free = (*FREE, "total_steps")
+    run_dir.check_config(run, config, free=free)
     specs = config.specs()
     episodes = ValidEpisodes(config, source, list(specs))
     frames = collect_frames(episodes, specs, most=config.max_frames)
-    run_dir.write_config(run, config)
+    run_dir.write_config(run, config, free=free)
     state = _train(config, FrameBatches(frames, config.batch_size, config.seed), run, progress)
     tokenizer = VisionTokenizer(config.network(), state.variables)
     report = {}
