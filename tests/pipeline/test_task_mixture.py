@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from univla_jax.pipeline.inspect import render_examples
 
 from tests.pipeline import small
 from univla_jax.errors import UserError
 from univla_jax.pipeline.data_config import MixtureTask
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
+from univla_jax.pipeline.example_page import render_examples
 from univla_jax.pipeline.packing import PackedSource
 from univla_jax.sequences.tokens import Role
 

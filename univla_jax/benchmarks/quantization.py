@@ -29,7 +29,7 @@ CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of
 EPISODES = flags.DEFINE_integer("episodes", 32, "Scenes")
 FIRST_SEED = flags.DEFINE_integer("first_seed", 500, "First scene among those held out")
 SPECULATIVE_BLOCK = flags.DEFINE_integer(
-    "speculative_block", 4, "Tokens verified per speculative decode step"
+    "speculative_block", 4, "Tokens verified per speculative decode step", allow_override=True
 )
 
 
