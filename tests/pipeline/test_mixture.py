@@ -225,7 +225,10 @@ def test_some_of_the_copies_are_drawn_for_every_epoch():
     source.copies = 3
     config = small.config(copies_per_epoch=2)
     made = SampleStream(
-        [make_split(config, source, held_out=False)], [1], SampleBuilder(config, small.assets()), 7
+        [make_split(config, source, held_out=False)],
+        [1],
+        [SampleBuilder(config, small.assets())],
+        7,
     )
     assert made.epoch == 8
     epochs = []

@@ -193,6 +193,40 @@ class WorldModel:
         stacked = [np.stack(kept, axis=1) for kept in imagined]
         return dict(zip(names, stacked)) if together else stacked[0]
 
+    def _imagine_moving(
+        self,
+        instructions: Sequence[str],
+        context: np.ndarray,
+        frames: int,
+        motions: np.ndarray,
+        sampling: Sampling,
+    ) -> np.ndarray:
+        """``imagine`` where what stands between two frames differs from episode to episode."""
+        # The ids of motions differ in number, so each frame is prompted anew with those before it
+        # as its context.
+        task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
+        pad, decoding = self.loaded.assets.vocabulary.pad, task.frame_decoding(grid)
+        per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
+        for number in range(frames):
+            count = task.PAST + per_frame * known.shape[1]
+            prompts = [
+                task.prompt(text, codes, moves[:count], self.corpus)
+                for text, codes, moves in zip(instructions, known, motions)
+            ]
+            tokens, lengths = pad_prompts(prompts, pad, batch_size=len(prompts))
+            slots = tokens.shape[1] + decoding.max_new_tokens
+            state = self._sampler.prefill(tokens, lengths, slots=slots)
+            generated, _ = self._sampler.generate(
+                state,
+                max_new_tokens=decoding.max_new_tokens,
+                allowed=decoding.allowed,
+                sampling=sampling,
+                key=jax.random.fold_in(jax.random.key(sampling.seed), number),
+            )
+            imagined = task.parse_frames(np.asarray(generated.tokens)[: len(known), None], grid)
+            known = np.concatenate([known, imagined], axis=1)
+        return known[:, context.shape[1] :]
+
     def roll_out(
         self,
         observation: Observation | Sequence[Observation],
@@ -421,40 +455,6 @@ def extend_rows(sampler: Sampler, state: DecodeState, rows: Sequence[np.ndarray]
     for row, ids in zip(tokens, rows):
         row[: len(ids)] = ids
     return sampler.extend(state, tokens, np.array([len(ids) for ids in rows], np.int32))
-
-    def _imagine_moving(
-        self,
-        instructions: Sequence[str],
-        context: np.ndarray,
-        frames: int,
-        motions: np.ndarray,
-        sampling: Sampling,
-    ) -> np.ndarray:
-        """``imagine`` where what stands between two frames differs from episode to episode."""
-        # The ids of motions differ in number, so each frame is prompted anew with those before it
-        # as its context.
-        task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
-        pad, decoding = self.loaded.assets.vocabulary.pad, task.frame_decoding(grid)
-        per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
-        for number in range(frames):
-            count = task.PAST + per_frame * known.shape[1]
-            prompts = [
-                task.prompt(text, codes, moves[:count], self.corpus)
-                for text, codes, moves in zip(instructions, known, motions)
-            ]
-            tokens, lengths = pad_prompts(prompts, pad, batch_size=len(prompts))
-            slots = tokens.shape[1] + decoding.max_new_tokens
-            state = self._sampler.prefill(tokens, lengths, slots=slots)
-            generated, _ = self._sampler.generate(
-                state,
-                max_new_tokens=decoding.max_new_tokens,
-                allowed=decoding.allowed,
-                sampling=sampling,
-                key=jax.random.fold_in(jax.random.key(sampling.seed), number),
-            )
-            imagined = task.parse_frames(np.asarray(generated.tokens)[: len(known), None], grid)
-            known = np.concatenate([known, imagined], axis=1)
-        return known[:, context.shape[1] :]
 
 
 def _per_frame(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray) -> np.ndarray:
