@@ -205,7 +205,7 @@ class WorldModel:
         # The ids of motions differ in number, so each frame is prompted anew with those before it
         # as its context.
         task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
-        pad, decoding = self.loaded.assets.vocabulary.pad, task.frame_decoding(grid)
+        pad, slots = self.loaded.assets.vocabulary.pad, task.frame_decoding(grid).max_new_tokens
         per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
         for number in range(frames):
             count = task.PAST + per_frame * known.shape[1]
@@ -214,17 +214,12 @@ class WorldModel:
                 for text, codes, moves in zip(instructions, known, motions)
             ]
             tokens, lengths = pad_prompts(prompts, pad, batch_size=len(prompts))
-            slots = tokens.shape[1] + decoding.max_new_tokens
-            state = self._sampler.prefill(tokens, lengths, slots=slots)
-            generated, _ = self._sampler.generate(
-                state,
-                max_new_tokens=decoding.max_new_tokens,
-                allowed=decoding.allowed,
-                sampling=sampling,
-                key=jax.random.fold_in(jax.random.key(sampling.seed), number),
+            state = self._sampler.prefill(tokens, lengths, slots=tokens.shape[1] + slots)
+            key = jax.random.fold_in(jax.random.key(sampling.seed), number)
+            (codes,), _ = imagine_moment(
+                self._sampler, state, task, [grid], sampling=sampling, key=key
             )
-            imagined = task.parse_frames(np.asarray(generated.tokens)[: len(known), None], grid)
-            known = np.concatenate([known, imagined], axis=1)
+            known = np.append(known, codes[:, None], axis=1)
         return known[:, context.shape[1] :]
 
     def roll_out(
