@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.readers import open_reader
 from univla_jax.data.validation import InvalidEpisode, describe_invalid, read_episode
+from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.evaluation import tabletop_judge
 from univla_jax.evaluation.frame_scores import PREDICTIONS, Prediction, Scores, score_table
@@ -177,29 +178,42 @@ def picture_files(config: ImagineConfig) -> list[str]:
     return [STRIPS, GIF, *([MP4] if config.mp4 else [])]
 
 
+def valid_episodes(
+    config: ImagineConfig, source: str | os.PathLike[str], views: Sequence[str]
+) -> Iterator[Episode]:
+    """The valid episodes of the split, with these cameras.
+
+    Those that are not are named on standard error when the caller has taken what it wants.
+    """
+    dataset = find_dataset_config(config.corpus).with_views(views)
+    reader = open_reader(source, dataset, config.split)
+    invalid: list[InvalidEpisode] = []
+    try:
+        for index in range(len(reader)):
+            episode = read_episode(reader, index, min_frames=1, image_sizes=reader.image_sizes)
+            if isinstance(episode, InvalidEpisode):
+                invalid.append(episode)
+            else:
+                yield episode
+    finally:
+        if invalid:
+            print(f"{source}: skipped {describe_invalid(invalid)}", file=sys.stderr)
+
+
 def _read_episodes(
     config: ImagineConfig, model: WorldModel, source: str | os.PathLike[str]
 ) -> tuple[list[GroundTruth], int]:
     """The episodes to continue, and how many were too short for a single frame."""
-    dataset = find_dataset_config(config.corpus).with_views([model.view])
-    reader = open_reader(source, dataset, config.split)
-    count = config.episodes or len(reader)
-    truths, too_short, invalid = [], 0, []
-    for index in range(len(reader)):
-        if len(truths) == count:
-            break
-        episode = read_episode(reader, index, min_frames=1, image_sizes=reader.image_sizes)
-        if isinstance(episode, InvalidEpisode):
-            invalid.append(episode)
-            continue
+    truths, too_short = [], 0
+    for episode in valid_episodes(config, source, [model.view]):
         spaced = episode.frames[model.view][:: model.frame_spacing]
         if len(spaced) <= config.context:
             too_short += 1
             continue
         frames = model.resize(spaced[: config.context + config.frames])
         truths.append(GroundTruth(episode.instruction, frames, episode.episode_id))
-    if invalid:
-        print(f"{source}: skipped {describe_invalid(invalid)}", file=sys.stderr)
+        if len(truths) == config.episodes:
+            break
     if not truths:
         raise UserError(
             f"{source}: no episode of split {config.split!r} is longer than {config.context} "

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univla_jax import io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.cli import format_table
-from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds import RldsReader
 from univla_jax.episode import Episode, Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.frame_scores import Prediction, Scores
-from univla_jax.evaluation.imagined_episodes import ImagineConfig
+from univla_jax.evaluation.imagined_episodes import ImagineConfig, valid_episodes
 from univla_jax.evaluation.videos import Strip, enlarge, write_strips
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.sampling import GREEDY, Sampling
@@ -60,7 +58,7 @@ def obey(
       UserError: the checkpoint was not trained to follow actions, a file of another width or of no
         whole number of chunks, or no episode is long enough.
     """
-    folder, out = find_checkpoint(checkpoint), pathlib.Path(out)
+    folder, out = find_checkpoint(checkpoint), io.absolute_path(out)
     model = WorldModel.load(folder, corpus=config.corpus)
     size, views = model.chunk_size, model.action_views
     given = None if actions == RECORDED else _read_actions(actions, size)
@@ -97,7 +95,7 @@ def obey(
 
 def table(out: str | os.PathLike[str]) -> str:
     """The report for a terminal."""
-    report = io.read_json(pathlib.Path(out) / REPORT)
+    report = io.read_json(io.absolute_path(out) / REPORT)
     rows = [["frames", "PSNR dB", "SSIM", "tokens right %"]]
     for view, scores in report.get("views", {}).items():
         for name, means in scores.items():
@@ -130,14 +128,13 @@ def _read_episodes(
     config: ImagineConfig, source: str | os.PathLike[str], views: Sequence[str], steps: int
 ) -> list[Episode]:
     """The first episodes of at least so many steps."""
-    dataset = find_dataset_config(config.corpus).with_views(views)
-    reader = RldsReader(source, dataset, config.split)
     found: list[Episode] = []
-    for episode in reader:
-        if len(found) == (config.episodes or len(reader)):
+    for episode in valid_episodes(config, source, views):
+        if len(episode) < steps:
+            continue
+        found.append(episode)
+        if len(found) == config.episodes:
             break
-        if len(episode) >= steps:
-            found.append(episode)
     if not found:
         raise UserError(
             f"{source}: no episode of split {config.split!r} has {steps} steps; lower config.frames"
@@ -180,7 +177,7 @@ def _draw(
     start: Sequence[Observation],
     frames: np.ndarray,
     real: np.ndarray | None,
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> None:
     strips = []
     factor = -(-config.picture_size // frames.shape[2])
