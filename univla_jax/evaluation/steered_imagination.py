@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 
 from univla_jax import io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
@@ -142,7 +142,7 @@ def imagine_steering(
     extra = {"checkpoint": checkpoint_identity(folder), **dataclasses.asdict(sampling)}
     if not check_config(out, config, name=_IDENTITY, extra=extra):
         write_config(out, config, name=_IDENTITY, extra=extra)
-    out = pathlib.Path(out)
+    out = io.absolute_path(out)
     if (out / REPORT).exists():
         return io.read_json(out / REPORT)
     model = WorldModel.load(folder, corpus="road")
@@ -212,7 +212,7 @@ def _draw(
     scenes: list[SteeredScene],
     imagined: dict[str, np.ndarray],
     config: SteeringConfig,
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> None:
     names, strips = ("left", "true", "right"), []
     for i, scene in enumerate(scenes[: config.shown]):
