@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -30,16 +29,7 @@ def start(tmp_path_factory):
     world = tiny_run.make_world(folder / "world")
     values = tiny_run.values(world, total_steps=STEPS, checkpoint__every=5, evaluation__every=10)
     values["data"]["batch_size"] = 8
-    (folder / "values.json").write_text(json.dumps(values))
-    config = folder / "config.py"
-    config.write_text(
-        "import json, pathlib\n"
-        "from univla_jax.config import complete\n"
-        "from univla_jax.training.train_config import TrainConfig\n"
-        "def get_config():\n"
-        f"    values = json.loads(pathlib.Path({str(folder / 'values.json')!r}).read_text())\n"
-        "    return complete(TrainConfig, values)\n"
-    )
+    config = tiny_run.write_config_file(folder, values)
     environment = {
         **os.environ,
         "INSTALLED": sys.executable,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -87,16 +86,7 @@ def test_a_node_dies_and_the_run_ends_as_if_it_had_not(slurm, tmp_path):
     world = tiny_run.make_world(tmp_path / "world")
     values = tiny_run.values(world, total_steps=STEPS, checkpoint__every=2)
     values["data"]["batch_size"] = 8
-    (tmp_path / "values.json").write_text(json.dumps(values))
-    config = tmp_path / "config.py"
-    config.write_text(
-        "import json, pathlib\n"
-        "from univla_jax.config import complete\n"
-        "from univla_jax.training.train_config import TrainConfig\n"
-        "def get_config():\n"
-        f"    values = json.loads(pathlib.Path({str(tmp_path / 'values.json')!r}).read_text())\n"
-        "    return complete(TrainConfig, values)\n"
-    )
+    config = tiny_run.write_config_file(tmp_path, values)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

@@ -172,16 +172,7 @@ def test_training_is_preempted_and_ends_as_if_it_had_not_been(tmp_path):
     """Two workers that train together; the second slice goes on from the first one's checkpoint."""
     world = tiny_run.make_world(tmp_path / "world")
     values = tiny_run.values(world, total_steps=STEPS, checkpoint__every=2)
-    (tmp_path / "values.json").write_text(json.dumps(values))
-    config = tmp_path / "config.py"
-    config.write_text(
-        "import json, pathlib\n"
-        "from univla_jax.config import complete\n"
-        "from univla_jax.training.train_config import TrainConfig\n"
-        "def get_config():\n"
-        f"    values = json.loads(pathlib.Path({str(tmp_path / 'values.json')!r}).read_text())\n"
-        "    return complete(TrainConfig, values)\n"
-    )
+    config = tiny_run.write_config_file(tmp_path, values)
     whole, workdir = tmp_path / "whole", tmp_path / "runs" / "mine"
     cluster = {  # by which JAX knows the workers, as the metadata of a TPU VM would tell
         "INSTALLED": sys.executable,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -117,3 +118,18 @@ def values(world: pathlib.Path, **changes: Any) -> dict[str, Any]:
 def config(world: pathlib.Path, **changes: Any) -> TrainConfig:
     """``values`` as the dataclass."""
     return build_config(TrainConfig, values(world, **changes))
+
+
+def write_config_file(folder: pathlib.Path, values: dict[str, Any]) -> pathlib.Path:
+    """A config file for ``--config`` with these values of a ``TrainConfig``."""
+    (folder / "values.json").write_text(json.dumps(values))
+    config = folder / "config.py"
+    config.write_text(
+        "import json, pathlib\n"
+        "from univla_jax.config import complete\n"
+        "from univla_jax.training.train_config import TrainConfig\n"
+        "def get_config():\n"
+        f"    values = json.loads(pathlib.Path({str(folder / 'values.json')!r}).read_text())\n"
+        "    return complete(TrainConfig, values)\n"
+    )
+    return config
