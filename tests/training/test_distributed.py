@@ -54,7 +54,15 @@ def test_a_signal_is_remembered_inside_the_context_only(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests run in the background and it would be ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(interruptible):
     with SigtermHandler() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop(1)
