@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def seconds_of(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def kill_inside(workdir: pathlib.Path, stage: str, after: float) -> None:
-    """Runs until ``after`` seconds into ``stage`` and kills everything at once."""
+    """Runs until ``after`` seconds into ``stage``, or to its end, and kills everything at once."""
     log = workdir.parent / "log"
     log.write_bytes(b"")
     process = start(workdir)
@@ -68,7 +69,11 @@ def kill_inside(workdir: pathlib.Path, stage: str, after: float) -> None:
     while f"[{stage}] {sys.executable}" not in log.read_text(errors="replace"):
         assert process.poll() is None and time.monotonic() < limit, log.read_text()[-3000:]
         time.sleep(0.1)
-    time.sleep(after)
+    kill_at = time.monotonic() + after
+    while time.monotonic() < kill_at and not re.search(
+        rf"\[{stage}\] [0-9.]+ s,", log.read_text(errors="replace")
+    ):
+        time.sleep(0.05)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.launch import loopback_slurm
 from tests.launch.loopback_slurm import LoopbackSlurm
 from tests.training import tiny_run
-from univla_jax import io
+from univla_jax import checkpoints, io
 from univla_jax.training import metrics
 
 pytestmark = [
@@ -99,7 +99,9 @@ def test_a_node_dies_and_the_run_ends_as_if_it_had_not(slurm, tmp_path):
         *("--", "train", f"--config={config}", f"--workdir={workdir}", "--config.mesh.fsdp=-1"),
         **environment,
     )
-    wait_until(lambda: len(_lines(workdir)) >= 2, lambda: log_of(tmp_path) + slurm.logs())
+    wait_until(
+        lambda: checkpoints.newest_checkpoint(workdir), lambda: log_of(tmp_path) + slurm.logs()
+    )
     slurm.kill_node("node1")
     wait_until(
         lambda: re.search(r"Restarts=[1-9]", slurm.job(number)),

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.launch import loopback_cloud
 from tests.launch.loopback_cloud import LoopbackCloud
 from tests.training import tiny_run
-from univla_jax import io
+from univla_jax import checkpoints, io
 from univla_jax.training import metrics
 
 pytestmark = [
@@ -189,7 +189,7 @@ def test_training_is_preempted_and_ends_as_if_it_had_not_been(tmp_path):
     train = ("--", "train", f"--config={config}")
     try:
         process = keep(cloud, *train, f"--workdir={workdir}")
-        wait_until(lambda: len(_lines(workdir)) >= 2, process)
+        wait_until(lambda: checkpoints.newest_checkpoint(workdir), process)
         cloud.preempt()
         assert wait(process) == 0, said(cloud)
     finally:
