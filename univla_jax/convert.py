@@ -26,7 +26,7 @@ from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.interop.hf_assets import ConvertConfig
 from univla_jax.interop.hf_conversion import from_hf, to_hf
-from univla_jax.interop.hf_folder import HfFolder
+from univla_jax.interop.hf_folder import HfFolder, unknown_keys
 
 CONFIG = cli.config_flag(required=False)
 FROM_HF = cli.string_flag("from_hf", "model folder as the hub stores it", required=False)
@@ -49,6 +49,9 @@ def main(argv: list[str]) -> None:
         config = build_config(ConvertConfig, values)
         hub = from_hf(FROM_HF.value, TO.value, config, weights_only=WEIGHTS_ONLY.value)
         print(f"{TO.value}: {_size(hub)}, {_cost(start)}")
+        unknown = unknown_keys(hub.config)
+        if unknown:
+            print(f"config.json: keys that are not read: {', '.join(unknown)}", file=sys.stderr)
         if hub.left_out:
             print(f"not converted: {', '.join(hub.left_out)}", file=sys.stderr)
     elif FROM.value and TO_HF.value and not FROM_HF.value and not TO.value:

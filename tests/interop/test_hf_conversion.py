@@ -13,7 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.inference import tiny_checkpoint
 from tests.interop import hf_folders
@@ -48,6 +48,21 @@ EXPERT = {
         "num_hidden_layers": 1,
     },
 }
+
+
+def saved_by_others(folder: pathlib.Path, theta: float = 1e6) -> pathlib.Path:
+    """Norms in float32, frequencies beside the weights, and the names of a wrapped model."""
+    hf_folders.decoder_folder(folder, shards=1)
+    state = load_file(folder / "model.safetensors")
+    for key in [key for key in state if "norm" in key]:
+        state[key] = state[key].astype(np.float32)
+    frequencies = (theta ** -(np.arange(0, 8, 2) / 8)).astype(np.float32)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = frequencies
+    state = {f"module.{key}": value for key, value in state.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 STATISTICS = {"mean": 0, "std": 1, "q01": -1, "q99": 1}
 MAKERS = {
     "one file": lambda folder: hf_folders.decoder_folder(folder, shards=1),
@@ -55,6 +70,7 @@ MAKERS = {
     "float16 base": lambda folder: hf_folders.decoder_folder(
         folder, dtype=np.float16, architectures=["Emu3ForCausalLM"]
     ),
+    "saved by others": saved_by_others,
     "qkv bias": lambda folder: hf_folders.decoder_folder(folder, qkv_bias=True),
     "action expert": lambda folder: hf_folders.decoder_folder(folder, **EXPERT),
     "vision tokenizer": hf_folders.vision_folder,
@@ -74,6 +90,12 @@ def test_there_and_back_gives_the_same_files(kind, tmp_path):
     to_hf(tmp_path / "ours", tmp_path / "back", progress=False)
     assert hf_folders.contents(tmp_path / "back") == hf_folders.contents(source)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "ours", "back"}
+
+
+def test_frequencies_of_another_config_are_refused(tmp_path):
+    source = saved_by_others(tmp_path / "source", theta=250_000)
+    with pytest.raises(UserError, match=r"inv_freq .*rope_theta=250000, config.json says 1000000"):
+        convert(source, tmp_path / "ours")
 
 
 def shapes_of(model: Decoder):

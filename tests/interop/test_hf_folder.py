@@ -22,6 +22,7 @@ from univla_jax.interop.hf_folder import (
     decoder_config_to_hf,
     expert_config_from_hf,
     expert_config_to_hf,
+    unknown_keys,
     vision_config_from_reference,
 )
 from univla_jax.models.decoder_config import preset
@@ -153,12 +154,12 @@ WHOLE = {
         "9 difference.*unexpected model.layers.1",
     ),
     "one tensor of another float": (
-        tensors(model__norm__weight=np.zeros(32, np.float32)),
-        "wrong dtype: model.norm.weight is F32; expected BF16 like the others",
+        tensors(model__layers__1__input_layernorm__weight=np.zeros(32, np.float32)),
+        "wrong dtype: model.layers.1.input_layernorm.weight is F32; expected BF16 like the others",
     ),
     "one tensor of integers": (
         tensors(model__norm__weight=np.zeros(32, np.int32)),
-        "wrong dtype: model.norm.weight is I32; expected BF16",
+        "wrong dtype: model.norm.weight is I32; expected BF16/F16/F32",
     ),
     "8-bit floats": (
         tensors(model__norm__weight=np.zeros(32, ml_dtypes.float8_e4m3fn)),
@@ -300,13 +301,31 @@ def test_a_decoder_there_and_back():
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True; only False"),
-        ({"rope_scaling": {"factor": 2}}, "rope_scaling="),
+        ({"rope_scaling": {"factor": 2}}, "rope_parameters.factor is unknown"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
     ],
 )
 def test_config_settings_that_are_not_implemented(change, message):
     values = decoder_config_to_hf(preset("tiny")) | change
     with pytest.raises(UserError, match=message):
         decoder_config_from_hf(values)
+
+
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
+def test_the_base_of_the_rotary_frequencies_wherever_it_stands(where):
+    values = decoder_config_to_hf(preset("tiny"))
+    del values["rope_theta"]
+    values |= {where: {"rope_type": "default", "rope_theta": 250_000.0}}
+    assert decoder_config_from_hf(values).rope_theta == 250_000
+    expert = dict(EXPERT["action_config"], **{where: {"rope_theta": 5e3}})
+    made = expert_config_from_hf(EXPERT | {"action_config": expert}, preset("tiny"))
+    assert made.rope_theta == 5e3
+
+
+def test_keys_that_nothing_reads_are_named():
+    values = decoder_config_to_hf(preset("tiny")) | EXPERT | {"sliding_window": 7, "use_cache": 1}
+    assert unknown_keys(values) == ["action_config.vision_loss_weight", "sliding_window"]
+    assert unknown_keys(hf_folders.decoder_config()) == []
 
 
 def test_missing_sizes():

@@ -48,6 +48,7 @@ from univla_jax.interop.hf_weights import (
     HfModel,
     KeyRule,
     append_zero_rows,
+    check_buffers,
     check_params,
     decoder_rules,
     joint_rules,
@@ -106,6 +107,7 @@ def from_hf(
     hub = HfFolder.open(source)
     model = HfModel.from_config(hub.config, hub.tensors)
     model.check(hub.tensors, str(hub.path))
+    check_buffers(hub.buffers, model)
     to = local_path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to}: exists already; choose another --to, or remove it")
@@ -311,6 +313,7 @@ class HfExport:
       rules: of each tensor.
       state: parameters of decoder and expert, or None.
       vision: tensors of the vision tokenizer by our path; empty where there is none.
+      buffers: bytes of tensors that are no weights, by their keys.
     """
 
     headers: Mapping[str, bytes]
@@ -318,6 +321,7 @@ class HfExport:
     rules: Sequence[KeyRule]
     state: StateReader | None = None
     vision: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+    buffers: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_converted(cls, folder: pathlib.Path, record: SourceRecord) -> HfExport:
@@ -326,7 +330,8 @@ class HfExport:
         # with the small files they leave nothing to choose, so the bytes come out the same.
         config = parse_json(record.files[CONFIG], where=f"{folder}/{SOURCE}/files/{CONFIG}")
         shards = [parse_header(header, folder / name) for name, header in record.headers.items()]
-        model = HfModel.from_config(config, [key for shard in shards for key in shard])
+        keys = [key for shard in shards for key in shard if key not in record.buffers]
+        model = HfModel.from_config(config, keys)
         state = _open_state(folder, model.state_rules) if model.state_rules else None
         vision: Mapping[str, StoredTensor] = {}
         if model.vision is not None:
@@ -335,7 +340,7 @@ class HfExport:
             if found != model.vision:
                 raise UserError(f"{vision_folder} is not the vision tokenizer of {SOURCE}/")
         rules = [*model.state_rules, *model.vision_rules]
-        return cls(record.headers, record.files, rules, state, vision)
+        return cls(record.headers, record.files, rules, state, vision, record.buffers)
 
     @classmethod
     def of_vision(cls, folder: pathlib.Path) -> HfExport:
@@ -393,6 +398,9 @@ class HfExport:
     ) -> Iterator[np.ndarray]:
         rules = {rule.key: rule for rule in self.rules}
         for tensor in tensors:
+            if tensor.name in self.buffers:
+                yield np.frombuffer(self.buffers[tensor.name], np.uint8)
+                continue
             for block in self._blocks(rules[tensor.name], DTYPES[tensor.dtype]):
                 yield block
                 advance(block.nbytes)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _SMALL_FILE = 64 << 20  # bytes; larger files beside the weights are no part of the model
 _MAX_LISTED = 8
+_BUFFER = ".rotary_emb.inv_freq"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +43,16 @@ class HfFolder:
       path: where it lies.
       config: the parsed config.json.
       headers: header bytes of each weight file, by file name.
-      tensors: every tensor by its key.
+      tensors: every weight by its key.
+      buffers: rotary frequencies, which old versions of ``transformers`` saved beside the weights
+        and which follow from the config, by their keys.
     """
 
     path: pathlib.Path
     config: Mapping[str, Any]
     headers: Mapping[str, bytes]
     tensors: Mapping[str, StoredTensor]
+    buffers: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | pathlib.Path) -> HfFolder:
@@ -77,7 +82,8 @@ class HfFolder:
         if weight_map is not None:
             _check_index(path, weight_map, shards)
         tensors = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
-        return cls(path, config, headers, tensors)
+        buffers = {key: tensors.pop(key) for key in list(tensors) if key.endswith(_BUFFER)}
+        return cls(path, config, headers, tensors, buffers)
 
     @functools.cached_property
     def small_files(self) -> dict[str, bytes]:
@@ -155,10 +161,12 @@ def _first_of(items: list[str]) -> str:
 #       source.json       format and sha256 of every file below
 #       headers/<name>    header of each safetensors file, bytes as they were
 #       files/<name>      every small file: config.json, index, tokenizer, code
+#       buffers/<key>     bytes of each rotary frequency buffer, where there are any
 
 
 SOURCE = "source"
 _RECORD = "source.json"
+_SOURCE_PARTS = ("headers", "files", "buffers")
 _FORMAT = 1
 _COMMITTED = "commit_success.txt"  # Orbax leaves it in folders of remote stores
 
@@ -170,10 +178,12 @@ class SourceRecord:
     Attributes:
       headers: header bytes of each weight file, by file name.
       files: every other file, by name.
+      buffers: bytes of each buffer, by its key.
     """
 
     headers: Mapping[str, bytes]
     files: Mapping[str, bytes]
+    buffers: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> SourceRecord | None:
@@ -195,7 +205,7 @@ class SourceRecord:
         if found != record["files"]:
             changed = sorted({name for name, _ in found.items() ^ record["files"].items()})
             raise UserError(f"{folder}: {changed[0]} was changed, removed or added; convert again")
-        parts = [folder / "headers", folder / "files"]
+        parts = [part for part in map(folder.joinpath, _SOURCE_PARTS) if part.is_dir()]
         return cls(*({file.name: file.read_bytes() for file in part.iterdir()} for part in parts))
 
 
@@ -203,6 +213,9 @@ def save_source(folder: pathlib.Path, hub: HfFolder) -> None:
     """Writes the record of a model folder."""
     write_files(folder / "headers", hub.headers)
     write_files(folder / "files", hub.small_files)
+    if hub.buffers:
+        buffers = {key: tensor.read().tobytes() for key, tensor in hub.buffers.items()}
+        write_files(folder / "buffers", buffers)
     (folder / _RECORD).write_bytes(dump_json({"format": _FORMAT, "files": hash_files(folder)}))
 
 
@@ -285,6 +298,7 @@ def decoder_config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     """
     if "text_config" in values or values.get("model_type") == "emu3_text_model":
         values = _from_transformers(values.get("text_config", values))
+    values = _with_rope(values)
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
         raise UserError(f"config.json: missing {', '.join(missing)}; is it an Emu3 decoder?")
@@ -301,18 +315,36 @@ def _from_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
     """A ``text_config`` of ``transformers`` in the names of the reference.
 
     ``save_pretrained`` leaves out what equals the class default, and those defaults are Emu3's own
-    sizes; RoPE settings moved from ``rope_theta`` and ``rope_scaling`` (version 4) to
-    ``rope_parameters`` (version 5).
+    sizes.
     """
     values = {**decoder_config_to_hf(PRESETS["emu3_8b"]), **values}
     _check_fixed(values, {"attention_bias": False, "mlp_bias": False})
-    rope = values.get("rope_parameters") or values["rope_scaling"] or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"config.json: rope_type={kind!r}; only 'default' is implemented")
     heads = values["num_key_value_heads"] or values["num_attention_heads"]
-    theta = rope.get("rope_theta", values["rope_theta"])
-    return {**values, "rope_theta": theta, "rope_scaling": None, "num_key_value_heads": heads}
+    return {**values, "num_key_value_heads": heads}
+
+
+def _with_rope(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings with ``rope_theta`` in its old place, whichever version wrote the file.
+
+    RoPE settings moved from ``rope_theta`` and ``rope_scaling`` (version 4 of ``transformers``) to
+    ``rope_parameters`` (version 5), which writes files of either naming.
+
+    Raises:
+      UserError: scaled frequencies, or a setting of them that is not known.
+    """
+    values = dict(values)
+    scaling, parameters = values.pop("rope_scaling", None), values.pop("rope_parameters", None)
+    rope = dict(parameters or scaling or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: {prefix}rope_type={kind!r}; only 'default' is implemented")
+    theta = rope.pop("rope_theta", values.get("rope_theta"))
+    if rope:
+        raise UserError(
+            f"config.json: {prefix}rope_parameters.{sorted(rope)[0]} is unknown; only rope_type "
+            "and rope_theta are implemented"
+        )
+    return values if theta is None else {**values, "rope_theta": theta}
 
 
 def decoder_config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -366,6 +398,7 @@ def expert_config_from_hf(values: Mapping[str, Any], decoder: DecoderConfig) -> 
             f"config.json: action_config.hidden_size={width}, expected {decoder.hidden_size} as in "
             "the decoder"
         )
+    found = _with_rope(found, "action_config.")
     _check_fixed(found, _EXPERT_FIXED, "action_config.")
     fields = {ours: found[name] for name, ours in _EXPERT_FIELDS.items() if name in found}
     dimensions = found.get("action_dim", values.get("action_dim"))
@@ -380,6 +413,43 @@ def expert_config_to_hf(config: ActionExpertConfig, decoder: DecoderConfig) -> d
     action |= {**_EXPERT_FIXED, "hidden_size": decoder.hidden_size, "action_dim": config.action_dim}
     action[_ATTENTION] = "flash_attention_2" if config.causal else _EAGER
     return {"action_experts": True, "action_dim": config.action_dim, "action_config": action}
+
+
+# ----------------------------------------------------------------------------
+# Keys that no rule above reads.
+
+# Of a decoder's file: what ``transformers`` writes into every config and what the reference's code
+# has beside the model's shape; none of it changes what the weights compute.
+_KNOWN = re.compile(
+    r"""(begin_suppress|bad_words|suppress)_\w+ | \w+_token_id | (output|return|num_beam|tie)_\w+
+    | (max|min)_(length|position_embeddings|window_layers) | (tf_legacy_loss|prefix|problem_type)
+    | _name_or_path | architectures | auto_map | model_type | model_version | dtype | torch_dtype
+    | transformers_version | use_cache | use_bfloat16 | torchscript | pruned_heads | id2label
+    | label2id | finetuning_task | task_specific_params | tokenizer_class | is_decoder
+    | is_encoder_decoder | add_cross_attention | cross_attention_hidden_size | do_sample
+    | temperature | top_[kp] | typical_p | (length|repetition|diversity)_penalty | early_stopping
+    | (encoder_)?no_repeat_ngram_size | num_beams | num_return_sequences | remove_invalid_values
+    | exponential_decay_length_penalty | chunk_size_feed_forward | pretraining_tp | image_area
+    | vocabulary_map | _attn_implementation | (attention|mlp)_bias | (text|vq|action)_config
+    | action_dim | action_experts | head_dim | rope_parameters""",
+    re.VERBOSE,
+)
+
+
+def unknown_keys(values: Mapping[str, Any]) -> list[str]:
+    """Keys of a decoder's config.json that nothing here reads and nothing is known of, sorted.
+
+    They may be harmless; a person should know that the conversion left them out.
+    """
+    parts = {"": values}
+    parts |= {f"{part}.": values.get(part) or {} for part in ("text_config", "action_config")}
+    read = {*_DECODER_FIELDS, *_DECODER_FIXED}
+    return sorted(
+        prefix + key
+        for prefix, part in parts.items()
+        for key in part.keys() - read
+        if not _KNOWN.fullmatch(key)
+    )
 
 
 # ----------------------------------------------------------------------------

@@ -165,6 +165,8 @@ NAMINGS = {
     "transformers": ("model.text_model.", "lm_head.weight"),
     "transformers_v4": ("text_model.model.", "text_model.lm_head.weight"),
 }
+# What PyTorch puts before every name of a wrapped model (DataParallel and DDP, torch.compile).
+_WRAPPERS = ("module.", "_orig_mod.")
 # Prefix of the vision tokenizer where one folder holds both.
 _VISION_PREFIXES = {"transformers": "model.vqmodel.", "transformers_v4": "vqmodel."}
 
@@ -378,6 +380,15 @@ class HfModel:
         Raises:
           UserError: an unknown architecture, or a setting that is not implemented.
         """
+        keys = list(keys)
+        for wrapper in _WRAPPERS:
+            if keys and all(key.startswith(wrapper) for key in keys):
+                inner = cls.from_config(config, [key.removeprefix(wrapper) for key in keys])
+                return dataclasses.replace(
+                    inner,
+                    state_rules=_wrapped(inner.state_rules, wrapper),
+                    vision_rules=_wrapped(inner.vision_rules, wrapper),
+                )
         name = hf_folder.architecture(config)
         if name == "Emu3VisionVQModel":
             vision = hf_folder.vision_config_from_reference(config)
@@ -414,13 +425,48 @@ class HfModel:
         """
         rules = [*self.state_rules, *self.vision_rules]
         check_keys(rules, {name: tensor.shape for name, tensor in tensors.items()}, where)
-        _check_dtypes([tensors[rule.key] for rule in self.state_rules], where)
+        by_path: dict[str, list[StoredTensor]] = {}
+        for rule in self.state_rules:
+            by_path.setdefault(rule.path, []).append(tensors[rule.key])
+        for layers in by_path.values():
+            _check_dtypes(layers, where)
         _check_dtypes([tensors[r.key] for r in self.vision_rules if not r.is_counter], where)
         _check_dtypes([tensors[r.key] for r in self.vision_rules if r.is_counter], where, "I64")
 
 
+def _wrapped(rules: Sequence[KeyRule], wrapper: str) -> list[KeyRule]:
+    return [dataclasses.replace(rule, key=wrapper + rule.key) for rule in rules]
+
+
+def check_buffers(buffers: Mapping[str, StoredTensor], model: HfModel) -> None:
+    """Compares rotary frequencies that lie beside the weights with those of the config.
+
+    Raises:
+      UserError: a buffer of other frequencies, which the weights were then trained with.
+    """
+    for key, tensor in buffers.items():
+        part = model.expert if "action_layers." in key else model.decoder
+        if part is None:
+            raise UserError(f"{key}: rotary frequencies, but the model has no decoder; remove it")
+        channels = model.decoder.head_dim
+        if part is model.expert:
+            channels = part.stack(model.decoder).head_dim
+        expected = part.rope_theta ** -(np.arange(0, channels, 2) / channels)
+        found = tensor.read().astype(np.float64)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-2):
+            theta = found[1] ** (-channels / 2) if found.ndim == 1 and found.size > 1 else found
+            raise UserError(
+                f"{key} holds the frequencies of rope_theta={theta:.7g}, config.json says "
+                f"{part.rope_theta:.7g}; correct the one that is wrong"
+            )
+
+
 def _check_dtypes(tensors: Sequence[StoredTensor], where: str, only: str = "") -> None:
-    """Raises UserError unless all have one and the same float dtype, or all have ``only``."""
+    """Raises UserError unless all have one and the same float dtype, or all have ``only``.
+
+    Layers of one parameter are stacked, so they share a dtype; other parameters may have another
+    (norms in float32 beside matrices in bfloat16).
+    """
     dtypes = [tensor.dtype for tensor in tensors]
     common = only or max((d for d in dtypes if d in FLOAT_DTYPES), key=dtypes.count, default=None)
     wrong = [f"{t.name} is {t.dtype}" for t in tensors if t.dtype != common]
