@@ -55,11 +55,14 @@ class Observation:
       instruction: natural-language task.
       frames: per view uint8 [H, W, 3], RGB, at the size the camera delivers.
       state: float32 [P] or None.
+      committed: float32 [N, A], the actions that will be executed from this step on before the
+        answer is there, in physical units; None where the robot waits for it.
     """
 
     instruction: str
     frames: Mapping[str, np.ndarray]
     state: np.ndarray | None = None
+    committed: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,8 @@ class ActionChunk:
     """Output of a policy: the next actions of one robot.
 
     Attributes:
-      actions: float32 [chunk, A] in physical units (unnormalized).
+      actions: float32 [chunk, A] in physical units (unnormalized), from the step of the observation
+        on; with committed actions [N + chunk, A], which it repeats first.
       valid: False when the generated tokens did not decode to a whole chunk; ``actions`` then
         holds the "no motion" fallback and must be counted, never taken for a prediction.
       reason: why it is not valid, empty when it is.

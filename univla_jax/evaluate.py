@@ -25,6 +25,11 @@ checkpoint that was trained on all of that; ``--plan_by=random`` and ``divergenc
 without imagination. ``--rollouts`` leaves the episodes as a token store with outcomes in
 ``FOLDER/rollouts``, to learn from.
 
+``--latency=0.5`` lets the simulator go on while each answer is computed, at the control rate of the
+policy's corpus: the robot waits (``--execution=wait``), goes on and changes over to the answer when
+it comes (``naive``), or commits to what it executes meanwhile (``realtime``, with a policy trained
+with ``data.max_committed``).
+
 ``--policy=zero``, ``random`` or ``expert`` evaluates that condition alone. LIBERO's scripted
 experts act by default in all tasks of the suite that have one; with ``--config`` (a recipe of
 ``configs/official.py``) their actions take the way of a policy's: normalized by the recipe's
@@ -50,6 +55,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation import closed_loop, offline, report
 from univla_jax.evaluation.actors import ActionRoundTrip
 from univla_jax.evaluation.closed_loop import EvaluateConfig
+from univla_jax.evaluation.latency import EXECUTIONS
 from univla_jax.inference.planning import CHOICES
 from univla_jax.inference.sampling import sampling_flags
 from univla_jax.interop.hf_assets import ConvertConfig, statistics_of
@@ -90,6 +96,12 @@ _FIELDS = {
     ),
     "max_steps": flags.DEFINE_integer("max_steps", None, "of an episode; as published by default"),
     "execute": flags.DEFINE_integer("execute", None, "actions executed of each chunk; 0 for all"),
+    "latency": flags.DEFINE_float(
+        "latency", None, "seconds of each answer, in which the simulator goes on moving"
+    ),
+    "execution": flags.DEFINE_enum(
+        "execution", None, EXECUTIONS, "what the robot does while it waits for an answer"
+    ),
     "assets": cli.string_flag("assets", "the simulator's assets or data set", required=False),
     "conditions": flags.DEFINE_list("conditions", None, "the policy and its baselines"),
     "plan": flags.DEFINE_integer("plan", None, "chunks to choose the best of; 0 does not plan"),

@@ -40,7 +40,10 @@ API_KEY_FILE = cli.string_flag("api_key_file", "file with that key", required=Fa
 TLS_CERT = cli.string_flag("tls_cert", "PEM certificate", required=False)
 TLS_KEY = cli.string_flag("tls_key", "PEM private key", required=False)
 EXECUTION = flags.DEFINE_enum(
-    "execution", "chunk", ["chunk", "receding", "ensemble"], "which actions of a chunk are executed"
+    "execution",
+    "chunk",
+    ["chunk", "receding", "ensemble", "realtime"],
+    "which actions of a chunk are executed; realtime: robots go on moving while they wait",
 )
 EXECUTE_STEPS = flags.DEFINE_integer("execute_steps", 1, "actions per call, unless whole chunks")
 ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "decay of an ensemble's weights")

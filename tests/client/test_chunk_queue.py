@@ -78,19 +78,86 @@ def test_a_robot_without_an_answer_holds_still():
     server.at_once = False
     assert _steps(queue, 3) == [5, 5, 5] and queue.holding
     server.answer(valid=False)
-    assert _steps(queue, 2) == [13, 14] and not queue.holding and queue.invalid == 1
-
-
-def test_an_answer_later_than_its_whole_chunk_is_asked_for_again():
-    server = Server()
-    queue = ChunkQueue(server, Execution(ahead_steps=1))
-    _steps(queue, 5)
-    server.at_once = False
-    _steps(queue, 7)
-    server.answer()
-    assert _steps(queue, 1) == [0] and queue.holding  # displacements: none
+    assert _steps(queue, 2) == [11, 12] and not queue.holding and queue.invalid == 1
     server.at_once = True
-    assert _steps(queue, 1) == [20]
+    _steps(queue, 3)
+    assert _told(server)[2] == [5, 11, 12, 13, 14]  # a pause is no action
+
+
+def test_a_pause_without_any_action_is_told_as_none():
+    server = Server()
+    queue = ChunkQueue(server, Execution(ahead_steps=6, blocking=False))
+    server.at_once = False
+    assert _steps(queue, 2) == [0, 0] and queue.holding
+    server.answer()
+    assert _steps(queue, 1) == [0] and not queue.holding
+    assert server.requests[1]["executed"] == 0
+
+
+class RealTime(Server):
+    """Repeats what is committed, as a policy in real time does, and goes on with a chunk of six."""
+
+    def __init__(self, **metadata):
+        super().__init__(False, max_committed=3, **metadata)
+
+    def answer(self, valid=True):
+        first = 10.0 * (len(self.futures) - 1)
+        committed = self.requests[-1].get("committed", np.zeros((0, 1), np.float32))
+        chunk = np.arange(first, first + 6, dtype=np.float32)[:, None]
+        actions = np.concatenate([committed, chunk])
+        self.futures[-1].set_result({"actions": actions, "actions_valid": valid})
+
+
+def _real_time(latency, steps, **execution):
+    """The actions of some steps with answers ``latency(call)`` steps after each request."""
+    server = RealTime()
+    queue = ChunkQueue(server, Execution(realtime=True, **execution))
+    found, due = [], {}
+    for step in range(steps):
+        queue.ask({"prompt": "go"})
+        due.setdefault(len(server.requests) - 1, step + latency(len(server.requests) - 1))
+        if not server.futures[-1].done() and due[len(server.futures) - 1] <= step:
+            server.answer()
+        action = queue.take()
+        found.append(None if queue.holding else float(action[0]))
+    return found, server
+
+
+def test_in_real_time_an_answer_begins_with_what_is_executed_meanwhile():
+    found, server = _real_time(lambda call: 2, 17, ahead_steps=2)
+    # The first answer is waited for; from then on no step is without an action, and each answer
+    # goes on where what was committed ends.
+    assert found == [None, None, 0, 1, 2, 3, 4, 5, *range(10, 16), 20, 21, 22]
+    committed = [r["committed"][:, 0].tolist() for r in server.requests[1:]]
+    assert committed == [[4, 5], [14, 15], [24, 25]][: len(committed)] and len(committed) >= 2
+    assert _told(server)[1] == [0, 1, 2, 3] and _told(server)[2] == [4, 5, 10, 11, 12, 13]
+
+
+def test_in_real_time_the_longest_of_the_last_latencies_is_bridged():
+    found, server = _real_time(lambda call: 3 if call == 1 else 1, 22)
+    # The second answer came two steps late: the robot stood still, then went on.
+    assert found[:10] == [None, 0, 1, 2, 3, 4, 5, None, None, 10]
+    assert [len(r.get("committed", ())) for r in server.requests[1:3]] == [1, 3]
+    assert None not in found[9:]
+
+
+def test_in_real_time_a_late_answer_is_faded_over_to():
+    server = RealTime()
+    queue = ChunkQueue(server, Execution(realtime=True, ahead_steps=1, replan_steps=3))
+    queue.ask({"prompt": "go"})
+    server.answer()
+    assert _steps(queue, 5) == [0, 1, 2, 3, 4]  # asked at step 2, and 2 alone was committed
+    server.answer()
+    after = _steps(queue, 2)
+    # In the answer 2, 10, 11, 12, … these steps are 12 and 13; the old chunk had 5 left.
+    assert after == [pytest.approx((5 + 12) / 2), 13]
+
+
+def test_real_time_needs_a_server_that_takes_committed_actions():
+    with pytest.raises(ValueError, match="takes 0 committed actions; it needs --execution=realti"):
+        ChunkQueue(Server(), Execution(realtime=True))
+    with pytest.raises(ValueError, match="takes 3 committed actions"):
+        ChunkQueue(RealTime(), Execution(realtime=True, ahead_steps=4))
 
 
 def test_a_reset_drops_what_was_under_way():

@@ -177,3 +177,23 @@ def test_a_report_of_an_earlier_version_is_compared(random, tmp_path):
     old = {"benchmark": "countdown", "protocol": protocol, "versions": {}, **figures}
     (tmp_path / closed_loop.REPORT).write_text(json.dumps(old))
     assert compare(tmp_path, out)["difference"] == 0
+
+
+def test_a_policy_is_evaluated_while_the_simulator_goes_on(checkpoint, tmp_path):
+    config = EvaluateConfig(
+        episodes=2, batch=2, max_steps=6, conditions=("policy",), latency=0.2, execution="naive"
+    )
+    report = evaluate(config, checkpoint, tmp_path / "out", progress=False)
+    figures = report["conditions"]["policy"]["figures"]
+    assert figures["waiting_steps_per_episode"] == 1 and "jerk_at_joints" in figures
+    assert report["protocol"]["latency"] == 0.2 and report["protocol"]["execution"] == "naive"
+    for line in _lines(tmp_path / "out"):
+        assert line["steps"] == 6 and line["chunks"] == 2 and line["idle_steps"] == 0
+    with pytest.raises(UserError, match="at most 0 committed actions"):
+        evaluate(dataclasses.replace(config, execution="realtime"), checkpoint, tmp_path / "other")
+
+
+def test_numbers_of_a_latency_that_mean_nothing_are_refused():
+    for changes in ({"latency": -1.0}, {"execution": "chunk"}, {"latency": 0.2, "execute": 2}):
+        with pytest.raises(UserError, match=r"config\.(latency|execution)"):
+            EvaluateConfig(**changes)

@@ -17,7 +17,7 @@ SEEN = Observation("go", {})
 class Scripted:
     """Chunks of three steps and one dimension, told in advance."""
 
-    chunk_size, views, history_window = 3, (), 1
+    chunk_size, views, history_window, max_committed = 3, (), 1, 0
 
     def __init__(self, *rows):
         self._rows = list(rows)
@@ -71,7 +71,9 @@ def test_chunks_that_did_not_decode_are_left_out():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="mode 'all', expected one of chunk, receding, ensemble"):
+    with pytest.raises(
+        UserError, match="mode 'all', expected one of chunk, receding, ensemble, real"
+    ):
         Execution("all")
     with pytest.raises(UserError, match="0 steps"):
         Execution("receding", steps=0)
@@ -143,3 +145,32 @@ def test_steps_at_which_the_history_is_never_asked_are_refused():
     with pytest.raises(UserError, match=r"3 steps per call, .* 4 steps apart.*divides 4"):
         Executor(Remembering(), Execution("receding", steps=3))
     Executor(Scripted(), Execution("receding", steps=2))  # has no history
+
+
+class Continuing(Scripted):
+    """Takes up to two committed actions, which its answers begin with."""
+
+    max_committed = 2
+
+    def check(self, observation, name):
+        pass
+
+    def act(self, observations, sessions, *, timer=None):
+        (chunk,), (seen,) = super().act(observations, sessions), observations
+        committed = np.zeros((0, 1), np.float32) if seen.committed is None else seen.committed
+        return [ActionChunk(np.concatenate([committed, chunk.actions]))]
+
+
+def test_in_real_time_the_answer_goes_on_behind_what_is_committed():
+    executor = Executor(Continuing([1, 2, 3], [4, 5, 6]), Execution("realtime"))
+    assert (executor.steps, executor.max_committed) == (3, 2)
+    plan, committed = executor.start(), np.array([[2.0], [3.0]], np.float32)
+    executor.act([SEEN], [plan])
+    (chunk,) = executor.act([Observation("go", {}, committed=committed)], [plan])
+    assert chunk.actions[:, 0].tolist() == [2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match="trained without committed actions"):
+        Executor(Scripted(), Execution("realtime"))
+    with pytest.raises(UserError, match="start the server with --execution=realtime"):
+        Executor(Continuing(), Execution()).check(
+            Observation("go", {}, committed=committed), "observation"
+        )

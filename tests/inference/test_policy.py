@@ -234,6 +234,62 @@ def test_an_image_policy_sees_one_moment(trained):
     assert len(first) == len(second)
 
 
+@pytest.fixture
+def real_time(trained):
+    """The same checkpoint, as if it had been trained with up to two committed actions."""
+    record = dataclasses.replace(trained.record, max_committed=2)
+    return dataclasses.replace(trained, record=record)
+
+
+def test_committed_actions_stand_in_the_prompt_and_lead_the_answer(real_time):
+    answers = [_ids(real_time, _chunk(i)) for i in range(3)]
+    policy = _scripted(real_time, [[answer] for answer in answers])
+    session, seen = policy.start(), [_observation(i) for i in range(3)]
+    (first,) = policy.act([seen[0]], [session])
+    committed = first.actions[1:]
+    session.set_executed(1)
+    (second,) = policy.act([dataclasses.replace(seen[1], committed=committed)], [session])
+    np.testing.assert_array_equal(second.actions[:2], committed)
+    assert second.actions.shape == (2 + 3, 7) and second.valid
+    codes = [policy._encoder.encode([observation])[0] for observation in seen]
+    given = real_time.task.committed_ids("tabletop", committed)
+    prompts = [prompt[0] for prompt in policy.action_decoder.prefix_cache.prompts]
+    # One step after the first call there is no observation a chunk before: one moment is shown.
+    expected = real_time.task.build(seen[1].instruction, codes[1], [], committed=given)
+    np.testing.assert_array_equal(prompts[1], expected.ids)
+    # A chunk later the moment before is shown with what was executed behind it, as any other.
+    session.set_executed(second.actions[:3])
+    policy.act([seen[2]], [session])
+    chunk = np.array(policy._encode_executed(second.actions[:3])[:-1])
+    views = [np.concatenate(view) for view in zip(codes[1], codes[2])]
+    expected = real_time.task.build(seen[2].instruction, views, [chunk])
+    np.testing.assert_array_equal(policy.action_decoder.prefix_cache.prompts[2][0], expected.ids)
+
+
+def test_an_answer_that_does_not_decode_stops_behind_what_is_committed(real_time):
+    vocabulary = real_time.assets.vocabulary
+    policy = _scripted(real_time, [[[vocabulary.eoa]]])
+    committed = np.full((2, 7), 0.05, np.float32)
+    observation = dataclasses.replace(_observation(0), committed=committed)
+    (chunk,) = policy.act([observation], [policy.start()])
+    assert not chunk.valid
+    np.testing.assert_array_equal(chunk.actions[:2], committed)
+    assert not chunk.actions[2:, :6].any() and (chunk.actions[2:, 6] == np.float32(0.05)).all()
+
+
+def test_committed_actions_that_the_policy_cannot_continue_are_refused(trained, real_time):
+    seen = _observation(0)
+    cases = {
+        "trained without any": (trained, np.zeros((1, 7))),
+        r"shape \[3, 7\], expected up to 2": (real_time, np.zeros((3, 7))),
+        r"shape \[1, 6\]": (real_time, np.zeros((1, 6))),
+        "not finite": (real_time, np.full((1, 7), np.nan)),
+    }
+    for message, (loaded, committed) in cases.items():
+        with pytest.raises(UserError, match=f"observation: .*{message}"):
+            Policy(loaded).check(dataclasses.replace(seen, committed=committed), "observation")
+
+
 def _changed(view, frame):
     observation = _observation(0)
     return dataclasses.replace(observation, frames={**observation.frames, view: frame})

@@ -25,6 +25,8 @@ from univla_jax.tasks.base import TaskSettings
         ({"held_out_every": 1}, "data.held_out_every"),
         ({"task": "policy_image"}, "shows one moment"),
         ({"task": "world_model", "state": True}, "has no place for it"),
+        ({"task": "world_model", "max_committed": 2}, "has no place for committed actions"),
+        ({"max_committed": -1}, "data.max_committed: -1, expected at least 0"),
         ({"task": "policy_flow", "frames": 1}, "set packing=False"),
         ({"vision_weight": -0.5}, "data.vision_weight: -0.5, expected at least 0"),
         ({"vision_weight": (1.0, -0.5, 10)}, "data.vision_weight: .* expected at least 0"),
@@ -50,8 +52,9 @@ def test_labels_are_the_tasks_unless_they_are_set(task):
 
 
 def test_the_settings_of_the_task_are_fields_of_the_config():
-    config = small.config(frame_spacing=4, views=("b", "a"), state=True, aligned_windows=0.5)
-    assert config.settings == TaskSettings(2, 3, 4, ("b", "a"), False, True, 0.5)
+    values = {"frame_spacing": 4, "views": ("b", "a"), "state": True, "aligned_windows": 0.5}
+    config = small.config(**values, max_committed=2)
+    assert config.settings == TaskSettings(2, 3, 4, ("b", "a"), False, True, 0.5, 2)
 
 
 def test_weights_count_per_episode_or_per_store():

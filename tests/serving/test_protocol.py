@@ -7,7 +7,7 @@ import pytest
 
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.serving.protocol import CameraSize, parse_request, reply_message
+from univla_jax.serving.protocol import CameraSize, parse_request, reply_message, request_message
 
 VIEWS = {"image": CameraSize(4, 6), "wrist_image": CameraSize(2, 2)}
 
@@ -49,6 +49,13 @@ def test_what_was_executed():
     assert executed.dtype == np.float32 and executed.shape == (2, 7)
 
 
+def test_what_is_committed():
+    assert _read(_message()).observation.committed is None
+    seen = _read(_message(committed=np.ones((2, 7)))).observation
+    assert seen.committed.dtype == np.float32 and seen.committed.shape == (2, 7)
+    assert request_message(seen)["committed"] is seen.committed
+
+
 def test_resets_and_episodes():
     assert _read({"reset": True}).observation is None
     assert _read({"reset": np.True_, "episode_id": "a"}).episode_id == "a"
@@ -66,6 +73,8 @@ def test_resets_and_episodes():
         (_message(episode=1), "unknown key 'episode'; did you mean 'episode_id'"),
         (_message(executed=1.5), "'executed' is a float, expected the number of actions"),
         (_message(executed=np.zeros(3)), r"'executed' is float64 \[3\]"),
+        (_message(committed=2), r"'committed' is a int, expected actions \[N, A\]"),
+        (_message(committed=np.full((1, 7), np.nan)), "'committed' contains a value that is not"),
         (_message(executed=np.full((1, 3), np.inf)), "'executed' contains a value"),
         (_message(**{"observation/image": np.zeros((1, 1, 3), np.uint8)}), "has 1 x 1 pixels"),
         (_message(**{"observation/image": np.zeros((6, 4, 3), np.uint8)}), "sees 4 x 6; send this"),

@@ -163,3 +163,49 @@ def test_it_pickles_for_workers():
     copy = pickle.loads(pickle.dumps(TASK))
     for task in (TASK, copy):
         assert spell(task.build("a", [code(1, 2)], [])) == f"<bos> a {FRAME.format(1, 2)} <boa>"
+
+
+def test_committed_actions_stand_before_the_newest_chunk_and_are_not_learned():
+    chunks, given = [chunk(1, 2), chunk(3)], [chunk(1), chunk(2)]
+    whole = TASK.build("go", [TWO], chunks, committed=given)
+    text = spell(whole)
+    newest = f"{FRAME.format(3, 4)} <boa> a1 <eoa> <boa> a2 <eoa> <boa> a3 <eoa>"
+    assert text.endswith(newest) and f"{FRAME.format(1, 2)} <boa> a1 a2 <eoa>" in text
+    assert whole.roles.tolist()[-9:] == [S] * 6 + [A] * 3
+    prompt = TASK.build("go", [TWO], chunks[:1], committed=given)
+    np.testing.assert_array_equal(prompt.ids, whole.ids[: len(prompt)])
+    moment = TASK.moment_prompt([code(3, 4)], committed=given)
+    np.testing.assert_array_equal(moment, prompt.ids[-len(moment) :])
+
+
+@pytest.mark.parametrize("name", ["policy_video", "policy_image"])
+def test_a_sample_commits_to_a_drawn_number_of_actions_and_its_chunk_follows(name):
+    frames = 2 if name == "policy_video" else 1
+    task = small.task(name, frames=frames, max_committed=2)
+    episode, vocabulary = small.episode(0, 9), ASSETS.vocabulary
+    encode = lambda actions: ASSETS.action.encode(  # noqa: E731
+        ASSETS.statistics["tabletop"].normalize(actions)
+    )
+    found = set()
+    for seed in range(80):
+        tokens = task.sample(episode, "a", np.random.default_rng(seed)).fill(vocabulary)
+        moments = small.shown_codes(tokens.ids)[::2]  # the code of view 0 is the step
+        last, rest = moments[-1], tokens.ids[tokens.roles == S]
+        given = int((rest == vocabulary.eoa).sum())
+        expected = [id for t in range(given) for id in encode(episode.actions[[last + t]])]
+        codes = rest[(rest != vocabulary.boa) & (rest != vocabulary.eoa)]
+        assert vocabulary.action_codes(codes).tolist() == expected
+        learned = tokens.ids[tokens.roles == A]
+        begin = np.flatnonzero(learned == vocabulary.boa)[-1]
+        newest = episode.actions[last + given : last + given + 3]
+        assert vocabulary.action_codes(learned[begin + 1 : -1]).tolist() == encode(newest)
+        found.add((len(moments), given))
+    assert found == {(m, n) for m in range(1, frames + 1) for n in range(3)}
+    # An episode that has no steps for them commits to none, one of a chunk and a step to one.
+    short = [task.sample(small.episode(0, 3), "a", np.random.default_rng(i)) for i in range(9)]
+    assert all((s.tokens.roles != S).all() for s in short)
+
+
+def test_actions_that_depend_on_their_chunk_cannot_be_committed_to():
+    with pytest.raises(UserError, match=r"relative to the beginning .* set data\.max_committed=0"):
+        TASK.committed_ids("aloha", np.zeros((1, 14), np.float32))

@@ -34,6 +34,7 @@ from univla_jax.evaluation.actors import (
     ScriptedActor,
     ZeroActions,
 )
+from univla_jax.evaluation.latency import EXECUTIONS, DelayedPolicy, latency_figures
 from univla_jax.evaluation.rollouts import write_store
 from univla_jax.evaluation.runner import EPISODES, VIDEOS, Actor, BenchmarkRunner, RunnerConfig
 from univla_jax.inference.execution import Execution, Executor
@@ -83,6 +84,9 @@ class EvaluateConfig:
       rollouts: whether all episodes are written to ``rollouts/``, a token store with outcomes, by
         the tokenizers of the checkpoint.
       execute: actions executed of each chunk; by default all.
+      latency: seconds that each answer takes, in which the simulator goes on moving.
+      execution: what the robot does in that time, a name of ``latency.EXECUTIONS``; by default it
+        waits for the answer ("wait").
       assets: the simulator's assets or data set.
       conditions: "policy"; the same model with random parameters ("untrained"); random actions;
         zero actions; and where the benchmark has them the policy given another object's
@@ -109,6 +113,8 @@ class EvaluateConfig:
     training_scenes: bool = False
     rollouts: bool = False
     execute: int = 0
+    latency: float = 0.0
+    execution: str = ""
     assets: str = ""
     conditions: tuple[str, ...] = ()
     plan: int = 0
@@ -127,9 +133,24 @@ class EvaluateConfig:
         for name in ("episodes", "episodes_per_task", "max_steps", "execute", "batch"):
             if getattr(self, name) < 0:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 0")
-
+        if self.latency < 0:
+            raise UserError(f"config.latency: {self.latency}, expected at least 0 seconds")
+        if self.execution not in ("", *EXECUTIONS):
+            raise UserError(
+                f"config.execution: {self.execution!r}, expected one of {', '.join(EXECUTIONS)}"
+            )
+        if self.delayed and (self.execute or self.plan):
+            raise UserError(
+                "config.latency, config.execution: chunks are executed whole and without planning; "
+                "leave execute and plan at 0"
+            )
         if self.plan:
             self.planning()
+
+    @property
+    def delayed(self) -> bool:
+        """Whether the simulator moves on while the policy computes."""
+        return bool(self.latency or self.execution)
 
     def planning(self) -> PlanningConfig:
         """How the policy plans."""
@@ -210,6 +231,11 @@ def evaluate(
     )
     if config.plan and (policy is None or remote is not None):
         raise UserError("config.plan: needs --checkpoint=..., which imagines and judges")
+    if config.delayed and (remote is not None or benchmark.whole_chunks):
+        raise UserError(
+            "config.latency, config.execution: need --checkpoint=... and a benchmark that takes "
+            "single steps"
+        )
     if config.rollouts and (policy is None or remote is not None):
         raise UserError("config.rollouts: needs --checkpoint=..., whose tokenizers encode them")
     with BenchmarkRunner(benchmark, folder, limits) as runner:
@@ -229,6 +255,8 @@ def evaluate(
         write_store(folder, assets, corpus, f"{benchmark.name}: {', '.join(conditions)}")
     about = {"policy": policy, "conditions": list(conditions), "batch": batch}
     about |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
+    if config.delayed:
+        about |= {"latency": config.latency, "execution": config.execution or "wait"}
     report = {
         "benchmark": benchmark.name,
         "protocol": {**benchmark.protocol, **about, **actors.describe()},
@@ -336,6 +364,8 @@ def _figures(benchmark: Benchmark, runner: BenchmarkRunner, condition: str) -> d
         for log in (runner.episodes, runner.calls)
     )
     breakdown = benchmark.breakdown(records) if benchmark.breakdown else Breakdown()
+    figures = {**breakdown.figures, **latency_figures(records)}
+    breakdown = dataclasses.replace(breakdown, figures=figures)
     return reports.summarize(records, calls, breakdown)
 
 
@@ -383,6 +413,9 @@ class _Actors:
     def _executed(self, policy: Policy) -> Actor:
         """A policy that remembers the part of each chunk that the benchmark executes."""
         execute = self._benchmark.execute
+        if self._config.delayed:
+            execution = self._config.execution or "wait"
+            return DelayedPolicy(policy, execution, self._config.latency)
         if not 0 < execute < policy.chunk_size:
             return policy
         return Executor(policy, Execution("receding", steps=execute))

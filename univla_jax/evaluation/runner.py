@@ -154,9 +154,10 @@ class WorkerSlot:
         self.session = None
 
     def chunk_counts(self) -> dict[str, Any]:
-        """What the policy answered in this episode, for its record."""
+        """What the policy answered in this episode, for its record; a session may know more."""
         counts = {name: self.counts[name] for name in ("chunks", "num_overridden", "invalid")}
-        return {**counts, "invalid_reason": self.invalid_reason}
+        own = self.session.record() if hasattr(self.session, "record") else {}
+        return {**counts, **own, "invalid_reason": self.invalid_reason}
 
 
 class BenchmarkRunner:

@@ -1,11 +1,18 @@
-"""Execution of action chunks: whole, receding horizon, or temporal ensembling.
+"""Execution of action chunks: whole, receding horizon, temporal ensembling, or real time.
 
     chunk       a0 a1 a2 a3 a4 │ b0 b1 …       all of a chunk, then the next
     receding    a0 a1 │ b0 b1 │ c0 c1 │ …      its first steps only
     ensemble    a0 │ (a1 b0) │ (a2 b1 c0) │ …  the mean of all chunks that reach a step
+    realtime    a0 a1 a2 │ a3 a4 b0 b1 │ …     the robot goes on while b is computed: a3 a4 are
+                                               committed, and b begins behind them
 
 The mean weighs the ``i``-th oldest prediction of a step by ``exp(-decay * i)`` (ACT, arXiv
 2304.13705, algorithm 2; octo-models/octo octo/utils/gym_wrappers.py:154-196).
+
+In real time the robot sends what it will execute before the answer is there, the policy was trained
+to continue just that (``TaskSettings.max_committed``), and the answer repeats it first, so that it
+can be joined at any step (training-time real-time chunking, arXiv 2512.05964). The asynchronous
+part is the client's (``client/chunk_queue.py``).
 
 Axes: T steps of a chunk, A action dimensions.
 """
@@ -23,7 +30,7 @@ from univla_jax.inference.action_decoders import Session
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer
 
-MODES = ("chunk", "receding", "ensemble")
+MODES = ("chunk", "receding", "ensemble", "realtime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +105,20 @@ class Executor:
         """Wraps a policy.
 
         Raises:
-          UserError: more steps than a chunk has.
+          UserError: more steps than a chunk has, or real time with a policy that was not trained
+            for it.
         """
+        if execution.mode == "realtime" and not policy.max_committed:
+            raise UserError(
+                "execution 'realtime': the policy was trained without committed actions; train it "
+                "with data.max_committed, or execute whole chunks"
+            )
         if execution.steps > policy.chunk_size:
             raise UserError(
                 f"execution: {execution.steps} steps of chunks of {policy.chunk_size}; take at "
                 "most so many"
             )
-        partial = execution.mode != "chunk"
+        partial = execution.mode in ("receding", "ensemble")
         if partial and policy.history_window > 1 and policy.chunk_size % execution.steps:
             raise UserError(
                 f"execution: {execution.steps} steps per call, but the policy's history shows "
@@ -130,9 +143,15 @@ class Executor:
         return self.policy.history_window > 1 or self.execution.mode == "ensemble"
 
     @property
+    def max_committed(self) -> int:
+        """The most committed actions of an observation; 0 unless in real time."""
+        return self.policy.max_committed if self.execution.mode == "realtime" else 0
+
+    @property
     def steps(self) -> int:
-        """Actions per call."""
-        return self.policy.chunk_size if self.execution.mode == "chunk" else self.execution.steps
+        """Actions per call; in real time behind the committed ones."""
+        whole = self.execution.mode in ("chunk", "realtime")
+        return self.policy.chunk_size if whole else self.execution.steps
 
     def start(self, seed: int = 0) -> ExecutorSession:
         """The session of a new episode; see ``Policy.start``."""
@@ -140,6 +159,11 @@ class Executor:
 
     def check(self, observation: Observation, name: str = "observation") -> None:
         """Raises UserError for an observation that ``act`` would refuse."""
+        if observation.committed is not None and not self.max_committed:
+            raise UserError(
+                f"{name}: it has committed actions, which only real time takes; start the server "
+                "with --execution=realtime"
+            )
         self.policy.check(observation, name)
 
     def prefill_ahead(self) -> bool:
@@ -166,7 +190,9 @@ class Executor:
         return [self._executed(session, chunk) for session, chunk in zip(sessions, chunks)]
 
     def _executed(self, session: ExecutorSession, chunk: ActionChunk) -> ActionChunk:
-        actions = chunk.actions[: self.steps]
+        actions = chunk.actions
+        if self.execution.mode == "receding":
+            actions = actions[: self.steps]
         if self.execution.mode == "ensemble":
             actions = session.ensemble(chunk, self.execution)
         session.session.set_returned(actions)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -173,6 +174,11 @@ class Policy:
         return self.loaded.task.history_window
 
     @property
+    def max_committed(self) -> int:
+        """The most committed actions of an observation; 0 where it may have none."""
+        return self.loaded.record.max_committed
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The cameras an observation must have."""
         return self._encoder.views
@@ -203,7 +209,8 @@ class Policy:
           timer: gets the sections ``encode``, ``prefill`` and ``decode``.
 
         Returns:
-          one chunk per robot, float32 [T, A] in physical units. Ids that decode to no whole chunk
+          one chunk per robot, float32 [T, A] in physical units, behind the committed actions of its
+          observation. Ids that decode to no whole chunk
           give ``valid=False``, the reason, and no motion: see ``no_motion``.
 
         Raises:
@@ -246,9 +253,12 @@ class Policy:
 
         Raises:
           UserError: a view is missing or has another dtype or size; a state is missing or has
-            another size; an instruction too long.
+            another size; an instruction too long; committed actions of another shape, or more than
+            the policy was trained with.
         """
         self._encoder.check(observation, name)
+        if observation.committed is not None:
+            self._check_committed(observation.committed, name)
         self.state_encoder.check(observation.state, name)
         if self.chunk_deltas is not None:
             why = "the policy predicts poses relative to the current one and needs"
@@ -328,12 +338,17 @@ class Policy:
             task.moment_prompt(views, state, instruction=observation.instruction)
             for observation, views, state in zip(observations, codes, states)
         ]
-        histories = [
-            log.history(self._encode_executed).observe(moment) for log, moment in zip(logs, moments)
+        earlier = [log.history(self._encode_executed) for log in logs]
+        histories = [history.observe(moment) for history, moment in zip(earlier, moments)]
+        # What is committed stands before the boa of this prompt alone: a later one shows what was
+        # executed behind this moment as one chunk, as it does behind any other.
+        asked = [
+            self._with_committed(moment, observation, views, state)
+            for moment, observation, views, state in zip(moments, observations, codes, states)
         ]
         prompts = [
-            history.prompt(task.opening(observation.instruction))
-            for observation, history in zip(observations, histories)
+            history.observe(moment).prompt(task.opening(observation.instruction))
+            for observation, history, moment in zip(observations, earlier, asked)
         ]
         predictions = self.action_decoder.predict(prompts, sessions, timer)
         chunks = []
@@ -352,6 +367,36 @@ class Policy:
             chunks.append(chunk)
         self._sessions.touch(sessions)
         return chunks
+
+    def _check_committed(self, committed: np.ndarray, name: str) -> None:
+        most, size = self.max_committed, self.statistics.action_dim
+        actions = np.asarray(committed)
+        if not most:
+            raise UserError(
+                f"{name}: it has committed actions, but the policy was trained without any; train "
+                "with data.max_committed, or wait for each answer"
+            )
+        if actions.ndim != 2 or actions.shape[1] != size or len(actions) > most:
+            raise UserError(
+                f"{name}: committed actions of shape {list(actions.shape)}, expected up to {most} "
+                f"of {size} numbers: [N, {size}]"
+            )
+        if not np.isfinite(actions).all():
+            raise UserError(f"{name}: committed actions contain a value that is not finite")
+
+    def _with_committed(
+        self, moment: np.ndarray, observation: Observation, views: Sequence[np.ndarray], state: Any
+    ) -> np.ndarray:
+        """The newest moment of a prompt: ``moment``, with the committed actions there are."""
+        if not _committed_steps(observation):
+            return moment
+        actions = np.asarray(observation.committed, np.float32)
+        return self.loaded.task.moment_prompt(
+            views,
+            state,
+            instruction=observation.instruction,
+            committed=self.loaded.task.committed_ids(self.corpus, actions),
+        )
 
     def _encode_executed(self, actions: np.ndarray) -> np.ndarray:
         """int32 ids, with eoa, of executed actions float32 [T, A], as training writes them."""
@@ -374,6 +419,8 @@ class Policy:
             actions = self._no_motion(observation, session)
         if decoded.valid and deltas is not None:
             actions = deltas.to_absolute(actions, np.asarray(observation.state, np.float32))
+        if _committed_steps(observation):
+            actions = np.concatenate([np.asarray(observation.committed, np.float32), actions])
         return ActionChunk(
             actions,
             valid=decoded.valid,
@@ -384,6 +431,8 @@ class Policy:
     def _no_motion(self, observation: Observation, session: Session) -> np.ndarray:
         """No motion of a robot, float32 [T, A]; [0, A] where its pose is not known."""
         size, last, pose = self.statistics.action_dim, session.last_action, None
+        if _committed_steps(observation):
+            last = np.asarray(observation.committed[-1], np.float32)
         if self.chunk_deltas is not None:
             # Arms are where they are, whatever they were told; grippers hold what they were told.
             pose = np.array(observation.state, np.float32)
@@ -400,13 +449,20 @@ class Policy:
         views = record.views_of(self.corpus)
         codes = [np.zeros((1, *grids[view]), np.int32) for view in views]
         moment = len(task.moment_prompt(codes)) + self.state_encoder.max_tokens
+        # Committed actions stand in the newest moment alone, which they make longer.
+        committed = task.max_committed_tokens(self.statistics.action_dim)
         actions = (window - 1) * self.action_decoder.max_action_tokens
         # Where instructions are limited, no prompt is longer than what is compiled beforehand.
         opening = self._max_instruction_tokens or _USUAL_OPENING
-        longest, first = opening + window * moment + actions, opening + moment
+        longest = opening + window * moment + actions + committed
+        first = opening + moment + committed
         if not self._max_instruction_tokens:
             longest = max(first, min(longest, record.sequence_length))
-        return moment + 1, first, longest
+        return moment + committed + 1, first, longest
+
+
+def _committed_steps(observation: Observation) -> int:
+    return 0 if observation.committed is None else len(observation.committed)
 
 
 def no_motion(

@@ -33,6 +33,7 @@ class MixtureTask:
       views_together: whether a world model shows all cameras at every moment instead of one.
       frame_spacing: steps between two frames of the world model.
       aligned_windows: fraction of the windows that begin a whole number of chunks in.
+      max_committed: most committed actions before a policy's newest chunk.
       loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own.
       vision_weight: loss weight of a visual id, a number or (start, end, steps).
       null_prompt_prob: fraction of samples with an empty instruction.
@@ -50,6 +51,7 @@ class MixtureTask:
     views_together: bool | None = None
     frame_spacing: int | None = None
     aligned_windows: float | None = None
+    max_committed: int | None = None
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] | None = None
     null_prompt_prob: float | None = None
@@ -95,6 +97,9 @@ class DataConfig:
       aligned_windows: fraction of the windows that begin a whole number of chunks into their
         episode, where a policy that executes whole chunks is queried; the rest begins anywhere. In
         short episodes the first chunk, which only the instruction decides, would else be rare.
+      max_committed: most committed actions, executed while a policy computes, that stand before its
+        newest chunk, which then begins after them; how many is drawn per sample, from 0 on. It is
+        the longest latency in steps that ``--execution=realtime`` bridges; 0 trains none.
       loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own. "both" with a vision
         weight is the composite loss of the action's accuracy and the predicted frames' consistency.
       vision_weight: loss weight of a visual id, where other labeled ids weigh 1: a number, or
@@ -129,6 +134,7 @@ class DataConfig:
     views_together: bool = False
     frame_spacing: int = 0
     aligned_windows: float = 0.0
+    max_committed: int = 0
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] = 0.5
     null_prompt_prob: float = 0.0
@@ -156,6 +162,7 @@ class DataConfig:
         for name in ("frame_spacing", "workers", "read_threads", "prefetch_batches", "seed"):
             _check_at_least(name, getattr(self, name), 0)
         _check_at_least("copies_per_epoch", self.copies_per_epoch, 0)
+        _check_at_least("max_committed", self.max_committed, 0)
         for name in ("null_prompt_prob", "aligned_windows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name}: {getattr(self, name)}, expected 0…1")
@@ -190,6 +197,8 @@ class DataConfig:
             # kept, so that it is refused where it means nothing.
             if entry.state is None and not tasks.task_class(entry.task).needs.state:
                 own["state"] = False
+            if entry.max_committed is None and not tasks.task_class(entry.task).needs.committed:
+                own["max_committed"] = 0
             if entry.stores:
                 own["stores"] = tuple(map(self._find_store, entry.stores))
                 own.setdefault("weights", ())
@@ -301,6 +310,10 @@ class DataConfig:
             )
         if self.state and not self.needs.state:
             raise UserError(f"data.state: the task {self.task!r} has no place for it")
+        if self.max_committed and not self.needs.committed:
+            raise UserError(
+                f"data.max_committed: the task {self.task!r} has no place for committed actions"
+            )
         if self.views_together and not self.needs.frame_spacing:
             raise UserError(
                 f"data.views_together: a choice of world models, not of the task {self.task!r}"

@@ -23,7 +23,7 @@ from univla_jax.errors import UserError
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import EpisodeSource, SampleBuilder
 from univla_jax.sequences.tokens import Role
-from univla_jax.tasks.base import SampleSpec, Task
+from univla_jax.tasks.base import ActionTask, SampleSpec, Task
 
 _SLACK = 8  # tokens by which a text in a template may be longer than its bytes
 
@@ -106,8 +106,11 @@ def longest_sample(task: Task, episode: TokenizedEpisode, limit: int) -> Longest
         spec = task.longest_sample(longest, instruction)
         moments, fixed = _split_off_chunks(task, spec)
         tokens = fixed + moments * _most_chunk_tokens(task, episode)
+        if isinstance(task, ActionTask):
+            tokens += task.max_committed_tokens(episode.actions.shape[1])
         if tokens > limit and moments and task.action_tokenizer is not None:
             tokens = fixed + _most_window_tokens(task, episode, moments)
+            tokens += _most_committed_tokens(task, episode)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     return LongestSample(tokens, tokens - count(instruction), name)
@@ -178,3 +181,12 @@ def _most_window_tokens(task: Task, episode: TokenizedEpisode, moments: int) -> 
     size = task.settings.chunk_size
     starts = len(episode) - moments * size + 1
     return int(sum(lengths[m * size : m * size + starts] for m in range(moments)).max())
+
+
+def _most_committed_tokens(task: Task, episode: TokenizedEpisode) -> int:
+    """The most ids, boa and eoa included, of committed actions in a row, over all their places."""
+    count = min(task.settings.max_committed, len(episode))
+    if not count:
+        return 0
+    lengths = [len(ids) + 2 for ids in task.committed_ids(episode.corpus, episode.actions)]
+    return int(np.lib.stride_tricks.sliding_window_view(lengths, count).sum(1).max())

@@ -7,7 +7,9 @@
                       "reset": True        start a new episode, then act
                       "episode_id": value  another value than before does the same
                       "executed": n or float [N, A]   how many of the last reply's actions were
-                                           executed since, or the actions that were; all by default}
+                                           executed since, or the actions that were; all by default
+                      "committed": float [N, A]   actions that are executed from now on before the
+                                           reply is there, at most the metadata's "max_committed"}
     server → robot   {"actions": float32 [T, A], "actions_valid": bool,
                       "actions_invalid_reason": str, "actions_steered": int,
                       "checkpoint": str, identity of the one that answers,
@@ -19,7 +21,9 @@
 is the prefill of the prompt and ``write_ms`` the decoding of the actions. A request that only says
 ``{"reset": True}`` is answered by ``{"reset": True}``. A robot of a policy with history names its
 episodes by ``reset`` (True or False) or ``episode_id``: without either every request starts one,
-unless the server infers them from silence (``--forget_after_seconds``). A mistake in a request is
+unless the server infers them from silence (``--forget_after_seconds``). ``actions`` begin at the
+step of the observation; in real time they repeat what was committed, then T further ones follow. A
+mistake in a request is
 answered by a text frame, and the connection stays; a frame that is no msgpack message ends it.
 Source: openpi src/openpi/serving/websocket_policy_server.py, src/openpi/policies/libero_policy.py.
 """
@@ -45,15 +49,15 @@ TIMING_NAMES = {"encode": "observe", "prefill": "read", "decode": "write"}
 """Section of ``Policy.act`` -> its name in ``policy_timing`` and in the metrics."""
 PROMPT = "prompt"
 _VIEW_PREFIX, _STATE = "observation/", "observation/state"
-_RESET, _EPISODE_ID, _EXECUTED = "reset", "episode_id", "executed"
-OPTIONAL = (_RESET, _EPISODE_ID, _EXECUTED)
+_RESET, _EPISODE_ID, _EXECUTED, _COMMITTED = "reset", "episode_id", "executed", "committed"
+OPTIONAL = (_RESET, _EPISODE_ID, _EXECUTED, _COMMITTED)
 """Keys that any request may have."""
 _MAX_PROMPT_CHARACTERS = 1_024
 _MAX_EPISODE_ID_CHARACTERS = 256
 _MAX_STATE_SIZE = 4_096
 
 
-_MAX_EXECUTED = 4_096  # actions since the last call
+_MAX_ACTIONS = 4_096  # executed since the last call, or committed
 _ASPECT_TOLERANCE = 0.05
 
 
@@ -137,7 +141,8 @@ def parse_request(message: Any, cameras: Mapping[str, CameraSize], *, max_side: 
     for key, view in frame_keys.items():
         frames[view] = _parse_frame(message, key, max_side)
         cameras[view].check(frames[view], key)
-    observation = Observation(_parse_prompt(message), frames, _parse_state(message))
+    committed = None if message.get(_COMMITTED) is None else _parse_actions(message, _COMMITTED)
+    observation = Observation(_parse_prompt(message), frames, _parse_state(message), committed)
     return Request(observation, reset, episode_id, _parse_executed(message), ignored)
 
 
@@ -157,10 +162,11 @@ def _ignored_keys(message: Mapping[Any, Any], required: Sequence[str]) -> tuple[
 
 
 def request_message(observation: Observation) -> dict[str, Any]:
-    """The message of an observation; the state only where it has one."""
+    """The message of an observation; state and committed actions only where it has them."""
     frames = {_VIEW_PREFIX + view: frame for view, frame in observation.frames.items()}
     message = {**frames, PROMPT: observation.instruction}
-    return message if observation.state is None else {**message, _STATE: observation.state}
+    optional = {_STATE: observation.state, _COMMITTED: observation.committed}
+    return message | {key: value for key, value in optional.items() if value is not None}
 
 
 def reply_message(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, Any]:
@@ -205,16 +211,21 @@ def _parse_executed(message: Mapping[str, Any]) -> int | np.ndarray | None:
         value = int(value)
     if value is None or type(value) is int:
         return value
+    return _parse_actions(
+        message, _EXECUTED, "the number of actions executed since the last reply, or "
+    )
+
+
+def _parse_actions(message: Mapping[str, Any], key: str, alternative: str = "") -> np.ndarray:
+    """float32 [N, A] actions; ``alternative`` is what else would be taken, for the message."""
+    value = message[key]
     numeric = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
-    if not numeric or value.ndim != 2 or len(value) > _MAX_EXECUTED:
-        raise UserError(
-            f"{_EXECUTED!r} is {_describe(value)}, expected the number of actions executed since "
-            "the last reply, or those actions [N, A]"
-        )
+    if not numeric or value.ndim != 2 or len(value) > _MAX_ACTIONS:
+        raise UserError(f"{key!r} is {_describe(value)}, expected {alternative}actions [N, A]")
     with np.errstate(over="ignore"):
         actions = value.astype(np.float32)
     if not np.isfinite(actions).all():
-        raise UserError(f"{_EXECUTED!r} contains a value that is not finite")
+        raise UserError(f"{key!r} contains a value that is not finite")
     return actions
 
 

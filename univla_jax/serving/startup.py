@@ -172,6 +172,7 @@ def server_metadata(executor: Executor, config: ServerConfig) -> dict[str, Any]:
         "chunk": policy.chunk_size,
         "execution": executor.execution.mode,
         "actions_per_call": executor.steps,
+        "max_committed": executor.max_committed,
         "action_dim": statistics.action_dim,
         "absolute_dims": list(policy.absolute_dims),
         "action_q01": list(statistics.q01),

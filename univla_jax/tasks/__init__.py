@@ -105,6 +105,7 @@ class TaskRecord:
       state: whether the proprioceptive state is written before each chunk.
       views_together: whether a world model was shown all cameras at every moment.
       labels: key of ``sequences.tokens.LABELS``, what was learned; empty for the task's own.
+      max_committed: most committed actions that stood before a policy's newest chunk.
     """
 
     task: str = dataclasses.field(metadata={"formerly": "layout"})
@@ -117,6 +118,7 @@ class TaskRecord:
     state: bool = False
     views_together: bool = False
     labels: str = ""
+    max_committed: int = 0
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskRecord:
@@ -137,7 +139,7 @@ class TaskRecord:
         # The file keeps its first key names and leaves out what older checkpoints do not have, so
         # that a run which is continued finds the fingerprint that it saved.
         values = dataclasses.asdict(self)
-        for name in ("state", "views_together", "labels"):
+        for name in ("state", "views_together", "labels", "max_committed"):
             if not values[name]:
                 del values[name]  # absent, as in assets saved before there were such choices
         values["views"] = list(self.views)
@@ -159,6 +161,7 @@ class TaskRecord:
             views=self.views,
             views_together=self.views_together,
             state=self.state,
+            max_committed=self.max_committed,
         )
 
     def views_of(self, corpus: str) -> tuple[str, ...]:

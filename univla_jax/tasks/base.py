@@ -53,6 +53,8 @@ class TaskSettings:
       views_together: whether a world model shows all cameras at every moment instead of one.
       state: whether the proprioceptive state is written before each chunk.
       aligned_windows: share of the windows that begin a whole number of chunks into their episode.
+      max_committed: most committed actions written before a policy's newest chunk, a number drawn
+        per sample from 0 on; 0 for none.
     """
 
     frames: int = 1
@@ -62,6 +64,7 @@ class TaskSettings:
     views_together: bool = False
     state: bool = False
     aligned_windows: float = 0.0
+    max_committed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Needs:
       actions: action chunks, and so the statistics that normalize them.
       action_tokens: the chunks as tokens, and so an action tokenizer.
       state: may show the proprioceptive state before each chunk.
+      committed: may show the actions that are executed before a chunk can begin.
       frame_sequence: may show more than one moment.
       single_view: shows one camera: the first, or one drawn among those named.
       frame_spacing: frames are ``TaskSettings.frame_spacing`` steps apart.
@@ -83,6 +87,7 @@ class Needs:
     actions: bool = False
     action_tokens: bool = False
     state: bool = False
+    committed: bool = False
     frame_sequence: bool = False
     single_view: bool = False
     frame_spacing: bool = False
@@ -247,12 +252,20 @@ class Task(abc.ABC):
     # Parts of an episode.
 
     def draw_window(
-        self, episode: TokenizedEpisode, frames: int, spacing: int, rng: np.random.Generator
+        self,
+        episode: TokenizedEpisode,
+        frames: int,
+        spacing: int,
+        rng: np.random.Generator,
+        *,
+        behind: int = 0,
     ) -> range:
-        """First steps of up to ``frames`` moments, ``spacing`` steps apart; see ``draw_window``."""
-        return draw_window(
-            len(episode.actions), frames, spacing, rng, aligned=self.settings.aligned_windows
-        )
+        """First steps of up to ``frames`` moments, ``spacing`` steps apart; see ``draw_window``.
+
+        ``behind`` further steps follow the window.
+        """
+        steps = len(episode.actions) - behind
+        return draw_window(steps, frames, spacing, rng, aligned=self.settings.aligned_windows)
 
     def view_codes(self, episode: TokenizedEpisode) -> list[Codes]:
         """Codes [T, h, w] of the named cameras, of the corpus' ``policy_views`` when none are.
@@ -372,6 +385,7 @@ class ActionTask(Task):
         *,
         instruction: str = "",
         frames_shown: int | None = None,
+        committed: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
         """int32 ids of one moment up to its boa, what a call adds to the prompt.
 
@@ -380,9 +394,30 @@ class ActionTask(Task):
           state: of ``encode_states``, or None where the policy was shown none.
           instruction: for tasks that write it at every moment; most have it in the opening alone.
           frames_shown: frames written of T (``frames.frame_block``).
+          committed: of ``committed_ids``: the actions that are executed before the chunk begins.
         """
         del instruction
-        return self.compose(self.moment(self.frame_pieces(views, frames_shown), state, None)).ids
+        frames = self.frame_pieces(views, frames_shown)
+        return self.compose(self.moment(frames, state, None, committed)).ids
+
+    def committed_ids(self, corpus: str, actions: np.ndarray) -> list[np.ndarray]:
+        """int32 ids of each of the actions float32 [N, A], chunks of one step, without boa and eoa.
+
+        Raises:
+          UserError: actions of the corpus are relative to the beginning of their chunk.
+        """
+        if chunk_deltas(corpus) is not None:
+            raise UserError(
+                f"corpus {corpus!r} has actions relative to the beginning of their chunk, so that "
+                "committed ones cannot stand before another; set data.max_committed=0"
+            )
+        return self.chunk_ids(self.statistics_of(corpus).normalize(actions[:, None]))
+
+    def max_committed_tokens(self, action_dim: int) -> int:
+        """The most ids that committed actions take in a prompt, boa and eoa included."""
+        if not self.settings.max_committed:
+            return 0
+        return self.settings.max_committed * (self.action_tokenizer.max_tokens(1, action_dim) + 2)
 
     def fallback(self, state: np.ndarray | None, steps: int) -> np.ndarray | None:
         """Actions [steps, A] in physical units in place of ids that do not decode.
@@ -426,13 +461,26 @@ class ActionTask(Task):
         return self.action_tokenizer.decode(codes, *shape)
 
     def moment(
-        self, frames: Sequence[Piece], state: np.ndarray | None, chunk: np.ndarray | None
+        self,
+        frames: Sequence[Piece],
+        state: np.ndarray | None,
+        chunk: np.ndarray | None,
+        committed: Sequence[np.ndarray] = (),
     ) -> list[Piece]:
-        """Frames, state and action of one moment; without a chunk it ends with boa."""
+        """Frames, state, committed actions and chunk of one moment; without one it ends with boa.
+
+        ::
+
+            fmt(v1) fmt(v2) [state] boa c eoa boa c eoa │ boa a a a eoa
+                                    committed, given    │ chunk, learned: it begins after them
+        """
         # Training writes a moment with its chunk and a prompt writes it without: the same lines, so
-        # that a policy is never prompted with a sequence that it was not trained on.
+        # that a policy is never prompted with a sequence that it was not trained on. What is
+        # committed is given as the state is, never learned, and each action has a block of its
+        # own: their number, and so the step at which the chunk begins, can be seen.
         shown = [] if state is None else [(Role.STATE, np.asarray(state, np.int32))]
-        return [*frames, *shown, action_block(self.vocabulary, chunk)]
+        given = [(Role.STATE, action_block(self.vocabulary, ids)[1]) for ids in committed]
+        return [*frames, *shown, *given, action_block(self.vocabulary, chunk)]
 
 
 class FrameTask(Task):

@@ -24,23 +24,27 @@ class PolicyImage(PolicyVideo):
     """The newest observation and the instruction in, the next action chunk out."""
 
     name = "policy_image"
-    needs = Needs(actions=True, action_tokens=True, state=True)
+    needs = Needs(actions=True, action_tokens=True, state=True, committed=True)
 
     @property
     def history_window(self) -> int:
         """One: earlier observations are not shown."""
         return 1
 
-    def sample(
-        self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
+    def write(
+        self,
+        episode: TokenizedEpisode,
+        instruction: str,
+        rng: np.random.Generator,
+        frames: int,
+        committed: int,
     ) -> SampleSpec:
-        """One chunk behind the frames of its first step."""
-        moments = self.draw_window(episode, 1, self.settings.chunk_size, rng)
+        """One chunk behind the frames of its first step, and behind committed actions."""
+        moments, (chunk,), given = self.draw_chunks(episode, rng, frames, committed)
         views = self.view_codes(episode)
-        (chunk,) = self.chunk_ids(self.normalized_chunks(episode, moments))
         states = self.state_ids(episode, moments)
         blocks = [placeholders(view, 1) for view in views]
-        tokens = self.build(instruction, blocks, chunk, states and states[0])
+        tokens = self.build(instruction, blocks, chunk, states and states[0], given)
         return SampleSpec(tokens, frames_in_order(views, moments))
 
     def build(
@@ -49,6 +53,7 @@ class PolicyImage(PolicyVideo):
         views: Sequence[np.ndarray],
         chunk: np.ndarray | None = None,
         state: np.ndarray | None = None,
+        committed: Sequence[np.ndarray] = (),
         *,
         frames_shown: int | None = None,
     ) -> Tokens:
@@ -59,12 +64,13 @@ class PolicyImage(PolicyVideo):
           views: per camera integer [T, h, w] codes; T is 1 in the published recipes.
           chunk: action ids.
           state: state ids, written before boa, or None.
+          committed: ids of each action written before the chunk.
           frames_shown: frames written of T (``frames.frame_block``).
         """
         count_moments(views)
         frames = self.frame_pieces(views, frames_shown)
-        pieces = [opening(self.text_encoder, instruction), *self.moment(frames, state, chunk)]
-        return self.compose(pieces)
+        moment = self.moment(frames, state, chunk, committed)
+        return self.compose([opening(self.text_encoder, instruction), *moment])
 
 
 TASK = PolicyImage

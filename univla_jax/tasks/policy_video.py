@@ -7,6 +7,15 @@ camera is written, then the proprioceptive state where the run shows it, then th
 ``chunk_size`` actions that follow. There is no eos after eoa. The prompt ends with the boa of the
 newest moment; between calls it is assembled from its moments by ``tasks/history.py``.
 
+Where actions are executed while the policy computes (``TaskSettings.max_committed``), those that
+will be over when its answer is there stand before the newest chunk, which begins after them; how
+many is drawn per sample, as delays are (training-time real-time chunking, arXiv 2512.05964)::
+
+    … │ fmt(v1 t=1) fmt(v2 t=1) [state] boa c eoa boa c eoa │ boa a a a eoa
+
+The number of moments is then drawn too: a call that is not a chunk behind an earlier one, as the
+second of an episode, shows a single moment.
+
 Where frames are learned too (``data.loss_on``), the same sequence imagines what given actions do:
 a chunk is fed behind its boa (``outcome``), then the codes of the next moment's frames are chosen.
 
@@ -40,7 +49,7 @@ class PolicyVideo(ActionTask):
 
     name = "policy_video"
     labels = "action"
-    needs = Needs(actions=True, action_tokens=True, state=True, frame_sequence=True)
+    needs = Needs(actions=True, action_tokens=True, state=True, committed=True, frame_sequence=True)
 
     @property
     def history_window(self) -> int:
@@ -51,15 +60,57 @@ class PolicyVideo(ActionTask):
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
     ) -> SampleSpec:
         """Up to ``frames`` chunks in a row, each behind its frames."""
-        moments = self.draw_window(episode, self.settings.frames, self.settings.chunk_size, rng)
+        frames, committed = self.history_window, 0
+        if self.settings.max_committed:
+            frames = int(rng.integers(1, frames, endpoint=True))
+            committed = self.draw_committed(episode, rng)
+        return self.write(episode, instruction, rng, frames, committed)
+
+    def longest_sample(self, episode: TokenizedEpisode, instruction: str) -> SampleSpec:
+        """A sample with as many chunks as any, without committed actions."""
+        rng = np.random.default_rng(0)
+        if not self.settings.max_committed:
+            return self.sample(episode, instruction, rng)
+        return self.write(episode, instruction, rng, self.history_window, 0)
+
+    def write(
+        self,
+        episode: TokenizedEpisode,
+        instruction: str,
+        rng: np.random.Generator,
+        frames: int,
+        committed: int,
+    ) -> SampleSpec:
+        """A sample of up to ``frames`` moments, its newest chunk behind committed actions."""
+        moments, chunks, given = self.draw_chunks(episode, rng, frames, committed)
         views = self.view_codes(episode)
         tokens = self.build(
             instruction,
             [placeholders(view, len(moments)) for view in views],
-            self.chunk_ids(self.normalized_chunks(episode, moments)),
+            chunks,
             self.state_ids(episode, moments),
+            given,
         )
         return SampleSpec(tokens, frames_in_order(views, moments))
+
+    def draw_chunks(
+        self, episode: TokenizedEpisode, rng: np.random.Generator, frames: int, committed: int
+    ) -> tuple[range, list[np.ndarray], list[np.ndarray]]:
+        """Draws moments: their steps, the ids of their chunks, and those of committed actions."""
+        size = self.settings.chunk_size
+        moments = self.draw_window(episode, frames, size, rng, behind=committed)
+        chunks, given = self.normalized_chunks(episode, moments), []
+        if committed:
+            begin = moments[-1] + committed
+            given = self.committed_ids(episode.corpus, episode.actions[moments[-1] : begin])
+            newest = self.normalized_chunks(episode, range(begin, begin + size, size))
+            chunks = np.concatenate([chunks[:-1], newest])
+        return moments, self.chunk_ids(chunks), given
+
+    def draw_committed(self, episode: TokenizedEpisode, rng: np.random.Generator) -> int:
+        """How many actions are committed, uniform from 0 on; an episode has a chunk behind them."""
+        drawn = int(rng.integers(0, self.settings.max_committed, endpoint=True))
+        return max(0, min(drawn, len(episode.actions) - self.settings.chunk_size))
 
     def build(
         self,
@@ -67,6 +118,7 @@ class PolicyVideo(ActionTask):
         views: Sequence[np.ndarray],
         chunks: Sequence[np.ndarray],
         states: Sequence[np.ndarray] | None = None,
+        committed: Sequence[np.ndarray] = (),
     ) -> Tokens:
         """The sequence, or its prompt.
 
@@ -76,6 +128,7 @@ class PolicyVideo(ActionTask):
           chunks: action ids of each moment; with T - 1 of them the sequence ends with the boa of
             the last moment: it is the prompt of its chunk.
           states: state ids of each moment, written before its boa, or None.
+          committed: ids of each action written before the newest chunk.
 
         Raises:
           UserError: no view, or parts of different length.
@@ -94,6 +147,7 @@ class PolicyVideo(ActionTask):
                 [(Role.MARKUP, block[t]) for block in blocks],
                 None if states is None else states[t],
                 chunks[t] if t < len(chunks) else None,
+                committed if t == moments - 1 else (),
             )
         return self.compose(pieces)
 
