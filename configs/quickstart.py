@@ -1,23 +1,17 @@
 """The whole way on the embedded tabletop, sized for two CPU cores and a quarter of an hour.
 
-    bash launch/quickstart.sh                                   # all stages, in order
-    python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=DIR \\
-        --config.init_from=WORLD_MODEL_DIR --config.data.stores="('STORE',)"
+    bash launch/quickstart.sh W                                 # all stages, in order
 
-One checkpoint that acts, imagines, obeys and judges, after the stage ``world_model``::
+It post-trains on frames without actions (``world_model``), lets an expert that errs act
+(``attempts``), and fine-tunes on a mixture of tasks (``unified``): one checkpoint that acts,
+imagines, obeys given actions and judges, from which all results come. It also plans, and there is
+a specialist to compare it with::
 
-    for split in attempts attempts_held_out; do
-      python -m univla_jax.evaluate --config=configs/quickstart.py:$split \\
-          --checkpoint=W/world_model --out=W/$split
-    done
-    python -m univla_jax.train --config=configs/quickstart.py:unified --workdir=W/unified \\
-        --config.init_from=W/world_model \\
-        --config.data.stores="('W/tokens/train', 'W/attempts/rollouts')" \\
-        --config.evaluation.stores="('W/tokens/val', 'W/attempts_held_out/rollouts')"
     python -m univla_jax.evaluate --config=configs/quickstart.py:evaluate \\
         --checkpoint=W/unified --plan=8 --conditions=policy --out=W/planned
-    python -m univla_jax.imagine --config=configs/quickstart.py:imagine --checkpoint=W/unified \\
-        --source=W/demonstrations --actions=recorded --out=W/obeyed
+    python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=W/policy \\
+        --config.init_from=W/world_model --config.data.stores="('W/tokens/train',)" \\
+        --config.evaluation.stores="('W/tokens/val',)"
 
 One recipe per stage, chosen by the name after the colon; each names only what differs from the
 defaults of its dataclass, and every field of that can be set on the command line.
@@ -143,9 +137,10 @@ def unified() -> ConfigDict:
             "task": "policy_video",
             "name": "policy",
             "stores": ("train",),
-            "weight": 0.46,
+            "weight": 0.5,
             "frames": 2,
             "aligned_windows": 0.7,
+            "evaluation_stores": ("val",),
             **both,
         },
         {
@@ -154,7 +149,7 @@ def unified() -> ConfigDict:
             "name": "dynamics",
             "stores": ("train", "rollouts"),
             "weights": (1.0, 3.0),
-            "weight": 0.22,
+            "weight": 0.2,
             "frames": 3,
             "loss_on": "vision",
             **both,
@@ -162,9 +157,10 @@ def unified() -> ConfigDict:
         {
             "task": "world_model",
             "stores": ("train",),
-            "weight": 0.22,
+            "weight": 0.2,
             "frames": 4,
             "frame_spacing": FRAME_SPACING,
+            "evaluation_stores": ("val",),
             **both,
         },
         {
@@ -183,7 +179,7 @@ def unified() -> ConfigDict:
         "batch_size": 8,
         "vision_weight": 0.3,
     }
-    return complete(TrainConfig, training(4900, data))
+    return complete(TrainConfig, training(5200, data))
 
 
 def attempts() -> ConfigDict:
@@ -209,7 +205,7 @@ def attempts_held_out() -> ConfigDict:
 
 
 def training(steps: int, data: Values) -> Values:
-    """What both training stages have in common."""
+    """What all training stages have in common."""
     return {
         "total_steps": steps,
         "model": {"preset": "quickstart", "visual_init": "codebook"},
@@ -236,6 +232,13 @@ def imagine() -> ConfigDict:
     return complete(ImagineConfig, {"corpus": CORPUS, "episodes": 48, "frames": 3, "batch": 48})
 
 
+def obey() -> ConfigDict:
+    """Held-out episodes continued by their own actions, two chunks."""
+    config = imagine()
+    config.frames = 2
+    return config
+
+
 STAGES = (
     demonstrations,
     text,
@@ -250,6 +253,7 @@ STAGES = (
     realtime,
     evaluate,
     imagine,
+    obey,
 )
 
 

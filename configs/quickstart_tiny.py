@@ -21,6 +21,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "policy": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "evaluate": {"episodes": 5, "batch": 5, "max_steps": 10},
     "imagine": {"episodes": 2, "batch": 2},
+    "obey": {"episodes": 2, "batch": 2},
 }
 
 

@@ -26,8 +26,8 @@ CALLED_FROM="$PWD"
 WORKDIR="${1:-quickstart}"
 CONFIG="${CONFIG:-configs/quickstart.py}"
 cd "$REPOSITORY"
-extras=base
-if grep -q "simulators.road" "$CONFIG"; then extras=driving; fi
+extras=base driving=""
+if grep -q "simulators.road" "$CONFIG"; then extras=driving driving=1; fi
 if [[ "$WORKDIR" == gs://* ]]; then
   extras="$([[ "$extras" == base ]] && echo gcs || echo "$extras,gcs")"
 else
@@ -76,14 +76,31 @@ stage world_model world_model train --config="$CONFIG:world_model" --workdir="$W
   --config.evaluation.stores="('$WORKDIR/tokens/val',)" \
   --config.tokenizers.text="$tokenizers/text" --config.tokenizers.vision="$tokenizers/vision" \
   --config.tokenizers.action="$tokenizers/action"
-stage policy policy train --config="$CONFIG:policy" --workdir="$WORKDIR/policy" \
-  --config.data.stores="('$WORKDIR/tokens/train',)" \
-  --config.evaluation.stores="('$WORKDIR/tokens/val',)" \
-  --config.init_from="$WORKDIR/world_model"
-baselines=()  # that demonstrations come with
-[[ -f "$demonstrations/ego_status_mlp.npz" ]] && baselines=(--assets="$demonstrations")
-stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
-  --checkpoint="$WORKDIR/policy" --out="$WORKDIR/evaluation" "${baselines[@]}"
-stage imagination imagination imagine --config="$CONFIG:imagine" \
-  --checkpoint="$WORKDIR/world_model" --source="$demonstrations" --out="$WORKDIR/imagination"
+if [[ -z "$driving" ]]; then
+  # Attempts with outcomes teach what actions do, and what success looks like; then one run on a
+  # mixture of tasks gives the checkpoint from which everything below comes.
+  for split in attempts attempts_held_out; do
+    stage "$split" "$split" evaluate --config="$CONFIG:$split" \
+      --checkpoint="$WORKDIR/world_model" --out="$WORKDIR/$split"
+  done
+  stage unified unified train --config="$CONFIG:unified" --workdir="$WORKDIR/unified" \
+    --config.data.stores="('$WORKDIR/tokens/train', '$WORKDIR/attempts/rollouts')" \
+    --config.evaluation.stores="('$WORKDIR/tokens/val', '$WORKDIR/attempts_held_out/rollouts')" \
+    --config.init_from="$WORKDIR/world_model"
+  stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
+    --checkpoint="$WORKDIR/unified" --out="$WORKDIR/evaluation"
+  stage imagination imagination imagine --config="$CONFIG:imagine" \
+    --checkpoint="$WORKDIR/unified" --source="$demonstrations" --out="$WORKDIR/imagination"
+  stage obedience obedience imagine --config="$CONFIG:obey" --actions=recorded \
+    --checkpoint="$WORKDIR/unified" --source="$demonstrations" --out="$WORKDIR/obedience"
+else
+  stage policy policy train --config="$CONFIG:policy" --workdir="$WORKDIR/policy" \
+    --config.data.stores="('$WORKDIR/tokens/train',)" \
+    --config.evaluation.stores="('$WORKDIR/tokens/val',)" \
+    --config.init_from="$WORKDIR/world_model"
+  stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
+    --checkpoint="$WORKDIR/policy" --assets="$demonstrations" --out="$WORKDIR/evaluation"
+  stage imagination imagination imagine --config="$CONFIG:imagine" \
+    --checkpoint="$WORKDIR/world_model" --source="$demonstrations" --out="$WORKDIR/imagination"
+fi
 run "$PROJECT_PYTHON" -m univla_jax.summarize --workdir="$WORKDIR"

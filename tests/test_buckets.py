@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pathlib
+from io import BytesIO
 
 import fsspec
 import jax
@@ -18,7 +19,9 @@ from univla_jax.checkpoints import CheckpointConfig, Checkpointer, find_checkpoi
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.readers import open_reader
 from univla_jax.data.token_store import TokenStore
+from univla_jax.episode import Observation
 from univla_jax.errors import UserError
+from univla_jax.evaluation.worker import Recorder
 from univla_jax.training.metrics import METRICS_FILE, MetricsLogger
 
 pytest.importorskip("gcsfs", reason="needs the extra [gcs]")
@@ -190,6 +193,19 @@ def test_token_stores_and_assets(bucket, tmp_path):
     (bucket / "store" / "shards" / "00000.array_record").unlink()
     with pytest.raises(UserError, match="is missing"):
         TokenStore(bucket / "store")
+
+
+@pytest.mark.slow
+def test_recorded_episodes(bucket):
+    recorder = Recorder(bucket / "recorded" / "policy_0_0")
+    for level in (0, 1):
+        recorder.observe(Observation("go", {"image": np.full((2, 2, 3), level, np.uint8)}))
+        if not level:
+            recorder.act(np.ones(7))
+    recorder.finish(True)
+    [path] = (bucket / "recorded").glob("*.npz")
+    with np.load(BytesIO(path.read_bytes())) as episode:
+        assert episode["frames/image"].shape == (2, 2, 2, 3) and episode["success"]
 
 
 def test_what_cannot_be_reached_is_said(proxy):

@@ -35,11 +35,13 @@ def block(heading, language="python"):
 
 @pytest.fixture
 def quickstart(tmp_path, monkeypatch):
-    """A folder in which ``quickstart/policy`` and ``quickstart/world_model`` are tiny."""
-    for stage in ("policy", "world_model"):
-        shutil.copytree(BEFORE / stage, tmp_path / "quickstart" / stage)
+    """Makes a tiny ``quickstart/unified`` of what the test needs; the working directory."""
+
+    def make(stage):
+        shutil.copytree(BEFORE / stage, tmp_path / "quickstart" / "unified")
+
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return make
 
 
 def test_it_is_short():
@@ -50,6 +52,7 @@ def test_it_is_short():
 
 
 def test_its_policy_acts(quickstart):
+    quickstart("policy")
     names = {}
     exec(block("Load a checkpoint and act"), names)
     chunk = names["chunk"]
@@ -57,6 +60,7 @@ def test_its_policy_acts(quickstart):
 
 
 def test_its_world_model_imagines(quickstart):
+    quickstart("world_model")
     Image.fromarray(np.full((48, 48, 3), 128, np.uint8)).save("table.png")
     exec(block("Imagine"), {})
     assert Image.open("imagined.png").size == (3 * 32, 32)

@@ -26,7 +26,7 @@ def _write(path, value):
 
 @pytest.fixture
 def workdir(tmp_path):
-    for run, modality in (("world_model", "visual"), ("policy", "action")):
+    for run, modality in (("world_model", "visual"), ("unified", "action")):
         lines = [
             {"step": n, "loss": 3 / (n + 1), f"{modality}_accuracy": n / 40, "grad_norm": 1}
             for n in range(40)
@@ -42,15 +42,20 @@ def workdir(tmp_path):
     _write(tmp_path / "evaluation" / "report.json", {"conditions": conditions})
     _write(tmp_path / "evaluation" / "report.html", "")
     overall = {"imagined": MEANS, "repeat_context": {**MEANS, "psnr": 20.0}}
-    _write(tmp_path / "imagination" / "imagine.json", {"overall": overall})
+    found = {"overall": overall, "true_state": {"right_object": 0.875}}
+    _write(tmp_path / "imagination" / "imagine.json", found)
+    views = {"image": {"given actions": {**MEANS, "psnr": 27.5}}}
+    _write(tmp_path / "obedience" / "obey.json", {"views": views})
+    for name, size in (("imagination/imagined.png", (30, 20)), ("obedience/obeyed.png", (20, 10))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
     vision = {"psnr": {"image": 28.123456, "wrist": 20.0}, "codes_used": 0.5, "perplexity": 90.0}
     _write(tmp_path / "tokenizers" / "vision" / "fit.json", {"report": vision})
     action = {"vocabulary_size": 384, "mean_tokens": 9.51, "max_tokens": 17}
     _write(tmp_path / "tokenizers" / "action" / "fit.json", {"report": action})
     _write(tmp_path / "tokenizers" / "text" / "fit.json", {"report": {}})
     stages = [
-        {"stage": "policy", "seconds": 20.0, "peak_gigabytes": 2.5},
-        {"stage": "policy", "seconds": 70.0, "peak_gigabytes": 1.5},
+        {"stage": "unified", "seconds": 20.0, "peak_gigabytes": 2.5},
+        {"stage": "unified", "seconds": 70.0, "peak_gigabytes": 1.5},
         {"stage": "tokens", "seconds": 30.0, "peak_gigabytes": 1.0},
     ]
     text = "".join(json.dumps(line) + "\n" for line in stages) + '{"stage": "pol'
@@ -60,15 +65,19 @@ def workdir(tmp_path):
 
 def test_everything_is_gathered(workdir):
     report = summarize.write_summary(workdir)
-    policy = report["training"]["policy"]
+    policy = report["training"]["unified"]
     assert policy["steps"] == 40 and policy["held_out"] == {"eval/loss": 0.2}
     assert policy["mean_of_last_tenth"]["action_accuracy"] == pytest.approx(37.5 / 40)
-    assert report["stages"]["each"]["policy"] == {"seconds": 90.0, "peak_gigabytes": 2.5}
+    assert report["stages"]["each"]["unified"] == {"seconds": 90.0, "peak_gigabytes": 2.5}
     assert (report["stages"]["seconds"], report["stages"]["peak_gigabytes"]) == (120.0, 2.5)
-    assert set(report["files"]) == {"report", "learning_curve", "evaluation"}
+    assert set(report["files"]) == {
+        *("report", "learning_curve", "evaluation", "imagined", "pictures")
+    }
     assert json.loads((workdir / "report.json").read_text()) == report
     with Image.open(workdir / "learning_curve.png") as picture:
         assert picture.size[0] > 900
+    with Image.open(workdir / "pictures.png") as picture:
+        assert picture.size == (30, 30) and picture.getpixel((29, 29)) == (255, 255, 255)
     table = summarize.summary_table(report)
     vision = "image 28.1 dB, wrist 20.0 dB; 50 % of the codes used"
     for words in (
@@ -77,6 +86,9 @@ def test_everything_is_gathered(workdir):
         "90.0 % (9/10",
         "25.00 dB",
         "20.00 dB",
+        "given actions, image",
+        "27.50 dB",
+        "87.5 %",
         "2.0 min, peak 2.50 GB",
         "  push ",
     ):

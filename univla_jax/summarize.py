@@ -2,9 +2,10 @@
 
     python -m univla_jax.summarize --workdir=WORKDIR
 
-Reads ``demonstrations/ tokenizers/ tokens/ world_model/ policy/ evaluation/ imagination/`` and
+Reads ``tokenizers/ tokens/ world_model/ unified/ policy/ evaluation/ imagination/ obedience/`` and
 ``stages.jsonl`` below ``WORKDIR``, as ``launch/quickstart.sh`` leaves them; what is absent is left
-out. Writes ``report.json`` and ``learning_curve.png``.
+out. Writes ``report.json``, ``learning_curve.png``, and ``pictures.png``: frames imagined from an
+instruction above frames that follow given actions.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from univla_jax import cli, io, run_dir
 from univla_jax.cli import format_table
 from univla_jax.data.token_store import MANIFEST, read_manifest
 from univla_jax.errors import UserError
-from univla_jax.evaluation import closed_loop, imagined_episodes
+from univla_jax.evaluation import closed_loop, imagined_episodes, obeyed_episodes
 from univla_jax.training import metrics
 
 # ----------------------------------------------------------------------------
@@ -111,8 +113,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 REPORT, CURVE, STAGES = "report.json", "learning_curve.png", "stages.jsonl"
+PICTURES = "pictures.png"
 _SPLITS = ("train", "val")
-_RUNS = {"world_model": "world model (visual tokens)", "policy": "policy (action tokens)"}
+_RUNS = {
+    "world_model": "world model (visual tokens)",
+    "unified": "one checkpoint (visual and action tokens)",
+    "policy": "policy (action tokens)",
+}
 _TAIL = 10  # a run is described by the mean of the last tenth of its lines
 _FILES = {
     "imagined": ("imagination", imagined_episodes.STRIPS),
@@ -141,6 +148,7 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         "training": {name: _final(found) for name, found in lines.items()},
         "evaluation": _result(root / "evaluation" / closed_loop.REPORT),
         "imagination": _result(root / "imagination" / imagined_episodes.REPORT),
+        "obedience": _result(root / "obedience" / obeyed_episodes.REPORT),
         "stages": _stages(root / STAGES),
     }
     report = {name: value for name, value in report.items() if value}
@@ -150,6 +158,13 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if lines:
         paths["learning_curve"] = root / CURVE
         write_learning_curves(root / CURVE, {_RUNS[name]: found for name, found in lines.items()})
+    strips = [
+        root / "imagination" / imagined_episodes.STRIPS,
+        root / "obedience" / obeyed_episodes.STRIPS,
+    ]
+    if all(path.exists() for path in strips):
+        paths["pictures"] = root / PICTURES
+        _write_below_each_other(root / PICTURES, strips)
     files = {name: root.joinpath(*parts) for name, parts in _FILES.items()}
     paths |= {name: path for name, path in files.items() if path.exists()}
     report["files"] = {name: str(path) for name, path in paths.items()}
@@ -160,8 +175,23 @@ def write_summary(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 def summary_table(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     rows = [("what", "result"), *_tokenizer_rows(report), *_training_rows(report)]
-    rows += [*_evaluation_rows(report), *_imagination_rows(report), *_stage_rows(report)]
+    rows += [*_evaluation_rows(report), *_imagination_rows(report), *_obedience_rows(report)]
+    rows += _stage_rows(report)
     return format_table(rows, left=2)
+
+
+def _write_below_each_other(path: epath.Path, pictures: Sequence[epath.Path]) -> None:
+    """One PNG of several."""
+    opened = []
+    for one in pictures:
+        with one.open("rb") as file, Image.open(file) as picture:
+            opened.append(np.asarray(picture.convert("RGB")))
+    width = max(picture.shape[1] for picture in opened)
+    padded = [
+        np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in opened
+    ]
+    with io.new_file(path) as file:
+        Image.fromarray(np.concatenate(padded)).save(file, "PNG")
 
 
 def _result(path: epath.Path) -> dict[str, Any]:
@@ -291,11 +321,24 @@ def _rate(success: Mapping[str, Any]) -> str:
 def _imagination_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     overall = report.get("imagination", {}).get("overall", {})
     names = {"imagined": "imagined frames", "repeat_context": "repeated frame"}
+    rows = [(label, _frames(overall[n])) for n, label in names.items() if n in overall]
+    for name, share in report.get("imagination", {}).get("true_state", {}).items():
+        rows.append((f"  {name.replace('_', ' ')}", f"{100 * share:.1f} %"))
+    return rows
+
+
+def _obedience_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    views = report.get("obedience", {}).get("views", {})
     return [
-        (label, f"{m['psnr']:.2f} dB, {100 * m['token_accuracy']:.1f} % of the visual tokens")
-        for name, label in names.items()
-        if (m := overall.get(name))
+        (f"{name}, {view}", _frames(means))
+        for view, predictions in views.items()
+        for name, means in predictions.items()
     ]
+
+
+def _frames(means: Mapping[str, float]) -> str:
+    accuracy = 100 * means["token_accuracy"]
+    return f"{means['psnr']:.2f} dB, {accuracy:.1f} % of the visual tokens"
 
 
 def _stage_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ STAGES = (
     "policy",
     "evaluate",
     "imagine",
+    "obey",
 )
 
 

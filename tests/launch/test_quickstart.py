@@ -23,9 +23,12 @@ STAGES = (
     "tokenizer_vision",
     "tokens",
     "world_model",
-    "policy",
+    "attempts",
+    "attempts_held_out",
+    "unified",
     "evaluation",
     "imagination",
+    "obedience",
 )
 DEADLINE_SECONDS = 900
 
@@ -96,6 +99,8 @@ def test_it_ends_with_a_table_and_the_results(whole):
         "learning_curve.png",
         "imagination/imagined.png",
         "imagination/imagined.gif",
+        "obedience/obeyed.png",
+        "pictures.png",
         "evaluation/report.html",
         "evaluation/report.json",
     ):
@@ -121,8 +126,8 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(whole, tmp_path):
     for stage in STAGES:
         kill_inside(workdir, stage, after=draw.uniform(0.3, 0.9) * usual[stage])
     finish(workdir)
-    for stage in ("world_model", "policy"):
+    for stage in ("world_model", "unified"):
         name = f"{stage}/metrics.jsonl"
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
-    for name in ("evaluation/episodes.jsonl", "imagination/imagine.json"):
+    for name in ("evaluation/episodes.jsonl", "imagination/imagine.json", "obedience/obey.json"):
         assert (workdir / name).exists()

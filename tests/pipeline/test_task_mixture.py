@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.pipeline import small
 from univla_jax.errors import UserError
 from univla_jax.pipeline.data_config import MixtureTask
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
 from univla_jax.pipeline.example_page import render_examples
+from univla_jax.pipeline.mixture import with_held_out_stores
 from univla_jax.pipeline.packing import PackedSource
 from univla_jax.sequences.tokens import Role
 
+TOKENS = REPOSITORY / "tests" / "fixtures" / "before" / "tokens" / "val"
 MIXTURE = (
     MixtureTask("policy_video", weight=2.0, stores=("a",), views=("view0", "view1")),
     MixtureTask("policy_video", name="dynamics", stores=("data/b",), frames=3, loss_on="vision"),
@@ -99,6 +103,19 @@ def test_a_position_belongs_to_its_mixture_but_not_to_what_is_learned():
 def test_evaluation_shows_every_task_in_turn():
     first = next(iter(EvaluationBatches(config(batch_size=4), small.assets(), SOURCES)))
     assert first.task_ids[:, 0].tolist() == [0, 1, 2, 2]
+
+
+def test_a_task_is_evaluated_on_the_stores_it_names(tmp_path):
+    folders = [str(tmp_path / "val"), str(tmp_path / "rollouts")]
+    for folder in folders:
+        shutil.copytree(TOKENS, folder)
+    policy = MixtureTask("policy_video", evaluation_stores=("val",))
+    mixture = (policy, MixtureTask("world_model", frames=2))
+    found = with_held_out_stores(config(mixture), folders)
+    assert [entry.stores for entry in found.mixture] == [(folders[0],), tuple(folders)]
+    strange = dataclasses.replace(policy, evaluation_stores=("test",))
+    with pytest.raises(UserError, match=r"'policy_video' names 'test', there are .*rollouts"):
+        with_held_out_stores(config((strange,)), folders)
 
 
 def test_packing_loads_every_sample_with_its_task():

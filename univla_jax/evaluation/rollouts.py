@@ -15,12 +15,12 @@ Axes: T steps, H/W pixels, A action dimensions, P state dimensions.
 
 from __future__ import annotations
 
-import pathlib
-import shutil
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univla_jax.assets import Assets
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
@@ -42,7 +42,7 @@ _BATCH_FRAMES = 128
 _EPISODES_PER_SHARD = 256
 
 
-def write_store(out: pathlib.Path, assets: Assets, corpus: str, source: str) -> Manifest:
+def write_store(out: epath.Path, assets: Assets, corpus: str, source: str) -> Manifest:
     """Encodes the recorded episodes into the token store ``out/rollouts`` and removes them.
 
     Args:
@@ -58,7 +58,7 @@ def write_store(out: pathlib.Path, assets: Assets, corpus: str, source: str) -> 
       UserError: the checkpoint knows no such corpus, or an episode lacks one of its views.
     """
     if (out / STORE / MANIFEST).exists():
-        shutil.rmtree(out / RECORDED, ignore_errors=True)
+        (out / RECORDED).rmtree(missing_ok=True)
         return read_manifest(out / STORE)
     paths = sorted((out / RECORDED).glob("*.npz"))
     record = next((r for r in records_from_json(assets.task) if corpus in r.corpora), None)
@@ -98,14 +98,14 @@ def write_store(out: pathlib.Path, assets: Assets, corpus: str, source: str) -> 
                 else:
                     shard.add(episode)
     manifest = writer.finish()
-    shutil.rmtree(out / RECORDED)
+    (out / RECORDED).rmtree()
     return manifest
 
 
 def _encode(
-    path: pathlib.Path, assets: Assets, header: StoreHeader, views: Sequence[str]
+    path: epath.Path, assets: Assets, header: StoreHeader, views: Sequence[str]
 ) -> TokenizedEpisode:
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
         episode: dict[str, Any] = {name: arrays[name] for name in arrays.files}
     missing = [view for view in views if f"frames/{view}" not in episode]
     if missing:

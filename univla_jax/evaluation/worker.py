@@ -169,8 +169,7 @@ class Recorder:
             arrays["state"] = np.stack([o.state for o in self._observations]).astype(np.float32)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         final = self._path.with_name(f"{self._path.name}_{self._part}.npz")
-        partial = io.partial_path(final)
-        with partial.open("wb") as file:
+        with io.new_file(final) as path, path.open("wb") as file:
             np.savez_compressed(
                 file,
                 actions=np.stack(self._actions),
@@ -178,7 +177,6 @@ class Recorder:
                 success=np.array(success),
                 **arrays,
             )
-        partial.replace(final)
         self._part += 1
         self._observations, self._actions = [], []
 

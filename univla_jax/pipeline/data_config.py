@@ -37,6 +37,8 @@ class MixtureTask:
       loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own.
       vision_weight: loss weight of a visual id, a number or (start, end, steps).
       null_prompt_prob: fraction of samples with an empty instruction.
+      evaluation_stores: of ``evaluation.stores``, by folder or last name; empty takes all that have
+        what the task needs.
     """
 
     task: str
@@ -55,6 +57,7 @@ class MixtureTask:
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] | None = None
     null_prompt_prob: float | None = None
+    evaluation_stores: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -64,7 +67,7 @@ class MixtureTask:
     def overrides(self) -> dict[str, object]:
         """The fields of ``DataConfig`` that it sets."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del own["weight"], own["name"]
+        del own["weight"], own["name"], own["evaluation_stores"]
         return {name: value for name, value in own.items() if value not in (None, "", ())}
 
 
@@ -200,7 +203,7 @@ class DataConfig:
             if entry.max_committed is None and not tasks.task_class(entry.task).needs.committed:
                 own["max_committed"] = 0
             if entry.stores:
-                own["stores"] = tuple(map(self._find_store, entry.stores))
+                own["stores"] = tuple(find_store(name, self.stores) for name in entry.stores)
                 own.setdefault("weights", ())
             try:
                 parts.append(dataclasses.replace(self, mixture=(), **own))
@@ -269,15 +272,6 @@ class DataConfig:
         per_episode = self.weight_unit == "episode"
         return [w * (n if per_episode else 1) for w, n in zip(weights, episodes)]
 
-    def _find_store(self, name: str) -> str:
-        """The folder in ``stores`` that ``name`` means, else ``name`` itself."""
-        found = [s for s in self.stores if s == name or pathlib.PurePath(s).name == name]
-        if len(found) > 1:
-            raise UserError(
-                f"data.stores: {name!r} may be {found[0]} or {found[1]}; name the folder"
-            )
-        return found[0] if found else name
-
     def _check_mixture(self) -> None:
         for number, entry in enumerate(self.mixture):
             where = f"data.mixture[{number}]"
@@ -336,6 +330,18 @@ class DataConfig:
                     f"data.weights: {weight} for {store!r}; weights are positive: leave the store "
                     "out of data.stores to skip it"
                 )
+
+
+def find_store(name: str, folders: Sequence[str], field: str = "data.stores") -> str:
+    """The folder among ``folders`` that ``name`` means, else ``name`` itself.
+
+    Raises:
+      UserError: it may be two of them; the message names them as ``field``.
+    """
+    found = [s for s in folders if s == name or pathlib.PurePath(s).name == name]
+    if len(found) > 1:
+        raise UserError(f"{field}: {name!r} may be {found[0]} or {found[1]}; name the folder")
+    return found[0] if found else name
 
 
 def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:

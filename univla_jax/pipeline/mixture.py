@@ -29,7 +29,7 @@ from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import StoreHeader, TokenStore
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Example
-from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.pipeline.data_config import DataConfig, find_store
 from univla_jax.tasks import make_task
 from univla_jax.tasks.base import SampleSpec
 from univla_jax.tokenizers.image import ImageSpec
@@ -216,15 +216,23 @@ def lacking_content(store: TokenStore, config: DataConfig) -> str:
 
 
 def with_held_out_stores(config: DataConfig, folders: Sequence[str]) -> DataConfig:
-    """The config of an evaluation on whole stores: each task takes those that have what it needs.
+    """The config of an evaluation on whole stores.
+
+    Each task takes the stores that it names for evaluation, else those that have what it needs.
 
     Raises:
-      UserError: none of them has what a task of a mixture needs.
+      UserError: none of them has what a task of a mixture needs, or it names another one.
     """
     held_out = dataclasses.replace(config, stores=tuple(folders), weights=(), held_out_every=0)
     entries = []
     for entry, part in zip(config.mixture, config.parts):
-        lacking = {folder: lacking_content(TokenStore(folder), part) for folder in folders}
+        named = [find_store(n, folders, "evaluation.stores") for n in entry.evaluation_stores]
+        if strange := [name for name in named if name not in folders]:
+            raise UserError(
+                f"evaluation.stores: the task {entry.title!r} names {strange[0]!r}, there are "
+                f"{', '.join(folders)}"
+            )
+        lacking = {f: lacking_content(TokenStore(f), part) for f in named or folders}
         fitting = tuple(folder for folder, what in lacking.items() if not what)
         if not fitting:
             raise UserError(

@@ -199,6 +199,7 @@ FREE = (
     "data.vision_weight",
     "data.mixture.*.loss_on",
     "data.mixture.*.vision_weight",
+    "data.mixture.*.evaluation_stores",
     "data.workers",
     "data.read_threads",
     "data.prefetch_batches",
