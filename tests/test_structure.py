@@ -28,6 +28,7 @@ RANKS = {
     "models": 1,
     "integrity": 7,
     "checkpoints": 7,
+    "adapters": 7,
     "simulators": 7,
     "training": 8,
     "inference": 9,

@@ -47,7 +47,7 @@ _ORBAX_MARKER = "commit_success.txt"
 _PARTS = ("text", "vision", "action")
 _TASK = "layout"  # key of ``Assets.task`` in the file, which is older than the name
 _SETTINGS = ("vocabulary", "image_specs", "statistics", _TASK, "model")
-_EXPERT = "action_expert"  # only where there is one
+_OPTIONAL = ("action_expert", "adapter")  # only where there is one
 
 
 class LazyVisionTokenizer:
@@ -129,6 +129,8 @@ class Assets:
       task: what it was trained on and how (``tasks.records_to_json``), as JSON values.
       model: settings of the decoder, as JSON values.
       action_expert: settings of the action expert on top of it; empty where there is none.
+      adapter: of a checkpoint that holds an adapter alone: ``base``, the checkpoint folder that it
+        belongs to, its ``identity`` and the settings ``lora``; empty for a whole model.
     """
 
     vocabulary: Vocabulary
@@ -140,6 +142,7 @@ class Assets:
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises UserError when the parts do not fit together."""
@@ -303,7 +306,7 @@ class Assets:
             statistics={k: ActionStatistics.from_dict(v) for k, v in record["statistics"].items()},
             task=record[_TASK],
             model=record["model"],
-            action_expert=record.get(_EXPERT, {}),
+            **{name: record.get(name, {}) for name in _OPTIONAL},
         )
         if assets.fingerprint != record["fingerprint"]:
             raise UserError(
@@ -313,16 +316,16 @@ class Assets:
         return assets
 
     def _settings(self) -> dict[str, Any]:
-        # A key for the expert only where there is one: checkpoints saved before there were experts
-        # keep their fingerprint.
-        expert = {_EXPERT: dict(self.action_expert)} if self.action_expert else {}
+        # Keys for expert and adapter only where there is one: checkpoints saved before there were
+        # any keep their fingerprint.
+        parts = {name: getattr(self, name) for name in _OPTIONAL}
         return {
             "vocabulary": self.vocabulary.to_dict(),
             "image_specs": {k: v.to_dict() for k, v in self.image_specs.items()},
             "statistics": {k: v.to_dict() for k, v in self.statistics.items()},
             _TASK: dict(self.task),
             "model": dict(self.model),
-            **expert,
+            **{name: dict(part) for name, part in parts.items() if part},
         }
 
     def _record(self, files: dict[str, str]) -> dict[str, Any]:
@@ -363,8 +366,8 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
     where = f"{folder}/{_FILE}"
     record = parse_json(read_files(folder, [_FILE], what="checkpoint assets")[_FILE], where=where)
     needed = {"format", *_SETTINGS, "vision", "parts", "files", "fingerprint"}
-    if record.keys() - {_EXPERT} != needed:
-        wrong = sorted((record.keys() - {_EXPERT}) ^ needed)
+    if record.keys() - {*_OPTIONAL} != needed:
+        wrong = sorted((record.keys() - {*_OPTIONAL}) ^ needed)
         raise UserError(f"{where}: missing or unknown keys {wrong}; restore the file")
     if record["format"] != _FORMAT:
         raise UserError(f"{where}: format {record['format']}, this version reads {_FORMAT}")

@@ -227,12 +227,38 @@ def load_params(
     """
     folder = find_checkpoint(checkpoint)
     wanted = {"params": {part: template} if part else template}
+    restored = load_arrays(folder, wanted, within=_prefix(part), convert=convert)
+    return restored["params"][part] if part else restored["params"]
+
+
+def load_arrays(
+    checkpoint: PathLike,
+    wanted: Any,
+    *,
+    within: str | None = None,
+    convert: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:
+    """Some arrays of a checkpoint's state, read and converted as ``load_params`` does.
+
+    Args:
+      checkpoint: a checkpoint folder, or what ``find_checkpoint`` takes.
+      wanted: a part of the state's tree, of ``jax.ShapeDtypeStruct``.
+      within: the checkpoint must hold nothing else below this path; None allows it.
+      convert: as for ``load_params``.
+
+    Raises:
+      UserError: no checkpoint, or one of another model: names the first array that differs.
+    """
+    folder = find_checkpoint(checkpoint)
     try:
         metadata = _metadata(folder)
         checksums = integrity.read_checksums(folder / CHECKSUMS)
     except Exception as error:  # damage surfaces as many types of several libraries
         raise _unreadable(folder, error) from error
-    _check_same_shapes(_shapes(metadata), wanted, folder, within=_prefix(part))
+    shapes = _shapes(metadata)
+    if within is None:
+        shapes = {name: shapes[name] for name in _shapes(wanted) if name in shapes}
+    _check_same_shapes(shapes, wanted, folder, within=within or "")
     # Arrays are read in the dtype they were saved in, whose checksum is known, and converted then;
     # group by group, so that little more than the largest array is there twice.
     saved, placed = _by_name(metadata), _by_name(wanted)
@@ -255,8 +281,7 @@ def load_params(
             arrays[name] = array if convert is None else convert(name, array)
     flat, structure = jax.tree_util.tree_flatten_with_path(wanted)
     names = [integrity.path_name(path) for path, _ in flat]
-    restored = jax.tree.unflatten(structure, [arrays[name] for name in names])
-    return restored["params"][part] if part else restored["params"]
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 
 _GROUP_BYTES = 1 << 30
@@ -324,6 +349,11 @@ def has_part(checkpoint: epath.Path, part: str) -> bool:
 def saved_shapes(checkpoint: epath.Path) -> dict[str, tuple[int, ...]]:
     """Shape of every array in a checkpoint's state, by its path ``a/b/c``; reads no array."""
     return _shapes(_metadata(checkpoint))
+
+
+def saved_arrays(checkpoint: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array in a checkpoint's state, by its path; reads no array."""
+    return _by_name(_metadata(checkpoint))
 
 
 def _metadata(checkpoint: epath.Path) -> Any:
@@ -498,6 +528,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         *,
         write_assets: Callable[[epath.Path], Any] | None = None,
         check_assets: CheckAssets | None = None,
+        saved_part: Callable[[Any], Any] = lambda state: state,
     ) -> None:
         """Opens ``<workdir>/checkpoints``, making it if needed.
 
@@ -507,6 +538,7 @@ class Checkpointer(contextlib.AbstractContextManager):
           write_assets: called with an empty folder inside each new checkpoint; writes the files
             that make the checkpoint usable by itself.
           check_assets: raises where such a folder is damaged.
+          saved_part: what of a state is saved, and restored; all of it by default.
 
         Raises:
           UserError: the folder cannot be written, or has a name that cannot be read back.
@@ -515,6 +547,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.folder = absolute_path(workdir) / CHECKPOINTS
         self._config = config
         self._write_assets, self._check_assets = write_assets, check_assets
+        self._saved_part = saved_part
         self._unverified: int | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -558,6 +591,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         """
         if step in self._manager.all_steps():
             return
+        state = self._saved_part(state)
         self.wait()  # for the previous one, which is verified before an older one makes room
         # Each process writes its own position, taken now: the iterator moves on while the file is
         # written in the background. Assets are the same on all, so the first process writes them.
@@ -604,6 +638,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         # copy was cut short. The next older one is taken then, and damaged ones are renamed only
         # once another was read, so that nothing is touched where none can be. All processes take
         # the same one: the first finds it, and it counts only if every process could read it.
+        template = self._saved_part(template)
         last_error: Exception | None = None
         newest = self._newest_complete()
         folder = intact_checkpoint(self.folder, self._check_assets)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from univla_jax.models.decoder import HeadAdapter
 from univla_jax.training.cross_entropy import cross_entropy, default_chunks
 
 VOCAB, PADDED = 11, 16
@@ -82,3 +83,36 @@ def test_whole_logits_are_never_held():
 )
 def test_default_chunks(shape, chunks):
     assert default_chunks(*shape) == chunks
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_an_adapter_equals_its_head_merged(chunks):
+    """Value and gradients, of the adapter and of the hidden states; the head itself gets none."""
+    hidden, head, targets, weights = _inputs()
+    rng = np.random.default_rng(1)
+    a, b, rows = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 2), (PADDED, 2), (3, 5))
+    )
+
+    def ours(hidden, a, b, rows):
+        adapter = HeadAdapter(hidden @ a, b, rows, first_row=4)
+        options = {"vocab_size": VOCAB, "chunks": chunks, "adapter": adapter}
+        return cross_entropy(hidden, head, targets, weights, **options)
+
+    def merged(hidden, a, b, rows):
+        return _plain(hidden, (head + b @ a.T).at[4:7].add(rows), targets, weights)
+
+    arguments, by = (hidden, a, b, rows), {"argnums": (0, 1, 2, 3), "has_aux": True}
+    found, expected = (jax.grad(fn, **by)(*arguments) for fn in (ours, merged))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected
+    )
+    with_head = lambda head: cross_entropy(  # noqa: E731
+        hidden,
+        head,
+        targets,
+        weights,
+        vocab_size=VOCAB,
+        adapter=HeadAdapter(hidden @ a, b, None, first_row=0),
+    )[0]
+    assert not np.asarray(jax.grad(with_head)(head)).any()

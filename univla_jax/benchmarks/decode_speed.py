@@ -40,10 +40,10 @@ from univla_jax.benchmarks.harness import (
 )
 from univla_jax.benchmarks.transformers_peer import PEER, greedy_generator
 from univla_jax.errors import UserError
-from univla_jax.inference import int8
 from univla_jax.inference.decode_step import DecodeState, Generated
 from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
+from univla_jax.models import quantized_weights
 from univla_jax.models.decoder import compute_logits
 
 PRESET = cli.string_flag("preset", "decoder", default="small")
@@ -325,7 +325,7 @@ def run_rollout(
 def measure_options(problem: DecodeProblem, repeats: int) -> dict[str, Any]:
     """int8 weights and speculative decoding with perfect drafts, beside plain float32."""
     params = problem.sampler.params
-    quantized = Sampler(problem.sampler.model, int8.quantize_params(params))
+    quantized = Sampler(problem.sampler.model, quantized_weights.quantize_params(params))
     times: dict[str, list[Elapsed]] = {"float32": [], "int8": [], "speculative": []}
     for turn in range(repeats + 1):  # the first one compiles
         state = problem.prefill()
@@ -340,8 +340,8 @@ def measure_options(problem: DecodeProblem, repeats: int) -> dict[str, Any]:
         for own, spent in zip(times.values(), (float32_time, int8_time, speculative_time)):
             own += [spent] if turn else []
     return {
-        "float32_bytes": int8.num_bytes(params),
-        "int8_bytes": int8.num_bytes(quantized.params),
+        "float32_bytes": quantized_weights.num_bytes(params),
+        "int8_bytes": quantized_weights.num_bytes(quantized.params),
         **{f"{n}_ms_per_token": 1e3 * fastest(t).wall / problem.count for n, t in times.items()},
         "int8_same_choice": _agreement(problem, quantized),
         "int8_equal_tokens": float(np.mean(np.asarray(int8_generated.tokens) == tokens)),
@@ -355,9 +355,9 @@ def _agreement(problem: DecodeProblem, other: Sampler) -> float:
     positions = np.arange(problem.prompt.shape[1])[None]
 
     def choices(sampler: Sampler) -> np.ndarray:
-        params = int8.dequantize_params(sampler.params, np.float32)
+        params = quantized_weights.dequantize_params(sampler.params, np.float32)
         hidden, _ = sampler.model.apply({"params": params}, problem.prompt, positions)
-        head = int8.dequantized_rows(params["head"], problem.allowed, np.float32)
+        head = quantized_weights.dequantized_rows(params["head"], problem.allowed, np.float32)
         return np.asarray(jnp.argmax(compute_logits(hidden, head), axis=-1))
 
     return float(np.mean(choices(problem.sampler) == choices(other)))

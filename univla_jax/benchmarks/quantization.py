@@ -19,9 +19,9 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.benchmarks.harness import Elapsed, print_cases, save, timed
 from univla_jax.episode import Observation
-from univla_jax.inference import int8
 from univla_jax.inference.action_decoders import Session
 from univla_jax.inference.policy import Policy
+from univla_jax.models import quantized_weights
 from univla_jax.simulators import StepResult
 from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator, trial_of
 
@@ -88,7 +88,7 @@ def compare(policy: Policy, calls: Sequence[PolicyCall]) -> dict[str, Any]:
     pairs = [(ids, call.ids) for ids, call in zip(chosen, calls)]
     equal = sum(int(np.sum(a[: len(b)] == b[: len(a)])) for a, b in pairs)
     return {
-        "bytes": int8.num_bytes(policy.loaded.params),
+        "bytes": quantized_weights.num_bytes(policy.loaded.params),
         "ms per call": 1e3 * float(np.mean([t.wall for t in times])),
         "processor ms": 1e3 * float(np.mean([t.processor for t in times])),
         "equal chunks %": 100 * float(np.mean([np.array_equal(a, b) for a, b in pairs])),

@@ -16,7 +16,6 @@ import numpy as np
 
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
-from univla_jax.inference.int8 import dequantize_params
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.prefix_cache import CachedPrefix, GenerationRules, PrefixCache
@@ -24,6 +23,7 @@ from univla_jax.inference.sampler import Sampler, Timer, length_bucket, pad_prom
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
+from univla_jax.models.quantized_weights import dequantize_params
 from univla_jax.tasks.history import EpisodeLog, History
 from univla_jax.tokenizers.constrained import DecodedActions
 

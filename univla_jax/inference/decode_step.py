@@ -19,7 +19,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from univla_jax.inference import int8
 from univla_jax.inference.sampling import (
     GrammarMask,
     GrammarState,
@@ -27,6 +26,7 @@ from univla_jax.inference.sampling import (
     apply_grammar,
     sample_token,
 )
+from univla_jax.models import quantized_weights
 from univla_jax.models.attention import MASKED, attention
 from univla_jax.models.decoder import Block, Decoder, LayerInputs, compute_logits, mask_padded_vocab
 from univla_jax.models.kv_cache import KVCache
@@ -210,7 +210,7 @@ def decode_tokens(
     """
     config = model.config
     layers = layers or unstack_layer_params(params, config.num_layers)
-    layers = int8.dequantize_params(layers, config.compute_dtype)
+    layers = quantized_weights.dequantize_params(layers, config.compute_dtype)
     variables = {"params": _without_stack(model, params)}
     positions_BS = starts_B[:, None] + jnp.arange(tokens_BS.shape[1])
     rotary = RotaryEmbedding.at_positions(positions_BS, config.head_dim, config.rope_theta)
@@ -449,7 +449,7 @@ def generate(
       the batch after the last decoded token, the last chosen one pending; and what was chosen.
     """
     # Only the head's rows of allowed ids are multiplied: 2,000 action ids instead of 184,622.
-    head_RD = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
+    head_RD = quantized_weights.dequantized_rows(params["head"], ids, model.config.compute_dtype)
 
     def choose(loop: _Loop) -> _Loop:
         """Chooses the tokens of ``loop.step`` from the hidden states before them."""
@@ -518,13 +518,13 @@ def generate(
 @functools.partial(jax.jit, static_argnames="model")
 def next_log_probs(model: Decoder, params: Any, hidden: jax.Array, ids: jax.Array) -> jax.Array:
     """Log-probabilities float32 [B, R] of the next token among ``ids`` after hidden [B, D]."""
-    head_RD = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
+    head_RD = quantized_weights.dequantized_rows(params["head"], ids, model.config.compute_dtype)
     return jax.nn.log_softmax(compute_logits(hidden, head_RD))
 
 
 def _variables(model: Decoder, params: Any) -> dict[str, Any]:
     """Variables of ``model.apply`` for calls that do not use the head."""
-    stack = int8.dequantize_params(params["stack"], model.config.compute_dtype)
+    stack = quantized_weights.dequantize_params(params["stack"], model.config.compute_dtype)
     return {"params": {**_without_stack(model, params), "stack": stack}}
 
 

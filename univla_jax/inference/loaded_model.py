@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
+from univla_jax.adapters import load_model_params
 from univla_jax.assets import Assets
-from univla_jax.checkpoints import assets_folder, find_checkpoint, load_params
+from univla_jax.checkpoints import assets_folder, find_checkpoint
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.inference.int8 import check_installed, quantize_leaf
 from univla_jax.models.action_expert import (
     DECODER,
     EXPERT,
@@ -26,6 +26,7 @@ from univla_jax.models.action_expert import (
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.placement import LOCAL, Placement
+from univla_jax.models.quantized_weights import check_installed, quantize_leaf
 from univla_jax.normalization import ActionStatistics
 from univla_jax.sequences.tokens import Role
 from univla_jax.tasks import TaskRecord, make_task, records_from_json, task_class
@@ -76,7 +77,7 @@ class LoadedModel:
         int8: bool = False,
         place: MakePlacement | None = None,
     ) -> LoadedModel:
-        """Loads a checkpoint; every file of its assets is verified.
+        """Loads a checkpoint; every file of its assets is verified, an adapter merged.
 
         Args:
           checkpoint: a folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
@@ -86,8 +87,8 @@ class LoadedModel:
           place: makes the placement of decoder and expert; one device by default.
 
         Raises:
-          UserError: no complete checkpoint, assets that were changed or removed, or parameters of
-            another model.
+          UserError: no complete checkpoint, assets that were changed or removed, parameters of
+            another model, or an adapter whose base is not there.
         """
         folder = find_checkpoint(checkpoint)
         assets = Assets.load(assets_folder(folder))
@@ -108,7 +109,8 @@ class LoadedModel:
             params = _draw_params(init, template, placement, seed)
             params = _quantized(params) if int8 else params
         else:
-            params = load_params(folder, template, convert=_quantize if int8 else None)
+            convert = _quantize if int8 else None
+            params = load_model_params(folder, assets.adapter, template, convert=convert)
         if expert is None:
             return cls(
                 folder, assets, records[0], model, params, placement=placement, records=records

@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.inference import int8
 from univla_jax.inference.action_decoders import ActionPrediction, Session, TokenActionDecoder
 from univla_jax.inference.decode_step import DecodeBatch, DecodeState
 from univla_jax.inference.imagination import extend_rows, imagine_moment
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer, batch_bucket, length_bucket, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
+from univla_jax.models import quantized_weights
 from univla_jax.models.decoder import Decoder, compute_logits
 from univla_jax.sequences.frames import frame_header
 from univla_jax.sequences.tokens import Role
@@ -310,9 +310,9 @@ def _sequence_log_probs(
     positions = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     dtype = model.config.compute_dtype
     hidden_BSD, _ = model.apply(
-        {"params": int8.dequantize_params(params, dtype)}, tokens_BS, positions
+        {"params": quantized_weights.dequantize_params(params, dtype)}, tokens_BS, positions
     )
-    head_RD = int8.dequantized_rows(params["head"], ids_R, dtype)
+    head_RD = quantized_weights.dequantized_rows(params["head"], ids_R, dtype)
     logits_BSR = compute_logits(hidden_BSD[:, :-1], head_RD)
     log_probs = jax.nn.log_softmax(logits_BSR.astype(jnp.float32))
     column_BS = jnp.searchsorted(ids_R, tokens_BS[:, 1:])

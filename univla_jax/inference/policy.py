@@ -140,7 +140,7 @@ class Policy:
             together; sessions that fall out prefill their next prompt anew.
           max_instruction_tokens: longer instructions are refused, and ``warmup`` compiles all that
             the others need; 0 takes any that the model has room for, and compiles when one comes.
-          int8: weights of eight bits (``int8.py``); the actions are nearly the same.
+          int8: weights of eight bits (``quantized_weights.py``); the actions are nearly the same.
           place: makes the placement of a model that is split over devices.
           free_form: action ids in any order, as the reference has it; by default only whole chunks.
 

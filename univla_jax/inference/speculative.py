@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from univla_jax.inference import int8
 from univla_jax.inference.decode_step import (
     NO_TOKEN,
     DecodeBatch,
@@ -34,6 +33,7 @@ from univla_jax.inference.decode_step import (
     unstack_cache,
 )
 from univla_jax.inference.sampling import GrammarMask, GrammarState, apply_grammar
+from univla_jax.models import quantized_weights
 from univla_jax.models.decoder import Decoder, compute_logits
 
 
@@ -117,7 +117,7 @@ def generate(
     Returns:
       the batch with all chosen tokens, what was chosen, and the steps taken int32.
     """
-    head_RD = int8.dequantized_rows(params["head"], ids, model.config.compute_dtype)
+    head_RD = quantized_weights.dequantized_rows(params["head"], ids, model.config.compute_dtype)
     batch_size, num_source = draft_source.shape
     draft = jax.vmap(functools.partial(propose_draft, count=block - 1))
 

@@ -55,6 +55,7 @@ from univla_jax.interop.hf_weights import (
     stacked_shapes,
     vision_rules,
 )
+from univla_jax.interop.merged_state import MergedState
 from univla_jax.interop.tensor_io import (
     DTYPES,
     FLOAT_DTYPES,
@@ -319,7 +320,7 @@ class HfExport:
     headers: Mapping[str, bytes]
     files: Mapping[str, bytes]
     rules: Sequence[KeyRule]
-    state: StateReader | None = None
+    state: StateReader | MergedState | None = None
     vision: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
     buffers: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
@@ -364,7 +365,7 @@ class HfExport:
             expert = build_config(ActionExpertConfig, assets.action_expert, where="assets")
             rules = joint_rules(expert, decoder)
             values |= expert_config_to_hf(expert, decoder)
-        state = _open_state(folder, rules)
+        state = _open_state(folder, rules, assets.adapter)
         # As stored unless ``dtype`` says otherwise: a run may keep some parameters in float32.
         dtypes = {}
         for rule in rules:
@@ -437,16 +438,19 @@ def _convert_exactly(rule: KeyRule, value: np.ndarray, dtype: np.dtype) -> np.nd
     return converted
 
 
-def _open_state(folder: pathlib.Path, rules: Sequence[KeyRule]) -> StateReader:
+def _open_state(
+    folder: pathlib.Path, rules: Sequence[KeyRule], adapter: Mapping[str, Any] | None = None
+) -> StateReader | MergedState:
     """The parameters of a checkpoint, after comparing their shapes with the rules."""
     prefix = f"{_PARAMS}/"
+    state = MergedState(folder, adapter) if adapter else StateReader(folder / STATE)
     shapes = {
         name.removeprefix(prefix): jax.ShapeDtypeStruct(shape, np.float32)
-        for name, shape in saved_shapes(folder).items()
+        for name, shape in (state.shapes if adapter else saved_shapes(folder)).items()
         if name.startswith(prefix)
     }
     check_params(rules, flax.traverse_util.unflatten_dict(shapes, sep="/"), where=str(folder))
-    return StateReader(folder / STATE)
+    return state
 
 
 def _shard(

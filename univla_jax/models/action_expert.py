@@ -87,6 +87,7 @@ class ActionExpertConfig:
             rms_eps=self.rms_eps,
             dropout=0.0,
             qkv_bias=False,
+            lora=None,
         )
 
 

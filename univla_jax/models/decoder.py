@@ -30,6 +30,8 @@ from univla_jax.models.layers import (
     RotaryEmbedding,
     dropout,
 )
+from univla_jax.models.lora import HEAD, LoraConfig, adapter_inits
+from univla_jax.models.quantized_weights import dequantize
 
 MASKED_LOGIT = -1e30
 
@@ -84,7 +86,7 @@ class Block(nn.Module):
         )
         x_BSD = _constrain(x_BSD + dropout(self, out, config.dropout, inputs.train))
         normed = RMSNorm(config, name="mlp_norm")(x_BSD)
-        out = GatedMLP(config, name="mlp")(normed)
+        out = GatedMLP(config, name="mlp")(normed, inputs.train)
         x_BSD = _constrain(x_BSD + dropout(self, out, config.dropout, inputs.train))
         return x_BSD, None if inputs.cache is None else new
 
@@ -138,8 +140,27 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", init, shape, dtype)
         init = nn.with_logical_partitioning(_table_init(config, None), names)
         self.head = self.param("head", init, shape, dtype)
+        if config.lora is not None:
+            self._setup_adapters(config, config.lora)
         self.stack = Stack(config)
         self.norm = RMSNorm(config)
+
+    def _setup_adapters(self, config: DecoderConfig, lora: LoraConfig) -> None:
+        """Creates the head's adapter, and the rows of new ids in both tables."""
+        if lora.adapts(HEAD):
+            size, shape = config.hidden_size, (config.padded_vocab_size, lora.rank)
+            inits = adapter_inits(size, (decoder_config.EMBED,), (decoder_config.VOCAB,))
+            self.head_lora_a = self.param("head_lora_a", inits[0], (size, lora.rank), jnp.float32)
+            zeros = nn.with_logical_partitioning(
+                nn.initializers.zeros_init(), (decoder_config.VOCAB, decoder_config.EMBED)
+            )
+            self.head_lora_b = self.param("head_lora_b", zeros, shape, jnp.float32)
+        first, stop = lora.row_range
+        if stop:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, None))
+            shape = (stop - first, config.hidden_size)
+            self.embedding_rows = self.param("embedding_rows", zeros, shape, jnp.float32)
+            self.head_rows = self.param("head_rows", zeros, shape, jnp.float32)
 
     def __call__(
         self,
@@ -196,6 +217,11 @@ class Decoder(nn.Module):
         lookup = (decoder_config.LOOKUP_BATCH, decoder_config.LOOKUP_LENGTH)
         tokens_BS = nn.with_logical_constraint(tokens_BS, lookup)
         x_BSD = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.config.compute_dtype)
+        if self.config.lora is not None and self.config.lora.rows:
+            first, stop = self.config.lora.row_range
+            own = jnp.take(self.embedding_rows, jnp.clip(tokens_BS - first, 0, stop - first - 1), 0)
+            trained = (tokens_BS >= first) & (tokens_BS < stop)
+            x_BSD += jnp.where(trained[..., None], own, 0).astype(x_BSD.dtype)
         x_BSD = nn.with_logical_constraint(x_BSD, (*lookup, decoder_config.LOOKUP_EMBED))
         if self.config.pad_id is None:
             return x_BSD
@@ -207,14 +233,68 @@ class Decoder(nn.Module):
         return self.norm(x_BSD)
 
     def head_weights(self) -> jax.Array:
-        """The output head [V, D] in the compute type."""
-        return self.head.astype(self.config.compute_dtype)
+        """The output head [V, D] in the compute type, without its adapter."""
+        return dequantize(self.head, self.config.compute_dtype)
+
+    def head_adapter(self, hidden: jax.Array, train: bool = False) -> HeadAdapter | None:
+        """What the adapter adds to the logits of hidden states [..., D]; None without one."""
+        lora, dtype = self.config.lora, self.config.compute_dtype
+        if lora is None:
+            return None
+        low = table = rows = None
+        if lora.adapts(HEAD):
+            low = dropout(self, hidden, lora.dropout, train) @ self.head_lora_a.astype(dtype)
+            low, table = low * lora.scale, self.head_lora_b.astype(dtype)
+        if lora.rows:
+            rows = self.head_rows.astype(dtype)
+        return HeadAdapter(low, table, rows, lora.row_range[0])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [..., V] of hidden states [..., D]; padding ids get ``MASKED_LOGIT``."""
-        return mask_padded_vocab(
-            compute_logits(hidden, self.head_weights()), self.config.vocab_size
-        )
+        logits = compute_logits(hidden, self.head_weights())
+        if (adapter := self.head_adapter(hidden)) is not None:
+            logits = adapter.add(logits, hidden)
+        return mask_padded_vocab(logits, self.config.vocab_size)
+
+
+@flax.struct.dataclass
+class HeadAdapter:
+    """What is added to the logits of a frozen head.
+
+    Attributes:
+      low: hidden states in the low rank, scaled, [..., r]; None without a low-rank adapter.
+      table: [V, r], or None.
+      rows: trained differences of some rows of the head [R, D], or None.
+      first_row: id of the first of them.
+    """
+
+    low: jax.Array | None
+    table: jax.Array | None
+    rows: jax.Array | None
+    first_row: int = flax.struct.field(pytree_node=False)
+
+    def add(
+        self, logits: jax.Array, hidden: jax.Array, first: jax.Array | int | None = None
+    ) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D] with the adapter's.
+
+        Args:
+          logits: of the head alone.
+          hidden: what they are of.
+          first: id of the first logit where they are a part of the vocabulary; None for all of it.
+        """
+        if self.low is not None:
+            logits += compute_logits(self.low, self.table)
+        if self.rows is None:
+            return logits
+        own, size = compute_logits(hidden, self.rows), logits.shape[-1]
+        count = own.shape[-1]
+        if first is None:
+            margins = [(0, 0)] * (own.ndim - 1) + [(self.first_row, size - self.first_row - count)]
+            return logits + jnp.pad(own, margins)
+        index = first + jnp.arange(size) - self.first_row
+        index = jnp.where((index >= 0) & (index < count), index, count)
+        return logits + jnp.take(jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, 1)]), index, axis=-1)
 
 
 def compute_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from univla_jax.errors import UserError
+from univla_jax.models.lora import LoraConfig
 
 # ----------------------------------------------------------------------------
 # Logical axis names: all that models and sharding rules share.
@@ -117,6 +118,7 @@ class DecoderConfig:
       pad_id: id whose embedding starts at zero and never gets a gradient, or None (torch's
         ``padding_idx``).
       initializer_range: standard deviation of every matrix at initialization.
+      lora: adapters beside frozen matrices while they are trained; None for a plain decoder.
     """
 
     vocab_size: int
@@ -141,6 +143,7 @@ class DecoderConfig:
     attention: str = "auto"
     pad_id: int | None = None
     initializer_range: float = 0.02
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range; names the field."""

@@ -5,6 +5,7 @@ Axes: B batch, S sequence, D model, F mlp, N query heads, K key/value heads, C h
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from univla_jax.models.attention import attention
 from univla_jax.models.attention_kernels import CachedKeyValues, dropout_scale
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.linear import linear
+from univla_jax.models.lora import LORA_A, LORA_B, adapter_inits
 
 
 @flax.struct.dataclass
@@ -105,8 +107,8 @@ class Projection(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., *inputs] in, [..., *outputs] out."""
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """[..., *inputs] in, [..., *outputs] out; ``train`` turns an adapter's dropout on."""
         config = self.config
         normal = nn.initializers.normal(config.initializer_range)
         kernel = self.param(
@@ -123,7 +125,10 @@ class Projection(nn.Module):
             dtype=config.compute_dtype,
             gradient_dtype=config.reduction_dtype,
             quantization=config.quantization,
+            frozen=config.lora is not None,
         )
+        if config.lora is not None and config.lora.adapts("/".join(self.path)):
+            y += self._adapter(x, train)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(
                 nn.initializers.zeros_init(), self.names[len(self.inputs) :]
@@ -131,6 +136,18 @@ class Projection(nn.Module):
             bias = self.param("bias", zeros, self.outputs, config.storage_dtype)
             y += bias.astype(y.dtype)
         return y
+
+    def _adapter(self, x: jax.Array, train: bool) -> jax.Array:
+        """The adapter's low-rank product, scaled."""
+        config, lora, count = self.config, self.config.lora, len(self.inputs)
+        names_in, names_out = self.names[:count], self.names[count:]
+        inits = adapter_inits(math.prod(self.inputs), names_in, names_out)
+        a = self.param(LORA_A, inits[0], (*self.inputs, lora.rank), jnp.float32)
+        b = self.param(LORA_B, inits[1], (lora.rank, *self.outputs), jnp.float32)
+        types = {"dtype": config.compute_dtype, "gradient_dtype": config.reduction_dtype}
+        x = dropout(self, x, lora.dropout, train)
+        low = linear(count, x, a, names=(*names_in, None), **types)
+        return linear(1, low * lora.scale, b, names=(None, *names_out), **types)
 
 
 class Attention(nn.Module):
@@ -154,9 +171,9 @@ class Attention(nn.Module):
         A ``LayerCache`` holds the new tokens too; then all of its keys and values are returned.
         """
         config = self.config
-        q_BSNC = self._heads("query", config.num_heads, decoder_config.HEADS)(x_BSD)
-        k_BSKC = self._heads("key", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
-        v_BSKC = self._heads("value", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD)
+        q_BSNC = self._heads("query", config.num_heads, decoder_config.HEADS)(x_BSD, train)
+        k_BSKC = self._heads("key", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD, train)
+        v_BSKC = self._heads("value", config.num_kv_heads, decoder_config.KV_HEADS)(x_BSD, train)
         # Heads are sharded here as the attention call expects them, so that it moves nothing
         # but keys and values; the checkpoint names are what remat presets choose from.
         q_BSNC = _constrain(rotary(q_BSNC), decoder_config.ACTIVATION_HEADS, None)
@@ -186,7 +203,7 @@ class Attention(nn.Module):
         out_BSNC = _constrain(out_BSNC, decoder_config.ACTIVATION_HEADS, None)
         names = (decoder_config.HEADS, decoder_config.HEAD_DIM, decoder_config.EMBED)
         heads = (config.num_heads, config.head_dim)
-        out = Projection(config, heads, (config.hidden_size,), names, name="out")(out_BSNC)
+        out = Projection(config, heads, (config.hidden_size,), names, name="out")(out_BSNC, train)
         return checkpoint_name(out, decoder_config.OUTPUT), new
 
     def _heads(self, name: str, count: int, axis: str) -> Projection:
@@ -202,17 +219,17 @@ class GatedMLP(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        """[B, S, D] in and out."""
+    def __call__(self, x_BSD: jax.Array, train: bool = False) -> jax.Array:
+        """[B, S, D] in and out; ``train`` turns the adapters' dropout on."""
         config = self.config
         model, mlp = (config.hidden_size,), (config.mlp_size,)
         names = (decoder_config.EMBED, decoder_config.MLP)
-        gate_BSF = Projection(config, model, mlp, names, name="gate")(x_BSD)
-        up_BSF = Projection(config, model, mlp, names, name="up")(x_BSD)
+        gate_BSF = Projection(config, model, mlp, names, name="gate")(x_BSD, train)
+        up_BSF = Projection(config, model, mlp, names, name="up")(x_BSD, train)
         gate_BSF = checkpoint_name(gate_BSF, decoder_config.GATE)
         up_BSF = checkpoint_name(up_BSF, decoder_config.UP)
         mixed_BSF = _constrain(nn.silu(gate_BSF) * up_BSF, decoder_config.ACTIVATION_MLP)
-        down_BSD = Projection(config, mlp, model, names[::-1], name="down")(mixed_BSF)
+        down_BSD = Projection(config, mlp, model, names[::-1], name="down")(mixed_BSF, train)
         return checkpoint_name(down_BSD, decoder_config.DOWN)
 
 

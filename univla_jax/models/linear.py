@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from univla_jax.models import decoder_config
+from univla_jax.models.quantized_weights import dequantize, is_quantized
 
 MeshAxes = tuple[str, ...]
 
@@ -170,27 +171,31 @@ def linear(
     dtype: jnp.dtype | None = None,
     gradient_dtype: jnp.dtype | None = None,
     quantization: str | None = None,
+    frozen: bool = False,
 ) -> jax.Array:
     """``jnp.tensordot(x, kernel, axes=count)`` with its own backward pass and collectives.
 
     Args:
       count: how many axes are contracted.
       x: [B, S, *inputs] or any other leading axes; only these two are known to the mesh.
-      kernel: [*inputs, *outputs] as it is stored.
+      kernel: [*inputs, *outputs] as it is stored; a frozen one may be a ``qwix.QArray``.
       names: logical names of the kernel's axes; None leaves the sharding to the partitioner.
       dtype: what the kernel is cast to before the product; its own type by default.
       gradient_dtype: what the kernel's gradient is summed in, over tokens and devices; ``dtype`` by
         default.
       quantization: one of ``decoder_config.QUANTIZATIONS``, or None.
+      frozen: the kernel gets no gradient, and the inputs are not kept for one.
 
     Returns:
       [B, S, *outputs].
     """
     dtype = jnp.dtype(dtype or kernel.dtype)
+    # The parts of a quantized kernel have several shapes, so the partitioner moves those.
     sharding = None
-    if names is not None and x.ndim == count + 2:
+    if names is not None and x.ndim == count + 2 and not is_quantized(kernel):
         sharding = LinearSharding.from_context(x.shape, kernel.shape, names)
-    options = _Options(count, dtype, jnp.dtype(gradient_dtype or dtype), sharding, quantization)
+    gradient_dtype = jnp.dtype(gradient_dtype or dtype)
+    options = _Options(count, dtype, gradient_dtype, sharding, quantization, frozen)
     return _linear(options, x, kernel)
 
 
@@ -201,6 +206,7 @@ class _Options:
     gradient_dtype: jnp.dtype
     sharding: LinearSharding | None
     quantization: str | None
+    frozen: bool
 
 
 # JAX's rule for the derivative by the kernel puts d_y first, and XLA on CPU then fuses the
@@ -220,32 +226,39 @@ def _forward(
     sharding, count = options.sharding, options.count
 
     def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        kernel = kernel.astype(options.dtype)
+        kernel = dequantize(kernel, options.dtype)
         if sharding is not None:
             kernel = sharding.gather(kernel)
         contracted = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
         y = _product(options.quantization, x, kernel, contracted, (FORWARD, FORWARD))
         return y if sharding is None else _sum_over(y, _flat(sharding.inputs))
 
+    # The inputs of a frozen kernel are needed no more, only their type.
+    saved = (jnp.zeros((), x.dtype) if options.frozen else x), kernel
     if sharding is None:
-        return local(x, kernel), (x, kernel)
+        return local(x, kernel), saved
     specs = (sharding.x_spec, sharding.kernel_spec)
     run = jax.shard_map(local, in_specs=specs, out_specs=sharding.y_spec, check_vma=False)
-    return run(x, kernel), (x, kernel)
+    return run(x, kernel), saved
 
 
 def _backward(
     options: _Options, saved: tuple[jax.Array, jax.Array], d_y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     sharding, count = options.sharding, options.count
 
-    def local(x: jax.Array, kernel: jax.Array, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whole = kernel.astype(options.dtype)
+    def by_inputs(kernel: jax.Array, d_y: jax.Array) -> jax.Array:
+        whole = dequantize(kernel, options.dtype)
         if sharding is not None:
             whole = sharding.gather(whole)
+        outputs = tuple(range(count, kernel.ndim))
+        contracted = tuple(range(d_y.ndim - len(outputs), d_y.ndim)), outputs
+        d_x = _product(options.quantization, d_y, whole, contracted, (GRADIENT, FORWARD))
+        return d_x if sharding is None else _sum_over(d_x, _flat(sharding.outputs))
+
+    def local(x: jax.Array, kernel: jax.Array, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        d_x = by_inputs(kernel, d_y)
         leading = tuple(range(x.ndim - count))
-        outputs = tuple(range(len(leading), d_y.ndim)), tuple(range(count, kernel.ndim))
-        d_x = _product(options.quantization, d_y, whole, outputs, (GRADIENT, FORWARD))
         d_kernel = _product(
             options.quantization,
             x,
@@ -255,10 +268,17 @@ def _backward(
             options.gradient_dtype,
         )
         if sharding is not None:
-            d_x = _sum_over(d_x, _flat(sharding.outputs))
             d_kernel = sharding.scatter(d_kernel)
         return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
+    if options.frozen:
+        x, kernel = saved
+        if sharding is not None:
+            specs = (sharding.kernel_spec, sharding.y_spec)
+            by_inputs = jax.shard_map(
+                by_inputs, in_specs=specs, out_specs=sharding.x_spec, check_vma=False
+            )
+        return by_inputs(kernel, d_y).astype(x.dtype), None
     if sharding is None:
         return local(*saved, d_y)
     specs = (sharding.x_spec, sharding.kernel_spec)

@@ -50,7 +50,7 @@ class Topology:
 
 
 # Both cores of a v4 chip are one device, as on the machines; the compiler's own default is two.
-_CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
+_CHIP_CONFIGS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 
 
 def find_topology(name: str) -> Topology:
@@ -72,9 +72,12 @@ def find_topology(name: str) -> Topology:
             "planning needs the TPU compiler; pip install 'univla_jax[plan]' (no TPU is needed)"
         )
     _configure_libtpu()
+    options = dict(_CHIP_CONFIGS.get(kind, {}))
+    if set(name.split(":")[1].split("x")) == {"1"}:  # else a host has four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **_CHIP_CONFIGS.get(kind, {})
+            platform="tpu", topology_name=name, **options
         ).devices
     except Exception as error:  # libtpu reports a bad shape as a bare runtime error
         reason = str(error).splitlines()[0]

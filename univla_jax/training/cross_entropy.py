@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from univla_jax.models import decoder_config
-from univla_jax.models.decoder import MASKED_LOGIT, compute_logits
+from univla_jax.models.decoder import MASKED_LOGIT, HeadAdapter, compute_logits
 from univla_jax.models.linear import MeshAxes, fitting_axes
 
 LOGITS_PER_CHUNK = 2**22
@@ -40,6 +40,7 @@ def cross_entropy(
     vocab_size: int,
     chunks: int | None = None,
     gradient_dtype: jnp.dtype | None = None,
+    adapter: HeadAdapter | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Weighted cross-entropy of hidden states against target ids.
 
@@ -51,9 +52,11 @@ def cross_entropy(
       vocab_size: number of real ids.
       chunks: number of parts of P; None takes ``default_chunks``.
       gradient_dtype: what the head's gradient is summed over devices in; the head's by default.
+      adapter: what is added to the logits of a frozen head, or None.
 
     Returns:
-      float32 sum of w * nll, differentiable in ``hidden`` and ``head``; and per position, without
+      float32 sum of w * nll, differentiable in ``hidden``, and in ``head`` or, where there is an
+      adapter, in that instead, which saves a gradient of the head's size; and per position, without
       gradient, nll float32 [B, P] and whether the target had the largest logit bool [B, P].
     """
     b, p, _ = hidden.shape
@@ -61,11 +64,18 @@ def cross_entropy(
     chunks = min(chunks or default_chunks(b, p, head.shape[0]), p)
     # every device cuts its own positions into the same number of chunks
     extra = -p % (chunks * sharding.length_shards)
+    if adapter is not None and adapter.low is not None:
+        # as wide as the mesh axes that split the head's width want it
+        wider = (0, -adapter.low.shape[-1] % sharding.width_shards)
+        adapter = adapter.replace(
+            low=jnp.pad(adapter.low, ((0, 0), (0, extra), wider)),
+            table=jnp.pad(adapter.table, ((0, 0), wider)),
+        )
     if extra:
         hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
         targets, weights = (jnp.pad(x, ((0, 0), (0, extra))) for x in (targets, weights))
     options = _Options(vocab_size, chunks, sharding, jnp.dtype(gradient_dtype or head.dtype))
-    total, nll, correct = _fused(options, hidden, head, targets, weights)
+    total, nll, correct = _fused(options, hidden, head, adapter, targets, weights)
     return total, (nll[:, :p], correct[:, :p])
 
 
@@ -89,6 +99,7 @@ class HeadSharding:
       width: mesh axes that its width is split over as it is stored.
       moves_head: which of the two.
       length_shards: parts of P.
+      width_shards: parts of D as the head is stored.
     """
 
     batch: MeshAxes = ()
@@ -97,6 +108,7 @@ class HeadSharding:
     width: MeshAxes = ()
     moves_head: bool = False
     length_shards: int = 1
+    width_shards: int = 1
 
     @classmethod
     def from_context(cls, hidden: Sequence[int], head: Sequence[int]) -> HeadSharding:
@@ -118,7 +130,7 @@ class HeadSharding:
         divides = head[0] % (parts(vocabulary) * parts(width)) == 0
         owned = set(width) <= {*batch, *length}  # else the same positions would be added twice
         moves_head = not divides or not owned or positions > head[0] // parts(vocabulary)
-        return cls(batch, length, vocabulary, width, moves_head, parts(length))
+        return cls(batch, length, vocabulary, width, moves_head, parts(length), parts(width))
 
     @property
     def is_local(self) -> bool:
@@ -220,6 +232,7 @@ def _fused(
     options: _Options,
     hidden: jax.Array,
     head: jax.Array,
+    adapter: HeadAdapter | None,
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -227,99 +240,167 @@ def _fused(
     sharding = options.sharding
 
     def local(
-        hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+        hidden: jax.Array,
+        head: jax.Array,
+        adapter: HeadAdapter | None,
+        targets: jax.Array,
+        weights: jax.Array,
     ) -> tuple[jax.Array, ...]:
-        loaded = sharding.load_head(head)
+        loaded, adapter = sharding.load_head(head), _load_adapter(sharding, adapter)
 
         def step(total: jax.Array, part: Any) -> tuple[jax.Array, Any]:
-            _, w_BJ, nll, correct = _chunk(options, loaded, part)
+            hidden, low, targets, weights = part
+            own = adapter and adapter.replace(low=low)
+            *_, w_BJ, nll, correct = _chunk(options, loaded, own, (hidden, targets, weights))
             own = sharding.own_positions(nll), sharding.own_positions(correct)
             return total + jnp.sum(sharding.own_positions(w_BJ) * own[0]), own
 
-        parts = _split((hidden, targets, weights), options.chunks)
+        parts = _split((hidden, adapter and adapter.low, targets, weights), options.chunks)
         total, kept = jax.lax.scan(step, jnp.zeros((), jnp.float32), parts)
         return _sum_over(total, {*sharding.batch, *sharding.length}), *_join(kept)
 
-    return _run(sharding, local, (hidden, head, targets, weights), gradients=False)
+    return _run(sharding, local, (hidden, head, adapter, targets, weights), gradients=False)
 
 
 def _forward(
     options: _Options,
     hidden: jax.Array,
     head: jax.Array,
+    adapter: HeadAdapter | None,
     targets: jax.Array,
     weights: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Like ``_fused``, and the gradients of the sum as residuals."""
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[Any, Any, Any]]:
+    """Like ``_fused``, and the gradients of the sum as residuals.
+
+    With an adapter the head is frozen: its gradient is None, and never made.
+    """
     sharding = options.sharding
 
     def local(
-        hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        loaded = sharding.load_head(head)
+        hidden: jax.Array,
+        head: jax.Array,
+        adapter: HeadAdapter | None,
+        targets: jax.Array,
+        weights: jax.Array,
+    ) -> tuple[Any, ...]:
+        loaded, adapter = sharding.load_head(head), _load_adapter(sharding, adapter)
+        low = adapter and adapter.low
 
         def step(carry: Any, part: Any) -> tuple[Any, Any]:
-            total, d_head_DV = carry
-            (h_BJD, d_logits), w_BJ, nll, correct = _chunk(options, loaded, part)
-            d_hidden = jnp.einsum("bjv,vd->bjd", d_logits, loaded).astype(hidden.dtype)
-            d_head_DV += jnp.einsum(
-                "bjd,bjv->dv", h_BJD, d_logits, preferred_element_type=jnp.float32
+            total, d_tables = carry
+            hidden, low, targets, weights = part
+            own = adapter and adapter.replace(low=low)
+            h_BJD, pull, d_logits, w_BJ, nll, correct = _chunk(
+                options, loaded, own, (hidden, targets, weights)
+            )
+            d_hidden, d_low = jnp.einsum("bjv,vd->bjd", d_logits, loaded), None
+            if pull is None:
+                d_tables += jnp.einsum(
+                    "bjd,bjv->dv", h_BJD, d_logits, preferred_element_type=jnp.float32
+                )
+            else:
+                d_adapter, more = pull(d_logits.astype(jnp.float32))
+                d_hidden, d_low = d_hidden + more, d_adapter.low
+                d_tables = jax.tree.map(jnp.add, d_tables, (d_adapter.table, d_adapter.rows))
+            d_hidden, d_low = (
+                None if x is None else sharding.store_positions(x.astype(hidden.dtype))
+                for x in (d_hidden, d_low)
             )
             own = sharding.own_positions(nll), sharding.own_positions(correct)
             total += jnp.sum(sharding.own_positions(w_BJ) * own[0])
-            return (total, d_head_DV), (*own, sharding.store_positions(d_hidden))
+            return (total, d_tables), (*own, d_hidden, d_low)
 
-        parts = _split((hidden, targets, weights), options.chunks)
-        start = jnp.zeros((), jnp.float32), jnp.zeros(loaded.shape[::-1], jnp.float32)
-        (total, d_head_DV), kept = jax.lax.scan(step, start, parts)
-        # Over chunks the head's gradient is summed on each device alone; it is exchanged once.
-        d_head = sharding.store_head(d_head_DV.T.astype(options.gradient_dtype))
-        nll, correct, d_hidden = _join(kept)
-        total = _sum_over(total, {*sharding.batch, *sharding.length})
-        return total, nll, correct, d_hidden, d_head.astype(head.dtype)
+        parts = _split((hidden, low, targets, weights), options.chunks)
+        d_tables = jnp.zeros(loaded.shape[::-1], jnp.float32)
+        if adapter is not None:
+            tables = adapter.table, adapter.rows
+            d_tables = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tables)
+        start = jnp.zeros((), jnp.float32), d_tables
+        (total, d_tables), kept = jax.lax.scan(step, start, parts)
+        nll, correct, d_hidden, d_low = _join(kept)
+        tokens = {*sharding.batch, *sharding.length}
+        total = _sum_over(total, tokens)
+        # Over chunks the gradients are summed on each device alone; they are exchanged once.
+        if adapter is None:
+            d_head = sharding.store_head(d_tables.T.astype(options.gradient_dtype))
+            return total, nll, correct, d_hidden, d_head.astype(head.dtype), None
+        d_table, d_rows = d_tables
+        if d_table is not None:
+            d_table = sharding.store_head(d_table).astype(adapter.table.dtype)
+        if d_rows is not None:
+            d_rows = _sum_over(d_rows, {*tokens, *sharding.vocabulary_shards})
+            d_rows = d_rows.astype(adapter.rows.dtype)
+        d_adapter = adapter.replace(low=d_low, table=d_table, rows=d_rows)
+        return total, nll, correct, d_hidden, None, d_adapter
 
-    arrays = hidden, head, targets, weights
-    *results, d_hidden, d_head = _run(sharding, local, arrays, gradients=True)
-    return tuple(results), (d_hidden, d_head)
+    arrays = hidden, head, adapter, targets, weights
+    *results, d_hidden, d_head, d_adapter = _run(sharding, local, arrays, gradients=True)
+    return tuple(results), (d_hidden, d_head, d_adapter)
+
+
+def _load_adapter(sharding: HeadSharding, adapter: HeadAdapter | None) -> HeadAdapter | None:
+    """The adapter with a device's part of its table; chunks bring their own part of ``low``."""
+    if adapter is None or adapter.table is None:
+        return adapter
+    return adapter.replace(table=sharding.load_head(adapter.table))
 
 
 def _run(sharding: HeadSharding, local: Any, arrays: Any, *, gradients: bool) -> Any:
-    """Runs ``local`` on every device's part of (hidden, head, targets, weights)."""
+    """Runs ``local`` on every device's part of (hidden, head, adapter, targets, weights)."""
     if sharding.is_local:
         return local(*arrays)
     positions, head = sharding.positions, sharding.head
-    out = (PartitionSpec(), positions, positions, *((positions, head) if gradients else ()))
-    run = jax.shard_map(
-        local, in_specs=(positions, head, positions, positions), out_specs=out, check_vma=False
-    )
+    adapter = arrays[2]
+    if adapter is not None:
+        specs = {"low": positions, "table": head, "rows": PartitionSpec()}
+        adapter = adapter.replace(
+            **{name: spec for name, spec in specs.items() if getattr(adapter, name) is not None}
+        )
+    out: tuple[Any, ...] = (PartitionSpec(), positions, positions)
+    if gradients:
+        out += (positions, head, None) if adapter is None else (positions, None, adapter)
+    specs = (positions, head, adapter, positions, positions)
+    run = jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)
     return run(*arrays)
 
 
 def _backward(
-    options: _Options, saved: tuple[jax.Array, jax.Array], cotangents: Any
-) -> tuple[jax.Array, jax.Array, None, None]:
+    options: _Options, saved: tuple[Any, Any, Any], cotangents: Any
+) -> tuple[Any, Any, Any, None, None]:
     del options
     scale = cotangents[0]
-    d_hidden, d_head = (x * scale.astype(x.dtype) for x in saved)
-    return d_hidden, d_head, None, None
+    d_hidden, d_head, d_adapter = jax.tree.map(lambda x: x * scale.astype(x.dtype), saved)
+    return d_hidden, d_head, d_adapter, None, None
 
 
 _fused.defvjp(_forward, _backward)
 
 
 def _chunk(
-    options: _Options, head_VD: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, jax.Array]:
-    """Hidden states and the gradient by the logits; weights; nll; whether the target is largest.
+    options: _Options,
+    head_VD: jax.Array,
+    adapter: HeadAdapter | None,
+    part: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[jax.Array, Any, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Hidden states; the adapter's pull-back; gradient by the logits; weights; nll; correctness.
 
-    The positions are those of ``load_positions``, the logits this device's part of the vocabulary.
+    The pull-back maps a gradient by the logits to those by the adapter and by the hidden states; it
+    is None without an adapter. The positions are those of ``load_positions``, the logits this
+    device's part of the vocabulary.
     """
     sharding = options.sharding
     h_BJD, t_BJ, w_BJ = (sharding.load_positions(x) for x in part)
     shards = sharding.vocabulary_shards
     first = jax.lax.axis_index(shards) * head_VD.shape[0] if shards else 0
     ids = first + jnp.arange(head_VD.shape[0])
-    logits = compute_logits(h_BJD, head_VD)
+    logits, pull = compute_logits(h_BJD, head_VD), None
+    if adapter is not None:
+        if adapter.low is not None:
+            adapter = adapter.replace(low=sharding.load_positions(adapter.low))
+        zeros = jnp.zeros_like(logits)
+        start = first if shards else None
+        added, pull = jax.vjp(lambda a, h: a.add(zeros, h, start), adapter, h_BJD)
+        logits += added
     if shards or head_VD.shape[0] > options.vocab_size:
         logits = jnp.where(ids < options.vocab_size, logits, MASKED_LOGIT)
     # log-sum-exp by hand: the row's maximum is needed anyway, to tell whether the target has it.
@@ -335,7 +416,8 @@ def _chunk(
     # The gradient of w * nll by the logits is w * (softmax - one-hot). It is rounded to the head's
     # dtype, as automatic differentiation would; only the sum over chunks is float32.
     d_logits = (jnp.exp(logits - normalizer[..., None]) - is_target) * w_BJ[..., None]
-    return (h_BJD, d_logits.astype(head_VD.dtype)), w_BJ, normalizer - picked, picked >= top
+    d_logits = d_logits.astype(head_VD.dtype)
+    return h_BJD, pull, d_logits, w_BJ, normalizer - picked, picked >= top
 
 
 def _split(arrays: Any, chunks: int) -> Any:

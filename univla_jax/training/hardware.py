@@ -126,8 +126,16 @@ def head_fraction(max_labeled: int, length: int) -> float:
 
 
 def training_flops(config: DecoderConfig, length: int, head_fraction: float = 1.0) -> float:
-    """Operations per token of one training step, forward and backward."""
-    return (1 + _BACKWARD) * token_flops(config, length, head_fraction)
+    """Operations per token of one training step, forward and backward.
+
+    Beside adapters the matrices are frozen: they have no gradient of their own, which is half of
+    the backward pass of all but attention. The adapters' own products are left out.
+    """
+    forward = token_flops(config, length, head_fraction)
+    total = (1 + _BACKWARD) * forward
+    if config.lora is not None:
+        total -= forward - config.num_layers * _attention_flops(config, length)
+    return total
 
 
 def recomputed_flops(config: DecoderConfig, length: int) -> float:

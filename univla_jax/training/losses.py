@@ -183,6 +183,7 @@ def weighted_cross_entropy(
         chunks=chunks,
         tasks=tasks,
         task_ids=batch.task_ids if tasks else None,
+        dropout_key=dropout_key if train else None,
     )
 
 
@@ -198,6 +199,7 @@ def loss_of_hidden(
     chunks: int | None = None,
     tasks: Sequence[str] = (),
     task_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """``weighted_cross_entropy`` of hidden states [B, S, D] that are there already."""
     targets, weights = _shift(tokens), _shift(weights).astype(jnp.float32)
@@ -207,6 +209,13 @@ def loss_of_hidden(
         gathered = gather_labeled(hidden, targets, weights, max_labeled, groups)
         hidden, targets, weights, dropped, groups = gathered
     head = model.apply({"params": params}, method="head_weights")
+    adapter = model.apply(
+        {"params": params},
+        hidden,
+        train=dropout_key is not None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="head_adapter",
+    )
     total, per_token = cross_entropy(
         hidden,
         head,
@@ -215,6 +224,7 @@ def loss_of_hidden(
         vocab_size=model.config.vocab_size,
         chunks=chunks,
         gradient_dtype=model.config.reduction_dtype,
+        adapter=adapter,
     )
     metrics = _named_sums(MODALITIES, modalities.index(targets), weights, *per_token)
     if groups is not None:
@@ -401,7 +411,14 @@ def flow_loss(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     total, weight, metrics = loss_of_hidden(
-        model, params[DECODER], hidden, batch.tokens, weights, modalities, **options
+        model,
+        params[DECODER],
+        hidden,
+        batch.tokens,
+        weights,
+        modalities,
+        dropout_key=dropout_key if train else None,
+        **options,
     )
     real = jnp.sum(segments > 0, axis=1)
     errors = flow_matching(
@@ -454,13 +471,15 @@ def make_loss(
     """
     modalities = Modalities.of(vocabulary)
     tasks = [f"task/{name}" for name in tasks]
+    lora = model.config.lora
+    dropped = model.config.dropout or (lora is not None and lora.dropout)
 
     def loss(params: Any, batch: Batch, step: jax.Array, rng: jax.Array | None) -> Any:
         options: dict[str, Any] = {
             "max_labeled": max_labeled or None,
             "chunks": chunks or None,
             "train": rng is not None,
-            "dropout_key": rng if model.config.dropout else None,
+            "dropout_key": rng if dropped else None,
         }
         by_token = weights(batch, step)
         if expert is None:

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +15,17 @@ import jax
 import numpy as np
 import optax
 from absl import flags
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from univla_jax import checkpoints
+from univla_jax.adapters import adapter_record, load_model_params
+from univla_jax.assets import Assets
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
+from univla_jax.integrity import path_name
 from univla_jax.models import decoder_config as axes
+from univla_jax.models import quantized_weights
 from univla_jax.models.action_expert import (
     DECODER,
     EXPERT,
@@ -30,6 +35,7 @@ from univla_jax.models.action_expert import (
 )
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig, preset
+from univla_jax.models.lora import HEAD, LORA_A, LoraConfig, is_adapter
 from univla_jax.models.placement import LOCAL, Placement
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
@@ -42,6 +48,7 @@ from univla_jax.training.mesh_choice import run_mesh
 from univla_jax.training.optimizer import make_optimizer, make_schedule
 from univla_jax.training.train_config import ModelConfig, TrainConfig
 from univla_jax.training.train_step import (
+    IsTrained,
     Step,
     TrainState,
     abstract_state,
@@ -49,6 +56,7 @@ from univla_jax.training.train_step import (
     make_eval_step,
     make_train_step,
     state_from_params,
+    trained_part,
 )
 
 # ----------------------------------------------------------------------------
@@ -101,6 +109,7 @@ class TrainSetup:
       rules: sharding rules that fit decoder and expert.
       abstract: shapes, dtypes and shardings of the state.
       batch_sharding: of every array [B, S] of a batch.
+      is_trained: which parameters are trained; None for all of them.
     """
 
     config: TrainConfig
@@ -112,6 +121,7 @@ class TrainSetup:
     rules: sharding.ShardingRules
     abstract: TrainState
     batch_sharding: NamedSharding
+    is_trained: IsTrained | None = None
 
     @classmethod
     def build(cls, config: TrainConfig, vocabulary: Vocabulary, mesh: Mesh) -> TrainSetup:
@@ -124,7 +134,10 @@ class TrainSetup:
         sharding.check_batch(
             mesh, data.batch_size, accumulation=config.accumulation, length=data.sequence_length
         )
+        plain = decoder_config(dataclasses.replace(config.model, lora=LoraConfig()), vocabulary)
         model = Decoder(decoder_config(config.model, vocabulary))
+        if model.config.lora is not None and model.config.lora.base:
+            quantized_weights.check_installed()
         if model.config.quantization and importlib.util.find_spec("qwix") is None:
             raise UserError(
                 f"model.overrides.quantization: {model.config.quantization!r} needs the package "
@@ -132,13 +145,15 @@ class TrainSetup:
             )
         expert = None
         if config.has_expert:
-            expert = ActionExpert(expert_config(config.model, model.config), model.config)
+            expert = ActionExpert(expert_config(config.model, plain), plain)
             if mesh.shape["context"] > 1:
                 raise UserError(
                     f"mesh.context: {mesh.shape['context']}, but chunks of the task "
                     f"{data.task!r} are not split along time; set it to 1"
                 )
         optimizer = make_optimizer(config.optimizer, config.total_steps)
+        init = run_init(model, expert)
+        is_trained = trained_rule(init, model.config)
         return cls(
             config=config,
             model=model,
@@ -156,7 +171,8 @@ class TrainSetup:
                 tasks=data.titles,
             ),
             rules=model_rules(model.config, mesh, expert),
-            abstract=abstract_state(params_init(model, expert), optimizer, mesh),
+            abstract=abstract_state(init, optimizer, mesh, is_trained),
+            is_trained=is_trained,
             batch_sharding=sharding.batch_sharding(mesh, sequence=True),
         )
 
@@ -225,6 +241,7 @@ class TrainSetup:
             normalization=self.config.loss.normalization,
             rules=self.rules,
             compiler_options=compiler_options(self.mesh.devices.flat),
+            is_trained=self.is_trained,
         )
 
     def eval_step(self) -> Step:
@@ -240,30 +257,84 @@ class TrainSetup:
     def new_state(self, params: Any = None) -> TrainState:
         """The state at step 0, around ``params`` (donated) or random ones of the run's seed."""
         if params is not None:
-            return state_from_params(params, self.optimizer, self.abstract)
-        init = params_init(self.model, self.expert)
-        return init_state(init, self.optimizer, self.config.seed, self.abstract)
+            return state_from_params(params, self.optimizer, self.abstract, self.is_trained)
+        init, seed = run_init(self.model, self.expert), self.config.seed
+        return init_state(init, self.optimizer, seed, self.abstract, self.is_trained)
 
-    def earlier_params(self, checkpoint: pathlib.Path) -> Any:
-        """The parameters of an earlier stage; an expert that it does not have starts anew.
+    def saved_part(self, state: TrainState) -> TrainState:
+        """What of a state a checkpoint holds: all of it, or with LoRA all but the base."""
+        if self.model.config.lora is None:
+            return state
+        params = without_none(trained_part(state.params, self.is_trained))
+        return dataclasses.replace(state, params=params)
+
+    def model_settings(self, base: epath.Path | None) -> dict[str, Any]:
+        """What the assets of a checkpoint say of its model, by field of ``Assets``.
+
+        Args:
+          base: the checkpoint that adapters are trained beside, or None.
+        """
+        # Acting takes the adapters merged, so the model is that without them.
+        model = dataclasses.asdict(dataclasses.replace(self.model.config, lora=None))
+        del model["lora"]
+        return {
+            "model": model,
+            "action_expert": dataclasses.asdict(self.expert.config) if self.expert else {},
+            "adapter": {} if base is None else adapter_record(base, self.model.config.lora),
+        }
+
+    def with_base(self, state: TrainState, checkpoint: pathlib.Path) -> TrainState:
+        """A state of ``saved_part`` around its base; the whole state where nothing was left out."""
+        if self.model.config.lora is None:
+            return state
+        return dataclasses.replace(state, params=self.earlier_params(checkpoint, state.params))
+
+    def earlier_params(self, checkpoint: pathlib.Path, own: Any = None) -> Any:
+        """The parameters of an earlier stage; an expert or adapter that it lacks starts anew.
+
+        Args:
+          checkpoint: of the earlier stage.
+          own: parameters that are there already and not read, a tree of a part of them.
 
         Raises:
           UserError: a checkpoint of another model.
         """
-        template, joint = self.abstract.params, checkpoints.has_part(checkpoint, EXPERT)
-        load = functools.partial(checkpoints.load_params, checkpoint)
-        if self.expert is None:
-            return load(template, part=DECODER if joint else "")
-        if joint:
-            return load(template)
-        fresh = jax.jit(
-            lambda key: nn.unbox(params_init(self.model, self.expert)(key)[EXPERT]),
-            out_shardings=sharding.shardings(template[EXPERT]),
+        # Arrays are read in the shapes they were saved in. A base that is to be quantized is as
+        # soon as it was read, array by array.
+        joint, lora = checkpoints.has_part(checkpoint, EXPERT), self.model.config.lora
+        template = nn_shapes(self.model, self.expert, self.mesh)
+        decoder = template if self.expert is None else template[DECODER]
+        decoder = without_none(trained_part(decoder, lambda name: not is_adapter(name)))
+        quantize = None
+        if lora is not None and lora.base:
+            quantize = functools.partial(quantize_base, kind=lora.base)
+        load = functools.partial(checkpoints.load_params, checkpoint, convert=quantize)
+        adapter = Assets.load(checkpoints.assets_folder(checkpoint)).adapter
+        if adapter or (self.expert is not None and joint and own is None):
+            both = joint and self.expert is not None
+            wanted = {DECODER: decoder, EXPERT: template[EXPERT]} if both else decoder
+            params = load_model_params(checkpoint, adapter, wanted, convert=quantize)
+            params = params if both or self.expert is None else {DECODER: params}
+        else:
+            params = load(decoder, part=DECODER if joint else "")
+            params = params if self.expert is None else {DECODER: params}
+        if own is None:
+            own = self._fresh(params)
+        return merge_trees(params, own)
+
+    def _fresh(self, params: Any) -> Any:
+        """Initial values of the run's parameters that ``params`` lacks."""
+        template = self.abstract.params
+        known = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        missing = functools.partial(trained_part, is_trained=lambda name: name not in known)
+        shardings = without_none(missing(sharding.shardings(template)))
+        if not jax.tree.leaves(shardings):
+            return {}
+        init = run_init(self.model, self.expert)
+        draw = jax.jit(
+            lambda key: without_none(missing(nn.unbox(init(key)))), out_shardings=shardings
         )
-        return {
-            DECODER: load(template[DECODER]),
-            EXPERT: fresh(jax.random.key(self.config.seed)),
-        }
+        return draw(jax.random.key(self.config.seed))
 
     def with_visual_init(self, state: TrainState, codebook: np.ndarray, first: int) -> TrainState:
         """``state`` (donated) with embeddings of visual ids made from the tokenizer's codebook.
@@ -291,6 +362,74 @@ class TrainSetup:
         )
 
 
+def run_init(model: Decoder, expert: ActionExpert | None) -> Callable[[jax.Array], Any]:
+    """``params_init``, its base quantized where the adapters' config says so."""
+    init, lora = params_init(model, expert), model.config.lora
+    if lora is None or not lora.base:
+        return init
+
+    def quantized(key: jax.Array) -> Any:
+        params = init(key)
+        if expert is None:
+            return quantized_weights.quantize_params(params, lora.base)
+        decoder = quantized_weights.quantize_params(params[DECODER], lora.base)
+        return {**params, DECODER: decoder}
+
+    return quantized
+
+
+def quantize_base(name: str, x: jax.Array, *, kind: str) -> Any:
+    """A parameter of a checkpoint in few bits; those of an expert stay as they are."""
+    if EXPERT in name.split("/"):
+        return x
+    return quantized_weights.quantize_leaf(name, x, kind)
+
+
+def nn_shapes(model: Decoder, expert: ActionExpert | None, mesh: Mesh) -> Any:
+    """Shapes and shardings of the parameters before a base is quantized."""
+    boxed = jax.eval_shape(params_init(model, expert), jax.random.key(0))
+    return sharding.with_shardings(boxed, mesh)
+
+
+def trained_rule(init: Callable[[jax.Array], Any], config: DecoderConfig) -> IsTrained | None:
+    """Which parameters a run trains: with LoRA the adapters and the whole of an expert.
+
+    Args:
+      init: of the run's parameters.
+      config: of the decoder.
+
+    Raises:
+      UserError: a regular expression that matches no parameter.
+    """
+    if config.lora is None:
+        return None
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    if config.lora.rank and not any(name.endswith(LORA_A) for name in names):
+        matrices = [name.removesuffix("/kernel") for name in names if name.endswith("/kernel")]
+        raise UserError(
+            f"model.lora.targets: {config.lora.targets!r} matches no matrix; they are "
+            f"{', '.join([*(m for m in matrices if EXPERT not in m), HEAD])}"
+        )
+    return lambda name: is_adapter(name) or EXPERT in name.split("/")
+
+
+def without_none(tree: Any) -> Any:
+    """A tree of dicts without its empty places."""
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {key: without_none(value) for key, value in tree.items()}
+    return {key: value for key, value in kept.items() if jax.tree.leaves(value)}
+
+
+def merge_trees(first: Any, second: Any) -> Any:
+    """Two trees of dicts in one; a leaf is in one of them only."""
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+        return first
+    merged = {key: merge_trees(first[key], second[key]) for key in first.keys() & second.keys()}
+    return {**first, **second, **merged}
+
+
 def label_weights(data: DataConfig) -> LabelWeights:
     """The loss weights of a run's tasks."""
     labeled = [labeled_roles(part.labels) for part in data.parts]
@@ -306,9 +445,18 @@ def decoder_config(model: ModelConfig, vocabulary: Vocabulary) -> DecoderConfig:
     for name in _FROM_VOCABULARY:
         if name in model.overrides:
             raise UserError(f"model.overrides.{name}: comes from the vocabulary; remove it")
-    return preset(
+    made = preset(
         model.preset, **model.overrides, vocab_size=vocabulary.size, pad_id=vocabulary.pad
     )
+    if not model.lora.enabled:
+        return made
+    # A frozen base is stored in the type it is computed in: the cast at every use is made once.
+    blocks = {
+        "action": (vocabulary.action_first, vocabulary.action_last + 1),
+        "visual": (vocabulary.visual_start, vocabulary.visual_start + vocabulary.visual_size),
+    }
+    lora = model.lora.with_rows(blocks, vocabulary.size)
+    return dataclasses.replace(made, lora=lora, param_dtype=made.dtype)
 
 
 def expert_config(model: ModelConfig, decoder: DecoderConfig) -> ActionExpertConfig:

@@ -97,7 +97,13 @@ def _same_run(saved: Assets, assets: Assets) -> bool:
     # Settings that did not exist when the run was begun have their defaults.
     defaults = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
     added = {name: defaults[name] for name in assets.model if name not in saved.model}
-    saved = dataclasses.replace(saved, model={**added, **saved.model, **free})
+    # A base may have been moved; its identity says whether it is the same.
+    place = {name: assets.adapter[name] for name in ("base",) if name in assets.adapter}
+    saved = dataclasses.replace(
+        saved,
+        model={**added, **saved.model, **free},
+        adapter=saved.adapter and {**saved.adapter, **place},
+    )
     # What of the tokens is learned may change too; it gives none of them another meaning.
     saved, assets = (
         dataclasses.replace(each, task=without_labels(each.task)) for each in (saved, assets)

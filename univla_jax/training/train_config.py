@@ -8,6 +8,7 @@ from typing import Any
 
 from univla_jax.checkpoints import CheckpointConfig
 from univla_jax.errors import UserError
+from univla_jax.models.lora import LoraConfig
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.training.losses import FLOW_WEIGHT
 from univla_jax.training.optimizer import OptimizerConfig
@@ -30,12 +31,14 @@ class ModelConfig:
         ``"random"``, as the reference, or ``"codebook"`` (``init_visual_embeddings``).
       action_expert: fields of ``ActionExpertConfig`` to change; only tasks that need an expert
         have one.
+      lora: adapters that are trained instead of the decoder, which ``init_from`` gives.
     """
 
     preset: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     visual_init: str = dataclasses.field(default="random", metadata={"formerly": "visual_rows"})
     action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         """Raises UserError for an unknown start of the visual embeddings."""

@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from univla_jax import checkpoints, io, run_dir
+from univla_jax.adapters import find_base
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import Checkpointer
 from univla_jax.errors import UserError
@@ -39,7 +40,7 @@ from univla_jax.training.metrics import (
 from univla_jax.training.model_setup import TrainSetup
 from univla_jax.training.run_assets import build_assets, store_assets
 from univla_jax.training.train_config import TrainConfig, free_keys
-from univla_jax.training.train_step import TrainState, means
+from univla_jax.training.train_step import TrainState, means, trained_part
 
 Metrics = Mapping[str, Any]
 _MUST_BE_FINITE = ("loss", "grad_norm")
@@ -86,10 +87,8 @@ def train(
     # mesh and data. Only then does the workdir become this run's.
     assets = build_assets(config, newest)
     setup = TrainSetup.on_devices(config, assets.vocabulary)
-    expert = dataclasses.asdict(setup.expert.config) if setup.expert else {}
-    assets = dataclasses.replace(
-        assets, model=dataclasses.asdict(setup.model.config), action_expert=expert
-    )
+    base = _base_checkpoint(setup, assets)
+    assets = dataclasses.replace(assets, **setup.model_settings(base))
     batches = _training_batches(setup, assets, force=force)
     evaluation = HeldOutEvaluation(setup, assets) if config.evaluation.every else None
     if jax.process_index() == 0:
@@ -102,12 +101,16 @@ def train(
     with (
         batches,
         Checkpointer(
-            workdir, config.checkpoint, write_assets=assets.save, check_assets=Assets.load
+            workdir,
+            config.checkpoint,
+            write_assets=assets.save,
+            check_assets=Assets.load,
+            saved_part=setup.saved_part,
         ) as checkpointer,
         Profiler(profile, workdir) as profiler,
         GoodputLog(workdir, started) as goodput,
     ):
-        state = _initial_state(setup, assets, checkpointer, batches)
+        state = _initial_state(setup, assets, checkpointer, batches, base)
         logger = MetricsLogger(
             workdir,
             start_step=int(state.step),
@@ -385,16 +388,41 @@ class HeldOutEvaluation:
 # Where a run starts, and what it prints.
 
 
+def _base_checkpoint(setup: TrainSetup, assets: Assets) -> epath.Path | None:
+    """The checkpoint whose parameters adapters are trained beside; None for a plain run.
+
+    Raises:
+      UserError: no ``init_from``, one that holds an adapter itself, or not that of the workdir.
+    """
+    if setup.model.config.lora is None:
+        return None
+    if assets.adapter:
+        return find_base(assets.adapter, setup.config.init_from)
+    if not setup.config.init_from:
+        raise UserError("config.model.lora adapts a trained model; name it in config.init_from")
+    base = checkpoints.find_checkpoint(setup.config.init_from)
+    if Assets.load(checkpoints.assets_folder(base)).adapter:
+        raise UserError(
+            f"config.init_from: {base} is an adapter; merge it into its base first (convert "
+            "--to_hf, then --from_hf), or train on with the workdir it is in"
+        )
+    return base
+
+
 def _initial_state(
-    setup: TrainSetup, assets: Assets, checkpointer: Checkpointer, batches: DataIterator
+    setup: TrainSetup,
+    assets: Assets,
+    checkpointer: Checkpointer,
+    batches: DataIterator,
+    base: epath.Path | None,
 ) -> TrainState:
     """The newest checkpoint, else the earlier stage's parameters, else random ones."""
     state = checkpointer.restore(setup.abstract, batches)
     if state is not None:
         _print_once(f"continuing {checkpointer.folder.parent} from step {int(state.step)}")
-        return state
+        return state if base is None else setup.with_base(state, base)
     if setup.config.init_from:
-        earlier = checkpoints.find_checkpoint(setup.config.init_from)
+        earlier = base or checkpoints.find_checkpoint(setup.config.init_from)
         _print_once(f"starting from the parameters of {earlier}")
         return setup.new_state(setup.earlier_params(earlier))
     state = setup.new_state()
@@ -422,10 +450,13 @@ def _describe(setup: TrainSetup, workdir: epath.Path) -> None:
     lines = sharding.describe(setup.abstract.params)
     io.write_text(workdir / "sharding.txt", "\n".join(lines) + "\n")
     count = sum(x.size for x in jax.tree.leaves(setup.abstract.params))
+    trained = trained_part(setup.abstract.params, setup.is_trained)
+    trained = sum(x.size for x in jax.tree.leaves(trained))
+    share = "" if trained == count else f", {trained:,} of them trained ({trained / count:.2%})"
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)
     data = setup.config.data
     _print_once(
-        f"{count:,} parameters on {setup.mesh.size} device(s){mesh and f' ({mesh})'}, "
+        f"{count:,} parameters{share} on {setup.mesh.size} device(s){mesh and f' ({mesh})'}, "
         f"{data.batch_size} x {data.sequence_length} tokens per step"
     )
 

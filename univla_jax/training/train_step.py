@@ -17,11 +17,38 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univla_jax.errors import UserError
+from univla_jax.integrity import path_name
 from univla_jax.training import sharding
 from univla_jax.training.losses import LossFn
 from univla_jax.training.sharding import batch_parts
 
 Init = Callable[[jax.Array], Any]
+IsTrained = Callable[[str], bool]
+"""Whether the parameter ``a/b/c`` is trained."""
+
+
+def trained_part(params: Any, is_trained: IsTrained | None) -> Any:
+    """The tree with None in the place of every parameter that is frozen; all of it without a rule.
+
+    Optimizer and gradient see nothing but this part.
+    """
+    if is_trained is None:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if is_trained(path_name(path)) else None,
+        params,
+        is_leaf=lambda x: x is None or isinstance(x, nn.Partitioned),
+    )
+
+
+def join_parts(trained: Any, params: Any) -> Any:
+    """``params`` with the parameters that ``trained`` has in their places."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new,
+        trained,
+        params,
+        is_leaf=lambda x: x is None,
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -42,28 +69,46 @@ class TrainState:
     opt_state: Any
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    def create(
+        cls,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        is_trained: IsTrained | None = None,
+    ) -> TrainState:
         """The state at step 0 of a run that starts from ``params``."""
-        return cls(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+        opt_state = optimizer.init(trained_part(params, is_trained))
+        return cls(jnp.zeros([], jnp.int32), params, opt_state)
 
 
-def abstract_state(init: Init, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    init: Init,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    is_trained: IsTrained | None = None,
+) -> TrainState:
     """Shapes, dtypes and shardings of a run's state; nothing is allocated.
 
     Args:
       init: makes the parameters from a PRNG key, boxed with logical names where they are split.
       optimizer: its moments are split as the parameters are.
       mesh: where the state will live.
+      is_trained: which parameters the optimizer has a state for; all by default.
 
     Returns:
       a ``TrainState`` of ``jax.ShapeDtypeStruct`` with ``.sharding``: what restoring needs.
     """
-    boxed = jax.eval_shape(lambda key: TrainState.create(init(key), optimizer), jax.random.key(0))
+    boxed = jax.eval_shape(
+        lambda key: TrainState.create(init(key), optimizer, is_trained), jax.random.key(0)
+    )
     return sharding.with_shardings(boxed, mesh)
 
 
 def init_state(
-    init: Init, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState
+    init: Init,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    abstract: TrainState,
+    is_trained: IsTrained | None = None,
 ) -> TrainState:
     """Makes the state on the devices that hold it; no host ever has a whole copy.
 
@@ -72,20 +117,24 @@ def init_state(
       optimizer: initialized from them.
       seed: of the parameters.
       abstract: from ``abstract_state``.
+      is_trained: as for ``abstract_state``.
     """
     create = jax.jit(
-        lambda key: TrainState.create(nn.unbox(init(key)), optimizer),
+        lambda key: TrainState.create(nn.unbox(init(key)), optimizer, is_trained),
         out_shardings=sharding.shardings(abstract),
     )
     return create(jax.random.key(seed))
 
 
 def state_from_params(
-    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    is_trained: IsTrained | None = None,
 ) -> TrainState:
     """The state at step 0 around parameters that were loaded; ``params`` is donated."""
     create = jax.jit(
-        lambda p: TrainState.create(p, optimizer),
+        lambda p: TrainState.create(p, optimizer, is_trained),
         out_shardings=sharding.shardings(abstract),
         donate_argnums=0,
     )
@@ -126,6 +175,7 @@ def make_train_step(
     normalization: str = "global",
     rules: sharding.ShardingRules = sharding.RULES,
     compiler_options: Mapping[str, Any] | None = None,
+    is_trained: IsTrained | None = None,
 ) -> Step:
     """Builds ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -142,6 +192,7 @@ def make_train_step(
         (modeling_emu3.py:1586 under gradient accumulation).
       rules: for the activations the loss names, see ``sharding.activation_rules``.
       compiler_options: of XLA, see ``training/compiler_options.py``.
+      is_trained: which parameters are trained; all by default. The others get no gradient.
 
     Returns:
       the step; its metrics are float32 scalars: ``loss``, ``grad_norm`` before clipping,
@@ -158,12 +209,16 @@ def make_train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         micro = _split(batch, accumulation, batch_sharding)
-        gradient = _gradient(loss_fn, state.step, per_micro_batch)
-        grads, total, weight, sums = _accumulate(gradient, state.params, micro, rng, placed.params)
+        trained = trained_part(state.params, is_trained)
+        gradient = _gradient(loss_fn, state, per_micro_batch)
+        placed_grads = trained_part(placed.params, is_trained)
+        grads, total, weight, sums = _accumulate(gradient, trained, micro, rng, placed_grads)
         denominator = accumulation if per_micro_batch else weight
-        grads = jax.tree.map(lambda g, p: (g / denominator).astype(p.dtype), grads, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        grads = jax.tree.map(lambda g, p: (g / denominator).astype(p.dtype), grads, trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates)
+        if is_trained is not None:
+            params = join_parts(params, state.params)
         metrics = {
             "loss": total / denominator,
             "grad_norm": optax.global_norm(grads),
@@ -211,11 +266,12 @@ def means(sums: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v[0] / v[1] if isinstance(v, tuple) else v for k, v in sums.items()}
 
 
-def _gradient(loss_fn: LossFn, step: jax.Array, per_micro_batch: bool) -> Callable[..., Any]:
-    """``(params, micro_batch, rng) -> ((total, (weight, sums)), gradient of total)``."""
+def _gradient(loss_fn: LossFn, state: TrainState, per_micro_batch: bool) -> Callable[..., Any]:
+    """``(trained, micro_batch, rng) -> ((total, (weight, sums)), gradient of total)``."""
 
-    def objective(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
-        total, weight, sums = loss_fn(params, batch, step, rng)
+    def objective(trained: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        params = join_parts(trained, state.params)
+        total, weight, sums = loss_fn(params, batch, state.step, rng)
         return (total / weight if per_micro_batch else total), (weight, sums)
 
     return jax.value_and_grad(objective, has_aux=True)

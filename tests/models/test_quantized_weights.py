@@ -7,17 +7,19 @@ import pytest
 
 from tests.decoders import tiny_decoder
 from tests.inference.uncached import draw_prompts, stack, token_lists
-from univla_jax.inference import int8
 from univla_jax.inference.sampler import Sampler
+from univla_jax.models import quantized_weights
 
 
 def test_int8_decodes_near_the_float_weights():
     """Smaller, near the float logits, and the same whether dequantized at once or in every step."""
     pytest.importorskip("qwix")
     sampler = Sampler(*tiny_decoder(vocab_size=100))
-    quantized = Sampler(sampler.model, int8.quantize_params(sampler.params))
-    assert int8.num_bytes(quantized.params["stack"]) < 0.4 * int8.num_bytes(sampler.params["stack"])
-    restored = int8.dequantize_params(quantized.params, np.float32)
+    quantized = Sampler(sampler.model, quantized_weights.quantize_params(sampler.params))
+    assert quantized_weights.num_bytes(
+        quantized.params["stack"]
+    ) < 0.4 * quantized_weights.num_bytes(sampler.params["stack"])
+    restored = quantized_weights.dequantize_params(quantized.params, np.float32)
     kernel = lambda p: np.asarray(p["stack"]["layers"]["mlp"]["gate"]["kernel"])  # noqa: E731
     step = np.abs(kernel(sampler.params)).max(1, keepdims=True) / 127
     assert (np.abs(kernel(restored) - kernel(sampler.params)) <= 0.51 * step).all()
