@@ -71,8 +71,11 @@ for kind in text action vision; do
 done
 stage tokens tokens tokenize_dataset --config="$CONFIG:tokens" \
   --source="$demonstrations" --vision="$tokenizers/vision" --out="$WORKDIR/tokens"
+# A world model that follows motions needs others than an expert's, where the recipe has such logs.
+swerves=""
+if grep -q '"swerves"' "$CONFIG"; then swerves="'$WORKDIR/tokens/swerves',"; fi
 stage world_model world_model train --config="$CONFIG:world_model" --workdir="$WORKDIR/world_model" \
-  --config.data.stores="('$WORKDIR/tokens/train',)" \
+  --config.data.stores="('$WORKDIR/tokens/train',$swerves)" \
   --config.evaluation.stores="('$WORKDIR/tokens/val',)" \
   --config.tokenizers.text="$tokenizers/text" --config.tokenizers.vision="$tokenizers/vision" \
   --config.tokenizers.action="$tokenizers/action"

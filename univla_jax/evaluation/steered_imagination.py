@@ -1,15 +1,19 @@
 """Imagined futures under the true and under a changed steering, with the true renderer as judge.
 
 In held-out scenes of the embedded road a driving world model imagines the frame a second ahead
-twice: after the motions that were driven, and after motions that turn away to one side. The
-renderer draws what the camera would really see after either. An imagined frame is right when it is
-nearer to the drawn one of its own motions than to that of the other side's.
+after three drives from the same moment: the expert's, and that plan steered to either side. All are
+driven, by the tracker and the bicycle model, so that the motions are those of a car; the renderer
+draws what the camera really sees after each. An imagined frame is right when it is nearer to the
+drawn one of its own motions than to that of the other side's. A car that stands cannot be steered,
+and in the middle of a crossing there is nothing but asphalt to see on either side: scenes that are
+slow, or whose two drawn frames hardly differ, are passed over.
 
 Axes: B scenes, H/W pixels.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from typing import Any
@@ -20,15 +24,15 @@ from etils import epath
 
 from univla_jax import io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
-from univla_jax.data.ego_motion import COMMANDS, SECOND, compose_motions, motions_between
+from univla_jax.data.ego_motion import COMMANDS, SECOND, motions_between
 from univla_jax.errors import UserError
 from univla_jax.evaluation.report import proportion
 from univla_jax.evaluation.videos import Strip, enlarge, write_strips
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.run_dir import check_config, write_config
-from univla_jax.simulators.navsim.trajectory_tracking import to_global
-from univla_jax.simulators.road.road_expert import EVALUATION_SEEDS
+from univla_jax.simulators.navsim.vehicle_model import VX
+from univla_jax.simulators.road.road_expert import EVALUATION_SEEDS, changed_motions
 from univla_jax.simulators.road.road_render import RoadRenderer
 from univla_jax.simulators.road.road_world import HISTORY_STEPS, KINDS, PLAN_EVERY, RoadWorld
 
@@ -45,7 +49,11 @@ class SteeringConfig:
     Attributes:
       scenes: how many.
       first_seed: index of the first seed in the range kept for evaluation.
-      turn: radians that each changed motion turns to its side, on top of what was driven.
+      turn: radians that each motion of the changed plan turns to its side, on top of the expert's;
+        the car behind it turns somewhat less.
+      min_speed: of the car at the present moment, in m/s; slower scenes are passed over.
+      min_difference: mean squared error between the drawn frames of both sides, below which no
+        judge could tell one from the other; a vision tokenizer of 28 dB is off by as much.
       batch: scenes imagined together.
       shown: scenes in the picture.
       picture_size: least height of a drawn frame, in pixels.
@@ -53,7 +61,9 @@ class SteeringConfig:
 
     scenes: int = 100
     first_seed: int = 0
-    turn: float = 0.15
+    turn: float = 0.3
+    min_speed: float = 3.0
+    min_difference: float = 100.0
     batch: int = 50
     shown: int = 6
     picture_size: int = 96
@@ -67,6 +77,12 @@ class SteeringConfig:
             raise UserError(
                 f"config.turn: {self.turn} and first_seed {self.first_seed}, expected between 0 "
                 "and 1, and at least 0"
+            )
+        # Roads allow 5.5 m/s everywhere: beyond that the search for faster scenes might never end.
+        if not 0 <= self.min_speed <= 5 or not 0 <= self.min_difference <= 1000:
+            raise UserError(
+                f"config.min_speed: {self.min_speed} and min_difference {self.min_difference}, "
+                "expected in 0...5 and 0...1000"
             )
 
 
@@ -88,8 +104,8 @@ class SteeredScene:
     drawn: dict[str, np.ndarray]
 
 
-def steered_scene(number: int, config: SteeringConfig) -> SteeredScene:
-    """Drives a held-out scene with the expert and draws what each steering leads to."""
+def steered_scene(number: int, config: SteeringConfig) -> SteeredScene | None:
+    """Drives a held-out scene three ways from its present moment on; None if passed over."""
     seed = EVALUATION_SEEDS[config.first_seed + number]
     world = RoadWorld(seed, KINDS[number % len(KINDS)])
     renderer, frames = RoadRenderer(world.road), []
@@ -98,20 +114,37 @@ def steered_scene(number: int, config: SteeringConfig) -> SteeredScene:
             frames.append(renderer.front(world))
         world.drive(world.expert_plan())
     frames.append(renderer.front(world))
-    pose, command = world.ego[:3].copy(), COMMANDS[world.command()]
-    for _ in range(SECOND):
-        world.drive(world.expert_plan())
-    poses = np.array(world.states)[::PLAN_EVERY, :3]
-    moved = motions_between(poses)
-    known, true = moved[-2 * SECOND - _PAST : -SECOND], moved[-SECOND:]
-    motions, drawn = {"true": np.concatenate([known, true])}, {"true": renderer.front(world)}
-    for side, sign in SIDES.items():
-        changed = true + np.array([0.0, 0.0, sign * config.turn])
-        motions[side] = np.concatenate([known, changed])
-        # The others are where they are after that second; only the camera went another way.
-        reached = to_global(pose, compose_motions(changed)[-1])
-        drawn[side] = renderer.front_at(world, reached)
+    if world.ego[VX] < config.min_speed:
+        return None
+    command = COMMANDS[world.command()]
+    motions, drawn = {}, {}
+    for name, sign in {"true": 0.0, **SIDES}.items():
+        future = copy.deepcopy(world)
+        for _ in range(SECOND):
+            turn = sign * config.turn
+            future.drive_motions(changed_motions(future.ego, future.expert_plan(), turn))
+        poses = np.array(future.states)[::PLAN_EVERY, :3]
+        motions[name] = motions_between(poses)[-2 * SECOND - _PAST :]
+        drawn[name] = renderer.front(future)
+    if _error(drawn["left"], drawn["right"]) < config.min_difference:
+        return None
     return SteeredScene(command, np.stack(frames), motions, drawn)
+
+
+def steered_scenes(
+    config: SteeringConfig, *, progress: bool = True
+) -> tuple[list[SteeredScene], int]:
+    """The first ``config.scenes`` held-out scenes that can be judged, and how many were not."""
+    scenes: list[SteeredScene] = []
+    number = 0
+    with tqdm.tqdm(total=config.scenes, unit="scene", desc="drive", disable=not progress) as bar:
+        while len(scenes) < config.scenes:
+            scene = steered_scene(number, config)
+            number += 1
+            if scene is not None:
+                scenes.append(scene)
+                bar.update()
+    return scenes, number - len(scenes)
 
 
 def imagine_steering(
@@ -148,11 +181,14 @@ def imagine_steering(
     model = WorldModel.load(folder, corpus="road")
     if not hasattr(model.loaded.task, "PAST"):
         raise UserError(f"{folder}: its frames do not follow from motions; take a driving one")
-    numbers = tqdm.trange(config.scenes, unit="scene", desc="drive", disable=not progress)
-    scenes = [steered_scene(number, config) for number in numbers]
+    scenes, passed_over = steered_scenes(config, progress=progress)
     imagined = {name: _imagine(model, scenes, name, config, sampling) for name in scenes[0].motions}
     report = _judge(scenes, imagined)
-    report |= {"checkpoint": str(folder), "config": io.json_values(config)}
+    report |= {
+        "passed_over": passed_over,
+        "checkpoint": str(folder),
+        "config": io.json_values(config),
+    }
     _draw(scenes, imagined, config, out)
     io.write_json(out / REPORT, report)
     return report

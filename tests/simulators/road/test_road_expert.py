@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from univla_jax.data.datasets import DATASETS
 from univla_jax.data.ego_motion import compose_motions
@@ -16,7 +17,12 @@ from univla_jax.simulators.navsim.navsim_benchmark import export_predictions
 from univla_jax.simulators.navsim.pdm_score import score_trajectory
 from univla_jax.simulators.navsim.scene_file import load_scene, scene_paths
 from univla_jax.simulators.road.road_benchmark import make_benchmark
-from univla_jax.simulators.road.road_expert import DemonstrationsConfig, write_demonstrations
+from univla_jax.simulators.road.road_expert import (
+    DemonstrationsConfig,
+    changed_motions,
+    write_demonstrations,
+)
+from univla_jax.simulators.road.road_world import KINDS
 
 CONFIG = DemonstrationsConfig(train_episodes=1, val_episodes=1, frames=16)
 
@@ -38,6 +44,35 @@ def test_logs_are_read_as_navsims(demonstrations):
         )
         speed = np.linalg.norm(episode.actions[:, :2], axis=1) / 0.5
         np.testing.assert_allclose(speed[3:], episode.state[3:, 0], atol=1.5)
+
+
+@pytest.mark.slow
+def test_pushed_and_swerving_logs(tmp_path):
+    config = DemonstrationsConfig(
+        train_episodes=4, val_episodes=1, pushed=1.0, swerving_episodes=1, frames=20
+    )
+    folder = write_demonstrations(config, tmp_path / "road")
+    listed = yaml.safe_load((folder / "train.yaml").read_text())["tokens"]
+    episodes = list(open_reader(folder, DATASETS["road"], "train"))
+    shown = [token for episode in episodes for token in episode.texts["token"] if token]
+    # Moments whose eight motions are the expert's; some of every log are.
+    assert set(shown) == set(listed) and 4 <= len(listed) < 4 * (20 - 13)
+    assert {episode.episode_id.split("/")[1] for episode in episodes} == {
+        f"road-{seed:07d}" for seed in config.seeds()["train"]
+    }
+    (swerving,) = open_reader(folder, DATASETS["road"], "swerves")
+    (seed,) = config.seeds()["swerves"]
+    assert KINDS[seed % len(KINDS)] == "straight"  # where an expert hardly turns at all
+    assert swerving.actions[:, 2].max() - swerving.actions[:, 2].min() > 0.1
+
+
+def test_a_changed_plan_turns_as_far_as_a_car_can():
+    ego = np.zeros(11)
+    plan = np.zeros((41, 3))
+    plan[:, 0] = 0.8 * np.arange(41)
+    motions = changed_motions(ego, plan, 0.2, speed=0.5)
+    np.testing.assert_allclose(motions, np.tile([2.0, 0.2, 0.2], (8, 1)), atol=1e-9)
+    np.testing.assert_array_equal(changed_motions(ego, np.zeros((41, 3)), 0.2), np.zeros((8, 3)))
 
 
 @pytest.mark.slow
@@ -90,6 +125,8 @@ def test_written_demonstrations_are_left_alone(tmp_path):
     [
         ({"frames": 13}, "a scene needs 14"),
         ({"train_episodes": 0}, "must be at least 1"),
+        ({"pushed": 1.5}, "pushed 1.5 must be in 0...1"),
+        ({"swerving_episodes": -1}, "swerving_episodes -1 at least 0"),
     ],
 )
 def test_impossible_demonstrations(values, message):

@@ -2,13 +2,20 @@
 
 ::
 
-    OUT/navsim_logs/{train,val}/<log>.pkl               as ``data/navsim.py`` reads them
-    OUT/sensor_blobs/{train,val}/<log>/CAM_F0/*.jpg
+    OUT/navsim_logs/{train,val,swerves}/<log>.pkl       as ``data/navsim.py`` reads them
+    OUT/sensor_blobs/{train,val,swerves}/<log>/CAM_F0/*.jpg
+    OUT/train.yaml                                      the moments of train to learn driving from
     OUT/scenes/<token>.npz                              of the split val, to be scored
     OUT/ego_status_mlp.npz                              the blind baseline, fitted to train
     OUT/demonstrations.json                             the config, written last
 
-Evaluation draws other seeds, so a scored scene was never shown in training.
+A driver who never errs shows nobody how to return to the lane, so the car is pushed off its way
+once in most logs of ``train``; ``train.yaml`` lists the moments after that, whose motions are all
+the expert's. In ``swerves`` the steering is changed every other second: it shows a world model
+what steering does, and is no example of driving. Evaluation draws other seeds, so a scored scene
+was never shown in training.
+
+Axes: T frames, N moments.
 """
 
 from __future__ import annotations
@@ -38,6 +45,10 @@ from univla_jax.simulators.road.road_world import KINDS, PLAN_EVERY, RoadWorld
 DEMONSTRATION_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
 BASELINE, RECORD, SCENES = "ego_status_mlp.npz", "demonstrations.json", "scenes"
+SWERVES = "swerves"
+"""The set of logs whose steering is changed again and again."""
+_PUSH_TURN, _PUSH_SPEED, _SWERVE_TURN = 0.12, (0.6, 1.3), 0.4
+_FULL_STEERING = 2.0  # meters of a motion from which on the car turns as far as it is told
 _START_MICROSECONDS = 1_600_000_000_000_000
 
 
@@ -48,6 +59,8 @@ class DemonstrationsConfig:
     Attributes:
       train_episodes: logs of the split ``train``.
       val_episodes: logs of the split ``val``, whose seeds come after those of ``train``.
+      pushed: fraction of the logs of ``train`` in which the car is pushed off its way once.
+      swerving_episodes: logs of the set ``swerves``, whose seeds come last; may be 0.
       frames: frames of a log at 2 Hz, at least the 14 of a scene.
       first_seed: index of the first seed in the range kept for demonstrations.
       quality: of the JPEGs.
@@ -56,6 +69,8 @@ class DemonstrationsConfig:
 
     train_episodes: int
     val_episodes: int
+    pushed: float = 0.0
+    swerving_episodes: int = 0
     frames: int = 24
     first_seed: int = 0
     quality: int = 95
@@ -70,16 +85,20 @@ class DemonstrationsConfig:
             )
         if self.frames < HISTORY + 1 + FUTURE:
             raise UserError(f"config.frames: {self.frames}; a scene needs {HISTORY + 1 + FUTURE}")
-        if self.first_seed + self.train_episodes + self.val_episodes > len(DEMONSTRATION_SEEDS):
+        if not 0 <= self.pushed <= 1 or self.swerving_episodes < 0:
+            raise UserError(
+                f"config: pushed {self.pushed} must be in 0...1, swerving_episodes "
+                f"{self.swerving_episodes} at least 0"
+            )
+        if self.seeds()[SWERVES].stop > len(DEMONSTRATION_SEEDS):
             raise UserError("config: more seeds than are kept for demonstrations")
 
     def seeds(self) -> dict[str, range]:
-        """The seeds of each split."""
-        start, middle = self.first_seed, self.first_seed + self.train_episodes
-        return {
-            "train": DEMONSTRATION_SEEDS[start:middle],
-            "val": DEMONSTRATION_SEEDS[middle : middle + self.val_episodes],
-        }
+        """The seeds of each set."""
+        counts = (self.train_episodes, self.val_episodes, self.swerving_episodes)
+        ends = [self.first_seed, *(self.first_seed + np.cumsum(counts)).tolist()]
+        names = ("train", "val", SWERVES)
+        return {name: range(*ends[i : i + 2]) for i, name in enumerate(names)}
 
 
 def write_demonstrations(
@@ -108,36 +127,35 @@ def write_demonstrations(
     with new_folder(folder) as partial:
         partial = pathlib.Path(partial)
         (partial / SCENES).mkdir(parents=True)
-        samples = _write_splits(config, partial)
-        states, motions = (np.concatenate(parts) for parts in zip(*samples))
+        drives = _write_splits(config, partial)
+        states = np.concatenate([drive.states for drive in drives])
+        motions = np.concatenate([drive.motions for drive in drives])
         fit_ego_status(states, motions).save(partial / BASELINE)
+        tokens = [token for drive in drives for token in drive.tokens]
+        # JSON is YAML, and NAVSIM's scene filters are YAML.
+        write_json(partial / "train.yaml", {"tokens": tokens})
         write_json(partial / RECORD, json_values(config))
     return folder
 
 
-def _write_splits(
-    config: DemonstrationsConfig, folder: pathlib.Path
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Writes all logs on all cores; returns states and motions of the training moments."""
+def _write_splits(config: DemonstrationsConfig, folder: pathlib.Path) -> list[Drive]:
+    """Writes all logs on all cores; returns the drives of ``train``."""
     jobs = [
-        (str(folder), split, seed, config.frames, config.quality)
+        (str(folder), split, seed, config.frames, config.quality, config.pushed)
         for split, seeds in config.seeds().items()
         for seed in seeds
     ]
     workers = min(len(os.sched_getaffinity(0)), len(jobs) // 16)
     bar = tqdm.tqdm(total=len(jobs), desc="drive", unit="log", disable=len(jobs) < 16)
-    samples = []
     with bar:
         if workers < 2:
             found = map(_write_log_of, jobs)
-            samples = [s for s in _counted(found, bar) if s is not None]
-        else:
-            # Spawned, because a fork of a process with JAX's threads may hang.
-            spawn = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-                found = pool.map(_write_log_of, jobs, chunksize=4)
-                samples = [s for s in _counted(found, bar) if s is not None]
-    return samples
+            return [drive for drive in _counted(found, bar) if drive is not None]
+        # Spawned, because a fork of a process with JAX's threads may hang.
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            found = pool.map(_write_log_of, jobs, chunksize=4)
+            return [drive for drive in _counted(found, bar) if drive is not None]
 
 
 def _counted(items, bar):
@@ -146,27 +164,52 @@ def _counted(items, bar):
         yield item
 
 
-def _write_log_of(job: tuple) -> tuple[np.ndarray, np.ndarray] | None:
-    folder, split, seed, frames, quality = job
-    found = write_log(pathlib.Path(folder), split, seed, frames, quality=quality)
-    return found if split == "train" else None
+def _write_log_of(job: tuple) -> Drive | None:
+    folder, split, seed, frames, quality, pushed = job
+    drive = write_log(pathlib.Path(folder), split, seed, frames, quality=quality, pushed=pushed)
+    return drive if split == "train" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drive:
+    """What a log has to teach.
+
+    Attributes:
+      tokens: of the N moments whose motions are the expert's.
+      states: float64 [N, 27].
+      motions: float64 [N, 8, 3].
+    """
+
+    tokens: list[str]
+    states: np.ndarray
+    motions: np.ndarray
 
 
 def write_log(
-    folder: pathlib.Path, split: str, seed: int, count: int, *, quality: int = 95
-) -> tuple[np.ndarray, np.ndarray]:
+    folder: pathlib.Path,
+    split: str,
+    seed: int,
+    count: int,
+    *,
+    quality: int = 95,
+    pushed: float = 0.0,
+) -> Drive:
     """Drives one seed with the expert and writes its log, images and, for val, scene files.
 
     Args:
       folder: of the dataset.
-      split: ``"train"`` or ``"val"``.
+      split: ``"train"``, ``"val"`` or ``"swerves"``.
       seed: of the world; kinds take turns.
       count: frames at 2 Hz.
       quality: of the JPEGs.
-
-    Returns:
-      states [N, 27] and motions [N, 8, 3] of its moments.
+      pushed: probability that the car of a ``train`` log is pushed off its way once.
     """
+    rng = np.random.default_rng([seed, 11])
+    changes: dict[int, tuple[float, float]] = {}
+    if split == SWERVES:
+        changes = _swerves(rng, count)
+    elif split == "train" and rng.random() < pushed:
+        changes = _push(rng, count)
     world = RoadWorld(seed, KINDS[seed % len(KINDS)])
     renderer, log = RoadRenderer(world.road), f"road-{seed:07d}"
     images = folder / "sensor_blobs" / split / log / "CAM_F0"
@@ -179,7 +222,10 @@ def write_log(
         frames.append(_frame(world, log, number, token))
         states.append(world.status())
         plans.append(world.expert_plan())
-        world.drive(plans[-1])
+        if number in changes:
+            world.drive_motions(changed_motions(world.ego, plans[-1], *changes[number]))
+        else:
+            world.drive(plans[-1])
     path = folder / "navsim_logs" / split / f"{log}.pkl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(frames, protocol=4))
@@ -188,7 +234,54 @@ def write_log(
     motions = np.stack([moved[i : i + HORIZON] for i in moments])
     if split == "val":
         _write_scenes(folder / SCENES, world, frames, plans, moments, motions)
-    return np.array(states)[moments.start : moments.stop], motions
+    clean = [i for i in moments if not any(j in changes for j in range(i, i + HORIZON))]
+    return Drive(
+        [frames[i]["token"] for i in clean],
+        np.array([states[i] for i in clean]).reshape(-1, len(states[0])),
+        motions[[i - HISTORY for i in clean]],
+    )
+
+
+def changed_motions(
+    ego: np.ndarray, plan: np.ndarray, turn: float, speed: float = 1.0
+) -> np.ndarray:
+    """A plan steered to one side.
+
+    Args:
+      ego: state [11] from which the plan [41 or more, 3] starts.
+      plan: poses at 10 Hz in the global frame.
+      turn: radians that every motion turns to the left on top of the plan's; less where the car
+        hardly moves, which it could not follow.
+      speed: factor of the distance.
+
+    Returns:
+      motions float64 [8, 3].
+    """
+    last = PLAN_EVERY * HORIZON + 1
+    motions = motions_between(np.concatenate([ego[None, :3], plan[PLAN_EVERY:last:PLAN_EVERY]]))
+    motions[:, 0] *= speed
+    more = turn * np.clip(motions[:, 0] / _FULL_STEERING, 0.0, 1.0)
+    # The chord of the arc that turns so far.
+    motions[:, 1] += 0.5 * more * motions[:, 0]
+    motions[:, 2] += more
+    return motions
+
+
+def _push(rng: np.random.Generator, count: int) -> dict[int, tuple[float, float]]:
+    """Turn and speed at one or two frames in a row, with a moment left behind them."""
+    length = int(rng.integers(1, 3))
+    first = int(rng.integers(0, count - FUTURE - length))
+    change = (float(rng.uniform(-_PUSH_TURN, _PUSH_TURN)), float(rng.uniform(*_PUSH_SPEED)))
+    return dict.fromkeys(range(first, first + length), change)
+
+
+def _swerves(rng: np.random.Generator, count: int) -> dict[int, tuple[float, float]]:
+    """A turn of its own for every other second; the expert drives in between."""
+    changes: dict[int, tuple[float, float]] = {}
+    for first in range(int(rng.integers(0, 4)), count, 4):
+        turn = float(rng.uniform(-_SWERVE_TURN, _SWERVE_TURN))
+        changes |= dict.fromkeys(range(first, min(first + 2, count)), (turn, 1.0))
+    return changes
 
 
 def _write_scenes(
