@@ -86,7 +86,13 @@ def main(argv: list[str]) -> None:
         if SOURCE.value is None:
             raise UserError("--actions: give --source, whose episodes the actions are done in")
         obeyed_episodes.obey(
-            config, CHECKPOINT.value, SOURCE.value, ACTIONS.value, OUT.value, sampling=SAMPLING()
+            config,
+            CHECKPOINT.value,
+            SOURCE.value,
+            ACTIONS.value,
+            OUT.value,
+            sampling=SAMPLING(),
+            place=MESH(),
         )
         print(obeyed_episodes.table(OUT.value))
         _print_paths([obeyed_episodes.STRIPS, obeyed_episodes.REPORT])
@@ -118,7 +124,7 @@ def main(argv: list[str]) -> None:
 
 def _imagine_steering(config: SteeringConfig) -> None:
     report = steered_imagination.imagine_steering(
-        config, CHECKPOINT.value, OUT.value, sampling=SAMPLING()
+        config, CHECKPOINT.value, OUT.value, sampling=SAMPLING(), place=MESH()
     )
     right = report["right"]
     ends = f"{100 * right['low']:.1f} - {100 * right['high']:.1f}"

@@ -22,6 +22,7 @@ from univla_jax.evaluation.frame_scores import Prediction, Scores
 from univla_jax.evaluation.imagined_episodes import ImagineConfig, valid_episodes
 from univla_jax.evaluation.videos import Strip, enlarge, write_strips
 from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.io import json_values
 
@@ -38,6 +39,7 @@ def obey(
     out: str | os.PathLike[str],
     *,
     sampling: Sampling = GREEDY,
+    place: MakePlacement | None = None,
 ) -> dict[str, Any]:
     """Imagines what actions do in the first frames of episodes, scores and draws.
 
@@ -49,6 +51,7 @@ def obey(
         [E, steps, A], in physical units.
       out: folder for pictures and report.
       sampling: of the visual tokens.
+      place: makes the placement of a model that is split over devices.
 
     Returns:
       the report. With recorded actions it compares the frames with the real ones, and with
@@ -59,7 +62,7 @@ def obey(
         whole number of chunks, or no episode is long enough.
     """
     folder, out = find_checkpoint(checkpoint), io.absolute_path(out)
-    model = WorldModel.load(folder, corpus=config.corpus)
+    model = WorldModel.load(folder, corpus=config.corpus, place=place)
     size, views = model.chunk_size, model.action_views
     given = None if actions == RECORDED else _read_actions(actions, size)
     steps = config.frames * size if given is None else given.shape[-2]

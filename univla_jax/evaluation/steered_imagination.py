@@ -29,6 +29,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.report import proportion
 from univla_jax.evaluation.videos import Strip, enlarge, write_strips
 from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.run_dir import check_config, write_config
 from univla_jax.simulators.navsim.vehicle_model import VX
@@ -153,6 +154,7 @@ def imagine_steering(
     out: str | os.PathLike[str],
     *,
     sampling: Sampling = GREEDY,
+    place: MakePlacement | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Imagines, judges and draws.
@@ -162,6 +164,7 @@ def imagine_steering(
       checkpoint: of a driving world model: its folder, or the workdir whose newest one is taken.
       out: folder for picture and report.
       sampling: of the visual tokens.
+      place: makes the placement of a model that is split over devices.
       progress: whether to draw a progress bar on standard error.
 
     Returns:
@@ -178,7 +181,7 @@ def imagine_steering(
     out = io.absolute_path(out)
     if (out / REPORT).exists():
         return io.read_json(out / REPORT)
-    model = WorldModel.load(folder, corpus="road")
+    model = WorldModel.load(folder, corpus="road", place=place)
     if not hasattr(model.loaded.task, "PAST"):
         raise UserError(f"{folder}: its frames do not follow from motions; take a driving one")
     scenes, passed_over = steered_scenes(config, progress=progress)
