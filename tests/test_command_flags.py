@@ -175,7 +175,7 @@ def _plan(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
 
 
 def _convert(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
-    hub = types.SimpleNamespace(left_out=())
+    hub = types.SimpleNamespace(left_out=(), config={})
     module.from_hf = arrived.recorder("from_hf", module.from_hf, hub)
     module.to_hf = arrived.recorder("to_hf", module.to_hf)
     module.HfFolder = types.SimpleNamespace(open=lambda folder: None)
