@@ -26,6 +26,8 @@ class Episode:
       state: float32 [T, P] proprioception, or None where the dataset has none.
       texts: further texts by kind, each one for the whole episode or one per step: ``"reasoning"``
         before an action, ``"question"`` and ``"answer"`` about a frame.
+      groundings: per step what phrases mean in its frames, as ``data/grounding_annotations.py``
+        writes it; empty where the dataset has none.
       paraphrases: other instructions of the same episode; each training sample draws one of all.
       metadata: what else the dataset says about the episode, by name, as JSON values; kept in the
         token store.
@@ -39,6 +41,7 @@ class Episode:
     episode_id: str
     state: np.ndarray | None = None
     texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    groundings: Sequence[str] = ()
     paraphrases: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

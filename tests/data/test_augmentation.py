@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from univla_jax.data.augmentation import random_colors, random_crop, random_shift
+from univla_jax.data.augmentation import crop, draw_crop, draw_shift, random_colors, shift
 
 
 def ramp(frames=2, height=16, width=24):
@@ -16,13 +16,13 @@ def ramp(frames=2, height=16, width=24):
 def test_a_crop_shows_a_part_of_every_frame_at_the_old_size():
     frames = ramp()
     for seed in range(20):
-        cropped = random_crop(frames, 0.5, np.random.default_rng(seed))
+        cropped = crop(frames, draw_crop(0.5, np.random.default_rng(seed)))
         assert cropped.shape == frames.shape and cropped.dtype == np.uint8
         np.testing.assert_array_equal(cropped[0], cropped[1])
         low, high = int(cropped[0, 8, 0, 0]), int(cropped[0, 8, -1, 0])
         share = (high - low) / 240
         assert np.sqrt(0.5) - 0.1 < share <= 1.01  # of the width, and so of the gray levels
-    whole = random_crop(frames, 1.0, np.random.default_rng(0))
+    whole = crop(frames, draw_crop(1.0, np.random.default_rng(0)))
     assert np.abs(whole.astype(int) - frames).max() <= 1
 
 
@@ -43,5 +43,7 @@ def test_colors_change_all_frames_alike_within_their_limits():
 
 
 def test_a_shift_brings_black_in():
-    shifted = random_shift(np.full((2, 16, 16, 3), 200, np.uint8), 0.5, np.random.default_rng(0))
+    shifted = shift(
+        np.full((2, 16, 16, 3), 200, np.uint8), draw_shift(0.5, np.random.default_rng(0))
+    )
     assert (shifted == 0).any() and (shifted == 200).any()

@@ -108,6 +108,16 @@ def build_with_and_without_target(name):
             task.build("go", VIEWS).ids,
             "y e s <eos>",
         ),
+        "grounding": lambda: (
+            task.build("go", VIEWS[:1], "[1,2]"),
+            task.build("go", VIEWS[:1]).ids,
+            "[ 1 , 2 ] <eos>",
+        ),
+        "tracking": lambda: (
+            task.build_video("go", TWO, ["none", "[1,2]"]),
+            task.build_video("go", TWO, ["none"]).ids,
+            "[ 1 , 2 ] <eoa>",
+        ),
         "caption": lambda: (
             task.build("go", [TWO]),
             task.prompt("go", 1, 2, 2),

@@ -84,6 +84,9 @@ class DatasetConfig:
         the latter 0. None takes the last dimension, the gripper, and where there are
         ``chunk_deltas`` all.
       texts: kind of text (``Episode.texts``, such as ``"reasoning"``) -> its path.
+      annotations: further texts, read where the copy of the dataset has their field.
+      groundings: path of what phrases mean in the frames of each step (``Episode.groundings``),
+        read where the copy of the dataset has it.
       default_instruction: for episodes without an instruction; where it is empty, they are invalid.
       metadata: name -> path of a field of the episode, or of its last step, that is kept in the
         token store (``TokenizedEpisode.metadata``).
@@ -119,6 +122,8 @@ class DatasetConfig:
     chunk_deltas: action_conventions.ChunkDeltas | None = None
     absolute_dims: tuple[int, ...] | None = None
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    annotations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    groundings: str = ""
     default_instruction: str = ""
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     episode_filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -229,6 +234,8 @@ _BUILT_IN = (
         control_hz=5.0,
         frame_spacing=5,
         action_units="movement of the gripper per step, -1 to 1 of its greatest speed; gripper",
+        annotations={kind: f"annotation/{kind}" for kind in ("question", "answer", "reasoning")},
+        groundings="annotation/groundings",
     ),
     _libero("libero"),  # the four suites as one corpus with joint statistics, as published
     _libero("libero_spatial"),
@@ -509,6 +516,11 @@ def build_episode(
         dataset.default_instruction,
     )
     state = None if dataset.state is None else _numbers(dataset.state, steps[dataset.state])
+    paths = dataset.texts | {k: path for k, path in dataset.annotations.items() if path in steps}
+
+    def step_texts(path: str) -> tuple[str, ...]:
+        return tuple(map(decode_text, trimmed(f"{path!r}", np.asarray(steps[path], object))))
+
     return Episode(
         instruction=instruction,
         paraphrases=tuple(paraphrases),
@@ -519,10 +531,8 @@ def build_episode(
         corpus=dataset.name,
         episode_id=episode_id,
         state=None if state is None else trimmed(f"{dataset.state!r}", state),
-        texts={
-            kind: tuple(map(decode_text, trimmed(f"{path!r}", np.asarray(steps[path], object))))
-            for kind, path in dataset.texts.items()
-        },
+        texts={kind: step_texts(path) for kind, path in paths.items()},
+        groundings=step_texts(dataset.groundings) if dataset.groundings in steps else (),
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,11 @@ def write_rlds(
     """Writes a dataset that ``tfds.builder_from_directory`` opens.
 
     ``steps`` holds ``observation`` (every view, ``state`` where the episodes have one, the fields
-    of a ``RecordedEpisode``), ``action``, ``reward`` (1 at the last step), ``discount``,
-    ``language_instruction``, ``is_first``, ``is_last`` and ``is_terminal``; ``episode_metadata``
-    holds ``id_field``. The first episode sets views, sizes and dimensions. Everything is written to
-    a hidden folder that is renamed at the end; a complete dataset already there is left as it is.
+    of a ``RecordedEpisode``), ``annotation`` (texts and groundings, where they have any),
+    ``action``, ``reward`` (1 at the last step), ``discount``, ``language_instruction``,
+    ``is_first``, ``is_last`` and ``is_terminal``; ``episode_metadata`` holds ``id_field``. The
+    first episode sets views, sizes and dimensions. Everything is written to a hidden folder that is
+    renamed at the end; a complete dataset already there is left as it is.
 
     Args:
       folder: parent; the dataset is ``folder/name/version``.
@@ -123,10 +124,10 @@ class _EpisodeSerializer:
         self, episode: Episode, image_format: str, fixed_sizes: bool, id_field: str
     ) -> None:
         self._sizes = {view: frames.shape[1:3] for view, frames in episode.frames.items()}
-        self._dims = _dimensions(episode)
+        self._dims, self._annotations = _dimensions(episode), sorted(_annotations(episode))
         self._fixed, self._image_format, self._id_field = fixed_sizes, image_format, id_field
         declared = {v: size if fixed_sizes else (None, None) for v, size in self._sizes.items()}
-        self.features = _features(declared, self._dims, image_format, id_field)
+        self.features = _features(declared, self._dims, self._annotations, image_format, id_field)
 
     def serialize(self, episode: Episode) -> bytes:
         """One record; raises UserError when the episode does not fit."""
@@ -146,16 +147,24 @@ class _EpisodeSerializer:
                 f"{episode.episode_id}: image sizes {sizes} and dimensions {dims} differ from the "
                 f"first episode's {self._sizes} and {self._dims}"
             )
+        annotations = sorted(_annotations(episode))
+        if annotations != self._annotations:
+            raise UserError(
+                f"{episode.episode_id}: annotations {annotations} differ from the first episode's "
+                f"{self._annotations}"
+            )
 
     def _steps(self, episode: Episode) -> Iterator[dict[str, Any]]:
-        last = len(episode) - 1
+        last, annotations = len(episode) - 1, _annotations(episode)
         for t, action in enumerate(episode.actions):
             observation: dict[str, Any] = {
                 view: self._encode(frames[t]) for view, frames in episode.frames.items()
             }
             for name, values in _sensors(episode).items():
                 observation[name] = np.asarray(values[t], np.float32)
+            texts = {kind: v[t] if len(v) > 1 else v[0] for kind, v in annotations.items()}
             yield {
+                **({"annotation": texts} if texts else {}),
                 "observation": observation,
                 "action": np.asarray(action, np.float32),
                 "reward": np.float32(t == last),
@@ -182,6 +191,12 @@ def _sensors(episode: Episode) -> dict[str, np.ndarray]:
     return state | dict(episode.sensors if isinstance(episode, RecordedEpisode) else {})
 
 
+def _annotations(episode: Episode) -> dict[str, Sequence[str]]:
+    """The texts of every step by kind, groundings among them."""
+    groundings = {"groundings": episode.groundings} if episode.groundings else {}
+    return {**episode.texts, **groundings}
+
+
 def _dimensions(episode: Episode) -> dict[str, int]:
     """Dimensions of the action and of every sensor."""
     sensors = {name: values.shape[1] for name, values in _sensors(episode).items()}
@@ -191,6 +206,7 @@ def _dimensions(episode: Episode) -> dict[str, int]:
 def _features(
     sizes: Mapping[str, tuple[int | None, int | None]],
     dims: Mapping[str, int],
+    annotations: Sequence[str],
     image_format: str,
     id_field: str,
 ) -> Any:
@@ -203,7 +219,9 @@ def _features(
     }
     vectors = {name: kinds.Tensor(shape=(size,), dtype=np.float32) for name, size in dims.items()}
     action = vectors.pop("action")
+    texts = {kind: kinds.Text() for kind in annotations}
     step = {
+        **({"annotation": texts} if texts else {}),
         "observation": observation | vectors,
         "action": action,
         "reward": kinds.Scalar(np.float32),

@@ -46,6 +46,7 @@ class TokenizedEpisode:
       episode_id: unique inside the dataset.
       state: float32 [T, P] proprioception, or None.
       texts: further texts by kind (``Episode.texts``), each of one entry or of T.
+      groundings: per step what phrases mean in its frames (``Episode.groundings``), or empty.
       paraphrases: other instructions of the same episode.
       metadata: what else the dataset says about the episode, by name.
     """
@@ -58,6 +59,7 @@ class TokenizedEpisode:
     episode_id: str
     state: np.ndarray | None = None
     texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    groundings: Sequence[str] = ()
     paraphrases: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -126,6 +128,8 @@ def to_records(episode: TokenizedEpisode, block: int) -> list[bytes]:
     # Absent where there are none, as in the records that were written before there were any.
     if episode.paraphrases:
         header["paraphrases"] = list(episode.paraphrases)
+    if episode.groundings:
+        header["groundings"] = _run_lengths(episode.groundings)
     if episode.metadata:
         header["metadata"] = dict(sorted(episode.metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -189,9 +193,12 @@ def from_records(header_record: bytes, read_block: Callable[[int], bytes]) -> To
         blocks = _CodeBlocks(read_block, grids, steps, header.pop("block"))
         texts = {kind: _expand_runs(runs, steps) for kind, runs in header.pop("texts").items()}
         paraphrases = tuple(header.pop("paraphrases", ()))
+        groundings = header.pop("groundings", ())
+        groundings = _expand_runs(groundings, steps) if groundings else ()
         return TokenizedEpisode(
             **header,
             paraphrases=paraphrases,
+            groundings=groundings,
             codes={view: StoredCodes(blocks, view) for view in grids},
             actions=arrays["actions"],
             state=arrays.get("state"),

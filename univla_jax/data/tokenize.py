@@ -27,12 +27,16 @@ from univla_jax.config import build_config
 from univla_jax.data import drivevla_records
 from univla_jax.data.augmentation import (
     COLOR_CHANGES,
+    Window,
+    crop,
+    draw_crop,
+    draw_shift,
     random_colors,
-    random_crop,
-    random_shift,
+    shift,
 )
 from univla_jax.data.datasets import DatasetConfig, find_dataset_config
 from univla_jax.data.episode_reader import EpisodeReader
+from univla_jax.data.grounding_annotations import dump_groundings, parse_groundings
 from univla_jax.data.readers import open_reader
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import Manifest, StoreHeader, TokenStore, TokenStoreWriter
@@ -394,18 +398,45 @@ class _SplitTokenizer:
         for copy in range(1, self._config.augmented_copies + 1):
             # Seeded by episode and copy, so that a store comes out the same in any order of work.
             rng = np.random.default_rng((index, copy))
-            changed = {view: self._changed(frames[view], rng) for view in sorted(frames)}
+            changed, windows = {}, {}
+            for view in sorted(frames):
+                changed[view], windows[view] = self._changed(frames[view], rng)
             copy_id = f"{episode.episode_id}+shift{copy}"
-            copies.append(dataclasses.replace(episode, frames=changed, episode_id=copy_id))
+            groundings = tuple(_moved(text, windows) for text in episode.groundings)
+            copies.append(
+                dataclasses.replace(
+                    episode, frames=changed, episode_id=copy_id, groundings=groundings
+                )
+            )
         return copies
 
-    def _changed(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _changed(
+        self, frames: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, list[Window]]:
+        """Changed frames of a view, and the windows through which they show it, in order."""
         config = self._config
-        frames = random_shift(frames, config.max_shift, rng)
+        windows = [draw_shift(config.max_shift, rng)]
+        frames = shift(frames, windows[0])
         if config.min_crop < 1:
-            frames = random_crop(frames, config.min_crop, rng)
+            windows.append(draw_crop(config.min_crop, rng))
+            frames = crop(frames, windows[1])
         changes = {name: getattr(config, name) for name in COLOR_CHANGES if getattr(config, name)}
-        return random_colors(frames, changes, rng) if changes else frames
+        return (random_colors(frames, changes, rng) if changes else frames), windows
+
+
+def _moved(text: str, windows: Mapping[str, list[Window]]) -> str:
+    """The groundings of a step as a changed copy shows them; those that it cuts off are left out.
+
+    Where a thing is written down in words or as coordinates inside a text, it stays: only what
+    names a camera can be moved with it.
+    """
+    moved = []
+    for grounding in parse_groundings(text):
+        for window in windows.get(grounding.view, ()):
+            grounding = grounding and grounding.seen_through(window)
+        if grounding is not None:
+            moved.append(grounding)
+    return dump_groundings(moved)
 
 
 def _with_codes(episode: Episode, encoder: BatchedEncoder) -> TokenizedEpisode:

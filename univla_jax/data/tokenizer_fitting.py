@@ -16,11 +16,15 @@ from etils import epath
 
 from univla_jax import run_dir
 from univla_jax.data.datasets import chunk_deltas, normalization_kinds
+from univla_jax.data.grounding_annotations import ask_for, parse_groundings
+from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import MANIFEST, TokenStore, action_values
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
+from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.io import write_json
 from univla_jax.normalization import ActionStatistics, sliding_windows, stream_statistics
+from univla_jax.tokenizers.coordinates import location_symbols, without_places
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 
@@ -38,11 +42,16 @@ class TextFitConfig(EpisodesConfig):
       kind: ``"text"``.
       vocabulary_size: upper limit of ids; a small corpus gives fewer.
       symbols: strings that get one id each.
+      texts: kinds of further texts that it is fitted to (``Episode.texts``), and with them the
+        phrases of groundings.
+      locations: whether each coordinate 0 … 999 gets one id (``tokenizers/coordinates.py``).
     """
 
     kind: str = "text"
     vocabulary_size: int = 512
     symbols: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    locations: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,13 +97,16 @@ class CorpusEpisodes:
     actions: list[np.ndarray]
 
 
-def read_corpora(config: EpisodesConfig, source: Path) -> tuple[list[CorpusEpisodes], str]:
+def read_corpora(
+    config: EpisodesConfig, source: Path, kinds: Sequence[str] = ()
+) -> tuple[list[CorpusEpisodes], str]:
     """The episodes of each corpus, and the name of the source.
 
     Args:
       config: names the corpora of token stores, with commas between several; which episodes of a
         dataset are used. A token store is used as a whole.
       source: dataset folder, or token stores with commas between several.
+      kinds: of further texts; where any is named, phrases of groundings are among the texts, too.
 
     Raises:
       UserError: no dataset or store there, or stores of other corpora than the config's.
@@ -104,9 +116,10 @@ def read_corpora(config: EpisodesConfig, source: Path) -> tuple[list[CorpusEpiso
         if len(folders) > 1:
             raise UserError(f"--source: {source}: only token stores can be given together")
         episodes = ValidEpisodes(config, source)
-        read = [(e.instruction, *e.paraphrases, e.actions) for e in episodes]
-        texts = [text for *instructions, _ in read for text in instructions]
-        actions = [actions for *_, actions in read]
+        texts, actions = [], []
+        for episode in episodes:
+            texts += _texts_of(episode, kinds)
+            actions.append(episode.actions)
         return [CorpusEpisodes(config.corpus, texts, actions)], episodes.reader.name
     by_corpus: dict[str, CorpusEpisodes] = {}
     stores = [TokenStore(folder) for folder in folders]
@@ -116,12 +129,22 @@ def read_corpora(config: EpisodesConfig, source: Path) -> tuple[list[CorpusEpiso
         # The first of every group of copies: they have the same words and actions.
         for index in tqdm.tqdm(range(0, len(store), store.copies), f"read {store.folder}"):
             episode = store[index]
-            corpus.texts.extend(episode.instructions)
+            corpus.texts.extend(_texts_of(episode, kinds))
             corpus.actions.append(episode.actions)
     if set(config.corpus.split(",")) != set(by_corpus):
         found = ",".join(sorted(by_corpus))
         raise UserError(f"config.corpus: {config.corpus!r}, but the stores hold {found!r}")
     return list(by_corpus.values()), " ".join(store.manifest.header.source for store in stores)
+
+
+def _texts_of(episode: Episode | TokenizedEpisode, kinds: Sequence[str]) -> list[str]:
+    """Instructions, texts of some kinds, and phrases; coordinates are left out."""
+    texts = [episode.instruction, *episode.paraphrases]
+    for kind in kinds:
+        texts += [without_places(text) for text in episode.texts.get(kind, ())]
+    for step in episode.groundings if kinds else ():
+        texts += [ask_for(g.phrase, g.kind) for g in parse_groundings(step)]
+    return texts
 
 
 # ----------------------------------------------------------------------------
@@ -142,11 +165,10 @@ def fit_text(config: TextFitConfig, source: Path, folder: Path) -> dict[str, Any
     Raises:
       UserError: something wrong with the config, the dataset or the folder.
     """
-    corpora, name = read_corpora(config, source)
+    corpora, name = read_corpora(config, source, config.texts)
     texts = [text for corpus in corpora for text in corpus.texts]
-    tokenizer = SentencePieceTextTokenizer.fit(
-        texts, config.vocabulary_size, symbols=config.symbols
-    )
+    symbols = config.symbols + (location_symbols() if config.locations else ())
+    tokenizer = SentencePieceTextTokenizer.fit(texts, config.vocabulary_size, symbols=symbols)
     tokenizer.save(folder)
     report = {
         "vocabulary_size": tokenizer.vocabulary_size,

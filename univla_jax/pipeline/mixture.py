@@ -209,6 +209,8 @@ def lacking_content(store: TokenStore, config: DataConfig) -> str:
         return "actions"
     if config.state and store.manifest.state_statistics is None:
         return "states"
+    if config.needs.groundings and len(store) and not store[0].groundings:
+        return "groundings"
     # Texts are a property of the dataset, so the first episode stands for all; one that lacks its
     # text all the same is an error when it is drawn.
     present = store[0].texts if config.needs.texts and len(store) else ()

@@ -136,7 +136,8 @@ def _suspects(
 
 def _shard_bound(task: Task, store: TokenStore, first: int, text_bytes: int) -> float:
     """No sample of a shard has more tokens; infinity where the store does not tell."""
-    if not text_bytes:  # stores written before they did
+    # Stores written before they did; phrases and places, which are measured episode by episode.
+    if not text_bytes or task.needs.groundings:
         return np.inf
     # An episode without words that is long enough for whole windows, and without memory: its codes
     # and numbers are zeros. No tokenizer makes more tokens of a text than it has bytes.

@@ -27,6 +27,7 @@ import numpy as np
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import ActionTokenizer
+from univla_jax.tokenizers.coordinates import CoordinateEncoder
 from univla_jax.tokenizers.text import TextTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -57,6 +58,7 @@ class TextEncoder:
         self.text = text
         self.special_text = special_text
         self._cached_encode = functools.lru_cache(_CACHED_TEXTS)(self._encode)
+        self._cached_encode_places = functools.lru_cache(_CACHED_TEXTS)(self._encode_places)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of ``text``, int32 [n], read-only; empty text has none.
@@ -65,6 +67,28 @@ class TextEncoder:
           UserError: the text tokenizer gave an id that is no text id of the vocabulary.
         """
         return self._cached_encode(text)
+
+    def encode_places(self, text: str) -> np.ndarray:
+        """Token ids of a text with coordinates, int32 [n], read-only.
+
+        Boxes and points in it are written as the vocabulary has them (``CoordinateEncoder``). A
+        text that comes from outside is no such text: ``encode`` keeps it plain.
+        """
+        return self._cached_encode_places(text)
+
+    def decode_places(self, ids: Sequence[int]) -> str:
+        """The inverse of ``encode_places``."""
+        return self.coordinates.decode(ids)
+
+    @functools.cached_property
+    def coordinates(self) -> CoordinateEncoder:
+        """Boxes and points as ids."""
+        return CoordinateEncoder(self.text)
+
+    def _encode_places(self, text: str) -> np.ndarray:
+        ids = self.coordinates.encode(text)
+        ids.setflags(write=False)
+        return ids
 
     def __reduce__(self) -> tuple:
         """Pickles without the cache, for the worker processes of the pipeline."""

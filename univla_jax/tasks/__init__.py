@@ -25,6 +25,8 @@ TASK_NAMES = (
     "world_model",
     "value",
     "question",
+    "grounding",
+    "tracking",
     "caption",
     "text_to_image",
     "driving",

@@ -81,6 +81,7 @@ class Needs:
       frame_spacing: frames are ``TaskSettings.frame_spacing`` steps apart.
       own_row: one sample per row; packing is off.
       action_expert: a flow-matching expert on top of the decoder.
+      groundings: what phrases mean in the frames of an episode (``Episode.groundings``).
       texts: kinds of text that every episode must have (``Episode.texts``).
     """
 
@@ -93,6 +94,7 @@ class Needs:
     frame_spacing: bool = False
     own_row: bool = False
     action_expert: bool = False
+    groundings: bool = False
     texts: tuple[str, ...] = ()
 
 

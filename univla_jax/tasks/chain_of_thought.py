@@ -71,7 +71,7 @@ class ChainOfThought(Task):
         # bot stands in the prompt and is labeled with the thought: a model that is not prompted
         # with it could then decide by itself to reason.
         if reasoning is not None:
-            thought = np.append(self.text_encoder.encode(reasoning), vocabulary.eot)
+            thought = np.append(self.text_encoder.encode_places(reasoning), vocabulary.eot)
             pieces += [(Role.THOUGHT, thought), action_block(vocabulary, chunk)]
         return self.compose(pieces)
 

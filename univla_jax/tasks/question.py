@@ -15,6 +15,7 @@ import numpy as np
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.sequences.tokens import Role, Tokens, opening
 from univla_jax.tasks.base import (
+    Decoding,
     Needs,
     SampleSpec,
     Task,
@@ -24,8 +25,9 @@ from univla_jax.tasks.base import (
     text_at,
 )
 
-_TEMPLATE_OPEN = "You are a helpful assistant. USER: "
-_TEMPLATE_CLOSE = ". ASSISTANT:"
+TEMPLATE = ("You are a helpful assistant. USER: ", ". ASSISTANT:")
+"""Before the frames and behind the question; a text tokenizer may give each one id."""
+MAX_ANSWER = 96  # tokens of an answer
 
 
 class Question(Task):
@@ -54,18 +56,29 @@ class Question(Task):
         Args:
           question: in words.
           views: per camera integer [T, h, w] codes.
-          answer: in words.
+          answer: in words and coordinates.
         """
         count_moments(views)
         pieces = [
-            opening(self.text_encoder, _TEMPLATE_OPEN),
+            opening(self.text_encoder, TEMPLATE[0]),
             *self.frame_pieces(views),
-            (Role.TEXT, self.text_encoder.encode(question + _TEMPLATE_CLOSE)),
+            (Role.TEXT, self.text_encoder.encode(question + TEMPLATE[1])),
         ]
         if answer is not None:
-            reply = np.append(self.text_encoder.encode(answer), self.vocabulary.eos)
+            reply = np.append(self.text_encoder.encode_places(answer), self.vocabulary.eos)
             pieces.append((Role.ANSWER, reply))
         return self.compose(pieces)
+
+    def decoding(self, question: str) -> Decoding:
+        """How an answer is decoded: any text up to eos."""
+        del question
+        text = np.arange(self.vocabulary.text_size)
+        return Decoding(np.append(text, self.vocabulary.eos), self.vocabulary.eos, MAX_ANSWER)
+
+    def parse(self, ids: np.ndarray) -> str:
+        """The answer that generated ids [n] say, without their eos."""
+        ids = ids[: np.argmax(ids == self.vocabulary.eos)] if self.vocabulary.eos in ids else ids
+        return self.text_encoder.decode_places(ids)
 
 
 TASK = Question

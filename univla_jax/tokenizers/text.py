@@ -285,7 +285,7 @@ class SentencePieceTextTokenizer:
             byte_fallback=True,
             character_coverage=coverage,
             required_chars=_SPACE,
-            user_defined_symbols=symbols,
+            user_defined_symbols=[symbol.replace(" ", _SPACE) for symbol in symbols],
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

@@ -7,20 +7,23 @@ shown in training.
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
 
+from univla_jax.data.grounding_annotations import dump_groundings
 from univla_jax.data.rlds_writer import check_description, write_rlds
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
-from univla_jax.simulators.tabletop import tabletop_env
+from univla_jax.simulators.tabletop import tabletop_env, tabletop_truth
 from univla_jax.simulators.tabletop.tabletop_env import (
     FAMILIES,
     MAX_STEP,
@@ -152,12 +155,19 @@ def attempt(task: TabletopTask, scene: Scene, rng: np.random.Generator) -> Itera
         yield np.array([*moved, *action[3:]], np.float32)
 
 
-def demonstrate(seed: int, *, family: str | None = None) -> Episode:
+_THOUGHT_STEPS = 5  # whose movement a thought announces
+
+
+def demonstrate(
+    seed: int, *, family: str | None = None, annotate: bool = False, unseen_pairs: bool = False
+) -> Episode:
     """One successful scripted episode.
 
     Args:
       seed: fixes scene and task.
       family: restricts the task family.
+      annotate: whether it has groundings, questions with answers, and reasoning at every step.
+      unseen_pairs: whether held-out pairs of color and relation are among them.
 
     Returns:
       An ``Episode`` with views ``image`` and ``wrist_image``.
@@ -169,18 +179,24 @@ def demonstrate(seed: int, *, family: str | None = None) -> Episode:
     observation, info = env.reset(seed=seed, options={"family": family} if family else None)
     path = waypoints(env.task, env.scene)
     frames, actions, states, success = [], [], [], False
+    scenes: list[Scene] = []
     for action in actions_along(path, env.scene):
         idle = not np.any(action[:6]) and env.scene.gripper.is_open == (action[6] <= 0)
         if idle and len(actions) >= _MIN_STEPS:
             break
         frames.append((observation["image"], observation["wrist_image"]))
         states.append(observation["state"])
+        if annotate:
+            scenes.append(copy.deepcopy(env.scene))
         actions.append(action)
         observation, _, _, _, info = env.step(action)
         success = success or info["success"]
     if not success:
         raise RuntimeError(f"the scripted expert failed: seed {seed}, {info['instruction']!r}")
     image, wrist = (np.stack(view) for view in zip(*frames))
+    groundings, texts = (), {}
+    if annotate:
+        groundings, texts = _annotations(seed, scenes, env.task, np.stack(actions), unseen_pairs)
     return Episode(
         instruction=info["instruction"],
         frames={"image": image, "wrist_image": wrist},
@@ -189,7 +205,31 @@ def demonstrate(seed: int, *, family: str | None = None) -> Episode:
         corpus="tabletop",
         episode_id=f"tabletop-{seed:07d}",
         state=np.stack(states),
+        groundings=groundings,
+        texts=texts,
     )
+
+
+def _annotations(
+    seed: int,
+    scenes: Sequence[Scene],
+    task: TabletopTask,
+    actions: np.ndarray,
+    unseen_pairs: bool,
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Groundings of every step, and its question, answer and reasoning."""
+    truth, rng = tabletop_truth, np.random.default_rng([seed, 2])
+    groundings = [
+        dump_groundings(truth.groundings(scene, unseen_pairs=unseen_pairs)) for scene in scenes
+    ]
+    asked = [truth.draw_question(scene, rng) for scene in scenes]
+    thoughts = [
+        truth.reasoning(scene, task, actions[t : t + _THOUGHT_STEPS])
+        for t, scene in enumerate(scenes)
+    ]
+    question, answer = zip(*asked)
+    texts = {"question": question, "answer": answer, "reasoning": tuple(thoughts)}
+    return tuple(groundings), texts
 
 
 # ----------------------------------------------------------------------------
@@ -210,6 +250,8 @@ class DemonstrationsConfig:
       first_seed: index of the first seed in the range kept for demonstrations.
       image_format: ``"png"`` or ``"jpeg"``.
       version: version of the dataset.
+      annotations: whether every step has groundings, a question with its answer, and reasoning;
+        held-out pairs of color and relation are in the split ``val`` alone.
     """
 
     train_episodes: int
@@ -218,6 +260,7 @@ class DemonstrationsConfig:
     first_seed: int = 0
     image_format: str = "png"
     version: str = "1.0.0"
+    annotations: bool = False
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -250,8 +293,10 @@ class DemonstrationsConfig:
 class _Episodes:
     """The demonstrations of some seeds in order, made on all cores; its length is their number."""
 
-    def __init__(self, seeds: range, families: tuple[str, ...]) -> None:
-        self._seeds = seeds
+    def __init__(
+        self, seeds: range, families: tuple[str, ...], make: Callable[[int, str | None], Episode]
+    ) -> None:
+        self._seeds, self._make = seeds, make
         self._families = families or (None,)
 
     def __len__(self) -> int:
@@ -261,16 +306,16 @@ class _Episodes:
         families = itertools.islice(itertools.cycle(self._families), len(self))
         workers = min(len(os.sched_getaffinity(0)), len(self) // EPISODES_PER_WORKER)
         if workers < 2:
-            yield from map(_demonstrate, self._seeds, families)
+            yield from map(self._make, self._seeds, families)
             return
         # Spawned, because a fork of a process with JAX's threads may hang.
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            yield from pool.map(_demonstrate, self._seeds, families, chunksize=16)
+            yield from pool.map(self._make, self._seeds, families, chunksize=16)
 
 
-def _demonstrate(seed: int, family: str | None) -> Episode:
-    return demonstrate(seed, family=family)
+def _demonstrate(seed: int, family: str | None, *, annotate: bool, unseen_pairs: bool) -> Episode:
+    return demonstrate(seed, family=family, annotate=annotate, unseen_pairs=unseen_pairs)
 
 
 def write_demonstrations(
@@ -290,10 +335,16 @@ def write_demonstrations(
       UserError: a dataset of other demonstrations lies there.
     """
     del assets
-    description = "Scripted expert of the embedded tabletop: " + json.dumps(
-        dataclasses.asdict(config), sort_keys=True
-    )
-    splits = {split: _Episodes(seeds, config.families) for split, seeds in config.seeds().items()}
+    values = dataclasses.asdict(config)
+    if not config.annotations:
+        del values["annotations"]  # absent, as in datasets written before there were any
+    description = "Scripted expert of the embedded tabletop: " + json.dumps(values, sort_keys=True)
+    splits = {}
+    for split, seeds in config.seeds().items():
+        make = functools.partial(
+            _demonstrate, annotate=config.annotations, unseen_pairs=split == "val"
+        )
+        splits[split] = _Episodes(seeds, config.families, make)
     folder = write_rlds(
         out,
         "tabletop",

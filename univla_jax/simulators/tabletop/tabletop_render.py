@@ -7,6 +7,7 @@ Images are uint8 [H, W, 3] RGB, row 0 at the far edge of the table (y = 1).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,18 +100,23 @@ class Canvas:
         region += coverage * (np.asarray(rgb, np.float32) - region)
 
 
-def draw_scene(canvas: Canvas, scene: Any) -> None:
+def draw_scene(
+    canvas: Canvas, scene: Any, *, on_thing: Callable[[Any], None] = lambda thing: None
+) -> None:
     """Draws table, zones and blocks, lowest first.
 
     Args:
       canvas: what to draw into.
       scene: a ``tabletop_env.Scene``.
+      on_thing: told of each zone and block before it is drawn.
     """
     canvas.box(np.array([0.5, 0.5]), (0.5, 0.5), 0.0, TABLE_RGB)
     for zone in scene.zones:
+        on_thing(zone)
         canvas.disc(zone.position, zone.radius, zone.rgb)
         canvas.disc(zone.position, zone.radius * 0.8, TABLE_RGB, alpha=0.55)
     for block in sorted(scene.blocks, key=lambda b: b.height):
+        on_thing(block)
         half = block.half_size * (1.0 + 0.5 * block.height)
         shadow = block.position + LIGHT * (0.04 + block.height)
         canvas.box(shadow, (half, half), block.yaw, SHADOW_RGB, alpha=0.35)
@@ -137,9 +143,20 @@ def draw_gripper(canvas: Canvas, gripper: Any) -> None:
     canvas.box(gripper.position, (spread * scale, 0.014 * scale), gripper.yaw, PALM_RGB)
 
 
+def fixed_view(size: int) -> View:
+    """The fixed camera, ``size`` pixels along each side."""
+    return View((0.5, 0.5), 1.1, size)
+
+
+def wrist_view(scene: Any, size: int) -> View:
+    """The camera carried by the gripper, ``size`` pixels along each side."""
+    x, y = map(float, scene.gripper.position)
+    return View((x, y), 0.40 + 0.4 * scene.gripper.height, size)
+
+
 def render_fixed(scene: Any, size: int) -> np.ndarray:
     """The fixed camera: the whole table and a margin, uint8 [size, size, 3]."""
-    canvas = Canvas(View((0.5, 0.5), 1.1, size))
+    canvas = Canvas(fixed_view(size))
     draw_scene(canvas, scene)
     draw_gripper(canvas, scene.gripper)
     return canvas.image()
@@ -147,9 +164,7 @@ def render_fixed(scene: Any, size: int) -> np.ndarray:
 
 def render_wrist(scene: Any, size: int) -> np.ndarray:
     """The camera carried by the gripper: the nearby table, wider when higher, uint8."""
-    gripper = scene.gripper
-    extent = 0.40 + 0.4 * gripper.height
-    canvas = Canvas(View((float(gripper.position[0]), float(gripper.position[1])), extent, size))
+    canvas = Canvas(wrist_view(scene, size))
     draw_scene(canvas, scene)
-    draw_gripper(canvas, gripper)
+    draw_gripper(canvas, scene.gripper)
     return canvas.image()
