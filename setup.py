@@ -47,7 +47,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["univla_jax", "univla_jax.*"]),
-    package_data={"univla_jax.evaluation": ["templates/*.jinja"]},
+    package_data={
+        "univla_jax.evaluation": ["templates/*.jinja"],
+        "univla_jax.simulators.calvin": ["chains.json"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.7",

@@ -87,7 +87,7 @@ COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: -
 _FIELDS = {
     "benchmark": flags.DEFINE_enum("benchmark", None, list(BENCHMARKS), "the benchmark"),
     "suite": cli.string_flag("suite", "suite of LIBERO", required=False),
-    "tasks": flags.DEFINE_list("tasks", None, "indices of tasks in the suite; all by default"),
+    "tasks": flags.DEFINE_list("tasks", None, "indices of tasks (CALVIN: chains); all by default"),
     "episodes": flags.DEFINE_integer(
         "episodes", None, "of each condition on the tabletop, or of --offline; 0 for all"
     ),
@@ -103,6 +103,7 @@ _FIELDS = {
         "execution", None, EXECUTIONS, "what the robot does while it waits for an answer"
     ),
     "assets": cli.string_flag("assets", "the simulator's assets or data set", required=False),
+    "renderer": cli.string_flag("renderer", "of CALVIN: egl or tiny", required=False),
     "conditions": flags.DEFINE_list("conditions", None, "the policy and its baselines"),
     "plan": flags.DEFINE_integer("plan", None, "chunks to choose the best of; 0 does not plan"),
     "plan_by": flags.DEFINE_enum("plan_by", None, CHOICES, "how the best chunk is chosen"),
@@ -113,6 +114,9 @@ _FIELDS = {
     "batch": flags.DEFINE_integer("workers", None, "simulators at once, answered in one batch"),
     "hang_seconds": flags.DEFINE_float(
         "hang_seconds", None, "a simulator silent for so long is restarted"
+    ),
+    "simulator_python": cli.string_flag(
+        "simulator_python", "interpreter of the simulator's own environment", required=False
     ),
     "video_episodes": flags.DEFINE_integer(
         "videos", None, "episodes of each task that are recorded"

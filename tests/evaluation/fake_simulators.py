@@ -16,18 +16,28 @@ from univla_jax.simulators import BENCHMARKS, Benchmark, StepResult, Trial
 BENCHMARKS["countdown"] = __name__
 
 
+def _first_time(folder):
+    try:
+        (pathlib.Path(folder) / "started").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 class Countdown:
     """Succeeds in even trials after ``task + 2`` actions; ends after 6 at the latest."""
 
     def __init__(self, trouble: str = "", folder: str = "", other: bool = False) -> None:
         if trouble == "refuse":
             raise UserError("no such assets: 'nowhere'")
+        if trouble == "no start" or (trouble == "no first start" and _first_time(folder)):
+            raise RuntimeError("out of memory")
         self.trouble, self.folder, self.other = trouble, folder, other
 
     def reset(self, trial):
         self.rendered = True
         self.trial, self.steps, self.total = trial, 0, 0.0
-        if trial == Trial(1, 1) and self.trouble:
+        if trial == Trial(1, 1) and self.trouble and "start" not in self.trouble:
             self._misbehave()
 
     def _misbehave(self):

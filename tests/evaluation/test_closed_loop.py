@@ -144,7 +144,7 @@ def test_records_of_one_policy_without_conditions_are_refused(tmp_path):
         ({"conditions": ("zero", "zero")}, "each condition once"),
         ({"conditions": ()}, "condition 'policy' needs --checkpoint"),
         ({"conditions": ("expert",)}, "benchmark 'countdown' has no 'expert'"),
-        ({"max_steps": 3, "benchmark": "simpler"}, "benchmark 'simpler' has no 'max_steps'"),
+        ({"renderer": "egl", "benchmark": "simpler"}, "benchmark 'simpler' has no 'renderer'"),
         ({"episodes": -1}, "config.episodes: -1"),
         ({"batch": -1}, "config.batch: -1"),
     ],

@@ -133,6 +133,23 @@ def test_the_page_holds_every_figure_and_escapes_names(tmp_path):
     assert "data:image/gif;base64,R0lG" in page and "policy_000_00_success" in page
 
 
+def test_a_published_mean_stands_beside_a_mean():
+    lengths = [5, 4, 5, 0] * 25
+    records = [_record(0, False)]
+    figures = summarize(records, [], Breakdown(means={"mean_length": lengths}))
+    mean = figures["means"]["mean_length"]
+    assert mean["mean"] == 3.5 and 3.0 < mean["low"] < 3.2 and 3.8 < mean["high"] < 4.0
+    report = _report() | {
+        "conditions": {"policy": figures, "random": figures},
+        "published": {"mean_length": 4.63},
+    }
+    page = reports.report_page(report, [])
+    assert "<td>mean length</td><td>3.50</td><td>4.63</td>" in page
+    assert "4.63 %" not in page
+    table = reports.summary_table(report)
+    assert [line.split()[-1] for line in table.splitlines() if "mean length" in line] == ["3.50"]
+
+
 def test_the_table_has_a_column_per_condition():
     lines = reports.summary_table(_report()).splitlines()
     assert lines[0].split() == ["%", "success", "policy", "random"]

@@ -106,6 +106,16 @@ def test_a_simulator_that_cannot_start_is_named(tmp_path):
         run(tmp_path / "out", suite="refuse")
 
 
+def test_a_simulator_that_does_not_start_costs_its_seat(whole, tmp_path):
+    lines, _ = run(tmp_path / "out", suite="no first start", assets=str(tmp_path))
+    assert lines == whole[0]
+
+
+def test_no_simulator_starts(tmp_path):
+    with pytest.raises(UserError, match="does not start: RuntimeError: out of memory; see"):
+        run(tmp_path / "out", suite="no start")
+
+
 def test_a_killed_run_goes_on(whole, tmp_path):
     out = tmp_path / "out"
     settings = f"suite='hang once', assets={str(tmp_path)!r}"

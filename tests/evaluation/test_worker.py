@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import REPOSITORY
 from tests.evaluation.fake_simulators import Countdown
 from univla_jax.evaluation.worker import InProcessWorker, ProcessWorker, SimulatorServer
 from univla_jax.simulators import Trial
@@ -52,6 +54,29 @@ def test_a_step_is_rendered_where_it_is_observed_or_recorded(tmp_path):
         server.act(np.zeros((5, 7), np.float32))
     assert rendered[:5] == [False] * 4 + [True]
     assert rendered[5:] == [True, False, False, True, True]
+
+
+def test_another_interpreter_is_given_the_package_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "path $PYTHONPATH" >&2\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    worker = ProcessWorker(Countdown, 1, tmp_path / "log", str(python))
+    try:
+        assert worker.receive() == ("ready", {"countdown": "1"})
+    finally:
+        worker.stop()
+    assert (tmp_path / "log").read_text().splitlines()[0] == f"path {REPOSITORY}"
+
+
+def test_an_interpreter_without_the_packages_says_what_is_missing(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho No module named etils >&2\nexit 1\n")
+    python.chmod(0o755)
+    worker = ProcessWorker(Countdown, 1, tmp_path / "log", str(python))
+    kind, how = worker.receive()
+    worker.stop()
+    assert kind == "crash" and how == "the process ended with status 1: No module named etils"
 
 
 def test_a_process_that_dies_or_refuses_says_how(tmp_path):

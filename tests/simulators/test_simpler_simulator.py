@@ -18,39 +18,74 @@ class _Sink:
 
     def __init__(self, name, log):
         self.name, self.log, self.words = name, log, f"do {name}"
+        self._obs_mode, self.steps, self.drawn = "image", 0, 0
+
+    @property
+    def unwrapped(self):
+        return self
 
     def reset(self, options):
         self.log.append((self.name, options))
-        return {"n": 0}, {}
+        return {"Color": 0}, {}
 
     def get_language_instruction(self):
         return self.words
 
+    def get_obs(self):
+        if self._obs_mode == "none":
+            return {}
+        self.drawn += 1
+        return {"Color": self.steps}
+
     def step(self, action):
         self.log.append(action)
+        self.steps += 1
         stats = {"moved_correct_obj": np.bool_(True)}
-        return {"n": 1}, 0.0, action[6] > 0, False, {"episode_stats": stats}
+        return self.get_obs(), 0.0, action[6] > 0, False, {"episode_stats": stats}
 
     def close(self):
         self.log.append("closed")
 
 
+class _Pictures:
+    """The wrapper that makes uint8 of pictures."""
+
+    def __init__(self, env):
+        self.env = self.unwrapped = env
+
+    def observation(self, observed):
+        frame = np.full((480, 640, 3), observed["Color"], np.uint8)
+        return {"image": {"3rd_view_camera": {"rgb": frame}}}
+
+    def reset(self, options):
+        observed, info = self.env.reset(options)
+        return self.observation(observed), info
+
+    def close(self):
+        self.env.close()
+
+
 @pytest.fixture
 def log(monkeypatch):
     entries = []
-    image = types.SimpleNamespace(
-        get_image_from_maniskill2_obs_dict=lambda env, obs: np.full((480, 640, 3), obs["n"])
-    )
-    made = {"make": lambda name: _Sink(name, entries)}
+
+    def make(name, *, obs_mode, prepackaged_config):
+        assert obs_mode == "rgbd" and prepackaged_config
+        if name in entries:  # a name in the log before the test is a scene whose files are missing
+            raise FileNotFoundError("bridge_table_1_v1.glb")
+        return _Pictures(_Sink(name, entries))
+
+    envs = {"__file__": "/nowhere/envs/__init__.py"}
     modules = {
-        "simpler_env": {**made, "__path__": []},
-        "simpler_env.utils": {"__path__": []},
-        "simpler_env.utils.env": {"observation_utils": image, "__path__": []},
+        "gymnasium": {"make": make},
+        "mani_skill2_real2sim": {"__path__": []},
+        "mani_skill2_real2sim.envs": envs,
     }
     for name, content in modules.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["mani_skill2_real2sim"].envs = sys.modules["mani_skill2_real2sim.envs"]
     return entries
 
 
@@ -61,8 +96,8 @@ def _action(gripper, euler=(0.0, 0.0, 0.0)):
 def test_success_is_that_of_the_last_step(log):
     simulator = SimplerSimulator(SimplerProtocol())
     simulator.reset(Trial(0, 5))
-    assert log == [("widowx_spoon_on_towel", {"obj_init_options": {"episode_id": 5}})]
-    assert simulator.observe().instruction == "do widowx_spoon_on_towel"
+    assert log == [("PutSpoonOnTableClothInScene-v0", {"obj_init_options": {"episode_id": 5}})]
+    assert simulator.observe().instruction == "do PutSpoonOnTableClothInScene-v0"
     assert simulator.observe().frames["image"].shape == (480, 640, 3)
     results = [simulator.step(_action(1.0)) for _ in range(59)] + [simulator.step(_action(0.2))]
     assert results == [StepResult.CONTINUES] * 59 + [StepResult.ENDED]
@@ -99,9 +134,42 @@ def test_gripper_and_rotation_follow_their_rules(log):
 def test_another_instruction_starts_the_policy_anew(log):
     simulator = SimplerSimulator(SimplerProtocol())
     simulator.reset(Trial(0, 0))
-    simulator._env.words = "now the other one"
+    simulator._env.unwrapped.words = "now the other one"
     assert simulator.step(_action(0.0)) is StepResult.NEXT_TASK
     assert simulator.observe().instruction == "now the other one"
+
+
+def test_only_observed_steps_are_drawn(log):
+    simulator = SimplerSimulator(SimplerProtocol())
+    simulator.reset(Trial(0, 0))
+    assert simulator.observe().frames["image"][0, 0, 0] == 0
+    task = simulator._env.unwrapped
+    for _ in range(5):
+        simulator.step(_action(0.0), render=False)
+    assert task.drawn == 0 and task._obs_mode == "image"
+    frames = [simulator.observe().frames["image"], simulator.video_frame()]
+    assert [frame[0, 0, 0] for frame in frames] == [5, 5] and task.drawn == 1
+
+
+def test_a_scene_without_its_files_is_named(log):
+    log.append("StackGreenCubeOnYellowCubeBakedTexInScene-v0")
+    simulator = SimplerSimulator(SimplerProtocol())
+    with pytest.raises(UserError, match=r"does not open: bridge_table_1_v1.glb; is the checkout"):
+        simulator.reset(Trial(2, 0))
+
+
+def test_tasks_and_steps_are_chosen(log):
+    benchmark = make_benchmark("simpler", tasks=(1, 3), episodes_per_task=2, max_steps=4)
+    assert benchmark.trials == tuple(Trial(task, layout) for task in (1, 3) for layout in (0, 1))
+    assert benchmark.protocol["max_steps"] == {
+        "widowx_carrot_on_plate": 4,
+        "widowx_put_eggplant_in_basket": 4,
+    }
+    simulator = benchmark.make()
+    simulator.reset(Trial(3, 1))
+    results = [simulator.step(_action(0.0)) for _ in range(4)]
+    assert results == [StepResult.CONTINUES] * 3 + [StepResult.ENDED]
+    assert simulator.versions()["mani_skill2_real2sim"] == "unknown"
 
 
 def test_the_benchmark_and_its_mistakes():
@@ -111,5 +179,7 @@ def test_the_benchmark_and_its_mistakes():
         make_benchmark("simpler", episodes_per_task=25)
     with pytest.raises(UserError, match="task 'widowx_swim'"):
         SimplerProtocol(tasks=("widowx_swim",))
-    with pytest.raises(UserError, match=r"SimplerEnv needs the package simpler_env"):
+    with pytest.raises(UserError, match="--tasks: 4, simpler has 0 widowx_spoon_on_towel"):
+        make_benchmark("simpler", tasks=(4,))
+    with pytest.raises(UserError, match=r"needs the package mani_skill2_real2sim; launch/sim"):
         benchmark.make()

@@ -52,7 +52,8 @@ CONDITIONS = ("policy", "untrained", "random", "zero")
 WITHOUT_POLICY = ("zero", "random", "expert")
 """Conditions that can be evaluated without any policy."""
 _IDENTITY, _VERSIONS = "evaluation.json", "versions.json"
-_FREE = ("assets", "batch", "hang_seconds", "video_episodes")  # may differ when a run is resumed
+# What may differ when a run is resumed.
+_FREE = ("assets", "batch", "hang_seconds", "video_episodes", "simulator_python")
 _MAX_VIDEOS = 24  # shown in the page
 _OPTIONS = (
     "suite",
@@ -64,6 +65,7 @@ _OPTIONS = (
     "training_scenes",
     "execute",
     "assets",
+    "renderer",
 )
 
 
@@ -88,6 +90,7 @@ class EvaluateConfig:
       execution: what the robot does in that time, a name of ``latency.EXECUTIONS``; by default it
         waits for the answer ("wait").
       assets: the simulator's assets or data set.
+      renderer: of the simulator, where it has several.
       conditions: "policy"; the same model with random parameters ("untrained"); random actions;
         zero actions; and where the benchmark has them the policy given another object's
         instruction but scored on the true task ("other_instruction"), scripts ("expert"), or
@@ -101,6 +104,8 @@ class EvaluateConfig:
         own unless the benchmark is stepped in the policy's.
       hang_seconds: a simulator silent for so long is restarted.
       video_episodes: episodes of each task that are recorded, of the first condition.
+      simulator_python: interpreter of the simulators' processes, where they have an environment of
+        their own; this one by default.
     """
 
     benchmark: str = "tabletop"
@@ -116,6 +121,7 @@ class EvaluateConfig:
     latency: float = 0.0
     execution: str = ""
     assets: str = ""
+    renderer: str = ""
     conditions: tuple[str, ...] = ()
     plan: int = 0
     plan_by: str = "value"
@@ -125,6 +131,7 @@ class EvaluateConfig:
     batch: int = 0
     hang_seconds: float = 600.0
     video_episodes: int = dataclasses.field(default=1, metadata={"formerly": "film_episodes"})
+    simulator_python: str = ""
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that no benchmark takes."""
@@ -227,7 +234,12 @@ def evaluate(
     options = {"batch_size": batch, "sampling": sampling, "place": place}
     actors = _Actors(config, benchmark, policy, remote, options, round_trip)
     limits = RunnerConfig(
-        batch, config.hang_seconds, config.video_episodes, progress, record=config.rollouts
+        batch,
+        config.hang_seconds,
+        config.video_episodes,
+        progress,
+        record=config.rollouts,
+        simulator_python=config.simulator_python,
     )
     if config.plan and (policy is None or remote is not None):
         raise UserError("config.plan: needs --checkpoint=..., which imagines and judges")

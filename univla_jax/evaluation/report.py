@@ -65,6 +65,18 @@ def mean_score(values: Iterable[float]) -> dict[str, Any]:
     return {"mean": round(mean, 5)} | {name: round(end, 5) for name, end in ends.items()}
 
 
+def mean_value(values: Iterable[float], *, draws: int = 2000) -> dict[str, Any]:
+    """``mean`` of values in any unit, and the ends ``low``, ``high`` of its 95 % interval.
+
+    The interval is the percentile bootstrap's over episodes (Efron 1979), always by the same draws.
+    """
+    sample = np.asarray(list(values), np.float64)
+    chosen = np.random.default_rng(0).integers(len(sample), size=(draws, len(sample)))
+    low, high = np.quantile(sample[chosen].mean(1), (0.025, 0.975))
+    ends = {"mean": sample.mean(), "low": low, "high": high}
+    return {name: round(float(end), 4) for name, end in ends.items()}
+
+
 def summarize(
     records: Sequence[Record], calls: Sequence[Record], breakdown: Breakdown
 ) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def summarize(
 
     Returns:
       JSON values: success together and per task, mean steps, chunks, latency, and the breakdown
-      with an interval for each group.
+      with an interval for each group, score and mean.
     """
     return {
         "success": proportion(r["success"] for r in records),
@@ -90,6 +102,7 @@ def summarize(
         "latency": latency(calls),
         "figures": dict(breakdown.figures),
         "scores": {name: mean_score(values) for name, values in breakdown.scores.items()},
+        "means": {name: mean_value(values) for name, values in breakdown.means.items()},
         "breakdown": {
             title: {name: proportion(outcomes) for name, outcomes in groups.items()}
             for title, groups in breakdown.outcomes.items()
@@ -258,6 +271,12 @@ def summary_table(report: Report) -> str:
         cells = [c.get("scores", {}).get(name) for c in conditions.values()]
         rows.append([name, *("" if s is None else _percent(s["mean"]) for s in cells)])
         rows.append(["  95 %", *("" if s is None else _interval(s) for s in cells)])
+    for name in main_condition(report).get("means", {}):
+        cells = [c.get("means", {}).get(name) for c in conditions.values()]
+        label = name.replace("_", " ")
+        rows.append([label, *("" if m is None else f"{m['mean']:.2f}" for m in cells)])
+        ends = ("" if m is None else f"{m['low']:.2f} – {m['high']:.2f}" for m in cells)
+        rows.append(["  95 %", *ends])
     for title, groups in main_condition(report)["breakdown"].items():
         for name in groups:
             cells = [c["breakdown"].get(title, {}).get(name) for c in conditions.values()]

@@ -20,6 +20,7 @@ import collections
 import dataclasses
 import multiprocessing.connection
 import pathlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,7 @@ class RunnerConfig:
       videos: episodes of each task that are recorded.
       progress: whether to draw a progress bar on standard error.
       record: whether the steps of all episodes are recorded.
+      simulator_python: interpreter of the simulators' processes; this one by default.
     """
 
     workers: int = 1
@@ -83,6 +85,7 @@ class RunnerConfig:
     videos: int = 1
     progress: bool = True
     record: bool = False
+    simulator_python: str = ""
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range."""
@@ -91,6 +94,8 @@ class RunnerConfig:
                 f"--workers {self.workers} must be at least 1, --hang_seconds {self.hang_seconds} "
                 f"above 0, --videos {self.videos} not negative"
             )
+        if self.simulator_python and not shutil.which(self.simulator_python):
+            raise UserError(f"--simulator_python: {self.simulator_python!r} is no interpreter")
 
 
 @dataclasses.dataclass
@@ -109,6 +114,7 @@ class WorkerSlot:
       last_action: float [A], the last of the chunk before.
       counts: chunks, those the grammar overruled, and those that did not decode.
       invalid_reason: of the first that did not decode.
+      retired: its simulator could not be started.
     """
 
     worker: InProcessWorker | ProcessWorker
@@ -122,6 +128,7 @@ class WorkerSlot:
     last_action: np.ndarray | None = None
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     invalid_reason: str = ""
+    retired: bool = False
 
     def begin(self, trial: Trial, video: epath.Path | None, recording: epath.Path | None) -> None:
         """Resets the simulator to an episode."""
@@ -257,7 +264,8 @@ class BenchmarkRunner:
         if self._benchmark.in_process:
             return InProcessWorker(self._make, self._benchmark.video_every)
         log = self._logs / f"{number}.log"
-        return ProcessWorker(self._make, self._benchmark.video_every, log)
+        python = self._config.simulator_python
+        return ProcessWorker(self._make, self._benchmark.video_every, log, python)
 
     def _loop(self) -> None:
         """Receives from the workers, and answers all that wait in one call to the policy."""
@@ -334,7 +342,7 @@ class BenchmarkRunner:
 
     def _finished(self, slot: WorkerSlot) -> bool:
         """Whether a slot has nothing left to do; its worker is ended then."""
-        finished = slot.trial is None and not self._waiting
+        finished = slot.retired or (slot.trial is None and not self._waiting)
         if finished:
             slot.worker.stop()
         return finished
@@ -349,7 +357,12 @@ class BenchmarkRunner:
         """Restarts a worker; its episode is repeated once, then recorded as failed."""
         slot.worker.stop()
         if slot.trial is None:
-            raise UserError(f"the simulator does not start: {error}; see {slot.worker.log}")
+            # One that does not start, for example for want of memory, costs its seat. The others go
+            # on, unless there is none.
+            slot.retired = True
+            if all(other.retired for other in self._slots):
+                raise UserError(f"the simulator does not start: {error}; see {slot.worker.log}")
+            return
         self._failures[slot.trial] += 1
         # Crashes of physics engines and renderers are rarely repeatable, so the episode is tried
         # again before it counts as failed. It goes first: its task is likely the loaded one.

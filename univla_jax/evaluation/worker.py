@@ -33,6 +33,7 @@ from univla_jax.evaluation.videos import Clip, write_gif
 from univla_jax.simulators import Simulator, StepResult, Trial
 
 Message = tuple[Any, ...]
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class InProcessWorker:
@@ -74,23 +75,33 @@ class ProcessWorker:
       log: file with everything the simulator prints.
     """
 
-    def __init__(self, make: Callable[[], Simulator], video_every: int, log: pathlib.Path) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Simulator],
+        video_every: int,
+        log: pathlib.Path,
+        python: str = "",
+    ) -> None:
         """Starts the process; its first message is "ready".
 
         Args:
           make: makes the simulator; pickled.
           video_every: steps between the frames of a video.
           log: file its output is added to.
+          python: interpreter of the simulator's own environment; this one by default.
         """
         # A new interpreter instead of a fork: the runner has JAX's threads and perhaps an
         # accelerator, neither of which survives a fork. It inherits one end of a socket pair, and
         # the import path, since the simulator's factory is unpickled by its module's name.
         ours, theirs = socket.socketpair()
         self.log = log
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+        # Another environment has its own packages: of this one it is given the package alone.
+        paths = [str(_ROOT)] if python else [p or "." for p in sys.path]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         with log.open("ab") as output, theirs:
+            self._log_begin = output.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(video_every)],
+                [python or sys.executable, "-m", __name__, str(theirs.fileno()), str(video_every)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -124,13 +135,21 @@ class ProcessWorker:
         try:
             return self.connection.recv()
         except (EOFError, OSError):
-            return ("crash", f"the process ended with status {self._process.wait()}")
+            return ("crash", f"the process ended with status {self._process.wait()}{self._said()}")
 
     def stop(self) -> None:
         """Ends the process at once."""
         self.connection.close()
         self._process.kill()
         self._process.wait()
+
+    def _said(self) -> str:
+        """The last line that the process printed, for a message."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_begin)
+            lines = log.read().decode(errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f": {said}" if said else ""
 
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # it died; ``receive`` reports that

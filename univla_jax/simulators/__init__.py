@@ -11,6 +11,8 @@ import enum
 import importlib
 import importlib.metadata
 import inspect
+import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ from univla_jax.errors import UserError
 BENCHMARKS = {
     "tabletop": "univla_jax.simulators.tabletop.tabletop_benchmark",
     "libero": "univla_jax.simulators.libero.libero_benchmark",
-    "calvin": "univla_jax.simulators.calvin_simulator",
+    "calvin": "univla_jax.simulators.calvin.calvin_benchmark",
     "simpler": "univla_jax.simulators.simpler_simulator",
     "navsim": "univla_jax.simulators.navsim.navsim_benchmark",
     "road": "univla_jax.simulators.road.road_benchmark",
@@ -109,11 +111,13 @@ class Breakdown:
       figures: name -> value.
       outcomes: title -> group -> success of each attempt; the report adds rates and intervals.
       scores: name -> score of each episode, in 0...1; the report adds means and intervals.
+      means: name -> value of each episode in any unit; the report adds means and intervals.
     """
 
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     outcomes: Mapping[str, Mapping[str, Sequence[bool]]] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    means: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Benchmark:
       random_range: (low, high) of each dimension, for random actions without a policy.
       video_every: steps between the frames of a video.
       breakdown: further figures of finished records, for the report.
-      published: scores of the paper by name, in percent, for comparison.
+      published: scores of the paper by name, for comparison. One named as a mean of ``breakdown``
+        has its unit; all others are percent.
     """
 
     name: str
@@ -196,3 +201,12 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def commit_of(file: str) -> str:
+    """Git commit of the checkout that holds a file, "unknown" where it is in none."""
+    command = ["git", "-C", os.path.dirname(file), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
