@@ -41,3 +41,9 @@ def test_the_roads_stages():
         made = build_config(TrainConfig, configs[name])
         assert made.data.chunk_size == 8 and not made.data.packing
     assert "expert" in configs["evaluate"]["conditions"]
+    # The logs of changed steering teach the world model, and nobody else.
+    assert (
+        configs["demonstrations"]["swerving_episodes"] and "swerves" in configs["tokens"]["splits"]
+    )
+    assert len(configs["world_model"]["data"]["stores"]) == 2
+    assert len(configs["policy"]["data"]["stores"]) == 1

@@ -74,6 +74,10 @@ def test_help_of_what_runs_here(script):
     ("arguments", "expected"),
     [
         (("quickstart.sh", "--dry_run", "NOWHERE"), ["univla_jax.train", "univla_jax.summarize"]),
+        (
+            ("quickstart.sh", "--dry_run", "--config=configs/road.py", "NOWHERE"),
+            ["NOWHERE/tokens/train", "NOWHERE/tokens/swerves", "config=configs/road.py:imagine"],
+        ),
         (("test.sh", "--dry_run", "-m", "slow"), ["-m pytest", "-m slow"]),
         (
             ("local_multiprocess.sh", "--dry_run", "2", "train", "--workdir=NOWHERE"),
