@@ -9,10 +9,12 @@ import pytest
 
 from tests.pipeline import small
 from tests.pipeline.test_mixture import assets, write_store
+from tests.tasks import driving_runs
 from univla_jax.assets import Assets
-from univla_jax.data.token_store import TokenStore
+from univla_jax.data.token_store import StoreHeader, TokenStore, TokenStoreWriter
 from univla_jax.errors import UserError
 from univla_jax.pipeline import sample_lengths
+from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.dataset import training_batches
 from univla_jax.pipeline.mixture import SampleBuilder
 from univla_jax.pipeline.sample_lengths import longest_sample
@@ -99,3 +101,59 @@ def test_a_store_that_does_not_tell_the_length_of_its_texts_is_read(tmp_path):
     with pytest.raises(UserError, match="8 of 8 episodes"):
         sample_lengths.check_lengths(small.config(sequence_length=60), builder, [store])
     sample_lengths.check_lengths(small.config(), builder, [store])
+
+
+@pytest.mark.parametrize(
+    ("name", "views"),
+    [
+        ("driving", ("image",)),
+        ("driving_vava", driving_runs.VIEWS),
+        ("driving_world_model", ("image",)),
+    ],
+)
+def test_texts_that_say_where_a_sample_may_begin_are_kept(tmp_path, name, views):
+    run, specs = driving_runs.run(), {view: {"size": [16, 24]} for view in driving_runs.VIEWS}
+    header = StoreHeader(
+        corpus="road",
+        split="train",
+        control_hz=2.0,
+        source="road",
+        source_fingerprint="source",
+        source_episodes=1,
+        episodes_per_shard=1,
+        min_frames=1,
+        image_specs=specs,
+        grids=dict.fromkeys(specs, driving_runs.GRID),
+        vision_fingerprint="vision",
+        codebook_size=16,
+        block_steps=4,
+    )
+    writer = TokenStoreWriter(tmp_path / "store", header)
+    with writer.shard(0) as shard:
+        shard.add(run)
+    writer.finish()
+    store = TokenStore(tmp_path / "store")
+    settings = {"state": name != "driving_world_model", "views": views, "frames": 1}
+    config = DataConfig(
+        sequence_length=40,
+        batch_size=1,
+        stores=("store",),
+        task=name,
+        chunk_size=8,
+        packing=False,
+        **settings,
+    )
+    builder = SampleBuilder(config, driving_runs.assets())
+    drawn = [
+        len(builder.task.sample(store[0], "go left", np.random.default_rng(seed)).tokens.ids)
+        for seed in range(20)
+    ]
+    found = longest_sample(builder.task, store[0], max(drawn) - 1)
+    assert found.tokens >= max(drawn)
+    sample_lengths.check_lengths(
+        dataclasses.replace(config, sequence_length=found.tokens), builder, [store]
+    )
+    with pytest.raises(UserError, match="1 of 1 episodes have samples of more than"):
+        sample_lengths.check_lengths(
+            dataclasses.replace(config, sequence_length=max(drawn) - 1), builder, [store]
+        )

@@ -100,7 +100,10 @@ def longest_sample(task: Task, episode: TokenizedEpisode, limit: int) -> Longest
     name = f"episode {episode.corpus}/{episode.episode_id}"
     count = lambda text: len(task.text_encoder.encode(text))  # noqa: E731
     instruction = max(episode.instructions, key=count)
-    texts = {kind: (max(values, key=count),) for kind, values in episode.texts.items()}
+    # One for every step, as it was: some texts say which steps a sample may be drawn from.
+    texts = {
+        kind: (max(values, key=count),) * len(values) for kind, values in episode.texts.items()
+    }
     longest = dataclasses.replace(episode, texts=texts)
     try:
         spec = task.longest_sample(longest, instruction)
@@ -139,8 +142,8 @@ def _shard_bound(task: Task, store: TokenStore, first: int, text_bytes: int) -> 
     # Stores written before they did; phrases and places, which are measured episode by episode.
     if not text_bytes or task.needs.groundings:
         return np.inf
-    # An episode without words that is long enough for whole windows, and without memory: its codes
-    # and numbers are zeros. No tokenizer makes more tokens of a text than it has bytes.
+    # An episode without an instruction that is long enough for whole windows, and without memory:
+    # its codes and numbers are zeros. No tokenizer makes more tokens of a text than it has bytes.
     real, steps = store[first], max(max(shard.steps) for shard in store.manifest.shards)
     zeros = {
         view: np.broadcast_to(np.zeros((), np.uint16), (steps, *codes.shape[1:]))
@@ -150,7 +153,8 @@ def _shard_bound(task: Task, store: TokenStore, first: int, text_bytes: int) -> 
         real,
         instruction="",
         paraphrases=(),
-        texts=dict.fromkeys(real.texts, ("",)),
+        # Not empty, for some texts say which steps a sample may be drawn from.
+        texts=dict.fromkeys(real.texts, (".",) * steps),
         codes=zeros,
         actions=np.zeros((steps, real.actions.shape[1]), np.float32),
         state=None if real.state is None else np.zeros((steps, real.state.shape[1]), np.float32),

@@ -54,6 +54,10 @@ class DrivingPast:
     between: np.ndarray
     before: np.ndarray
 
+    def __len__(self) -> int:
+        """Number of ids of its motions, as of other tasks' states."""
+        return len(self.earlier) + len(self.between) + len(self.before)
+
 
 class DrivingVava(Driving):
     """Two front frames, commands and past motions in, eight motions out."""
