@@ -56,6 +56,19 @@ def test_without_a_mesh_nothing_is_sharded():
     assert LinearSharding.from_context((8, 16, 32), (32, 64), MLP_UP) is None
 
 
+def test_products_of_training_stand_apart_on_a_tpu(monkeypatch):
+    """Operands and results of three products; none without gradient, none elsewhere."""
+    x, kernel = jnp.ones((2, 4, 8)), jnp.ones((8, 8))
+
+    def barriers(transform=lambda function: function):
+        traced = transform(lambda x, kernel: jnp.sum(linear(1, x, kernel)))
+        return str(jax.make_jaxpr(traced)(x, kernel)).count("optimization_barrier")
+
+    assert barriers(jax.grad) == 0
+    monkeypatch.setattr("univla_jax.models.linear.platform", lambda: "tpu")
+    assert barriers() == 0 and barriers(jax.grad) == 4
+
+
 @pytest.mark.parametrize(("quantization", "error"), [("int8", 0.02), ("fp8", 0.06)])
 def test_products_in_eight_bits_come_near(quantization, error):
     rng = np.random.default_rng(0)
