@@ -202,7 +202,9 @@ def attention_flops(line: Instruction) -> float:
     for name, products in _ATTENTION_PRODUCTS.items():
         if line.name.startswith(name):
             layout = line.text.split("operand_layout_constraints=", 1)[-1]
-            shapes = [a.shape for a in _arrays(layout) if len(a.shape) == 4]
-            (b, n, s, c), (_, _, t, _) = shapes[:2]
-            return products * 2.0 * b * n * s * t * c / 2
+            # [B, N, S, C] of queries and [B, K, T, C] of keys; a batch of one has no first axis
+            shapes = [array.shape for array in _arrays(layout)]
+            axes = 4 if any(len(shape) == 4 for shape in shapes) else 3
+            (*parts, s, c), (*_, t, _) = [shape for shape in shapes if len(shape) == axes][:2]
+            return products * 2.0 * math.prod(parts) * s * t * c / 2
     return 0.0

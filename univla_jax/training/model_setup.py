@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from absl import flags
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univla_jax import checkpoints
 from univla_jax.adapters import adapter_record, load_model_params
@@ -57,6 +57,15 @@ from univla_jax.training.train_step import (
     make_train_step,
     state_from_params,
     trained_part,
+)
+from univla_jax.training.warm_start import (
+    LAYERS,
+    ROWS,
+    TAKEN,
+    RowMap,
+    describe_transfers,
+    plan_transfers,
+    transfer_all,
 )
 
 # ----------------------------------------------------------------------------
@@ -322,6 +331,50 @@ class TrainSetup:
             own = self._fresh(params)
         return merge_trees(params, own)
 
+    def partial_params(self, checkpoint: epath.Path, assets: Assets) -> tuple[Any, str]:
+        """The parameters of an earlier stage of other sizes, as far as they fit, and the table.
+
+        Args:
+          checkpoint: of the earlier stage.
+          assets: of this run.
+
+        Raises:
+          UserError: nothing fits, or the earlier stage is an adapter.
+        """
+        earlier = Assets.load(checkpoints.assets_folder(checkpoint))
+        if earlier.adapter:
+            raise UserError(f"{checkpoint} is an adapter; a partial warm start takes whole models")
+        # Both sides by the names of a decoder with an expert, whichever has one.
+        arrays = {
+            _joint_name(name.removeprefix("params/")): (name, array)
+            for name, array in checkpoints.saved_arrays(checkpoint).items()
+            if name.startswith("params/")
+        }
+        template = self.abstract.params if self.expert else {DECODER: self.abstract.params}
+        wanted = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(template)}
+        rows = RowMap.of(earlier, assets)
+        table = plan_transfers(
+            {name: array.shape for name, (_, array) in arrays.items()},
+            {name: x.shape for name, x in wanted.items()},
+            rows,
+        )
+        tree: dict[str, Any] = {}
+        for line in table:
+            if line.kind in (TAKEN, ROWS, LAYERS):
+                name, array = arrays[line.name]
+                whole = NamedSharding(self.mesh, PartitionSpec())
+                split = wanted[line.name].sharding if line.kind == TAKEN else whole
+                *parents, last = name.split("/")
+                node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+                node[last] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=split)
+        read = checkpoints.load_arrays(checkpoint, tree)["params"]
+        flat = jax.tree_util.tree_leaves_with_path(read)
+        saved = {_joint_name(path_name(path)): x for path, x in flat}
+        fresh = self._fresh({})
+        fresh = fresh if self.expert else {DECODER: fresh}
+        made = transfer_all(table, fresh, saved, rows, sharding.shardings(template))
+        return (made if self.expert else made[DECODER]), describe_transfers(table)
+
     def _fresh(self, params: Any) -> Any:
         """Initial values of the run's parameters that ``params`` lacks."""
         template = self.abstract.params
@@ -412,6 +465,11 @@ def trained_rule(init: Callable[[jax.Array], Any], config: DecoderConfig) -> IsT
             f"{', '.join([*(m for m in matrices if EXPERT not in m), HEAD])}"
         )
     return lambda name: is_adapter(name) or EXPERT in name.split("/")
+
+
+def _joint_name(name: str) -> str:
+    """The path of a parameter as it is where there is an expert too."""
+    return name if name.split("/")[0] in (DECODER, EXPERT) else f"{DECODER}/{name}"
 
 
 def without_none(tree: Any) -> Any:

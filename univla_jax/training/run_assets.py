@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -126,7 +127,8 @@ def _new_assets(config: TrainConfig) -> Assets:
     folder = assets_folder(find_checkpoint(config.init_from))
     earlier = Assets.load(folder)
     assets = _tokenizers(config, earlier)
-    _check_earlier(assets, earlier, folder)
+    if config.warm_start == "exact":
+        _check_earlier(assets, earlier, folder)
     return assets
 
 
@@ -244,13 +246,20 @@ def _tokenizers(config: TrainConfig, earlier: Assets | None) -> Assets:
                 f"{_WHERE}.action was fitted to chunks of {action.horizon} steps, data.chunk_size "
                 f"is {part.chunk_size}; set it to that, or fit another"
             )
-    if earlier is None:
+    if earlier is None or _has_others(earlier, text, vision, action):
         vocabulary = _vocabulary(folders.vocabulary, text, vision, action)
     elif earlier.action is None and action is not None:
         vocabulary = dataclasses.replace(earlier.vocabulary, action_size=action.vocabulary_size)
     else:
         vocabulary = earlier.vocabulary
     return Assets(vocabulary, text, vision, action, image_specs={}, statistics={})
+
+
+def _has_others(earlier: Assets, *parts: Any) -> bool:
+    """Whether an earlier stage had other tokenizers than these of text, vision and action."""
+    theirs = (earlier.text, earlier.vision, earlier.action)
+    pairs = [(own, had) for own, had in zip(parts, theirs) if had is not None and own is not None]
+    return any(own.fingerprint != had.fingerprint for own, had in pairs)
 
 
 def _vocabulary(

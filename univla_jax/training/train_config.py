@@ -16,6 +16,7 @@ from univla_jax.training.sharding import MeshConfig
 from univla_jax.training.train_step import NORMALIZATIONS
 
 VOCABULARIES = ("from_scratch", "emu3")
+WARM_STARTS = ("exact", "partial")
 VISUAL_INITS = ("random", "codebook")
 
 
@@ -130,6 +131,8 @@ class TrainConfig:
       tokenizers: what the token ids mean.
       init_from: workdir or checkpoint folder of an earlier stage whose parameters this one starts
         from; empty starts from random ones.
+      warm_start: ``"exact"`` refuses a stage of another model; ``"partial"`` takes what fits, and
+        says in ``warm_start.txt`` what was taken, what is new and what was dropped.
       seed: of parameters and dropout; the data has its own.
       optimizer: AdamW and its schedule.
       loss: how the loss is computed and normalized.
@@ -150,6 +153,7 @@ class TrainConfig:
     data: DataConfig
     tokenizers: TokenizersConfig = dataclasses.field(default_factory=TokenizersConfig)
     init_from: str = ""
+    warm_start: str = "exact"
     seed: int = 42
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -167,6 +171,14 @@ class TrainConfig:
         for name in ("total_steps", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}; expected at least 1")
+        if self.warm_start not in WARM_STARTS:
+            raise UserError(
+                f"config.warm_start: {self.warm_start!r}; expected one of {WARM_STARTS}"
+            )
+        if self.warm_start == "partial" and (not self.init_from or self.model.lora.enabled):
+            raise UserError(
+                "config.warm_start: 'partial' needs config.init_from, and a run without adapters"
+            )
         if self.model.action_expert and not self.has_expert:
             raise UserError(
                 f"config.model.action_expert is set, but the task {self.data.task!r} has no action "
@@ -209,6 +221,7 @@ FREE = (
     "data.stores",
     "evaluation.stores",
     "init_from",
+    "warm_start",
     "loss.max_labeled",
     "loss.chunks",
     *(f"model.overrides.{name}" for name in FREE_MODEL_SETTINGS),

@@ -46,6 +46,7 @@ Metrics = Mapping[str, Any]
 _MUST_BE_FINITE = ("loss", "grad_norm")
 _EVALUATION_PREFIX = "eval/"
 FORCED_FILE = "forced.json"
+WARM_START_FILE = "warm_start.txt"
 
 
 def train(
@@ -423,6 +424,12 @@ def _initial_state(
         return state if base is None else setup.with_base(state, base)
     if setup.config.init_from:
         earlier = base or checkpoints.find_checkpoint(setup.config.init_from)
+        if setup.config.warm_start == "partial":
+            params, table = setup.partial_params(earlier, assets)
+            if jax.process_index() == 0:
+                io.write_text(checkpointer.folder.parent / WARM_START_FILE, f"{table}\n")
+            _print_once(f"partial warm start from {earlier}: {table}")
+            return setup.new_state(params)
         _print_once(f"starting from the parameters of {earlier}")
         return setup.new_state(setup.earlier_params(earlier))
     state = setup.new_state()
