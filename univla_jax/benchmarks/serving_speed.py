@@ -251,7 +251,7 @@ def _summary(runs: Sequence[Answers], expected: Sequence[Sequence[ActionChunk]])
     timings = [timing for run in runs for timing in run.timings]
     return {
         "answers": count,
-        "differing_from_solo": sum(_num_differing(run, expected) for run in runs),
+        "differing_from_solo": sum(num_differing(run, expected) for run in runs),
         "p50_ms": float(np.quantile(waits, 0.5)),
         "p95_ms": float(np.quantile(waits, 0.95)),
         "answers_per_second": count / sum(run.seconds for run in runs),
@@ -260,7 +260,7 @@ def _summary(runs: Sequence[Answers], expected: Sequence[Sequence[ActionChunk]])
     }
 
 
-def _num_differing(run: Answers, expected: Sequence[Sequence[ActionChunk]]) -> int:
+def num_differing(run: Answers, expected: Sequence[Sequence[ActionChunk]]) -> int:
     """How many answers differ from those of the policy alone with the robot."""
     pairs = [(a, b) for got, want in zip(run.chunks, expected) for a, b in zip(got, want)]
     equal = [np.array_equal(a.actions, b.actions) and a.reason == b.reason for a, b in pairs]
