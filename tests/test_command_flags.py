@@ -212,10 +212,13 @@ class _ServedPolicy:
 def _serve(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
     from univla_jax.inference import policy
     from univla_jax.serving import startup
+    from univla_jax.training import model_setup
 
-    async def run(executor, config, tls, report, *, reloads=None):
-        record = lambda execution, config, tls, reloads: None  # noqa: E731
-        arrived.recorder("serve", record)(executor.execution, config, tls, reloads)
+    async def run(executor, config, tls, report, *, further=(), reloads=None):
+        record = lambda execution, config, tls, reloads, replicas: None  # noqa: E731
+        arrived.recorder("serve", record)(
+            executor.execution, config, tls, reloads, 1 + len(further)
+        )
         return True
 
     load = arrived.recorder("load", policy.Policy.load, _ServedPolicy())
@@ -223,6 +226,7 @@ def _serve(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(startup, "serve", run)
     patch.setattr(startup, "warmup", lambda policy, max_batch, report: max_batch)
     patch.setattr(startup, "check_port", lambda host, port: None)
+    patch.setattr(model_setup, "replica_devices", lambda sizes, replicas: [[]] * replicas)
     for name in ("tls_context", "enable_compilation_cache", "plan_memory"):
         patch.setattr(startup, name, arrived.recorder(name, getattr(startup, name)))
 
@@ -446,6 +450,7 @@ COMMANDS: dict[str, Command] = {
             "execute_steps": ("3", "serve.execution.steps", 3),
             "ensemble_decay": ("0.5", "serve.execution.decay", 0.5),
             "speculative_block": ("3", "load.speculative_block", 3),
+            "replicas": ("3", "serve.replicas", 3),
             "cache_gib": ("1.5", "plan_memory.cache_gib", 1.5),
             "int8": ("true", "load.int8", True),
             "max_batch": ("3", "serve.config.max_batch", 3),

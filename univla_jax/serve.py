@@ -2,6 +2,7 @@
 
     python -m univla_jax.serve --checkpoint=WORKDIR --port=8000
     python -m univla_jax.serve --checkpoint=WORKDIR --mesh.tensor=4 --int8
+    python -m univla_jax.serve --checkpoint=WORKDIR --mesh.tensor=4 --replicas=2    # eight chips
 
 ``openpi_client.websocket_client_policy.WebsocketClientPolicy("localhost", 8000)`` works unchanged;
 ``serving/protocol.py`` lists the keys. The port opens once all batch sizes are compiled; later
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging as standard_logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags, logging
 
@@ -52,6 +55,9 @@ SPECULATIVE_BLOCK = flags.DEFINE_integer(
 )
 SAMPLING = sampling_flags()
 MESH = mesh_flags()
+REPLICAS = flags.DEFINE_integer(
+    "replicas", 1, "copies of the model, each on chips of its own; 0 for as many as the host has"
+)
 CACHE_GIB = flags.DEFINE_float(
     "cache_gib", 0.0, "GiB per device of caches kept between calls; 0 takes what is free"
 )
@@ -98,6 +104,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"serving needs the package {error.name}: pip install .[serve]") from error
     from univla_jax.inference.execution import Execution, Executor
     from univla_jax.inference.policy import Policy
+    from univla_jax.training.model_setup import replica_devices
 
     # What can be wrong with the command line is found first: loading and compiling an 8B policy
     # takes minutes, and a port that is taken should not cost them.
@@ -124,35 +131,43 @@ def main(argv: list[str]) -> None:
     startup.check_port(config.host, config.port)
     _keep_compiled(startup.enable_compilation_cache)
 
-    def load(checkpoint: str) -> Executor:
+    def load(checkpoint: str, devices: Sequence[Any]) -> Executor:
         policy = Policy.load(
             checkpoint,
             corpus=CORPUS.value,
             speculative_block=SPECULATIVE_BLOCK.value,
             sampling=SAMPLING(),
             int8=INT8.value,
-            place=MESH(),
+            place=functools.partial(MESH(), devices=devices),
             max_instruction_tokens=MAX_INSTRUCTION_TOKENS.value,
         )
         return Executor(policy, execution)
 
-    executor = load(CHECKPOINT.value)
+    parts = replica_devices(MESH().keywords, REPLICAS.value)
+    executor, *further = [load(CHECKPOINT.value, devices) for devices in parts]
     max_batch = startup.warmup(executor.policy, config.max_batch, _report)
     config = dataclasses.replace(config, max_batch=max_batch)
     startup.plan_memory(executor.policy, max_batch, CACHE_GIB.value, _report)
     cache_bytes = executor.policy.memory(max_batch)["budget of caches kept"]
+    for number, replica in enumerate(further, 2):
+        _report(f"replica {number} of {len(parts)}")
+        startup.warmup(replica.policy, max_batch, _report)
+        replica.policy.set_cache_budget(cache_bytes)
 
-    def load_next(checkpoint: str) -> Executor:
+    def load_next(checkpoint: str) -> list[Executor]:
         # Its programs are those of the one before: the shapes are the same, nothing is compiled.
-        following = load(checkpoint)
-        following.policy.warmup(1)
-        following.policy.set_cache_budget(cache_bytes)
+        following = [load(checkpoint, devices) for devices in parts]
+        for replica in following:
+            replica.policy.warmup(1)
+            replica.policy.set_cache_budget(cache_bytes)
         return following
 
     reloads = None
     if RELOAD_SECONDS.value:
         reloads = startup.Reloads(CHECKPOINT.value, RELOAD_SECONDS.value, load_next)
-    if not asyncio.run(startup.serve(executor, config, tls, _report, reloads=reloads)):
+    if not asyncio.run(
+        startup.serve(executor, config, tls, _report, further=further, reloads=reloads)
+    ):
         os._exit(0)  # the call under way would be waited for
 
 

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from tests.inference import tiny_checkpoint
+from univla_jax.benchmarks.serving_speed import Fleet, answers_alone, num_differing
 from univla_jax.episode import Observation
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.policy import Policy
-from univla_jax.training.model_setup import inference_placement
+from univla_jax.training.model_setup import inference_placement, replica_devices
 
 CALLS, ROBOTS = 3, 4
 WORDS = ("push the red block to the left", "touch green")
@@ -88,5 +89,38 @@ def imagine(workdir):
     print(json.dumps(codes))
 
 
+ROBOTS_SERVED = 8
+
+
+def serve(workdir, requests):
+    """Answers of robots at a server of split policies, beside those of one device alone."""
+    found, options = {}, {"batch_size": ROBOTS_SERVED, "max_new_tokens": 12}
+    alone = Policy.load(workdir, **options)
+    expected = [answers_alone(alone, robot, int(requests)) for robot in range(ROBOTS_SERVED)]
+    with Fleet(ROBOTS_SERVED) as fleet:
+        for name, tensor, replicas in (("tensor 2", 2, 1), ("tensor 4", 4, 1), ("2 of 2", 2, 2)):
+            policy, *further = [
+                Policy.load(
+                    workdir,
+                    place=functools.partial(inference_placement, tensor=tensor, devices=devices),
+                    **options,
+                )
+                for devices in replica_devices({"tensor": tensor}, replicas)
+            ]
+            run = fleet.run(policy, int(requests), max_batch=ROBOTS_SERVED, further=further)
+            found[name] = {
+                "answers": sum(map(len, run.chunks)),
+                "differing": num_differing(run, expected),
+                "devices": [
+                    sorted(d.id for d in p.loaded.params["head"].sharding.device_set)
+                    for p in (policy, *further)
+                ],
+            }
+    print(json.dumps(found))
+
+
+PROGRAMS = {"imagine": imagine, "serve": serve}
+
+
 if __name__ == "__main__":
-    (imagine if sys.argv[1] == "imagine" else main)(sys.argv[-1])
+    PROGRAMS.get(sys.argv[1], main)(*(sys.argv[2:] if sys.argv[1] in PROGRAMS else sys.argv[1:]))

@@ -15,7 +15,7 @@ from tests.decoders import tiny_decoder
 from tests.inference import tiny_checkpoint
 from univla_jax.errors import UserError
 from univla_jax.models.placement import LOCAL
-from univla_jax.training.model_setup import inference_placement
+from univla_jax.training.model_setup import inference_placement, replica_devices
 
 
 def _run(*arguments):
@@ -43,6 +43,28 @@ def test_a_policy_split_over_devices_answers_the_same(tmp_path):
         assert found[name]["cache"] * parts == found[name]["kept"] * parts == one["cache"]
     assert found["tensor 4"]["weights"] < 0.7 * found["tensor 2"]["weights"] < 0.5 * one["weights"]
     assert found["tensor 2, fsdp 2"]["weights"] < 0.7 * found["tensor 2"]["weights"]
+
+
+@pytest.mark.slow
+def test_robots_at_split_policies_and_replicas_get_what_one_device_answers(tmp_path):
+    changes = {"num_kv_heads": 4, "num_layers": 1}
+    folder = tiny_checkpoint.save(tmp_path, tiny_checkpoint.make_assets(), scale=20, **changes)
+    found = _run("serve", folder, 200)
+    for name, way in found.items():
+        assert (way["answers"], way["differing"]) == (8 * 200, 0), name
+    assert [way["devices"] for way in found.values()] == [
+        [[0, 1]],
+        [[0, 1, 2, 3]],
+        [[0, 1], [2, 3]],
+    ]
+
+
+def test_replicas_take_devices_of_their_own():
+    devices = jax.local_devices()
+    assert replica_devices({"tensor": 1, "fsdp": 1}, 0) == [[device] for device in devices]
+    many = len(devices) + 1
+    with pytest.raises(UserError, match=rf"--replicas={many} of 1 chip\(s\) each: this host has"):
+        replica_devices({}, many)
 
 
 @pytest.mark.slow

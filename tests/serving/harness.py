@@ -81,11 +81,12 @@ def observation(value=1, prompt="go", **more):
 
 
 @contextlib.contextmanager
-def running(policy, *, tls=None, metadata=None, **config):
+def running(policy, *, tls=None, metadata=None, further=(), **config):
     """The server and its port; it is stopped, and must stop, at the end."""
     defaults = {"port": 0, "drain_seconds": 5.0, "forget_after_seconds": 600.0}
     config = ServerConfig(**{**defaults, **config})
-    server = PolicyServer(policy, config, metadata=metadata or {"protocol": 1}, tls=tls)
+    metadata = metadata or {"protocol": 1}
+    server = PolicyServer(policy, config, metadata=metadata, tls=tls, further=further)
     started, errors, box = threading.Event(), [], {}
 
     async def main():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import threading
 import time
@@ -174,9 +175,10 @@ def test_errors_of_the_policy_tell_nothing_and_spare_the_others(caplog):
 
 
 def test_health_and_metrics_answer_while_the_policy_computes():
-    with running(CountingPolicy(seconds=1.0)) as server, server.connect() as robot:
+    policy = CountingPolicy(seconds=1.0)
+    with running(policy) as server, server.connect() as robot:
         robot.send(wire.pack(observation(1)))
-        assert server.server._policy.running.wait(10)
+        assert policy.running.wait(10)
         begin = time.perf_counter()
         assert _get(server.port, "/healthz") == (200, "OK\n")
         status, page = _get(server.port, "/metrics")
@@ -375,3 +377,20 @@ def test_a_reload_under_load_drops_no_request_and_mixes_no_answer():
             assert reply["actions"][0, [0, 2]].tolist() == [int(reply["checkpoint"])] * 2
         numbers = [int(reply["checkpoint"]) for reply in robot]
         assert numbers == sorted(numbers)
+
+
+def test_robots_are_spread_over_replicas_and_stay_with_theirs():
+    policies = [CountingPolicy() for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running(policies[0], further=policies[1:]))
+        robots = [stack.enter_context(server.connect()) for _ in range(6)]
+        for call in range(1, 4):
+            for robot in robots:
+                assert infer(robot, observation(1))["actions"][0].tolist() == [call * PIXELS, call]
+        assert [sum(policy.batches) for policy in policies] == [6, 6, 6]
+        replacing = [_Checkpoint(7), _Checkpoint(7), _Checkpoint(7)]
+        following = server.server.reload(replacing[0], {"checkpoint": "7"}, further=replacing[1:])
+        asyncio.run_coroutine_threadsafe(following, server.loop()).result(10)
+        assert all(infer(robot, observation(1))["checkpoint"] == "7" for robot in robots)
+        assert [sum(policy.batches) for policy in replacing] == [2, 2, 2]
+    assert all(policy.dropped == 1 for policy in policies)

@@ -109,7 +109,7 @@ class _Server:
     def __init__(self):
         self.reloaded = asyncio.Event()
 
-    async def reload(self, policy, metadata):
+    async def reload(self, policy, metadata, *, further):
         self.served, self.metadata = policy, metadata
         self.reloaded.set()
 
@@ -123,7 +123,7 @@ def test_a_newer_checkpoint_replaces_the_one_before(tmp_path, caplog):
         loaded.append(folder)
         if len(loaded) == 1:
             raise UserError("a disk that fails")
-        return Executor(Policy.load(folder), Execution())
+        return [Executor(Policy.load(folder), Execution())]
 
     async def scenario():
         server, reloads = _Server(), Reloads(str(tmp_path), 0.01, load)

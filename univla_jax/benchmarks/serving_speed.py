@@ -184,14 +184,19 @@ class Fleet:
     def __exit__(self, *error: object) -> None:
         self._process.shutdown()
 
-    def run(self, policy: Policy, requests: int, *, max_batch: int) -> Answers:
-        """Serves the policy to all robots until each got so many answers."""
-        serve = self._serve(policy, requests, ServerConfig(port=0, max_batch=max_batch))
+    def run(
+        self, policy: Policy, requests: int, *, max_batch: int, further: Sequence[Policy] = ()
+    ) -> Answers:
+        """Serves the policy, and its replicas, to all robots until each got so many answers."""
+        config = ServerConfig(port=0, max_batch=max_batch)
+        serve = self._serve(policy, requests, config, further)
         answers, spent = timed(lambda: asyncio.run(serve))
         return dataclasses.replace(answers, processor=spent.processor)
 
-    async def _serve(self, policy: Policy, requests: int, config: ServerConfig) -> Answers:
-        server = PolicyServer(policy, config, metadata={})
+    async def _serve(
+        self, policy: Policy, requests: int, config: ServerConfig, further: Sequence[Policy]
+    ) -> Answers:
+        server = PolicyServer(policy, config, metadata={}, further=further)
         stop, up = asyncio.Event(), asyncio.Event()
         serving = asyncio.create_task(server.run(stop, up.set))
         await up.wait()

@@ -2,12 +2,14 @@
 
 Requests are parsed and answered on the event loop; the policy computes on one thread of its own
 (``batching.py``), so that pings, ``/healthz`` and ``/metrics`` are answered meanwhile. Each
-connection is one robot with an episode of its own.
+connection is one robot with an episode of its own; with several replicas of the policy, each robot
+stays with one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -179,11 +181,27 @@ class ServerMetrics:
 
 
 @dataclasses.dataclass(eq=False)
+class _Replica:
+    """One copy of the policy, on devices of its own, with a queue and a thread of its own.
+
+    Attributes:
+      policy: that answers.
+      checkpoint: its identity.
+      batcher: gathers its requests.
+    """
+
+    policy: ServedPolicy
+    checkpoint: str
+    batcher: Batcher
+
+
+@dataclasses.dataclass(eq=False)
 class _Robot:
     """One connection.
 
     Attributes:
       connection: its websocket.
+      replica: that answers it, and holds its caches.
       session: the policy's state of its episode.
       episode_id: its own name of the episode.
       busy: whether a request of it is being answered.
@@ -196,6 +214,7 @@ class _Robot:
     """
 
     connection: ServerConnection
+    replica: _Replica
     session: Any = None
     episode_id: str | int | None = None
     busy: bool = False
@@ -228,6 +247,7 @@ class PolicyServer:
         *,
         metadata: Mapping[str, Any],
         tls: ssl.SSLContext | None = None,
+        further: Sequence[ServedPolicy] = (),
     ) -> None:
         """Stores the settings; ``run`` starts listening.
 
@@ -236,10 +256,11 @@ class PolicyServer:
           config: address, limits and timeouts.
           metadata: sent to every robot that connects.
           tls: certificate and key, or None for plain connections.
+          further: replicas of the policy on other devices, over which robots are spread.
         """
-        self._policy, self._config, self._tls = policy, config, tls
-        self._metadata = wire.pack(metadata)
-        self._checkpoint = str(metadata.get("checkpoint", ""))
+        self._config, self._tls, self._metadata = config, tls, wire.pack(metadata)
+        checkpoint = str(metadata.get("checkpoint", ""))
+        self._replicas = [self._replica(each, checkpoint) for each in (policy, *further)]
         self._cameras = _camera_sizes(policy.frame_sizes, config.camera_sizes)
         self.metrics = ServerMetrics()
         self._robots: set[_Robot] = set()
@@ -259,36 +280,51 @@ class PolicyServer:
         Raises:
           UserError: the port is taken, or the address is none of this machine's.
         """
-        config = self._config
-        self._batcher = Batcher(
-            self._act,
-            max_batch=config.max_batch,
-            window_seconds=config.window_seconds,
-            capacity=config.queue,
-            on_idle=self._prefill_ahead,
-            num_clients=lambda: len(self._robots),
-        )
-        batches = asyncio.create_task(self._batcher.run())
+        batches = [asyncio.create_task(replica.batcher.run()) for replica in self._replicas]
         try:
             server = await self._listen()
             self.port = server.sockets[0].getsockname()[1]
             if on_ready is not None:
                 on_ready()
-            # The batcher runs for ever; should it fail, the server must not go on accepting
-            # requests that nobody answers, so its end is waited for beside the stop.
+            # Batchers run for ever; should one fail, the server must not go on accepting requests
+            # that nobody answers, so their end is waited for beside the stop.
             stopped = asyncio.create_task(stop.wait())
-            await asyncio.wait([stopped, batches], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([stopped, *batches], return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
             await self._drain(server)
         finally:
             # A call that outlasts the drain is left behind: whoever stops the server kills it soon.
-            batches.cancel()
-            left = max(0.0, self._drained_by - time.monotonic())
-            self.call_under_way = not self._batcher.close(left)
-            with contextlib.suppress(asyncio.CancelledError):
-                await batches
+            for replica, batch in zip(self._replicas, batches):
+                batch.cancel()
+                left = max(0.0, self._drained_by - time.monotonic())
+                self.call_under_way |= not replica.batcher.close(left)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await batch
 
-    async def reload(self, policy: ServedPolicy, metadata: Mapping[str, Any]) -> None:
+    def _replica(self, policy: ServedPolicy, checkpoint: str) -> _Replica:
+        config = self._config
+
+        def num_clients() -> int:
+            return sum(robot.replica is replica for robot in self._robots)
+
+        batcher = Batcher(
+            lambda items: self._act(replica, items),
+            max_batch=config.max_batch,
+            window_seconds=config.window_seconds,
+            capacity=config.queue,
+            on_idle=lambda: self._prefill_ahead(replica),
+            num_clients=num_clients,
+        )
+        replica = _Replica(policy, checkpoint, batcher)
+        return replica
+
+    async def reload(
+        self,
+        policy: ServedPolicy,
+        metadata: Mapping[str, Any],
+        *,
+        further: Sequence[ServedPolicy] = (),
+    ) -> None:
         """Answers with another checkpoint's policy from the next call on.
 
         Robots keep their connections and histories, so its tokens must mean the same. Their caches
@@ -297,17 +333,20 @@ class PolicyServer:
         Args:
           policy: compiled already, of the same cameras, tokenizers and statistics.
           metadata: of it, for robots that connect later.
+          further: one for each further replica.
         """
+        checkpoint = str(metadata.get("checkpoint", ""))
 
-        # On the thread of the calls, so between two of them: no answer is of both.
-        def swap() -> None:
-            self._policy.drop_caches()
-            self._policy, self._metadata = policy, wire.pack(metadata)
-            self._checkpoint = str(metadata.get("checkpoint", ""))
+        # On the thread of a replica's calls, so between two of them: no answer is of both.
+        def swap(replica: _Replica, following: ServedPolicy) -> None:
+            replica.policy.drop_caches()
+            replica.policy, replica.checkpoint = following, checkpoint
 
-        await self._batcher.run_between(swap)
+        for replica, following in zip(self._replicas, (policy, *further), strict=True):
+            await replica.batcher.run_between(functools.partial(swap, replica, following))
+        self._metadata = wire.pack(metadata)
         self.metrics.reloads.inc()
-        _log.info("checkpoint %s is served from now on", self._checkpoint[:12])
+        _log.info("checkpoint %s is served from now on", checkpoint[:12])
 
     async def _listen(self) -> Server:
         config = self._config
@@ -343,7 +382,8 @@ class PolicyServer:
                 await asyncio.gather(*(c.close(_GOING_AWAY, "server stops") for c in idle))
                 while self._robots:
                     await asyncio.sleep(0.01)
-        self._batcher.abandon("the server stops")
+        for replica in self._replicas:
+            replica.batcher.abandon("the server stops")
         server.close(close_connections=True)
         await server.wait_closed()
 
@@ -363,7 +403,7 @@ class PolicyServer:
             why = "a valid API key is needed\n"
             return self._refused(connection, http.HTTPStatus.UNAUTHORIZED, why)
         if path == "/metrics":
-            self.metrics.queue_length.set(self._batcher.queue_length)
+            self.metrics.queue_length.set(sum(r.batcher.queue_length for r in self._replicas))
             content_type = prometheus.CONTENT_TYPE_LATEST
             headers = Headers({"Content-Type": content_type, "Connection": "close"})
             return Response(200, "OK", headers, self.metrics.page())
@@ -412,7 +452,8 @@ class PolicyServer:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
 
     async def _serve_robot(self, connection: ServerConnection) -> None:
-        robot = _Robot(connection)
+        taken = collections.Counter(robot.replica for robot in self._robots)
+        robot = _Robot(connection, min(self._replicas, key=lambda replica: taken[replica]))
         self._robots.add(robot)
         self.metrics.connections.set(len(self._robots))
         _log.info("robot %s connected, %d in all", robot.name, len(self._robots))
@@ -484,17 +525,18 @@ class PolicyServer:
         """The reply to one message that arrived at ``begin``."""
         request = protocol.parse_request(message, self._cameras, max_side=self._config.max_side)
         if request.observation is not None:
-            self._policy.check(request.observation, "observation")
+            robot.replica.policy.check(request.observation, "observation")
         new_episode = self._begins_episode(robot, request)
         if new_episode:
-            robot.session, robot.episode_id = self._policy.start(robot.episodes), request.episode_id
+            robot.session = robot.replica.policy.start(robot.episodes)
+            robot.episode_id = request.episode_id
             robot.episodes += 1
         if request.observation is None:
             self.metrics.requests.labels("reset").inc()
             return {"reset": True}
         if request.executed is not None and not new_episode:
             robot.session.set_executed(request.executed)
-        result = await self._batcher.submit((request.observation, robot.session))
+        result = await robot.replica.batcher.submit((request.observation, robot.session))
         chunk, policy_timing, checkpoint = result.value
         seconds = time.perf_counter() - begin
         self.metrics.requests.labels("ok").inc()
@@ -518,7 +560,7 @@ class PolicyServer:
         named = request.episode_id is not None and request.episode_id != robot.episode_id
         if robot.session is None or request.reset or named:
             return True
-        if robot.names_episodes or not self._policy.keeps_history:
+        if robot.names_episodes or not robot.replica.policy.keeps_history:
             return False
         silence = self._config.forget_after_seconds
         if not silence and robot.episodes == 1:
@@ -530,30 +572,30 @@ class PolicyServer:
         return not silence or time.monotonic() - robot.answered > silence
 
     def _act(
-        self, items: Sequence[tuple[Observation, Any]]
+        self, replica: _Replica, items: Sequence[tuple[Observation, Any]]
     ) -> list[tuple[ActionChunk, dict[str, float], str]]:
-        """One call of the policy; runs on the batcher's thread."""
+        """One call of a replica's policy; runs on its batcher's thread."""
         observations, sessions = zip(*items)
         timer, begin = Timer(), time.perf_counter()
-        act = functools.partial(self._policy.act, observations, sessions, timer=timer)
-        chunks = self._with_memory(act)
+        act = functools.partial(replica.policy.act, observations, sessions, timer=timer)
+        chunks = self._with_memory(replica, act)
         timing = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
         for section, milliseconds in timer.milliseconds.items():
             part = protocol.TIMING_NAMES[section]
             self.metrics.policy_seconds.labels(part).inc(milliseconds / 1e3)
             timing[f"{part}_ms"] = milliseconds
-        return [(chunk, timing, self._checkpoint) for chunk in chunks]
+        return [(chunk, timing, replica.checkpoint) for chunk in chunks]
 
-    def _prefill_ahead(self) -> bool:
+    def _prefill_ahead(self, replica: _Replica) -> bool:
         """Work ahead of requests; runs on the batcher's thread."""
         try:
-            return self._policy.prefill_ahead()
+            return replica.policy.prefill_ahead()
         except Exception as error:
             if is_out_of_memory(error):
-                self._free_memory(error)
+                self._free_memory(replica, error)
             raise
 
-    def _with_memory(self, function: Callable[[], Any]) -> Any:
+    def _with_memory(self, replica: _Replica, function: Callable[[], Any]) -> Any:
         """Calls a function again without the caches where it ran out of memory.
 
         Raises:
@@ -567,20 +609,20 @@ class PolicyServer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._free_memory(error)
+            self._free_memory(replica, error)
         try:
             return function()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._free_memory(error)
+            self._free_memory(replica, error)
             self._full_until = time.monotonic() + _FULL_SECONDS
             raise BusyError("the server is out of memory") from error
 
-    def _free_memory(self, error: Exception) -> None:
+    def _free_memory(self, replica: _Replica, error: Exception) -> None:
         self.metrics.out_of_memory.inc()
         _log.error("out of memory, all caches are dropped: %s", str(error).split("\n")[0][:200])
-        self._policy.drop_caches()
+        replica.policy.drop_caches()
 
     async def _refuse(self, robot: _Robot, outcome: str, message: str) -> None:
         self.metrics.requests.labels(outcome).inc()

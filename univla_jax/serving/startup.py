@@ -195,12 +195,12 @@ class Reloads:
     Attributes:
       workdir: of the training.
       seconds: between two looks.
-      load: loads and compiles the policy of a checkpoint folder.
+      load: loads and compiles the replicas of the policy of a checkpoint folder.
     """
 
     workdir: str
     seconds: float
-    load: Callable[[str], Executor]
+    load: Callable[[str], Sequence[Executor]]
 
 
 async def watch(
@@ -219,12 +219,12 @@ async def watch(
             continue
         tried = str(folder)
         try:
-            new = await asyncio.to_thread(reloads.load, tried)
+            new, *further = await asyncio.to_thread(reloads.load, tried)
             _check_same_meaning(served, new)
         except Exception:
             _log.exception("checkpoint %s is not served; the one before is", tried)
             continue
-        await server.reload(new, server_metadata(new, config))
+        await server.reload(new, server_metadata(new, config), further=further)
         served = new
 
 
@@ -243,6 +243,7 @@ async def serve(
     tls: ssl.SSLContext | None,
     report: Callable[[str], None],
     *,
+    further: Sequence[Executor] = (),
     reloads: Reloads | None = None,
 ) -> bool:
     """Serves until SIGTERM or SIGINT.
@@ -252,6 +253,7 @@ async def serve(
       config: address, limits and timeouts.
       tls: certificate and key, or None for plain connections.
       report: gets a line when the server listens and when it has stopped.
+      further: replicas of the policy on other devices.
       reloads: where newer checkpoints appear; nowhere by default.
 
     Returns:
@@ -264,7 +266,8 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = PolicyServer(executor, config, metadata=server_metadata(executor, config), tls=tls)
+    metadata = server_metadata(executor, config)
+    server = PolicyServer(executor, config, metadata=metadata, tls=tls, further=further)
     scheme = "wss" if tls else "ws"
     watching: list[asyncio.Task[None]] = []
 

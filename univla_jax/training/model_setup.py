@@ -572,6 +572,26 @@ def mesh_flags() -> Callable[[], Callable[..., Placement]]:
     )
 
 
+def replica_devices(sizes: Mapping[str, int], replicas: int) -> list[list[jax.Device]]:
+    """Devices of this host for each replica of a model that is split for inference.
+
+    Args:
+      sizes: of the mesh of one replica, as ``inference_placement`` takes them.
+      replicas: how many; 0 for as many as there are devices for.
+
+    Raises:
+      UserError: there are too few devices.
+    """
+    devices, count = jax.local_devices(), max(1, math.prod(sizes.values()))
+    replicas = replicas or max(1, len(devices) // count)
+    if replicas < 0 or (replicas > 1 and replicas * count > len(devices)):
+        raise UserError(
+            f"--replicas={replicas} of {count} chip(s) each: this host has {len(devices)}; take "
+            "fewer, or 0 for as many as there are chips for"
+        )
+    return [devices[i * count : (i + 1) * count] for i in range(replicas)]
+
+
 def inference_placement(
     config: DecoderConfig,
     *,
@@ -608,7 +628,7 @@ def inference_placement(
             f"--mesh.tensor={tensor}: does not divide the {config.num_heads} heads of the model; "
             "take a number that does"
         )
-    if count == 1:
+    if count == 1 and devices[0] == jax.devices()[0]:
         return LOCAL
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp, tensor=tensor), devices[:count])
     rules = tuple(
