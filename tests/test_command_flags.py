@@ -449,7 +449,6 @@ COMMANDS: dict[str, Command] = {
             "execution": ("realtime", "serve.execution.mode", "realtime"),
             "execute_steps": ("3", "serve.execution.steps", 3),
             "ensemble_decay": ("0.5", "serve.execution.decay", 0.5),
-            "speculative_block": ("3", "load.speculative_block", 3),
             "replicas": ("3", "serve.replicas", 3),
             "cache_gib": ("1.5", "plan_memory.cache_gib", 1.5),
             "int8": ("true", "load.int8", True),

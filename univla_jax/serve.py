@@ -50,9 +50,6 @@ EXECUTION = flags.DEFINE_enum(
 )
 EXECUTE_STEPS = flags.DEFINE_integer("execute_steps", 1, "actions per call, unless whole chunks")
 ENSEMBLE_DECAY = flags.DEFINE_float("ensemble_decay", 0.01, "decay of an ensemble's weights")
-SPECULATIVE_BLOCK = flags.DEFINE_integer(
-    "speculative_block", 0, "tokens verified per speculative decode step; 0 decodes one by one"
-)
 SAMPLING = sampling_flags()
 MESH = mesh_flags()
 REPLICAS = flags.DEFINE_integer(
@@ -135,7 +132,6 @@ def main(argv: list[str]) -> None:
         policy = Policy.load(
             checkpoint,
             corpus=CORPUS.value,
-            speculative_block=SPECULATIVE_BLOCK.value,
             sampling=SAMPLING(),
             int8=INT8.value,
             place=functools.partial(MESH(), devices=devices),

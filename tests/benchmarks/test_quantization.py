@@ -20,7 +20,7 @@ def test_drafts_are_equal_and_other_weights_are_not(tmp_path):
     loaded = LoadedModel.from_checkpoint(folder)
     calls = record(Policy(loaded), 1)
     assert len(calls) > 1 and len(calls[1].session.history.moments) == 1
-    same = compare(Policy(loaded, speculative_block=3), calls)
+    same = compare(Policy(loaded, block=3), calls)
     assert same["equal chunks %"] == same["equal tokens %"] == 100
     negated = jax.tree.map(np.negative, loaded.params)
     other = compare(Policy(dataclasses.replace(loaded, params=negated)), calls)

@@ -18,6 +18,7 @@ from univla_jax.episode import Observation
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.policy import Policy
+from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.training.model_setup import inference_placement, replica_devices
 
 CALLS, ROBOTS = 3, 4
@@ -60,7 +61,8 @@ def main(workdir):
     }
     for name, sizes in ways.items():
         place = functools.partial(inference_placement, **sizes)
-        policy = Policy.load(workdir, place=place, batch_size=ROBOTS, max_instruction_tokens=24)
+        options = {"batch_size": ROBOTS, "max_instruction_tokens": 24}
+        policy = Policy.load(workdir, place=place, block=3 if sizes else 1, **options)
         ids, kept = _answers(policy, compiled)
         sampler = policy.action_decoder._sampler
         found[name] = {
@@ -78,14 +80,15 @@ def main(workdir):
 
 
 def imagine(workdir):
-    """Codes of a world model on one device and split."""
+    """Codes of a world model on one device without drafts, and split with them."""
     codes = []
-    for tensor in (1, 4):
-        model = WorldModel.load(
-            workdir, place=functools.partial(inference_placement, tensor=tensor)
-        )
+    for tensor, block in ((1, 1), (4, 12)):
+        place = functools.partial(inference_placement, tensor=tensor)
+        model = WorldModel.load(workdir, place=place)
         context = np.arange(9).reshape(1, 1, 3, 3) % 16
-        codes.append(model.imagine(["touch green"], context, 2).tolist())
+        imagine = functools.partial(model.imagine, ["touch green"], context, 2, block=block)
+        ways = (GREEDY, 1.0), (GREEDY, 1.5), (Sampling(1.0), 1.0), (Sampling(1.0), 1.5)
+        codes.append([imagine(sampling=own, guidance=by).tolist() for own, by in ways])
     print(json.dumps(codes))
 
 

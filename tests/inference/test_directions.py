@@ -153,7 +153,7 @@ def test_the_best_judged_candidate_is_executed(loaded, monkeypatch):
     monkeypatch.setattr(
         planner.action_decoder,
         "_judge",
-        lambda state, size: [[Judgement(0, 0, 0)] * 2 + [best, Judgement(0, 0, 0.5)]] * size,
+        lambda state, prompts: [[Judgement(0, 0, 0)] * 2 + [best, Judgement(0, 0, 0.5)]],
     )
     (chunk,) = planner.act([observation(0)], [planner.start()])
     ids = drawn[0][0][2][0]

@@ -12,7 +12,7 @@ from tests.inference.uncached import next_logits
 from univla_jax.errors import UserError
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import LoadedModel
-from univla_jax.inference.sampling import Sampling
+from univla_jax.inference.sampling import GREEDY, Sampling
 
 GRID = (3, 3)
 
@@ -43,11 +43,32 @@ def _uncached(model, words, context, frames):
     return np.array(codes, np.uint16).reshape(frames, *GRID)
 
 
-def test_frames_equal_those_without_a_cache(model):
-    context = _context(0, frames=2)
-    got = model.imagine(["touch green"], context, 2)
+@pytest.mark.parametrize("block", [1, 12])
+def test_frames_equal_those_without_a_cache(model, block):
+    context = _context(0)
+    got = model.imagine(["touch green"], context, 2, block=block)
     assert got.shape == (1, 2, *GRID) and got.dtype == np.uint16
     np.testing.assert_array_equal(got[0], _uncached(model, "touch green", context[0], 2))
+
+
+def test_beyond_the_trained_moments_the_window_slides(model):
+    """Trained on three: two given frames lead to one, and the last one of those to two more."""
+    assert model.loaded.record.frames == 3
+    context = _context(0, frames=2)
+    for long in (context, np.append(_context(5, frames=4), context, axis=1)):
+        (got,) = model.imagine(["touch green"], long, 4, block=12)
+        start = 0
+        for seen, count in ((context[0], 1), (got[:1], 2), (got[2:3], 1)):
+            wanted = _uncached(model, "touch green", seen, count)
+            np.testing.assert_array_equal(got[start : start + count], wanted)
+            start += count
+
+
+def test_single_frames_have_no_next_one(model):
+    record = dataclasses.replace(model.loaded.record, frames=1)
+    single = WorldModel(model.loaded.with_record(record))
+    with pytest.raises(UserError, match="trained on single frames, so none follows another"):
+        single.imagine([""], _context(0), 1)
 
 
 def test_a_batch_gives_what_each_episode_gives_alone(model):
@@ -56,6 +77,27 @@ def test_a_batch_gives_what_each_episode_gives_alone(model):
     together = model.imagine(words, context, 2)
     for i, word in enumerate(words):
         np.testing.assert_array_equal(together[i], model.imagine([word], context[i : i + 1], 2)[0])
+
+
+def test_frames_are_the_same_with_drafts(model):
+    words, context = ["touch green", "lift red"], _context(3, batch=2)
+    options = {"sampling": Sampling(1.0, top_k=8), "guidance": 1.5}
+    plain = model.imagine(words, context, 2, block=1, **options)
+    np.testing.assert_array_equal(model.imagine(words, context, 2, block=12, **options), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_k=8)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_frames_are_the_same_with_any_block(model, sampling, guidance):
+    """Between frames, across them, and longer than all of them, in a window that slides."""
+    words, options = ["touch green", "lift red"], {"sampling": sampling, "guidance": guidance}
+    context = _context(3, batch=2, frames=2)
+    plain = model.imagine(words, context, 3, block=1, **options)
+    for block in (4, 20, 90):
+        np.testing.assert_array_equal(
+            model.imagine(words, context, 3, block=block, **options), plain
+        )
 
 
 def test_draws_depend_on_the_seed(model):

@@ -19,7 +19,7 @@ from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy, no_motion
-from univla_jax.inference.sampling import Sampling
+from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators.tabletop.tabletop_env import TabletopEnv
 from univla_jax.tokenizers.action import UniformBinTokenizer
@@ -100,10 +100,11 @@ def test_a_batch_gives_what_each_robot_gets_alone(trained):
     assert all(len(s.history.moments) == 2 for s in sessions)
 
 
-def test_drafts_change_no_action(trained):
-    """Three calls of two robots, guessed from their last chunks."""
-    plain = Policy(trained, batch_size=2, max_new_tokens=9)
-    drafting = Policy(trained, batch_size=2, max_new_tokens=9, speculative_block=3)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, seed=3)])
+def test_drafts_change_no_action(trained, sampling):
+    """Three calls of two robots, drafted from their last chunks."""
+    options = {"batch_size": 2, "max_new_tokens": 9, "sampling": sampling}
+    plain, drafting = Policy(trained, block=1, **options), Policy(trained, block=3, **options)
     sessions = {id(p): [p.start(), p.start()] for p in (plain, drafting)}
     for step in range(3):
         seen = [_observation(step), _observation(step + 9, "touch green")]
@@ -137,11 +138,6 @@ def test_sampled_chunks_depend_on_the_seeds_alone(trained, free_form):
     assert ids(policy(2.0, batch_size=4), [1, 0]) == [first[1::-1], second[1::-1]]
     assert ids(policy(2.0, seed=1), [0]) == [[first[1]], [second[1]]]
     assert ids(policy(0.0), [0])[0][0] != first[0]
-
-
-def test_drafts_and_sampling_exclude_each_other(trained):
-    with pytest.raises(UserError, match=r"speculative_block=2 with temperature=1\.0"):
-        Policy(trained, sampling=Sampling(1.0), speculative_block=2)
 
 
 def test_more_observations_than_rows_are_split(trained):
@@ -578,10 +574,10 @@ def test_poses_need_the_current_one(aloha):
     policy.check(policy.example())
 
 
-@pytest.mark.parametrize("speculative_block", [0, 3])
-def test_random_weights_predict_whole_chunks(trained, speculative_block):
+@pytest.mark.parametrize("block", [1, 3])
+def test_random_weights_predict_whole_chunks(trained, block):
     """What they mean is another matter: the grammar's part in it is counted."""
-    policy = Policy(trained, batch_size=2, speculative_block=speculative_block)
+    policy = Policy(trained, batch_size=2, block=block)
     sessions, rng = [policy.start(), policy.start()], np.random.default_rng(0)
     for _ in range(2):
         frames = {

@@ -160,7 +160,7 @@ def test_a_thousand_prompts_met_first_without_their_end(expected):
 def test_a_thousand_prompts_with_drafts_of_the_completion_before(expected, grammar):
     """As a policy uses them: over kept caches, each prompt met twice."""
     rules = GenerationRules(
-        exactness.ALLOWED, exactness.STOP, exactness.COUNT, grammar=grammar, speculative_block=3
+        exactness.ALLOWED, exactness.STOP, exactness.COUNT, grammar=grammar, block=3
     )
     prefix_cache = _exactness_cache(expected, rules)
     wanted = expected.plain if grammar is None else expected.constrained

@@ -13,6 +13,7 @@ from univla_jax.errors import UserError
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling, mask_top_p, sample_token
+from univla_jax.inference.speculative import Drafts
 from univla_jax.tokenizers.constrained import byte_grammar
 
 LOGITS = np.log(np.array([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]], np.float32))
@@ -97,20 +98,15 @@ def _fits(text: bytes, more: bytes | None) -> bool:
     return fits and len(pairs) + bool(tail) <= 4
 
 
-@pytest.mark.parametrize("block", [0, 3])
+@pytest.mark.parametrize("block", [1, 3])
 def test_constrained_decoding_takes_the_likeliest_allowed_id(sampler, block):
     """What masking by hand gives, with and without drafts."""
     rng = np.random.default_rng(3)
     prompts = rng.integers(10, 60, (8, 12)).astype(np.int32)
     state = sampler.prefill(prompts, slots=64)
     rules = {"max_new_tokens": 9, "allowed": ALLOWED, "stop_id": STOP, "grammar": MASK}
-    if block:
-        draft_source = rng.choice(ALLOWED, (8, 9)).astype(np.int32)
-        generated, *_ = sampler.generate_speculative(
-            state, draft_source=draft_source, block=block, **rules
-        )
-    else:
-        generated, _ = sampler.generate(state, **rules)
+    drafts = Drafts(rng.choice(ALLOWED, (8, 9)).astype(np.int32), period=9)
+    generated, _ = sampler.generate(state, drafts=drafts, block=block, **rules)
     expected = [_by_hand(sampler, prompt.tolist()) for prompt in prompts]
     num_overridden = [count for _, count in expected]
     assert token_lists(generated) == [ids for ids, _ in expected]

@@ -1,17 +1,20 @@
-"""Speculative decoding gives the tokens of greedy decoding, in fewer steps."""
+"""Blocks of drafts give the tokens of plain decoding, greedy and sampled, in fewer steps."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from tests.decoders import tiny_decoder
 from tests.inference.exactness import ALLOWED, BATCH, COUNT, PROMPTS, RULES, STOP
 from tests.inference.uncached import draw_prompts, greedy_tokens, stack, token_lists
 from univla_jax.errors import UserError
 from univla_jax.inference.sampler import Sampler
-from univla_jax.inference.speculative import propose_draft
+from univla_jax.inference.sampling import GREEDY, Sampling
+from univla_jax.inference.speculative import Drafts, block_size
 
 
 @pytest.fixture(scope="module")
@@ -24,67 +27,132 @@ def test_drafted_tokens_are_the_plain_ones(sampler):
     prompts = draw_prompts(3, 9, 1, 6)
     plain = [greedy_tokens(sampler, prompt, 12, ALLOWED, STOP) for prompt in prompts]
     assert {row[-1] == STOP for row in plain} == {True, False}
-    draft_source = np.full((4, 12), -1)
-    draft_source[0, : len(plain[0])] = plain[0]
-    draft_source[1] = 33
-    draft_source[2, :4] = [*plain[2][:2], 50, 51][:4]
+    source = np.full((4, 12), -1)
+    source[0, : len(plain[0])] = plain[0]
+    source[1] = 33
+    source[2, :4] = [*plain[2][:2], 50, 51][:4]
     state = sampler.prefill(*stack(prompts))
     rules = {"max_new_tokens": 12, "allowed": ALLOWED, "stop_id": STOP}
-    generated, state, steps = sampler.generate_speculative(
-        state, draft_source=draft_source, **rules
-    )
-    assert token_lists(generated) == plain and steps <= 12
+    generated, state = sampler.generate(state, drafts=Drafts(source, period=12), block=4, **rules)
+    assert token_lists(generated) == plain and int(generated.steps) < 12
     assert np.asarray(generated.stopped).tolist() == [row[-1] == STOP for row in plain]
     more, _ = sampler.generate(state, max_new_tokens=2)
     continued = [greedy_tokens(sampler, p + row, 2) for p, row in zip(prompts, plain)]
     assert token_lists(more) == continued
 
 
+@pytest.mark.parametrize(
+    ("sampling", "guidance"),
+    [
+        (Sampling(0.8, top_k=9, top_p=0.9), 2.0),
+        pytest.param(Sampling(1.0, seed=1), 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_sampled_tokens_are_the_plain_draws(sampler, sampling, guidance):
+    """The draw at a position depends on its key alone, whatever was drafted there."""
+    prompts = draw_prompts(3, 9, 1, 6)
+    forced_ids = np.where(np.arange(12) % 5 == 4, 70, -1)
+    source = np.random.default_rng(0).choice(ALLOWED, (4, 5)).astype(np.int32)
+    rules = {"max_new_tokens": 12, "allowed": ALLOWED, "forced_ids": forced_ids}
+    rules |= {"sampling": sampling, "guidance": guidance}
+    plain, _ = sampler.generate(sampler.prefill(*stack(prompts)), **rules)
+    state = sampler.prefill(*stack(prompts))
+    generated, _ = sampler.generate(state, drafts=Drafts(source, period=5), block=6, **rules)
+    assert token_lists(generated) == token_lists(plain)
+    assert int(generated.steps) <= int(plain.steps)
+
+
 def test_a_right_draft_saves_steps(sampler):
     (prompt,) = draw_prompts(6, seed=3)
     plain = greedy_tokens(sampler, prompt, 12, ALLOWED)
     state = sampler.prefill(np.array([prompt]))
+    drafts = Drafts(np.array([plain]), period=12)
     rules = {"max_new_tokens": 12, "allowed": ALLOWED, "block": 4}
-    generated, _, steps = sampler.generate_speculative(state, draft_source=[[*plain, 0]], **rules)
-    assert token_lists(generated) == [plain] and steps <= 4
+    generated, _ = sampler.generate(state, drafts=drafts, **rules)
+    assert token_lists(generated) == [plain] and int(generated.steps) == 3
 
 
 @pytest.mark.parametrize(
-    ("history", "token", "draft"),
+    ("history", "counts", "drafts"),
     [
-        ([5, 6, 7, 4, 8, 5, 6], 7, [4, 8]),  # 6 7 stood before
-        ([5, 6, 7, 4, 8, 5, 6], 8, [5, 6]),  # 8 stood before, but not after 6
-        ([5, 6, 7, 4, 8, 5, 6], 9, [7, 4]),  # the draft source at the same position
-        ([-1, -1, -1, -1, 8, 5, 6], 9, [0, 0]),  # nothing to copy
+        ([5, 6, 7, 1, 2, -1, -1, -1], 2, [7, 1, 2]),  # one period before, then in the block itself
+        ([5, 6, 7, 1, 2, 9, -1, -1], 2, [9, 1, 2]),  # a guess comes first,
+        ([5, 6, 7, 1, 2, -1, 8, -1], 2, [7, 8, 2]),  # wherever it stands
+        ([-1, -1, 7, 1, -1, -1, -1, -1], 1, [-1, 7, 1]),  # nothing to copy
     ],
 )
-def test_drafts_follow_the_last_two_tokens_or_one_or_the_position(history, token, draft):
-    padded = jnp.array([*history, -1, -1])
-    got = propose_draft(padded, jnp.int32(7), jnp.int32(token), jnp.int32(1), count=2)
-    assert got.tolist() == draft
+def test_a_draft_is_a_guess_or_what_stood_one_period_before(history, counts, drafts):
+    own = Drafts(jnp.zeros((1, 3), jnp.int32), period=3)
+    assert own.propose(jnp.array([history]), jnp.array([counts]), 3).tolist() == [drafts]
 
 
-@pytest.mark.parametrize(("block", "source"), [(1, [[1]]), (4, [[]]), (4, [[1], [1]])])
-def test_a_block_or_source_that_cannot_be_drafted_from_is_refused(sampler, block, source):
+@pytest.mark.parametrize(("block", "rows"), [(0, 1), (4, 2)])
+def test_a_block_or_drafts_that_do_not_fit_are_refused(sampler, block, rows):
     state = sampler.prefill(np.array([[1, 2]]))
-    with pytest.raises(UserError, match="expected at least 2 and"):
-        sampler.generate_speculative(
-            state, max_new_tokens=2, allowed=ALLOWED, draft_source=source, block=block
-        )
+    with pytest.raises(UserError, match="expected at least 1 and 1"):
+        sampler.generate(state, max_new_tokens=2, drafts=Drafts.none(rows), block=block)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "platform", "block"),
+    [
+        ("frames", 1, "cpu", 8),
+        ("frames", 16, "cpu", 1),
+        ("actions", 1, "cpu", 1),
+        ("frames", 1, "tpu", 40),
+        ("actions", 16, "gpu", 4),
+    ],
+)
+def test_blocks_are_as_long_as_pays(kind, batch_size, platform, block):
+    assert block_size(kind, batch_size, longest=40, platform=platform) == block
 
 
 @pytest.mark.slow
-def test_a_thousand_prompts_with_drafts_right_and_wrong(expected):
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)], ids=["greedy", "sampled"])
+def test_a_thousand_prompts_with_drafts_right_and_wrong(expected, sampling):
     """Drafts of the chunk itself, of another one, and mixtures of both."""
-    rng, got, steps = np.random.default_rng(1), [], 0
+    rng, steps = np.random.default_rng(1), 0
     for part in expected.batches():
         indices = range(part.start, part.stop)
-        right, _ = stack([expected.plain[i] for i in indices], COUNT)
-        wrong, _ = stack([expected.plain[(i + 7) % PROMPTS] for i in indices], COUNT)
-        draft_source = np.where(rng.random(right.shape) < 0.8, right, wrong)
-        generated, _, taken = expected.sampler.generate_speculative(
-            expected.prefill(part), draft_source=draft_source, **RULES
+        plain, _ = expected.sampler.generate(expected.prefill(part), sampling=sampling, **RULES)
+        right, wrong = np.asarray(plain.tokens), np.roll(np.asarray(plain.tokens), 7, axis=0)
+        drafts = Drafts(np.where(rng.random(right.shape) < 0.8, right, wrong), period=COUNT)
+        generated, _ = expected.sampler.generate(
+            expected.prefill(part), sampling=sampling, drafts=drafts, block=4, **RULES
         )
-        got += token_lists(generated)
-        steps += taken
-    assert got == expected.plain and steps < COUNT * PROMPTS / BATCH
+        assert token_lists(generated) == token_lists(plain)
+        if sampling.greedy:
+            assert token_lists(generated) == [expected.plain[i] for i in indices]
+        steps += int(generated.steps)
+    assert steps < COUNT * PROMPTS / BATCH
+
+
+@pytest.mark.slow
+def test_draws_have_the_probabilities_of_the_model():
+    """100,000 sequences of three tokens among four ids, sampled with drafts, against the product of
+    the model's conditional probabilities."""
+    sampler, ids = Sampler(*tiny_decoder(vocab_size=100)), np.arange(30, 34)
+    prompt, draws, size = np.array([[7, 8, 9]]), 100_000, 5_000
+    drafts = Drafts(np.full((size, 3), 31, np.int32), period=3)
+    counts = np.zeros((4, 4, 4))
+    for seed in range(draws // size):
+        state = sampler.prefill(np.repeat(prompt, size, axis=0))
+        generated, _ = sampler.generate(
+            state,
+            max_new_tokens=3,
+            allowed=ids,
+            sampling=Sampling(1.0, seed=seed),
+            drafts=drafts,
+            block=3,
+        )
+        np.add.at(counts, tuple((np.asarray(generated.tokens) - 30).T), 1)
+    words = np.stack(np.meshgrid(ids, ids, ids, indexing="ij"), axis=-1).reshape(-1, 3)
+    sequences = np.concatenate([np.repeat(prompt, len(words), axis=0), words], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(sequences.shape[1]), sequences.shape)
+    variables = {"params": sampler.params}
+    hidden, _ = sampler.model.apply(variables, sequences, positions)
+    logits = sampler.model.apply(variables, hidden[:, 2:5], method="unembed")[..., ids]
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), words[..., None] - 30, axis=-1)
+    wanted = draws * np.exp(np.asarray(jnp.sum(chosen, axis=(1, 2)), np.float64))
+    result = stats.chisquare(counts.ravel(), wanted * draws / wanted.sum())
+    assert result.pvalue > 0.001

@@ -43,6 +43,7 @@ from univla_jax.errors import UserError
 from univla_jax.inference.decode_step import DecodeState, Generated
 from univla_jax.inference.prefix_cache import GenerationRules, PrefixCache
 from univla_jax.inference.sampler import Sampler
+from univla_jax.inference.speculative import Drafts
 from univla_jax.models import quantized_weights
 from univla_jax.models.decoder import compute_logits
 
@@ -110,10 +111,14 @@ class DecodeProblem:
         self, state: DecodeState, draft_source: np.ndarray
     ) -> tuple[np.ndarray, int]:
         """The same N tokens with drafts from int32 [B, H], and the number of decode steps."""
-        generated, _, steps = self.sampler.generate_speculative(
-            state, max_new_tokens=self.count, allowed=self.allowed, draft_source=draft_source
+        generated, _ = self.sampler.generate(
+            state,
+            max_new_tokens=self.count,
+            allowed=self.allowed,
+            drafts=Drafts(draft_source, period=draft_source.shape[1]),
+            block=4,
         )
-        return np.asarray(generated.tokens), steps
+        return np.asarray(generated.tokens), int(generated.steps)
 
     def random_ids(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
         """int32 ids of the given shape."""

@@ -28,9 +28,7 @@ from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator,
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
 EPISODES = flags.DEFINE_integer("episodes", 32, "Scenes")
 FIRST_SEED = flags.DEFINE_integer("first_seed", 500, "First scene among those held out")
-SPECULATIVE_BLOCK = flags.DEFINE_integer(
-    "speculative_block", 4, "Tokens verified per speculative decode step", allow_override=True
-)
+BLOCK = flags.DEFINE_integer("block", 4, "Tokens decoded per step with drafts", allow_override=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +98,12 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    plain, block = Policy.load(CHECKPOINT.value), SPECULATIVE_BLOCK.value
+    plain, block = Policy.load(CHECKPOINT.value, block=1), BLOCK.value
     calls = record(plain, EPISODES.value, FIRST_SEED.value)
     policies = {
         "plain": plain,
         "int8": Policy.load(CHECKPOINT.value, int8=True),
-        f"speculative {block}": Policy.load(CHECKPOINT.value, speculative_block=block),
+        f"blocks of {block}": Policy.load(CHECKPOINT.value, block=block),
     }
     figures = {name: compare(policy, calls) for name, policy in policies.items()}
     print_cases(

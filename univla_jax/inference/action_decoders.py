@@ -191,7 +191,7 @@ class TokenActionDecoder:
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
-        speculative_block: int = 0,
+        block: int | None = None,
         free_form: bool = False,
     ) -> None:
         """Takes the decoding rules of the checkpoint's task.
@@ -202,7 +202,7 @@ class TokenActionDecoder:
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
           sampling: how ids are chosen; draws depend on a session's seed and number of chunks.
-          speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
+          block: tokens decoded per step; by default as many as pay.
           free_form: any action ids in any order, as the reference has it.
         """
         self._task, self._shape = loaded.task, shape
@@ -219,7 +219,7 @@ class TokenActionDecoder:
             decoding.max_new_tokens,
             sampling=sampling,
             grammar=grammar,
-            speculative_block=speculative_block,
+            block=block,
         )
         self.max_action_tokens = decoding.max_new_tokens
         self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
@@ -377,10 +377,8 @@ def make_action_decoder(
             f"{loaded.folder} was trained on the task {loaded.record.task!r}, but has no action "
             "expert; take a checkpoint that has one"
         )
-    if options.get("speculative_block"):
-        raise UserError(
-            "speculative_block: drafts tokens, but the action expert makes none; leave it at 0"
-        )
+    if options.get("block"):
+        raise UserError("block: drafts tokens, but the action expert makes none; leave it unset")
     if not options.get("sampling", GREEDY).greedy:
         raise UserError(
             "temperature: chooses among tokens, but the action expert predicts none; leave it at 0"

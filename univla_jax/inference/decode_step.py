@@ -1,11 +1,11 @@
-"""Jitted prefill, append and decode loop over one key/value cache.
+"""Jitted prefill and append over one key/value cache, and the step of the decode loop.
 
 From top to bottom: the state between two calls; a few tokens per sequence through the decoder, as
-the decode loop needs them; prompts of unequal length packed for prefill; and the jitted functions
-that ``Sampler`` calls.
+the decode loop (``decode_loop.py``) needs them; prompts of unequal length packed for prefill; and
+the jitted functions that ``Sampler`` calls.
 
 Axes: B batch, S new tokens, P tokens of a packed batch, D model, N query heads, K key/value heads,
-C head dim, M cache slots, L layers, R ids that may be chosen, V vocabulary.
+C head dim, M cache slots, L layers.
 """
 
 from __future__ import annotations
@@ -13,22 +13,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from univla_jax.inference.sampling import (
-    GrammarMask,
-    GrammarState,
-    Sampling,
-    apply_grammar,
-    sample_token,
-)
 from univla_jax.models import quantized_weights
 from univla_jax.models.attention import MASKED, attention
-from univla_jax.models.decoder import Block, Decoder, LayerInputs, compute_logits, mask_padded_vocab
+from univla_jax.models.decoder import Block, Decoder, LayerInputs, compute_logits
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.layers import RotaryEmbedding
 from univla_jax.models.placement import replicate, shard_cache
@@ -105,12 +98,14 @@ class Generated:
       lengths: int32 [B], tokens generated per sequence.
       stopped: bool [B], whether the sequence ended with the stop id (else the tokens ran out).
       num_overridden: int32 [B], how often the grammar ruled out the likeliest id.
+      steps: int32, calls of the decoder.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     stopped: jax.Array
     num_overridden: jax.Array
+    steps: jax.Array
 
 
 # ----------------------------------------------------------------------------
@@ -390,129 +385,6 @@ def append(
     )
     last = jnp.where(lengths[:, None] > 0, _hidden_at(hidden, lengths - 1), batch.last_hidden)
     return DecodeBatch(cache, batch.lengths + lengths, last, _no_tokens(lengths)).sharded()
-
-
-class _Loop(NamedTuple):
-    """Carry of the decode loop; ``tokens[:, step - 1]`` are chosen and not in the cache yet."""
-
-    cache: list[LayerKeyValues]
-    lengths: jax.Array
-    last_hidden: jax.Array
-    tokens: jax.Array
-    step: jax.Array
-    running: jax.Array
-    grammar_state: GrammarState | None
-    num_overridden: jax.Array
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "max_new_tokens", "sampling", "window", "guidance"),
-    donate_argnames="batch",
-)
-def generate(
-    model: Decoder,
-    params: Any,
-    layers: Sequence[Any] | None,
-    batch: DecodeBatch,
-    ids: jax.Array | None,
-    stop_id: jax.Array,
-    keys: jax.Array | None,
-    active: jax.Array,
-    forced_ids: jax.Array | None,
-    grammar: GrammarMask | None,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    window: int,
-    guidance: float,
-) -> tuple[DecodeBatch, Generated]:
-    """The decode loop: choose a token, decode it, and again until every sequence has ended.
-
-    Args:
-      model: the decoder.
-      params: its parameters.
-      layers: parameters of each layer by itself, or None to cut them from ``params``.
-      batch: donated; no sequence has a pending token.
-      ids: int32 [R] ascending ids that may be chosen, or None for all.
-      stop_id: int32 id that ends a sequence, -1 for none.
-      keys: one random key per sequence (per pair with guidance), or None if greedy.
-      active: bool [B], sequences that take part.
-      forced_ids: int32 [max_new_tokens], negative where there is a choice; or None.
-      grammar: mask over ``ids``, or None.
-      max_new_tokens: as in ``Sampler.generate``.
-      sampling: its temperature, top-k and top-p.
-      window: leading slots to decode in, ``max_new_tokens`` beyond the longest sequence.
-      guidance: as in ``Sampler.generate``.
-
-    Returns:
-      the batch after the last decoded token, the last chosen one pending; and what was chosen.
-    """
-    # Only the head's rows of allowed ids are multiplied: 2,000 action ids instead of 184,622.
-    head_RD = quantized_weights.dequantized_rows(params["head"], ids, model.config.compute_dtype)
-
-    def choose(loop: _Loop) -> _Loop:
-        """Chooses the tokens of ``loop.step`` from the hidden states before them."""
-        step, state = loop.step, loop.grammar_state
-        logits = compute_logits(loop.last_hidden, head_RD)
-        if guidance != 1:
-            conditional, unconditional = jnp.split(logits, 2)
-            logits = unconditional + guidance * (conditional - unconditional)
-        if ids is None:
-            logits = mask_padded_vocab(logits, model.config.vocab_size)
-        logits, overridden = apply_grammar(grammar, state, logits)
-        step_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        column = sample_token(logits, sampling, step_keys)
-        state = None if grammar is None else grammar.next_state(state, column)
-        token = column if ids is None else ids[column]
-        if guidance != 1:  # both halves continue with the same token
-            token, overridden = jnp.tile(token, 2), jnp.tile(overridden, 2)
-        if forced_ids is not None:
-            token = jnp.where(forced_ids[step] < 0, token, forced_ids[step])
-        token = jnp.where(loop.running, token, NO_TOKEN)
-        return loop._replace(
-            tokens=loop.tokens.at[:, step].set(token),
-            step=step + 1,
-            running=loop.running & (token != stop_id),
-            grammar_state=state,
-            num_overridden=loop.num_overridden + (overridden & loop.running),
-        )
-
-    def decode_and_choose(loop: _Loop) -> _Loop:
-        # Sequences that ended are computed too (shapes are static), into a slot past their length:
-        # neither length nor hidden state moves, so that nothing ever sees it.
-        token_B1 = jnp.maximum(loop.tokens[:, loop.step - 1], 0)[:, None]
-        hidden, cache = decode_tokens(model, params, layers, token_B1, loop.lengths, loop.cache)
-        last_hidden = jnp.where(loop.running[:, None], hidden[:, 0], loop.last_hidden)
-        lengths = loop.lengths + loop.running
-        return choose(loop._replace(cache=cache, lengths=lengths, last_hidden=last_hidden))
-
-    def unfinished(loop: _Loop) -> jax.Array:
-        return (loop.step < max_new_tokens) & jnp.any(loop.running)
-
-    # The first token needs no decoding, its hidden state is there; the last one chosen is not
-    # decoded: it stays pending and is decoded with whatever the next call appends.
-    batch_size = len(active)
-    start = _Loop(
-        cache=unstack_cache(batch.cache, window),
-        lengths=batch.lengths,
-        last_hidden=batch.last_hidden,
-        tokens=jnp.full((batch_size, max_new_tokens), NO_TOKEN, jnp.int32),
-        step=jnp.int32(0),
-        running=active,
-        grammar_state=None if grammar is None else grammar.initial_state(batch_size),
-        num_overridden=jnp.zeros(batch_size, jnp.int32),
-    )
-    end = jax.lax.while_loop(unfinished, decode_and_choose, choose(start))
-    counts = jnp.sum(end.tokens != NO_TOKEN, axis=1)
-    last = jnp.take_along_axis(end.tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
-    batch = DecodeBatch(
-        restack_cache(batch.cache, end.cache),
-        end.lengths,
-        end.last_hidden,
-        jnp.where(counts > 0, last, batch.pending),
-    )
-    return batch.sharded(), Generated(end.tokens, counts, active & ~end.running, end.num_overridden)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -17,23 +17,20 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from univla_jax.data.datasets import chunk_deltas
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.inference.decode_step import DecodeState
+from univla_jax.inference.frame_decoding import extend_rows, imagine_moments
 from univla_jax.inference.loaded_model import LoadedModel, MakePlacement
 from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.sequences.tokens import Role
 from univla_jax.tasks import TaskRecord, task_class
-from univla_jax.tasks.base import FrameTask, Task
+from univla_jax.tasks.base import FrameTask
 from univla_jax.tasks.policy_video import PolicyVideo
-
-Grid = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +136,12 @@ class WorldModel:
         sampling: Sampling = GREEDY,
         guidance: float = 1.0,
         motions: np.ndarray | None = None,
+        block: int | None = None,
     ) -> np.ndarray | dict[str, np.ndarray]:
         """Codes of the next frames.
+
+        No frame is imagined after more moments than the model was trained to see in a row: beyond
+        them it goes on from the last half.
 
         Args:
           instructions: of each episode; "" for none.
@@ -152,6 +153,8 @@ class WorldModel:
             guidance against the same frames without instruction); 1 for no guidance.
           motions: float [B, n, A] in physical units, for a task whose frames follow from actions:
             those before, between and behind all frames but the last imagined one.
+          block: tokens decoded per step, drafts included; the codes are the same. By default as
+            many as pay on this platform (``speculative.block_size``), 1 for no drafts.
 
         Returns:
           uint16 [B, N, h, w], by name where the context is.
@@ -168,30 +171,39 @@ class WorldModel:
         if len(instructions) != count:
             raise UserError(f"{len(instructions)} instructions for {count} episodes")
         if motions is not None:
-            return self._imagine_moving(instructions, context, frames, motions, sampling)
-        task, grids = model.task, [view.shape[2:] for view in views]
+            return self._imagine_moving(instructions, context, frames, motions, sampling, block)
+        window, task, grids = _window(model), model.task, [view.shape[2:] for view in views]
+        known, given = [np.asarray(view) for view in views], views[0].shape[1]
         texts = [*instructions, *([""] * count if guidance != 1 else [])]
-        rows = [[view[i % count] for view in views] for i in range(len(texts))]
-        prompts = [task.prompt(text, *row) for text, row in zip(texts, rows)]
-        tokens, lengths = pad_prompts(
-            prompts, self.loaded.assets.vocabulary.pad, batch_size=len(prompts)
-        )
-        # All slots of the whole roll-out are reserved now: growing the cache later would compile
-        # every following call again.
-        moment = sum(h * w + len(task.separator((h, w))) for h, w in grids)
-        state = self._sampler.prefill(tokens, lengths, slots=tokens.shape[1] + frames * moment)
-        imagined: list[list[np.ndarray]] = [[] for _ in grids]
-        for number in range(frames):
-            if number:
-                state = self._extend(state, task.separator(grids[0]))
-            key = jax.random.fold_in(jax.random.key(sampling.seed), number)
-            codes, state = imagine_moment(
-                self._sampler, state, task, grids, sampling=sampling, key=key, guidance=guidance
+        done = 0
+        while done < frames:
+            shown = min(given, window - 1) if not done else window // 2
+            moments = min(frames - done, window - shown)
+            rows = [[view[i % count, -shown:] for view in known] for i in range(len(texts))]
+            prompts = [task.prompt(text, *row) for text, row in zip(texts, rows)]
+            tokens, lengths = pad_prompts(
+                prompts, self.loaded.assets.vocabulary.pad, batch_size=len(prompts)
             )
-            for kept, own in zip(imagined, codes):
-                kept.append(own[:count])
-        stacked = [np.stack(kept, axis=1) for kept in imagined]
-        return dict(zip(names, stacked)) if together else stacked[0]
+            # All slots of these moments are reserved now: growing the cache later would compile
+            # every following call again.
+            moment = sum(h * w + len(task.separator((h, w))) for h, w in grids)
+            slots = tokens.shape[1] + (moments + 2) * moment
+            codes, _ = imagine_moments(
+                self._sampler,
+                self._sampler.prefill(tokens, lengths, slots=slots),
+                task,
+                grids,
+                moments,
+                previous=[np.stack(view)[:, -1] for view in zip(*rows)] if shown else None,
+                sampling=sampling,
+                guidance=guidance,
+                block=block,
+                first=done,
+            )
+            known = [np.append(old, new[:count], axis=1) for old, new in zip(known, codes)]
+            done += moments
+        imagined = [view[:, given:] for view in known]
+        return dict(zip(names, imagined)) if together else imagined[0]
 
     def _imagine_moving(
         self,
@@ -200,26 +212,34 @@ class WorldModel:
         frames: int,
         motions: np.ndarray,
         sampling: Sampling,
+        block: int | None,
     ) -> np.ndarray:
         """``imagine`` where what stands between two frames differs from episode to episode."""
         # The ids of motions differ in number, so each frame is prompted anew with those before it
         # as its context.
         task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
-        pad, slots = self.loaded.assets.vocabulary.pad, task.frame_decoding(grid).max_new_tokens
+        pad, slots = self.loaded.assets.vocabulary.pad, 2 * task.frame_decoding(grid).max_new_tokens
         per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
+        most = _window(self.loaded) - 1
         for number in range(frames):
-            count = task.PAST + per_frame * known.shape[1]
+            first = max(0, known.shape[1] - most)
+            moves = motions[:, per_frame * first : task.PAST + per_frame * known.shape[1]]
             prompts = [
-                task.prompt(text, codes, moves[:count], self.corpus)
-                for text, codes, moves in zip(instructions, known, motions)
+                task.prompt(text, codes, own, self.corpus)
+                for text, codes, own in zip(instructions, known[:, first:], moves)
             ]
             tokens, lengths = pad_prompts(prompts, pad, batch_size=len(prompts))
-            state = self._sampler.prefill(tokens, lengths, slots=tokens.shape[1] + slots)
-            key = jax.random.fold_in(jax.random.key(sampling.seed), number)
-            (codes,), _ = imagine_moment(
-                self._sampler, state, task, [grid], sampling=sampling, key=key
+            (codes,), _ = imagine_moments(
+                self._sampler,
+                self._sampler.prefill(tokens, lengths, slots=tokens.shape[1] + slots),
+                task,
+                [grid],
+                previous=[known[:, -1]],
+                sampling=sampling,
+                block=block,
+                first=number,
             )
-            known = np.append(known, codes[:, None], axis=1)
+            known = np.append(known, codes, axis=1)
         return known[:, context.shape[1] :]
 
     def roll_out(
@@ -228,6 +248,7 @@ class WorldModel:
         chunks: np.ndarray,
         *,
         sampling: Sampling = GREEDY,
+        block: int | None = None,
     ) -> RollOut:
         """Frames that follow given actions.
 
@@ -238,6 +259,7 @@ class WorldModel:
           observation: of all cameras, or one per episode.
           chunks: float [N, T, A] in physical units, [B, N, T, A] for several episodes.
           sampling: how codes are sampled.
+          block: as in ``imagine``.
 
         Raises:
           UserError: the model was not trained to imagine by actions; an observation without a view
@@ -248,7 +270,7 @@ class WorldModel:
         actions = np.asarray(chunks, np.float32)
         actions = actions[None] if single else actions
         self._check_chunks(model, actions, len(observations))
-        codes = self._roll_out(model, observations, actions, sampling)
+        codes = self._roll_out(model, observations, actions, sampling, block)
         frames = {view: self.decode(own) for view, own in codes.items()}
         if single:
             return RollOut(
@@ -280,6 +302,7 @@ class WorldModel:
         observations: Sequence[Observation],
         actions: np.ndarray,
         sampling: Sampling,
+        block: int | None,
     ) -> dict[str, np.ndarray]:
         """Codes uint16 [B, N, h, w] per camera."""
         record, task = model.record, model.task
@@ -307,18 +330,25 @@ class WorldModel:
                     prompts, model.assets.vocabulary.pad, batch_size=len(prompts)
                 )
                 shown = number + 1 - first
-                state = self._sampler.prefill(tokens, lengths, slots=record.sequence_length)
+                slots = record.sequence_length + sum(h * w for h, w in grids)
+                state = self._sampler.prefill(tokens, lengths, slots=slots)
                 fed = [task.outcome(own[number], grids[0]) for own in ids]
             else:
                 fed = [
                     np.append(task.next_action, task.outcome(own[number], grids[0])) for own in ids
                 ]
             state = extend_rows(self._sampler, state, fed)
-            key = jax.random.fold_in(jax.random.key(sampling.seed), number)
-            codes, state = imagine_moment(
-                self._sampler, state, task, grids, sampling=sampling, key=key
+            codes, state = imagine_moments(
+                self._sampler,
+                state,
+                task,
+                grids,
+                previous=[view[:, -1] for view in moments],
+                sampling=sampling,
+                block=block,
+                first=number,
             )
-            moments = [np.append(old, new[:, None], axis=1) for old, new in zip(moments, codes)]
+            moments = [np.append(old, new, axis=1) for old, new in zip(moments, codes)]
             shown += 1
         return {view: codes[:, 1:] for view, codes in zip(views, moments)}
 
@@ -339,9 +369,6 @@ class WorldModel:
             )
         if not np.isfinite(actions).all():
             raise UserError("chunks with values that are not finite")
-
-    def _extend(self, state: DecodeState, ids: np.ndarray) -> DecodeState:
-        return self._sampler.extend(state, np.tile(ids, (state.batch_size, 1)))
 
     # The tasks of the checkpoint that make frames.
 
@@ -402,54 +429,18 @@ def _same_task(loaded: LoadedModel, model: LoadedModel) -> list[TaskRecord]:
     return [record for record in loaded.tasks if record.task == model.record.task]
 
 
-def imagine_moment(
-    sampler: Sampler,
-    state: DecodeState,
-    task: Task,
-    grids: Sequence[Grid],
-    *,
-    sampling: Sampling = GREEDY,
-    key: jax.Array | None = None,
-    guidance: float = 1.0,
-) -> tuple[list[np.ndarray], DecodeState]:
-    """Chooses the codes of one moment of all cameras.
+def _window(model: LoadedModel) -> int:
+    """The most moments in a row that the model was trained on.
 
-    Args:
-      sampler: of the model.
-      state: up to the header of the first camera's frame; donated.
-      task: says what stands between two frames.
-      grids: of each camera.
-      sampling: how codes are chosen.
-      key: random key of the moment.
-      guidance: see ``Sampler.generate``.
-
-    Returns:
-      per camera codes uint16 [B, h, w], and the state behind the last code.
+    Raises:
+      UserError: none follows another.
     """
-    codes = []
-    for number, grid in enumerate(grids):
-        if number:
-            ids = np.tile(task.separator(grid), (state.batch_size, 1))
-            state = sampler.extend(state, ids)
-        decoding = task.frame_decoding(grid)
-        generated, state = sampler.generate(
-            state,
-            max_new_tokens=decoding.max_new_tokens,
-            allowed=decoding.allowed,
-            sampling=sampling,
-            key=key if key is None or not number else jax.random.fold_in(key, number),
-            guidance=guidance,
+    if model.record.frames < 2:
+        raise UserError(
+            f"{model.folder} was trained on single frames, so none follows another; train with "
+            "data.frames of at least 2"
         )
-        codes.append(task.parse_frames(np.asarray(generated.tokens), grid))
-    return codes, state
-
-
-def extend_rows(sampler: Sampler, state: DecodeState, rows: Sequence[np.ndarray]) -> DecodeState:
-    """Feeds each sequence ids int32 [n] of its own."""
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, ids in zip(tokens, rows):
-        row[: len(ids)] = ids
-    return sampler.extend(state, tokens, np.array([len(ids) for ids in rows], np.int32))
+    return model.record.frames
 
 
 def _per_frame(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray) -> np.ndarray:

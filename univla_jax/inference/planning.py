@@ -26,7 +26,7 @@ import numpy as np
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import ActionPrediction, Session, TokenActionDecoder
 from univla_jax.inference.decode_step import DecodeBatch, DecodeState
-from univla_jax.inference.imagination import extend_rows, imagine_moment
+from univla_jax.inference.frame_decoding import extend_rows, imagine_moments
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer, batch_bucket, length_bucket, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
@@ -110,7 +110,7 @@ class PlanningDecoder(TokenActionDecoder):
             chosen, state = self._candidates(state, [session.key() for session in sessions])
         if self._config.choose == "value":
             with timer.section("imagine"):
-                self.judgements = self._judge(state, size)
+                self.judgements = self._judge(state, prompts)
             scores = np.array([[j.score for j in own] for own in self.judgements])
         elif self._config.choose == "divergence":
             with timer.section("imagine"):
@@ -183,14 +183,28 @@ class PlanningDecoder(TokenActionDecoder):
         length = max(greedy_state.max_length, sampled_state.max_length)
         return chosen, DecodeState(batch, length, has_pending=True)
 
-    def _judge(self, state: DecodeState, size: int) -> list[list[Judgement]]:
-        """Judgements [B][N] of what the candidates lead to."""
+    def _judge(self, state: DecodeState, prompts: Sequence[np.ndarray]) -> list[list[Judgement]]:
+        """Judgements [B][N] of what the candidates [N * B] of the prompts [B] lead to."""
         header = frame_header(self._task.text_encoder, *self._grids[0])
         state = extend_rows(self._sampler, state, [header] * state.batch_size)
-        _, state = imagine_moment(self._sampler, state, self._video, self._grids)
+        seen = [self._newest_codes(prompt) for prompt in prompts] * self._config.candidates
+        _, state = imagine_moments(
+            self._sampler,
+            state,
+            self._video,
+            self._grids,
+            previous=[np.stack(view) for view in zip(*seen)],
+        )
         state = extend_rows(self._sampler, state, [self._value.question] * state.batch_size)
         judged = self._value.parse(np.exp(self._sampler.next_log_probs(state, self._value.ids)))
-        return [judged[i::size] for i in range(size)]
+        return [judged[i :: len(prompts)] for i in range(len(prompts))]
+
+    def _newest_codes(self, prompt: np.ndarray) -> list[np.ndarray]:
+        """Codes [h, w] of every camera that a prompt ends with."""
+        vocabulary, cells = self._task.vocabulary, [h * w for h, w in self._grids]
+        visual = prompt[(prompt >= vocabulary.bov) & (prompt <= vocabulary.eov)]
+        codes = np.split(vocabulary.visual_codes(visual[-sum(cells) :]), np.cumsum(cells)[:-1])
+        return [own.reshape(grid) for own, grid in zip(codes, self._grids)]
 
     def _divergence(
         self,

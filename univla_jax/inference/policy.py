@@ -70,7 +70,7 @@ class Policy:
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
-        speculative_block: int = 0,
+        block: int | None = None,
         cache_budget: int = _CACHE_BUDGET,
         max_instruction_tokens: int = 0,
         free_form: bool = False,
@@ -96,7 +96,7 @@ class Policy:
             (self.chunk_size, self.statistics.action_dim),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            speculative_block=speculative_block,
+            block=block,
             free_form=free_form,
         )
         self._max_instruction_tokens = max_instruction_tokens
@@ -115,7 +115,7 @@ class Policy:
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
-        speculative_block: int = 0,
+        block: int | None = None,
         cache_budget: int = _CACHE_BUDGET,
         max_instruction_tokens: int = 0,
         int8: bool = False,
@@ -134,8 +134,8 @@ class Policy:
           max_new_tokens: the most ids of a chunk, its eoa included; by default what the longest
             legal chunk needs.
           sampling: how tokens are chosen, and the seed of all draws, also of an action expert's.
-          speculative_block: tokens verified per speculative decode step; 0 decodes one by one.
-            The actions are the same.
+          block: tokens decoded per step, of which all but the first are drafts that are verified;
+            the actions are the same. By default as many as pay on this platform, 1 for none.
           cache_budget: bytes per device that the key/value caches kept between calls may take
             together; sessions that fall out prefill their next prompt anew.
           max_instruction_tokens: longer instructions are refused, and ``warmup`` compiles all that
@@ -157,7 +157,7 @@ class Policy:
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            speculative_block=speculative_block,
+            block=block,
             cache_budget=cache_budget,
             max_instruction_tokens=max_instruction_tokens,
             free_form=free_form,

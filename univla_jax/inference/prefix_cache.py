@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from univla_jax.errors import UserError
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.sampler import Sampler, Timer, batch_bucket, grow_cache, length_bucket
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
+from univla_jax.inference.speculative import Drafts, block_size
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.placement import shard_cache
 
@@ -65,8 +65,8 @@ class GenerationRules:
       max_new_tokens: the most ids chosen per sequence.
       sampling: how they are chosen.
       grammar: what whole completions look like, over the allowed ids; None for any order.
-      speculative_block: tokens verified per speculative decode step, 0 for one at a time; only
-        with greedy decoding.
+      block: tokens decoded per step, of which all but the first are drafts; by default as many as
+        cost about as much as one (``speculative.block_size``).
     """
 
     allowed: np.ndarray
@@ -74,16 +74,7 @@ class GenerationRules:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     grammar: GrammarMask | None = None
-    speculative_block: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises UserError for drafts that could not be verified."""
-        if self.speculative_block and not self.sampling.greedy:
-            raise UserError(
-                f"speculative_block={self.speculative_block} with temperature="
-                f"{self.sampling.temperature}: drafts are verified against greedy decoding; set "
-                "one of both to 0"
-            )
+    block: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +119,7 @@ class PrefixCache:
         self.rules = rules
         self._sampler, self._batch_size = sampler, batch_size
         self._widths = sorted({length_bucket(n) for n in usual_lengths})
-        room = max(rules.max_new_tokens + rules.speculative_block, _MIN_ROOM)
+        room = max(rules.max_new_tokens + self._block(1), _MIN_ROOM)
         self._slots = length_bucket(self._widths[-1] + room)
         self._max_reused = length_bucket(self._widths[-1] - self._widths[0])
 
@@ -350,16 +341,24 @@ class PrefixCache:
             "active": np.arange(size) < count,
             "window": self._slots if usual else None,  # one shape for all usual calls
         }
-        if not rules.speculative_block:
-            stacked = None if keys is None else jnp.stack([*keys, *[keys[0]] * (size - len(keys))])
-            return self._sampler.generate(state, sampling=rules.sampling, key=stacked, **options)
-        draft_source = np.full((size, rules.max_new_tokens), NO_TOKEN, np.int32)
-        for row, ids in zip(draft_source, draft_sources):
+        stacked = None if keys is None else jnp.stack([*keys, *[keys[0]] * (size - len(keys))])
+        source = np.full((size, rules.max_new_tokens), NO_TOKEN, np.int32)
+        for row, ids in zip(source, draft_sources):
             row[: len(ids)] = ids[: len(row)]
-        generated, state, _ = self._sampler.generate_speculative(
-            state, draft_source=draft_source, block=rules.speculative_block, **options
+        return self._sampler.generate(
+            state,
+            sampling=rules.sampling,
+            key=stacked,
+            drafts=Drafts(source, period=rules.max_new_tokens),
+            block=self._block(size),
+            **options,
         )
-        return generated, state
+
+    def _block(self, batch_size: int) -> int:
+        """Tokens decoded per step."""
+        if self.rules.block is not None:
+            return self.rules.block
+        return block_size("actions", batch_size, self.rules.max_new_tokens)
 
     def _width(self, length: int) -> int:
         """What ``length`` new tokens are padded to."""

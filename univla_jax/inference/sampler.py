@@ -8,8 +8,7 @@
 Nothing is computed twice: the last generated token of a sequence is not in the cache yet
 ("pending") and is decoded together with whatever comes next.
 
-Axes: B batch, S new tokens, P tokens of a packed batch, R ids that may be chosen, H tokens that
-drafts are copied from.
+Axes: B batch, S new tokens, P tokens of a packed batch, R ids that may be chosen.
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from univla_jax.errors import UserError
-from univla_jax.inference import decode_step, speculative
+from univla_jax.inference import decode_loop, decode_step
 from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState, Generated
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
+from univla_jax.inference.speculative import Drafts
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.placement import LOCAL, Placement, shard_cache
@@ -265,6 +265,9 @@ class Sampler:
         forced_ids: np.ndarray | None = None,
         grammar: GrammarMask | None = None,
         guidance: float = 1.0,
+        drafts: Drafts | None = None,
+        block: int = 1,
+        num_drawn: int = 0,
     ) -> tuple[Generated, DecodeState]:
         """Continues every sequence until it stops, in one jitted loop.
 
@@ -286,15 +289,24 @@ class Sampler:
           guidance: weight of classifier-free guidance. Unless 1, the second half of the batch are
             the sequences of the first without their instruction; both get the ids chosen from
             ``without + guidance * (with - without)``.
+          drafts: what drafts of the next tokens are copied from; the tokens are the same.
+          block: tokens decoded per step, of which all but the first are drafts.
+          num_drawn: positions that earlier calls have drawn from the same key.
 
         Returns:
           what was chosen, and the state after it.
 
         Raises:
           UserError: an id outside the vocabulary, a stop id that is not allowed, forced ids of
-            another length, a grammar of other ids, or guidance of an odd number of sequences or
-            with a grammar.
+            another length, a grammar of other ids, guidance of an odd number of sequences or with a
+            grammar, a block below 1, or drafts of another number of sequences.
         """
+        drafts = Drafts.none(state.batch_size) if drafts is None else drafts
+        if block < 1 or len(drafts.source) != state.batch_size:
+            raise UserError(
+                f"a block of {block} and drafts of {len(drafts.source)} sequences, expected at "
+                f"least 1 and {state.batch_size}"
+            )
         forced_ids = self._check_forced(forced_ids, max_new_tokens)
         ids = self._check_allowed(allowed, stop_id, forced_ids)
         _check_grammar(grammar, ids, guidance)
@@ -306,12 +318,12 @@ class Sampler:
                 )
             num_keys //= 2
         # The loop runs inside one jitted call, where no array can grow: the cache must have slots
-        # for all new tokens, and the window spans them from the first step on.
+        # for all new tokens, and the window spans them from the first step on. Drafts that are
+        # rejected are written as well.
         max_length = state.max_length + max_new_tokens
-        batch, window = _make_room(
-            state.batch, window=max(max_length, window or 0), slots=max_length
-        )
-        batch, generated = decode_step.generate(
+        slots = max_length + block - 1
+        batch, window = _make_room(state.batch, window=max(slots, window or 0), slots=slots)
+        batch, generated = decode_loop.generate(
             self.model,
             self.params,
             self._layers,
@@ -322,75 +334,15 @@ class Sampler:
             _active(active, state.batch_size),
             forced_ids,
             grammar,
+            drafts,
+            np.int32(num_drawn),
             max_new_tokens=max_new_tokens,
             sampling=dataclasses.replace(sampling, seed=0),  # static: another seed compiles nothing
             window=window,
             guidance=guidance,
+            block=block,
         )
         return generated, DecodeState(batch, max_length, has_pending=True)
-
-    @_in_placement
-    def generate_speculative(
-        self,
-        state: DecodeState,
-        *,
-        max_new_tokens: int,
-        allowed: np.ndarray,
-        draft_source: np.ndarray,
-        stop_id: int | None = None,
-        grammar: GrammarMask | None = None,
-        active: np.ndarray | None = None,
-        window: int | None = None,
-        block: int = 4,
-    ) -> tuple[Generated, DecodeState, int]:
-        """Greedy ``generate`` that verifies several drafted tokens at once; the same tokens.
-
-        Args:
-          state: donated.
-          max_new_tokens: the most tokens chosen per sequence.
-          allowed: int [R] ids that may be chosen.
-          draft_source: int32 [B, H], H at least 1, what drafts are copied from, for example the
-            previous action chunk; negative where nothing is.
-          stop_id: as in ``generate``.
-          grammar: as in ``generate``.
-          active: as in ``generate``.
-          window: as in ``generate``.
-          block: tokens decoded per step, at least 2.
-
-        Returns:
-          what was chosen, the state after it, and the number of steps.
-
-        Raises:
-          UserError: as ``generate``; or a block below 2, or nothing to copy from.
-        """
-        draft_source = np.asarray(draft_source, np.int32)
-        found, wanted = draft_source.shape, state.batch_size
-        if block < 2 or len(found) != 2 or found[0] != wanted or not found[1]:
-            raise UserError(
-                f"speculative decoding: a block of {block} and a draft source {list(found)}, "
-                f"expected at least 2 and [{wanted}, H]"
-            )
-        ids = self._check_allowed(allowed, stop_id)
-        _check_grammar(grammar, ids)
-        state = self._append_pending(state)
-        max_length = state.max_length + max_new_tokens
-        slots = max(max_length + block, window or 0)  # rejected drafts are written as well
-        batch, window = _make_room(state.batch, window=slots, slots=slots)
-        batch, generated, steps = speculative.generate(
-            self.model,
-            self.params,
-            self._layers,
-            batch,
-            ids,
-            np.int32(NO_TOKEN if stop_id is None else stop_id),
-            _active(active, state.batch_size),
-            draft_source,
-            grammar,
-            max_new_tokens=max_new_tokens,
-            block=block,
-            window=window,
-        )
-        return generated, DecodeState(batch, max_length), int(steps)
 
     def next_log_probs(self, state: DecodeState, ids: np.ndarray) -> np.ndarray:
         """Log-probabilities float32 [B, R] of what comes next among ``ids``, in their order.

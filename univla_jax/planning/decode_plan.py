@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univla_jax.inference import decode_step
+from univla_jax.inference import decode_loop, decode_step
 from univla_jax.inference.sampler import length_bucket
 from univla_jax.inference.sampling import GREEDY
+from univla_jax.inference.speculative import Drafts
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.planning.topologies import (
@@ -204,7 +205,7 @@ class _DecodePrograms:
 
     def compile_decode(self) -> CompiledProgram:
         return compile_ahead(
-            decode_step.generate.lower(
+            decode_loop.generate.lower(
                 self.model,
                 self.params,
                 batch=self.batch,
@@ -215,10 +216,13 @@ class _DecodePrograms:
                 active=self._abstract((len(self.batch.lengths),), bool),
                 forced_ids=None,
                 grammar=None,
+                drafts=Drafts(self._abstract((len(self.batch.lengths), 0), jnp.int32)),
+                num_drawn=self._abstract((), jnp.int32, split=False),
                 max_new_tokens=self.new_tokens,
                 sampling=GREEDY,
                 window=self.batch.cache.slots,
                 guidance=1,
+                block=1,
             )
         )
 

@@ -1,0 +1,228 @@
+"""Decoder calls and time of frames and action chunks with drafts, beside without.
+
+    python -m univla_jax.benchmarks.draft_speed --world_model=DIR --source=RLDS --policy=DIR
+
+Every frame and every chunk is made twice, in turns: token by token, and in blocks of drafts. Both
+must be the same. Frames follow single frames of held-out episodes, one episode at a time; chunks
+are those of a policy of the embedded tabletop in held-out scenes, with its observations and
+histories. A call is one pass of the decoder over new tokens after the prompt, of one token or of a
+block; the first token needs none.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from univla_jax import cli
+from univla_jax.benchmarks.harness import Elapsed, print_figures, save, timed
+from univla_jax.benchmarks.quantization import PolicyCall, record
+from univla_jax.evaluation.imagined_episodes import ImagineConfig, valid_episodes
+from univla_jax.inference.imagination import WorldModel
+from univla_jax.inference.policy import Policy
+from univla_jax.inference.sampler import Sampler
+from univla_jax.inference.sampling import GREEDY, Sampling
+
+WORLD_MODEL = flags.DEFINE_string("world_model", "", "World model: checkpoint or workdir")
+SOURCE = flags.DEFINE_string("source", "", "RLDS folder with its held-out episodes")
+CORPUS = flags.DEFINE_string("corpus", "tabletop", "Corpus of the episodes", allow_override=True)
+SPLIT = flags.DEFINE_string("split", "val", "Split held out from training", allow_override=True)
+POLICY = flags.DEFINE_string("policy", "", "Policy of the tabletop: checkpoint or workdir")
+FRAMES = flags.DEFINE_integer("frames", 1000, "Frames to imagine")
+IN_A_ROW = flags.DEFINE_integer("in_a_row", 3, "Frames imagined after each given one")
+PROMPTS = flags.DEFINE_integer("prompts", 1000, "Action chunks to predict")
+FIRST_SEED = flags.DEFINE_integer(
+    "first_seed", 500, "First scene among those held out", allow_override=True
+)
+BLOCK = flags.DEFINE_integer(
+    "block",
+    None,
+    "Tokens decoded per call; by default what the platform's table says",
+    allow_override=True,
+)
+
+WAYS = {
+    "greedy": {"sampling": GREEDY},
+    "sampled": {"sampling": Sampling(1.0)},
+    "greedy, guidance 1.5": {"sampling": GREEDY, "guidance": 1.5},
+}
+
+
+class CallCounter:
+    """Counts the calls of a sampler's decoder after prefill.
+
+    Attributes:
+      calls: so far.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        """Counts from now on."""
+        self._steps: list[jax.Array | int] = []
+        generate, extend = sampler.generate, sampler.extend
+
+        def counted_generate(*arguments: Any, **options: Any) -> Any:
+            generated, state = generate(*arguments, **options)
+            self._steps.append(generated.steps)
+            return generated, state
+
+        def counted_extend(*arguments: Any, **options: Any) -> Any:
+            self._steps.append(1)
+            return extend(*arguments, **options)
+
+        sampler.generate, sampler.extend = counted_generate, counted_extend
+
+    @property
+    def calls(self) -> int:
+        """Calls so far."""
+        return sum(map(int, self._steps))
+
+
+def compare_frames(
+    model: WorldModel,
+    given: Sequence[tuple[str, np.ndarray]],
+    in_a_row: int,
+    *,
+    block: int | None = None,
+    **way: Any,
+) -> dict[str, Any]:
+    """Frames after each given one, with drafts and without.
+
+    Args:
+      model: the world model.
+      given: instruction and codes [h, w].
+      in_a_row: frames after each.
+      block: tokens per call, drafts included.
+      **way: options of ``WorldModel.imagine``.
+
+    Returns:
+      number of frames, how many are the same, and per frame calls, milliseconds and their ratios.
+    """
+    counter, totals, same = CallCounter(model._sampler), _Totals(), 0
+    for turn, (words, codes) in enumerate([given[0], *given]):  # the first one compiles
+        own = []
+        for name, size in (("plain", 1), ("drafts", block)):
+            before = counter.calls
+            imagined, spent = timed(
+                lambda w=words, c=codes, s=size: model.imagine(
+                    [w], c[None, None], in_a_row, block=s, **way
+                )
+            )
+            own.append(imagined)
+            if turn:
+                totals.add(name, counter.calls - before, spent)
+        same += int(np.sum(np.all(own[0] == own[1], axis=(0, 2, 3)))) if turn else 0
+    count = len(given) * in_a_row
+    return {"frames": count, "same": same, **totals.per(count, "frame")}
+
+
+def compare_chunks(policies: dict[str, Policy], calls: Sequence[PolicyCall]) -> dict[str, Any]:
+    """Chunks of the same observations, with drafts and without.
+
+    Args:
+      policies: "plain" and "drafts", of one checkpoint.
+      calls: observation and session of each chunk.
+
+    Returns:
+      number of chunks, how many are the same, tokens per call, and calls and milliseconds per chunk
+      with their ratios.
+    """
+    counters = {name: CallCounter(p.action_decoder._sampler) for name, p in policies.items()}
+    totals, same, tokens = _Totals(), 0, 0
+    for policy in policies.values():
+        policy.warmup(1)
+    for call in calls:
+        chosen = []
+        for name, policy in policies.items():
+            session, before = dataclasses.replace(call.session), counters[name].calls
+            _, spent = timed(lambda p=policy, s=session, c=call: p.act([c.observation], [s]))
+            totals.add(name, counters[name].calls - before, spent)
+            chosen.append(session.last_ids)
+        same, tokens = same + np.array_equal(*chosen), tokens + len(chosen[0])
+    figures = totals.per(len(calls), "chunk")
+    per_call = {f"tokens per call, {name}": tokens / totals.calls[name] for name in policies}
+    return {"chunks": len(calls), "same": int(same), **per_call, **figures}
+
+
+class _Totals:
+    """Calls and times of both ways."""
+
+    def __init__(self) -> None:
+        self.calls: collections.Counter[str] = collections.Counter()
+        self._times: dict[str, Elapsed] = {}
+
+    def add(self, name: str, calls: int, spent: Elapsed) -> None:
+        self.calls[name] += calls
+        self._times[name] = self._times.get(name, Elapsed()) + spent
+
+    def per(self, count: int, unit: str) -> dict[str, float]:
+        """Means of both, and how many times more the plain way takes."""
+        figures = {}
+        for title, values in (
+            (f"calls per {unit}", self.calls),
+            (f"ms per {unit}", {n: 1e3 * t.wall for n, t in self._times.items()}),
+            (f"processor ms per {unit}", {n: 1e3 * t.processor for n, t in self._times.items()}),
+        ):
+            figures |= {f"{title}, {name}": value / count for name, value in values.items()}
+            figures[f"{title}, ratio"] = values["plain"] / values["drafts"]
+        return figures
+
+
+def held_out_frames(
+    model: WorldModel, source: str, corpus: str, split: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Instruction and codes [h, w] of frames of held-out episodes, one spacing apart."""
+    config = ImagineConfig(corpus=corpus, split=split)
+    for episode in valid_episodes(config, source, [model.view]):
+        frames = model.resize(episode.frames[model.view][:: model.frame_spacing])
+        for codes in model.encode(frames[None])[0]:
+            yield episode.instruction, codes
+
+
+def held_out_calls(policy: Policy, count: int, first_seed: int) -> list[PolicyCall]:
+    """The first ``count`` calls of a policy in held-out scenes."""
+    calls: list[PolicyCall] = []
+    for seed in itertools.count(first_seed):
+        calls += record(policy, 1, seed)
+        if len(calls) >= count:
+            return calls[:count]
+    raise AssertionError("unreachable")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    figures: dict[str, Any] = {}
+    if WORLD_MODEL.value:
+        given = None
+        for name, way in WAYS.items():
+            model = WorldModel.load(WORLD_MODEL.value)
+            if given is None:
+                count = -(-FRAMES.value // IN_A_ROW.value)
+                frames = held_out_frames(model, SOURCE.value, CORPUS.value, SPLIT.value)
+                given = list(itertools.islice(frames, count))
+            figures[f"frames, {name}"] = compare_frames(
+                model, given, IN_A_ROW.value, block=BLOCK.value, **way
+            )
+    if POLICY.value:
+        for name, sampling in (("greedy", GREEDY), ("sampled", Sampling(1.0))):
+            policies = {
+                way: Policy.load(POLICY.value, block=block, sampling=sampling)
+                for way, block in (("plain", 1), ("drafts", BLOCK.value))
+            }
+            calls = held_out_calls(policies["plain"], PROMPTS.value, FIRST_SEED.value)
+            figures[f"actions, {name}"] = compare_chunks(policies, calls)
+    for name, own in figures.items():
+        print_figures(name, own)
+    save(figures)
+
+
+if __name__ == "__main__":
+    cli.run(main)
