@@ -14,7 +14,7 @@ class ScriptedPrefixCache:
         self._answers, self._allowed = list(answers), set(allowed.tolist())
         self.prompts = []
 
-    def complete(self, prompts, cached_prefixes, *, draft_sources, keys, timer):
+    def complete(self, prompts, cached_prefixes, *, keys, timer):
         self.prompts.append(list(prompts))
         answers = [np.asarray(ids) for ids in self._answers.pop(0)]
         assert all(set(ids.tolist()) <= self._allowed for ids in answers)

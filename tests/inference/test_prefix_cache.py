@@ -157,22 +157,20 @@ def test_a_thousand_prompts_met_first_without_their_end(expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grammar", [None, exactness.MASK], ids=["free", "grammar"])
-def test_a_thousand_prompts_with_drafts_of_the_completion_before(expected, grammar):
+def test_a_thousand_prompts_with_drafts_of_earlier_completions(expected, grammar):
     """As a policy uses them: over kept caches, each prompt met twice."""
     rules = GenerationRules(
         exactness.ALLOWED, exactness.STOP, exactness.COUNT, grammar=grammar, block=3
     )
     prefix_cache = _exactness_cache(expected, rules)
     wanted = expected.plain if grammar is None else expected.constrained
-    before = [np.zeros(0, np.int32)] * exactness.BATCH
     for part in expected.batches():
         prompts = [np.array(prompt, np.int32) for prompt in expected.prompts[part]]
         cached: list = [None] * exactness.BATCH
         for _ in range(2):
-            completions = prefix_cache.complete(prompts, cached, draft_sources=before)
+            completions = prefix_cache.complete(prompts, cached)
             cached = [c.cached_prefix for c in completions]
-            before = [c.ids for c in completions]
-            assert [ids.tolist() for ids in before] == wanted[part]
+            assert [c.ids.tolist() for c in completions] == wanted[part]
 
 
 def _exactness_cache(expected, rules):

@@ -14,7 +14,7 @@ from tests.inference.uncached import draw_prompts, greedy_tokens, stack, token_l
 from univla_jax.errors import UserError
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import GREEDY, Sampling
-from univla_jax.inference.speculative import Drafts, block_size
+from univla_jax.inference.speculative import Continuations, Drafts, block_size
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,38 @@ def test_a_draft_is_a_guess_or_what_stood_one_period_before(history, counts, dra
     assert own.propose(jnp.array([history]), jnp.array([counts]), 3).tolist() == [drafts]
 
 
+def test_a_table_drafts_what_followed_before():
+    """The longest known row of tokens decides, the newest of its kind; else the copy."""
+    known = Continuations()
+    for row in ([1, 2, 3, 4, 5, 9], [7, 3, 6], [8, 8, 3, 4, 2]):
+        known.learn(np.array(row))
+    own = Drafts(jnp.full((1, 2), 40), known.table, period=2)
+    for chosen, wanted in (
+        ([1, 2, 3, 4], [5, 9]),  # four tokens
+        ([6, 2, 3, 4], [5, 9]),  # three, and not what stands behind the last two
+        ([6, 6, 3, 4], [2, 3]),  # two, then one
+        ([], [8, 8]),  # how the last one began
+    ):
+        history = jnp.array([[40, 40, *chosen, *[-1] * 4]])
+        assert own.propose(history, jnp.array([len(chosen)]), 2).tolist() == [wanted]
+
+
+def test_a_policys_table_saves_steps_and_changes_nothing(sampler):
+    (prompt,) = draw_prompts(6, seed=3)
+    plain = greedy_tokens(sampler, prompt, 12, ALLOWED)
+    known, steps = Continuations(), []
+    for _ in range(2):
+        drafts = Drafts(np.zeros((1, 0), np.int32), known.table)
+        state = sampler.prefill(np.array([prompt]))
+        generated, _ = sampler.generate(
+            state, max_new_tokens=12, allowed=ALLOWED, drafts=drafts, block=4
+        )
+        assert token_lists(generated) == [plain]
+        known.learn(np.array(plain))
+        steps.append(int(generated.steps))
+    assert steps[1] == 3 < steps[0]
+
+
 @pytest.mark.parametrize(("block", "rows"), [(0, 1), (4, 2)])
 def test_a_block_or_drafts_that_do_not_fit_are_refused(sampler, block, rows):
     state = sampler.prefill(np.array([[1, 2]]))
@@ -101,6 +133,7 @@ def test_a_block_or_drafts_that_do_not_fit_are_refused(sampler, block, rows):
         ("actions", 1, "cpu", 1),
         ("frames", 1, "tpu", 40),
         ("actions", 16, "gpu", 4),
+        ("actions", 1, "tpu", 8),
     ],
 )
 def test_blocks_are_as_long_as_pays(kind, batch_size, platform, block):

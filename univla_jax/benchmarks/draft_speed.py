@@ -22,8 +22,14 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax.benchmarks.harness import Elapsed, print_figures, save, timed
-from univla_jax.benchmarks.quantization import PolicyCall, record
+from univla_jax.benchmarks.harness import (
+    Elapsed,
+    PolicyCall,
+    print_figures,
+    record_calls,
+    save,
+    timed,
+)
 from univla_jax.evaluation.imagined_episodes import ImagineConfig, valid_episodes
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.policy import Policy
@@ -187,12 +193,8 @@ def held_out_frames(
 
 def held_out_calls(policy: Policy, count: int, first_seed: int) -> list[PolicyCall]:
     """The first ``count`` calls of a policy in held-out scenes."""
-    calls: list[PolicyCall] = []
-    for seed in itertools.count(first_seed):
-        calls += record(policy, 1, seed)
-        if len(calls) >= count:
-            return calls[:count]
-    raise AssertionError("unreachable")
+    calls = itertools.chain.from_iterable(record_calls(policy, first_seed))
+    return list(itertools.islice(calls, count))
 
 
 def main(argv: list[str]) -> None:

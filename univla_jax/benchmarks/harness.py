@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,11 +24,15 @@ from univla_jax.cli import format_table
 from univla_jax.data.datasets import DATASETS, DatasetConfig
 from univla_jax.data.token_record import TokenizedEpisode, block_steps
 from univla_jax.data.token_store import StoreHeader, TokenStoreWriter
+from univla_jax.episode import Observation
+from univla_jax.inference.action_decoders import Session
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import preset
 from univla_jax.normalization import ActionStatistics
+from univla_jax.simulators import StepResult
+from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator, trial_of
 from univla_jax.tasks import CorpusRecord, TaskRecord
 from univla_jax.tokenizers.fast import FastTokenizer
 from univla_jax.tokenizers.image import ImageSpec
@@ -364,3 +369,39 @@ def random_policy(preset: str, *, seed: int = 0) -> Policy:
         corpora={_CORPUS: CorpusRecord(control_hz=10.0, frame_spacing=10, grids=grids)},
     )
     return Policy(LoadedModel(pathlib.Path("random"), assets, record, model, params))
+
+
+# ----------------------------------------------------------------------------
+# A policy of the embedded tabletop in held-out scenes.
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyCall:
+    """One call of the plain policy.
+
+    Attributes:
+      observation: of the robot.
+      session: the episode before the call; repeated calls get copies.
+      ids: int32 [n] chosen.
+    """
+
+    observation: Observation
+    session: Session
+    ids: np.ndarray
+
+
+def record_calls(policy: Policy, first_seed: int = 0) -> Iterator[list[PolicyCall]]:
+    """The calls of one episode after the other, each executed chunk by chunk to its end."""
+    simulator = TabletopSimulator(first_seed=first_seed)
+    for index in itertools.count():
+        simulator.reset(trial_of(index))
+        session, ended, calls = policy.start(), False, []
+        while not ended:
+            observation = simulator.observe()
+            # The session as it is before the call, without the cached prefix: the options keep
+            # weights and caches of other kinds.
+            before = dataclasses.replace(session, cached_prefix=None)
+            (chunk,) = policy.act([observation], [session])
+            calls.append(PolicyCall(observation, before, session.last_ids))
+            ended = any(simulator.step(a) is StepResult.ENDED for a in chunk.actions)
+        yield calls

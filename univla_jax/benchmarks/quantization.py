@@ -1,15 +1,16 @@
-"""Actions of a trained policy with int8 weights and with speculative decoding, beside without.
+"""Actions of a trained policy with int8 weights, beside without.
 
     python -m univla_jax.benchmarks.quantization --checkpoint=WORKDIR [--episodes=32] [--json=FILE]
 
-A policy of the embedded tabletop acts in held-out scenes. Every call is then repeated with each
-option: the same observation and history, so that one token that differs changes no later call.
+A policy of the embedded tabletop acts in held-out scenes. Every call is then repeated with int8
+weights: the same observation and history, so that one token that differs changes no later call.
 Nothing is cached between calls.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,50 +18,20 @@ import numpy as np
 from absl import flags, logging
 
 from univla_jax import cli
-from univla_jax.benchmarks.harness import Elapsed, print_cases, save, timed
-from univla_jax.episode import Observation
-from univla_jax.inference.action_decoders import Session
+from univla_jax.benchmarks.harness import (
+    Elapsed,
+    PolicyCall,
+    print_cases,
+    record_calls,
+    save,
+    timed,
+)
 from univla_jax.inference.policy import Policy
 from univla_jax.models import quantized_weights
-from univla_jax.simulators import StepResult
-from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator, trial_of
 
 CHECKPOINT = cli.string_flag("checkpoint", "policy checkpoint, or the workdir of its training")
 EPISODES = flags.DEFINE_integer("episodes", 32, "Scenes")
 FIRST_SEED = flags.DEFINE_integer("first_seed", 500, "First scene among those held out")
-BLOCK = flags.DEFINE_integer("block", 4, "Tokens decoded per step with drafts", allow_override=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class PolicyCall:
-    """One call of the plain policy.
-
-    Attributes:
-      observation: of the robot.
-      session: the episode before the call; repeated calls get copies.
-      ids: int32 [n] chosen.
-    """
-
-    observation: Observation
-    session: Session
-    ids: np.ndarray
-
-
-def record(policy: Policy, episodes: int, first_seed: int = 0) -> list[PolicyCall]:
-    """All calls of some episodes, each executed chunk by chunk to its end."""
-    simulator, calls = TabletopSimulator(first_seed=first_seed), []
-    for index in range(episodes):
-        simulator.reset(trial_of(index))
-        session, ended = policy.start(), False
-        while not ended:
-            observation = simulator.observe()
-            # The session as it is before the call, without the cached prefix: the options keep
-            # weights and caches of other kinds.
-            before = dataclasses.replace(session, cached_prefix=None)
-            (chunk,) = policy.act([observation], [session])
-            calls.append(PolicyCall(observation, before, session.last_ids))
-            ended = any(simulator.step(a) is StepResult.ENDED for a in chunk.actions)
-    return calls
 
 
 def repeat(policy: Policy, calls: Sequence[PolicyCall]) -> tuple[list[np.ndarray], list[Elapsed]]:
@@ -98,12 +69,12 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    plain, block = Policy.load(CHECKPOINT.value, block=1), BLOCK.value
-    calls = record(plain, EPISODES.value, FIRST_SEED.value)
+    plain = Policy.load(CHECKPOINT.value)
+    episodes = itertools.islice(record_calls(plain, FIRST_SEED.value), EPISODES.value)
+    calls = list(itertools.chain.from_iterable(episodes))
     policies = {
         "plain": plain,
         "int8": Policy.load(CHECKPOINT.value, int8=True),
-        f"blocks of {block}": Policy.load(CHECKPOINT.value, block=block),
     }
     figures = {name: compare(policy, calls) for name, policy in policies.items()}
     print_cases(

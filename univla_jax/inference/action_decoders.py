@@ -238,13 +238,7 @@ class TokenActionDecoder:
         for session in sessions:
             session.cached_prefix = None  # the call consumes it
         keys = None if self.rules.sampling.greedy else [session.key() for session in sessions]
-        completions = self.prefix_cache.complete(
-            prompts,
-            cached_prefixes,
-            draft_sources=[session.last_ids for session in sessions],
-            keys=keys,
-            timer=timer,
-        )
+        completions = self.prefix_cache.complete(prompts, cached_prefixes, keys=keys, timer=timer)
         return [
             ActionPrediction(
                 self._task.parse(c.ids, self._shape), c.ids, c.cached_prefix, c.num_overridden

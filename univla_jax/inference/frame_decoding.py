@@ -75,7 +75,7 @@ def imagine_moments(
             np.concatenate([_visual_ids(task, codes), np.tile(between, (len(codes), 1))], axis=1)
             for codes, between in zip(previous, separators)
         ]
-        drafts = Drafts(np.concatenate(source, axis=1), period)
+        drafts = Drafts(np.concatenate(source, axis=1), period=period)
     tokens, num_drawn = [], first * period
     for span in spans:
         forced_ids = np.concatenate(span)

@@ -23,7 +23,7 @@ from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState,
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.sampler import Sampler, Timer, batch_bucket, grow_cache, length_bucket
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
-from univla_jax.inference.speculative import Drafts, block_size
+from univla_jax.inference.speculative import Continuations, Drafts, block_size
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.placement import shard_cache
 
@@ -118,6 +118,7 @@ class PrefixCache:
         """
         self.rules = rules
         self._sampler, self._batch_size = sampler, batch_size
+        self._continuations = Continuations()
         self._widths = sorted({length_bucket(n) for n in usual_lengths})
         room = max(rules.max_new_tokens + self._block(1), _MIN_ROOM)
         self._slots = length_bucket(self._widths[-1] + room)
@@ -128,7 +129,6 @@ class PrefixCache:
         prompts: Sequence[np.ndarray],
         cached_prefixes: Sequence[CachedPrefix | None],
         *,
-        draft_sources: Sequence[np.ndarray] | None = None,
         keys: Sequence[jax.Array] | None = None,
         timer: Timer | None = None,
     ) -> list[Completion]:
@@ -137,19 +137,17 @@ class PrefixCache:
         Args:
           prompts: int32 [n] each.
           cached_prefixes: of the same sequences, donated; None where there is none.
-          draft_sources: per prompt what drafts are copied from, int32 [h]; nothing by default.
           keys: random key of each prompt, so that it draws the same in any batch; needed unless
             decoding is greedy.
           timer: gets the sections ``prefill`` and ``decode``.
         """
         with self._sampler.placement.scope():
-            return self._complete(prompts, cached_prefixes, draft_sources, keys, timer or Timer())
+            return self._complete(prompts, cached_prefixes, keys, timer or Timer())
 
     def _complete(
         self,
         prompts: Sequence[np.ndarray],
         cached_prefixes: Sequence[CachedPrefix | None],
-        draft_sources: Sequence[np.ndarray] | None,
         keys: Sequence[jax.Array] | None,
         timer: Timer,
     ) -> list[Completion]:
@@ -157,11 +155,13 @@ class PrefixCache:
             state = self._prefill(prompts, cached_prefixes)
             results.append(state.batch)
         with timer.section("decode") as results:
-            generated, state = self._decode(state, len(prompts), draft_sources or [], keys)
+            generated, state = self._decode(state, len(prompts), keys)
             results.append(generated.tokens)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.lengths)
         num_overridden = np.asarray(generated.num_overridden).tolist()
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
+        for ids in chosen:
+            self._continuations.learn(ids)
         # The last chosen id is not in the cache: it is prefilled with what comes next.
         cached = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
         return [Completion(*parts) for parts in zip(chosen, _kept(state, cached), num_overridden)]
@@ -327,7 +327,6 @@ class PrefixCache:
         self,
         state: DecodeState,
         count: int,
-        draft_sources: Sequence[np.ndarray] = (),
         keys: Sequence[jax.Array] | None = None,
     ) -> tuple[Generated, DecodeState]:
         """Continues the first ``count`` sequences; the others fill the bucket."""
@@ -342,14 +341,11 @@ class PrefixCache:
             "window": self._slots if usual else None,  # one shape for all usual calls
         }
         stacked = None if keys is None else jnp.stack([*keys, *[keys[0]] * (size - len(keys))])
-        source = np.full((size, rules.max_new_tokens), NO_TOKEN, np.int32)
-        for row, ids in zip(source, draft_sources):
-            row[: len(ids)] = ids[: len(row)]
         return self._sampler.generate(
             state,
             sampling=rules.sampling,
             key=stacked,
-            drafts=Drafts(source, period=rules.max_new_tokens),
+            drafts=Drafts(np.zeros((size, 0), np.int32), self._continuations.table),
             block=self._block(size),
             **options,
         )

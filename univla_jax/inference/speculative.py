@@ -1,27 +1,66 @@
-"""Drafts of speculative decoding: copied from before, and corrected by Jacobi iteration.
+"""Drafts of speculative decoding: looked up, copied from before, corrected by Jacobi iteration.
 
     draft source, or chosen before    5 5 2 9 │ 5 6 2 9 │ 5 6 . .
     draft, one period earlier                               2 9
 
 The decode loop (``decode_loop.py``) verifies a block of drafts per call. A good draft costs no call
-of the model, so it is copied: a frame repeats most of the frame before it, an action chunk some of
-the chunk before. What the model chose at a position after a wrong draft replaces the copy there: it
-was chosen with nearly everything before it right, and each call corrects it further.
+of the model, so it is copied: a frame repeats most of the frame before it. What the model chose at
+a position after a wrong draft replaces the copy there: it was chosen with nearly everything before
+it right, and each call corrects it further. Action ids repeat differently: the same few ids in a
+row are followed by the same next one in chunk after chunk, whoever asked for them. A table of what
+followed (``Continuations``) drafts those, one id after the other.
 
 Sources: Jacobi decoding (Santilli et al., arXiv 2305.10427; for images Teng et al., arXiv
-2410.01699); several tokens of a frame per call, exactly (SCD, arXiv 2510.24211).
+2410.01699); several tokens of a frame per call, exactly (SCD, arXiv 2510.24211); n-grams of earlier
+outputs as drafts (Ou et al., arXiv 2404.12767).
 
-Axes: B batch, H tokens of the draft source, Q drafts.
+Axes: B batch, H tokens of the draft source, Q drafts, N orders of n-grams, S slots of their table.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_ORDERS = (4, 3, 2, 1)  # tokens that a next one is looked up by, the longest known ones first
+_TABLE_SLOTS = 2**14  # per order; two n-grams that share a slot only make a wrong draft
+
+
+class Continuations:
+    """What followed the last few tokens when they were last chosen, for any sequence.
+
+    Attributes:
+      table: int32 [N, S], the next token by order and hash of the tokens before it; negative where
+        nothing is known.
+    """
+
+    def __init__(self) -> None:
+        """Knows nothing yet."""
+        self.table = np.full((len(_ORDERS), _TABLE_SLOTS), -1, np.int32)
+
+    def learn(self, tokens: np.ndarray) -> None:
+        """Takes a whole sequence of chosen tokens, int32 [n]."""
+        padded = np.concatenate([np.full(max(_ORDERS), -1), tokens])
+        # windows[i] are the tokens before tokens[i], -1 before the first.
+        windows = np.lib.stride_tricks.sliding_window_view(padded[:-1], max(_ORDERS))
+        self.table[np.arange(len(_ORDERS)), _slots(windows, np)] = np.asarray(tokens)[:, None]
+
+
+def _slots(windows: Any, xp: Any) -> Any:
+    """Slots [..., N] of tables for the last tokens int [..., max(_ORDERS)], -1 for none."""
+    columns = []
+    for order in _ORDERS:
+        # Fowler-Noll-Vo's hash of whole tokens, then its upper bits, which mix better.
+        hashed = xp.full(windows.shape[:-1], 2166136261, xp.uint32)
+        for i in range(order):
+            token = windows[..., windows.shape[-1] - 1 - i].astype(xp.uint32)
+            hashed = (hashed ^ token) * xp.uint32(16777619)
+        columns.append((hashed ^ (hashed >> xp.uint32(15))) % xp.uint32(_TABLE_SLOTS))
+    return xp.stack(columns, axis=-1).astype(xp.int32)
 
 
 @flax.struct.dataclass
@@ -31,10 +70,12 @@ class Drafts:
     Attributes:
       source: int32 [B, H], tokens before the first that is chosen, H may be 0; negative where there
         is none.
+      table: int32 [N, S] of ``Continuations``, tried first; None for none.
       period: a draft is what stands so many positions before; 0 for none.
     """
 
     source: jax.Array
+    table: jax.Array | None = None
     period: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
@@ -67,16 +108,34 @@ class Drafts:
             found = jnp.take_along_axis(history, jnp.clip(earlier, 0, length - 1), axis=1)
             found = jnp.where((earlier >= 0) & (earlier < length), found, -1)
             draft = jnp.where(draft < 0, found, draft)
-        return draft
+        return draft if self.table is None else self._look_up(history, counts, draft)
+
+    def _look_up(self, history: jax.Array, counts: jax.Array, otherwise: jax.Array) -> jax.Array:
+        """Drafts [B, Q] by the table, each behind those before it; else ``otherwise``."""
+        longest, num_source = max(_ORDERS), self.source.shape[1]
+        place = num_source + counts[:, None] + jnp.arange(-longest, 0)
+        window = jnp.take_along_axis(history, jnp.maximum(place, 0), axis=1)
+        window = jnp.where(place >= num_source, window, -1)
+        drafts = []
+        for q in range(otherwise.shape[1]):
+            found = self.table[jnp.arange(len(_ORDERS)), _slots(window, jnp)]
+            draft = otherwise[:, q]
+            for n in reversed(range(len(_ORDERS))):
+                draft = jnp.where(found[:, n] < 0, draft, found[:, n])
+            drafts.append(draft)
+            window = jnp.concatenate([window[:, 1:], draft[:, None]], axis=1)
+        return jnp.stack(drafts, axis=1)
 
 
 # Tokens that one call decodes at about the price of one. Measured on two CPU cores with models of
 # 1 M parameters (`benchmarks/README.md`): blocks of 8 halve the time of a frame of one sequence and
-# lose from two sequences on; of an action chunk too few drafts are right to pay there. On
-# accelerators a call reads all weights for any number of tokens up to peak operations / bandwidth,
-# 240 on the least (TPU v5e, bfloat16); a quarter of that leaves room for what attention adds.
+# lose from two sequences on; an action chunk takes a third of the calls in blocks of 4, but as much
+# time. On accelerators a call reads all weights for any number of tokens up to peak operations /
+# bandwidth, 240 on the least (TPU v5e, bfloat16); a quarter of that leaves room for what attention
+# adds.
 _TOKENS_PER_CALL = {"cpu": {"frames": 8, "actions": 1}}
 _ON_ACCELERATORS = 64
+_LONGEST = {"actions": 8}  # drafts are looked up one by one: of the later ones hardly any is right
 
 
 def block_size(
@@ -91,4 +150,4 @@ def block_size(
       platform: of JAX; by default the one in use.
     """
     tokens = _TOKENS_PER_CALL.get(platform or jax.default_backend(), {}).get(kind, _ON_ACCELERATORS)
-    return max(1, min(tokens // batch_size, longest))
+    return max(1, min(tokens // batch_size, longest, _LONGEST.get(kind, longest)))
