@@ -128,8 +128,8 @@ def test_a_block_or_drafts_that_do_not_fit_are_refused(sampler, block, rows):
 @pytest.mark.parametrize(
     ("kind", "batch_size", "platform", "block"),
     [
-        ("frames", 1, "cpu", 8),
-        ("frames", 16, "cpu", 1),
+        ("frames", 1, "cpu", 16),
+        ("frames", 2, "cpu", 1),
         ("actions", 1, "cpu", 1),
         ("frames", 1, "tpu", 40),
         ("actions", 16, "gpu", 4),

@@ -128,12 +128,12 @@ class Drafts:
 
 
 # Tokens that one call decodes at about the price of one. Measured on two CPU cores with models of
-# 1 M parameters (`benchmarks/README.md`): blocks of 8 halve the time of a frame of one sequence and
-# lose from two sequences on; an action chunk takes a third of the calls in blocks of 4, but as much
+# 1 M parameters (`benchmarks/README.md`): blocks of 16 take a quarter of the time of a frame of one
+# sequence, and drafts lose from two sequences on; an action chunk takes fewer calls, but as much
 # time. On accelerators a call reads all weights for any number of tokens up to peak operations /
 # bandwidth, 240 on the least (TPU v5e, bfloat16); a quarter of that leaves room for what attention
 # adds.
-_TOKENS_PER_CALL = {"cpu": {"frames": 8, "actions": 1}}
+_ON_CPU = {"frames": 16, "actions": 1}
 _ON_ACCELERATORS = 64
 _LONGEST = {"actions": 8}  # drafts are looked up one by one: of the later ones hardly any is right
 
@@ -149,5 +149,8 @@ def block_size(
       longest: a block is never longer.
       platform: of JAX; by default the one in use.
     """
-    tokens = _TOKENS_PER_CALL.get(platform or jax.default_backend(), {}).get(kind, _ON_ACCELERATORS)
-    return max(1, min(tokens // batch_size, longest, _LONGEST.get(kind, longest)))
+    if (platform or jax.default_backend()) == "cpu":
+        tokens = _ON_CPU[kind] if batch_size == 1 else 1
+    else:
+        tokens = _ON_ACCELERATORS // batch_size
+    return max(1, min(tokens, longest, _LONGEST.get(kind, longest)))
