@@ -4,11 +4,13 @@
 
 It post-trains on frames without actions (``world_model``), lets an expert that errs act
 (``attempts``), and fine-tunes on a mixture of tasks (``unified``): one checkpoint that acts,
-imagines, obeys given actions and judges, from which all results come. It also plans, and there is
-a specialist to compare it with::
+imagines, obeys given actions and judges, from which all results come. It also plans and learns
+from its own failures, and there is a specialist to compare it with::
 
     python -m univla_jax.evaluate --config=configs/quickstart.py:evaluate \\
         --checkpoint=W/unified --plan=8 --conditions=policy --out=W/planned
+    python -m univla_jax.improve --config=configs/quickstart.py:improve --checkpoint=W/unified \\
+        --stores=W/tokens/train --held_out=W/tokens/val --out=W/improved
     python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=W/policy \\
         --config.init_from=W/world_model --config.data.stores="('W/tokens/train',)" \\
         --config.evaluation.stores="('W/tokens/val',)"
@@ -28,6 +30,7 @@ from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig
 from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
+from univla_jax.evaluation.improvement import ImproveConfig
 from univla_jax.simulators.tabletop.tabletop_expert import DemonstrationsConfig
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.vision_training import VisionFitConfig
@@ -131,6 +134,17 @@ def unified() -> ConfigDict:
 
     Its stores are ``train``, the demonstrations, and ``rollouts``, the attempts with outcomes.
     """
+    return complete(TrainConfig, training(5200, mixed("rollouts", 3.0)))
+
+
+def mixed(rollouts: str, share: float, **of_policy: Any) -> Values:
+    """The mixture of all directions.
+
+    Args:
+      rollouts: name of the store with attempts.
+      share: of an attempt beside a demonstration, where frames follow actions.
+      **of_policy: further settings of the policy.
+    """
     both = {"views": VIEWS}
     mixture = (
         {
@@ -142,13 +156,14 @@ def unified() -> ConfigDict:
             "aligned_windows": 0.7,
             "evaluation_stores": ("val",),
             **both,
+            **of_policy,
         },
         {
             # Attempts teach what actions do where they do not follow from the instruction.
             "task": "policy_video",
             "name": "dynamics",
-            "stores": ("train", "rollouts"),
-            "weights": (1.0, 3.0),
+            "stores": ("train", rollouts),
+            "weights": (1.0, share),
             "weight": 0.2,
             "frames": 3,
             "loss_on": "vision",
@@ -165,21 +180,20 @@ def unified() -> ConfigDict:
         },
         {
             "task": "value",
-            "stores": ("rollouts",),
+            "stores": (rollouts,),
             "weight": 0.1,
             "frames": 3,
             "aligned_windows": 0.5,
             **both,
         },
     )
-    data = {
+    return {
         "mixture": mixture,
         "chunk_size": ACTION_FRAMES,
         "sequence_length": 256,
         "batch_size": 8,
         "vision_weight": 0.3,
     }
-    return complete(TrainConfig, training(5200, data))
 
 
 def attempts() -> ConfigDict:
@@ -202,6 +216,22 @@ def attempts_held_out() -> ConfigDict:
     config = attempts()
     config.update({"episodes": 80, "first_seed": 600_000})
     return config
+
+
+def improve() -> ConfigDict:
+    """A round of learning from the policy's own successes and failures, without demonstrations."""
+    attempts_of_policy = {
+        "episodes": 1000,
+        "batch": 100,
+        "conditions": ("policy",),
+        "training_scenes": True,
+        "first_seed": 700_000,
+        "video_episodes": 0,
+    }
+    data = mixed("advantages", 1.0, stores=("train", "advantages"), advantage=True)
+    values = training(1500, data)
+    values["optimizer"]["learning_rate"] = 1e-3
+    return complete(ImproveConfig, {"attempts": attempts_of_policy, "train": values})
 
 
 def training(steps: int, data: Values) -> Values:
@@ -254,6 +284,7 @@ STAGES = (
     evaluate,
     imagine,
     obey,
+    improve,
 )
 
 

@@ -15,12 +15,21 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "demonstrations": {"train_episodes": 12, "val_episodes": 4},
     "vision": {"total_steps": 6, "batch_size": 2, "evaluation_frames": 16},
     "world_model": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
-    "attempts": {"episodes": 10, "max_steps": 8},
-    "attempts_held_out": {"episodes": 5, "max_steps": 8},
+    "attempts": {"episodes": 10, "max_steps": 12},
+    "attempts_held_out": {"episodes": 5, "max_steps": 12},
     "unified": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "policy": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "evaluate": {"episodes": 5, "batch": 5, "max_steps": 10},
     "imagine": {"episodes": 2, "batch": 2},
+    "improve": {
+        "attempts.episodes": 5,
+        "attempts.batch": 5,
+        "attempts.max_steps": 12,
+        "train.total_steps": 4,
+        "train.data.batch_size": 2,
+        "train.evaluation.every": 2,
+        "train.model.preset": "tiny",
+    },
     "obey": {"episodes": 2, "batch": 2},
 }
 

@@ -23,6 +23,7 @@ STAGES = (
     "evaluate",
     "imagine",
     "obey",
+    "improve",
 )
 
 

@@ -209,3 +209,35 @@ def test_a_sample_commits_to_a_drawn_number_of_actions_and_its_chunk_follows(nam
 def test_actions_that_depend_on_their_chunk_cannot_be_committed_to():
     with pytest.raises(UserError, match=r"relative to the beginning .* set data\.max_committed=0"):
         TASK.committed_ids("aloha", np.zeros((1, 14), np.float32))
+
+
+def test_an_advantage_is_a_token_behind_the_instruction():
+    task = small.task("policy_video", advantage=True)
+    good = task.build("go", [TWO], [chunk(1), chunk(2)])
+    bad = task.build("go", [TWO], [chunk(1), chunk(2)], good=False)
+    assert spell(good).startswith("<bos> g o <bot> a1 <boi>")
+    assert spell(bad).startswith("<bos> g o <bot> a0 <boi>")
+    assert good.roles.tolist()[3:5] == [M, M]
+    # What the policy is prompted with begins as what it was shown of good chunks.
+    opening = task.opening("go")
+    np.testing.assert_array_equal(opening, good.ids[: len(opening)])
+    assert TASK.opening("go").tolist() == opening.tolist()[:-2]
+
+
+def test_a_window_is_good_where_all_its_chunks_are():
+    episode = small.episode(0, 12)
+    words = ["good"] * 9 + ["bad"] * 3
+    annotated = dataclasses.replace(episode, texts={"advantage": words})
+    seen = set()
+    for seed in range(40):
+        task, rng = (
+            small.task("policy_video", frames=2, advantage=True),
+            np.random.default_rng(seed),
+        )
+        moments = task.draw_window(annotated, 2, 3, np.random.default_rng(seed))
+        ids = task.sample(annotated, "go", rng).fill(task.vocabulary)
+        said = spell(ids).split()[4]
+        assert said == ("a0" if moments[-1] >= 9 else "a1")
+        seen.add(said)
+    assert seen == {"a0", "a1"}
+    assert " <bot> a1 " in spell(sample(episode, advantage=True))

@@ -61,13 +61,22 @@ class Judge:
         """
         for i, observation in enumerate(observations):
             self._encoder.check(observation, f"observation {i}")
+        instructions = [observation.instruction for observation in observations]
+        return self.judge_codes(instructions, self._encoder.encode(observations))
+
+    def judge_codes(
+        self, instructions: Sequence[str], views: Sequence[Sequence[np.ndarray]]
+    ) -> list[Judgement]:
+        """What the model says about moments whose frames are encoded already.
+
+        Args:
+          instructions: of each moment.
+          views: per moment and camera integer [1, h, w] codes.
+        """
         task = self.loaded.task
-        prompts = [
-            task.build(observation.instruction, views).ids
-            for observation, views in zip(observations, self._encoder.encode(observations))
-        ]
+        prompts = [task.build(text, codes).ids for text, codes in zip(instructions, views)]
         pad = self.loaded.assets.vocabulary.pad
         tokens, lengths = pad_prompts(prompts, pad)
         state = self._sampler.prefill(tokens, lengths)
         probabilities = np.exp(self._sampler.next_log_probs(state, task.ids))
-        return task.parse(probabilities[: len(observations)])
+        return task.parse(probabilities[: len(prompts)])

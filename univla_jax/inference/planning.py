@@ -271,6 +271,8 @@ def _judging_tasks(policy: Policy) -> tuple[PolicyVideo, Value]:
     loaded, moments = policy.loaded, policy.loaded.task.history_window + 1
     if loaded.record.state:
         raise UserError("plan: the policy sees states, which imagined moments do not have")
+    if loaded.record.advantage:
+        raise UserError("plan: the policy acts by the advantage, which its judge was not shown")
     tasks = []
     for kind, role, purpose in (
         (PolicyVideo, Role.VISION, "imagining what its actions do"),

@@ -29,6 +29,7 @@ class MixtureTask:
       frames: moments per sample; 1 where the task shows one moment.
       chunk_size: steps of an action chunk.
       state: whether the proprioceptive state is written before each chunk.
+      advantage: whether a token behind the instruction says how good the chunks are.
       views: cameras in the order they are written.
       views_together: whether a world model shows all cameras at every moment instead of one.
       frame_spacing: steps between two frames of the world model.
@@ -49,6 +50,7 @@ class MixtureTask:
     frames: int | None = None
     chunk_size: int | None = None
     state: bool | None = None
+    advantage: bool | None = None
     views: tuple[str, ...] = ()
     views_together: bool | None = None
     frame_spacing: int | None = None
@@ -92,6 +94,8 @@ class DataConfig:
         other tasks.
       chunk_size: steps of an action chunk.
       state: whether policies see the proprioceptive state, written before each chunk.
+      advantage: whether a token behind the instruction tells the video policy how good its chunks
+        are, which ``improve`` learns from roll-outs; the policy then acts for good ones.
       views: cameras in the order they are written; empty takes the ``policy_views`` of each corpus.
         The world model shows one: when empty, each of the corpus' ``world_model_views`` in a sample
         of its own, else by chance one of those named that the episode has.
@@ -133,6 +137,7 @@ class DataConfig:
     frames: int = 2
     chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
     state: bool = False
+    advantage: bool = False
     views: tuple[str, ...] = ()
     views_together: bool = False
     frame_spacing: int = 0
@@ -198,10 +203,14 @@ class DataConfig:
                 own["frames"] = 1
             # The settings that only some tasks have go to those; one that an entry names itself is
             # kept, so that it is refused where it means nothing.
-            if entry.state is None and not tasks.task_class(entry.task).needs.state:
-                own["state"] = False
-            if entry.max_committed is None and not tasks.task_class(entry.task).needs.committed:
-                own["max_committed"] = 0
+            for field, need, absent in (
+                ("state", "state", False),
+                ("advantage", "advantage", False),
+                ("max_committed", "committed", 0),
+            ):
+                fits = getattr(tasks.task_class(entry.task).needs, need)
+                if getattr(entry, field) is None and not fits:
+                    own[field] = absent
             if entry.stores:
                 own["stores"] = tuple(find_store(name, self.stores) for name in entry.stores)
                 own.setdefault("weights", ())
@@ -308,6 +317,8 @@ class DataConfig:
             raise UserError(
                 f"data.max_committed: the task {self.task!r} has no place for committed actions"
             )
+        if self.advantage and not self.needs.advantage:
+            raise UserError(f"data.advantage: the task {self.task!r} has no place for it")
         if self.views_together and not self.needs.frame_spacing:
             raise UserError(
                 f"data.views_together: a choice of world models, not of the task {self.task!r}"

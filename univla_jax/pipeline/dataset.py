@@ -28,7 +28,7 @@ from univla_jax.assets import Assets
 from univla_jax.config import former_names
 from univla_jax.errors import UserError
 from univla_jax.pipeline.batch import Batch, Example, pack
-from univla_jax.pipeline.data_config import DataConfig
+from univla_jax.pipeline.data_config import DataConfig, MixtureTask
 from univla_jax.pipeline.mixture import (
     EpisodeSource,
     SampleBuilder,
@@ -300,7 +300,12 @@ def _renamed(identity: dict[str, Any]) -> dict[str, Any]:
     fields = [f for f in dataclasses.fields(DataConfig) if f.default is not dataclasses.MISSING]
     defaults = {f"data.{f.name}": f.default for f in fields if f.name not in _NOT_CONTENT}
     saved = {names.get(key, key): value for key, value in identity.items() if key not in ignored}
-    return json.loads(json.dumps(defaults)) | saved
+    if saved.get("data.mixture"):
+        own = {f.name: f.default for f in dataclasses.fields(MixtureTask)}
+        own = {name: value for name, value in own.items() if name not in _NOT_CONTENT}
+        del own["task"]
+        saved["data.mixture"] = [{**own, **entry} for entry in saved["data.mixture"]]
+    return json.loads(json.dumps(defaults)) | json.loads(json.dumps(saved))
 
 
 class EvaluationBatches:

@@ -108,6 +108,7 @@ class TaskRecord:
       views_together: whether a world model was shown all cameras at every moment.
       labels: key of ``sequences.tokens.LABELS``, what was learned; empty for the task's own.
       max_committed: most committed actions that stood before a policy's newest chunk.
+      advantage: whether a token behind the instruction said how good the chunks are.
     """
 
     task: str = dataclasses.field(metadata={"formerly": "layout"})
@@ -121,6 +122,7 @@ class TaskRecord:
     views_together: bool = False
     labels: str = ""
     max_committed: int = 0
+    advantage: bool = False
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskRecord:
@@ -141,7 +143,7 @@ class TaskRecord:
         # The file keeps its first key names and leaves out what older checkpoints do not have, so
         # that a run which is continued finds the fingerprint that it saved.
         values = dataclasses.asdict(self)
-        for name in ("state", "views_together", "labels", "max_committed"):
+        for name in ("state", "views_together", "labels", "max_committed", "advantage"):
             if not values[name]:
                 del values[name]  # absent, as in assets saved before there were such choices
         values["views"] = list(self.views)
@@ -164,6 +166,7 @@ class TaskRecord:
             views_together=self.views_together,
             state=self.state,
             max_committed=self.max_committed,
+            advantage=self.advantage,
         )
 
     def views_of(self, corpus: str) -> tuple[str, ...]:

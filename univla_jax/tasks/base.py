@@ -55,6 +55,7 @@ class TaskSettings:
       aligned_windows: share of the windows that begin a whole number of chunks into their episode.
       max_committed: most committed actions written before a policy's newest chunk, a number drawn
         per sample from 0 on; 0 for none.
+      advantage: whether a token behind the instruction says how good the chunks are.
     """
 
     frames: int = 1
@@ -65,6 +66,7 @@ class TaskSettings:
     state: bool = False
     aligned_windows: float = 0.0
     max_committed: int = 0
+    advantage: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Needs:
       action_tokens: the chunks as tokens, and so an action tokenizer.
       state: may show the proprioceptive state before each chunk.
       committed: may show the actions that are executed before a chunk can begin.
+      advantage: may show how good its chunks are.
       frame_sequence: may show more than one moment.
       single_view: shows one camera: the first, or one drawn among those named.
       frame_spacing: frames are ``TaskSettings.frame_spacing`` steps apart.
@@ -89,6 +92,7 @@ class Needs:
     action_tokens: bool = False
     state: bool = False
     committed: bool = False
+    advantage: bool = False
     frame_sequence: bool = False
     single_view: bool = False
     frame_spacing: bool = False

@@ -15,6 +15,11 @@ many is drawn per sample, as delays are (training-time real-time chunking, arXiv
 
 The number of moments is then drawn too: a call that is not a chunk behind an earlier one, as the
 second of an episode, shows a single moment.
+    bos text bot good │ fmt(v1 t=0) …
+
+With ``data.advantage`` a token behind the instruction says whether the chunks were good or bad, by
+the text ``ADVANTAGE`` of their episode. ``evaluation/improvement.py`` writes it; demonstrations
+have none and are good. The policy is prompted with good (RECAP, arXiv 2511.14759).
 
 Where frames are learned too (``data.loss_on``), the same sequence imagines what given actions do:
 a chunk is fed behind its boa (``outcome``), then the codes of the next moment's frames are chosen.
@@ -33,7 +38,7 @@ import numpy as np
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.sequences.frames import frame_blocks, frame_header
-from univla_jax.sequences.tokens import Role, Tokens, opening
+from univla_jax.sequences.tokens import Piece, Role, Tokens, opening
 from univla_jax.tasks.base import (
     ActionTask,
     Needs,
@@ -41,7 +46,12 @@ from univla_jax.tasks.base import (
     count_moments,
     frames_in_order,
     placeholders,
+    text_at,
 )
+
+ADVANTAGE = "advantage"
+"""Kind of text that says of every step whether the chunk that begins there was good."""
+GOOD, BAD = "good", "bad"
 
 
 class PolicyVideo(ActionTask):
@@ -49,7 +59,14 @@ class PolicyVideo(ActionTask):
 
     name = "policy_video"
     labels = "action"
-    needs = Needs(actions=True, action_tokens=True, state=True, committed=True, frame_sequence=True)
+    needs = Needs(
+        actions=True,
+        action_tokens=True,
+        state=True,
+        committed=True,
+        frame_sequence=True,
+        advantage=True,
+    )
 
     @property
     def history_window(self) -> int:
@@ -90,6 +107,7 @@ class PolicyVideo(ActionTask):
             chunks,
             self.state_ids(episode, moments),
             given,
+            good=_all_good(episode, moments),
         )
         return SampleSpec(tokens, frames_in_order(views, moments))
 
@@ -112,6 +130,17 @@ class PolicyVideo(ActionTask):
         drawn = int(rng.integers(0, self.settings.max_committed, endpoint=True))
         return max(0, min(drawn, len(episode.actions) - self.settings.chunk_size))
 
+    def opening(self, text: str) -> np.ndarray:
+        """int32 ids of bos and instruction, and where the run shows it of the advantage good."""
+        return np.concatenate([ids for _, ids in self._opening(text, good=True)])
+
+    def _opening(self, text: str, *, good: bool) -> list[Piece]:
+        pieces = [opening(self.text_encoder, text)]
+        if self.settings.advantage:
+            ids = [self.vocabulary.bot, *self.vocabulary.action_ids(np.array([int(good)]))]
+            pieces.append((Role.MARKUP, np.array(ids, np.int32)))
+        return pieces
+
     def build(
         self,
         instruction: str,
@@ -119,6 +148,8 @@ class PolicyVideo(ActionTask):
         chunks: Sequence[np.ndarray],
         states: Sequence[np.ndarray] | None = None,
         committed: Sequence[np.ndarray] = (),
+        *,
+        good: bool = True,
     ) -> Tokens:
         """The sequence, or its prompt.
 
@@ -129,6 +160,7 @@ class PolicyVideo(ActionTask):
             the last moment: it is the prompt of its chunk.
           states: state ids of each moment, written before its boa, or None.
           committed: ids of each action written before the newest chunk.
+          good: the advantage of the chunks, where the run shows it.
 
         Raises:
           UserError: no view, or parts of different length.
@@ -140,7 +172,7 @@ class PolicyVideo(ActionTask):
             raise UserError(f"{len(chunks)} action chunks for {moments} moments of frames")
         # All frames of a camera become ids in one vectorized call, then the moments interleave
         # them.
-        pieces = [opening(self.text_encoder, instruction)]
+        pieces = self._opening(instruction, good=good)
         blocks = [frame_blocks(self.text_encoder, view) for view in views]
         for t in range(moments):
             pieces += self.moment(
@@ -166,6 +198,13 @@ class PolicyVideo(ActionTask):
         """int32 ids fed behind the last code of an imagined moment, before the next chunk."""
         v = self.vocabulary
         return np.array([v.eof, v.eoi, v.boa], np.int32)
+
+
+def _all_good(episode: TokenizedEpisode, moments: Sequence[int]) -> bool:
+    """Whether every chunk that begins at these steps was good; demonstrations are."""
+    if ADVANTAGE not in episode.texts:
+        return True
+    return all(text_at(episode, ADVANTAGE, step) == GOOD for step in moments)
 
 
 TASK = PolicyVideo

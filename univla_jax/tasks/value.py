@@ -157,6 +157,15 @@ class Value(Task):
     def _count(self) -> int:
         return min(_MAX_CODES, self.vocabulary.action_size)
 
+    def achieved(self, episode: TokenizedEpisode, step: int) -> float:
+        """What ``Judgement.score`` of a step should have been, by how its episode ended.
+
+        Raises:
+          UserError: the episode has no outcome.
+        """
+        code = self._code(episode, step)
+        return _DISCOUNT ** (code - 1) if code else 0.0
+
     def _code(self, episode: TokenizedEpisode, step: int) -> int:
         outcome = text_at(episode, OUTCOME, step)
         if outcome not in (SUCCESS, FAILURE):

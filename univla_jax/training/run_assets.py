@@ -154,6 +154,7 @@ def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
         state=data.state,
         views_together=data.views_together,
         max_committed=data.max_committed,
+        advantage=data.advantage,
         labels=data.loss_on if data.loss_on != tasks.task_class(data.task).labels else "",
     )
 
