@@ -38,6 +38,9 @@ statistics, encoded by its action tokenizer, and back.
 ``--export`` writes the driving policy's ``<token>.json`` of each scene for NAVSIM's own scorer
 (``launch/navsim/prediction_agent.py``); it works without scene files.
 
+``--judge`` takes roll-outs with outcomes (``--rollouts``) and scores the checkpoint's values by
+them, in ``judge.json``: area under the curve for success, and calibration error.
+
 ``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
 token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
 ``offline.json``.
@@ -52,7 +55,7 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.evaluation import closed_loop, offline, report
+from univla_jax.evaluation import closed_loop, offline, report, value_scores
 from univla_jax.evaluation.actors import ActionRoundTrip
 from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.evaluation.latency import EXECUTIONS
@@ -79,6 +82,7 @@ EXPORT = cli.string_flag(
     "export", "folder for a prediction per scene of navsim, as its agent reads it", required=False
 )
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
+JUDGE = cli.string_flag("judge", "token store of roll-outs to judge", required=False)
 SAMPLING = sampling_flags()
 MESH = mesh_flags()
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
@@ -171,6 +175,20 @@ def _evaluate_offline() -> None:
     print(f"{OUT.value}/{offline.REPORT}")
 
 
+def _evaluate_values() -> None:
+    if CHECKPOINT.value is None:
+        raise UserError("missing; give --checkpoint=..., one that was trained on the task 'value'")
+    found = value_scores.score_values(CHECKPOINT.value, JUDGE.value, OUT.value)
+    print(f"{found['successes']} successes in {found['episodes']} episodes of {found['store']}")
+    for name in ("all_moments", "first_moment"):
+        scores = found[name]
+        print(
+            f"{name.replace('_', ' ')}: area under the curve {scores['area_under_curve']:.3f}, "
+            f"calibration error {scores['calibration_error']:.3f}"
+        )
+    print(f"{OUT.value}/{value_scores.REPORT}")
+
+
 def _evaluate_closed_loop() -> None:
     policy = None if POLICY.value in closed_loop.WITHOUT_POLICY else POLICY.value
     was_finished = closed_loop.finished(OUT.value)
@@ -207,7 +225,9 @@ def main(argv: list[str]) -> None:
         return
     if OUT.value is None:
         raise UserError("missing; give --out=..., the folder for the results")
-    if OFFLINE.value:
+    if JUDGE.value:
+        _evaluate_values()
+    elif OFFLINE.value:
         _evaluate_offline()
     else:
         _evaluate_closed_loop()

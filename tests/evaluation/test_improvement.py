@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from tests.inference import tiny_unified
+from univla_jax import io
 from univla_jax.checkpoints import find_checkpoint
 from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
 from univla_jax.evaluation import closed_loop
 from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.evaluation.improvement import ImproveConfig, annotate, improve
+from univla_jax.evaluation.value_scores import score_values
 from univla_jax.inference.judge import Judge
 from univla_jax.inference.policy import Policy
 from univla_jax.pipeline.data_config import DataConfig, MixtureTask
@@ -73,6 +75,16 @@ def test_the_advantage_is_the_outcome_minus_what_was_expected(world, tmp_path):
     assert good / found["steps"] == pytest.approx(0.25, abs=0.1)
     # Chunks of successes count as good more often than those of failures.
     assert found["good_in_successes"] > found["good_in_failures"]
+
+
+@pytest.mark.slow
+def test_values_are_scored_on_roll_outs(world, tmp_path):
+    folder, checkpoint = world
+    found = score_values(checkpoint, folder / "val", tmp_path)
+    assert io.read_json(tmp_path / "judge.json") == found
+    assert 0 < found["successes"] < found["episodes"] == len(TokenStore(folder / "val"))
+    assert found["first_moment"]["moments"] == found["episodes"]
+    assert 0 <= found["all_moments"]["area_under_curve"] <= 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,6 @@ from univla_jax.training.train_loop import train
 ATTEMPTS, ADVANTAGES, POLICY = "attempts", "advantages", "policy"
 REPORT = "improve.json"
 _IDENTITY = "improvement.json"
-_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,19 +173,9 @@ def annotate(
 def _advantages(judge: Judge, episode: TokenizedEpisode) -> np.ndarray:
     """The discounted outcome minus the value at every step, float64 [T]."""
     task = judge.loaded.task
-    values = [judgement.score for judgement in _judgements(judge, episode)]
+    values = [judgement.score for judgement in judge.judge_episode(episode)]
     achieved = [task.achieved(episode, step) for step in range(len(episode))]
     return np.array(achieved) - np.array(values)
-
-
-def _judgements(judge: Judge, episode: TokenizedEpisode) -> Iterator[Any]:
-    views = judge.loaded.task.view_codes(episode)
-    # Every batch has the same shape, so that one program serves all episodes.
-    for start in range(0, len(episode), _BATCH):
-        steps = list(range(start, min(start + _BATCH, len(episode))))
-        filled = steps + steps[:1] * (_BATCH - len(steps))
-        codes = [[view[step : step + 1] for view in views] for step in filled]
-        yield from judge.judge_codes([episode.instruction] * _BATCH, codes)[: len(steps)]
 
 
 def _good_shares(

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.episode import Observation
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.observations import ObservationEncoder
 from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.sequences.tokens import Role
 from univla_jax.tasks.value import Judgement, Value
+
+_BATCH = 64  # moments of an episode judged together
 
 
 class Judge:
@@ -80,3 +83,14 @@ class Judge:
         state = self._sampler.prefill(tokens, lengths)
         probabilities = np.exp(self._sampler.next_log_probs(state, task.ids))
         return task.parse(probabilities[: len(prompts)])
+
+    def judge_episode(self, episode: TokenizedEpisode) -> list[Judgement]:
+        """What the model says about every step of a stored episode, from its frames alone."""
+        views, found = self.loaded.task.view_codes(episode), []
+        # Every batch has the same shape, so that one program serves all episodes.
+        for start in range(0, len(episode), _BATCH):
+            steps = list(range(start, min(start + _BATCH, len(episode))))
+            filled = steps + steps[:1] * (_BATCH - len(steps))
+            codes = [[view[step : step + 1] for view in views] for step in filled]
+            found += self.judge_codes([episode.instruction] * _BATCH, codes)[: len(steps)]
+        return found
