@@ -97,12 +97,7 @@ def load_model_params(
     if not joint:
         return decoder
     # An expert is trained as a whole beside the adapters, and lies with them.
-    expert = checkpoints.load_arrays(folder, {"params": {EXPERT: template[EXPERT]}})
-    expert = expert["params"][EXPERT]
-    if convert is not None:
-        expert = jax.tree_util.tree_map_with_path(
-            lambda path, x: convert(f"params/{EXPERT}/{_name(path)}", x), expert
-        )
+    expert = checkpoints.load_params(folder, template[EXPERT], part=EXPERT, convert=convert)
     return {DECODER: decoder, EXPERT: expert}
 
 
@@ -115,15 +110,13 @@ def load_adapter(folder: epath.Path, record: Mapping[str, Any], template: Any) -
         if name.startswith("params/") and is_adapter(name)
     }
     whole = functools.partial(jax.ShapeDtypeStruct, sharding=_whole(template))
-    wanted: dict[str, Any] = {}
-    for name, array in saved.items():
-        *parents, last = name.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, wanted)
-        node[last] = whole(array.shape, array.dtype)
-    read = checkpoints.load_arrays(folder, wanted)["params"]
-    read = read.get(DECODER, read)
+    averages = checkpoints.acting_names(folder)
+    own = {averages.get(name, name): name for name in saved}
+    wanted = {place: whole(saved[name].shape, saved[name].dtype) for place, name in own.items()}
+    read = checkpoints.load_arrays(folder, checkpoints.nested(wanted))
     flat, _ = jax.tree_util.tree_flatten_with_path(read)
-    return Adapter(lora, {_name(path): x for path, x in flat})
+    names = {path: own[_name(path)].removeprefix("params/") for path, _ in flat}
+    return Adapter(lora, {names[path].removeprefix(f"{DECODER}/"): x for path, x in flat})
 
 
 def _whole(template: Any) -> Any:

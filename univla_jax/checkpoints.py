@@ -227,8 +227,53 @@ def load_params(
     """
     folder = find_checkpoint(checkpoint)
     wanted = {"params": {part: template} if part else template}
-    restored = load_arrays(folder, wanted, within=_prefix(part), convert=convert)
+    try:
+        averages = acting_names(folder)
+    except Exception as error:  # damage surfaces as many types of several libraries
+        raise _unreadable(folder, error) from error
+    if not averages:
+        restored = load_arrays(folder, wanted, within=_prefix(part), convert=convert)
+        return restored["params"][part] if part else restored["params"]
+    # A run that averages its parameters is read by its averages; what is frozen has none.
+    _check_same_shapes(saved_shapes(folder), wanted, folder, within=_prefix(part))
+    own = {averages.get(name, name): name for name in _shapes(wanted)}
+    leaves = _by_name(wanted)
+    tree = nested({place: leaves[name] for place, name in own.items()})
+    named = None if convert is None else lambda place, x: convert(own[place], x)
+    read = load_arrays(folder, tree, convert=named)
+    flat, structure = jax.tree_util.tree_flatten_with_path(wanted)
+    places = {name: place for place, name in own.items()}
+    restored = jax.tree.unflatten(
+        structure,
+        [
+            functools.reduce(
+                lambda node, key: node[key], places[integrity.path_name(path)].split("/"), read
+            )
+            for path, _ in flat
+        ],
+    )
     return restored["params"][part] if part else restored["params"]
+
+
+_AVERAGES = "opt_state/ema/"
+
+
+def acting_names(checkpoint: epath.Path) -> dict[str, str]:
+    """Where the averages lie of parameters that have one, by the parameters' names ``params/a``."""
+    return {
+        f"params/{name.removeprefix(_AVERAGES)}": name
+        for name in saved_shapes(checkpoint)
+        if name.startswith(_AVERAGES)
+    }
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dicts with arrays at their paths ``a/b/c``."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = array
+    return tree
 
 
 def load_arrays(
@@ -304,10 +349,7 @@ def _read_arrays(
     folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Some arrays of a checkpoint's state, by their paths."""
-    tree: dict[str, Any] = {}
-    for name, array in wanted.items():
-        *parents, last = name.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = array
+    tree = nested(wanted)
     # Orbax reads as many arrays at once as fit its limit. The least limit that works is a little
     # more than the largest array: chunks divide an array, or are a small part of it.
     largest = max(x.size * x.dtype.itemsize for x in wanted.values())

@@ -20,6 +20,11 @@ def test_an_unknown_topology_is_named(name):
     ("message", "size"),
     [
         ("Ran out of memory in memory space hbm. Used 48.50G of 31.25G hbm.", 52_076_478_464),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (19.50G) "
+            "exceeds available HBM (15.75G).",
+            20_937_965_568,
+        ),
         ("Something else", None),
     ],
 )

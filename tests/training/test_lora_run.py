@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.training import tiny_run
 from univla_jax import checkpoints
@@ -76,14 +77,37 @@ def test_an_adapter_acts_as_its_export_does(world, tmp_path, compilation_cache, 
     assert layers["mlp"]["up"]["kernel"] and differs["head"] and differs["embedding"]
     assert layers["mlp"]["gate"]["kernel"] == bool(base)  # rounded as in training
     to_hf(folder, tmp_path / "hf", progress=False)
-    from safetensors.numpy import load_file
-
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     for name, x in export_state(decoder_rules(model.model.config), model.params).items():
         np.testing.assert_allclose(exported[name], x, atol=1e-6)
     with pytest.raises(UserError, match="is an adapter; merge it"):
         nested = options | {"init_from": str(folder)}
         train(tiny_run.config(world, **nested), tmp_path / "nested", progress=False)
+
+
+@pytest.mark.slow
+def test_averages_act_are_exported_and_survive_a_resume(world, tmp_path, compilation_cache):
+    options = {"optimizer__ema_decay": 0.5, "optimizer__freeze": ("embedding",)}
+    for steps in (2, 3):
+        train(
+            tiny_run.config(world, total_steps=steps, **options), tmp_path / "run", progress=False
+        )
+    model = LoadedModel.from_checkpoint(tmp_path / "run")
+    folder = checkpoints.find_checkpoint(tmp_path / "run")
+    saved = checkpoints.saved_arrays(folder)
+    read = checkpoints.load_arrays(
+        folder,
+        checkpoints.nested(
+            {n: x for n, x in saved.items() if n.startswith(("params/", "opt_state/ema/"))}
+        ),
+    )
+    np.testing.assert_array_equal(model.params["head"], read["opt_state"]["ema"]["head"])
+    assert (np.asarray(model.params["head"]) != np.asarray(read["params"]["head"])).any()
+    np.testing.assert_array_equal(model.params["embedding"], read["params"]["embedding"])
+    to_hf(tmp_path / "run", tmp_path / "hf", progress=False)
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, x in export_state(decoder_rules(model.model.config), model.params).items():
+        np.testing.assert_array_equal(exported[name], x)
 
 
 def test_old_configs_have_no_adapters():

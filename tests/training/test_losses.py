@@ -296,6 +296,26 @@ def test_rows_of_padding_have_no_error(flow_case):
     np.testing.assert_allclose(one_more[0], flow_loss(*flow_case, FLOW_RANGES)[0], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_insulated_the_flow_matching_leaves_the_decoder_alone(flow_case):
+    model, expert, params, batch, weights, target = flow_case
+
+    def gradient(**options):
+        loss = lambda p: flow_loss(  # noqa: E731
+            model, expert, p, batch, weights * 0 + 1e-6, target, FLOW_RANGES, **options
+        )
+        return jax.grad(lambda p: loss(p)[0] / loss(p)[1])(params)
+
+    plain, insulated = gradient(), gradient(insulate=True)
+    without = gradient(flow_weight=0.0)
+    same = lambda a, b: jax.tree.map(  # noqa: E731
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b
+    )
+    same(insulated["decoder"], without["decoder"])
+    same(insulated["action_expert"], plain["action_expert"])
+    assert optax.global_norm(plain["decoder"]) > 1.1 * optax.global_norm(without["decoder"])
+
+
 def _with_padding(flow_case, token):
     model, expert, params, batch, *rest = flow_case
     batch = dataclasses.replace(batch, tokens=batch.tokens.at[1, 5:].set(token))

@@ -26,6 +26,7 @@ from univla_jax.checkpoints import (
     STATE,
     FilesHandler,
     FilesSave,
+    acting_names,
     find_checkpoint,
     saved_shapes,
 )
@@ -315,6 +316,7 @@ class HfExport:
       state: parameters of decoder and expert, or None.
       vision: tensors of the vision tokenizer by our path; empty where there is none.
       buffers: bytes of tensors that are no weights, by their keys.
+      averages: where the averages of parameters lie, for a run that has any.
     """
 
     headers: Mapping[str, bytes]
@@ -323,6 +325,7 @@ class HfExport:
     state: StateReader | MergedState | None = None
     vision: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
     buffers: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    averages: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_converted(cls, folder: pathlib.Path, record: SourceRecord) -> HfExport:
@@ -377,7 +380,8 @@ class HfExport:
         values |= {f"{name}_token_id": getattr(assets.vocabulary, name) for name in _SPECIAL_IDS}
         headers, files = _shard(values, rules, dtypes)
         text = {path.name: path.read_bytes() for path in (folder / ASSETS / "text").iterdir()}
-        return cls(headers, {**text, **files}, rules, state)
+        averages = {} if assets.adapter else acting_names(folder)
+        return cls(headers, {**text, **files}, rules, state, averages=averages)
 
     def write(self, folder: pathlib.Path, progress: bool) -> None:
         """Writes all files into an empty folder; config.json comes last."""
@@ -414,6 +418,7 @@ class HfExport:
             yield _convert_exactly(rule, self.vision[rule.path].read(), dtype)
             return
         path = f"{_PARAMS}/{rule.path}"
+        path = self.averages.get(path, path)
         if rule.layer is not None or rule.permutation:
             index = () if rule.layer is None else (rule.layer,)
             yield rule.to_hf(self.state.read(path, index)).astype(dtype, copy=False)

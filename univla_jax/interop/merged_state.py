@@ -29,6 +29,7 @@ class MergedState:
         base = find_base(record)
         self._prefix = f"{_PARAMS}{DECODER}/" if checkpoints.has_part(base, EXPERT) else _PARAMS
         self._base, self._own = (StateReader(f / checkpoints.STATE) for f in (base, folder))
+        self._averages = checkpoints.acting_names(folder)
         self._adapter = load_adapter(folder, record, None)
         shapes = checkpoints.saved_shapes(base)
         self.shapes = {
@@ -53,7 +54,7 @@ class MergedState:
     def read(self, path: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """The merged array, or the part of it at ``index`` of its leading axis."""
         if path.startswith(f"{_PARAMS}{EXPERT}/"):
-            return self._own.read(path, index)
+            return self._own.read(self._averages.get(path, path), index)
         name = self._name(path)
         return self._adapter.merge_part(name, index, self._base.read(self._prefix + name, index))
 

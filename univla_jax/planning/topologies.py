@@ -104,7 +104,10 @@ def _configure_libtpu() -> None:
 # ----------------------------------------------------------------------------
 # Ahead-of-time compilation.
 
-_OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_OUT_OF_MEMORY = re.compile(
+    r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
+    r"|total memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -154,7 +157,10 @@ def compile_ahead(lowered: Any) -> CompiledProgram:
 def _required_memory(message: str) -> int | None:
     """Bytes that an out-of-memory message of the compiler names, None for other messages."""
     found = _OUT_OF_MEMORY.search(message)
-    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+    if found is None:
+        return None
+    size, unit = found.groups()[:2] if found[1] else found.groups()[2:]
+    return int(float(size) * _UNITS[unit])
 
 
 def shard_bytes(tree: Any) -> int:

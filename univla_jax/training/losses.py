@@ -368,6 +368,7 @@ def flow_loss(
     modalities: Modalities,
     *,
     flow_weight: float = FLOW_WEIGHT,
+    insulate: bool = False,
     reference_padding: bool = False,
     train: bool = False,
     dropout_key: jax.Array | None = None,
@@ -388,6 +389,7 @@ def flow_loss(
       target: the elements' action chunks.
       modalities: id ranges for the metrics.
       flow_weight: of the flow-matching error.
+      insulate: no gradient of the flow matching reaches the decoder.
       reference_padding: lets the expert see padding, and padding see the row, as the reference
         with eager or sdpa attention does; by default the padding of a row changes nothing.
       train: dropout on.
@@ -421,8 +423,9 @@ def flow_loss(
         **options,
     )
     real = jnp.sum(segments > 0, axis=1)
+    seen = jax.lax.stop_gradient(hidden) if insulate else hidden
     errors = flow_matching(
-        expert, params[EXPERT], hidden, target, None if reference_padding else real
+        expert, params[EXPERT], seen, target, None if reference_padding else real
     )
     error, rows = jnp.sum(jnp.where(real > 0, errors, 0)), jnp.sum(real > 0).astype(jnp.float32)
     flow = flow_weight * error / jnp.maximum(rows, 1)
@@ -449,6 +452,7 @@ def make_loss(
     max_labeled: int = 0,
     chunks: int = 0,
     flow_weight: float = FLOW_WEIGHT,
+    insulate: bool = False,
     expert: ActionExpert | None = None,
     tasks: Sequence[str] = (),
 ) -> LossFn:
@@ -466,6 +470,7 @@ def make_loss(
       max_labeled: see ``weighted_cross_entropy``; 0 computes every position.
       chunks: parts in which the head is applied; 0 chooses them by memory.
       flow_weight: of the flow-matching error.
+      insulate: no gradient of the flow matching reaches the decoder.
       expert: the action expert, or None.
       tasks: names of the tasks of a mixture; no mixture has an expert.
     """
@@ -499,6 +504,7 @@ def make_loss(
                 target,
                 modalities,
                 flow_weight=flow_weight,
+                insulate=insulate,
                 **options,
             )
             flow = {FLOW_MSE: sums[FLOW_MSE]}

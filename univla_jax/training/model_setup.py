@@ -45,7 +45,8 @@ from univla_jax.training import hardware, sharding
 from univla_jax.training.compiler_options import compiler_options
 from univla_jax.training.losses import LabelWeights, LossFn, make_loss
 from univla_jax.training.mesh_choice import run_mesh
-from univla_jax.training.optimizer import make_optimizer, make_schedule
+from univla_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from univla_jax.training.parameter_groups import check_matches
 from univla_jax.training.train_config import ModelConfig, TrainConfig
 from univla_jax.training.train_step import (
     IsTrained,
@@ -162,7 +163,7 @@ class TrainSetup:
                 )
         optimizer = make_optimizer(config.optimizer, config.total_steps)
         init = run_init(model, expert)
-        is_trained = trained_rule(init, model.config)
+        is_trained = trained_rule(init, model.config, config.optimizer)
         return cls(
             config=config,
             model=model,
@@ -176,6 +177,7 @@ class TrainSetup:
                 max_labeled=config.loss.max_labeled,
                 chunks=config.loss.chunks,
                 flow_weight=config.loss.flow_weight,
+                insulate=config.loss.insulate,
                 expert=expert,
                 tasks=data.titles,
             ),
@@ -444,27 +446,34 @@ def nn_shapes(model: Decoder, expert: ActionExpert | None, mesh: Mesh) -> Any:
     return sharding.with_shardings(boxed, mesh)
 
 
-def trained_rule(init: Callable[[jax.Array], Any], config: DecoderConfig) -> IsTrained | None:
+def trained_rule(
+    init: Callable[[jax.Array], Any], config: DecoderConfig, optimizer: OptimizerConfig
+) -> IsTrained | None:
     """Which parameters a run trains: with LoRA the adapters and the whole of an expert.
 
     Args:
       init: of the run's parameters.
       config: of the decoder.
+      optimizer: says what is frozen.
 
     Raises:
       UserError: a regular expression that matches no parameter.
     """
+    boxed = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(boxed)
+    shapes = {path_name(path): x.shape for path, x in leaves}
+    for where, patterns in optimizer.expressions.items():
+        check_matches(patterns, shapes, where)
+    frozen = {name for name, shape in shapes.items() if not optimizer.factors(name, shape).any()}
     if config.lora is None:
-        return None
-    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-    if config.lora.rank and not any(name.endswith(LORA_A) for name in names):
-        matrices = [name.removesuffix("/kernel") for name in names if name.endswith("/kernel")]
+        return (lambda name: name not in frozen) if frozen else None
+    if config.lora.rank and not any(name.endswith(LORA_A) for name in shapes):
+        matrices = [name.removesuffix("/kernel") for name in shapes if name.endswith("/kernel")]
         raise UserError(
             f"model.lora.targets: {config.lora.targets!r} matches no matrix; they are "
             f"{', '.join([*(m for m in matrices if EXPERT not in m), HEAD])}"
         )
-    return lambda name: is_adapter(name) or EXPERT in name.split("/")
+    return lambda name: name not in frozen and (is_adapter(name) or EXPERT in name.split("/"))
 
 
 def _joint_name(name: str) -> str:

@@ -14,12 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from univla_jax.errors import UserError
+from univla_jax.training import moments
+from univla_jax.training.parameter_groups import check_expression, factors, scale_by_factors
 
 _UNDECAYED = frozenset({"scale", "bias"})
-_MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_SMALL_MOMENTS = ("int8", "factored")
+_MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16} | dict.fromkeys(_SMALL_MOMENTS)
+_ROUNDINGS = ("nearest", "stochastic", "master")
+_ROUNDING_SEED = 0
 _CLIP_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_
 
 
@@ -85,8 +91,17 @@ class OptimizerConfig:
       eps: added to the root of the second moment.
       weight_decay: decoupled decay of every parameter but norm scales and biases.
       clip_norm: largest global norm of the gradient; None leaves gradients as they are.
-      moments_dtype: ``"float32"`` or ``"bfloat16"``, what both moments are stored in; the update is
-        always computed in float32.
+      moments_dtype: ``"float32"`` or ``"bfloat16"``, what both moments are stored in; ``"int8"``,
+        both in eight bits; or ``"factored"``, the first in bfloat16 and the second by its means of
+        rows and columns. The update is always computed in float32.
+      rounding: of bfloat16 parameters after an update: ``"nearest"``; ``"stochastic"``, by chance,
+        so that small updates count on average; or ``"master"``, of float32 copies.
+      freeze: regular expressions of parameters that are not trained (``parameter_groups.py``).
+      groups: pairs of a regular expression and the factor of the learning rate of what it finds.
+      layer_decay: factor of the learning rate from each layer to the one below it.
+      ema_decay: of an exponential moving average of the parameters, which then acts, is exported
+        and is what a later stage starts from; 0 for none.
+      ema_start: step from which on it averages.
     """
 
     learning_rate: float = 8e-5
@@ -98,6 +113,12 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 5.0
     moments_dtype: str = "float32"
+    rounding: str = "nearest"
+    freeze: tuple[str, ...] = ()
+    groups: tuple[tuple[str, float], ...] = ()
+    layer_decay: float = 1.0
+    ema_decay: float = 0.0
+    ema_start: int = 0
 
     def __post_init__(self) -> None:
         """Raises UserError, naming field and value, where training cannot go well."""
@@ -107,10 +128,36 @@ class OptimizerConfig:
                 f"optimizer.moments_dtype: {self.moments_dtype!r}; "
                 f"expected one of {', '.join(_MOMENTS)}"
             )
+        if self.rounding not in _ROUNDINGS:
+            raise UserError(
+                f"optimizer.rounding: {self.rounding!r}; expected one of {', '.join(_ROUNDINGS)}"
+            )
+        for name, low in (("ema_decay", 0.0), ("layer_decay", 1e-9)):
+            if not low <= getattr(self, name) <= 1 or self.ema_decay == 1:
+                raise UserError(f"optimizer.{name}: {getattr(self, name)}; expected in [0, 1)")
+        for pattern in self.freeze:
+            check_expression(pattern, "optimizer.freeze")
+        for pattern, factor in self.groups:
+            check_expression(pattern, "optimizer.groups")
+            if factor < 0:
+                raise UserError(f"optimizer.groups: {pattern!r} has the factor {factor}; below 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(
                 f"optimizer.clip_norm: {self.clip_norm}; expected above 0, or None for no clipping"
             )
+
+    def factors(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Factors of a parameter's learning rate: one for each layer, or one."""
+        rules = {"freeze": self.freeze, "groups": self.groups, "layer_decay": self.layer_decay}
+        return factors(name, shape[0] if shape else 1, **rules)
+
+    @property
+    def expressions(self) -> dict[str, tuple[str, ...]]:
+        """Regular expressions by the key of the config that names them."""
+        return {
+            "optimizer.freeze": self.freeze,
+            "optimizer.groups": tuple(pattern for pattern, _ in self.groups),
+        }
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
@@ -121,12 +168,28 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
       total_steps: length of the run, where the cosine reaches its floor.
     """
     clip = [] if config.clip_norm is None else [clip_by_global_norm(config.clip_norm)]
-    return optax.chain(
+    last = []
+    if config.freeze or config.groups or config.layer_decay != 1:
+        last.append(scale_by_factors(config.factors))
+    if config.rounding == "master":
+        last.append(moments.keep_master())
+    elif config.rounding == "stochastic":
+        last.append(moments.round_at_random(_ROUNDING_SEED))
+    kind = config.moments_dtype
+    if kind in _SMALL_MOMENTS:
+        adam = scale_by_small_adam(config.b1, config.b2, config.eps, kind)
+    else:
+        adam = scale_by_adam(config.b1, config.b2, config.eps, _MOMENTS[kind])
+    chain = optax.chain(
         *clip,
-        scale_by_adam(config.b1, config.b2, config.eps, _MOMENTS[config.moments_dtype]),
+        adam,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+        *last,
     )
+    if not config.ema_decay:
+        return chain
+    return moments.with_ema(chain, config.ema_decay, config.ema_start)
 
 
 def decay_mask(params: Any) -> Any:
@@ -160,6 +223,38 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: Any) -> optax.Gradien
         direction = jax.tree.map(lambda m, v: m / correct1 / (jnp.sqrt(v / correct2) + eps), mu, nu)
         moments = optax.tree.cast(mu, dtype), optax.tree.cast(nu, dtype)
         return direction, optax.ScaleByAdamState(count, *moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_small_adam(
+    b1: float, b2: float, eps: float, kind: str
+) -> optax.GradientTransformation:
+    """``scale_by_adam`` with moments as ``moments.store`` keeps them: ``int8`` or ``factored``."""
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        mu, nu = (moments.empty(params, kind, signed=signed) for signed in (True, False))
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        leaves, structure = jax.tree.flatten(optax.tree.cast(updates, jnp.float32))
+        old = [jax.tree.leaves(x, is_leaf=moments.is_state) for x in (state.mu, state.nu)]
+        key = jax.random.fold_in(jax.random.key(_ROUNDING_SEED), count)
+        made: tuple[list[Any], ...] = ([], [], [])
+        for number, (g, m, v) in enumerate(zip(leaves, *old, strict=True)):
+            m = b1 * moments.load(m) + (1 - b1) * g
+            v = b2 * moments.load(v) + (1 - b2) * g * g
+            for_m, for_v = jax.random.split(jax.random.fold_in(key, number))
+            new_v = moments.store(v, kind, for_v, signed=False)
+            v = moments.load(new_v) if kind == "factored" else v
+            direction = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+            new = direction, moments.store(m, kind, for_m, signed=True), new_v
+            for parts, part in zip(made, new):
+                parts.append(part)
+        direction, mu, nu = (jax.tree.unflatten(structure, parts) for parts in made)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

@@ -86,12 +86,15 @@ class LossConfig:
         it on every position.
       chunks: parts in which the head runs; 0 chooses them by memory.
       flow_weight: of the action expert's flow matching beside the cross-entropy.
+      insulate: the flow matching trains the expert alone, and leaves the decoder's knowledge as the
+        cross-entropy makes it (knowledge insulation; Driess et al., arXiv 2505.23705).
     """
 
     normalization: str = dataclasses.field(default="global", metadata={"formerly": "normalisation"})
     max_labeled: int = dataclasses.field(default=0, metadata={"formerly": "max_labelled"})
     chunks: int = 0
     flow_weight: float = FLOW_WEIGHT
+    insulate: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that cannot work."""
