@@ -15,6 +15,7 @@ from univla_jax.errors import UserError
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import GATE, REMAT_PRESETS, DecoderConfig
 from univla_jax.pipeline.batch import Batch
+from univla_jax.planning.calibration import published_efficiency
 from univla_jax.planning.collectives import Traffic, analyze
 from univla_jax.planning.hlo import Program
 from univla_jax.planning.topologies import (
@@ -49,6 +50,14 @@ class StepTime:
     def lower_bound(self) -> float:
         """Seconds; communication between chips comes on top where it does not overlap."""
         return max(self.compute_seconds, self.memory_seconds)
+
+    @property
+    def published(self) -> float:
+        """Seconds if arithmetic comes as near to the peak as in published steps of such a model.
+
+        No bound, and not computed from the program: those steps hid what their chips exchanged.
+        """
+        return self.compute_seconds / published_efficiency()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +138,7 @@ class TrainingPlan:
         values = dataclasses.asdict(dataclasses.replace(self, traffic=None))
         return values | {
             "lower_bound_seconds": self.time.lower_bound,
+            "published_seconds": self.time.published,
             "step_seconds": self.step_seconds,
             "mfu": self.mfu,
             "traffic": self.traffic and self.traffic.to_dict(),
@@ -139,6 +149,7 @@ class TrainingPlan:
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items()) or "one chip"
         fits = "fits" if self.fits else "DOES NOT FIT"
         useful = self.useful_tokens / self.tokens
+        published_mfu = self.flops / self.time.published / self.peak_flops
         lines = {
             "slice": f"{self.topology}, {self.chips} chips, mesh {mesh}",
             "step": f"{self.batch_size} sequences x {self.sequence_length} tokens in "
@@ -159,6 +170,9 @@ class TrainingPlan:
             f"{self.useful_tokens / self.step_seconds / self.chips:,.0f} useful tokens/s per device"
             if self.traffic
             else "nothing: no program of a TPU compiler",
+            "as published": f"{self.time.published:.3f} s a step, {published_mfu:.1%} MFU, if "
+            f"arithmetic reaches {published_efficiency():.0%} of the peak as Llama 3.1 8B does on "
+            "v6e",
             "compilation": f"{self.compile_seconds:.0f} s ({self.compile_processor_seconds:.0f} s "
             f"of processor time), {self.host_gigabytes:.1f} GB of this machine",
         }
