@@ -33,6 +33,8 @@ LEROBOT = [*VIDEO, "pyarrow>=16"]
 HDF5 = ["h5py>=3.10"]
 # Physics and scores move with MuJoCo's version; hf-libero 0.1.4 takes 3.0 to 3.8.
 LIBERO = ["torch==2.13.0", "hf-libero==0.1.4"]
+# Takes MuJoCo before 3.9, as hf-libero does.
+ALOHA = ["gym-aloha==0.1.5"]
 DRIVING = ["shapely>=2.0"]
 # The version the golden files were made with; for a machine without GPU take its CPU wheel first:
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
@@ -97,6 +99,7 @@ setup(
         "lerobot": LEROBOT,
         "hdf5": HDF5,
         "libero": LIBERO,
+        "aloha": ALOHA,
         "driving": DRIVING,
     },
 )

@@ -39,7 +39,16 @@ RANKS = {
     "benchmarks": 11,
 }
 COMMAND_RANK = 12
-FOREIGN = {"torch", "transformers", "tensorflow", "lerobot", "libero", "robosuite", "mujoco"}
+FOREIGN = {
+    "torch",
+    "transformers",
+    "tensorflow",
+    "lerobot",
+    "libero",
+    "robosuite",
+    "mujoco",
+    "gym_aloha",
+}
 
 
 def imported_modules(path: pathlib.Path, *, top_level: bool = False) -> set[str]:

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "libero": "univla_jax.simulators.libero.libero_benchmark",
     "calvin": "univla_jax.simulators.calvin.calvin_benchmark",
     "simpler": "univla_jax.simulators.simpler_simulator",
+    "aloha": "univla_jax.simulators.aloha.aloha_benchmark",
     "navsim": "univla_jax.simulators.navsim.navsim_benchmark",
     "road": "univla_jax.simulators.road.road_benchmark",
 }
@@ -58,7 +59,9 @@ class PlannedObservation(Observation):
       plan: float32 [T, A], the expert's next actions, in physical units.
     """
 
-    plan: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 7), np.float32))
+    plan: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 7), np.float32), kw_only=True
+    )
 
 
 class StepResult(enum.Enum):

@@ -374,7 +374,7 @@ class ScriptedLibero(LiberoSimulator):
             plan.append(np.asarray(action, np.float32))
             self._env.step(self._protocol.command(plan[-1]).tolist())
         restore()
-        return PlannedObservation(self._task.language, {}, None, np.stack(plan))
+        return PlannedObservation(self._task.language, {}, plan=np.stack(plan))
 
     def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
         """Executes one action; nothing is rendered, since plans need no pictures."""

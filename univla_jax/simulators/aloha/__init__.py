@@ -1,0 +1,1 @@
+"""ALOHA's simulated tasks: adapter of `gym-aloha`, and scripted experts."""
