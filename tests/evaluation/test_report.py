@@ -6,7 +6,6 @@ import pytest
 
 from univla_jax.evaluation import report as reports
 from univla_jax.evaluation.report import (
-    compare,
     latency,
     proportion,
     summarize,
@@ -80,18 +79,6 @@ def test_throughput_counts_all_runs_of_an_evaluation():
     found = throughput(times)
     assert found["steps_per_second"] == 2 and found["episodes_per_minute"] == 12
     assert found["simulator_share"] == 0.375 and throughput([]) == {}
-
-
-def test_the_difference_of_two_rates_has_newcombes_interval():
-    """The example (a) of Newcombe 1998, table II: 56/70 and 48/80."""
-    a, b = (
-        summarize([_statistics_record(0, i < n) for i in range(m)], [], Breakdown())
-        for n, m in ((48, 80), (56, 70))
-    )
-    found = compare(a, b)
-    assert found["difference"] == 0.2
-    assert (found["low"], found["high"]) == pytest.approx((0.0524, 0.3339), abs=2e-4)
-    assert [name for name, *_ in found["tasks"]] == ["task 0", "all"]
 
 
 # ----------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from univla_jax import __version__, io
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, checkpoint_identity, find_checkpoint
 from univla_jax.errors import UserError
+from univla_jax.evaluation import paired
 from univla_jax.evaluation import report as reports
 from univla_jax.evaluation.actors import (
     ActionRoundTrip,
@@ -328,18 +329,24 @@ def compare(
       out: folder that gets ``comparison.html``; nothing is written by default.
 
     Returns:
-      ``report.compare``, and ``differs``: the fields of protocol and versions that are not
+      ``paired.compare``, and ``differs``: the fields of protocol and versions that are not
       the same, each with both values.
 
     Raises:
-      UserError: a folder without a report of a benchmark, or of different ones.
+      UserError: a folder without a report of a benchmark, or two of different ones or without an
+        episode of the same task and state.
     """
     pair = [read_report(folder) for folder in (first, second)]
     if pair[0]["benchmark"] != pair[1]["benchmark"]:
         names = " and ".join(report["benchmark"] for report in pair)
         raise UserError(f"--compare: {first} and {second} are of {names}")
     settings = [{**report["protocol"], **report["versions"]} for report in pair]
-    found = reports.compare(*map(reports.main_condition, pair))
+    paired.check_same_states(*(report["protocol"] for report in pair))
+    records = [
+        read_episodes(folder, report["protocol"]["conditions"][0])
+        for folder, report in zip((first, second), pair, strict=True)
+    ]
+    found = paired.compare(*records)
     found["differs"] = {
         key: [one.get(key) for one in settings]
         for key in sorted(settings[0].keys() | settings[1].keys())

@@ -173,38 +173,6 @@ def throughput(times: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The difference of two conditions' success.
-
-    Args:
-      first: figures of A, as of ``summarize``.
-      second: of B.
-
-    Returns:
-      ``tasks`` [name, A, B] of those both have, each a proportion, with the total last;
-      ``difference`` B - A of the success rates and the ends ``low``, ``high`` of its 95 % interval
-      (Newcombe 1998, method 10).
-    """
-    others = {task["task"]: task for task in second["tasks"]}
-    tasks = [
-        [task["task"], task, others[task["task"]]]
-        for task in first["tasks"]
-        if task["task"] in others
-    ]
-    # Newcombe's hybrid score interval: the two Wilson intervals' distances to their rates add like
-    # standard deviations, the lower end of B with the upper end of A and the other way round.
-    a, b = first["success"], second["success"]
-    difference = b["rate"] - a["rate"]
-    low = difference - math.hypot(b["rate"] - b["low"], a["high"] - a["rate"])
-    high = difference + math.hypot(b["high"] - b["rate"], a["rate"] - a["low"])
-    return {
-        "tasks": [*tasks, ["all", a, b]],
-        "difference": round(difference, 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-    }
-
-
 # ----------------------------------------------------------------------------
 # The page, its charts, and the table.
 
@@ -301,6 +269,10 @@ def comparison_table(found: Mapping[str, Any]) -> str:
     lines = [
         format_table(rows),
         f"B - A: {_percent(found['difference'])} points (95 %: {_interval(found)})",
+        f"{found['pairs']} episodes of the same tasks and states; only A solved "
+        f"{found['only_first']}, only B {found['only_second']} "
+        f"(McNemar: p = {found['p_value']:.3g}); "
+        f"left out: {found['unpaired'][0]} of A, {found['unpaired'][1]} of B",
     ]
     return "\n".join(lines + [f"{k}: {a!r} | {b!r}" for k, (a, b) in found["differs"].items()])
 
