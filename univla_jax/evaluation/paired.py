@@ -36,8 +36,8 @@ def compare(first: Sequence[Record], second: Sequence[Record]) -> dict[str, Any]
     Returns:
       ``tasks`` [name, A, B] of the shared episodes, each a proportion, with the total last;
       ``difference`` B - A of the success rates with the ends ``low``, ``high`` of its 95 %
-      interval; ``pairs``; ``only_first`` and ``only_second``, those that only A or B solved; ``p_value`` of
-      McNemar's exact test; ``unpaired`` episodes of A and of B, which are left out.
+      interval; ``pairs``; ``only_first`` and ``only_second``, those that only A or B solved;
+      ``p_value`` of McNemar's exact test; ``unpaired`` episodes of A and of B, which are left out.
 
     Raises:
       UserError: no episode is shared.
