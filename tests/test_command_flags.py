@@ -208,6 +208,9 @@ class _ServedPolicy:
     def memory(self, batch_size: int) -> dict[str, int]:
         return {"budget of caches kept": 0}
 
+    def set_cache_budget(self, num_bytes: int) -> None:
+        pass
+
 
 def _serve(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
     from univla_jax.inference import policy
