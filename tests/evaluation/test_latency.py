@@ -10,6 +10,7 @@ import pytest
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.evaluation.latency import DelayedPolicy, latency_figures
+from univla_jax.evaluation.runner import WorkerSlot
 
 SEEN = Observation("go", {})
 
@@ -100,6 +101,7 @@ def test_episodes_that_ask_in_one_step_are_one_call():
     for _ in range(3):
         delayed.act([SEEN], episodes[:1])
     delayed.act([SEEN, SEEN], episodes)
+    assert delayed.rows == 0
     assert policy.rows == [2]
 
 
@@ -120,3 +122,16 @@ def test_a_latency_that_cannot_be_bridged_is_refused():
         DelayedPolicy(Ramp(), "realtime", 0.8)
     with pytest.raises(UserError, match="6 steps at 5 Hz, as long as a whole chunk of 6"):
         DelayedPolicy(Ramp(), "naive", 1.2)
+
+
+def test_the_tasks_of_a_chain_are_one_record():
+    policy = Ramp()
+    delayed = DelayedPolicy(policy, "wait", 0.2)
+    slot = WorkerSlot(worker=None, number=0)
+    for _ in range(2):  # the second task begins without history, in the same episode
+        slot.start_session(delayed.start())
+        for _ in range(3):
+            delayed.act([SEEN], [slot.session])
+            slot.counts["chunks"] += 1
+    record = slot.chunk_counts()
+    assert (record["chunks"], record["waiting_steps"], record["idle_steps"]) == (2, 2, 0)

@@ -19,7 +19,7 @@ from websockets.asyncio import client as asyncio_client
 
 from tests.serving.harness import CountingPolicy, infer, observation, running
 from univla_jax.cli import read_secret
-from univla_jax.client import wire
+from univla_jax.client import ChunkQueue, Execution, RobotClient, wire
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.serving.server import PolicyServer, ServerConfig
@@ -394,3 +394,33 @@ def test_robots_are_spread_over_replicas_and_stay_with_theirs():
         assert all(infer(robot, observation(1))["checkpoint"] == "7" for robot in robots)
         assert [sum(policy.batches) for policy in replacing] == [2, 2, 2]
     assert all(policy.dropped == 1 for policy in policies)
+
+
+class _Ramp(CountingPolicy):
+    """Counts on from what is committed, or was executed: six further numbers."""
+
+    def act(self, observations, sessions, *, timer=None):
+        super().act(observations, sessions, timer=timer)
+        answers = []
+        for seen, session in zip(observations, sessions):
+            committed = np.zeros((0, 1)) if seen.committed is None else seen.committed
+            known = committed if len(committed) else session.executed
+            first = 0 if known is None else known[-1, 0] + 1
+            further = first + np.arange(6)[:, None]
+            answers.append(ActionChunk(np.concatenate([committed, further]).astype(np.float32)))
+        return answers
+
+
+def test_a_control_loop_in_real_time_neither_waits_nor_jumps():
+    metadata = {"actions_per_call": 6, "action_dim": 1, "max_committed": 3}
+    with (
+        running(_Ramp(seconds=0.004), metadata=metadata, window_seconds=0.0) as server,
+        RobotClient(f"ws://127.0.0.1:{server.port}") as robot,
+    ):
+        queue = ChunkQueue(robot, Execution(realtime=True))
+        executed = []
+        while len(executed) < 60:
+            action = queue.step(observation(1))
+            executed += [] if queue.holding else [float(action[0])]
+            time.sleep(0.002)
+        assert executed == list(range(60)) and queue.answers >= 5

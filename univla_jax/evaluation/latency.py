@@ -30,7 +30,12 @@ EXECUTIONS = ("wait", "naive", "realtime")
 
 
 class DelayedPolicy:
-    """An actor that answers one action per control step; policy calls take a set time."""
+    """An actor that answers one action per control step; policy calls take a set time.
+
+    Attributes:
+      steps: control steps that a call takes.
+      rows: episodes for which the policy was called in the last step.
+    """
 
     def __init__(self, policy: Policy, execution: str, seconds: float) -> None:
         """Takes a policy.
@@ -45,6 +50,7 @@ class DelayedPolicy:
         """
         rate = policy.loaded.record.corpora[policy.corpus].control_hz
         self.steps = int(np.ceil(round(seconds * rate, 6)))
+        self.rows = 0
         self._policy, self._execution = policy, execution
         if execution == "realtime" and max(1, self.steps) > policy.max_committed:
             raise UserError(
@@ -85,6 +91,7 @@ class DelayedPolicy:
             episode.queue.ask({"observation": observation})
             if episode.client.request is not None:
                 asking.append(episode)
+        self.rows = len(asking)
         if asking:
             self._answer(asking)
         for episode in sessions:  # without any latency the answer is there at once

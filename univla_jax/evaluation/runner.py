@@ -110,6 +110,7 @@ class WorkerSlot:
       video: where its video goes, less outcome and suffix.
       recording: where its steps go, less part and suffix.
       session: of the policy.
+      earlier: what earlier sessions of the episode say of themselves.
       observation: that waits for an action; None while the worker computes.
       last_action: float [A], the last of the chunk before.
       counts: chunks, those the grammar overruled, and those that did not decode.
@@ -124,6 +125,7 @@ class WorkerSlot:
     video: epath.Path | None = None
     recording: epath.Path | None = None
     session: Any = None
+    earlier: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     observation: Observation | None = None
     last_action: np.ndarray | None = None
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -133,7 +135,7 @@ class WorkerSlot:
     def begin(self, trial: Trial, video: epath.Path | None, recording: epath.Path | None) -> None:
         """Resets the simulator to an episode."""
         self.close_session()
-        self.trial, self.video, self.recording = trial, video, recording
+        self.trial, self.video, self.recording, self.earlier = trial, video, recording, []
         self.observation, self.last_action = None, None
         self.counts, self.invalid_reason = collections.Counter(), ""
         self.since = time.monotonic()
@@ -154,6 +156,13 @@ class WorkerSlot:
         self.since = time.monotonic()
         self.worker.act(actions)
 
+    def start_session(self, session: Any) -> None:
+        """Begins without history: a new episode, or the next task of this one."""
+        if self.counts["chunks"] and hasattr(self.session, "record"):
+            self.earlier.append(self.session.record())
+        self.close_session()
+        self.session, self.last_action = session, None
+
     def close_session(self) -> None:
         """Ends the session; one that holds a connection closes it."""
         if hasattr(self.session, "close"):
@@ -163,7 +172,10 @@ class WorkerSlot:
     def chunk_counts(self) -> dict[str, Any]:
         """What the policy answered in this episode, for its record; a session may know more."""
         counts = {name: self.counts[name] for name in ("chunks", "num_overridden", "invalid")}
-        own = self.session.record() if hasattr(self.session, "record") else {}
+        own: dict[str, Any] = {}
+        if hasattr(self.session, "record"):
+            records = [*self.earlier, self.session.record()]
+            own = {name: np.sum([r[name] for r in records], axis=0).tolist() for name in records[0]}
         return {**counts, **own, "invalid_reason": self.invalid_reason}
 
 
@@ -305,9 +317,7 @@ class BenchmarkRunner:
             case "observation", observation, starts:
                 slot.observation = observation
                 if starts:
-                    slot.close_session()
-                    slot.session = self._actor.start(self._benchmark.seed(slot.trial))
-                    slot.last_action = None
+                    slot.start_session(self._actor.start(self._benchmark.seed(slot.trial)))
             case "end", result, seconds:
                 self._record_episode(slot, result)
                 self.times.append(
@@ -389,7 +399,9 @@ class BenchmarkRunner:
                 slot.begin(slot.trial, slot.video, slot.recording)
             return
         seconds = time.perf_counter() - begin
-        self.calls.append({"condition": self._condition, "rows": len(slots), "seconds": seconds})
+        rows = getattr(self._actor, "rows", len(slots))  # an actor may have asked nobody
+        if rows:
+            self.calls.append({"condition": self._condition, "rows": rows, "seconds": seconds})
         for slot, chunk in zip(slots, chunks, strict=True):
             checked = sanitize_chunk(chunk, self._benchmark.action_dim, slot.last_action)
             slot.act(checked, self._benchmark.execute, whole=self._benchmark.whole_chunks)
