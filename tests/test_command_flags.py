@@ -304,6 +304,8 @@ COMMANDS: dict[str, Command] = {
             "compare": ("true", "compare", True, "A B"),
             "benchmark": ("libero", "evaluate.config.benchmark", "libero"),
             "suite": ("s", "evaluate.config.suite", "s"),
+            "renderer": ("r", "evaluate.config.renderer", "r"),
+            "simulator_python": ("p", "evaluate.config.simulator_python", "p"),
             "tasks": ("1,2", "evaluate.config.tasks", (1, 2)),
             "episodes": ("7", "evaluate.config.episodes", 7),
             "episodes_per_task": ("7", "evaluate.config.episodes_per_task", 7),
