@@ -19,6 +19,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "attempts_held_out": {"episodes": 5, "max_steps": 12},
     "unified": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "policy": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
+    "realtime": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "evaluate": {"episodes": 5, "batch": 5, "max_steps": 10},
     "imagine": {"episodes": 2, "batch": 2},
     "improve": {
@@ -42,7 +43,7 @@ def get_config(stage: str = "") -> ConfigDict:
     """
     config = _FULL["get_config"](stage)
     config.update_from_flattened_dict(_SMALLER.get(stage, {}))
-    if stage in ("world_model", "unified", "policy"):
+    if stage in ("world_model", "unified", "policy", "realtime"):
         config.checkpoint.every = 2
         config.log_every = 1
         config.model.preset = "tiny"

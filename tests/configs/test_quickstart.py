@@ -20,6 +20,7 @@ STAGES = (
     "attempts_held_out",
     "unified",
     "policy",
+    "realtime",
     "evaluate",
     "imagine",
     "obey",
