@@ -321,8 +321,6 @@ COMMANDS: dict[str, Command] = {
             "corpus": ("c", "evaluate.config.corpus", "c"),
             "workers": ("7", "evaluate.config.batch", 7),
             "hang_seconds": ("7", "evaluate.config.hang_seconds", 7.0),
-            "renderer": ("tiny", "evaluate.config.renderer", "tiny"),
-            "simulator_python": ("there", "evaluate.config.simulator_python", "there"),
             "videos": ("7", "evaluate.config.video_episodes", 7),
             **shared("evaluate", SAMPLING, MESH),
         },

@@ -11,6 +11,7 @@
     python -m univla_jax.evaluate --benchmark=navsim --assets=DATA --suite=navtest \\
         --checkpoint=WORKDIR --out=FOLDER --export=PREDICTIONS
     python -m univla_jax.evaluate --offline=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
+    python -m univla_jax.evaluate --grounding=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
     python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B [--out=FOLDER]
 
 What is evaluated is an ``EvaluateConfig``, from ``--config``, from the flags, or from both, where
@@ -43,7 +44,8 @@ them, in ``judge.json``: area under the curve for success, and calibration error
 
 ``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
 token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
-``offline.json``.
+``offline.json``. ``--grounding`` takes those of a store with groundings: boxes, points and answers
+in words, beside what a prior would give, in ``grounding.json``.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from absl import flags, logging
 from univla_jax import cli
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.evaluation import closed_loop, offline, report, value_scores
+from univla_jax.evaluation import closed_loop, grounded_frames, offline, report, value_scores
 from univla_jax.evaluation.actors import ActionRoundTrip
 from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.evaluation.latency import EXECUTIONS
@@ -83,6 +85,7 @@ EXPORT = cli.string_flag(
 )
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 JUDGE = cli.string_flag("judge", "token store of roll-outs to judge", required=False)
+GROUNDING = cli.string_flag("grounding", "token store with held-out groundings", required=False)
 SAMPLING = sampling_flags()
 MESH = mesh_flags()
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
@@ -189,6 +192,18 @@ def _evaluate_values() -> None:
     print(f"{OUT.value}/{value_scores.REPORT}")
 
 
+def _evaluate_grounding() -> None:
+    if CHECKPOINT.value is None:
+        raise UserError("missing; give --checkpoint=..., trained on the task grounding")
+    episodes = _FIELDS["episodes"].value or 0
+    found = grounded_frames.evaluate(
+        CHECKPOINT.value, GROUNDING.value, OUT.value, episodes=episodes, place=MESH()
+    )
+    print(f"one frame of each of {found['episodes']} episodes of {found['store']}")
+    print(grounded_frames.table(found))
+    print(f"{OUT.value}/{grounded_frames.REPORT}")
+
+
 def _evaluate_closed_loop() -> None:
     policy = None if POLICY.value in closed_loop.WITHOUT_POLICY else POLICY.value
     was_finished = closed_loop.finished(OUT.value)
@@ -229,6 +244,8 @@ def main(argv: list[str]) -> None:
         _evaluate_values()
     elif OFFLINE.value:
         _evaluate_offline()
+    elif GROUNDING.value:
+        _evaluate_grounding()
     else:
         _evaluate_closed_loop()
 

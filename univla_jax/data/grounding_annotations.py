@@ -155,6 +155,18 @@ def parse_groundings(text: str) -> list[Grounding]:
         raise UserError(f"damaged groundings {text[:60]!r}: {error}") from error
 
 
+def count_places(text: str) -> set[tuple[str, str, int]]:
+    """Phrase, kind and number of places of the groundings of one step, whatever they are.
+
+    Raises:
+      UserError: no such text.
+    """
+    try:
+        return {(phrase, kind, len(places)) for _, phrase, kind, places, _ in json.loads(text)}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"damaged groundings {text[:60]!r}: {error}") from error
+
+
 def _grounding(view: str, phrase: str, kind: str, places: Any, masks: Any) -> Grounding:
     return Grounding(
         view,

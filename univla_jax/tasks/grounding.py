@@ -18,6 +18,7 @@ from univla_jax.data.grounding_annotations import (
     Grounding,
     ask_for,
     asked_for,
+    count_places,
     is_plural,
     parse_groundings,
 )
@@ -26,7 +27,7 @@ from univla_jax.errors import UserError
 from univla_jax.sequences.tokens import TextEncoder
 from univla_jax.tasks.base import Needs, SampleSpec, frames_in_order, placeholders
 from univla_jax.tasks.question import Question
-from univla_jax.tokenizers.coordinates import PlaceGrammar, places_text
+from univla_jax.tokenizers.coordinates import NONE, PlaceGrammar, places_text
 
 MOST_PLACES = 16  # of a plural phrase
 _ABSENT = 0.25  # share of phrases without an answer
@@ -121,17 +122,19 @@ def middle(box: Sequence[float]) -> tuple[float, float]:
 
 
 def max_places(episode: TokenizedEpisode, text_encoder: TextEncoder) -> tuple[str, str]:
-    """A question and an answer at least as long as any of the episode."""
-    asked = [
-        (ask_for(g.phrase, g.kind), places_text(g.places))
-        for step in dict.fromkeys(episode.groundings)
-        for g in parse_groundings(step)
-    ]
-    if not asked:
+    """A question and an answer at least as long as any of the episode.
+
+    Raises:
+      UserError: it has no groundings.
+    """
+    counts = {found for step in dict.fromkeys(episode.groundings) for found in count_places(step)}
+    if not counts:
         raise UserError("it has no groundings; leave its store out of this task")
-    question = max((q for q, _ in asked), key=lambda q: len(text_encoder.encode(q)))
-    # A point's question is the only one that is asked beside the written ones, and no longer.
-    return question, max((a for _, a in asked), key=lambda a: len(text_encoder.encode_places(a)))
+    # Numbers of three digits, so that no answer has to be written to be measured.
+    longest = max(count * KINDS[kind] for _, kind, count in counts)
+    answer = "[997,997,999,999]" * -(-longest // 4) or NONE
+    questions = {ask_for(phrase, k) for phrase, kind, _ in counts for k in {kind, "point"}}
+    return max(questions, key=lambda q: len(text_encoder.encode(q))), answer
 
 
 def largest_view(episode: TokenizedEpisode, views: Sequence[str]):

@@ -47,12 +47,11 @@ def to_bins(place: Place) -> tuple[int, ...]:
     Raises:
       UserError: neither a box nor a point, a value outside 0 … 1, or sides in the wrong order.
     """
-    values = np.asarray(place, np.float64)
-    if values.shape not in ((2,), (4,)) or not ((values >= 0) & (values <= 1)).all():
+    if len(place) not in (2, 4) or not all(0 <= v <= 1 for v in place):
         raise UserError(f"place {tuple(place)}: expected 2 or 4 numbers of 0 … 1")
-    bins = [int(v) for v in np.rint(values * (BINS - 1))]
+    bins = [round(v * (BINS - 1)) for v in place]
     for low, high in ((0, 2), (1, 3)) if len(bins) == 4 else ():
-        if values[low] > values[high]:
+        if place[low] > place[high]:
             raise UserError(f"box {tuple(place)}: its sides are in the wrong order")
         if bins[low] == bins[high]:
             bins[low] = min(bins[low], BINS - 2)
