@@ -77,5 +77,12 @@ def test_a_world_model_imagines_after_motions(tmp_path):
     assert codes.shape == (2, 2, *driving_runs.GRID)
     alone = model.imagine(["go left"], context[:1], 2, motions=motions[:1])
     np.testing.assert_array_equal(codes[:1], alone)
+    # Trained on two frames in a row, it sees one at a time, however many are known.
+    later = model.imagine(["go left", "go right"], codes[:, :1], 1, motions=motions[:, 2:])
+    np.testing.assert_array_equal(codes[:, 1:], later)
+    known = np.concatenate([context, codes[:, :1]], axis=1)
+    np.testing.assert_array_equal(
+        later, model.imagine(["go left", "go right"], known, 1, motions=motions)
+    )
     with pytest.raises(UserError, match="motions of shape none"):
         model.imagine(["go left", "go right"], context, 1)

@@ -152,7 +152,8 @@ class WorldModel:
           guidance: how much more the instruction counts than it would by itself (classifier-free
             guidance against the same frames without instruction); 1 for no guidance.
           motions: float [B, n, A] in physical units, for a task whose frames follow from actions:
-            those before, between and behind all frames but the last imagined one.
+            those before, between and behind all frames but the last imagined one. Of the frames
+            before an imagined one such a task is shown the latest, as many as in training.
           block: tokens decoded per step, drafts included; the codes are the same. By default as
             many as pay on this platform (``speculative.block_size``), 1 for no drafts.
 
@@ -216,7 +217,8 @@ class WorldModel:
     ) -> np.ndarray:
         """``imagine`` where what stands between two frames differs from episode to episode."""
         # The ids of motions differ in number, so each frame is prompted anew with those before it
-        # as its context.
+        # as its context. Those are at most as many as stood before a frame in training: a longer
+        # prompt ends at positions that the decoder never saw, and what it draws there is noise.
         task, grid, known = self.loaded.task, context.shape[2:], np.asarray(context)
         pad, slots = self.loaded.assets.vocabulary.pad, 2 * task.frame_decoding(grid).max_new_tokens
         per_frame = (motions.shape[1] - task.PAST) // (context.shape[1] + frames - 1)
