@@ -81,7 +81,7 @@ def world_model() -> ConfigDict:
         "batch_size": 16,
         "vision_weight": 1.0,
     }
-    values = training(600, data)
+    values = training(1000, data)
     values["data"] |= {"stores": ("TOKEN_STORE", "SWERVES"), "weights": (0.5, 0.5)}
     values["data"]["weight_unit"] = "store"
     return complete(TrainConfig, values)

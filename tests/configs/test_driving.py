@@ -6,6 +6,7 @@ import pytest
 
 from configs import navsim, road
 from univla_jax.config import build_config
+from univla_jax.data.datasets import normalization_kinds
 from univla_jax.errors import UserError
 from univla_jax.training.train_config import TrainConfig
 
@@ -41,6 +42,8 @@ def test_the_roads_stages():
         made = build_config(TrainConfig, configs[name])
         assert made.data.chunk_size == 8 and not made.data.packing
     assert "expert" in configs["evaluate"]["conditions"]
+    # The sharpest turns of the road are rarer than 1 %, and quantiles would cut them off.
+    assert normalization_kinds("road") == ("min_max",) * 3 and not normalization_kinds("navsim")
     # The logs of changed steering teach the world model, and nobody else.
     assert (
         configs["demonstrations"]["swerving_episodes"] and "swerves" in configs["tokens"]["splits"]
