@@ -98,7 +98,7 @@ class DatasetConfig:
       segment_seconds: length to which ``"videos"`` are cut, so that a long one is never held as a
         whole; None takes each as one episode.
       reader: file format, a key of ``readers.READERS``: ``"rlds"``, ``"calvin"``, ``"lerobot"``,
-        ``"hdf5"``, ``"videos"`` or ``"navsim"``.
+        ``"hdf5"``, ``"videos"``, ``"navsim"`` or ``"grounding"``.
     """
 
     name: str
@@ -228,6 +228,21 @@ def _video(name: str, **changes) -> DatasetConfig:
     )
 
 
+def _grounding(name: str) -> DatasetConfig:
+    """Pictures with boxes or points of phrases; each an episode of one step without actions."""
+    return DatasetConfig(
+        name,
+        views={"image": "image"},
+        image_sizes={"image": _SQUARE},
+        control_hz=1.0,
+        frame_spacing=1,
+        actions=action_conventions.no_actions,
+        state=None,
+        min_frames=1,
+        reader="grounding",
+    )
+
+
 _BUILT_IN = (
     DatasetConfig(
         "tabletop",
@@ -243,6 +258,7 @@ _BUILT_IN = (
     _libero("libero_object"),
     _libero("libero_goal"),
     _libero("libero_10"),
+    *map(_grounding, ("refcoco", "refcoco_plus", "refcocog", "grounding")),
     DatasetConfig(
         "calvin",
         views={"image": "rgb_static", "wrist_image": "rgb_gripper"},

@@ -9,6 +9,7 @@ from univla_jax.buckets import require_local
 from univla_jax.data.calvin import CalvinReader
 from univla_jax.data.datasets import DatasetConfig
 from univla_jax.data.episode_reader import EpisodeReader, describe_error
+from univla_jax.data.grounding_reader import GroundingReader
 from univla_jax.data.hdf5 import Hdf5Reader
 from univla_jax.data.lerobot import LeRobotReader
 from univla_jax.data.navsim import NavsimReader
@@ -25,6 +26,7 @@ READERS: Mapping[str, Callable[..., EpisodeReader]] = {
     "hdf5": Hdf5Reader,
     "videos": VideoFolderReader,
     "navsim": NavsimReader,
+    "grounding": GroundingReader,
 }
 """``DatasetConfig.reader`` -> class called with (folder, dataset, split)."""
 _FROM_BUCKETS = (
