@@ -14,6 +14,7 @@ from websockets.sync.client import connect
 from univla_jax.client import wire
 from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
+from univla_jax.inference.answers import Answer
 from univla_jax.serving.server import PolicyServer, ServerConfig
 
 SIDE = 8
@@ -65,6 +66,13 @@ class CountingPolicy:
             ActionChunk(np.array([[sum(s), len(s)]], np.float32), valid=sum(s) > 0, reason="")
             for s in sessions
         ]
+
+    def answer(self, observation):
+        if "where" in observation.instruction:
+            return Answer("[0,0,500,999]", ((0.0, 0.0, 0.5, 1.0),))
+        if observation.instruction == "refuse me":
+            raise UserError("refused")
+        return Answer(f"{len(observation.frames)} frames", None)
 
     def prefill_ahead(self):
         self.ahead += 1

@@ -47,6 +47,24 @@ def test_each_connection_has_an_episode_of_its_own_and_can_end_it():
         assert [count(a, episode_id=i) for i in ("x", "x", "y")] == [1, 2, 1]
 
 
+def test_questions_are_answered_and_change_no_episode():
+    with running(CountingPolicy()) as server, server.connect() as robot:
+        assert infer(robot, observation(1))["actions"][0, 1] == 1
+        words = infer(robot, observation(1, prompt="how many?", task="question", extra=1))
+        assert words["answer"] == "1 frames" and words["places"] is None
+        assert words["ignored_keys"] == ["extra"] and "actions" not in words
+        box = infer(robot, observation(1, prompt="where is it?", task="question"))
+        np.testing.assert_array_equal(box["places"], np.float32([[0, 0, 0.5, 1]]))
+        for message, error in (
+            (observation(1, prompt="refuse me", task="question"), "refused"),
+            (observation(1, task="dance"), "'task' is 'dance', expected act or question"),
+            ({"task": "question", "prompt": "what?"}, "'observation/image' is missing"),
+        ):
+            reply = infer(robot, message)
+            assert reply.startswith("bad request: ") and error in reply
+        assert infer(robot, observation(1))["actions"][0, 1] == 2
+
+
 def test_mistakes_are_answered_and_the_connection_stays():
     policy = CountingPolicy()
     with running(policy) as server, server.connect() as robot:

@@ -48,7 +48,7 @@ class GroundingRow:
     """One phrase about one picture.
 
     Attributes:
-      image: path of the picture below its folder, or its URL; of ECoT the file, the episode and the frame.
+      image: path of the picture below its folder, or its URL; of ECoT file, episode and frame.
       grounding: the phrase and what it means.
       source_id: of the row in its file.
       step: frame of a video or episode; 0 of a picture.

@@ -59,7 +59,9 @@ class Answerer:
         """Prepares a loaded model; see ``load``."""
         self.loaded = loaded.select(Question, Role.ANSWER, "answering")
         self.corpus = self.loaded.record.find_corpus(corpus)
-        self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
+        self._sampler = Sampler(
+            loaded.model, loaded.params, placement=loaded.placement, unstack_layers=False
+        )
         self._encoders: dict[tuple[str, str], ObservationEncoder] = {}
 
     @classmethod

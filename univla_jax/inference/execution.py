@@ -20,6 +20,7 @@ Axes: T steps of a chunk, A action dimensions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ import numpy as np
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.action_decoders import Session
+from univla_jax.inference.answers import Answer, Answerer
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer
 
@@ -165,6 +167,20 @@ class Executor:
                 "with --execution=realtime"
             )
         self.policy.check(observation, name)
+
+    @functools.cached_property
+    def _answerer(self) -> Answerer:
+        return Answerer(self.policy.loaded, corpus=self.policy.corpus)
+
+    def answer(self, observation: Observation) -> Answer:
+        """What the checkpoint says to an observation's question; it changes no session.
+
+        Raises:
+          UserError: the checkpoint was not trained to answer, or not about these frames.
+        """
+        view = next(iter(observation.frames), None)
+        (answer,) = self._answerer.answer([observation], view=view)
+        return answer
 
     def prefill_ahead(self) -> bool:
         """See ``Policy.prefill_ahead``."""

@@ -17,6 +17,10 @@
                       "policy_timing": {"infer_ms", "observe_ms", "read_ms", "write_ms"},
                       "server_timing": {"infer_ms", "queue_ms"[, "prev_total_ms"]}}
 
+A question about one or more of the cameras has the key ``"task": "question"`` and its words in
+``prompt``; it changes no episode. Its reply is {"answer": str, "places": float32 [N, 4] boxes or
+[N, 2] points in 0 … 1 of the frame, None where the answer is none, "checkpoint", "ignored_keys"}.
+
 ``actions_steered`` counts the tokens that the grammar of the action tokenizer overrode, ``read_ms``
 is the prefill of the prompt and ``write_ms`` the decoding of the actions. A request that only says
 ``{"reset": True}`` is answered by ``{"reset": True}``. A robot of a policy with history names its
@@ -39,6 +43,7 @@ import numpy as np
 
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
+from univla_jax.inference.answers import Answer
 
 # ----------------------------------------------------------------------------
 # Requests and replies.
@@ -49,8 +54,9 @@ TIMING_NAMES = {"encode": "observe", "prefill": "read", "decode": "write"}
 """Section of ``Policy.act`` -> its name in ``policy_timing`` and in the metrics."""
 PROMPT = "prompt"
 _VIEW_PREFIX, _STATE = "observation/", "observation/state"
+_TASK, _TASKS = "task", ("act", "question")
 _RESET, _EPISODE_ID, _EXECUTED, _COMMITTED = "reset", "episode_id", "executed", "committed"
-OPTIONAL = (_RESET, _EPISODE_ID, _EXECUTED, _COMMITTED)
+OPTIONAL = (_RESET, _EPISODE_ID, _EXECUTED, _COMMITTED, _TASK)
 """Keys that any request may have."""
 _MAX_PROMPT_CHARACTERS = 1_024
 _MAX_EPISODE_ID_CHARACTERS = 256
@@ -101,6 +107,7 @@ class Request:
       episode_id: the robot's own name of the episode, None where it gives none.
       executed: actions executed since the last reply, or how many of it; None for all of it.
       ignored_keys: keys that mean nothing here.
+      is_question: whether words are asked for, and no actions.
     """
 
     observation: Observation | None
@@ -108,6 +115,7 @@ class Request:
     episode_id: str | int | None = None
     executed: int | np.ndarray | None = None
     ignored_keys: tuple[str, ...] = ()
+    is_question: bool = False
 
     @property
     def names_episode(self) -> bool:
@@ -130,6 +138,11 @@ def parse_request(message: Any, cameras: Mapping[str, CameraSize], *, max_side: 
         raise UserError(f"the message is a {type(message).__name__}, expected a map of keys")
     frame_keys = {_VIEW_PREFIX + view: view for view in cameras}
     ignored = _ignored_keys(message, [*frame_keys, PROMPT])
+    task = message.get(_TASK, _TASKS[0])
+    if task not in _TASKS:
+        raise UserError(f"{_TASK!r} is {str(task)[:60]!r}, expected {' or '.join(_TASKS)}")
+    if task == "question":
+        return _parse_question(message, cameras, ignored, max_side)
     reset, episode_id = _parse_reset(message), _parse_episode_id(message)
     if reset and not message.keys() & {*frame_keys, PROMPT}:
         return Request(None, True, episode_id, ignored_keys=ignored)
@@ -144,6 +157,32 @@ def parse_request(message: Any, cameras: Mapping[str, CameraSize], *, max_side: 
     committed = None if message.get(_COMMITTED) is None else _parse_actions(message, _COMMITTED)
     observation = Observation(_parse_prompt(message), frames, _parse_state(message), committed)
     return Request(observation, reset, episode_id, _parse_executed(message), ignored)
+
+
+def _parse_question(
+    message: Mapping[str, Any],
+    cameras: Mapping[str, CameraSize],
+    ignored: tuple[str, ...],
+    max_side: int,
+) -> Request:
+    """A question about the cameras that are sent along."""
+    frames = {}
+    for view, size in cameras.items():
+        key = _VIEW_PREFIX + view
+        if key in message:
+            frames[view] = _parse_frame(message, key, max_side)
+            size.check(frames[view], key)
+    if PROMPT not in message or not frames:
+        missing = PROMPT if PROMPT not in message else _VIEW_PREFIX + next(iter(cameras))
+        raise UserError(f"key {missing!r} is missing; a question needs words and a frame")
+    observation = Observation(_parse_prompt(message), frames)
+    return Request(observation, ignored_keys=ignored, is_question=True)
+
+
+def answer_message(answer: Answer) -> dict[str, Any]:
+    """The reply to a question, without the server's own keys."""
+    places = None if answer.places is None else np.asarray(answer.places, np.float32)
+    return {"answer": answer.text, "places": places}
 
 
 def _ignored_keys(message: Mapping[Any, Any], required: Sequence[str]) -> tuple[str, ...]:

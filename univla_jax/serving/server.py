@@ -34,6 +34,7 @@ from websockets.http11 import Response
 from univla_jax.client import wire
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
+from univla_jax.inference.answers import Answer
 from univla_jax.inference.memory import is_out_of_memory
 from univla_jax.inference.sampler import Timer
 from univla_jax.serving import protocol
@@ -77,6 +78,10 @@ class ServedPolicy(Protocol):
         timer: Timer | None = None,
     ) -> list[ActionChunk]:
         """The next chunk of every robot."""
+        ...
+
+    def answer(self, observation: Observation) -> Answer:
+        """What the model says to an observation's question; UserError where it cannot."""
         ...
 
     def prefill_ahead(self) -> bool:
@@ -524,6 +529,8 @@ class PolicyServer:
     async def _reply(self, robot: _Robot, message: Any, begin: float) -> dict[str, Any]:
         """The reply to one message that arrived at ``begin``."""
         request = protocol.parse_request(message, self._cameras, max_side=self._config.max_side)
+        if request.is_question:
+            return await self._reply_to_question(robot, request)
         if request.observation is not None:
             robot.replica.policy.check(request.observation, "observation")
         new_episode = self._begins_episode(robot, request)
@@ -550,6 +557,19 @@ class PolicyServer:
         about = {"new_episode": new_episode, "ignored_keys": list(request.ignored_keys)}
         about |= {"checkpoint": checkpoint}
         return reply | about | {"server_timing": server_timing}
+
+    async def _reply_to_question(self, robot: _Robot, request: protocol.Request) -> dict[str, Any]:
+        """The answer to a question, between two calls of the policy; no episode changes."""
+        replica = robot.replica
+
+        def answer() -> tuple[Answer, str]:
+            act = functools.partial(replica.policy.answer, request.observation)
+            return self._with_memory(replica, act), replica.checkpoint
+
+        said, checkpoint = await replica.batcher.run_between(answer)
+        self.metrics.requests.labels("ok").inc()
+        about = {"checkpoint": checkpoint, "ignored_keys": list(request.ignored_keys)}
+        return protocol.answer_message(said) | about
 
     def _begins_episode(self, robot: _Robot, request: protocol.Request) -> bool:
         """Whether a request is the first of an episode."""
