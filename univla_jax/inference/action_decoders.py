@@ -24,6 +24,8 @@ from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
 from univla_jax.models.action_expert import ActionExpert
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.quantized_weights import dequantize_params
+from univla_jax.tasks.base import Decoding
+from univla_jax.tasks.chain_of_thought import ChainOfThought
 from univla_jax.tasks.history import EpisodeLog, History
 from univla_jax.tokenizers.constrained import DecodedActions
 
@@ -266,6 +268,96 @@ class TokenActionDecoder:
             session.cached_prefix = cached_prefix
 
 
+class ThoughtActionDecoder(TokenActionDecoder):
+    """A thought in words and coordinates, then the action ids behind it.
+
+    The prompt ends with bot. A thought that does not end by itself is ended, and the chunk is
+    predicted all the same.
+
+    Attributes:
+      thoughts: of the last call, one text per prompt.
+    """
+
+    def __init__(self, loaded: LoadedModel, shape: tuple[int, int], **options: Any) -> None:
+        """As ``TokenActionDecoder``, without drafts.
+
+        Raises:
+          UserError: a speculative block.
+        """
+        if options.get("speculative_block"):
+            raise UserError("speculative_block: drafts no thoughts; leave it at 0")
+        super().__init__(loaded, shape, **options)
+        self._thought: Decoding = loaded.task.thought_decoding
+        self.thoughts: list[str] = []
+
+    def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
+        """Fixes the shapes of prompts."""
+        super().set_shapes(lengths, batch_size)
+        self._usual_lengths, self._batch_size = lengths, batch_size
+
+    def predict(
+        self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
+    ) -> list[ActionPrediction]:
+        """See ``ActionDecoder``; no prefix is kept between calls."""
+        vocabulary, rules, sampler = self._task.vocabulary, self.rules, self._sampler
+        tokens, lengths = pad_prompts(prompts, vocabulary.pad, batch_size=self._batch_size)
+        keys = None
+        if not rules.sampling.greedy:
+            drawn = [session.key() for session in sessions]
+            keys = jnp.stack([*drawn, *drawn[:1] * (len(tokens) - len(drawn))])
+        slots = tokens.shape[1] + self._thought.max_new_tokens + 2 + rules.max_new_tokens
+        with timer.section("prefill") as results:
+            state = sampler.prefill(tokens, lengths, slots=slots)
+            results.append(state.batch)
+        with timer.section("decode"):
+            thought, state = sampler.generate(
+                state,
+                max_new_tokens=self._thought.max_new_tokens,
+                allowed=self._thought.allowed,
+                stop_id=self._thought.stop_id,
+                sampling=rules.sampling,
+                key=keys,
+            )
+            ids, counts = np.asarray(thought.tokens), np.asarray(thought.lengths)
+            ended = np.array([row[n - 1] == vocabulary.eot for row, n in zip(ids, counts)])
+            begun = np.where(
+                ended[:, None], [vocabulary.boa, vocabulary.pad], [vocabulary.eot, vocabulary.boa]
+            )
+            state = sampler.extend(state, begun.astype(np.int32), np.where(ended, 1, 2))
+            chunk, state = sampler.generate(
+                state,
+                max_new_tokens=rules.max_new_tokens,
+                allowed=rules.allowed,
+                stop_id=rules.stop_id,
+                sampling=rules.sampling,
+                key=keys,
+                grammar=rules.grammar,
+            )
+        decode = self._task.text_encoder.decode_places
+        self.thoughts = [decode(row[: n - int(end)]) for row, n, end in zip(ids, counts, ended)][
+            : len(prompts)
+        ]
+        rows = zip(
+            np.asarray(chunk.tokens), np.asarray(chunk.lengths), np.asarray(chunk.num_overridden)
+        )
+        return [
+            ActionPrediction(self._task.parse(row[:n], self._shape), row[:n], None, int(overridden))
+            for row, n, overridden in list(rows)[: len(prompts)]
+        ]
+
+    def warmup(self, batch_size: int) -> None:
+        """Compiles what a call with ``batch_size`` prompts of the usual lengths uses."""
+        for length in sorted(set(self._usual_lengths[1:])):
+            prompt = np.full(length, self._task.vocabulary.bos, np.int32)
+            sessions = [Session(EpisodeLog(1, self._shape[0])) for _ in range(batch_size)]
+            self.predict([prompt] * batch_size, sessions, Timer())
+
+    def should_prefill(self, prefix: np.ndarray, session: Session) -> bool:
+        """Never: no prefix is kept."""
+        del prefix, session
+        return False
+
+
 class FlowActionDecoder:
     """Actions from noise through the action expert, which attends to the prompt's hidden states.
 
@@ -364,6 +456,8 @@ def make_action_decoder(
     Raises:
       UserError: the task needs an action expert and there is none.
     """
+    if isinstance(loaded.task, ChainOfThought):
+        return ThoughtActionDecoder(loaded, shape, **options)
     if not loaded.task.needs.action_expert:
         return TokenActionDecoder(loaded, shape, **options)
     if loaded.expert is None:

@@ -13,24 +13,50 @@ from collections.abc import Sequence
 import numpy as np
 
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.sequences.tokens import Role, Tokens, action_block, opening
+from univla_jax.sequences.tokens import Piece, Role, Tokens, action_block, opening
 from univla_jax.tasks.base import (
+    ActionTask,
+    Decoding,
     Needs,
     SampleSpec,
-    Task,
     count_moments,
     frames_in_order,
     placeholders,
     text_at,
 )
 
+MAX_THOUGHT = 128  # tokens of a thought that is decoded, its eot included
 
-class ChainOfThought(Task):
+
+class ChainOfThought(ActionTask):
     """The newest observation and the instruction in, reasoning and an action chunk out."""
 
     name = "chain_of_thought"
     labels = "thought_and_action"
     needs = Needs(actions=True, action_tokens=True, texts=("reasoning",))
+
+    @property
+    def history_window(self) -> int:
+        """One: earlier observations are not shown."""
+        return 1
+
+    def moment(
+        self,
+        frames: Sequence[Piece],
+        state: np.ndarray | None,
+        chunk: np.ndarray | None,
+        committed: Sequence[np.ndarray] = (),
+    ) -> list[Piece]:
+        """Frames and bot: where a thought begins, which is decoded before its chunk."""
+        del state, chunk, committed
+        return [*frames, (Role.THOUGHT, np.array([self.vocabulary.bot], np.int32))]
+
+    @property
+    def thought_decoding(self) -> Decoding:
+        """How the thought before a chunk is decoded: any text up to eot."""
+        eot = self.vocabulary.eot
+        text = np.append(np.arange(self.vocabulary.text_size), eot)
+        return Decoding(text, eot, MAX_THOUGHT)
 
     def sample(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
