@@ -87,7 +87,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
-        "plan": ["libtpu>=0.0.42"],
+        "plan": ["jax[tpu]"],  # the TPU compiler of the version that runs of this JAX compile with
         "rlds": RLDS,
         "serve": SERVE,
         "test": TEST + NOTEBOOKS + RLDS + SERVE + LEROBOT + HDF5 + INT8 + GCS + DRIVING,

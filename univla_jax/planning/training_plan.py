@@ -171,7 +171,7 @@ class TrainingPlan:
             if self.traffic
             else "nothing: no program of a TPU compiler",
             "as published": f"{self.time.published:.3f} s a step, {published_mfu:.1%} MFU, if "
-            f"arithmetic reaches {published_efficiency():.0%} of the peak as Llama 3.1 8B does on "
+            f"arithmetic reaches {published_efficiency():.1%} of the peak as Llama 3.1 8B does on "
             "v6e",
             "compilation": f"{self.compile_seconds:.0f} s ({self.compile_processor_seconds:.0f} s "
             f"of processor time), {self.host_gigabytes:.1f} GB of this machine",
