@@ -282,10 +282,10 @@ class ThoughtActionDecoder(TokenActionDecoder):
         """As ``TokenActionDecoder``, without drafts.
 
         Raises:
-          UserError: a speculative block.
+          UserError: a block of drafts.
         """
-        if options.get("speculative_block"):
-            raise UserError("speculative_block: drafts no thoughts; leave it at 0")
+        if (options.get("block") or 1) > 1:
+            raise UserError("block: drafts no thoughts; leave it unset")
         super().__init__(loaded, shape, **options)
         self._thought: Decoding = loaded.task.thought_decoding
         self.thoughts: list[str] = []
