@@ -141,6 +141,41 @@ def _evaluate(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
         report, summary_table=lambda found: "", comparison_table=lambda found: ""
     )
     module.export_predictions = arrived.recorder("export", module.export_predictions, 0)
+    grounded, values = module.grounded_frames, module.value_scores
+    module.grounded_frames = namespace(
+        grounded,
+        evaluate=arrived.recorder("grounding", grounded.evaluate, scored),
+        table=lambda found: "",
+    )
+    scores = {"area_under_curve": 1.0, "calibration_error": 0.0}
+    judged = {"successes": 0, "all_moments": scores, "first_moment": scores, **scored}
+    module.value_scores = namespace(
+        values, score_values=arrived.recorder("judge", values.score_values, judged)
+    )
+
+
+def _ask(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
+    answer = functools.partial(module.Answerer.answer, None)
+    answers = [types.SimpleNamespace(text="there", places=("a place",))]
+    answerer = types.SimpleNamespace(
+        views=lambda question: ("image",),
+        asks_for_places=lambda question: True,
+        answer=arrived.recorder("answer", answer, answers),
+    )
+    load = arrived.recorder("load", module.Answerer.load, answerer)
+    module.Answerer = types.SimpleNamespace(load=load)
+    module.read_picture = arrived.recorder("picture", module.read_picture)
+    module.absolute_path = str
+    module.draw_answer = arrived.recorder("draw", module.draw_answer)
+
+
+def _improve(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
+    report = {
+        "attempts": {"successes": 0, "episodes": 0},
+        "advantages": {"steps": 0, "good_from": 0.0},
+        "policy": "",
+    }
+    module.improve = arrived.recorder("improve", module.improve, report)
 
 
 def _imagine(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
@@ -333,6 +368,50 @@ COMMANDS: dict[str, Command] = {
             "out": ("there", "offline.out", "there"),
             "episodes": ("7", "offline.episodes", 7),
             **shared("offline", MESH),
+        },
+    ),
+    "evaluate --grounding": Command(
+        "--grounding=s --checkpoint=c --out=o",
+        _evaluate,
+        {
+            "checkpoint": ("there", "grounding.checkpoint", "there"),
+            "grounding": ("there", "grounding.store", "there"),
+            "out": ("there", "grounding.out", "there"),
+            "episodes": ("7", "grounding.episodes", 7),
+            **shared("grounding", MESH),
+        },
+    ),
+    "evaluate --judge": Command(
+        "--judge=s --checkpoint=c --out=o",
+        _evaluate,
+        {
+            "checkpoint": ("there", "judge.checkpoint", "there"),
+            "judge": ("there", "judge.store", "there"),
+            "out": ("there", "judge.out", "there"),
+        },
+    ),
+    "ask": Command(
+        "--checkpoint=c --image=i --out=o where is it?",
+        _ask,
+        {
+            "checkpoint": ("there", "load.checkpoint", "there"),
+            "image": ("there", "picture.path", "there"),
+            "out": ("there", "draw.path", "there"),
+            "corpus": ("there", "load.corpus", "there"),
+            "view": ("wrist", "answer.view", "wrist"),
+            "free": ("true", "answer.constrained", False),
+            **shared("load", MESH),
+        },
+    ),
+    "improve": Command(
+        f"--config={QUICKSTART}:improve --checkpoint=c --stores=s --held_out=h --out=o",
+        _improve,
+        {
+            "config": ("configs/quickstart_tiny.py:improve", "improve.config.attempts.episodes", 5),
+            "checkpoint": ("there", "improve.checkpoint", "there"),
+            "stores": ("there,too", "improve.stores", ["there", "too"]),
+            "held_out": ("there,too", "improve.held_out", ["there", "too"]),
+            "out": ("there", "improve.out", "there"),
         },
     ),
     "imagine": Command(
