@@ -39,7 +39,7 @@ def test_robots_get_their_answers_under_every_attack(tmp_path):
     folder = tiny_checkpoint.save(tmp_path / "policy", tiny_checkpoint.make_assets(), scale=20)
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "univla_jax.benchmarks.serving_attack"]
-    options = [f"--checkpoint={folder}", "--clients=2", "--requests=10", "--frames=200"]
+    options = [f"--checkpoint={folder}", "--clients=2", "--requests=10", "--attack_frames=200"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     subprocess.run([*command, *options, f"--json={result}"], env=environment, check=True)
     found = json.loads(result.read_text())

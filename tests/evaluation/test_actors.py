@@ -64,14 +64,14 @@ def _tokenizer():
 
 
 def test_a_plan_is_executed_as_it_is():
-    (chunk,) = ScriptedActor().act([PlannedObservation("do", {}, None, _plan())], [None])
+    (chunk,) = ScriptedActor().act([PlannedObservation("do", {}, plan=_plan())], [None])
     assert np.array_equal(chunk.actions, _plan()) and chunk.valid
 
 
 def test_through_ids_it_comes_out_nearly_the_same():
     """Within what rounding the coefficients does, in physical units, with the gripper's sign."""
     (chunk,) = ScriptedActor(ActionRoundTrip(STATISTICS, _tokenizer())).act(
-        [PlannedObservation("do", {}, None, _plan())], [None]
+        [PlannedObservation("do", {}, plan=_plan())], [None]
     )
     span = np.subtract(HIGH, LOW)
     error = np.abs(chunk.actions - _plan()) / span

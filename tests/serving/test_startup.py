@@ -32,7 +32,7 @@ def test_a_robot_learns_what_to_send_and_what_it_gets(tmp_path):
     assert (metadata["chunk"], metadata["actions_per_call"], metadata["action_dim"]) == (3, 1, 7)
     assert (metadata["checkpoint_step"], metadata["control_hz"]) == (7, 5.0)
     assert len(metadata["checkpoint"]) == 64 and metadata["keeps_history"] is True
-    assert metadata["optional_keys"] == ["reset", "episode_id", "executed", "committed"]
+    assert metadata["optional_keys"] == ["reset", "episode_id", "executed", "committed", "task"]
     assert metadata["max_committed"] == 0
     shapes = {"observation/image": [24, 24, 3], "observation/wrist_image": [16, 16, 3]}
     assert metadata["observation_keys"] == shapes

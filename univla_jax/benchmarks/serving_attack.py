@@ -1,7 +1,7 @@
 """Waiting times, wrong answers and memory of a policy server under hostile robots, beside quiet.
 
     python -m univla_jax.benchmarks.serving_attack [--checkpoint=WORKDIR] [--clients=4]
-        [--requests=50] [--frames=2000] [--json=FILE]
+        [--requests=50] [--attack_frames=2000] [--json=FILE]
 
 The robots are those of ``serving_speed``, in a process of their own; each attack runs in a second
 process for as long as it lasts, and the robots ask all the while:
@@ -49,7 +49,9 @@ CHECKPOINT = cli.string_flag(
 PRESET = cli.string_flag("preset", "decoder of the policy without checkpoint", default="tiny")
 CLIENTS = flags.DEFINE_integer("clients", 4, "Robots that behave", allow_override=True)
 REQUESTS = flags.DEFINE_integer("requests", 50, "Requests of each", allow_override=True)
-FRAMES = flags.DEFINE_integer("frames", 2000, "Frames of the random attack; others take a part")
+FRAMES = flags.DEFINE_integer(
+    "attack_frames", 2000, "Frames of the random attack; others take a part"
+)
 
 _LIMIT = ServerConfig().max_message_bytes
 _REPLY_SECONDS = 120.0
