@@ -17,16 +17,15 @@ import numpy as np
 import tqdm
 
 from univla_jax import io
-from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.cli import format_table
 from univla_jax.data.grounding_annotations import Grounding, ask_for, is_plural, parse_groundings
 from univla_jax.data.token_record import TokenizedEpisode
-from univla_jax.data.token_store import TokenStore
 from univla_jax.errors import UserError
+from univla_jax.evaluation import offline
 from univla_jax.evaluation.grounding_scores import Answered, score
 from univla_jax.inference.answers import BATCH, Answerer
 from univla_jax.inference.loaded_model import MakePlacement
-from univla_jax.run_dir import check_config, write_config
+from univla_jax.run_dir import write_config
 from univla_jax.simulators.tabletop.tabletop_truth import held_out
 from univla_jax.tasks.base import text_at
 
@@ -94,14 +93,10 @@ def evaluate(
       UserError: ``out`` holds something else; a store of another vision tokenizer, or without
         groundings; a checkpoint that does not point; more episodes than there are.
     """
-    folder, source = find_checkpoint(checkpoint), TokenStore(store)
-    identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
-    identity |= {"episodes": episodes}
-    check_config(out, identity, name=_IDENTITY)
+    opened = offline.open_held_out(checkpoint, store, out, episodes, name=_IDENTITY)
+    folder, source, identity = opened
     if (io.absolute_path(out) / REPORT).exists():
         return io.read_json(io.absolute_path(out) / REPORT)
-    if not 0 <= episodes <= len(source):
-        raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
     answerer = Answerer.load(folder, corpus=source.manifest.header.corpus, place=place)
     prints = {"vision": source.manifest.header.vision_fingerprint}
     answerer.loaded.assets.require_same_tokenizers(prints, source=f"token store {store}")

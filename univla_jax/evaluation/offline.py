@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 
 from univla_jax import io
 from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
@@ -97,15 +98,9 @@ def evaluate(
         image size, or has no states where the policy was trained with them, or all its episodes
         are too short; more episodes than it has.
     """
-    folder = find_checkpoint(checkpoint)
-    source = TokenStore(store)
-    identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
-    identity |= {"episodes": episodes}
-    check_config(out, identity, name=_IDENTITY)
+    folder, source, identity = open_held_out(checkpoint, store, out, episodes, name=_IDENTITY)
     if (io.absolute_path(out) / REPORT).exists():
         return io.read_json(io.absolute_path(out) / REPORT)
-    if not 0 <= episodes <= len(source):
-        raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
     loaded = LoadedModel.from_checkpoint(folder, place=place)
     (source,) = open_stores(_data_config(loaded, store, batch_size), loaded.assets)
     corpus = loaded.record.find_corpus(source.manifest.header.corpus)
@@ -123,6 +118,38 @@ def evaluate(
     }
     io.write_json(out / REPORT, report)
     return report
+
+
+def open_held_out(
+    checkpoint: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    episodes: int,
+    *,
+    name: str,
+) -> tuple[epath.Path, TokenStore, dict[str, Any]]:
+    """Opens what a report on a store's first episodes is of, and checks that ``out`` is for it.
+
+    Args:
+      checkpoint: folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
+      store: token store.
+      out: folder of the report.
+      episodes: how many of the store; 0 for all.
+      name: file of the identity in ``out``.
+
+    Returns:
+      the folder of the checkpoint, the store, and the identity that ``out`` gets.
+
+    Raises:
+      UserError: no checkpoint or store; ``out`` holds something else; more episodes than there are.
+    """
+    folder, source = find_checkpoint(checkpoint), TokenStore(store)
+    identity = {"checkpoint": checkpoint_identity(folder), "store": source.fingerprint}
+    identity |= {"episodes": episodes}
+    check_config(out, identity, name=name)
+    if not 0 <= episodes <= len(source):
+        raise UserError(f"--episodes: {episodes}, {store} holds {len(source)}")
+    return folder, source, identity
 
 
 def table(report: dict[str, Any]) -> str:
