@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pathlib
 
@@ -11,6 +12,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Load TensorFlow before the first test where tests that write published corpora were chosen.
+
+    TFDS imports it at the first picture, which crashed beside all that the other tests of a process
+    had loaded by then. Elsewhere it must stay out: Mesa's renderer crashes beside it.
+    """
+    if any(hasattr(getattr(item, "module", None), "corpora") for item in session.items):
+        importlib.import_module("tensorflow")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ Structures: the TFDS catalog and the data sets' own pages. Pixels and numbers ar
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -17,10 +16,6 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from univla_jax.data.datasets import DATASETS
-
-# TFDS imports TensorFlow at the first picture. So late, beside all that other tests of a process
-# have loaded by then, that crashed; here it is loaded before any of them.
-importlib.import_module("tensorflow")
 
 KINDS = tfds.features
 WORDS = "pick up the red cup"
