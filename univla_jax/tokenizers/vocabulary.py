@@ -236,7 +236,10 @@ def _in_range(values: ArrayLike, start: int, stop: int, what: str, of: str) -> n
         return np.zeros(array.shape, np.int32)
     if array.dtype.kind not in "iu":
         raise UserError(f"{what}s must be integers, got an array of {array.dtype}")
-    if array.min() < start or array.max() >= stop:
+    # Codes are stored unsigned, so that there is no lower bound to look for: every frame of every
+    # training sample comes through here.
+    low = start if array.dtype.kind == "u" and not start else array.min()
+    if low < start or array.max() >= stop:
         outside = (array < start) | (array >= stop)
         raise UserError(
             f"{what} {array[outside].flat[0]} lies outside {of} [{start}, {stop}); it was made "
