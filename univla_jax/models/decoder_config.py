@@ -112,7 +112,8 @@ class DecoderConfig:
         over tokens and devices; ``dtype`` where None. ``"float32"`` moves twice the bytes.
       quantization: one of ``QUANTIZATIONS``: the layers' products of training in eight bits, or
         None; parameters, optimizer and everything else stay as they are.
-      remat: name in ``REMAT_PRESETS``; what the backward pass keeps of each layer.
+      remat: name in ``REMAT_PRESETS``; what the backward pass keeps of each layer. A run that sets
+        none gets what fits its chip (``training/mesh_choice.py``).
       scan_unroll: layers per iteration of the scan; ``num_layers`` unrolls it (fast on CPU).
       attention: implementation by name; ``"auto"`` chooses by platform and shape.
       pad_id: id whose embedding starts at zero and never gets a gradient, or None (torch's

@@ -23,12 +23,11 @@ from univla_jax.planning.topologies import (
     Topology,
     compile_ahead,
     format_gib,
-    shard_bytes,
 )
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware, sharding
 from univla_jax.training.model_setup import decoder_config, model_rules, params_init
-from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training.sharding import MeshConfig, make_mesh, shard_bytes
 from univla_jax.training.train_config import TrainConfig
 
 

@@ -161,11 +161,3 @@ def _required_memory(message: str) -> int | None:
         return None
     size, unit = found.groups()[:2] if found[1] else found.groups()[2:]
     return int(float(size) * _UNITS[unit])
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes per chip of a pytree of ``jax.ShapeDtypeStruct`` with shardings."""
-    return sum(
-        jax.numpy.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))
-        for x in jax.tree.leaves(tree)
-    )

@@ -24,13 +24,13 @@ from univla_jax.planning.topologies import (
     Topology,
     compile_ahead,
     format_gib,
-    shard_bytes,
 )
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware
 from univla_jax.training.losses import LabelWeights, LossFn
 from univla_jax.training.metrics import host_gigabytes
 from univla_jax.training.model_setup import TrainSetup, label_weights
+from univla_jax.training.sharding import shard_bytes
 from univla_jax.training.train_config import TrainConfig
 
 

@@ -98,6 +98,11 @@ def _projection_flops(config: DecoderConfig) -> dict[str, float]:
     }
 
 
+def layer_parameters(config: DecoderConfig) -> float:
+    """Numbers in the matrices of one layer."""
+    return sum(_projection_flops(config).values()) / 2
+
+
 def _attention_flops(config: DecoderConfig, length: int) -> float:
     """Forward operations of one layer's attention per token of ``length``."""
     return 2.0 * length * config.num_heads * config.head_dim

@@ -1,9 +1,12 @@
-"""The mesh of a run whose config sets no sizes, chosen by chip and batch.
+"""Mesh and remat preset of a run whose config sets none, chosen by chip and batch.
 
-Two things decide. The batch has to divide over the mesh: what it cannot fill goes to the sequence
-(or, with an action expert, to the heads). And the collectives of the layers have to fit the links:
-on a torus of three axes the TPU compiler gathers over one or two of them, while over three it adds
-up arrays padded with zeros, so parameters are split over a plane and copied along the third axis.
+Two things decide the mesh. The batch has to divide over it: what it cannot fill goes to the
+sequence (or, with an action expert, to the heads). And the collectives of the layers have to fit
+the links: on a torus of three axes the TPU compiler gathers over one or two of them, while over
+three it adds up arrays padded with zeros, so parameters are split over a plane and copied along the
+third axis.
+
+The memory that is left decides what the backward pass keeps instead of computing it again.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from univla_jax.models import decoder_config
+from univla_jax.models.decoder_config import DecoderConfig
+from univla_jax.training import hardware
 from univla_jax.training.hardware import Chip, find_chip
 from univla_jax.training.sharding import MeshConfig, make_mesh
 
@@ -87,3 +93,64 @@ def choose_mesh(
     if kv_heads % rest == 0:
         return dataclasses.replace(config, tensor=rest)
     return MeshConfig()
+
+
+# Fitted on programs of the 8.5 B decoder for v5p and v6e: buffers in units of one layer's MLP
+# activations, gathered layers under way, and what the compiler takes beyond the estimate.
+_LAYER_BUFFERS, _LAYERS_GATHERED, _MARGIN = 8, 4, 1.1
+
+
+def choose_remat(
+    decoder: DecoderConfig,
+    chip: Chip,
+    mesh: Mesh,
+    *,
+    sequences: int,
+    length: int,
+    state_bytes: int,
+) -> str:
+    """The preset that recomputes least among those that fit the chip; the leanest if none does.
+
+    Args:
+      decoder: of the run; its own preset does not matter.
+      chip: its data sheet.
+      mesh: of the run.
+      sequences: of a micro-batch, over all devices.
+      length: tokens of a sequence.
+      state_bytes: per device, of parameters, gradients and optimizer.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in ("replica", "data", "fsdp", "context"))
+    local = sequences * length / parts
+    item = decoder.compute_dtype.itemsize
+    widths = _kept_widths(decoder, mesh.shape["tensor"])
+    gathered = _LAYERS_GATHERED * hardware.layer_parameters(decoder)
+    buffers = item * (_LAYER_BUFFERS * local * widths[decoder_config.UP] + gathered)
+
+    def needed(preset: str) -> float:
+        kept = sum(widths.get(name, 0) for name in decoder_config.REMAT_PRESETS[preset])
+        inputs = decoder.num_layers * local * (decoder.hidden_size + kept) * item
+        return _MARGIN * (state_bytes + buffers + inputs)
+
+    def cost(preset: str) -> tuple[float, float]:
+        changed = dataclasses.replace(decoder, remat=preset)
+        return hardware.recomputed_flops(changed, length), needed(preset)
+
+    presets = set(decoder_config.REMAT_PRESETS) - decoder_config.OFFLOADED
+    fitting = [p for p in presets if needed(p) <= chip.hbm_gib * 2**30]
+    return min(fitting, key=cost) if fitting else min(presets, key=needed)
+
+
+def _kept_widths(decoder: DecoderConfig, tensor: int) -> dict[str, float]:
+    """Numbers per token and device of each intermediate that a preset can keep."""
+    heads = decoder.num_heads * decoder.head_dim / tensor
+    kv_heads = decoder.num_kv_heads * decoder.head_dim / tensor
+    return {
+        decoder_config.QUERY: heads,
+        decoder_config.KEY: kv_heads,
+        decoder_config.VALUE: kv_heads,
+        decoder_config.ATTENTION_OUT: heads,
+        decoder_config.OUTPUT: decoder.hidden_size,
+        decoder_config.GATE: decoder.mlp_size / tensor,
+        decoder_config.UP: decoder.mlp_size / tensor,
+        decoder_config.DOWN: decoder.hidden_size,
+    }

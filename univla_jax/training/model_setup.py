@@ -44,7 +44,7 @@ from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware, sharding
 from univla_jax.training.compiler_options import compiler_options
 from univla_jax.training.losses import LabelWeights, LossFn, make_loss
-from univla_jax.training.mesh_choice import run_mesh
+from univla_jax.training.mesh_choice import choose_remat, run_mesh
 from univla_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from univla_jax.training.parameter_groups import check_matches
 from univla_jax.training.train_config import ModelConfig, TrainConfig
@@ -164,6 +164,21 @@ class TrainSetup:
         optimizer = make_optimizer(config.optimizer, config.total_steps)
         init = run_init(model, expert)
         is_trained = trained_rule(init, model.config, config.optimizer)
+        abstract = abstract_state(init, optimizer, mesh, is_trained)
+        chip = hardware.find_chip(mesh.devices.flat[0])
+        if chip is not None and "remat" not in config.model.overrides:
+            # The gradients stand beside the parameters that are trained.
+            gradients = trained_part(abstract.params, is_trained)
+            state = (abstract.params, gradients, abstract.opt_state)
+            chosen = choose_remat(
+                model.config,
+                chip,
+                mesh,
+                sequences=data.batch_size // config.accumulation,
+                length=data.sequence_length,
+                state_bytes=sharding.shard_bytes(state),
+            )
+            model = Decoder(dataclasses.replace(model.config, remat=chosen))
         return cls(
             config=config,
             model=model,
@@ -182,7 +197,7 @@ class TrainSetup:
                 tasks=data.titles,
             ),
             rules=model_rules(model.config, mesh, expert),
-            abstract=abstract_state(init, optimizer, mesh, is_trained),
+            abstract=abstract,
             is_trained=is_trained,
             batch_sharding=sharding.batch_sharding(mesh, sequence=True),
         )

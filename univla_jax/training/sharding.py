@@ -308,3 +308,11 @@ def to_global(batch: Any, sharding: NamedSharding, parts: int = 1) -> Any:
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(leaf, batch)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes per chip of a pytree of ``jax.ShapeDtypeStruct`` with shardings."""
+    return sum(
+        jax.numpy.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(tree)
+    )
