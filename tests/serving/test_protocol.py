@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,7 @@ def test_resets_and_episodes():
         (_message(**{"observation/image": np.zeros((6, 4, 3), np.uint8)}), "sees 4 x 6; send this"),
         (_message(prompt=b"x"), "'prompt' is a bytes"),
         (_message(prompt="x" * 1025), "1025 characters"),
+        (_message(task=np.zeros(2)), r"'task' is float64 \[2\], expected act or question"),
         (_message(reset=1), "'reset' is a int"),
         (_message(episode_id=[1]), "'episode_id' is"),
         (_message(episode_id="x" * 300), "'episode_id' is"),
@@ -97,6 +100,26 @@ def test_resets_and_episodes():
 def test_mistakes_are_named(message, error):
     with pytest.raises(UserError, match=error):
         _read(message)
+
+
+@pytest.mark.parametrize("key", ["task", "episode_id", "executed", "prompt", "observation/image"])
+@pytest.mark.parametrize("value", [bytes(2**20), ["x" * 2**20], {"y": bytes(2**20)}])
+def test_a_mistake_as_large_as_a_frame_is_not_written_out(key, value):
+    message = _message(**{key: value})
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=key) as refused:
+            _read(message)
+        assert tracemalloc.get_traced_memory()[1] < 2**17
+    finally:
+        tracemalloc.stop()
+    assert len(str(refused.value)) < 300
+
+
+def test_a_key_as_large_as_a_frame_is_cut():
+    for key in ("k" * 2**20, b"k" * 2**20):
+        (ignored,) = _read(_message() | {key: 1}).ignored_keys
+        assert len(ignored) < 80
 
 
 def test_replies():

@@ -19,6 +19,7 @@ import numpy as np
 
 _MAX_ITEMS = 64  # of one map or list; no observation has more
 _MAX_CONTAINERS = 256  # maps and lists of a whole frame
+_SHOWN, _SHOWN_ITEMS = 60, 8  # characters and list items of a value in an error message
 _DTYPE_KINDS = "biuf"
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 
@@ -75,6 +76,21 @@ def unpack(frame: bytes) -> Any:
         raise WireError(f"the frame is no msgpack message: {reason[:200]}") from error
 
 
+def brief(value: Any) -> str:
+    """How an error message shows an unpacked value, whatever its size."""
+    # A value may be as large as a frame; written out as a whole only to be cut, it would keep the
+    # event loop of a server from everybody else.
+    if isinstance(value, (str, bytes)):
+        return repr(value[:_SHOWN])
+    if isinstance(value, list):
+        return f"[{', '.join(map(brief, value[:_SHOWN_ITEMS]))}]"[:_SHOWN]
+    if isinstance(value, Mapping):
+        return f"a map of {len(value)} keys"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return repr(value)[:_SHOWN]
+
+
 def _pack_numpy(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         _check_kind(value.dtype)
@@ -98,7 +114,7 @@ def _unpack_array(value: Mapping[bytes, Any]) -> np.ndarray:
     dtype, shape, data = _unpack_dtype(value), value.get(b"shape"), value.get(b"data")
     few_axes = isinstance(shape, list) and len(shape) <= 8
     if not few_axes or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
-        raise WireError(f"array of shape {str(shape)[:60]}, expected up to 8 sizes")
+        raise WireError(f"array of shape {brief(shape)}, expected up to 8 sizes")
     # ``math.prod`` does not overflow as NumPy's product would: 8 sizes of 2**30 must not pass as 0.
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
         size = len(data) if isinstance(data, bytes) else type(data).__name__
@@ -119,7 +135,7 @@ def _unpack_scalar(value: Mapping[bytes, Any]) -> np.generic:
 def _unpack_dtype(value: Mapping[bytes, Any]) -> np.dtype:
     name = value.get(b"dtype")
     if not isinstance(name, str) or len(name) > 8:
-        raise WireError(f"dtype {str(name)[:60]!r}, expected a NumPy type string such as '|u1'")
+        raise WireError(f"dtype {brief(name)}, expected a NumPy type string such as '|u1'")
     try:
         dtype = np.dtype(name)
     except TypeError as error:

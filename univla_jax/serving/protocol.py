@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 
+from univla_jax.client import wire
 from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.answers import Answer
@@ -61,8 +62,7 @@ OPTIONAL = (_RESET, _EPISODE_ID, _EXECUTED, _COMMITTED, _TASK)
 _MAX_PROMPT_CHARACTERS = 1_024
 _MAX_EPISODE_ID_CHARACTERS = 256
 _MAX_STATE_SIZE = 4_096
-
-
+_MAX_SHOWN_KEY = 60  # characters of a key in messages and replies
 _MAX_ACTIONS = 4_096  # executed since the last call, or committed
 _ASPECT_TOLERANCE = 0.05
 
@@ -139,8 +139,8 @@ def parse_request(message: Any, cameras: Mapping[str, CameraSize], *, max_side: 
     frame_keys = {_VIEW_PREFIX + view: view for view in cameras}
     ignored = _ignored_keys(message, [*frame_keys, PROMPT])
     task = message.get(_TASK, _TASKS[0])
-    if task not in _TASKS:
-        raise UserError(f"{_TASK!r} is {str(task)[:60]!r}, expected {' or '.join(_TASKS)}")
+    if not isinstance(task, str) or task not in _TASKS:
+        raise UserError(f"{_TASK!r} is {wire.brief(task)}, expected {' or '.join(_TASKS)}")
     if task == "question":
         return _parse_question(message, cameras, ignored, max_side)
     reset, episode_id = _parse_reset(message), _parse_episode_id(message)
@@ -148,7 +148,7 @@ def parse_request(message: Any, cameras: Mapping[str, CameraSize], *, max_side: 
         return Request(None, True, episode_id, ignored_keys=ignored)
     missing = [key for key in [*frame_keys, PROMPT] if key not in message]
     if missing:
-        present = ", ".join(str(key)[:60] for key in message) or "nothing"
+        present = ", ".join(map(_shown_key, message)) or "nothing"
         raise UserError(f"key {missing[0]!r} is missing; the message has {present}")
     frames = {}
     for key, view in frame_keys.items():
@@ -192,12 +192,16 @@ def _ignored_keys(message: Mapping[Any, Any], required: Sequence[str]) -> tuple[
       UserError: a key that is nearly an optional one, which would be missed in silence.
     """
     optional = [_STATE, *OPTIONAL]
-    unknown = [str(key)[:60] for key in message if key not in (*required, *optional)]
+    unknown = [_shown_key(key) for key in message if key not in (*required, *optional)]
     for key in unknown:
         close = difflib.get_close_matches(key, optional, n=1, cutoff=0.8)
         if close:
             raise UserError(f"unknown key {key!r}; did you mean {close[0]!r}?")
     return tuple(unknown)
+
+
+def _shown_key(key: str | bytes) -> str:
+    return str(key[:_MAX_SHOWN_KEY])
 
 
 def request_message(observation: Observation) -> dict[str, Any]:
@@ -240,7 +244,7 @@ def _parse_episode_id(message: Mapping[str, Any]) -> str | int | None:
     if value is None:
         return None
     if not isinstance(value, (str, int)) or len(str(value)) > _MAX_EPISODE_ID_CHARACTERS:
-        raise UserError(f"{_EPISODE_ID!r} is {str(value)[:60]!r}, expected a short text or number")
+        raise UserError(f"{_EPISODE_ID!r} is {wire.brief(value)}, expected a short text or number")
     return value
 
 
