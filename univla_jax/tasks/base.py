@@ -266,12 +266,9 @@ class Task(abc.ABC):
         *,
         behind: int = 0,
     ) -> range:
-        """First steps of up to ``frames`` moments, ``spacing`` steps apart; see ``draw_window``.
-
-        ``behind`` further steps follow the window.
-        """
-        steps = len(episode.actions) - behind
-        return draw_window(steps, frames, spacing, rng, aligned=self.settings.aligned_windows)
+        """First steps of up to ``frames`` moments, ``spacing`` steps apart; see ``draw_window``."""
+        steps, aligned = len(episode.actions), self.settings.aligned_windows
+        return draw_window(steps, frames, spacing, rng, aligned=aligned, behind=behind)
 
     def view_codes(self, episode: TokenizedEpisode) -> list[Codes]:
         """Codes [T, h, w] of the named cameras, of the corpus' ``policy_views`` when none are.
@@ -503,12 +500,19 @@ class FrameTask(Task):
 
 
 def draw_window(
-    steps: int, frames: int, spacing: int, rng: np.random.Generator, *, aligned: float = 0.0
+    steps: int,
+    frames: int,
+    spacing: int,
+    rng: np.random.Generator,
+    *,
+    aligned: float = 0.0,
+    behind: int = 0,
 ) -> range:
     """Draws which steps of an episode one sample shows.
 
         episode        0 1 2 3 4 5 6 7 8 9 …                  n steps
         video policy       |f a a a|f a a a|                  ``frames`` chunks of ``spacing`` steps
+          behind = 2         |f a a a|f c c a a a|            committed actions before the newest
         image policy       |f a a a|                          one chunk
         world model        |f . . .|f . . .|f . . .|          ``frames`` frames, ``spacing`` apart
 
@@ -520,7 +524,8 @@ def draw_window(
       frames: moments wanted.
       spacing: steps from one to the next.
       rng: draws the start.
-      aligned: share of the windows that begin on a multiple of ``spacing`` instead.
+      aligned: share of the windows whose newest chunk begins on a multiple of ``spacing`` instead.
+      behind: steps from the newest moment to the beginning of its chunk.
 
     Returns:
       the first step of every moment; ``stop`` is the end of the window.
@@ -528,10 +533,13 @@ def draw_window(
     Raises:
       UserError: the episode is shorter than one chunk.
     """
-    size = spacing * window_frames(steps, frames, spacing)
-    last = steps - size
-    if aligned and rng.random() < aligned:
-        start = spacing * int(rng.integers(0, last // spacing, endpoint=True))
+    size = spacing * window_frames(steps - behind, frames, spacing)
+    last = steps - behind - size
+    # A policy that executes whole chunks begins them on multiples of ``spacing``; what it sees for
+    # one is ``behind`` steps older.
+    first = -behind % spacing
+    if aligned and first <= last and rng.random() < aligned:
+        start = first + spacing * int(rng.integers(0, (last - first) // spacing, endpoint=True))
     else:
         start = int(rng.integers(0, last, endpoint=True))
     return range(start, start + size, spacing)
