@@ -120,11 +120,13 @@ def policy() -> ConfigDict:
 
 
 def realtime() -> ConfigDict:
-    """The specialist for a robot that goes on moving while the policy computes.
+    """For a robot that goes on moving while the policy computes; begins with ``unified``.
 
     Up to three actions under way stand before each chunk: 0.6 seconds of latency.
     """
     config = policy()
+    config.total_steps = 2400
+    config.optimizer.learning_rate = 1.5e-3
     config.data.update({"max_committed": 3, "sequence_length": 136})
     return config
 
