@@ -106,11 +106,12 @@ def test_episodes_that_ask_in_one_step_are_one_call():
 
 
 def test_jerk_is_that_of_motions_apart_from_grippers():
-    _, episode, _ = _run("naive", 0.4, 10)
+    _, episode, _ = _run("naive", 0.4, 12)
     record = episode.record()
-    # …0.3 0.4 0.5 | 1.2 1.3: second differences 0.6 and -0.6 across the joint, 0 inside.
+    # …0.3 0.4 0.5 | 1.2 1.3 1.4: second differences 0.6 and -0.6 across the joint, 0 elsewhere.
     assert record["jerk_at_joints"] == [pytest.approx(1.2), 2]
-    assert record["jerk_inside"] == [pytest.approx(0, abs=1e-6), 4]
+    assert record["jerk_before_joints"] == [pytest.approx(0, abs=1e-6), 4]
+    assert record["jerk_inside"] == [pytest.approx(0, abs=1e-6), 2]
     figures = latency_figures([record, record])
     assert figures["jerk_at_joints"] == pytest.approx(0.6)
     assert figures["idle_steps_per_episode"] == 0

@@ -197,12 +197,17 @@ class DelayedEpisode:
         jerk = np.abs(np.diff(motion[waiting:], n=2, axis=0)).sum(1)
         sources = np.array(answers[waiting:])
         joint = np.array([len(set(sources[i : i + 3])) > 1 for i in range(len(jerk))], bool)
+        # An episode begins with a long straight motion, whoever drives: only what comes after the
+        # first joint is like the joints themselves.
+        first = np.cumsum(joint) == 0
+        inside = ~joint & ~first
         return {
             **{name: self.counts[name] for name in ("chunks", "num_overridden", "invalid")},
             "waiting_steps": waiting,
             "idle_steps": answers[waiting:].count(0),
             "jerk_at_joints": [round(float(jerk[joint].sum()), 5), int(joint.sum())],
-            "jerk_inside": [round(float(jerk[~joint].sum()), 5), int((~joint).sum())],
+            "jerk_before_joints": [round(float(jerk[first].sum()), 5), int(first.sum())],
+            "jerk_inside": [round(float(jerk[inside].sum()), 5), int(inside.sum())],
         }
 
 
