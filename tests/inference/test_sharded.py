@@ -67,6 +67,16 @@ def test_replicas_take_devices_of_their_own():
         replica_devices({}, many)
 
 
+def test_one_of_several_hosts_is_told_what_to_take(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    for place in (
+        lambda: replica_devices({}, 0),
+        lambda: inference_placement(config=None),
+    ):
+        with pytest.raises(UserError, match=r"one of 4 hosts of one slice, .* a server on each"):
+            place()
+
+
 @pytest.mark.slow
 def test_a_world_model_split_over_devices_imagines_the_same(world_model_checkpoint):
     """Its two key heads do not divide over four devices: they are whole on each.
@@ -81,7 +91,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
     config = tiny_decoder()[0].config
     assert inference_placement(config) is LOCAL and LOCAL.describe() == "one device"
     with pytest.raises(
-        UserError, match=r"--mesh.tensor=16 --mesh.fsdp=1: .* at most 1, the number"
+        UserError, match=r"--mesh.tensor=16 --mesh.fsdp=1: .* at most 1, the devices"
     ):
         inference_placement(config, tensor=16, devices=jax.devices()[:1])
     with pytest.raises(UserError, match=r"--mesh.tensor=3: does not divide the 4 heads"):

@@ -604,9 +604,9 @@ def replica_devices(sizes: Mapping[str, int], replicas: int) -> list[list[jax.De
       replicas: how many; 0 for as many as there are devices for.
 
     Raises:
-      UserError: there are too few devices.
+      UserError: there are too few devices, or other hosts share the model's program.
     """
-    devices, count = jax.local_devices(), max(1, math.prod(sizes.values()))
+    devices, count = _own_devices(), max(1, math.prod(sizes.values()))
     replicas = replicas or max(1, len(devices) // count)
     if replicas < 0 or (replicas > 1 and replicas * count > len(devices)):
         raise UserError(
@@ -614,6 +614,23 @@ def replica_devices(sizes: Mapping[str, int], replicas: int) -> list[list[jax.De
             "fewer, or 0 for as many as there are chips for"
         )
     return [devices[i * count : (i + 1) * count] for i in range(replicas)]
+
+
+def _own_devices() -> list[jax.Device]:
+    """The devices of this host, which inference runs on.
+
+    Raises:
+      UserError: the process is one of several, as on every host of a larger TPU slice.
+    """
+    # Requests come to one host; the others would have to be told of every call before they could
+    # take their part in it. A replica on each host needs none of that.
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} hosts of one slice, but a model runs on the "
+            "chips of one host: take slices of one host, such as v5e-8 or v6e-8, and run a server "
+            "on each"
+        )
+    return jax.local_devices()
 
 
 def inference_placement(
@@ -635,17 +652,18 @@ def inference_placement(
       tensor: parts of heads, MLP and vocabulary.
       fsdp: parts of the parameters.
       expert: on top of the decoder.
-      devices: the first of these are taken; all by default.
+      devices: the first of these are taken; all of this host by default.
 
     Raises:
-      UserError: fewer devices, or query heads that do not divide.
+      UserError: fewer devices, query heads that do not divide, or several hosts.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _own_devices() if devices is None else devices
     count = tensor * fsdp
     if min(tensor, fsdp) < 1 or count > len(devices):
         raise UserError(
             f"--mesh.tensor={tensor} --mesh.fsdp={fsdp}: expected at least 1 each, and a product "
-            f"of at most {len(devices)}, the number of devices"
+            f"of at most {len(devices)}, the devices there are; a model is split over the chips "
+            "of one host: take one with more (serve --int8 halves the weights)"
         )
     if config.num_heads % tensor:
         raise UserError(
