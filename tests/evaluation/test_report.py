@@ -8,6 +8,7 @@ from univla_jax.evaluation import report as reports
 from univla_jax.evaluation.report import (
     latency,
     proportion,
+    ratio_of_means,
     summarize,
     throughput,
     wilson_interval,
@@ -156,3 +157,10 @@ def test_a_chart_has_a_bar_for_each_series():
         and svg == reports.success_chart(["A", "B"], rows)
     )
     assert reports.latency_chart([1, 2], [0.0, 0.1, 0.2]).startswith("<svg")
+
+
+def test_a_ratio_of_paired_means_has_an_interval_that_holds_it():
+    found = ratio_of_means(([1, 0, 1, 0] * 10, [1, 1, 1, 0] * 10))
+    assert found["mean"] == pytest.approx(20 / 30, abs=1e-5)
+    assert 0.4 < found["low"] < found["mean"] < found["high"] < 0.95
+    assert ratio_of_means(([0.0, 1.0], [0.0, 0.0])) is None

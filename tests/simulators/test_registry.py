@@ -18,9 +18,11 @@ def test_every_module_of_the_registry_has_what_it_must():
 
 
 def test_an_unknown_benchmark_or_option_is_named():
-    with pytest.raises(UserError, match=r"'tabeltop', expected one of tabletop, libero"):
+    with pytest.raises(
+        UserError, match=r"'tabeltop', expected one of tabletop, tabletop_plus, libero"
+    ):
         make_benchmark("tabeltop")
-    with pytest.raises(UserError, match=r"'tabletop' has no 'suite'; it has episodes, max_steps"):
+    with pytest.raises(UserError, match=r"'tabletop' has no 'suite'; it has tasks, episodes"):
         make_benchmark("tabletop", suite="libero_goal")
 
 

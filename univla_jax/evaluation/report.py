@@ -77,6 +77,30 @@ def mean_value(values: Iterable[float], *, draws: int = 2000) -> dict[str, Any]:
     return {name: round(float(end), 4) for name, end in ends.items()}
 
 
+def ratio_of_means(
+    pair: tuple[Iterable[float], Iterable[float]], *, draws: int = 2000
+) -> dict[str, Any] | None:
+    """``mean`` of A over mean of B for paired values, and the ends of its 95 % interval.
+
+    The interval is the percentile bootstrap's over pairs; draws in which B is 0 are left out.
+
+    Args:
+      pair: A and B, as many values of each, in the order of the pairs.
+      draws: how many samples are drawn.
+
+    Returns:
+      None where B is 0 throughout.
+    """
+    above, below = (np.asarray(list(values), np.float64) for values in pair)
+    if not below.any():
+        return None
+    chosen = np.random.default_rng(0).integers(len(below), size=(draws, len(below)))
+    sums = below[chosen].sum(1)
+    low, high = np.quantile((above[chosen].sum(1)[sums != 0]) / sums[sums != 0], (0.025, 0.975))
+    ends = {"mean": above.sum() / below.sum(), "low": low, "high": high}
+    return {name: round(float(end), 5) for name, end in ends.items()}
+
+
 def summarize(
     records: Sequence[Record], calls: Sequence[Record], breakdown: Breakdown
 ) -> dict[str, Any]:
@@ -89,7 +113,7 @@ def summarize(
 
     Returns:
       JSON values: success together and per task, mean steps, chunks, latency, and the breakdown
-      with an interval for each group, score and mean.
+      with an interval for each group, score, mean and ratio.
     """
     return {
         "success": proportion(r["success"] for r in records),
@@ -103,6 +127,11 @@ def summarize(
         "figures": dict(breakdown.figures),
         "scores": {name: mean_score(values) for name, values in breakdown.scores.items()},
         "means": {name: mean_value(values) for name, values in breakdown.means.items()},
+        "ratios": {
+            name: ratio
+            for name, pair in breakdown.ratios.items()
+            if (ratio := ratio_of_means(pair)) is not None
+        },
         "breakdown": {
             title: {name: proportion(outcomes) for name, outcomes in groups.items()}
             for title, groups in breakdown.outcomes.items()
@@ -235,10 +264,11 @@ def summary_table(report: Report) -> str:
     ]
     for label, cell in _FIGURES.items():
         rows.append([label, *(cell(figures) for figures in conditions.values())])
-    for name in main_condition(report).get("scores", {}):
-        cells = [c.get("scores", {}).get(name) for c in conditions.values()]
-        rows.append([name, *("" if s is None else _percent(s["mean"]) for s in cells)])
-        rows.append(["  95 %", *("" if s is None else _interval(s) for s in cells)])
+    for kind in ("scores", "ratios"):
+        for name in main_condition(report).get(kind, {}):
+            cells = [c.get(kind, {}).get(name) for c in conditions.values()]
+            rows.append([name, *("" if s is None else _percent(s["mean"]) for s in cells)])
+            rows.append(["  95 %", *("" if s is None else _interval(s) for s in cells)])
     for name in main_condition(report).get("means", {}):
         cells = [c.get("means", {}).get(name) for c in conditions.values()]
         label = name.replace("_", " ")

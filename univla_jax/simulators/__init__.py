@@ -23,6 +23,7 @@ from univla_jax.errors import UserError
 
 BENCHMARKS = {
     "tabletop": "univla_jax.simulators.tabletop.tabletop_benchmark",
+    "tabletop_plus": "univla_jax.simulators.tabletop.tabletop_plus_benchmark",
     "libero": "univla_jax.simulators.libero.libero_benchmark",
     "calvin": "univla_jax.simulators.calvin.calvin_benchmark",
     "simpler": "univla_jax.simulators.simpler_simulator",
@@ -115,12 +116,17 @@ class Breakdown:
       outcomes: title -> group -> success of each attempt; the report adds rates and intervals.
       scores: name -> score of each episode, in 0...1; the report adds means and intervals.
       means: name -> value of each episode in any unit; the report adds means and intervals.
+      ratios: name -> values of some episodes, and of the same scenes without what is studied; the
+        report adds the ratio of the two means and its interval.
     """
 
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     outcomes: Mapping[str, Mapping[str, Sequence[bool]]] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     means: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    ratios: Mapping[str, tuple[Sequence[float], Sequence[float]]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +199,24 @@ def make_benchmark(name: str, **options: Any) -> Benchmark:
         if option not in known:
             raise UserError(f"benchmark {name!r} has no {option!r}; it has {', '.join(known)}")
     return make(**options)
+
+
+def choose_tasks(benchmark: str, tasks: Sequence[int], names: Sequence[str]) -> tuple[int, ...]:
+    """Indices of the tasks to run: those given, or all.
+
+    Args:
+      benchmark: for the message.
+      tasks: indices in ``names``; empty takes all.
+      names: of all tasks.
+
+    Raises:
+      UserError: an index that no task has.
+    """
+    wrong = [task for task in tasks if not 0 <= task < len(names)]
+    if wrong:
+        listed = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+        raise UserError(f"--tasks: {wrong[0]}, {benchmark} has {listed}")
+    return tuple(tasks) or tuple(range(len(names)))
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:

@@ -17,7 +17,14 @@ import numpy as np
 from univla_jax.data.action_conventions import widowx_commands
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators import Benchmark, StepResult, Trial, commit_of, package_versions
+from univla_jax.simulators import (
+    Benchmark,
+    StepResult,
+    Trial,
+    choose_tasks,
+    commit_of,
+    package_versions,
+)
 
 ENVIRONMENTS = {
     "widowx_spoon_on_towel": "PutSpoonOnTableClothInScene-v0",
@@ -105,11 +112,7 @@ def make_benchmark(
       UserError: no such task, or a number out of range.
     """
     names = tuple(MAX_STEPS)
-    wrong = [task for task in tasks if not 0 <= task < len(names)]
-    if wrong:
-        listed = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-        raise UserError(f"--tasks: {wrong[0]}, simpler has {listed}")
-    chosen = tasks or tuple(range(len(names)))
+    chosen = choose_tasks("simpler", tasks, names)
     protocol = SimplerProtocol(names, episodes_per_task, max_steps, execute=execute)
     steps = {names[task]: protocol.steps(names[task]) for task in chosen}
     described = {"benchmark": "simpler", **dataclasses.asdict(protocol)}

@@ -69,6 +69,9 @@ def test_what_cannot_be_driven(tmp_path):
     scene().save(tmp_path)
     with pytest.raises(UserError, match="1 scenes, none left"):
         make_benchmark("navsim", assets=str(tmp_path), first_seed=1)
+    with pytest.raises(UserError, match="1 scenes, none left"):
+        make_benchmark("navsim", assets=str(tmp_path), tasks=(1,))
+    assert make_benchmark("navsim", assets=str(tmp_path), tasks=(0,)).trials == (Trial(0, 0),)
     simulator = make_benchmark("navsim", assets=str(tmp_path)).make()
     simulator.reset(Trial(0, 0))
     with pytest.raises(UserError, match=f"scene {'a' * 16}: no log in .* has this token"):

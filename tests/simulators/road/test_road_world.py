@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from univla_jax.errors import UserError
+from univla_jax.simulators import StepResult
 from univla_jax.simulators.navsim.pdm_closed import Path
 from univla_jax.simulators.road.road_map import HALF_CROSSING, TURNS, command_at, crossing, walk
 from univla_jax.simulators.road.road_render import FRAME_SIZE, RoadRenderer
@@ -92,3 +94,16 @@ def test_the_expert_drives_every_kind():
         scores.append(simulator.result()["scores"]["PDMS v1.1"])
     assert {KINDS[t.task] for t in benchmark.trials} == set(KINDS)
     assert np.mean(scores) > 0.9
+
+
+def test_one_plan_is_followed_to_the_end_of_chosen_kinds():
+    from univla_jax.simulators.road.road_benchmark import make_benchmark
+
+    benchmark = make_benchmark(tasks=(1,), episodes=2, max_steps=1)
+    assert [(t.task, t.trial) for t in benchmark.trials] == [(1, 0), (1, 1)]
+    simulator = benchmark.variants["constant_velocity"]()
+    simulator.reset(benchmark.trials[0])
+    assert simulator.step(simulator.observe().plan) is StepResult.ENDED
+    assert simulator.result()["steps"] == 1 and simulator.result()["task"] == KINDS[1]
+    with pytest.raises(UserError, match=r"max_steps 9 in 1\.\.\.8"):
+        make_benchmark(max_steps=9)

@@ -93,6 +93,16 @@ def test_the_families_take_turns():
     assert seeds == list(EVALUATION_SEEDS[4:11])
 
 
+def test_chosen_families_keep_their_scenes():
+    every, some = (make_benchmark("tabletop", tasks=t, episodes=10) for t in ((), (1, 3)))
+    assert [trial.task for trial in some.trials] == [1, 3] * 5
+    assert some.trials[:4] == tuple(t for t in every.trials if t.task in (1, 3))
+    with pytest.raises(UserError, match="--tasks: 5, tabletop has 0 touch, 1 lift"):
+        make_benchmark("tabletop", tasks=(5,))
+    with pytest.raises(UserError, match="tabletop: episodes"):  # 2 families reach further seeds
+        make_benchmark("tabletop", tasks=(1, 3), episodes=500_000)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"max_steps": 0}, {"first_seed": -1}, {"first_seed": 10**7}, {"episodes": 0}]
 )

@@ -27,3 +27,20 @@ def test_the_wrist_camera_moves_with_the_gripper_and_widens_with_height():
         return int(((image[..., 0] > 150) & (image[..., 1] < 90)).sum())
 
     assert reds(near) > reds(far) > reds(elsewhere) == 0
+
+
+def test_a_turned_camera_shows_the_picture_turned():
+    table = scene({"red": (0.25, 0.75), "blue": (0.6, 0.4)}, gripper_at=(0.8, 0.2))
+    plain = tabletop_render.render_fixed(table, 64).astype(int)
+    quarter = tabletop_render.Look(angle=np.pi / 2)
+    turned = tabletop_render.render_fixed(table, 64, quarter).astype(int)
+    # A camera turned counterclockwise sees everything turned clockwise.
+    assert np.abs(np.rot90(plain, -1) - turned).max() <= 1
+
+
+def test_light_scales_the_colors_and_stays_in_range():
+    table = scene({"red": (0.25, 0.75)}, gripper_at=(0.8, 0.2))
+    plain = tabletop_render.render_fixed(table, 32).astype(int)
+    bright = tabletop_render.render_fixed(table, 32, tabletop_render.Look(gain=(2.0, 1.0, 0.5)))
+    assert np.abs(np.minimum(2 * plain[..., 0], 255) - bright[..., 0]).max() <= 1
+    np.testing.assert_array_equal(plain[..., 1], bright[..., 1])

@@ -25,6 +25,7 @@ from univla_jax.simulators import (
     PlannedObservation,
     StepResult,
     Trial,
+    choose_tasks,
     package_versions,
 )
 from univla_jax.simulators.aloha import aloha_scripts
@@ -107,12 +108,8 @@ def make_benchmark(
       UserError: no such suite or task, or a number out of range.
     """
     del expert
-    wrong = [task for task in tasks if not 0 <= task < len(TASKS)]
-    if wrong:
-        listed = ", ".join(f"{number} {name}" for number, name in enumerate(TASKS))
-        raise UserError(f"--tasks: {wrong[0]}, aloha has {listed}")
+    chosen = choose_tasks("aloha", tasks, TASKS)
     protocol = AlohaProtocol(suite, TASKS, episodes_per_task, max_steps, execute)
-    chosen = tasks or tuple(range(len(TASKS)))
     described = {"benchmark": "aloha", **dataclasses.asdict(protocol)}
     low = np.tile([*(angle - 0.5 for angle in _START[:-1]), 0.0], len(ARMS))
     high = np.tile([*(angle + 0.5 for angle in _START[:-1]), 1.0], len(ARMS))

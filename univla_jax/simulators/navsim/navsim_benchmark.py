@@ -81,7 +81,9 @@ def make_benchmark(
     *,
     assets: str = "",
     suite: str = "",
+    tasks: Sequence[int] = (),
     episodes: int = 0,
+    max_steps: int = 1,
     first_seed: int = 0,
     expert: bool = False,
 ) -> Benchmark:
@@ -90,33 +92,37 @@ def make_benchmark(
     Args:
       assets: the dataset folder, or a folder of scene files.
       suite: split of the dataset whose frames are driven, where there are no scene files.
-      episodes: scenes, in the order of their tokens; all by default.
+      tasks: scenes by their numbers in the order of their tokens; all by default.
+      episodes: scenes, from the first of these; all by default.
+      max_steps: anything; an episode is one step, a plan.
       first_seed: scenes left out at the beginning.
       expert: ignored; PDM-Closed's trajectory is part of a scene.
 
     Raises:
       UserError: no such folder, nothing in it, or a number out of range.
     """
-    del expert
+    del expert, max_steps
     if not assets:
         raise UserError("navsim: missing; give --assets=DATA, the folder of logs and scene files")
     data = NavsimScenes(pathlib.Path(assets), suite)
-    tokens = data.tokens[first_seed:][: episodes or None]
-    if not tokens:
+    numbers = tuple(tasks) or range(first_seed, len(data.tokens))
+    numbers = numbers[: episodes or None]
+    if not numbers or min(numbers) < 0 or max(numbers) >= len(data.tokens):
         raise UserError(f"navsim: {len(data.tokens)} scenes, none left with these numbers")
-    make = functools.partial(NavsimSimulator, data, tokens)
+    make = functools.partial(NavsimSimulator, data, data.tokens)
     return Benchmark(
         name="navsim",
         protocol={
             "benchmark": "navsim",
-            "scenes": len(tokens),
-            "first": tokens[0],
+            "scenes": len(numbers),
+            "first": data.tokens[numbers[0]],
+            "tasks": list(tasks) or "all",
             "suite": suite,
             "versions": list(VERSIONS),
             "scored": bool(data.scenes),
             "trajectory": "8 poses, 0.5 s apart, composed of motions",
         },
-        trials=tuple(Trial(0, number) for number in range(len(tokens))),
+        trials=tuple(Trial(0, number) for number in numbers),
         make=make,
         variants={
             **{name: functools.partial(make, plans=name) for name in SCRIPTED},
@@ -211,7 +217,7 @@ class NavsimSimulator:
 
         Args:
           data: of the folder.
-          tokens: in the order of the trials.
+          tokens: of the scenes, by the number of the trial.
           plans: one of ``SCRIPTED``: whose trajectory the observation holds.
           wrong_command: tell left for right and the other way round, left for straight on.
           black: show black images.

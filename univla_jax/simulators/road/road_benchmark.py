@@ -22,6 +22,7 @@ from univla_jax.simulators import (
     PlannedObservation,
     StepResult,
     Trial,
+    choose_tasks,
     package_versions,
 )
 from univla_jax.simulators.navsim.ego_status_mlp import EgoStatusMlp
@@ -33,18 +34,27 @@ from univla_jax.simulators.road.road_render import RoadRenderer
 from univla_jax.simulators.road.road_world import HISTORY_STEPS, KINDS, PLAN_EVERY, RoadWorld
 
 HORIZON = 8
+PLANS = STEPS // PLAN_EVERY
 SCRIPTED = ("expert", "constant_velocity", "ego_only")
 _CROSSINGS = ("left", "across", "right")
 _VIDEO = (96, 192)
 
 
 def make_benchmark(
-    *, episodes: int = 200, first_seed: int = 0, assets: str = "", expert: bool = False
+    *,
+    tasks: Sequence[int] = (),
+    episodes: int = 200,
+    max_steps: int = PLANS,
+    first_seed: int = 0,
+    assets: str = "",
+    expert: bool = False,
 ) -> Benchmark:
     """The embedded road.
 
     Args:
+      tasks: indices in ``KINDS``; all by default.
       episodes: of each condition; the kinds of scenes take turns.
+      max_steps: plans that are asked for; the last one is followed to the end of the four seconds.
       first_seed: index of the first seed in the range kept for evaluation.
       assets: folder of demonstrations, whose ego-status network the condition ``ego_only`` takes.
       expert: ignored; PDM-Closed is always there.
@@ -53,25 +63,36 @@ def make_benchmark(
       UserError: a number out of range.
     """
     del expert
-    last = first_seed + episodes
-    if episodes < 1 or first_seed < 0 or last > len(EVALUATION_SEEDS):
+    chosen = choose_tasks("road", tasks, KINDS)
+    trials = tuple(Trial(chosen[i % len(chosen)], i // len(chosen)) for i in range(episodes))
+    last = first_seed + max((t.trial * len(KINDS) + t.task + 1 for t in trials), default=0)
+    if (
+        episodes < 1
+        or not 1 <= max_steps <= PLANS
+        or first_seed < 0
+        or last > len(EVALUATION_SEEDS)
+    ):
         raise UserError(
-            f"road: episodes {episodes} must be at least 1, the seeds {first_seed} to {last - 1} "
+            f"road: episodes {episodes} must be at least 1, max_steps "
+            f"{max_steps} in 1...{PLANS}, "
+            f"the seeds {first_seed} to {last - 1} "
             f"in 0...{len(EVALUATION_SEEDS) - 1}"
         )
-    make = functools.partial(RoadSimulator, first_seed=first_seed, assets=assets)
+    options = {"first_seed": first_seed, "assets": assets, "plans_asked": max_steps}
+    make = functools.partial(RoadSimulator, **options)
     return Benchmark(
         name="road",
         protocol={
             "benchmark": "road",
             "episodes": episodes,
             "first_seed": EVALUATION_SEEDS[first_seed],
-            "kinds": list(KINDS),
+            "kinds": [KINDS[number] for number in chosen],
+            "max_steps": max_steps,
             "seconds": STEPS / 10,
             "replanned_every_seconds": PLAN_EVERY / 10,
             "versions": list(VERSIONS),
         },
-        trials=tuple(Trial(i % len(KINDS), i // len(KINDS)) for i in range(episodes)),
+        trials=trials,
         make=make,
         variants={
             **{name: functools.partial(make, plans=name) for name in SCRIPTED},
@@ -120,6 +141,7 @@ class RoadSimulator:
         *,
         first_seed: int = 0,
         assets: str = "",
+        plans_asked: int = PLANS,
         plans: str = "",
         wrong_command: bool = False,
         black: bool = False,
@@ -129,6 +151,7 @@ class RoadSimulator:
         Args:
           first_seed: index of the first seed in the range kept for evaluation.
           assets: folder of demonstrations with the ego-status network.
+          plans_asked: plans after which the last one is followed to the end.
           plans: one of ``SCRIPTED``: whose motions the observation holds.
           wrong_command: tell another turn than the route's.
           black: show black images.
@@ -136,7 +159,7 @@ class RoadSimulator:
         Raises:
           UserError: ``ego_only`` without a network.
         """
-        self._first_seed, self._plans = first_seed, plans
+        self._first_seed, self._plans, self._plans_asked = first_seed, plans, plans_asked
         self._wrong, self._black = wrong_command, black
         self._network = None
         if plans == "ego_only":
@@ -157,6 +180,7 @@ class RoadSimulator:
         self._reference = self.world.expert_plan()[: STEPS + 1]
         self._frames.append(self._renderer.front(self.world))
         self._scores: dict[str, float] = {}
+        self._asked = 0
 
     def observe(self) -> PlannedObservation:
         """The frames now and a second ago, the command, the ego status, a script's motions."""
@@ -170,9 +194,12 @@ class RoadSimulator:
         return PlannedObservation(COMMANDS[command], views, status, plan=plan)
 
     def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
-        """Follows motions [8, 3] for half a second."""
+        """Follows motions [8, 3] for half a second, the last ones to the end."""
         del render
-        self.world.drive_motions(np.asarray(action, np.float64))
+        left = HISTORY_STEPS + STEPS - self.world.step_number
+        self._asked += 1
+        steps = left if self._asked == self._plans_asked else PLAN_EVERY
+        self.world.drive_motions(np.asarray(action, np.float64), steps)
         self._frames.append(self._renderer.front(self.world))
         if self.world.step_number < HISTORY_STEPS + STEPS:
             return StepResult.CONTINUES
@@ -187,7 +214,7 @@ class RoadSimulator:
             "task": self.world.kind,
             "seed": self._seed,
             "success": bool(clean),
-            "steps": STEPS // PLAN_EVERY,
+            "steps": self._asked,
             "speed": round(float(driven[:, 3].mean()), 3),
             "scores": self._scores,
         }

@@ -9,7 +9,7 @@ task holds after any step, and ends there, when the task of the given instructio
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from univla_jax.simulators import (
     PlannedObservation,
     StepResult,
     Trial,
+    choose_tasks,
     package_versions,
 )
 from univla_jax.simulators.tabletop.tabletop_env import (
@@ -33,7 +34,9 @@ from univla_jax.simulators.tabletop.tabletop_env import (
 from univla_jax.simulators.tabletop.tabletop_expert import (
     DEMONSTRATION_SEEDS,
     EVALUATION_SEEDS,
+    actions_along,
     attempt,
+    waypoints,
 )
 
 _VIDEO_SIZE = 192  # pixels
@@ -41,26 +44,37 @@ _VIDEO_SIZE = 192  # pixels
 
 def make_benchmark(
     *,
+    tasks: Sequence[int] = (),
     episodes: int = 120,
     max_steps: int = 40,
     first_seed: int = 0,
     training_scenes: bool = False,
     execute: int = 0,
+    expert: bool = False,
 ) -> Benchmark:
     """The embedded tabletop.
 
     Args:
+      tasks: indices in ``FAMILIES``; all by default.
       episodes: of each condition; the families take turns.
       max_steps: steps after which an episode ends.
       first_seed: index of the first seed in the range kept for evaluation.
       training_scenes: take the range kept for demonstrations, for roll-outs that are learned from.
       execute: actions executed of each chunk; 0 executes all.
+      expert: ignored; the scripted expert is always there.
 
     Raises:
       UserError: a number out of range.
     """
+    del expert
     seeds = DEMONSTRATION_SEEDS if training_scenes else EVALUATION_SEEDS
-    last = first_seed + episodes
+    chosen = choose_tasks("tabletop", tasks, FAMILIES)
+
+    def chosen_trial(index: int) -> Trial:
+        return Trial(chosen[index % len(chosen)], index // len(chosen))
+
+    final = map(chosen_trial, range(max(0, episodes - len(chosen)), episodes))
+    last = first_seed + max((scene_seed(trial, first_seed=1) for trial in final), default=0)
     if min(episodes, max_steps) < 1 or min(first_seed, execute) < 0 or last > len(seeds):
         raise UserError(
             f"tabletop: episodes {episodes} and max_steps {max_steps} must be at least 1, execute "
@@ -75,7 +89,7 @@ def make_benchmark(
             "benchmark": "tabletop",
             "episodes": episodes,
             "first_seed": first,
-            "families": list(FAMILIES),
+            "families": [FAMILIES[number] for number in chosen],
             "max_steps": max_steps,
             "execute": execute,
             "control_hz": CONTROL_HZ,
@@ -83,9 +97,10 @@ def make_benchmark(
             "gripper": "unnormalized value, > 0 closes",
             "success": "predicate of the true task after any step",
         },
-        trials=tuple(trial_of(index) for index in range(episodes)),
+        trials=tuple(map(chosen_trial, range(episodes))),
         make=make,
         variants={
+            "expert": functools.partial(make, expert=True),
             "other_instruction": functools.partial(make, other_instruction=True),
             "attempts": functools.partial(make, attempts=True),
         },
@@ -135,6 +150,7 @@ class TabletopSimulator:
         first_seed: int = EVALUATION_SEEDS[0],
         other_instruction: bool = False,
         attempts: bool = False,
+        expert: bool = False,
     ) -> None:
         """Makes the environment.
 
@@ -144,20 +160,30 @@ class TabletopSimulator:
           other_instruction: give the policy the instruction of the same kind of task for another
             block, or another zone.
           attempts: plan with the expert that errs.
+          expert: plan with the one that does not.
         """
         self.env = TabletopEnv(max_steps=max_steps, lazy=True)
         self._first_seed, self._other_instruction = first_seed, other_instruction
-        self._attempts = attempts
+        self._attempts, self._expert = attempts, expert
         self.given_task: TabletopTask
 
     def reset(self, trial: Trial) -> None:
         """Places the scene of a trial and draws its task."""
+        self.given_task = self.place(trial)
+        self._steps, self._success, self._given_task_success = 0, False, False
+        self._plan: Iterator[np.ndarray] | None = None
+        if self._attempts:
+            rng = np.random.default_rng([self._seed, 1])
+            self._plan = attempt(self.env.task, self.env.scene, rng)
+        elif self._expert:
+            path = waypoints(self.env.task, self.env.scene)
+            self._plan = actions_along(path, self.env.scene)
+
+    def place(self, trial: Trial) -> TabletopTask:
+        """Places the scene of a trial, draws its task, and returns the one that is given."""
         self._seed = scene_seed(trial, first_seed=self._first_seed)
         self.env.reset(seed=self._seed, options={"family": FAMILIES[trial.task]})
-        self.given_task = self._other_task() if self._other_instruction else self.env.task
-        self._steps, self._success, self._given_task_success = 0, False, False
-        rng = np.random.default_rng([self._seed, 1])
-        self._plan = attempt(self.env.task, self.env.scene, rng) if self._attempts else None
+        return self._other_task() if self._other_instruction else self.env.task
 
     def observe(self) -> Observation:
         """Both cameras, the state, and the given instruction."""

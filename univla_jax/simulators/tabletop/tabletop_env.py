@@ -241,7 +241,7 @@ class TabletopEnv(gymnasium.Env):
     Observations: ``image`` uint8 [64, 64, 3] (fixed camera), ``wrist_image`` uint8 [32, 32, 3]
     (carried by the gripper), ``state`` float32 [8] (x, y, z, roll, pitch, yaw, opening, holding).
     ``info``: ``instruction`` str, ``family`` str, ``success`` bool. The episode terminates on
-    success and is truncated after ``max_steps``.
+    success and is truncated after ``max_steps``. ``look`` says how all of it is drawn.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
@@ -272,6 +272,7 @@ class TabletopEnv(gymnasium.Env):
         self.action_space = box(-limit, limit, dtype=np.float32)
         self.scene: Scene
         self.task: TabletopTask
+        self.look = tabletop_render.PLAIN
         self._steps = 0
 
     def reset(
@@ -315,7 +316,7 @@ class TabletopEnv(gymnasium.Env):
 
     def render(self, size: int = 256) -> np.ndarray:
         """The fixed camera at any size, uint8 [size, size, 3]."""
-        return tabletop_render.render_fixed(self.scene, size)
+        return tabletop_render.render_fixed(self.scene, size, self.look)
 
     def observe(self) -> dict[str, np.ndarray]:
         """The observation of the present scene, drawn now."""
@@ -323,8 +324,8 @@ class TabletopEnv(gymnasium.Env):
         state = [*gripper.position, gripper.height, *gripper.rotation]
         state += [float(gripper.is_open), float(self.scene.held is not None)]
         return {
-            "image": tabletop_render.render_fixed(self.scene, self.image_size),
-            "wrist_image": tabletop_render.render_wrist(self.scene, self.wrist_size),
+            "image": tabletop_render.render_fixed(self.scene, self.image_size, self.look),
+            "wrist_image": tabletop_render.render_wrist(self.scene, self.wrist_size, self.look),
             "state": np.array(state, np.float32),
         }
 
