@@ -106,6 +106,9 @@ class Hdf5Reader(EpisodeReader):
             episode = file[place.group]
             about = {**file.attrs, **episode.attrs, _FOLDER: _folder_text(place.path)}
 
+            # Sets keep the instruction where they like: as a dataset, as an attribute of the file
+            # or of the demo, or in the folder's name alone. All are fields of one episode here, and
+            # single values stand for all steps.
             def load(path: str) -> Any:
                 if path not in episode and path in about:
                     return [about[path]]

@@ -77,6 +77,8 @@ class ParquetColumns:
         import pyarrow
 
         with self._lock:
+            # Row groups are read whole and remembered by column; an episode takes its slices of
+            # those it lies in, so that neighbors in a file cost one read and no copy.
             file, parts = self._file(path), []
             for group, start in enumerate(file.starts[:-1]):
                 first, last = max(rows.start, start), min(rows.stop, file.starts[group + 1])
@@ -213,6 +215,8 @@ def column_values(column: Any, per_step: int = 1) -> np.ndarray:
         raise ValueError(f"a value of step {first // per_step} is null")
     if not is_vector:
         return array.to_numpy(zero_copy_only=False)
+    # Vectors of vectors (an image as numbers, say) are flattened level by level; every level must
+    # have one length, which becomes an axis of the array.
     width = array.type.list_size if not is_list else _common_length(array)
     inner = column_values(pyarrow.chunked_array([array.flatten()]), per_step * max(1, width))
     return inner.reshape(len(array), width, *inner.shape[1:])

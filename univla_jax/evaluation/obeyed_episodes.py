@@ -71,6 +71,8 @@ def obey(
     start = [
         Observation(e.instruction, {view: e.frames[view][0] for view in views}) for e in episodes
     ]
+    # Only the first frames are real. Every later one is the model's own, each chunk given behind
+    # the frame imagined before it, so that errors add up as they do when a plan is judged.
     rolled = model.roll_out(start, chunks, sampling=sampling)
     report: dict[str, Any] = {
         "checkpoint": str(folder),

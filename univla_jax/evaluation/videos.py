@@ -198,6 +198,8 @@ def _sheet(clips: Sequence[Clip], step: int, columns: int) -> Image.Image:
         x = _MARGIN + number % columns * tile[0]
         y = _MARGIN + number // columns * tile[1]
         draw.multiline_text((x, y), _wrapped(clip.caption, width), _TEXT, font=_font(14), spacing=2)
+        # Episodes end at different steps: a shorter clip waits at its last frame, and only then its
+        # frame takes the color of the outcome.
         last = step >= len(clip.frames) - 1
         frame = clip.frames[min(step, len(clip.frames) - 1)]
         sheet.paste(Image.fromarray(frame), (x, y + caption))

@@ -236,9 +236,11 @@ class TokenActionDecoder:
         self, prompts: Sequence[np.ndarray], sessions: Sequence[Session], timer: Timer
     ) -> list[ActionPrediction]:
         """See ``ActionDecoder``."""
+        # The caches are donated to the call, which writes into them in place: a session must not
+        # keep one that may be gone when the call fails half-way.
         cached_prefixes = [session.cached_prefix for session in sessions]
         for session in sessions:
-            session.cached_prefix = None  # the call consumes it
+            session.cached_prefix = None
         keys = None if self.rules.sampling.greedy else [session.key() for session in sessions]
         completions = self.prefix_cache.complete(prompts, cached_prefixes, keys=keys, timer=timer)
         return [
@@ -318,6 +320,9 @@ class ThoughtActionDecoder(TokenActionDecoder):
                 sampling=rules.sampling,
                 key=keys,
             )
+            # Rows end their thoughts at different places. Behind one that ended with eot only boa
+            # is fed; one that ran out of tokens gets eot and boa. Unequal lengths keep the rows of
+            # a batch apart from here on, and each chunk begins where its own thought ended.
             ids, counts = np.asarray(thought.tokens), np.asarray(thought.lengths)
             ended = np.array([row[n - 1] == vocabulary.eot for row, n in zip(ids, counts)])
             begun = np.where(
@@ -536,5 +541,6 @@ def _integrate(expert, params, hidden, noise, lengths, *, steps):
         tau_B = jnp.full(z_BTA.shape[0], i / steps, jnp.float32)
         return z_BTA - velocity(z_BTA, tau_B) / steps, None
 
+    # Time runs from 1, pure noise, to 0, the actions; the step at ``i / steps`` goes down by one.
     order = jnp.arange(steps, 0, -1, dtype=jnp.float32)
     return jax.lax.scan(step, noise.astype(jnp.float32), order)[0]

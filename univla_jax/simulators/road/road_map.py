@@ -160,6 +160,9 @@ def crossing(rng: np.random.Generator, *, turn: str) -> RoadMap:
             (beside(inward, side), True),
             (beside(inward, side + LANE - 0.12), False),
         ]
+    # The square where the roads meet is the intersection; connectors lead through it from the west
+    # into every road that is there. A left turn has the radius of the half square and half a lane,
+    # a right turn that much less, so that all of them end in the middle of the lane they enter.
     end = half if turn == "straight" else LANE + 0.5
     square = np.array([[-half, -half], [end, -half], [end, half], [-half, half]])
     layers["21"] = ("INTERSECTION", square)

@@ -61,6 +61,9 @@ class RoadRenderer:
         self, world: RoadWorld, pose: np.ndarray, size: tuple[int, int] = FRAME_SIZE
     ) -> np.ndarray:
         """What the camera would see from another pose [3] of the ego at this moment."""
+        # Inverse perspective: each pixel below the horizon looks at one point of the flat ground,
+        # whose distance ahead and to the side never changes. Turned into the world by the pose, the
+        # points index a map of the ground that was drawn once, so a frame costs two gathers.
         height, width = (_SUPERSAMPLE * n for n in size)
         depth, left, sky = _rays(height, width)
         cos, sin = np.cos(pose[2]), np.sin(pose[2])
@@ -77,6 +80,7 @@ class RoadRenderer:
         picture[sky:] = ground
         image = Image.fromarray(picture)
         self._paint(ImageDraw.Draw(image), world, pose, (height, width))
+        # Averaging the finer picture keeps lane lines from flickering, which the codes would show.
         drawn = np.asarray(image, np.uint16)
         blocks = drawn.reshape(size[0], _SUPERSAMPLE, size[1], _SUPERSAMPLE, 3)
         return blocks.mean((1, 3)).round().astype(np.uint8)
@@ -173,6 +177,8 @@ def _project(
     left = -sin * moved[:, 0] + cos * moved[:, 1]
     if ahead.max() < _NEAR:
         return None
+    # A corner behind the camera is pulled onto the near plane instead of being clipped exactly:
+    # what reaches so close lies outside the picture, and Pillow cuts polygons off at its edge.
     focal = width / 2 / np.tan(_VIEW_ANGLE / 2)
     depth = np.maximum(ahead, _NEAR)
     column = width / 2 - focal * left / depth
