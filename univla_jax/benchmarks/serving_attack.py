@@ -4,7 +4,7 @@
         [--requests=50] [--attack_frames=2000] [--json=FILE]
 
 The robots are those of ``serving_speed``, in a process of their own; each attack runs in a second
-process for as long as it lasts, and the robots ask all the while:
+process, of low priority, for as long as it lasts, and the robots ask all the while:
 
     random         frames of random msgpack, bytes and damaged requests, up to the size limit
     nested         frames as long as allowed of nothing but nested empty lists
@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -176,6 +177,9 @@ class Outcomes:
 
 def attack(name: str, port: int, example: Observation, count: int) -> Outcomes:
     """Sends the frames of an attack to this machine's ``port``, over one connection at a time."""
+    # An attacker has a computer of its own. Where it shares a core with the server and the robots
+    # here, it gets a tenth of what each of them gets.
+    os.nice(10)
     frames = ATTACKS[name](example, count, np.random.default_rng(0))
     return asyncio.run(_attack(frames, port, breaks_off=name == "storm"))
 
