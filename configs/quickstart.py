@@ -124,10 +124,18 @@ def realtime() -> ConfigDict:
 
     Up to three actions under way stand before each chunk: 0.6 seconds of latency.
     """
-    config = policy()
-    config.total_steps = 2400
+    data = {
+        "task": "policy_video",
+        "views": VIEWS,
+        "frames": 2,
+        "chunk_size": ACTION_FRAMES,
+        "aligned_windows": 0.7,
+        "max_committed": 3,
+        "sequence_length": 256,
+        "batch_size": 8,
+    }
+    config = complete(TrainConfig, training(1500, data))
     config.optimizer.learning_rate = 1.5e-3
-    config.data.update({"max_committed": 3, "sequence_length": 136})
     return config
 
 
