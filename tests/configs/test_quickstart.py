@@ -32,7 +32,7 @@ def recipe(name: str):
     return runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart_tiny"])
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_free", "quickstart_tiny"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_a_config(name, stage):
     assert recipe(name)(stage)

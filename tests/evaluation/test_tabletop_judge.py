@@ -11,6 +11,7 @@ from univla_jax.evaluation.tabletop_judge import (
     find_gripper,
     named_object,
     scene_at,
+    scene_of,
     score,
 )
 from univla_jax.simulators.tabletop.tabletop_env import FAMILIES, TabletopEnv, advance
@@ -80,3 +81,13 @@ def test_a_color_that_is_not_there_is_not_found():
 def test_an_instruction_names_its_first_object():
     assert named_object("put the red block in the white zone") == ("block", "red")
     assert named_object("reach the black zone") == ("zone", "black")
+
+
+def test_the_scene_of_a_demonstration_is_found_in_its_world():
+    for world, name in (("cells", "tabletop"), ("free", "tabletop-free")):
+        positions = [
+            np.stack([b.position for b in scene.blocks])
+            for scene in (scene_of(f"{name}-0000007"), scene_at(7, world))
+        ]
+        np.testing.assert_array_equal(*positions)
+    assert len(scene_at(7, "free").blocks) == 5

@@ -64,6 +64,7 @@ _OPTIONS = (
     "max_steps",
     "first_seed",
     "training_scenes",
+    "world",
     "execute",
     "assets",
     "renderer",
@@ -84,6 +85,7 @@ class EvaluateConfig:
       first_seed: index of the first seed in the range kept for evaluation.
       training_scenes: scenes of the range kept for demonstrations instead, for roll-outs that are
         learned from.
+      world: of the tabletop, "cells" or "free".
       rollouts: whether all episodes are written to ``rollouts/``, a token store with outcomes, by
         the tokenizers of the checkpoint.
       execute: actions executed of each chunk; by default all.
@@ -117,6 +119,7 @@ class EvaluateConfig:
     max_steps: int = 0
     first_seed: int = 0
     training_scenes: bool = False
+    world: str = ""
     rollouts: bool = False
     execute: int = 0
     latency: float = 0.0

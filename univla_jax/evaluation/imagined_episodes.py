@@ -163,7 +163,7 @@ def _true_state(
     """What a simulator that knows its scenes says about the frames; only the tabletop does."""
     if config.corpus != "tabletop" or model.view != "image" or config.context != 1:
         return {}
-    scenes = [tabletop_judge.scene_at(int(t.episode_id.rpartition("-")[2])) for t in truths]
+    scenes = [tabletop_judge.scene_of(t.episode_id) for t in truths]
     found = tabletop_judge.score(imagined, scenes, [t.instruction for t in truths])
     return {"true_state": {name: round(value, 4) for name, value in found.items()}}
 

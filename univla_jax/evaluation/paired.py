@@ -12,7 +12,7 @@ from univla_jax.errors import UserError
 from univla_jax.evaluation.report import proportion
 
 Record = Mapping[str, Any]
-_STATE_FIELDS = ("suite", "first_seed", "training_scenes", "seed", "wait_steps", "scene")
+_STATE_FIELDS = ("suite", "first_seed", "training_scenes", "world", "seed", "wait_steps", "scene")
 """Fields of a protocol that decide which state a trial begins in."""
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.signal
@@ -56,15 +56,22 @@ def find_gripper(picture: np.ndarray, scene: Scene) -> np.ndarray:
     return found
 
 
-def find_blocks(picture: np.ndarray) -> dict[str, np.ndarray]:
-    """Position (x, y) in table units of every block color that is seen, float64 [2] each."""
+def find_blocks(
+    picture: np.ndarray, colors_rgb: Mapping[str, tuple[int, int, int]] = BLOCK_RGB
+) -> dict[str, np.ndarray]:
+    """Position (x, y) in table units of every block color that is seen, float64 [2] each.
+
+    Args:
+      picture: uint8 [H, H, 3] of the fixed camera, at any size.
+      colors_rgb: that may be seen; of gray ones none is found.
+    """
     frame, blocks = _enlarge(picture), {}
-    colors = np.array(list(BLOCK_RGB.values()), np.float64)
+    colors = np.array(list(colors_rgb.values()), np.float64)
     distance = np.linalg.norm(frame[:, :, None] - colors, axis=-1)
     # Blends of table and gripper may come near to a color, but they are gray.
     colored = (frame.max(-1) - frame.min(-1) > _LEAST_CHROMA) & (distance.min(-1) < _NEAR)
     nearest = np.where(colored, distance.argmin(-1), -1)
-    for number, name in enumerate(BLOCK_RGB):
+    for number, name in enumerate(colors_rgb):
         rows, columns = np.nonzero(nearest == number)
         if len(rows) >= _LEAST_PIXELS:
             blocks[name] = _table_position(np.median(rows), np.median(columns))
@@ -123,11 +130,17 @@ def _table_position(row: float, column: float) -> np.ndarray:
     return np.array([x, 0.5 + _EXTENT / 2 - (row + 0.5) * pixel])
 
 
-def scene_at(seed: int) -> Scene:
+def scene_at(seed: int, world: str = "cells") -> Scene:
     """The scene of a seed before anything moved; it is the same for every task."""
-    env = tabletop_env.TabletopEnv(lazy=True)
+    env = tabletop_env.TabletopEnv(lazy=True, world=world)
     env.reset(seed=seed)
     return env.scene
+
+
+def scene_of(episode_id: str) -> Scene:
+    """The scene in which a demonstration began."""
+    name, _, seed = episode_id.rpartition("-")
+    return scene_at(int(seed), name.partition("-")[2] or "cells")
 
 
 def named_object(instruction: str) -> tuple[str, str]:
@@ -149,13 +162,15 @@ def score(
 
     Returns:
       ``right_object``: share of episodes in which the gripper comes nearest to the object that the
-      instruction names; ``colors_kept``: share of the block colors that the last frame shows among
-      those that were there, and no others.
+      instruction names; ``colors_kept``: share of the named block colors that the last frame shows
+      among those that were there, and no others.
     """
     right, kept = [], []
     for own, scene, instruction in zip(pictures, scenes, instructions):
         kind, color = named_object(instruction)
         right.append(visited_object(own, scene, kind) == color)
-        there, seen = {block.color for block in scene.blocks}, set(find_blocks(own[-1]))
+        palette = {**BLOCK_RGB, **{block.color: block.rgb for block in scene.blocks}}
+        there = {block.color for block in scene.named_blocks}
+        seen = {color for color in find_blocks(own[-1], palette) if color in BLOCK_RGB}
         kept.append(len(there & seen) / len(there | seen))
     return {"right_object": float(np.mean(right)), "colors_kept": float(np.mean(kept))}

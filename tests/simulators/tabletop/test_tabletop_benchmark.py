@@ -10,6 +10,7 @@ from univla_jax.simulators import StepResult, make_benchmark
 from univla_jax.simulators.tabletop.tabletop_benchmark import (
     TabletopSimulator,
     instruction_breakdown,
+    pair_breakdown,
     trial_of,
 )
 from univla_jax.simulators.tabletop.tabletop_env import FAMILIES, TabletopEnv
@@ -124,3 +125,26 @@ def test_attempts_err_in_their_own_way_on_scenes_of_demonstrations():
         assert simulator.result()["seed"] in DEMONSTRATION_SEEDS
         successes += simulator.result()["success"]
     assert 5 < successes < 40
+
+
+def test_an_unknown_world_is_named():
+    with pytest.raises(UserError, match="world 'round', expected one of cells, free"):
+        make_benchmark("tabletop", world="round")
+
+
+def test_the_free_world_tells_held_out_pairs_apart():
+    benchmark = make_benchmark("tabletop", episodes=60, world="free", max_steps=60)
+    simulator, records = benchmark.make(), []
+    for trial in benchmark.trials:
+        simulator.reset(trial)
+        assert len(simulator.env.scene.blocks) == 5
+        _follow(simulator, simulator.env.task)
+        records.append(simulator.result())
+    assert all(record["success"] for record in records)
+    pairs = pair_breakdown(records).outcomes["pair"]
+    assert sum(map(len, pairs.values())) == 60 and 4 <= len(pairs["held out"]) <= 20
+    training = make_benchmark("tabletop", episodes=60, world="free", training_scenes=True)
+    simulator = training.make()
+    for trial in training.trials:
+        simulator.reset(trial)
+        assert "held out" not in pair_breakdown([simulator.result()]).outcomes["pair"]

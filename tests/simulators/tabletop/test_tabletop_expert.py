@@ -18,6 +18,7 @@ from univla_jax.simulators.tabletop.tabletop_expert import (
     demonstrate,
     write_demonstrations,
 )
+from univla_jax.simulators.tabletop.tabletop_layout import HELD_OUT_PAIRS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,3 +98,35 @@ def test_numbers_are_checked(changes):
         DemonstrationsConfig(**values)
     with pytest.raises(UserError, match="kept for demonstrations"):
         DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unsteady_expert_succeeds_in_the_free_world_and_shows_no_held_out_pair(family):
+    longest = 0
+    for seed in range(3):
+        episode = demonstrate(seed, family=family, world="free")
+        assert np.abs(episode.actions[:, :3]).max() <= MAX_STEP + 1e-6
+        assert episode.episode_id == f"tabletop-free-{seed:07d}"
+        color = episode.instruction.split()[2]
+        assert (family, color) not in HELD_OUT_PAIRS
+        longest = max(longest, len(episode))
+    assert longest < 45
+
+
+@pytest.mark.slow
+def test_it_recovers_from_most_of_its_errors(monkeypatch):
+    tries, record = [], tabletop_expert._record
+
+    def counted(*arguments):
+        tries.append(record(*arguments))
+        return tries[-1]
+
+    monkeypatch.setattr(tabletop_expert, "_record", counted)
+    for seed in range(100):
+        demonstrate(seed, family=FAMILIES[seed % 5], world="free")
+    assert len(tries) <= 110
+
+
+def test_an_unknown_world_is_named():
+    with pytest.raises(UserError, match=r"config.world: 'round', expected one of cells, free"):
+        DemonstrationsConfig(1, 1, world="round")

@@ -38,6 +38,7 @@ from univla_jax.simulators.tabletop.tabletop_expert import (
     attempt,
     waypoints,
 )
+from univla_jax.simulators.tabletop.tabletop_layout import HELD_OUT_PAIRS, WORLDS
 
 _VIDEO_SIZE = 192  # pixels
 
@@ -51,6 +52,7 @@ def make_benchmark(
     training_scenes: bool = False,
     execute: int = 0,
     expert: bool = False,
+    world: str = "cells",
 ) -> Benchmark:
     """The embedded tabletop.
 
@@ -62,9 +64,11 @@ def make_benchmark(
       training_scenes: take the range kept for demonstrations, for roll-outs that are learned from.
       execute: actions executed of each chunk; 0 executes all.
       expert: ignored; the scripted expert is always there.
+      world: one of ``tabletop_layout.WORLDS``; training scenes of the world "free" have no pairs
+        of family and color that are held out from demonstrations.
 
     Raises:
-      UserError: a number out of range.
+      UserError: a number out of range, or no such world.
     """
     del expert
     seeds = DEMONSTRATION_SEEDS if training_scenes else EVALUATION_SEEDS
@@ -75,6 +79,8 @@ def make_benchmark(
 
     final = map(chosen_trial, range(max(0, episodes - len(chosen)), episodes))
     last = first_seed + max((scene_seed(trial, first_seed=1) for trial in final), default=0)
+    if world not in WORLDS:
+        raise UserError(f"tabletop: world {world!r}, expected one of {', '.join(WORLDS)}")
     if min(episodes, max_steps) < 1 or min(first_seed, execute) < 0 or last > len(seeds):
         raise UserError(
             f"tabletop: episodes {episodes} and max_steps {max_steps} must be at least 1, execute "
@@ -82,7 +88,13 @@ def make_benchmark(
             f"0...{len(seeds) - 1}"
         )
     first = seeds[first_seed]
-    make = functools.partial(TabletopSimulator, max_steps=max_steps, first_seed=first)
+    make = functools.partial(
+        TabletopSimulator,
+        max_steps=max_steps,
+        first_seed=first,
+        world=world,
+        held_out=not training_scenes,
+    )
     return Benchmark(
         name="tabletop",
         protocol={
@@ -90,6 +102,7 @@ def make_benchmark(
             "episodes": episodes,
             "first_seed": first,
             "families": [FAMILIES[number] for number in chosen],
+            **({} if world == "cells" else {"world": world}),
             "max_steps": max_steps,
             "execute": execute,
             "control_hz": CONTROL_HZ,
@@ -112,7 +125,7 @@ def make_benchmark(
         seed=functools.partial(scene_seed, first_seed=first),
         execute=execute,
         video_every=1,
-        breakdown=instruction_breakdown,
+        breakdown=instruction_breakdown if world == "cells" else pair_breakdown,
     )
 
 
@@ -134,6 +147,19 @@ def instruction_breakdown(records: Sequence[dict[str, Any]]) -> Breakdown:
     return Breakdown(outcomes={"given_task": {"all": [r["given_task_success"] for r in others]}})
 
 
+def pair_breakdown(records: Sequence[dict[str, Any]]) -> Breakdown:
+    """``instruction_breakdown``, and success by whether demonstrations show the task's pair."""
+    groups: dict[str, list[bool]] = {"demonstrated": [], "held out": []}
+    for record in records:
+        words = record["instruction"].split()
+        block = words[words.index("block") - 1] if "block" in words else ""
+        held_out = (record["task"], block) in HELD_OUT_PAIRS
+        groups["held out" if held_out else "demonstrated"].append(record["success"])
+    pairs = {name: found for name, found in groups.items() if found}
+    given = instruction_breakdown(records).outcomes
+    return Breakdown(outcomes={**given, "pair": pairs} if pairs else given)
+
+
 class TabletopSimulator:
     """One table, episode after episode; drawn only where it is observed.
 
@@ -151,6 +177,8 @@ class TabletopSimulator:
         other_instruction: bool = False,
         attempts: bool = False,
         expert: bool = False,
+        world: str = "cells",
+        held_out: bool = True,
     ) -> None:
         """Makes the environment.
 
@@ -161,8 +189,10 @@ class TabletopSimulator:
             block, or another zone.
           attempts: plan with the expert that errs.
           expert: plan with the one that does not.
+          world: one of ``tabletop_layout.WORLDS``.
+          held_out: whether tasks may be pairs that are held out from demonstrations.
         """
-        self.env = TabletopEnv(max_steps=max_steps, lazy=True)
+        self.env = TabletopEnv(max_steps=max_steps, lazy=True, world=world, held_out=held_out)
         self._first_seed, self._other_instruction = first_seed, other_instruction
         self._attempts, self._expert = attempts, expert
         self.given_task: TabletopTask

@@ -15,7 +15,14 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
+from univla_jax.errors import UserError
 from univla_jax.simulators.tabletop import tabletop_render
+from univla_jax.simulators.tabletop.tabletop_layout import (
+    DISTRACTORS,
+    HELD_OUT_PAIRS,
+    WORLDS,
+    positions,
+)
 
 # ----------------------------------------------------------------------------
 # Task families: instructions and success predicates.
@@ -31,6 +38,8 @@ BLOCK_RGB = {
     "blue": (48, 92, 200),
     "yellow": (236, 190, 40),
 }
+DISTRACTOR_RGB = {"purple": (140, 70, 160), "orange": (232, 120, 40), "gray": (128, 132, 136)}
+"""Colors of blocks that no instruction names."""
 ZONE_RGB = {"white": (250, 250, 250), "black": (20, 20, 24)}
 FAMILIES = ("touch", "lift", "push", "place", "reach")
 PUSH_DIRECTIONS = {"left": np.array([-1.0, 0.0]), "right": np.array([1.0, 0.0])}
@@ -88,11 +97,11 @@ class TabletopTask:
         return True
 
     def others(self, scene: Scene) -> list[TabletopTask]:
-        """The same kind of task for each other block of ``scene``, or each other zone (reach)."""
+        """The same kind of task for each other block with a name, or each other zone (reach)."""
         if self.family == "reach":
             zones = [z for z in scene.zones if z.color != self.target]
             return [dataclasses.replace(self, target=zone.color) for zone in zones]
-        blocks = [b for b in scene.blocks if b.color != self.block]
+        blocks = [b for b in scene.named_blocks if b.color != self.block]
         return [
             dataclasses.replace(self, block=b.color, origin=tuple(map(float, b.position)))
             for b in blocks
@@ -107,6 +116,8 @@ def sample_task(
     rng: np.random.Generator,
     scene: Scene,
     family: str | None = None,
+    *,
+    held_out: bool = True,
 ) -> TabletopTask:
     """Draws a task that the scene allows.
 
@@ -114,6 +125,7 @@ def sample_task(
       rng: source of randomness.
       scene: blocks and zones.
       family: one of ``FAMILIES``, or None for any.
+      held_out: whether it may be one of ``HELD_OUT_PAIRS``.
 
     Raises:
       ValueError: unknown family.
@@ -121,7 +133,10 @@ def sample_task(
     if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown task family {family!r}; known: {', '.join(FAMILIES)}")
     family = family or str(rng.choice(FAMILIES))
-    block = str(rng.choice([b.color for b in scene.blocks]))
+    colors = [b.color for b in scene.named_blocks]
+    if not held_out:
+        colors = [color for color in colors if (family, color) not in HELD_OUT_PAIRS]
+    block = str(rng.choice(colors))
     zone_colors = [z.color for z in scene.zones]
     if family == "reach":  # after the block, so that a seed means the same zone as in place
         return TabletopTask(family, "", str(rng.choice(zone_colors)))
@@ -157,10 +172,6 @@ LOW = 0.07  # the gripper moves blocks aside below this height
 BLOCK_COUNT = 3
 ZONE_COUNT = 2
 HOME = np.array([0.5, 0.0875, 0.22])  # where the gripper starts: at the robot's side, raised
-COLUMNS = (0.0875, 0.3625, 0.6375, 0.9125)  # centers of the cells things lie in; rows are alike
-BLOCK_CELLS = np.array([(x, y) for y in COLUMNS[1:3] for x in COLUMNS])  # the first row is free
-ZONE_CELLS = np.array([(x, COLUMNS[3]) for x in COLUMNS])  # along the far edge
-JITTER = 0.01  # how far things lie from the center of their cell, along each axis
 
 
 @dataclasses.dataclass
@@ -176,7 +187,7 @@ class Block:
     @property
     def rgb(self) -> tuple[int, int, int]:
         """Color for drawing."""
-        return BLOCK_RGB[self.color]
+        return BLOCK_RGB.get(self.color) or DISTRACTOR_RGB[self.color]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +237,11 @@ class Scene:
     held: int | None = None
     touched: list[int] = dataclasses.field(default_factory=list)
 
+    @property
+    def named_blocks(self) -> list[Block]:
+        """The blocks that an instruction may name: all but distractors."""
+        return [b for b in self.blocks if b.color in BLOCK_RGB]
+
     def block(self, color: str) -> Block:
         """The block of that color."""
         return next(b for b in self.blocks if b.color == color)
@@ -249,7 +265,13 @@ class TabletopEnv(gymnasium.Env):
     wrist_size = 32
 
     def __init__(
-        self, *, max_steps: int = 40, render_mode: str | None = None, lazy: bool = False
+        self,
+        *,
+        max_steps: int = 40,
+        render_mode: str | None = None,
+        lazy: bool = False,
+        world: str = "cells",
+        held_out: bool = True,
     ) -> None:
         """Makes an environment; nothing is placed before ``reset``.
 
@@ -258,7 +280,16 @@ class TabletopEnv(gymnasium.Env):
           render_mode: ``"rgb_array"`` or None.
           lazy: whether ``reset`` and ``step`` return an empty observation, for callers that need
             fewer and call ``observe``.
+          world: one of ``WORLDS``.
+          held_out: whether tasks may be among ``HELD_OUT_PAIRS``; the world "cells" has none.
+
+        Raises:
+          UserError: no such world.
         """
+        if world not in WORLDS:
+            raise UserError(f"world {world!r} is not one of {', '.join(WORLDS)}")
+        self._world = world
+        self._held_out = held_out or world == "cells"
         self.max_steps = max_steps
         self._lazy = lazy
         self.render_mode = render_mode
@@ -289,8 +320,9 @@ class TabletopEnv(gymnasium.Env):
         """
         super().reset(seed=seed)
         rng = self.np_random
-        self.scene = _place(rng)
-        self.task = sample_task(rng, self.scene, (options or {}).get("family"))
+        self.scene = _place(rng, self._world)
+        family = (options or {}).get("family")
+        self.task = sample_task(rng, self.scene, family, held_out=self._held_out)
         self._steps = 0
         return self._observation(), self._info()
 
@@ -340,18 +372,16 @@ class TabletopEnv(gymnasium.Env):
         }
 
 
-def _place(rng: np.random.Generator) -> Scene:
-    """Blocks and zones in different cells, a little off their centers; the gripper at home."""
-    block_colors = rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)
+def _place(rng: np.random.Generator, world: str) -> Scene:
+    """Blocks, distractors and zones as the world has them; the gripper at home."""
+    block_colors = [*rng.choice(list(BLOCK_RGB), BLOCK_COUNT, replace=False)]
     zone_colors = rng.choice(list(ZONE_RGB), ZONE_COUNT, replace=False)
-    blocks = [Block(str(c), p) for c, p in zip(block_colors, _spots(rng, BLOCK_CELLS))]
-    zones = [Zone(str(c), p) for c, p in zip(zone_colors, _spots(rng, ZONE_CELLS))]
+    if distractors := DISTRACTORS[world]:
+        block_colors += [*rng.choice(list(DISTRACTOR_RGB), distractors, replace=False)]
+    spots, zone_spots = positions(world, rng, len(block_colors), ZONE_COUNT)
+    blocks = [Block(str(c), p) for c, p in zip(block_colors, spots)]
+    zones = [Zone(str(c), p) for c, p in zip(zone_colors, zone_spots)]
     return Scene(blocks, zones, Gripper(HOME[:2].copy(), float(HOME[2]), np.zeros(3)))
-
-
-def _spots(rng: np.random.Generator, cells: np.ndarray) -> np.ndarray:
-    """The cells' centers in random order, a little off, float64 [N, 2]."""
-    return rng.permutation(cells) + rng.uniform(-JITTER, JITTER, cells.shape)
 
 
 # Physics. All of it is kinematic: the gripper moves exactly as commanded, a held block moves with

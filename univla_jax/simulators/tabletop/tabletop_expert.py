@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -32,10 +33,12 @@ from univla_jax.simulators.tabletop.tabletop_env import (
     TabletopEnv,
     TabletopTask,
 )
+from univla_jax.simulators.tabletop.tabletop_layout import WORLDS
 
 DEMONSTRATION_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
 HIGH = 0.22  # traveling height, clear of lifted and standing blocks
+_TRIES = 5  # of an unsteady expert
 _MIN_STEPS = 12  # of an episode: the expert holds still after a shorter path
 OPEN, CLOSE = -1.0, 1.0
 
@@ -92,12 +95,15 @@ def _push_path(block: np.ndarray, direction: np.ndarray) -> list[Waypoint]:
     ]
 
 
-def actions_along(path: list[Waypoint], scene: Scene) -> Iterator[np.ndarray]:
+def actions_along(
+    path: list[Waypoint], scene: Scene, *, tolerance: float = 0.0
+) -> Iterator[np.ndarray]:
     """Straight moves from corner to corner, then holding still; endless.
 
     Args:
       path: corners as of :func:`waypoints`.
       scene: read anew before every action, so the expert is closed-loop.
+      tolerance: how near to a corner is near enough, in table units.
 
     Yields:
       float32 [7] actions.
@@ -110,7 +116,7 @@ def actions_along(path: list[Waypoint], scene: Scene) -> Iterator[np.ndarray]:
             gripper = scene.gripper
             offset = np.array([x, y, height]) - [*gripper.position, gripper.height]
             turned = gripper.is_open == (grip == OPEN)
-            if np.abs(offset).max() < 1e-3 and turned:
+            if np.abs(offset).max() < max(tolerance, 1e-3) and turned:
                 break
             yield _action(offset, grip)
     while True:
@@ -155,11 +161,47 @@ def attempt(task: TabletopTask, scene: Scene, rng: np.random.Generator) -> Itera
         yield np.array([*moved, *action[3:]], np.float32)
 
 
+def unsteady(env: TabletopEnv, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """An expert with an unsteady hand that recovers from its errors; endless.
+
+    It shakes by an amount of its own, two in five are bumped once while they travel, and one in
+    five begins above a wrong spot; the path ahead is measured anew from wherever that leaves it.
+
+    Args:
+      env: whose task is done; its scene is read anew before every action.
+      rng: draws the errors.
+
+    Yields:
+      float32 [7] actions.
+    """
+    scene = env.scene
+    path, shaking = waypoints(env.task, scene), float(rng.choice([0.0, 0.005, 0.01]))
+    bump = int(rng.integers(1, 12)) if rng.random() < 0.4 else -1
+    if rng.random() < 0.2:
+        x, y, height, grip = path[0]
+        off = rng.uniform(-0.15, 0.15, 2)
+        path = [(x + off[0], y + off[1], height, grip), *path]
+    for step, action in enumerate(actions_along(path, scene, tolerance=3 * shaking)):
+        traveling = scene.gripper.height > 0.15
+        if bump >= 0 and step >= bump and traveling:
+            bump, pushed = -1, rng.uniform(-MAX_STEP, MAX_STEP, 2)
+            yield np.array([*pushed, 0.0, 0.0, 0.0, 0.0, action[6]], np.float32)
+        if shaking and np.any(action[:3]):
+            moved = action[:3] + rng.normal(0.0, shaking, 3)
+            action = np.array([*np.clip(moved, -MAX_STEP, MAX_STEP), *action[3:]], np.float32)
+        yield action
+
+
 _THOUGHT_STEPS = 5  # whose movement a thought announces
 
 
 def demonstrate(
-    seed: int, *, family: str | None = None, annotate: bool = False, unseen_pairs: bool = False
+    seed: int,
+    *,
+    family: str | None = None,
+    annotate: bool = False,
+    unseen_pairs: bool = False,
+    world: str = "cells",
 ) -> Episode:
     """One successful scripted episode.
 
@@ -168,6 +210,8 @@ def demonstrate(
       family: restricts the task family.
       annotate: whether it has groundings, questions with answers, and reasoning at every step.
       unseen_pairs: whether held-out pairs of color and relation are among them.
+      world: one of ``tabletop_layout.WORLDS``; in the world "free" the expert is ``unsteady``, and
+        pairs of family and color are held out.
 
     Returns:
       An ``Episode`` with views ``image`` and ``wrist_image``.
@@ -175,39 +219,52 @@ def demonstrate(
     Raises:
       RuntimeError: the expert failed, which a test rules out for every family.
     """
-    env = TabletopEnv(max_steps=10_000)
-    observation, info = env.reset(seed=seed, options={"family": family} if family else None)
-    path = waypoints(env.task, env.scene)
-    frames, actions, states, success = [], [], [], False
-    scenes: list[Scene] = []
-    for action in actions_along(path, env.scene):
+    env = TabletopEnv(max_steps=10_000, world=world, held_out=False)
+    # What goes wrong for good is not a demonstration; the last try has a steady hand.
+    for number in range(_TRIES + 1 if world == "free" else 1):
+        observation, info = env.reset(seed=seed, options={"family": family} if family else None)
+        rng = np.random.default_rng([seed, 3, number])
+        steady = actions_along(waypoints(env.task, env.scene), env.scene)
+        chosen = steady if world == "cells" or number == _TRIES else unsteady(env, rng)
+        observations, actions, scenes, success = _record(env, observation, chosen, annotate)
+        if success:
+            break
+    else:
+        raise RuntimeError(f"the scripted expert failed: seed {seed}, {info['instruction']!r}")
+    groundings, texts = (), {}
+    if annotate:
+        groundings, texts = _annotations(seed, scenes, env.task, actions, unseen_pairs)
+    columns = {name: np.stack([seen[name] for seen in observations]) for name in observations[0]}
+    place = "tabletop" if world == "cells" else f"tabletop-{world}"
+    return Episode(
+        instruction=info["instruction"],
+        frames={view: columns[view] for view in ("image", "wrist_image")},
+        actions=actions,
+        control_hz=tabletop_env.CONTROL_HZ,
+        corpus="tabletop",
+        episode_id=f"{place}-{seed:07d}",
+        state=columns["state"],
+        groundings=groundings,
+        texts=texts,
+    )
+
+
+def _record(
+    env: TabletopEnv, observation: dict[str, np.ndarray], chosen: Iterator[np.ndarray], keep: bool
+) -> tuple[list[dict[str, np.ndarray]], np.ndarray, list[Scene], bool]:
+    """Observations, actions [T, 7] and, to ``keep``, scenes until nothing moves; success."""
+    observations, actions, scenes, success = [], [], [], False
+    for action in chosen:
         idle = not np.any(action[:6]) and env.scene.gripper.is_open == (action[6] <= 0)
         if idle and len(actions) >= _MIN_STEPS:
             break
-        frames.append((observation["image"], observation["wrist_image"]))
-        states.append(observation["state"])
-        if annotate:
+        observations.append(observation)
+        if keep:
             scenes.append(copy.deepcopy(env.scene))
         actions.append(action)
         observation, _, _, _, info = env.step(action)
         success = success or info["success"]
-    if not success:
-        raise RuntimeError(f"the scripted expert failed: seed {seed}, {info['instruction']!r}")
-    image, wrist = (np.stack(view) for view in zip(*frames))
-    groundings, texts = (), {}
-    if annotate:
-        groundings, texts = _annotations(seed, scenes, env.task, np.stack(actions), unseen_pairs)
-    return Episode(
-        instruction=info["instruction"],
-        frames={"image": image, "wrist_image": wrist},
-        actions=np.stack(actions),
-        control_hz=tabletop_env.CONTROL_HZ,
-        corpus="tabletop",
-        episode_id=f"tabletop-{seed:07d}",
-        state=np.stack(states),
-        groundings=groundings,
-        texts=texts,
-    )
+    return observations, np.stack(actions), scenes, success
 
 
 def _annotations(
@@ -252,6 +309,7 @@ class DemonstrationsConfig:
       version: version of the dataset.
       annotations: whether every step has groundings, a question with its answer, and reasoning;
         held-out pairs of color and relation are in the split ``val`` alone.
+      world: one of ``tabletop_layout.WORLDS``.
     """
 
     train_episodes: int
@@ -261,6 +319,7 @@ class DemonstrationsConfig:
     image_format: str = "png"
     version: str = "1.0.0"
     annotations: bool = False
+    world: str = "cells"
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -274,6 +333,8 @@ class DemonstrationsConfig:
             raise UserError(
                 f"config: families {sorted(unknown)} unknown; known: {', '.join(FAMILIES)}"
             )
+        if self.world not in WORLDS:
+            raise UserError(f"config.world: {self.world!r}, expected one of {', '.join(WORLDS)}")
         last = self.first_seed + self.train_episodes + self.val_episodes
         if last > len(DEMONSTRATION_SEEDS):
             raise UserError(
@@ -314,8 +375,8 @@ class _Episodes:
             yield from pool.map(self._make, self._seeds, families, chunksize=16)
 
 
-def _demonstrate(seed: int, family: str | None, *, annotate: bool, unseen_pairs: bool) -> Episode:
-    return demonstrate(seed, family=family, annotate=annotate, unseen_pairs=unseen_pairs)
+def _demonstrate(seed: int, family: str | None, **options: Any) -> Episode:
+    return demonstrate(seed, family=family, **options)
 
 
 def write_demonstrations(
@@ -336,13 +397,18 @@ def write_demonstrations(
     """
     del assets
     values = dataclasses.asdict(config)
-    if not config.annotations:
-        del values["annotations"]  # absent, as in datasets written before there were any
+    # Absent, as in datasets written before there was a choice.
+    for name, usual in (("annotations", False), ("world", "cells")):
+        if values[name] == usual:
+            del values[name]
     description = "Scripted expert of the embedded tabletop: " + json.dumps(values, sort_keys=True)
     splits = {}
     for split, seeds in config.seeds().items():
         make = functools.partial(
-            _demonstrate, annotate=config.annotations, unseen_pairs=split == "val"
+            _demonstrate,
+            annotate=config.annotations,
+            unseen_pairs=split == "val",
+            world=config.world,
         )
         splits[split] = _Episodes(seeds, config.families, make)
     folder = write_rlds(

@@ -29,7 +29,6 @@ from univla_jax.errors import UserError
 from univla_jax.simulators import Benchmark, Breakdown, Trial, choose_tasks
 from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator
 from univla_jax.simulators.tabletop.tabletop_env import (
-    BLOCK_CELLS,
     BLOCK_RGB,
     CONTROL_HZ,
     FAMILIES,
@@ -38,6 +37,7 @@ from univla_jax.simulators.tabletop.tabletop_env import (
     TabletopTask,
 )
 from univla_jax.simulators.tabletop.tabletop_expert import EVALUATION_SEEDS
+from univla_jax.simulators.tabletop.tabletop_layout import BLOCK_CELLS
 from univla_jax.simulators.tabletop.tabletop_render import Look
 
 CLEAN = "clean"
