@@ -78,6 +78,21 @@ def test_the_advantage_is_the_outcome_minus_what_was_expected(world, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_is_judged_behind_the_moments_before_it(world):
+    folder, checkpoint = world
+    judge, episode = Judge.load(checkpoint), TokenStore(folder / "train")[0]
+    task, size = judge.loaded.task, judge.loaded.record.chunk_size
+    steps = [0, size - 1, size, 2 * size, 2 * size + 1]
+    lengths = [len(task.prompt(episode, step)) for step in steps]
+    assert lengths[0] == lengths[1] < lengths[2] < lengths[3]
+    other = dataclasses.replace(episode, actions=-episode.actions[::-1])
+    for step, same in ((1, True), (size, False)):
+        assert (task.prompt(other, step).tolist() == task.prompt(episode, step).tolist()) is same
+    judged, [first] = judge.judge_episode(episode), judge._judge([task.prompt(episode, size)])
+    assert judged[size].score == pytest.approx(first.score, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_values_are_scored_on_roll_outs(world, tmp_path):
     folder, checkpoint = world
     found = score_values(checkpoint, folder / "val", tmp_path)

@@ -77,20 +77,27 @@ class Judge:
           views: per moment and camera integer [1, h, w] codes.
         """
         task = self.loaded.task
-        prompts = [task.build(text, codes).ids for text, codes in zip(instructions, views)]
-        pad = self.loaded.assets.vocabulary.pad
-        tokens, lengths = pad_prompts(prompts, pad)
-        state = self._sampler.prefill(tokens, lengths)
-        probabilities = np.exp(self._sampler.next_log_probs(state, task.ids))
-        return task.parse(probabilities[: len(prompts)])
+        return self._judge(
+            [task.build(text, codes).ids for text, codes in zip(instructions, views)]
+        )
 
     def judge_episode(self, episode: TokenizedEpisode) -> list[Judgement]:
-        """What the model says about every step of a stored episode, from its frames alone."""
-        views, found = self.loaded.task.view_codes(episode), []
+        """What the model says about every step of a stored episode.
+
+        It sees the frames of the step and, as in training, earlier ones with the actions between.
+        """
+        task, found = self.loaded.task, []
         # Every batch has the same shape, so that one program serves all episodes.
         for start in range(0, len(episode), _BATCH):
             steps = list(range(start, min(start + _BATCH, len(episode))))
             filled = steps + steps[:1] * (_BATCH - len(steps))
-            codes = [[view[step : step + 1] for view in views] for step in filled]
-            found += self.judge_codes([episode.instruction] * _BATCH, codes)[: len(steps)]
+            prompts = [task.prompt(episode, step) for step in filled]
+            found += self._judge(prompts)[: len(steps)]
         return found
+
+    def _judge(self, prompts: Sequence[np.ndarray]) -> list[Judgement]:
+        """Judgements at the ends of prompts."""
+        tokens, lengths = pad_prompts(prompts, self.loaded.assets.vocabulary.pad)
+        state = self._sampler.prefill(tokens, lengths)
+        probabilities = np.exp(self._sampler.next_log_probs(state, self.loaded.task.ids))
+        return self.loaded.task.parse(probabilities[: len(prompts)])

@@ -87,18 +87,25 @@ class Value(Task):
         self, episode: TokenizedEpisode, instruction: str, step: int, earlier: int, code: int
     ) -> SampleSpec:
         """The value ``code`` of a step, behind up to ``earlier`` moments before it."""
-        size = self.settings.chunk_size
-        earlier = min(earlier, step // size)
-        moments = range(step - earlier * size, step + 1, size)
+        moments, chunks = self._moments(episode, step, earlier)
         views = self.view_codes(episode)
-        chunks = range(moments.start, moments.start + earlier * size, size)
-        tokens = self.build(
-            instruction,
-            [placeholders(view, len(moments)) for view in views],
-            self.chunk_ids(self.normalized_chunks(episode, chunks)),
-            code,
-        )
+        shown = [placeholders(view, len(moments)) for view in views]
+        tokens = self.build(instruction, shown, chunks, code)
         return SampleSpec(tokens, frames_in_order(views, moments))
+
+    def prompt(self, episode: TokenizedEpisode, step: int) -> np.ndarray:
+        """int32 ids that ask for the value of a step, behind as many moments as in training."""
+        moments, chunks = self._moments(episode, step, self.settings.frames - 1)
+        views = [view[list(moments)] for view in self.view_codes(episode)]
+        return self.build(episode.instruction, views, chunks).ids
+
+    def _moments(
+        self, episode: TokenizedEpisode, step: int, earlier: int
+    ) -> tuple[range, list[np.ndarray]]:
+        """A step and up to ``earlier`` moments before it, and the ids of the chunks between."""
+        size = self.settings.chunk_size
+        moments = range(step - min(earlier, step // size) * size, step + 1, size)
+        return moments, self.chunk_ids(self.normalized_chunks(episode, moments[:-1]))
 
     def build(
         self,
