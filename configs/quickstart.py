@@ -29,6 +29,7 @@ from univla_jax.config import complete, of_stage
 from univla_jax.data.tokenize import TokenizeConfig
 from univla_jax.data.tokenizer_fitting import ActionFitConfig, TextFitConfig
 from univla_jax.evaluation.closed_loop import EvaluateConfig
+from univla_jax.evaluation.counterfactuals import CounterfactualConfig
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
 from univla_jax.evaluation.improvement import ImproveConfig
 from univla_jax.simulators.tabletop.tabletop_expert import DemonstrationsConfig
@@ -279,6 +280,11 @@ def obey() -> ConfigDict:
     return config
 
 
+def counterfactuals() -> ConfigDict:
+    """Held-out scenes under other instructions and other actions."""
+    return complete(CounterfactualConfig, {"counterfactuals": 200})
+
+
 STAGES = (
     demonstrations,
     text,
@@ -294,6 +300,7 @@ STAGES = (
     evaluate,
     imagine,
     obey,
+    counterfactuals,
     improve,
 )
 

@@ -34,6 +34,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "policy": {"data.sequence_length": 176},
     "realtime": {"data.sequence_length": 200},
     "evaluate": {"world": "free", "episodes": 300},
+    "counterfactuals": {"world": "free"},
     "improve": {"attempts.world": "free", "train.data.sequence_length": 352},
 }
 

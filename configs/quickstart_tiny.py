@@ -32,6 +32,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
         "train.model.preset": "tiny",
     },
     "obey": {"episodes": 2, "batch": 2},
+    "counterfactuals": {"counterfactuals": 2, "batch": 2},
 }
 
 

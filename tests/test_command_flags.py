@@ -195,6 +195,12 @@ def _imagine(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
         steering,
         imagine_steering=arrived.recorder("steer", steering.imagine_steering, {"right": right}),
     )
+    other = module.counterfactuals
+    module.counterfactuals = namespace(
+        other,
+        imagine_counterfactuals=arrived.recorder("counterfactual", other.imagine_counterfactuals),
+        table=lambda report: "",
+    )
     module.table = lambda report: ""
 
 
@@ -445,6 +451,15 @@ COMMANDS: dict[str, Command] = {
             "source": ("there", "obey.source", "there"),
             "out": ("there", "obey.out", "there"),
             **shared("obey", SAMPLING, MESH),
+        },
+    ),
+    "imagine --config=configs/quickstart.py:counterfactuals": Command(
+        "--config=configs/quickstart.py:counterfactuals --checkpoint=c --out=o",
+        _imagine,
+        {
+            "checkpoint": ("there", "counterfactual.checkpoint", "there"),
+            "out": ("there", "counterfactual.out", "there"),
+            **shared("counterfactual", SAMPLING, MESH),
         },
     ),
     "imagine --config=configs/road.py:imagine": Command(

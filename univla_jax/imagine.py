@@ -11,6 +11,9 @@
 
     python -m univla_jax.imagine --config=configs/road.py:imagine --checkpoint=WORKDIR --out=FOLDER
 
+    python -m univla_jax.imagine --config=configs/quickstart.py:counterfactuals \\
+        --checkpoint=WORKDIR --out=FOLDER
+
 The first form writes ``imagined.png`` (real frames above imagined ones), ``imagined.gif`` and
 ``imagine.json``: PSNR, SSIM and visual-token accuracy of the imagined frames and of repeating the
 last frame given. Started again on finished results, the command says so. The second continues a
@@ -19,8 +22,10 @@ picture of your own. The third lets the frames follow given actions: those that 
 units, a whole number of the model's action chunks; it writes ``obeyed.png`` (real above imagined)
 and ``obey.json``. ``--config.mp4=True`` writes a video too; ``--config.view`` names the camera;
 ``--temperature`` with ``--top_k``, ``--top_p`` and ``--seed`` samples frames instead of taking the
-likeliest. The third imagines scenes of the embedded road under the true and a changed steering,
-which the true renderer judges: ``steering.png``, ``steering.json``.
+likeliest. The fourth imagines scenes of the embedded road under the true and a changed steering,
+which the true renderer judges: ``steering.png``, ``steering.json``. The fifth imagines held-out
+scenes of the tabletop under true and other instructions and after true and other actions, which its
+simulator judges: ``counterfactuals.png``, ``counterfactuals.json``.
 ``--mesh.tensor`` and ``--mesh.fsdp`` split the model over chips.
 """
 
@@ -35,7 +40,13 @@ from univla_jax import cli
 from univla_jax.cli import format_table
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.evaluation import imagined_episodes, obeyed_episodes, steered_imagination
+from univla_jax.evaluation import (
+    counterfactuals,
+    imagined_episodes,
+    obeyed_episodes,
+    steered_imagination,
+)
+from univla_jax.evaluation.counterfactuals import CounterfactualConfig
 from univla_jax.evaluation.imagined_episodes import ImagineConfig
 from univla_jax.evaluation.steered_imagination import SteeringConfig
 from univla_jax.inference.sampling import sampling_flags
@@ -78,6 +89,9 @@ def main(argv: list[str]) -> None:
     values = CONFIG.value.to_dict()
     if "turn" in values:  # of a SteeringConfig
         _imagine_steering(build_config(SteeringConfig, values))
+        return
+    if "counterfactuals" in values:  # of a CounterfactualConfig
+        _imagine_counterfactuals(build_config(CounterfactualConfig, values))
         return
     config = build_config(ImagineConfig, values)
     if (SOURCE.value is None) == (IMAGE.value is None):
@@ -133,6 +147,14 @@ def _imagine_steering(config: SteeringConfig) -> None:
         f"differ in its direction: {100 * right['rate']:.1f} % (95 %: {ends})"
     )
     _print_paths([steered_imagination.STRIPS, steered_imagination.REPORT])
+
+
+def _imagine_counterfactuals(config: CounterfactualConfig) -> None:
+    report = counterfactuals.imagine_counterfactuals(
+        config, CHECKPOINT.value, OUT.value, sampling=SAMPLING(), place=MESH()
+    )
+    print(counterfactuals.table(report))
+    _print_paths([counterfactuals.STRIPS, counterfactuals.REPORT])
 
 
 def _print_paths(names: Sequence[str]) -> None:

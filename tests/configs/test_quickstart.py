@@ -24,6 +24,7 @@ STAGES = (
     "evaluate",
     "imagine",
     "obey",
+    "counterfactuals",
     "improve",
 )
 

@@ -165,12 +165,22 @@ def score(
       instruction names; ``colors_kept``: share of the named block colors that the last frame shows
       among those that were there, and no others.
     """
-    right, kept = [], []
-    for own, scene, instruction in zip(pictures, scenes, instructions):
-        kind, color = named_object(instruction)
-        right.append(visited_object(own, scene, kind) == color)
+    kept = []
+    for own, scene in zip(pictures, scenes):
         palette = {**BLOCK_RGB, **{block.color: block.rgb for block in scene.blocks}}
         there = {block.color for block in scene.named_blocks}
         seen = {color for color in find_blocks(own[-1], palette) if color in BLOCK_RGB}
         kept.append(len(there & seen) / len(there | seen))
+    right = right_objects(pictures, scenes, instructions)
     return {"right_object": float(np.mean(right)), "colors_kept": float(np.mean(kept))}
+
+
+def right_objects(
+    pictures: np.ndarray, scenes: Sequence[Scene], instructions: Sequence[str]
+) -> list[bool]:
+    """Whether the gripper of each episode comes nearest to what its instruction names."""
+    found = []
+    for own, scene, instruction in zip(pictures, scenes, instructions, strict=True):
+        kind, color = named_object(instruction)
+        found.append(visited_object(own, scene, kind) == color)
+    return found
