@@ -178,6 +178,14 @@ def _improve(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
     module.improve = arrived.recorder("improve", module.improve, report)
 
 
+def _study(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
+    module.study_runs = namespace(
+        module.study_runs,
+        run_study=arrived.recorder("study", module.study_runs.run_study),
+        table=lambda report: "",
+    )
+
+
 def _imagine(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
     imagined, obeyed = module.imagined_episodes, module.obeyed_episodes
     right = {"successes": 0, "episodes": 0, "low": 0, "high": 0, "rate": 0}
@@ -418,6 +426,15 @@ COMMANDS: dict[str, Command] = {
             "stores": ("there,too", "improve.stores", ["there", "too"]),
             "held_out": ("there,too", "improve.held_out", ["there", "too"]),
             "out": ("there", "improve.out", "there"),
+        },
+    ),
+    "study": Command(
+        "--config=configs/study.py:short --workdir=w --out=o",
+        _study,
+        {
+            "config": ("configs/study.py:history", "study.config.policy.total_steps", 3600),
+            "workdir": ("there", "study.workdir", "there"),
+            "out": ("there", "study.out", "there"),
         },
     ),
     "imagine": Command(
