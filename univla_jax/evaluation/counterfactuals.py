@@ -271,25 +271,26 @@ def _followed(
     model: WorldModel, plans: list[ScenePlan], imagined: dict[str, np.ndarray], size: int
 ) -> list[dict[str, Any]]:
     """After each chunk, shares of scenes in which the imagined gripper is where it should be."""
-    found = []
-    for chunk in range(imagined[DRIVES[0]].shape[1]):
-        step, shares = (chunk + 1) * size - 1, {}
-        for name in DRIVES:
-            true = np.stack([plan.drives[name].gripper[step] for plan in plans])
-            seen = _grippers(plans, imagined[name][:, chunk])
+    count = imagined[DRIVES[0]].shape[1]
+    found: list[dict[str, Any]] = [{"steps": (chunk + 1) * size} for chunk in range(count)]
+    for name in DRIVES:
+        drives = [plan.drives[name] for plan in plans]
+        real = np.stack([model.resize(drive.frames[size - 1 :: size][:count]) for drive in drives])
+        shown = np.concatenate([imagined[name], model.decode(model.encode(real))], axis=1)
+        seen = np.stack(
+            [
+                tabletop_judge.find_grippers(own, plan.scene)
+                for own, plan in zip(shown, plans, strict=True)
+            ]
+        )
+        for chunk, shares in enumerate(found):
+            true = np.stack([drive.gripper[shares["steps"] - 1] for drive in drives])
             # Another scene's actions of the same kind: what chance and the common way would give.
-            shares[name] = proportion(_near(seen, true))
-            shares[f"{name}_floor"] = proportion(_near(seen, np.roll(true, len(FAMILIES), axis=0)))
-            real = np.stack([plan.drives[name].frames[step] for plan in plans])
-            real = model.decode(model.encode(model.resize(real)[:, None]))[:, 0]
-            shares[f"{name}_ceiling"] = proportion(_near(_grippers(plans, real), true))
-        found.append({"steps": step + 1, **shares})
+            others = np.roll(true, len(FAMILIES), axis=0)
+            shares[name] = proportion(_near(seen[:, chunk], true))
+            shares[f"{name}_floor"] = proportion(_near(seen[:, chunk], others))
+            shares[f"{name}_ceiling"] = proportion(_near(seen[:, count + chunk], true))
     return found
-
-
-def _grippers(plans: list[ScenePlan], pictures: np.ndarray) -> np.ndarray:
-    pairs = zip(plans, pictures, strict=True)
-    return np.stack([tabletop_judge.find_gripper(picture, plan.scene) for plan, picture in pairs])
 
 
 def _near(found: np.ndarray, true: np.ndarray) -> np.ndarray:

@@ -30,29 +30,39 @@ _LEAST_PIXELS = 6  # of a block in a picture of SIZE x SIZE
 
 
 def find_gripper(picture: np.ndarray, scene: Scene) -> np.ndarray:
-    """Position (x, y) of the gripper in table units, float64 [2].
+    """Position (x, y) of the gripper in table units, float64 [2]; see ``find_grippers``."""
+    return find_grippers(picture[None], scene)[0]
+
+
+def find_grippers(pictures: np.ndarray, scene: Scene) -> np.ndarray:
+    """Positions (x, y) of the gripper in table units, float64 [N, 2].
 
     Args:
-      picture: uint8 [H, H, 3] of the fixed camera, at any size.
+      pictures: uint8 [N, H, H, 3] of the fixed camera, at any size.
       scene: blocks and zones as they lie, the gripper's own pose ignored; blocks that moved since
         disturb the fit only where they are.
     """
-    frame, background = _enlarge(picture), _without_gripper(scene)
-    best, found = np.inf, np.zeros(2)
+    background = _without_gripper(scene)
+    differences = np.stack([_enlarge(picture) for picture in pictures]) - background
+    shaded = (differences * background).sum(-1)
+    best, found = np.full(len(pictures), np.inf), np.zeros((len(pictures), 2))
     # The squared error of drawing the gripper at every pixel, by correlation: where its opacity is
-    # M and its color P, the drawn pixel is background * (1 - M) + P.
-    difference = frame - background
+    # M and its color P, the drawn pixel is background * (1 - M) + P. What does not depend on the
+    # picture is computed once.
     for height, is_open in itertools.product(_HEIGHTS, (False, True)):
-        opacity, color = _gripper_drawing(height, is_open)
-        error = np.zeros((SIZE, SIZE))
-        for channel in range(3):
-            d, b = difference[..., channel], background[..., channel]
-            m, p = opacity, color[..., channel]
-            error += _correlate(b * b, m * m) + np.sum(p * p) + 2 * _correlate(d * b, m)
-            error -= 2 * _correlate(d, p) + 2 * _correlate(b, m * p)
-        row, column = np.unravel_index(np.argmin(error), error.shape)
-        if error[row, column] < best:
-            best, found = error[row, column], _table_position(row, column)
+        m, p = _gripper_drawing(height, is_open)
+        alike = _correlate((background**2).sum(-1), m * m) + np.sum(p * p)
+        alike -= 2 * sum(
+            _correlate(background[..., channel], m * p[..., channel]) for channel in range(3)
+        )
+        for number, difference in enumerate(differences):
+            error = alike + 2 * _correlate(shaded[number], m)
+            for channel in range(3):
+                error -= 2 * _correlate(difference[..., channel], p[..., channel])
+            row, column = np.unravel_index(np.argmin(error), error.shape)
+            if error[row, column] < best[number]:
+                best[number] = error[row, column]
+                found[number] = _table_position(row, column)
     return found
 
 
@@ -87,7 +97,7 @@ def visited_object(pictures: np.ndarray, scene: Scene, kind: str) -> str:
       kind: ``"block"`` or ``"zone"``.
     """
     things = scene.zones if kind == "zone" else scene.blocks
-    path = np.stack([find_gripper(picture, scene) for picture in pictures])
+    path = find_grippers(pictures, scene)
     distance = {
         thing.color: float(np.linalg.norm(path - thing.position, axis=1).min()) for thing in things
     }

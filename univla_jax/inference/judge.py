@@ -18,7 +18,7 @@ from univla_jax.inference.sampler import Sampler, pad_prompts
 from univla_jax.sequences.tokens import Role
 from univla_jax.tasks.value import Judgement, Value
 
-_BATCH = 64  # moments of an episode judged together
+_BATCH = 32  # moments of an episode judged together
 
 
 class Judge:
