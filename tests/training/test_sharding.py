@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 
+import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -133,3 +134,9 @@ def test_which_rows_a_process_reads(held, share):
 def test_rows_shared_by_halves_are_refused():
     with pytest.raises(UserError, match="share a part of their batch elements"):
         sharding.HostSlice.of(_row_sharding((0, 0, 4), (1, 0, 4), (1, 4, 8)), (8, 16))
+
+
+def test_four_bit_arrays_take_half_a_byte():
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = [jax.ShapeDtypeStruct((4, 6), dtype, sharding=whole) for dtype in ("int4", "bfloat16")]
+    assert sharding.shard_bytes(shapes) == 12 + 48

@@ -84,13 +84,19 @@ class DecodeProblem:
           count: N.
           actions: number of action ids.
         """
-        rng = np.random.default_rng(0)
-        model, params = random_decoder(preset, rng)
-        size = model.config.vocab_size
-        last = (model.config.pad_id or size) - 1  # action ids end before the pad id
+        model, params = random_decoder(preset, np.random.default_rng(0))
+        return cls.around(Sampler(model, params), prompt, count, actions=actions)
+
+    @classmethod
+    def around(
+        cls, sampler: Sampler, prompt: int, count: int, batch: int = 1, *, actions: int = 2048
+    ) -> DecodeProblem:
+        """Random prompts [B, S] of a decoder, and the action ids of Emu3's vocabulary."""
+        config = sampler.model.config
+        last = (config.pad_id or config.vocab_size) - 1  # action ids end before the pad id
         allowed = np.arange(last - min(actions, last) + 1, last + 1, dtype=np.int32)
-        tokens = rng.integers(0, min(size, last), (1, prompt)).astype(np.int32)
-        return cls(Sampler(model, params), allowed, tokens, count)
+        tokens = np.random.default_rng(0).integers(0, last, (batch, prompt)).astype(np.int32)
+        return cls(sampler, allowed, tokens, count)
 
     def prefill(self, sampler: Sampler | None = None) -> DecodeState:
         """The cache of the prompt, with room for what follows."""
@@ -185,12 +191,12 @@ def measure_decoding(problem: DecodeProblem, repeats: int, *, peer: bool) -> dic
 def bytes_per_token(problem: DecodeProblem) -> int:
     """Bytes a decode step must read: layers, the head rows of the allowed ids, and the cache."""
     config = problem.sampler.model.config
-    layers = sum(x.nbytes for x in jax.tree.leaves(problem.sampler.params["stack"]))
+    layers = quantized_weights.num_bytes(problem.sampler.params["stack"])
     item = config.compute_dtype.itemsize
     head = len(problem.allowed) * config.hidden_size * item
     slots = problem.prompt.shape[1] + problem.count
     cache = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * item
-    return layers + head + cache
+    return layers + head + len(problem.prompt) * cache
 
 
 # ----------------------------------------------------------------------------

@@ -42,10 +42,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-4, min_learning_rate=1e-5, warmup_s
 UNLABELED = -100  # label of a position without one, in transformers
 
 
-def random_batch(labeled: float, length: int, seed: int = 0) -> Batch:
+def random_batch(labeled: float, length: int, *, batch_size: int = BATCH_SIZE) -> Batch:
     """Random tokens [B, S], a share of which are actions and therefore labeled."""
-    rng = np.random.default_rng(seed)
-    shape = (BATCH_SIZE, length)
+    rng = np.random.default_rng(0)
+    shape = (batch_size, length)
     tokens = rng.integers(0, Vocabulary.emu3().pad, shape).astype(np.int32)
     roles = np.full(shape, Role.TEXT, np.uint8)
     for element in roles:

@@ -37,6 +37,30 @@ def emu3_decoder(config: DecoderConfig, params: Any) -> Any:
     Raises:
       UserError: transformers or torch are not installed.
     """
+    torch, _ = import_peer()
+    model = _unfilled_decoder(config, "cpu")
+    state = export_state(decoder_rules(config), params)
+    tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+def native_decoder(config: DecoderConfig, device: str) -> Any:
+    """``Emu3ForCausalLM`` with random bfloat16 weights on a device, ready to decode.
+
+    Raises:
+      UserError: transformers or torch are not installed.
+    """
+    torch, _ = import_peer()
+    model = _unfilled_decoder(config, device, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    return model.eval()
+
+
+def _unfilled_decoder(config: DecoderConfig, device: str, dtype: Any = None) -> Any:
+    """The model with memory for its weights, and nothing in it."""
     torch, transformers = import_peer()
     values = transformers.Emu3TextConfig(
         vocab_size=config.vocab_size,
@@ -57,11 +81,9 @@ def emu3_decoder(config: DecoderConfig, params: Any) -> Any:
     # comparison. The rotary frequencies are no weights, so their module is made again.
     with torch.device("meta"):
         model = transformers.Emu3ForCausalLM(values)
-    model = model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=values)
-    state = export_state(decoder_rules(config), params)
-    tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model = model.to(dtype) if dtype is not None else model
+    model = model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=values).to(device)
     return model
 
 

@@ -85,7 +85,9 @@ def compare(
     return figures
 
 
-def peer_encoder(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.ndarray]:
+def peer_encoder(
+    config: VisionConfig, frames: np.ndarray, *, device: str = "cpu"
+) -> Callable[[], np.ndarray]:
     """A call that encodes ``frames`` with transformers' ``Emu3VQVAE`` of the same widths.
 
     Raises:
@@ -105,16 +107,16 @@ def peer_encoder(config: VisionConfig, frames: np.ndarray) -> Callable[[], np.nd
         hidden_size=config.ch * config.ch_mult[-1],
     )
     with _group_norms(torch, config.num_groups):
-        model = transformers.Emu3VQVAE(settings).eval()
+        model = transformers.Emu3VQVAE(settings).eval().to(device)
     # Pixels from -1 to 1, channels first, as the image processor of transformers makes them.
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-    sizes = torch.tensor([frames.shape[1:3]] * len(frames))
+    pixels = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    sizes = torch.tensor([frames.shape[1:3]] * len(frames), device=device)
 
     def encode() -> np.ndarray:
         with torch.inference_mode():
             codes = model.encode(pixels, sizes)
         found = getattr(codes, "image_tokens", codes)
-        return np.stack([np.asarray(one) for one in found])
+        return np.stack([np.asarray(one.cpu()) for one in found])
 
     return encode
 

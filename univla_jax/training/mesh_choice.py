@@ -122,7 +122,7 @@ def choose_remat(
     parts = math.prod(mesh.shape[axis] for axis in ("replica", "data", "fsdp", "context"))
     local = sequences * length / parts
     item = decoder.compute_dtype.itemsize
-    widths = _kept_widths(decoder, mesh.shape["tensor"])
+    widths = kept_widths(decoder, mesh.shape["tensor"])
     gathered = _LAYERS_GATHERED * hardware.layer_parameters(decoder)
     buffers = item * (_LAYER_BUFFERS * local * widths[decoder_config.UP] + gathered)
 
@@ -140,7 +140,7 @@ def choose_remat(
     return min(fitting, key=cost) if fitting else min(presets, key=needed)
 
 
-def _kept_widths(decoder: DecoderConfig, tensor: int) -> dict[str, float]:
+def kept_widths(decoder: DecoderConfig, tensor: int) -> dict[str, float]:
     """Numbers per token and device of each intermediate that a preset can keep."""
     heads = decoder.num_heads * decoder.head_dim / tensor
     kv_heads = decoder.num_kv_heads * decoder.head_dim / tensor

@@ -312,7 +312,8 @@ def to_global(batch: Any, sharding: NamedSharding, parts: int = 1) -> Any:
 
 def shard_bytes(tree: Any) -> int:
     """Bytes per chip of a pytree of ``jax.ShapeDtypeStruct`` with shardings."""
-    return sum(
-        jax.numpy.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))
+    bits = sum(
+        jax.dtypes.itemsize_bits(x.dtype) * math.prod(x.sharding.shard_shape(x.shape))
         for x in jax.tree.leaves(tree)
     )
+    return bits // 8
