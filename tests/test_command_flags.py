@@ -219,7 +219,9 @@ def _plan(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
     module.plan_training = arrived.recorder("training", module.plan_training, plan)
     module.plan_decoding = arrived.recorder("decoding", module.plan_decoding, plan)
     module.search_plans = arrived.recorder("search", module.search_plans, [plan])
-    module.search_table = lambda plans: ""
+    module.plan_device = arrived.recorder("device", module.plan_device, plan)
+    module.search_device = arrived.recorder("device_search", module.search_device, [plan])
+    module.search_table = module.device_table = lambda plans: ""
     module.print = lambda text: arrived.update(printed=text)
 
 
@@ -500,6 +502,14 @@ COMMANDS: dict[str, Command] = {
             "batch_size": ("16", "decoding.batch_size", 16, "--decode"),
             "search": ("true", "search", True),
             "limit": ("3", "search.limit", 3, "--search"),
+        },
+    ),
+    "plan one device": Command(
+        f"--config={QUICKSTART}:policy --device=v5e",
+        _plan,
+        {
+            "device": ("h100", "device.chip.name", "h100"),
+            "search": ("true", "device_search", True),
         },
     ),
     "convert": Command(

@@ -1,10 +1,11 @@
-"""Plans a run on a TPU slice: compiles it with the TPU compiler, without a TPU.
+"""Plans a run: compiled for a TPU slice with the TPU compiler, without a TPU, or by count.
 
     python -m univla_jax.plan --config=configs/libero.py:video --topology=v5p:4x4x4
     python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:16x16 \\
         --config.mesh.tensor=4 --json
     python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:8x8 --search
     python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:2x2 --decode
+    python -m univla_jax.plan --config=configs/libero.py:video --device=h100 --search
 
 Prints per chip what parameters, optimizer and activations take of the memory a program may use,
 the operations and tokens of a step, and the time it takes at least; then what the chips exchange:
@@ -12,6 +13,10 @@ bytes of each kind of collective, how much of them travels behind arithmetic, ar
 out anew though nothing asked for it, and the time of a step that the compiler's own estimates add
 up to. Mesh and XLA options are those that training would choose for the chip. ``--full_logits``
 compiles the step a second time, with the textbook loss. Needs ``pip install 'univla_jax[plan]'``.
+
+``--device`` counts the same memory from the shapes of the arrays, without a compiler, for one GPU
+or chip. ``--search`` then tries smaller moments, bfloat16 parameters, LoRA and QLoRA, each with as
+few micro-batches as fit; with ``--topology`` it does so where the recipe itself cannot fit.
 Exit status: 0 it fits, 1 it does not, 2 an error with its remedy.
 """
 
@@ -24,14 +29,21 @@ from absl import flags, logging
 
 from univla_jax import cli
 from univla_jax.config import build_config
+from univla_jax.errors import UserError
 from univla_jax.planning.decode_plan import plan_decoding
+from univla_jax.planning.device_plan import find_card, plan_device, search_device
+from univla_jax.planning.device_plan import search_table as device_table
 from univla_jax.planning.plan_search import search_plans, search_table
 from univla_jax.planning.topologies import find_topology
 from univla_jax.planning.training_plan import plan_training
+from univla_jax.training.hardware import CARDS
 from univla_jax.training.train_config import TrainConfig
 
 CONFIG = cli.config_flag()
-TOPOLOGY = cli.string_flag("topology", "slice to plan for, such as v5p:4x4x4")
+TOPOLOGY = cli.string_flag("topology", "slice to plan for, such as v5p:4x4x4", required=False)
+DEVICE = cli.string_flag(
+    "device", f"one accelerator to plan for by count: {', '.join(CARDS)}", required=False
+)
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text")
 FULL_LOGITS = flags.DEFINE_bool("full_logits", False, "Compare with the loss that holds all logits")
 DECODE = flags.DEFINE_bool("decode", False, "Plan prefill and decoding of the trained policy")
@@ -46,6 +58,10 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)
     jax.config.update("jax_platforms", "cpu")  # programs are compiled for TPUs, none is run
     config = build_config(TrainConfig, CONFIG.value.to_dict())
+    if (TOPOLOGY.value is None) == (DEVICE.value is None):
+        raise UserError("give --topology=v5p:4x4x4 or --device=h100, one of them")
+    if DEVICE.value is not None:
+        return _plan_device(config)
     topology = find_topology(TOPOLOGY.value)
     if SEARCH.value:
         plans = search_plans(config, topology, limit=LIMIT.value)
@@ -56,6 +72,21 @@ def main(argv: list[str]) -> int:
             plan = plan_decoding(config, topology, batch_size=BATCH_SIZE.value)
         else:
             plan = plan_training(config, topology, full_logits=FULL_LOGITS.value)
+        values, text, fits = plan.to_dict(), plan.describe(), plan.fits
+    print(json.dumps(values) if JSON.value else text)
+    return 0 if fits else 1
+
+
+def _plan_device(config: TrainConfig) -> int:
+    if DECODE.value or FULL_LOGITS.value:
+        raise UserError("--device counts a train step; --decode and --full_logits need --topology")
+    chip = find_card(DEVICE.value)
+    if SEARCH.value:
+        plans = search_device(config, chip)
+        values, text = [plan.to_dict() for plan in plans], device_table(plans)
+        fits = any(plan.fits for plan in plans)
+    else:
+        plan = plan_device(config, chip)
         values, text, fits = plan.to_dict(), plan.describe(), plan.fits
     print(json.dumps(values) if JSON.value else text)
     return 0 if fits else 1

@@ -12,6 +12,7 @@ import tqdm
 from univla_jax.cli import format_table
 from univla_jax.errors import UserError
 from univla_jax.models.decoder_config import REMAT_PRESETS
+from univla_jax.planning.device_plan import DevicePlan, smaller_plans
 from univla_jax.planning.topologies import Topology, format_gib
 from univla_jax.planning.training_plan import TrainingPlan, plan_training
 from univla_jax.tokenizers.vocabulary import Vocabulary
@@ -28,6 +29,9 @@ _TENSOR, _CONTEXT, _DATA, _BATCH_FACTORS = (1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 8)
 def search_plans(config: TrainConfig, topology: Topology, *, limit: int) -> list[TrainingPlan]:
     """Compiles the ``limit`` most promising candidates; best plan first.
 
+    Where the recipe does not fit by count, these are variations that take less memory: smaller
+    moments, bfloat16 parameters, adapters (``device_plan.py``).
+
     Args:
       config: the recipe.
       topology: the slice.
@@ -36,6 +40,11 @@ def search_plans(config: TrainConfig, topology: Topology, *, limit: int) -> list
     Raises:
       UserError: no mesh divides the recipe's batch and the slice.
     """
+    smaller = smaller_plans(config, topology.chip, topology.devices)
+    own, counted = next(smaller)
+    if not counted.fits:
+        return _search_smaller(smaller, topology, limit)
+    config = own  # with as many micro-batches as it takes
     slices = len({getattr(device, "slice_index", 0) for device in topology.devices})
     found = sorted(
         candidates(config, len(topology.devices), slices),
@@ -56,6 +65,24 @@ def search_plans(config: TrainConfig, topology: Topology, *, limit: int) -> list
     bar = tqdm.tqdm(chosen, unit="candidate", file=sys.stderr)
     plans = [plan_training(candidate, topology) for candidate in bar]
     return sorted(plans, key=lambda plan: (not plan.fits, plan.seconds_per_token))
+
+
+def _search_smaller(
+    smaller: Iterator[tuple[TrainConfig, DevicePlan]], topology: Topology, limit: int
+) -> list[TrainingPlan]:
+    """Compiles what fits by count of variations with less memory, the least changed first."""
+    chosen = list(itertools.islice((pair for pair in smaller if pair[1].fits), limit))
+    if not chosen:
+        raise UserError(
+            f"the step does not fit {topology.name} by count, nor do its variations with adapters "
+            "beside four bits; take more chips, a smaller preset or shorter sequences"
+        )
+    bar = tqdm.tqdm(chosen, unit="candidate", file=sys.stderr)
+    plans = [
+        dataclasses.replace(plan_training(config, topology), changes=counted.flags)
+        for config, counted in bar
+    ]
+    return sorted(plans, key=lambda plan: not plan.fits)
 
 
 def candidates(config: TrainConfig, chips: int, slices: int = 1) -> Iterator[TrainConfig]:
@@ -105,6 +132,7 @@ def search_table(plans: list[TrainingPlan]) -> str:
         "predicted step",
         "MFU",
         "us per useful token",
+        "changes",
     ]
     lines = [
         [
@@ -115,6 +143,7 @@ def search_table(plans: list[TrainingPlan]) -> str:
             f"{plan.step_seconds:.3f} s",
             f"{plan.mfu:.1%}",
             f"{1e6 * plan.seconds_per_token:.3f}",
+            plan.changes,
         ]
         for plan in plans
     ]

@@ -91,6 +91,7 @@ class TrainingPlan:
       compile_processor_seconds: the same in processor time of all threads.
       host_gigabytes: largest resident memory of this process so far.
       full_logits_total: bytes at the worst moment with a loss that holds all logits, or None.
+      changes: flags of ``train`` for what a search changed in the recipe beside what is said above.
     """
 
     topology: str
@@ -117,6 +118,7 @@ class TrainingPlan:
     compile_processor_seconds: float
     host_gigabytes: float
     full_logits_total: int | None = None
+    changes: str = ""
 
     @property
     def step_seconds(self) -> float:

@@ -60,6 +60,7 @@ _GPUS = (
     Chip("b200", "NVIDIA B200", 180.0, 2250, 8000),
 )
 CHIPS = {chip.name: chip for chip in _TPUS}
+CARDS = {chip.name: chip for chip in (*_TPUS, *_GPUS)}
 
 
 def find_chip(device: jax.Device) -> Chip | None:

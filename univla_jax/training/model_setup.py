@@ -166,18 +166,8 @@ class TrainSetup:
         is_trained = trained_rule(init, model.config, config.optimizer)
         abstract = abstract_state(init, optimizer, mesh, is_trained)
         chip = hardware.find_chip(mesh.devices.flat[0])
-        if chip is not None and "remat" not in config.model.overrides:
-            # The gradients stand beside the parameters that are trained.
-            gradients = trained_part(abstract.params, is_trained)
-            state = (abstract.params, gradients, abstract.opt_state)
-            chosen = choose_remat(
-                model.config,
-                chip,
-                mesh,
-                sequences=data.batch_size // config.accumulation,
-                length=data.sequence_length,
-                state_bytes=sharding.shard_bytes(state),
-            )
+        if chip is not None:
+            chosen = remat_for(config, model.config, chip, mesh, abstract, is_trained)
             model = Decoder(dataclasses.replace(model.config, remat=chosen))
         return cls(
             config=config,
@@ -430,6 +420,29 @@ class TrainSetup:
         return jax.jit(place, out_shardings=sharding.shardings(self.abstract), donate_argnums=0)(
             state
         )
+
+
+def remat_for(
+    config: TrainConfig,
+    decoder: DecoderConfig,
+    chip: hardware.Chip,
+    mesh: Mesh,
+    abstract: TrainState,
+    is_trained: IsTrained | None,
+) -> str:
+    """The remat preset that a run takes on a chip: the config's, or one chosen by memory."""
+    if "remat" in config.model.overrides:
+        return decoder.remat
+    # The gradients stand beside the parameters that are trained.
+    state = (abstract.params, trained_part(abstract.params, is_trained), abstract.opt_state)
+    return choose_remat(
+        decoder,
+        chip,
+        mesh,
+        sequences=config.data.batch_size // config.accumulation,
+        length=config.data.sequence_length,
+        state_bytes=sharding.shard_bytes(state),
+    )
 
 
 def run_init(model: Decoder, expert: ActionExpert | None) -> Callable[[jax.Array], Any]:
