@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
+from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.training.warm_start import (
     RowMap,
     describe_transfers,
     plan_transfers,
+    same_pieces,
     transfer_all,
 )
 
@@ -66,6 +68,19 @@ def test_equal_tables_are_taken_whole():
     same = RowMap(np.arange(6), np.arange(6), "all")
     kinds = {line.name: line.kind for line in plan_transfers(SAVED, SAVED, same)}
     assert set(kinds.values()) == {"taken"}
+
+
+def test_text_ids_of_two_tokenizers_are_matched_by_what_they_stand_for():
+    first = SentencePieceTextTokenizer.fit(["lift the red block"] * 3, 300)
+    second = SentencePieceTextTokenizer.fit(
+        ["where is the red block?"] * 3, 300, symbols=["[", "]"]
+    )
+    matched = same_pieces(first, second)
+    for word in (" red", " block", "A"):
+        (old,), (new,) = first.encode(word), second.encode(word)
+        assert matched[new] == old
+    assert second.encode("[")[0] not in matched
+    assert all(first.pieces[old] == second.pieces[new] for new, old in matched.items())
 
 
 def test_nothing_that_fits():

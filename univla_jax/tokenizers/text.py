@@ -47,6 +47,10 @@ class TextTokenizer(Protocol):
     def fingerprint(self) -> str:
         """sha256 of the files it is saved as."""
 
+    @property
+    def pieces(self) -> list[str] | list[bytes]:
+        """What each id stands for, in the order of the ids."""
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of a text; special tokens in it are plain text unless allowed."""
 
@@ -137,6 +141,11 @@ class TiktokenTextTokenizer:
     def total_size(self) -> int:
         """Number of all ids, 184,622 for Emu3."""
         return self._encoding.n_vocab
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """What each text id stands for, in the order of the ids."""
+        return [self._encoding.decode_single_token_bytes(i) for i in range(self._vocabulary_size)]
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -313,6 +322,11 @@ class SentencePieceTextTokenizer:
     def vocabulary_size(self) -> int:
         """Number of ids."""
         return self._processor.vocab_size()
+
+    @property
+    def pieces(self) -> list[str]:
+        """What each id stands for, in the order of the ids; a byte is ``<0x41>``."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocabulary_size)]
 
     @property
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from univla_jax.assets import Assets
 from univla_jax.errors import UserError
+from univla_jax.tokenizers.text import TextTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 TAKEN, ROWS, LAYERS, NEW, DROPPED = "taken", "rows", "layers", "new", "dropped"
@@ -41,18 +42,42 @@ class RowMap:
 
     @classmethod
     def of(cls, earlier: Assets, assets: Assets) -> RowMap:
-        """Matches text, visual and action ids where both have the same tokenizer, and specials."""
+        """Matches visual and action ids where both have the same tokenizer, text ids, and specials.
+
+        Text ids of two tokenizers are matched by what they stand for: words both know, and bytes.
+        """
         ours, theirs = assets.vocabulary, earlier.vocabulary
         prints, earlier_prints = assets.tokenizer_fingerprints, earlier.tokenizer_fingerprints
         pairs: dict[int, int] = {getattr(ours, n): getattr(theirs, n) for n in _SPECIALS}
         told = ["special"]
         for name in ("text", "vision", "action"):
             same = name in prints and prints[name] == earlier_prints.get(name)
-            told.append(name if same else f"no {name}")
             if same:
-                pairs |= dict(zip(_ids(ours, name), _ids(theirs, name)))
+                matched = dict(zip(_ids(ours, name), _ids(theirs, name)))
+                told.append(name)
+            elif name == "text" and type(assets.text) is type(earlier.text):
+                matched = same_pieces(earlier.text, assets.text)
+                told.append(f"{len(matched)} pieces of text")
+            else:
+                matched = {}
+                told.append(f"no {name}")
+            pairs |= matched
         new = np.asarray(sorted(pairs))
         return cls(np.asarray([pairs[i] for i in new.tolist()]), new, ", ".join(told))
+
+
+def same_pieces(earlier: TextTokenizer, text: TextTokenizer) -> dict[int, int]:
+    """Ids of two tokenizers that stand for the same.
+
+    Args:
+      earlier: tokenizer of the earlier stage.
+      text: tokenizer of this run.
+
+    Returns:
+      id of ``text`` -> id of ``earlier``.
+    """
+    known = {piece: i for i, piece in enumerate(earlier.pieces)}
+    return {i: known[piece] for i, piece in enumerate(text.pieces) if piece in known}
 
 
 def _ids(vocabulary: Vocabulary, name: str) -> range:
