@@ -25,6 +25,7 @@ GROUNDINGS = dump_groundings(
     [
         *(Grounding(v, "the red block", "box", (BOX,), (MASK,)) for v in GRIDS),
         Grounding("image", "the block left of the red block", "box", ((0.6, 0.1, 0.9, 0.5),)),
+        Grounding("image", "the block left of the blue block", "box", ()),
         Grounding("image", "all blocks", "box", (BOX, (0.6, 0.1, 0.9, 0.5))),
         Grounding("image", "the cat", "box", ()),
     ]
@@ -69,7 +70,8 @@ def test_every_figure_and_floor_is_reported(checkpoint, tmp_path):
     found = grounded_frames.evaluate(checkpoint, store, tmp_path / "out", progress=False)
     assert json.loads((tmp_path / "out" / grounded_frames.REPORT).read_text()) == found
     groups = found["grounding"]
-    assert set(groups) == {"all", "image", "wrist_image", "held-out pairs", "free decoding"}
+    pairs = {"seen pairs", "held-out pairs"}
+    assert set(groups) == {"all", "image", "wrist_image", "free decoding", *pairs}
     assert groups["all"]["parse_failures"] == 0
     for name in ("acc@0.5", "point_in_mask", "f1", "absent_accuracy"):
         assert 0 <= groups["all"][name] <= 1
@@ -82,8 +84,11 @@ def test_every_figure_and_floor_is_reported(checkpoint, tmp_path):
         "shuffled phrases",
     }
     assert found["questions"]["all"]["questions"] == 3
+    assert found["questions"]["black frame"]["questions"] == 3
+    assert found["touches"]["tables"] == 3
     text = grounded_frames.table(found)
     assert "black frame" in text and "questions, is:" in text
+    assert "touches, predicted point: " in text and "% of 3" in text
     again = grounded_frames.evaluate(checkpoint, store, tmp_path / "out", progress=False)
     assert again == found
 
@@ -100,7 +105,8 @@ def test_true_answers_score_full_marks(checkpoint, tmp_path, monkeypatch):
             if asked is None:
                 answers.append(Answer("yes", None))
                 continue
-            places = next(g.places for g in parse_groundings(GROUNDINGS) if g.phrase == asked[0])
+            known = parse_groundings(GROUNDINGS)
+            places = next((g.places for g in known if g.phrase == asked[0]), ())
             places = [middle(p) for p in places] if asked[1] == "point" else places
             answers.append(Answer("", tuple(places)))
         return answers

@@ -2,7 +2,8 @@
 
 One frame of every episode is drawn, and of it a few phrases; everything is answered from the
 store's codes. Floors: a box in the middle of the frame, the mean box of the store, the answer to
-another phrase about the same frame, a black frame, and phrases about other frames.
+another phrase about the same frame, a black frame, and phrases about other frames. With a corpus
+of the embedded tabletop its scripted gripper goes to the points (``pointed_touches.py``).
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from univla_jax.cli import format_table
 from univla_jax.data.grounding_annotations import Grounding, ask_for, is_plural, parse_groundings
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.errors import UserError
-from univla_jax.evaluation import offline
+from univla_jax.evaluation import offline, pointed_touches
 from univla_jax.evaluation.grounding_scores import Answered, score
 from univla_jax.inference.answers import BATCH, Answerer
 from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.run_dir import write_config
-from univla_jax.simulators.tabletop.tabletop_truth import held_out
+from univla_jax.simulators.tabletop.tabletop_truth import held_out, seen_pair
 from univla_jax.tasks.base import text_at
 
 REPORT = "grounding.json"
 _IDENTITY = "grounding_evaluation.json"
 _PHRASES = 6  # of a frame
 _MOST_FLOOR_ROWS = 512
+_BLACK = "black frame"
 _COLUMNS = (
+    "answers",
     "acc@0.25",
     "acc@0.5",
     "acc@0.75",
@@ -110,6 +113,8 @@ def evaluate(
         "episodes": len(held),
         **scores(answerer, held, progress=progress),
     }
+    if answerer.corpus == pointed_touches.CORPUS and answerer.points_in(pointed_touches.VIEW):
+        report["touches"] = pointed_touches.scores(answerer, len(held))
     io.write_json(io.absolute_path(out) / REPORT, report)
     return report
 
@@ -131,8 +136,9 @@ def scores(
     groups = {"all": score(truths, constrained)}
     for view in shown:
         groups[view] = _of(rows, constrained, lambda row, v=view: row.truth.view == v)
-    unseen = _of(rows, constrained, lambda row: held_out(row.truth.phrase))
-    groups |= {"held-out pairs": unseen} if unseen["answers"] else {}
+    for name, belongs in (("seen pairs", seen_pair), ("held-out pairs", held_out)):
+        found = _of(rows, constrained, lambda row, of=belongs: of(row.truth.phrase))
+        groups |= {name: found} if found["answers"] else {}
     groups["free decoding"] = score(truths, ask(rows, constrained=False))
     return {
         "grounding": groups,
@@ -196,13 +202,13 @@ def floors(answerer: Answerer, rows: Sequence[Row], ask: Any) -> dict[str, Any]:
     half = (boxes[:, 2:] - boxes[:, :2]).mean(0) / 2
     center = (*(0.5 - half), *(0.5 + half))
     others = [_other(row, single) for row in single]
-    black = _black_codes(answerer, single)
+    black = _black_codes(answerer, [row.codes for row in single])
     shuffled = np.roll(np.arange(len(single)), len(single) // 2)
     return {
         "center": score(truths, [[center]] * len(single)),
         "mean box": score(truths, [[mean]] * len(single)),
         "another phrase": score(truths, ask(others)),
-        "black frame": score(
+        _BLACK: score(
             truths, ask([dataclasses.replace(r, codes=c) for r, c in zip(single, black)])
         ),
         "shuffled phrases": score(
@@ -215,7 +221,10 @@ def floors(answerer: Answerer, rows: Sequence[Row], ask: Any) -> dict[str, Any]:
 def question_scores(
     answerer: Answerer, episodes: Sequence[TokenizedEpisode], steps: Sequence[int]
 ) -> dict[str, Any]:
-    """Exact matches of words, all and by the first word of the question; empty without any."""
+    """Exact matches of words; empty without any questions.
+
+    Groups: all, by the first word of the question, and all about a black frame.
+    """
     rows = [
         (text_at(episode, "question", step), text_at(episode, "answer", step), episode, step)
         for episode, step in zip(episodes, steps)
@@ -227,12 +236,14 @@ def question_scores(
     views = answerer.views(rows[0][0])
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
+        asked = [row[0] for row in part]
         codes = [[np.asarray(e.codes[v][t])[None] for v in views] for _, _, e, t in part]
-        for answer, (question, truth, _, _) in zip(
-            answerer.answer_codes([row[0] for row in part], codes), part
-        ):
+        blind = [_black_codes(answerer, shown) for shown in codes]
+        answers = zip(answerer.answer_codes(asked, codes), answerer.answer_codes(asked, blind))
+        for (answer, unseen), (question, truth, _, _) in zip(answers, part):
             for group in ("all", question.split()[0]):
                 right[group].append(answer.text.strip() == truth)
+            right[_BLACK].append(unseen.text.strip() == truth)
     return {
         group: {"questions": len(values), "exact": round(float(np.mean(values)), 4)}
         for group, values in right.items()
@@ -248,6 +259,9 @@ def table(report: dict[str, Any]) -> str:
     text = format_table(lines)
     for group, found in report["questions"].items():
         text += f"\nquestions, {group}: {100 * found['exact']:.1f} % of {found['questions']} exact"
+    for group, share in report.get("touches", {}).items():
+        if group != "tables":
+            text += f"\ntouches, {group}: {100 * share:.1f} % of {report['touches']['tables']}"
     return text
 
 
@@ -265,10 +279,14 @@ def _other(row: Row, rows: Sequence[Row]) -> Row:
     return dataclasses.replace(row, truth=rows[0].truth)
 
 
-def _black_codes(answerer: Answerer, rows: Sequence[Row]) -> list[np.ndarray]:
+def _black_codes(answerer: Answerer, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Codes of black frames of the same sizes."""
+    shapes = [shown.shape for shown in codes]
+    known = {shape: _black(answerer, shape) for shape in set(shapes)}
+    return [known[shape] for shape in shapes]
+
+
+def _black(answerer: Answerer, shape: tuple[int, ...]) -> np.ndarray:
     vision = answerer.loaded.assets.require("vision")
-    known: dict[tuple[int, ...], np.ndarray] = {}
-    for shape in {row.codes.shape for row in rows}:
-        height, width = (side * vision.factor for side in shape[1:])
-        known[shape] = vision.encode_frames(np.zeros((1, height, width, 3), np.uint8))
-    return [known[row.codes.shape] for row in rows]
+    height, width = (side * vision.factor for side in shape[1:])
+    return vision.encode_frames(np.zeros((1, height, width, 3), np.uint8))

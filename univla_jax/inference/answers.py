@@ -89,6 +89,11 @@ class Answerer:
         """The cameras whose pictures a question can be about; all are shown to "question"."""
         return self._model(question).record.views_of(self.corpus)
 
+    def points_in(self, view: str) -> bool:
+        """Whether it was trained to point in a camera's pictures."""
+        model = self._find(GroundingTask)
+        return model is not None and view in model.record.views_of(self.corpus)
+
     def answer(
         self,
         observations: Sequence[Observation],

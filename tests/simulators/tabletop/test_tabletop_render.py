@@ -17,6 +17,14 @@ def test_the_fixed_camera_shows_each_block_where_it_is():
     assert distance < 60
 
 
+def test_points_of_the_frame_and_of_the_table_are_inverse():
+    view = tabletop_render.View((0.3, 0.6), 0.4, 64)
+    np.testing.assert_allclose(view.to_frame([0.3, 0.6]), [0.5, 0.5])
+    np.testing.assert_allclose(view.to_frame([0.1, 0.8]), [0, 0], atol=1e-12)  # left, far
+    points = np.random.default_rng(0).random((5, 2))
+    np.testing.assert_allclose(view.to_table(view.to_frame(points)), points)
+
+
 def test_the_wrist_camera_moves_with_the_gripper_and_widens_with_height():
     near = scene({"red": (0.5, 0.6)}, height=0.05)
     far = scene({"red": (0.5, 0.6)}, height=0.3)

@@ -75,6 +75,8 @@ def test_held_out_pairs_are_for_evaluation_alone():
     ]
     assert not any(map(tabletop_truth.held_out, found[0]))
     assert any(map(tabletop_truth.held_out, found[1]))
+    assert any(map(tabletop_truth.seen_pair, found[0]))
+    assert not any(tabletop_truth.held_out(p) and tabletop_truth.seen_pair(p) for p in found[1])
     assert {p for p in found[1] if not tabletop_truth.held_out(p)} == set(found[0])
 
 

@@ -57,10 +57,10 @@ def waypoints(task: TabletopTask, scene: Scene) -> list[Waypoint]:
       (x, y, height, gripper) in table units; gripper is -1 open or +1 closed.
     """
     if task.family == "reach":
-        return _down_and_up(scene.zone(task.target).position)
+        return touching(scene.zone(task.target).position)
     block = scene.block(task.block).position
     if task.family == "touch":
-        return _down_and_up(block)
+        return touching(block)
     if task.family == "push":
         return _push_path(block, PUSH_DIRECTIONS[task.target])
     path = [
@@ -80,7 +80,8 @@ def waypoints(task: TabletopTask, scene: Scene) -> list[Waypoint]:
     return path
 
 
-def _down_and_up(spot: np.ndarray) -> list[Waypoint]:
+def touching(spot: np.ndarray) -> list[Waypoint]:
+    """Waypoints over a spot (x, y), down to where a block's top would be, and up again."""
     return [(*spot, HIGH, CLOSE), (*spot, tabletop_env.BLOCK_TOP, CLOSE), (*spot, HIGH, CLOSE)]
 
 

@@ -102,10 +102,8 @@ class _LabelCanvas(Canvas):
 
     def hull(self, label: int) -> np.ndarray:
         """Corners [[x1, y1], [x2, y2]] of a thing in fractions of the frame, not clipped."""
-        view, corners = self._view_drawn, np.stack(self.corners[label])
-        x = (corners[:, 0] - view.center[0]) / view.extent + 0.5
-        y = (view.center[1] - corners[:, 1]) / view.extent + 0.5
-        return np.array([[x.min(), y.min()], [x.max(), y.max()]])
+        corners = self._view_drawn.to_frame(np.stack(self.corners[label]))
+        return np.stack([corners.min(0), corners.max(0)])
 
     def _extend(self, corners: Sequence[np.ndarray], area: float) -> None:
         self.corners.setdefault(self.label, []).extend(corners)
@@ -158,6 +156,12 @@ def views(scene: Scene) -> dict[str, View]:
 def held_out(phrase: str) -> bool:
     """Whether a phrase puts a held-out pair of color and relation together."""
     return any(f"{relation} the {color} block" in phrase for color, relation in HELD_OUT_PAIRS)
+
+
+def seen_pair(phrase: str) -> bool:
+    """Whether a phrase puts a color and a relation together that are together in training."""
+    related = any(f" block {relation} the " in phrase for relation in RELATIONS)
+    return related and not held_out(phrase)
 
 
 def groundings(scene: Scene, *, unseen_pairs: bool = False) -> list[Grounding]:
@@ -316,11 +320,7 @@ def reasoning(scene: Scene, task: TabletopTask, coming: np.ndarray) -> str:
     if task.family == "place":
         zone = seen[f"{task.target} zone"]
         parts.append(f"{zone.name} {places_text([zone.box])}")
-    x, y = scene.gripper.position
-    view = tabletop_render.fixed_view(_MASK_SIZE)
-    point = np.clip(
-        [(x - view.center[0]) / view.extent + 0.5, (view.center[1] - y) / view.extent + 0.5], 0, 1
-    )
+    point = tabletop_render.fixed_view(_MASK_SIZE).to_frame(scene.gripper.position).clip(0, 1)
     parts.append(f"gripper {places_text([tuple(map(float, point))])}")
     moved = coming[:, :3].sum(0)
     words = [
