@@ -25,6 +25,7 @@ from univla_jax.tasks.base import TaskSettings
         ({"held_out_every": 1}, "data.held_out_every"),
         ({"task": "policy_image"}, "shows one moment"),
         ({"task": "world_model", "state": True}, "has no place for it"),
+        ({"task": "world_model", "question_first": True}, "asks no question"),
         ({"task": "world_model", "max_committed": 2}, "has no place for committed actions"),
         ({"max_committed": -1}, "data.max_committed: -1, expected at least 0"),
         ({"task": "policy_flow", "frames": 1}, "set packing=False"),

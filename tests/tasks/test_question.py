@@ -29,6 +29,13 @@ def test_the_chat_template_ends_with_the_answer():
     assert LABELS[TASK.labels] == {Role.ANSWER}
 
 
+def test_the_question_may_stand_before_the_frames():
+    task = small.task("question", question_first=True)
+    frame = FRAME.format(1, 2).replace(" ", "")
+    expected = f"<bos>Youareahelpfulassistant.USER:q{frame}.ASSISTANT:yes<eos>"
+    assert spell(task.build("q", [code(1, 2)], "yes")).replace(" ", "") == expected
+
+
 def test_without_an_answer_it_is_the_prompt():
     views = [code(1, 2), code(3, 4)]
     whole, prompt = TASK.build("go", views, "yes"), TASK.build("go", views)

@@ -30,6 +30,7 @@ class MixtureTask:
       chunk_size: steps of an action chunk.
       state: whether the proprioceptive state is written before each chunk.
       advantage: whether a token behind the instruction says how good the chunks are.
+      question_first: whether a question stands before the frames that it is about.
       views: cameras in the order they are written.
       views_together: whether a world model shows all cameras at every moment instead of one.
       frame_spacing: steps between two frames of the world model.
@@ -51,6 +52,7 @@ class MixtureTask:
     chunk_size: int | None = None
     state: bool | None = None
     advantage: bool | None = None
+    question_first: bool | None = None
     views: tuple[str, ...] = ()
     views_together: bool | None = None
     frame_spacing: int | None = None
@@ -96,6 +98,9 @@ class DataConfig:
       state: whether policies see the proprioceptive state, written before each chunk.
       advantage: whether a token behind the instruction tells the video policy how good its chunks
         are, which ``improve`` learns from roll-outs; the policy then acts for good ones.
+      question_first: whether a question stands before the frames that it is about, so that they are
+        read in its light, and not behind them, as Emu3 has it. A small decoder learns far sooner
+        to find what is asked for.
       views: cameras in the order they are written; empty takes the ``policy_views`` of each corpus.
         The world model shows one: when empty, each of the corpus' ``world_model_views`` in a sample
         of its own, else by chance one of those named that the episode has.
@@ -138,6 +143,7 @@ class DataConfig:
     chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
     state: bool = False
     advantage: bool = False
+    question_first: bool = False
     views: tuple[str, ...] = ()
     views_together: bool = False
     frame_spacing: int = 0
@@ -206,6 +212,7 @@ class DataConfig:
             for field, need, absent in (
                 ("state", "state", False),
                 ("advantage", "advantage", False),
+                ("question_first", "question", False),
                 ("max_committed", "committed", 0),
             ):
                 fits = getattr(tasks.task_class(entry.task).needs, need)
@@ -319,6 +326,8 @@ class DataConfig:
             )
         if self.advantage and not self.needs.advantage:
             raise UserError(f"data.advantage: the task {self.task!r} has no place for it")
+        if self.question_first and not self.needs.question:
+            raise UserError(f"data.question_first: the task {self.task!r} asks no question")
         if self.views_together and not self.needs.frame_spacing:
             raise UserError(
                 f"data.views_together: a choice of world models, not of the task {self.task!r}"

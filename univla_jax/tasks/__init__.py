@@ -109,6 +109,7 @@ class TaskRecord:
       labels: key of ``sequences.tokens.LABELS``, what was learned; empty for the task's own.
       max_committed: most committed actions that stood before a policy's newest chunk.
       advantage: whether a token behind the instruction said how good the chunks are.
+      question_first: whether a question stood before the frames that it was about.
     """
 
     task: str = dataclasses.field(metadata={"formerly": "layout"})
@@ -123,6 +124,7 @@ class TaskRecord:
     labels: str = ""
     max_committed: int = 0
     advantage: bool = False
+    question_first: bool = False
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskRecord:
@@ -143,7 +145,8 @@ class TaskRecord:
         # The file keeps its first key names and leaves out what older checkpoints do not have, so
         # that a run which is continued finds the fingerprint that it saved.
         values = dataclasses.asdict(self)
-        for name in ("state", "views_together", "labels", "max_committed", "advantage"):
+        added = ("state", "views_together", "labels", "max_committed", "advantage")
+        for name in (*added, "question_first"):
             if not values[name]:
                 del values[name]  # absent, as in assets saved before there were such choices
         values["views"] = list(self.views)
@@ -167,6 +170,7 @@ class TaskRecord:
             state=self.state,
             max_committed=self.max_committed,
             advantage=self.advantage,
+            question_first=self.question_first,
         )
 
     def views_of(self, corpus: str) -> tuple[str, ...]:

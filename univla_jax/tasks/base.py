@@ -56,6 +56,7 @@ class TaskSettings:
       max_committed: most committed actions written before a policy's newest chunk, a number drawn
         per sample from 0 on; 0 for none.
       advantage: whether a token behind the instruction says how good the chunks are.
+      question_first: whether a question stands before the frames that it is about.
     """
 
     frames: int = 1
@@ -67,6 +68,7 @@ class TaskSettings:
     aligned_windows: float = 0.0
     max_committed: int = 0
     advantage: bool = False
+    question_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Needs:
       frame_spacing: frames are ``TaskSettings.frame_spacing`` steps apart.
       own_row: one sample per row; packing is off.
       action_expert: a flow-matching expert on top of the decoder.
+      question: asks a question about frames, which may stand before or behind them.
       groundings: what phrases mean in the frames of an episode (``Episode.groundings``).
       texts: kinds of text that every episode must have (``Episode.texts``).
     """
@@ -98,6 +101,7 @@ class Needs:
     frame_spacing: bool = False
     own_row: bool = False
     action_expert: bool = False
+    question: bool = False
     groundings: bool = False
     texts: tuple[str, ...] = ()
 

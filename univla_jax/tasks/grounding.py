@@ -39,7 +39,7 @@ class GroundingTask(Question):
 
     name = "grounding"
     labels = "answer"
-    needs = Needs(single_view=True, groundings=True)
+    needs = Needs(single_view=True, question=True, groundings=True)
 
     def sample(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator

@@ -3,7 +3,11 @@
     bos "You are a helpful assistant. USER: " fmt(v1) … question ". ASSISTANT:" answer eos
 
 The prompt ends with "ASSISTANT:"; the answer and its eos are learned. Source: UniVLA
-train/datasets.py:33, 304-306, where there is no answer.
+train/datasets.py:33, 304-306, where there is no answer. With ``data.question_first`` the question
+stands before the frames, as the text does where UniVLA's authors ground
+(github.com/baaivision/UniVLA issue 3): the codes can attend to it.
+
+    bos "You are a helpful assistant. USER: " question fmt(v1) … ". ASSISTANT:" answer eos
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class Question(Task):
 
     name = "question"
     labels = "answer"
-    needs = Needs(texts=("answer",))
+    needs = Needs(question=True, texts=("answer",))
 
     def sample(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
@@ -59,10 +63,11 @@ class Question(Task):
           answer: in words and coordinates.
         """
         count_moments(views)
+        before, behind = (question, "") if self.settings.question_first else ("", question)
         pieces = [
-            opening(self.text_encoder, TEMPLATE[0]),
+            opening(self.text_encoder, TEMPLATE[0] + before),
             *self.frame_pieces(views),
-            (Role.TEXT, self.text_encoder.encode(question + TEMPLATE[1])),
+            (Role.TEXT, self.text_encoder.encode(behind + TEMPLATE[1])),
         ]
         if answer is not None:
             reply = np.append(self.text_encoder.encode_places(answer), self.vocabulary.eos)

@@ -155,6 +155,7 @@ def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
         views_together=data.views_together,
         max_committed=data.max_committed,
         advantage=data.advantage,
+        question_first=data.question_first,
         labels=data.loss_on if data.loss_on != tasks.task_class(data.task).labels else "",
     )
 
