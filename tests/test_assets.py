@@ -15,6 +15,7 @@ from univla_jax.errors import UserError
 from univla_jax.io import fingerprint, write_files
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import UniformBinTokenizer
+from univla_jax.tokenizers.continuations import Continuations
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import SentencePieceTextTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
@@ -90,6 +91,18 @@ def test_there_and_back(assets, folder):
         assert getattr(again, name) == getattr(assets, name)
     assert again.text.encode("red block") == assets.text.encode("red block")
     assert again.action.encode([[0.5]]) == assets.action.encode([[0.5]])
+
+
+def test_a_table_of_drafts_changes_nothing_else(assets, folder, tmp_path):
+    known = Continuations.fit([np.array([1, 2, 3])])
+    with_table = dataclasses.replace(assets, continuations=known)
+    with_table.save(tmp_path / "with")
+    again = Assets.load(tmp_path / "with")
+    np.testing.assert_array_equal(again.continuations.table, known.table)
+    assert again.fingerprint == assets.fingerprint and Assets.load(folder).continuations is None
+    (tmp_path / "with" / "continuations.npy").unlink()
+    with pytest.raises(UserError, match=r"continuations\.npy was removed"):
+        Assets.load(tmp_path / "with")
 
 
 def test_vision_weights_are_read_when_used(assets, folder):

@@ -6,6 +6,8 @@ One folder, written whole or not at all, and checked file by file when it is loa
       assets.json   vocabulary, image specs, statistics, task, model and expert settings, sha256 of
                     every other file, fingerprints of the tokenizers
       text/ vision/ action/   the files of the tokenizers
+      continuations.npy       of a policy, what its drafts are looked up in; not part of the
+                              fingerprint, since it changes no token
 
 Loading a folder with a changed, missing or extra file is an error: a policy with other statistics
 or another tokenizer runs and scores nothing.
@@ -36,12 +38,14 @@ from univla_jax.io import (
 )
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import ActionTokenizer, load_action_tokenizer
+from univla_jax.tokenizers.continuations import Continuations
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
 from univla_jax.tokenizers.vision import VisionTokenizer
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
 _FILE = "assets.json"
+_CONTINUATIONS = "continuations.npy"
 _FORMAT = 1
 _ORBAX_MARKER = "commit_success.txt"
 _PARTS = ("text", "vision", "action")
@@ -131,6 +135,8 @@ class Assets:
       action_expert: settings of the action expert on top of it; empty where there is none.
       adapter: of a checkpoint that holds an adapter alone: ``base``, the checkpoint folder that it
         belongs to, its ``identity`` and the settings ``lora``; empty for a whole model.
+      continuations: what follows what in the action chunks of the training set; None where nothing
+        was fitted, as in converted and older checkpoints.
     """
 
     vocabulary: Vocabulary
@@ -143,6 +149,7 @@ class Assets:
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    continuations: Continuations | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Raises UserError when the parts do not fit together."""
@@ -275,6 +282,8 @@ class Assets:
                 part = getattr(self, name)
                 if part is not None:
                     part.save(partial / name)
+            if self.continuations is not None:
+                write_bytes(partial / _CONTINUATIONS, self.continuations.to_bytes())
             write_json(partial / _FILE, self._record(hash_files(partial)))
 
     @classmethod
@@ -297,6 +306,9 @@ class Assets:
             lazy = LazyVisionTokenizer(folder / "vision", **record["vision"])
             vision = lazy if lazy_vision else lazy.load()
         has_action = "action" in record["parts"]
+        continuations, table = None, folder / _CONTINUATIONS
+        if _CONTINUATIONS in record["files"]:
+            continuations = Continuations.from_bytes(table.read_bytes(), where=str(table))
         assets = cls(
             vocabulary=Vocabulary.from_dict(record["vocabulary"]),
             text=load_text_tokenizer(folder / "text"),
@@ -306,6 +318,7 @@ class Assets:
             statistics={k: ActionStatistics.from_dict(v) for k, v in record["statistics"].items()},
             task=record[_TASK],
             model=record["model"],
+            continuations=continuations,
             **{name: record.get(name, {}) for name in _OPTIONAL},
         )
         if assets.fingerprint != record["fingerprint"]:

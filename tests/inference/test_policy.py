@@ -23,6 +23,7 @@ from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
 from univla_jax.simulators.tabletop.tabletop_env import TabletopEnv
 from univla_jax.tokenizers.action import UniformBinTokenizer
+from univla_jax.tokenizers.continuations import Continuations
 from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.tokenizers.vocabulary import Vocabulary
 
@@ -113,6 +114,32 @@ def test_drafts_change_no_action(trained, sampling):
         for a, b in zip(sessions[id(plain)], sessions[id(drafting)]):
             np.testing.assert_array_equal(a.last_ids, b.last_ids)
             assert a.invalid == b.invalid
+
+
+@pytest.mark.slow
+def test_drafts_come_from_the_table_of_the_checkpoint(trained):
+    def policy(continuations):
+        assets = dataclasses.replace(trained.assets, continuations=continuations)
+        return Policy(dataclasses.replace(trained, assets=assets), max_new_tokens=9, block=3)
+
+    def steps(policy):
+        sampler, counted = policy.action_decoder._sampler, []
+        generate = sampler.generate
+
+        def counting(*arguments, **options):
+            generated, state = generate(*arguments, **options)
+            counted.append(int(generated.steps))
+            return generated, state
+
+        sampler.generate = counting
+        session = policy.start()
+        policy.act([_observation(0)], [session])
+        return session.last_ids, counted[0]
+
+    ids, without = steps(policy(None))
+    same, with_table = steps(policy(Continuations.fit([ids])))
+    np.testing.assert_array_equal(same, ids)
+    assert with_table < without
 
 
 @pytest.mark.parametrize("free_form", [False, True])

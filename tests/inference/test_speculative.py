@@ -14,7 +14,8 @@ from tests.inference.uncached import draw_prompts, greedy_tokens, stack, token_l
 from univla_jax.errors import UserError
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import GREEDY, Sampling
-from univla_jax.inference.speculative import Continuations, Drafts, block_size
+from univla_jax.inference.speculative import Drafts, block_size
+from univla_jax.tokenizers.continuations import Continuations
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_a_policys_table_saves_steps_and_changes_nothing(sampler):
     plain = greedy_tokens(sampler, prompt, 12, ALLOWED)
     known, steps = Continuations(), []
     for _ in range(2):
-        drafts = Drafts(np.zeros((1, 0), np.int32), known.table)
+        drafts = Drafts.none(1, known.table)
         state = sampler.prefill(np.array([prompt]))
         generated, _ = sampler.generate(
             state, max_new_tokens=12, allowed=ALLOWED, drafts=drafts, block=4

@@ -195,6 +195,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_is_enough(world, whole):
         "grids": {"image": [3, 3], "wrist_image": [2, 2]},
     }
     assert set(assets.statistics) == {"tabletop"}
+    assert (assets.continuations.table >= 0).any()
 
 
 def test_the_record_says_whether_states_are_shown(world):

@@ -28,6 +28,7 @@ from univla_jax.tasks.base import Decoding
 from univla_jax.tasks.chain_of_thought import ChainOfThought
 from univla_jax.tasks.history import EpisodeLog, History
 from univla_jax.tokenizers.constrained import DecodedActions
+from univla_jax.tokenizers.continuations import Continuations
 
 
 @dataclasses.dataclass(eq=False)
@@ -225,11 +226,17 @@ class TokenActionDecoder:
         )
         self.max_action_tokens = decoding.max_new_tokens
         self._sampler = Sampler(loaded.model, loaded.params, placement=loaded.placement)
+        # Of the training set; else learned from what is chosen.
+        self._continuations = loaded.assets.continuations or Continuations()
 
     def set_shapes(self, lengths: Sequence[int], batch_size: int | None) -> None:
         """Fixes the shapes; see ``PrefixCache``."""
         self.prefix_cache = PrefixCache(
-            self._sampler, self.rules, usual_lengths=lengths, batch_size=batch_size
+            self._sampler,
+            self.rules,
+            usual_lengths=lengths,
+            batch_size=batch_size,
+            continuations=self._continuations,
         )
 
     def predict(

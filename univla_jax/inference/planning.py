@@ -30,6 +30,7 @@ from univla_jax.inference.frame_decoding import extend_rows, imagine_moments
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Timer, batch_bucket, length_bucket, pad_prompts
 from univla_jax.inference.sampling import GREEDY, Sampling
+from univla_jax.inference.speculative import Drafts, block_size
 from univla_jax.models import quantized_weights
 from univla_jax.models.decoder import Decoder, compute_logits
 from univla_jax.sequences.frames import frame_header
@@ -163,9 +164,15 @@ class PlanningDecoder(TokenActionDecoder):
             "allowed": self.rules.allowed,
             "stop_id": self.rules.stop_id,
             "grammar": self.rules.grammar,
+            # One block for both: their caches are joined afterwards.
+            "block": block_size("actions", len(copies.lengths), self.rules.max_new_tokens),
         }
+        table = self._continuations.table
         greedy, greedy_state = self._sampler.generate(
-            DecodeState(first, state.max_length), sampling=GREEDY, **options
+            DecodeState(first, state.max_length),
+            sampling=GREEDY,
+            drafts=Drafts.none(size, table),
+            **options,
         )
         # Each robot's candidates draw from its own key, so that a batch gives what each gets alone.
         drawn = [jax.random.fold_in(key, n) for n in range(1, count) for key in keys]
@@ -173,11 +180,14 @@ class PlanningDecoder(TokenActionDecoder):
             DecodeState(rest, state.max_length),
             sampling=Sampling(temperature=self._config.temperature),
             key=jnp.stack(drawn),
+            drafts=Drafts.none(len(drawn), table),
             **options,
         )
         tokens = np.concatenate([np.asarray(greedy.tokens), np.asarray(sampled.tokens)])
         lengths = np.concatenate([np.asarray(greedy.lengths), np.asarray(sampled.lengths)])
         rows = [ids[:n] for ids, n in zip(tokens, lengths)]
+        for ids in rows:
+            self._continuations.learn(ids)
         chosen = [rows[n * size : (n + 1) * size] for n in range(count)]
         batch = _join(greedy_state.batch, sampled_state.batch)
         length = max(greedy_state.max_length, sampled_state.max_length)

@@ -23,9 +23,10 @@ from univla_jax.inference.decode_step import NO_TOKEN, DecodeBatch, DecodeState,
 from univla_jax.inference.memory import device_bytes
 from univla_jax.inference.sampler import Sampler, Timer, batch_bucket, grow_cache, length_bucket
 from univla_jax.inference.sampling import GREEDY, GrammarMask, Sampling
-from univla_jax.inference.speculative import Continuations, Drafts, block_size
+from univla_jax.inference.speculative import Drafts, block_size
 from univla_jax.models.kv_cache import KVCache
 from univla_jax.models.placement import shard_cache
+from univla_jax.tokenizers.continuations import Continuations
 
 _PACK_FROM = 4  # sequences; smaller batches are prefilled padded, to spare a compiled shape
 _MIN_ROOM = 32  # slots after the longest usual prompt: the padding of new tokens is below that
@@ -97,6 +98,10 @@ class PrefixCache:
 
     Few shapes are compiled: new tokens are padded to one of ``usual_lengths`` where they fit,
     batches to a bucket, and caches have one size unless a prompt is too long for it.
+
+    Attributes:
+      rules: how prompts are continued.
+      continuations: what drafts are looked up in.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class PrefixCache:
         *,
         usual_lengths: Sequence[int],
         batch_size: int | None = None,
+        continuations: Continuations | None = None,
     ) -> None:
         """Fixes the shapes.
 
@@ -115,10 +121,11 @@ class PrefixCache:
           usual_lengths: most new tokens of the usual calls, for example of one observation and of
             a whole prompt.
           batch_size: of every call; by default a bucket of the number of prompts.
+          continuations: what drafts are looked up in; by default learned from what is chosen.
         """
         self.rules = rules
         self._sampler, self._batch_size = sampler, batch_size
-        self._continuations = Continuations()
+        self.continuations = continuations or Continuations()
         self._widths = sorted({length_bucket(n) for n in usual_lengths})
         room = max(rules.max_new_tokens + self._block(1), _MIN_ROOM)
         self._slots = length_bucket(self._widths[-1] + room)
@@ -161,7 +168,7 @@ class PrefixCache:
         num_overridden = np.asarray(generated.num_overridden).tolist()
         chosen = [tokens[i, : counts[i]] for i in range(len(prompts))]
         for ids in chosen:
-            self._continuations.learn(ids)
+            self.continuations.learn(ids)
         # The last chosen id is not in the cache: it is prefilled with what comes next.
         cached = [np.append(p, ids[:-1]).astype(np.int32) for p, ids in zip(prompts, chosen)]
         return [Completion(*parts) for parts in zip(chosen, _kept(state, cached), num_overridden)]
@@ -345,7 +352,7 @@ class PrefixCache:
             state,
             sampling=rules.sampling,
             key=stacked,
-            drafts=Drafts(np.zeros((size, 0), np.int32), self._continuations.table),
+            drafts=Drafts.none(size, self.continuations.table),
             block=self._block(size),
             **options,
         )

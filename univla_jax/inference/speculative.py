@@ -6,61 +6,26 @@
 The decode loop (``decode_loop.py``) verifies a block of drafts per call. A good draft costs no call
 of the model, so it is copied: a frame repeats most of the frame before it. What the model chose at
 a position after a wrong draft replaces the copy there: it was chosen with nearly everything before
-it right, and each call corrects it further. Action ids repeat differently: the same few ids in a
-row are followed by the same next one in chunk after chunk, whoever asked for them. A table of what
-followed (``Continuations``) drafts those, one id after the other.
+it right, and each call corrects it further. Action ids repeat differently: a table of what follows
+the last few ids (``tokenizers/continuations.py``) drafts those, one id after the other. A
+checkpoint has one of its training set; a policy without learns one from its own chunks.
 
 Sources: Jacobi decoding (Santilli et al., arXiv 2305.10427; for images Teng et al., arXiv
-2410.01699); several tokens of a frame per call, exactly (SCD, arXiv 2510.24211); n-grams of earlier
-outputs as drafts (Ou et al., arXiv 2404.12767).
+2410.01699); several tokens of a frame per call, exactly (SCD, arXiv 2510.24211).
 
 Axes: B batch, H tokens of the draft source, Q drafts, N orders of n-grams, S slots of their table.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ORDERS = (4, 3, 2, 1)  # tokens that a next one is looked up by, the longest known ones first
-_TABLE_SLOTS = 2**14  # per order; two n-grams that share a slot only make a wrong draft
-
-
-class Continuations:
-    """What followed the last few tokens when they were last chosen, for any sequence.
-
-    Attributes:
-      table: int32 [N, S], the next token by order and hash of the tokens before it; negative where
-        nothing is known.
-    """
-
-    def __init__(self) -> None:
-        """Knows nothing yet."""
-        self.table = np.full((len(_ORDERS), _TABLE_SLOTS), -1, np.int32)
-
-    def learn(self, tokens: np.ndarray) -> None:
-        """Takes a whole sequence of chosen tokens, int32 [n]."""
-        padded = np.concatenate([np.full(max(_ORDERS), -1), tokens])
-        # windows[i] are the tokens before tokens[i], -1 before the first.
-        windows = np.lib.stride_tricks.sliding_window_view(padded[:-1], max(_ORDERS))
-        self.table[np.arange(len(_ORDERS)), _slots(windows, np)] = np.asarray(tokens)[:, None]
-
-
-def _slots(windows: Any, xp: Any) -> Any:
-    """Slots [..., N] of tables for the last tokens int [..., max(_ORDERS)], -1 for none."""
-    columns = []
-    for order in _ORDERS:
-        # Fowler-Noll-Vo's hash of whole tokens, then its upper bits, which mix better.
-        hashed = xp.full(windows.shape[:-1], 2166136261, xp.uint32)
-        for i in range(order):
-            token = windows[..., windows.shape[-1] - 1 - i].astype(xp.uint32)
-            hashed = (hashed ^ token) * xp.uint32(16777619)
-        columns.append((hashed ^ (hashed >> xp.uint32(15))) % xp.uint32(_TABLE_SLOTS))
-    return xp.stack(columns, axis=-1).astype(xp.int32)
+from univla_jax.tokenizers.continuations import LONGEST, ORDERS, slots_of
 
 
 @flax.struct.dataclass
@@ -79,9 +44,9 @@ class Drafts:
     period: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
-    def none(cls, batch_size: int) -> Drafts:
-        """Nothing to copy from."""
-        return cls(np.zeros((batch_size, 0), np.int32))
+    def none(cls, batch_size: int, table: np.ndarray | None = None) -> Drafts:
+        """Nothing to copy from, and a table where there is one."""
+        return cls(np.zeros((batch_size, 0), np.int32), table)
 
     def propose(self, history: jax.Array, counts: jax.Array, count: int) -> jax.Array:
         """Drafts of the next tokens.
@@ -112,15 +77,15 @@ class Drafts:
 
     def _look_up(self, history: jax.Array, counts: jax.Array, otherwise: jax.Array) -> jax.Array:
         """Drafts [B, Q] by the table, each behind those before it; else ``otherwise``."""
-        longest, num_source = max(_ORDERS), self.source.shape[1]
-        place = num_source + counts[:, None] + jnp.arange(-longest, 0)
+        num_source = self.source.shape[1]
+        place = num_source + counts[:, None] + jnp.arange(-LONGEST, 0)
         window = jnp.take_along_axis(history, jnp.maximum(place, 0), axis=1)
         window = jnp.where(place >= num_source, window, -1)
         drafts = []
         for q in range(otherwise.shape[1]):
-            found = self.table[jnp.arange(len(_ORDERS)), _slots(window, jnp)]
+            found = self.table[jnp.arange(len(ORDERS)), slots_of(window, jnp)]
             draft = otherwise[:, q]
-            for n in reversed(range(len(_ORDERS))):
+            for n in reversed(range(len(ORDERS))):
                 draft = jnp.where(found[:, n] < 0, draft, found[:, n])
             drafts.append(draft)
             window = jnp.concatenate([window[:, 1:], draft[:, None]], axis=1)

@@ -27,6 +27,7 @@ from univla_jax.errors import UserError
 from univla_jax.io import PathLike, absolute_path
 from univla_jax.pipeline.dataset import EvaluationBatches, training_batches
 from univla_jax.pipeline.mixture import with_held_out_stores
+from univla_jax.pipeline.training_chunks import fit_continuations
 from univla_jax.training import sharding
 from univla_jax.training.distributed import Preempted, SigtermHandler, Watchdog, next_within
 from univla_jax.training.goodput import GoodputLog
@@ -95,6 +96,9 @@ def train(
     if jax.process_index() == 0:
         _record_changes(workdir, changes, newest)
         run_dir.write_config(workdir, config, free=free, force=force)
+        if newest is None:
+            continuations = fit_continuations(config.data, assets)
+            assets = dataclasses.replace(assets, continuations=continuations)
     assets = store_assets(assets, workdir, newest, force=force)
     _describe(setup, workdir)
 
