@@ -106,6 +106,18 @@ def test_metrics_by_modality(case):
     assert visual_loss == pytest.approx(nll[visual & (weights > 0)].mean())
 
 
+def test_the_decoder_reads_the_inputs_and_predicts_the_tokens(case):
+    model, params, batch = case
+    read = (batch.tokens + 1) % 40
+    total, _, _ = _run(case, inputs=read)
+    hidden, _ = model.apply({"params": params}, read, batch.positions, batch.segment_ids)
+    logits = model.apply({"params": params}, hidden, method="unembed")[:, :-1]
+    nll = -np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), np.asarray(batch.tokens)[:, 1:, None], -1
+    )[..., 0]
+    np.testing.assert_allclose(total, (nll * batch.weights[:, 1:]).sum(), rtol=1e-5)
+
+
 def test_too_many_labels_are_never_dropped_in_silence(case):
     total, _, metrics = _run(case, max_labeled=2)
     counts = np.count_nonzero(np.asarray(case[2].weights)[:, 1:], axis=1)

@@ -27,6 +27,7 @@ from univla_jax.pipeline.batch import Batch
 from univla_jax.sequences.tokens import Role
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training.cross_entropy import cross_entropy
+from univla_jax.training.frame_noise import misread_frames
 from univla_jax.training.metrics import TOKENS
 
 MODALITIES = ("text", "visual", "action")
@@ -138,6 +139,7 @@ def weighted_cross_entropy(
     max_labeled: int | None = None,
     chunks: int | None = None,
     tasks: Sequence[str] = (),
+    inputs: jax.Array | None = None,
     train: bool = False,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -155,6 +157,7 @@ def weighted_cross_entropy(
         position.
       chunks: parts in which the head is applied, see ``cross_entropy.default_chunks``.
       tasks: names of the tasks by their ids in the batch, whose sums are wanted too.
+      inputs: int32 [B, S], what the decoder reads in place of the tokens (``misread_frames``).
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
 
@@ -166,7 +169,7 @@ def weighted_cross_entropy(
     rngs = {"dropout": dropout_key} if dropout_key is not None else None
     hidden, _ = model.apply(
         {"params": params},
-        batch.tokens,
+        batch.tokens if inputs is None else inputs,
         batch.positions,
         batch.segment_ids,
         train=train,
@@ -370,6 +373,7 @@ def flow_loss(
     flow_weight: float = FLOW_WEIGHT,
     insulate: bool = False,
     reference_padding: bool = False,
+    inputs: jax.Array | None = None,
     train: bool = False,
     dropout_key: jax.Array | None = None,
     **options: Any,
@@ -392,6 +396,7 @@ def flow_loss(
       insulate: no gradient of the flow matching reaches the decoder.
       reference_padding: lets the expert see padding, and padding see the row, as the reference
         with eager or sdpa attention does; by default the padding of a row changes nothing.
+      inputs: as ``weighted_cross_entropy`` has it.
       train: dropout on.
       dropout_key: random key, needed when the configuration has dropout and ``train``.
       **options: ``max_labeled`` and ``chunks`` of ``weighted_cross_entropy``.
@@ -406,7 +411,7 @@ def flow_loss(
         padding = {"segment_ids_BS": jnp.ones_like(segments), "key_segment_ids_BS": segments}
     hidden, _ = model.apply(
         {"params": params[DECODER]},
-        batch.tokens,
+        batch.tokens if inputs is None else inputs,
         batch.positions,
         **padding,
         train=train,
@@ -453,6 +458,7 @@ def make_loss(
     chunks: int = 0,
     flow_weight: float = FLOW_WEIGHT,
     insulate: bool = False,
+    vision_noise: float = 0.0,
     expert: ActionExpert | None = None,
     tasks: Sequence[str] = (),
 ) -> LossFn:
@@ -471,6 +477,7 @@ def make_loss(
       chunks: parts in which the head is applied; 0 chooses them by memory.
       flow_weight: of the flow-matching error.
       insulate: no gradient of the flow matching reaches the decoder.
+      vision_noise: largest fraction of a frame's codes that are misread in training.
       expert: the action expert, or None.
       tasks: names of the tasks of a mixture; no mixture has an expert.
     """
@@ -486,6 +493,9 @@ def make_loss(
             "train": rng is not None,
             "dropout_key": rng if dropped else None,
         }
+        if vision_noise and rng is not None:
+            key = jax.random.fold_in(rng, 2)
+            options["inputs"] = misread_frames(key, batch.tokens, modalities.visual, vision_noise)
         by_token = weights(batch, step)
         if expert is None:
             total, weight, sums = weighted_cross_entropy(

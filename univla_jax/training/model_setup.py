@@ -183,6 +183,7 @@ class TrainSetup:
                 chunks=config.loss.chunks,
                 flow_weight=config.loss.flow_weight,
                 insulate=config.loss.insulate,
+                vision_noise=config.loss.vision_noise,
                 expert=expert,
                 tasks=data.titles,
             ),

@@ -88,6 +88,8 @@ class LossConfig:
       flow_weight: of the action expert's flow matching beside the cross-entropy.
       insulate: the flow matching trains the expert alone, and leaves the decoder's knowledge as the
         cross-entropy makes it (knowledge insulation; Driess et al., arXiv 2505.23705).
+      vision_noise: largest fraction of a frame's codes that training misreads, so that frames are
+        learned from what leads to them as well as from their own beginning; 0 misreads none.
     """
 
     normalization: str = dataclasses.field(default="global", metadata={"formerly": "normalisation"})
@@ -95,6 +97,7 @@ class LossConfig:
     chunks: int = 0
     flow_weight: float = FLOW_WEIGHT
     insulate: bool = False
+    vision_noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises UserError for values that cannot work."""
@@ -105,6 +108,8 @@ class LossConfig:
         for name in ("max_labeled", "chunks", "flow_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name}: {getattr(self, name)}; expected at least 0")
+        if not 0 <= self.vision_noise <= 1:
+            raise UserError(f"loss.vision_noise: {self.vision_noise}; expected 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
