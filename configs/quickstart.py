@@ -135,7 +135,7 @@ def realtime() -> ConfigDict:
         "sequence_length": 256,
         "batch_size": 8,
     }
-    config = complete(TrainConfig, training(1500, data))
+    config = complete(TrainConfig, training(2000, data))
     config.optimizer.learning_rate = 1.5e-3
     return config
 

@@ -528,7 +528,8 @@ def draw_window(
       frames: moments wanted.
       spacing: steps from one to the next.
       rng: draws the start.
-      aligned: share of the windows whose newest chunk begins on a multiple of ``spacing`` instead.
+      aligned: share of the windows whose newest chunk begins on a multiple of ``spacing`` instead,
+        or behind committed actions ends with the episode.
       behind: steps from the newest moment to the beginning of its chunk.
 
     Returns:
@@ -540,10 +541,13 @@ def draw_window(
     size = spacing * window_frames(steps - behind, frames, spacing)
     last = steps - behind - size
     # A policy that executes whole chunks begins them on multiples of ``spacing``; what it sees for
-    # one is ``behind`` steps older.
-    first = -behind % spacing
-    if aligned and first <= last and rng.random() < aligned:
-        start = first + spacing * int(rng.integers(0, (last - first) // spacing, endpoint=True))
+    # one is ``behind`` steps older. The end of an episode is seldom such a chunk, and seldom drawn
+    # by chance where as many steps must fit in before it.
+    starts = list(range(-behind % spacing, last + 1, spacing))
+    if behind and last not in starts:
+        starts.append(last)
+    if aligned and rng.random() < aligned:
+        start = starts[int(rng.integers(len(starts)))]
     else:
         start = int(rng.integers(0, last, endpoint=True))
     return range(start, start + size, spacing)
