@@ -21,6 +21,7 @@ from univla_jax.tasks.base import TaskSettings
         ({"weights": (0.0,)}, "weights are positive"),
         ({"weight_unit": "frame"}, "data.weight_unit"),
         ({"null_prompt_prob": 1.5}, "data.null_prompt_prob"),
+        ({"other_prompt_prob": -0.5}, "data.other_prompt_prob"),
         ({"aligned_windows": -0.1}, "data.aligned_windows"),
         ({"held_out_every": 1}, "data.held_out_every"),
         ({"task": "policy_image"}, "shows one moment"),

@@ -39,6 +39,7 @@ class MixtureTask:
       loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own.
       vision_weight: loss weight of a visual id, a number or (start, end, steps).
       null_prompt_prob: fraction of samples with an empty instruction.
+      other_prompt_prob: fraction of samples with another episode's instruction.
       evaluation_stores: of ``evaluation.stores``, by folder or last name; empty takes all that have
         what the task needs.
     """
@@ -61,6 +62,7 @@ class MixtureTask:
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] | None = None
     null_prompt_prob: float | None = None
+    other_prompt_prob: float | None = None
     evaluation_stores: tuple[str, ...] = ()
 
     @property
@@ -117,6 +119,8 @@ class DataConfig:
       vision_weight: loss weight of a visual id, where other labeled ids weigh 1: a number, or
         (start, end, steps) for a line from ``start`` at step 0 to ``end`` at step ``steps``.
       null_prompt_prob: fraction of samples with an empty instruction, for guidance.
+      other_prompt_prob: fraction of training samples with the instruction of another episode of the
+        same store, so that frames are learned from the actions before them and not from the words.
       packing: True packs samples first-fit; False pads each to a batch element of its own.
       packing_bins: batch elements packed together; more fill better and hold more samples in
         memory.
@@ -152,6 +156,7 @@ class DataConfig:
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] = 0.5
     null_prompt_prob: float = 0.0
+    other_prompt_prob: float = 0.0
     packing: bool = True
     packing_bins: int = 16
     seed: int = 42
@@ -177,7 +182,7 @@ class DataConfig:
             _check_at_least(name, getattr(self, name), 0)
         _check_at_least("copies_per_epoch", self.copies_per_epoch, 0)
         _check_at_least("max_committed", self.max_committed, 0)
-        for name in ("null_prompt_prob", "aligned_windows"):
+        for name in ("null_prompt_prob", "other_prompt_prob", "aligned_windows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name}: {getattr(self, name)}, expected 0…1")
         if min(self.vision_schedule) < 0:
