@@ -500,6 +500,7 @@ COMMANDS: dict[str, Command] = {
             "full_logits": ("true", "training.full_logits", True),
             "decode": ("true", "decoding", True),
             "batch_size": ("16", "decoding.batch_size", 16, "--decode"),
+            "block": ("16", "decoding.blocks", [16], "--decode"),
             "search": ("true", "search", True),
             "limit": ("3", "search.limit", 3, "--search"),
         },

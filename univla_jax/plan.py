@@ -4,14 +4,16 @@
     python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:16x16 \\
         --config.mesh.tensor=4 --json
     python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:8x8 --search
-    python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:2x2 --decode
+    python -m univla_jax.plan --config=configs/libero.py:video --topology=v6e:2x2 --decode \\
+        --block=1 --block=16
     python -m univla_jax.plan --config=configs/libero.py:video --device=h100 --search
 
 Prints per chip what parameters, optimizer and activations take of the memory a program may use,
 the operations and tokens of a step, and the time it takes at least; then what the chips exchange:
 bytes of each kind of collective, how much of them travels behind arithmetic, arrays that are laid
 out anew though nothing asked for it, and the time of a step that the compiler's own estimates add
-up to. Mesh and XLA options are those that training would choose for the chip. ``--full_logits``
+up to. Mesh and XLA options are those that training would choose for the chip. ``--decode`` plans
+prefill and the decode loop, and times a call of the decoder for each ``--block``. ``--full_logits``
 compiles the step a second time, with the textbook loss. Needs ``pip install 'univla_jax[plan]'``.
 
 ``--device`` counts the same memory from the shapes of the arrays, without a compiler, for one GPU
@@ -48,6 +50,9 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text")
 FULL_LOGITS = flags.DEFINE_bool("full_logits", False, "Compare with the loss that holds all logits")
 DECODE = flags.DEFINE_bool("decode", False, "Plan prefill and decoding of the trained policy")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "With --decode: robots served at the same time")
+BLOCK = flags.DEFINE_multi_integer(
+    "block", [1], "With --decode: tokens of a call, drafts included; may be repeated"
+)
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, batch sizes and remat presets")
 LIMIT = flags.DEFINE_integer("limit", 6, "With --search: how many candidates to compile")
 
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> int:
         fits = any(plan.fits for plan in plans)
     else:
         if DECODE.value:
-            plan = plan_decoding(config, topology, batch_size=BATCH_SIZE.value)
+            plan = plan_decoding(config, topology, batch_size=BATCH_SIZE.value, blocks=BLOCK.value)
         else:
             plan = plan_training(config, topology, full_logits=FULL_LOGITS.value)
         values, text, fits = plan.to_dict(), plan.describe(), plan.fits

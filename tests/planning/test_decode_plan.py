@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from tests.planning.recipes import SMALL, needs_compiler, recipe_config
+from univla_jax.errors import UserError
 from univla_jax.planning.decode_plan import plan_decoding
 from univla_jax.planning.topologies import Topology, find_topology
 from univla_jax.training.hardware import CHIPS
@@ -16,11 +17,22 @@ def test_both_programs_compile_for_this_machine():
     plan = plan_decoding(recipe_config(**SMALL), topology, batch_size=2)
     assert plan.copies == 1 and plan.prompt_tokens == 256 and plan.new_tokens == 8
     assert plan.decode_total > plan.parameters + plan.cache
+    assert not plan.call_seconds and "no TPUs" in plan.describe()
+
+
+def test_a_block_longer_than_what_is_decoded_is_refused():
+    topology = Topology("cpu:1", CHIPS["v5e"], jax.devices()[:1])
+    with pytest.raises(UserError, match="expected 1 to the 8"):
+        plan_decoding(recipe_config(**SMALL), topology, blocks=(1, 9))
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_decoding_through_the_tpu_compiler():
-    plan = plan_decoding(recipe_config(**SMALL), find_topology("v5e:2x2"), batch_size=2)
+    topology = find_topology("v5e:2x2")
+    plan = plan_decoding(recipe_config(**SMALL), topology, batch_size=2, blocks=(4, 1))
     assert plan.fits and plan.copies == 2 and plan.new_tokens == 8
+    # A call of four tokens costs more than one of one, and much less than four.
+    assert plan.token_seconds < plan.call_seconds[1] < plan.call_seconds[4]
+    assert list(plan.call_seconds) == [1, 4] and "per call of 4 token(s)" in plan.describe()
     assert "2 cop(ies)" in plan.describe()

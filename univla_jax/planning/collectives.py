@@ -156,15 +156,18 @@ def _is_asked_for(collective: Collective) -> bool:
     return any(name in collective.op_name for name in written)
 
 
-def analyze(program: Program, chip: Chip, shape: Sequence[int]) -> Traffic:
+def analyze(
+    program: Program, chip: Chip, shape: Sequence[int], computation: str | None = None
+) -> Traffic:
     """Walks a program that the TPU compiler scheduled.
 
     Args:
       program: of one chip.
       chip: its data sheet.
       shape: chips of the slice along each axis of its torus.
+      computation: name of the one to walk, such as the body of a loop; by default all.
     """
-    return _Walk(program, chip, tuple(shape)).run()
+    return _Walk(program, chip, tuple(shape)).run(computation or program.entry)
 
 
 class _Walk:
@@ -174,8 +177,8 @@ class _Walk:
         self.program, self.chip, self.shape = program, chip, shape
         self.collectives: list[Collective] = []
 
-    def run(self) -> Traffic:
-        compute, exposed = self._computation(self.program.entry, 1, in_loop=False)
+    def run(self, computation: str) -> Traffic:
+        compute, exposed = self._computation(computation, 1, in_loop=False)
         return Traffic(tuple(self.collectives), compute, exposed)
 
     def _computation(self, name: str, runs: int, *, in_loop: bool) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from univla_jax.errors import UserError
 from univla_jax.inference import decode_loop, decode_step
 from univla_jax.inference.sampler import length_bucket
 from univla_jax.inference.sampling import GREEDY
 from univla_jax.inference.speculative import Drafts
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
+from univla_jax.planning.collectives import analyze
+from univla_jax.planning.hlo import Program
 from univla_jax.planning.topologies import (
     GIB,
     CompiledProgram,
@@ -24,6 +28,7 @@ from univla_jax.planning.topologies import (
     compile_ahead,
     format_gib,
 )
+from univla_jax.tokenizers.continuations import Continuations
 from univla_jax.tokenizers.vocabulary import Vocabulary
 from univla_jax.training import hardware, sharding
 from univla_jax.training.model_setup import decoder_config, model_rules, params_init
@@ -50,7 +55,9 @@ class DecodePlan:
       fits: whether the compiler placed both.
       prefill_seconds: lower bound on prefill, by arithmetic.
       token_seconds: lower bound on each decoded token, by memory traffic.
-      compile_seconds: of both programs.
+      call_seconds: of a call of the decoder in the decode loop, by the number of its tokens: what
+        the compiler's estimates add up to. Empty for devices that are no TPUs.
+      compile_seconds: of all programs.
     """
 
     topology: str
@@ -67,6 +74,7 @@ class DecodePlan:
     fits: bool
     prefill_seconds: float
     token_seconds: float
+    call_seconds: Mapping[int, float]
     compile_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,12 +96,19 @@ class DecodePlan:
             "decoding": f"{format_gib(self.decode_total)} in total",
             "time": f"at least {1e3 * self.prefill_seconds:.1f} ms of prefill, "
             f"{1e3 * self.token_seconds:.2f} ms per token, {1e3 * call:.0f} ms for all tokens",
+            "predicted": ", ".join(
+                f"{1e3 * seconds:.2f} ms per call of {tokens} token(s)"
+                for tokens, seconds in self.call_seconds.items()
+            )
+            or "nothing, the devices are no TPUs",
             "compilation": f"{self.compile_seconds:.0f} s",
         }
         return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 
 
-def plan_decoding(config: TrainConfig, topology: Topology, *, batch_size: int = 1) -> DecodePlan:
+def plan_decoding(
+    config: TrainConfig, topology: Topology, *, batch_size: int = 1, blocks: Sequence[int] = (1,)
+) -> DecodePlan:
     """Compiles prefill and the decode loop of a recipe's policy or world model for a slice.
 
     The attention heads are split over as many chips as divide the key heads evenly; chips beyond
@@ -103,6 +118,10 @@ def plan_decoding(config: TrainConfig, topology: Topology, *, batch_size: int = 
       config: the recipe.
       topology: the slice.
       batch_size: robots per copy.
+      blocks: tokens of a call of the decoder, drafts included; the loop is compiled for each.
+
+    Raises:
+      UserError: no block, one below 1, or one longer than what is decoded.
     """
     vocabulary, chip = Vocabulary.emu3(), topology.chip
     # As loaded for inference: no dropout, weights in the compute dtype.
@@ -112,7 +131,13 @@ def plan_decoding(config: TrainConfig, topology: Topology, *, batch_size: int = 
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=parts), topology.devices)
     programs = _DecodePrograms.of(config, vocabulary, decoder, mesh, batch_size)
     with jax.set_mesh(mesh), nn.logical_axis_rules(model_rules(decoder, mesh)):
-        prefill, decode = programs.compile_prefill(), programs.compile_decode()
+        if not blocks or min(blocks) < 1 or max(blocks) > programs.new_tokens:
+            raise UserError(
+                f"blocks of {', '.join(map(str, blocks)) or 'no'} tokens, expected 1 to the "
+                f"{programs.new_tokens} that a call of the policy or world model decodes"
+            )
+        prefill = programs.compile_prefill()
+        loops = {block: programs.compile_decode(block) for block in sorted(set(blocks))}
     # Prefill is bound by arithmetic: the prompt's tokens through all layers, none through the head.
     prompt, cache = programs.prompt_tokens, shard_bytes(programs.batch.cache)
     prefill_flops = batch_size * prompt * hardware.token_flops(decoder, prompt, 0.0)
@@ -129,13 +154,30 @@ def plan_decoding(config: TrainConfig, topology: Topology, *, batch_size: int = 
         parameters=shard_bytes(programs.params),
         cache=cache,
         prefill_total=prefill.peak,
-        decode_total=decode.peak,
+        decode_total=max(loop.peak for loop in loops.values()),
         usable=int(chip.hbm_gib * GIB),
-        fits=prefill.fits and decode.fits,
+        fits=all(program.fits for program in (prefill, *loops.values())),
         prefill_seconds=prefill_flops / parts / (chip.teraflops * 1e12),
         token_seconds=traffic / (chip.gigabytes_per_second * 1e9),
-        compile_seconds=prefill.seconds + decode.seconds,
+        call_seconds={
+            block: _call_seconds(loop, topology)
+            for block, loop in loops.items()
+            if loop.text and topology.devices[0].platform == "tpu"
+        },
+        compile_seconds=sum(program.seconds for program in (prefill, *loops.values())),
     )
+
+
+def _call_seconds(loop: CompiledProgram, topology: Topology) -> float:
+    """Of one turn of the decode loop, which is the longest of a program's loops."""
+    program = Program.parse(loop.text)
+    bodies = {
+        line.called["body"]
+        for line in program.computations[program.entry]
+        if line.opcode == "while"
+    }
+    turns = (analyze(program, topology.chip, topology.shape, body) for body in bodies)
+    return max(turn.step_seconds for turn in turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +192,7 @@ class _DecodePrograms:
       prompt_tokens: padded length of a prompt.
       new_tokens: the most that are decoded per call.
       num_allowed: number of ids that may be chosen.
+      acts: whether those are actions.
     """
 
     model: Decoder
@@ -159,6 +202,7 @@ class _DecodePrograms:
     prompt_tokens: int
     new_tokens: int
     num_allowed: int
+    acts: bool
 
     @classmethod
     def of(
@@ -191,7 +235,7 @@ class _DecodePrograms:
         )
         num_allowed = vocabulary.action_size + 2 if acts else vocabulary.visual_size
         sharded = jax.tree.map(lambda x: _shard_over_copies(x, mesh), batch)
-        return cls(model, mesh, params, sharded, prompt, new_tokens, num_allowed)
+        return cls(model, mesh, params, sharded, prompt, new_tokens, num_allowed, acts)
 
     def compile_prefill(self) -> CompiledProgram:
         count = len(self.batch.lengths)
@@ -202,7 +246,13 @@ class _DecodePrograms:
             decode_step.prefill.lower(self.model, self.params, tokens, lengths, slots=slots)
         )
 
-    def compile_decode(self) -> CompiledProgram:
+    def compile_decode(self, block: int) -> CompiledProgram:
+        # Actions are looked up in a table, frames are copied from the one before.
+        count, table = len(self.batch.lengths), None
+        period = 0 if self.acts or block == 1 else self.new_tokens
+        if self.acts and block > 1:
+            shape = Continuations().table.shape
+            table = self._abstract(shape, jnp.int32, split=False)
         return compile_ahead(
             decode_loop.generate.lower(
                 self.model,
@@ -212,16 +262,16 @@ class _DecodePrograms:
                 ids=self._abstract((self.num_allowed,), jnp.int32, split=False),
                 stop_id=self._abstract((), jnp.int32, split=False),
                 keys=None,
-                active=self._abstract((len(self.batch.lengths),), bool),
+                active=self._abstract((count,), bool),
                 forced_ids=None,
                 grammar=None,
-                drafts=Drafts(self._abstract((len(self.batch.lengths), 0), jnp.int32)),
+                drafts=Drafts(self._abstract((count, period), jnp.int32), table, period),
                 num_drawn=self._abstract((), jnp.int32, split=False),
                 max_new_tokens=self.new_tokens,
                 sampling=GREEDY,
                 window=self.batch.cache.slots,
                 guidance=1,
-                block=1,
+                block=block,
             )
         )
 
