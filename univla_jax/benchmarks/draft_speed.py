@@ -36,29 +36,31 @@ from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import GREEDY, Sampling
 
+WAYS = {
+    "greedy": {"sampling": GREEDY},
+    "sampled": {"sampling": Sampling(1.0)},
+    "guided": {"sampling": GREEDY, "guidance": 1.5},
+}
+
 WORLD_MODEL = flags.DEFINE_string("world_model", "", "World model: checkpoint or workdir")
 SOURCE = flags.DEFINE_string("source", "", "RLDS folder with its held-out episodes")
 CORPUS = flags.DEFINE_string("corpus", "tabletop", "Corpus of the episodes", allow_override=True)
 SPLIT = flags.DEFINE_string("split", "val", "Split held out from training", allow_override=True)
 POLICY = flags.DEFINE_string("policy", "", "Policy of the tabletop: checkpoint or workdir")
 FRAMES = flags.DEFINE_integer("frames", 1000, "Frames to imagine")
+FIRST_FRAME = flags.DEFINE_integer("first_frame", 0, "Given frames left out, for runs in pieces")
 IN_A_ROW = flags.DEFINE_integer("in_a_row", 3, "Frames imagined after each given one")
 PROMPTS = flags.DEFINE_integer("prompts", 1000, "Action chunks to predict")
 FIRST_SEED = flags.DEFINE_integer(
     "first_seed", 500, "First scene among those held out", allow_override=True
 )
+WAY = flags.DEFINE_multi_enum("way", list(WAYS), list(WAYS), "How frames and chunks are chosen")
 BLOCK = flags.DEFINE_integer(
     "block",
     None,
     "Tokens decoded per call; by default what the platform's table says",
     allow_override=True,
 )
-
-WAYS = {
-    "greedy": {"sampling": GREEDY},
-    "sampled": {"sampling": Sampling(1.0)},
-    "greedy, guidance 1.5": {"sampling": GREEDY, "guidance": 1.5},
-}
 
 
 class CallCounter:
@@ -204,19 +206,22 @@ def main(argv: list[str]) -> None:
     figures: dict[str, Any] = {}
     if WORLD_MODEL.value:
         given = None
-        for name, way in WAYS.items():
+        for name in WAY.value:
             model = WorldModel.load(WORLD_MODEL.value)
             if given is None:
                 count = -(-FRAMES.value // IN_A_ROW.value)
                 frames = held_out_frames(model, SOURCE.value, CORPUS.value, SPLIT.value)
-                given = list(itertools.islice(frames, count))
+                first = FIRST_FRAME.value
+                given = list(itertools.islice(frames, first, first + count))
             figures[f"frames, {name}"] = compare_frames(
-                model, given, IN_A_ROW.value, block=BLOCK.value, **way
+                model, given, IN_A_ROW.value, block=BLOCK.value, **WAYS[name]
             )
     if POLICY.value:
-        for name, sampling in (("greedy", GREEDY), ("sampled", Sampling(1.0))):
+        for name in WAY.value:
+            if "guidance" in WAYS[name]:  # of frames alone
+                continue
             policies = {
-                way: Policy.load(POLICY.value, block=block, sampling=sampling)
+                way: Policy.load(POLICY.value, block=block, sampling=WAYS[name]["sampling"])
                 for way, block in (("plain", 1), ("drafts", BLOCK.value))
             }
             calls = held_out_calls(policies["plain"], PROMPTS.value, FIRST_SEED.value)
