@@ -127,18 +127,21 @@ def test_a_block_or_drafts_that_do_not_fit_are_refused(sampler, block, rows):
 
 
 @pytest.mark.parametrize(
-    ("kind", "batch_size", "platform", "block"),
+    ("kind", "batch_size", "hidden_size", "platform", "block"),
     [
-        ("frames", 1, "cpu", 16),
-        ("frames", 2, "cpu", 1),
-        ("actions", 1, "cpu", 1),
-        ("frames", 1, "tpu", 40),
-        ("actions", 16, "gpu", 4),
-        ("actions", 1, "tpu", 8),
+        ("frames", 1, 128, "cpu", 16),
+        ("frames", 2, 128, "cpu", 1),
+        ("actions", 1, 128, "cpu", 1),
+        ("actions", 1, 512, "cpu", 8),
+        ("actions", 2, 512, "cpu", 1),
+        ("frames", 1, 128, "tpu", 40),
+        ("actions", 16, 4096, "gpu", 4),
+        ("actions", 1, 4096, "tpu", 16),
     ],
 )
-def test_blocks_are_as_long_as_pays(kind, batch_size, platform, block):
-    assert block_size(kind, batch_size, longest=40, platform=platform) == block
+def test_blocks_are_as_long_as_pays(kind, batch_size, hidden_size, platform, block):
+    options = {"hidden_size": hidden_size, "platform": platform}
+    assert block_size(kind, batch_size, longest=40, **options) == block
 
 
 @pytest.mark.slow

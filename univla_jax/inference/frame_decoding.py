@@ -52,8 +52,8 @@ def imagine_moments(
       previous: per camera codes [B, h, w] of the moment before, which drafts are copied from.
       sampling: how codes are chosen.
       guidance: see ``Sampler.generate``.
-      block: tokens decoded per step, drafts included; by default as many as pay on this platform
-        (``speculative.block_size``), 1 for no drafts.
+      block: tokens decoded per step, drafts included; by default as many as pay for this model
+        and platform (``speculative.block_size``), 1 for no drafts.
       first: moments that earlier calls have chosen: those draw otherwise from the same seed.
 
     Returns:
@@ -65,7 +65,12 @@ def imagine_moments(
     cells = [np.full(rule.max_new_tokens, FREE) for rule in rules]
     period = sum(map(len, cells)) + sum(map(len, separators))
     if block is None:
-        block = block_size("frames", state.batch_size, min(2, moments) * period)
+        block = block_size(
+            "frames",
+            state.batch_size,
+            min(2, moments) * period,
+            hidden_size=sampler.model.config.hidden_size,
+        )
     pieces = [piece for pair in zip(cells, separators) for piece in pair] * moments
     # Spans of one call each: all of it, or the codes of one frame between two separators.
     spans = [pieces[:-1]] if block > 1 else [[piece] for piece in pieces[:-1]]

@@ -165,7 +165,12 @@ class PlanningDecoder(TokenActionDecoder):
             "stop_id": self.rules.stop_id,
             "grammar": self.rules.grammar,
             # One block for both: their caches are joined afterwards.
-            "block": block_size("actions", len(copies.lengths), self.rules.max_new_tokens),
+            "block": block_size(
+                "actions",
+                len(copies.lengths),
+                self.rules.max_new_tokens,
+                hidden_size=self._sampler.model.config.hidden_size,
+            ),
         }
         table = self._continuations.table
         greedy, greedy_state = self._sampler.generate(

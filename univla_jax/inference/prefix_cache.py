@@ -361,7 +361,12 @@ class PrefixCache:
         """Tokens decoded per step."""
         if self.rules.block is not None:
             return self.rules.block
-        return block_size("actions", batch_size, self.rules.max_new_tokens)
+        return block_size(
+            "actions",
+            batch_size,
+            self.rules.max_new_tokens,
+            hidden_size=self._sampler.model.config.hidden_size,
+        )
 
     def _width(self, length: int) -> int:
         """What ``length`` new tokens are padded to."""

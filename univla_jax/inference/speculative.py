@@ -92,19 +92,30 @@ class Drafts:
         return jnp.stack(drafts, axis=1)
 
 
-# Tokens that one call decodes at about the price of one. Measured on two CPU cores with models of
-# 1 M parameters (`benchmarks/README.md`): blocks of 16 take a quarter of the time of a frame of one
-# sequence, and drafts lose from two sequences on; an action chunk takes fewer calls, but as much
-# time. On accelerators a call reads all weights for any number of tokens up to peak operations /
+# Tokens that a call decodes, drafts included, as measured (`benchmarks/README.md`). On a CPU core a
+# call of 16 tokens of one sequence takes 2.7 times as long as one of a single token at the width of
+# the preset quickstart, 2.3 times at that of small, and decides 4.6 codes: that pays for frames. At
+# quickstart's width an action chunk takes a quarter of the calls and as much time, most of which is
+# not decoding; at small's it is, and 8 tokens decide 3.7 ids in 1.7 times as long. From two
+# sequences on arithmetic grows with the tokens, and the slowest sequence decides: it does not pay.
+_ON_CPU = {  # by the least width from which on it holds
+    "frames": ((0, 16),),
+    "actions": ((0, 1), (512, 8)),
+}
+# On accelerators a call reads all weights for any number of tokens up to peak operations /
 # bandwidth, 240 on the least (TPU v5e, bfloat16); a quarter of that leaves room for what attention
 # adds.
-_ON_CPU = {"frames": 16, "actions": 1}
 _ON_ACCELERATORS = 64
-_LONGEST = {"actions": 8}  # drafts are looked up one by one: of the later ones hardly any is right
+_LONGEST = {"actions": 16}  # drafts are looked up one by one: of the later ones hardly any is right
 
 
 def block_size(
-    kind: Literal["frames", "actions"], batch_size: int, longest: int, platform: str | None = None
+    kind: Literal["frames", "actions"],
+    batch_size: int,
+    longest: int,
+    *,
+    hidden_size: int,
+    platform: str | None = None,
 ) -> int:
     """Tokens to decode per step and sequence, drafts included; 1 where drafts do not pay.
 
@@ -112,10 +123,13 @@ def block_size(
       kind: what is decoded.
       batch_size: sequences decoded together.
       longest: a block is never longer.
+      hidden_size: width of the decoder.
       platform: of JAX; by default the one in use.
     """
-    if (platform or jax.default_backend()) == "cpu":
-        tokens = _ON_CPU[kind] if batch_size == 1 else 1
-    else:
+    if (platform or jax.default_backend()) != "cpu":
         tokens = _ON_ACCELERATORS // batch_size
+    elif batch_size > 1:
+        tokens = 1
+    else:
+        tokens = [size for width, size in _ON_CPU[kind] if width <= hidden_size][-1]
     return max(1, min(tokens, longest, _LONGEST.get(kind, longest)))
