@@ -60,16 +60,17 @@ def test_the_given_share_of_windows_begins_on_whole_chunks():
 
 
 @pytest.mark.parametrize("behind", [1, 3, 5, 7])
-def test_chunks_behind_committed_actions_begin_on_whole_chunks_or_end_the_episode(behind):
+def test_chunks_behind_committed_actions_begin_on_whole_chunks(behind):
     rng = np.random.default_rng(0)
     drawn = [draw_window(34, 2, 5, rng, aligned=1.0, behind=behind) for _ in range(200)]
     begins = {window[-1] + behind for window in drawn}
-    assert begins == {begin for begin in range(5 + behind, 30) if begin % 5 == 0} | {29}
+    assert begins == {begin for begin in range(5 + behind, 30) if begin % 5 == 0}
 
 
-def test_a_short_episode_shows_the_end_where_no_whole_chunk_fits():
-    window = draw_window(9, 2, 5, np.random.default_rng(0), aligned=1.0, behind=3)
-    assert window == range(1, 6, 5)
+def test_a_short_episode_shows_any_window_where_no_aligned_one_fits():
+    rng = np.random.default_rng(0)
+    starts = {draw_window(9, 2, 5, rng, aligned=1.0, behind=3).start for _ in range(50)}
+    assert starts == {0, 1}
 
 
 def test_cameras_of_a_corpus_come_in_its_order():

@@ -186,7 +186,7 @@ def test_a_sample_commits_to_a_drawn_number_of_actions_and_its_chunk_follows(nam
     encode = lambda actions: ASSETS.action.encode(  # noqa: E731
         ASSETS.statistics["tabletop"].normalize(actions)
     )
-    found = set()
+    found, ends = set(), set()
     for seed in range(80):
         tokens = task.sample(episode, "a", np.random.default_rng(seed)).fill(vocabulary)
         moments = small.shown_codes(tokens.ids)[::2]  # the code of view 0 is the step
@@ -197,13 +197,17 @@ def test_a_sample_commits_to_a_drawn_number_of_actions_and_its_chunk_follows(nam
         assert vocabulary.action_codes(codes).tolist() == expected
         learned = tokens.ids[tokens.roles == A]
         begin = np.flatnonzero(learned == vocabulary.boa)[-1]
-        newest = episode.actions[last + given : last + given + 3]
+        still = np.array([[0, episode.actions[-1, -1]]] * 2, np.float32)
+        newest = np.concatenate([episode.actions, still])[last + given : last + given + 3]
+        ends.add(last + given)
         assert vocabulary.action_codes(learned[begin + 1 : -1]).tolist() == encode(newest)
         found.add((len(moments), given))
     assert found == {(m, n) for m in range(1, frames + 1) for n in range(3)}
-    # An episode that has no steps for them commits to none, one of a chunk and a step to one.
-    short = [task.sample(small.episode(0, 3), "a", np.random.default_rng(i)) for i in range(9)]
-    assert all((s.tokens.roles != S).all() for s in short)
+    assert max(ends) == 8  # the robot stands still behind the last of 9 steps
+    # An episode of one step more than a chunk may have all of its actions but one committed.
+    short = [task.sample(small.episode(0, 3), "a", np.random.default_rng(i)) for i in range(20)]
+    given = {int(((s.tokens.ids == vocabulary.eoa) & (s.tokens.roles == S)).sum()) for s in short}
+    assert given == {0, 1, 2}
 
 
 def test_actions_that_depend_on_their_chunk_cannot_be_committed_to():

@@ -40,6 +40,7 @@ from univla_jax.benchmarks.harness import print_figures, random_policy, resident
 from univla_jax.benchmarks.serving_speed import Answers, answers_alone, drive, num_differing
 from univla_jax.client import wire
 from univla_jax.episode import ActionChunk, Observation
+from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.policy import Policy
 from univla_jax.serving import protocol, startup
 from univla_jax.serving.server import PolicyServer, ServerConfig
@@ -250,7 +251,8 @@ async def _measure(
     policy: Policy, expected: list[list[ActionChunk]], requests: int, frames: int
 ) -> dict[str, Any]:
     clients, example = len(expected), policy.example()
-    server = PolicyServer(policy, ServerConfig(port=0, max_batch=clients + 1), metadata={})
+    served = Executor(policy, Execution())
+    server = PolicyServer(served, ServerConfig(port=0, max_batch=clients + 1), metadata={})
     stop, up = asyncio.Event(), asyncio.Event()
     serving = asyncio.create_task(server.run(stop, up.set))
     await up.wait()

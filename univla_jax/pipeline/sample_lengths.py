@@ -112,7 +112,8 @@ def longest_sample(task: Task, episode: TokenizedEpisode, limit: int) -> Longest
         if isinstance(task, ActionTask):
             tokens += task.max_committed_tokens(episode.actions.shape[1])
         if tokens > limit and moments and task.action_tokenizer is not None:
-            tokens = fixed + _most_window_tokens(task, episode, moments)
+            shown = task.continued(episode) if isinstance(task, ActionTask) else episode
+            tokens = fixed + _most_window_tokens(task, shown, moments)
             tokens += _most_committed_tokens(task, episode)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

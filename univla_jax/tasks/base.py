@@ -20,7 +20,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from univla_jax.data.datasets import DATASETS, chunk_deltas, find_dataset_config
+from univla_jax.data.datasets import (
+    DATASETS,
+    absolute_dims,
+    chunk_deltas,
+    find_dataset_config,
+)
 from univla_jax.data.token_record import Codes, TokenizedEpisode
 from univla_jax.errors import UserError
 from univla_jax.normalization import ActionStatistics, sliding_windows, state_key
@@ -407,6 +412,20 @@ class ActionTask(Task):
         frames = self.frame_pieces(views, frames_shown)
         return self.compose(self.moment(frames, state, None, committed)).ids
 
+    def continued(self, episode: TokenizedEpisode) -> TokenizedEpisode:
+        """The episode as samples show it: the robot stands still behind its end where some commit.
+
+        A chunk behind committed actions begins up to a chunk and more after what is seen. Were it
+        to end within the episode, the last moments before that would never be seen.
+        """
+        if not self.settings.max_committed:
+            return episode
+        still = np.repeat(episode.actions[-1:], self.settings.chunk_size - 1, axis=0)
+        size = still.shape[1]
+        moved = np.setdiff1d(np.arange(size), absolute_dims(episode.corpus, size))
+        still[:, moved] = 0
+        return dataclasses.replace(episode, actions=np.concatenate([episode.actions, still]))
+
     def committed_ids(self, corpus: str, actions: np.ndarray) -> list[np.ndarray]:
         """int32 ids of each of the actions float32 [N, A], chunks of one step, without boa and eoa.
 
@@ -528,8 +547,7 @@ def draw_window(
       frames: moments wanted.
       spacing: steps from one to the next.
       rng: draws the start.
-      aligned: share of the windows whose newest chunk begins on a multiple of ``spacing`` instead,
-        or behind committed actions ends with the episode.
+      aligned: share of the windows whose newest chunk begins on a multiple of ``spacing`` instead.
       behind: steps from the newest moment to the beginning of its chunk.
 
     Returns:
@@ -541,13 +559,10 @@ def draw_window(
     size = spacing * window_frames(steps - behind, frames, spacing)
     last = steps - behind - size
     # A policy that executes whole chunks begins them on multiples of ``spacing``; what it sees for
-    # one is ``behind`` steps older. The end of an episode is seldom such a chunk, and seldom drawn
-    # by chance where as many steps must fit in before it.
-    starts = list(range(-behind % spacing, last + 1, spacing))
-    if behind and last not in starts:
-        starts.append(last)
-    if aligned and rng.random() < aligned:
-        start = starts[int(rng.integers(len(starts)))]
+    # one is ``behind`` steps older.
+    first = -behind % spacing
+    if aligned and first <= last and rng.random() < aligned:
+        start = first + spacing * int(rng.integers(0, (last - first) // spacing, endpoint=True))
     else:
         start = int(rng.integers(0, last, endpoint=True))
     return range(start, start + size, spacing)

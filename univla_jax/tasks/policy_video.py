@@ -115,7 +115,7 @@ class PolicyVideo(ActionTask):
         self, episode: TokenizedEpisode, rng: np.random.Generator, frames: int, committed: int
     ) -> tuple[range, list[np.ndarray], list[np.ndarray]]:
         """Draws moments: their steps, the ids of their chunks, and those of committed actions."""
-        size = self.settings.chunk_size
+        size, episode = self.settings.chunk_size, self.continued(episode)
         moments = self.draw_window(episode, frames, size, rng, behind=committed)
         chunks, given = self.normalized_chunks(episode, moments), []
         if committed:
@@ -126,9 +126,9 @@ class PolicyVideo(ActionTask):
         return moments, self.chunk_ids(chunks), given
 
     def draw_committed(self, episode: TokenizedEpisode, rng: np.random.Generator) -> int:
-        """How many actions are committed, uniform from 0 on; an episode has a chunk behind them."""
+        """How many actions are committed, uniform from 0 on; one more is left of the episode."""
         drawn = int(rng.integers(0, self.settings.max_committed, endpoint=True))
-        return max(0, min(drawn, len(episode.actions) - self.settings.chunk_size))
+        return min(drawn, len(episode) - 1)
 
     def opening(self, text: str) -> np.ndarray:
         """int32 ids of bos and instruction, and where the run shows it of the advantage good."""
