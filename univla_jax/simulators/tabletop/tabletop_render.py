@@ -73,15 +73,6 @@ class View:
         """The inverse of ``to_frame``."""
         return (np.asarray(point) - 0.5) * [1, -1] * self.extent + self.center
 
-    def to_frame(self, position: np.ndarray) -> np.ndarray:
-        """Points [..., 2] of the frame, 0 … 1 from its upper left corner, of table positions."""
-        offset = (np.asarray(position) - self.center) / self.extent
-        return offset * [1, -1] + 0.5
-
-    def to_table(self, point: np.ndarray) -> np.ndarray:
-        """The inverse of ``to_frame``."""
-        return (np.asarray(point) - 0.5) * [1, -1] * self.extent + self.center
-
 
 class Canvas:
     """A float image that shapes are blended into, each inside its own bounding box."""
