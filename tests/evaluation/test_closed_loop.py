@@ -140,7 +140,7 @@ def test_records_of_one_policy_without_conditions_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"benchmark": "tabeltop"}, "benchmark 'tabeltop', expected one of tabletop, tabletop_plus"),
+        ({"benchmark": "tabeltop"}, "benchmark 'tabeltop', expected one of tabletop, tabletop_plu"),
         ({"conditions": ("polcy",)}, "condition 'polcy': countdown has other_instruction, policy"),
         ({"conditions": ("zero", "zero")}, "each condition once"),
         ({"conditions": ()}, "condition 'policy' needs --checkpoint"),
