@@ -1,22 +1,28 @@
 """Grounding on the embedded tabletop: one checkpoint that points, answers, thinks and acts.
 
-    W=grounding
+It starts from the quickstart's specialist, which lies in Q with its tokenizers: a policy that knows
+where the blocks are, and learns to say it. Questions stand before the frames, as instructions do,
+so that its way of finding the block that is meant serves them too::
+
+    bash launch/quickstart.sh Q                          # the stages up to world_model are needed
+    python -m univla_jax.train --config=configs/quickstart.py:policy --workdir=Q/policy \\
+        --config.init_from=Q/world_model --config.data.stores="('Q/tokens/train',)" \\
+        --config.evaluation.stores="('Q/tokens/val',)"
     python -m univla_jax.demonstrate --config=configs/grounding.py:demonstrations \\
-        --out=$W/demonstrations
-    for kind in text action vision; do
-      python -m univla_jax.fit_tokenizer --config=configs/grounding.py:$kind \\
-          --source=$W/demonstrations --workdir=$W/tokenizers/$kind
-    done
+        --out=W/demonstrations
+    python -m univla_jax.fit_tokenizer --config=configs/grounding.py:text \\
+        --source=W/demonstrations --workdir=W/text
     python -m univla_jax.tokenize_dataset --config=configs/grounding.py:tokens \\
-        --source=$W/demonstrations --vision=$W/tokenizers/vision --out=$W/tokens
-    python -m univla_jax.train --config=configs/grounding.py:grounding --workdir=$W/grounding \\
-        --config.data.stores="('$W/tokens/train',)" \\
-        --config.evaluation.stores="('$W/tokens/val',)" \\
-        --config.tokenizers.text=$W/tokenizers/text \\
-        --config.tokenizers.vision=$W/tokenizers/vision \\
-        --config.tokenizers.action=$W/tokenizers/action
-    python -m univla_jax.evaluate --grounding=$W/tokens/val --checkpoint=$W/grounding --out=$W/S
-    python -m univla_jax.ask --checkpoint=$W/grounding --image=PNG "where is the red block?"
+        --source=W/demonstrations --vision=Q/tokenizers/vision --out=W/tokens
+    python -m univla_jax.train --config=configs/grounding.py:grounding --workdir=W/grounding \\
+        --config.init_from=Q/policy --config.data.stores="('W/tokens/train',)" \\
+        --config.evaluation.stores="('W/tokens/val',)" --config.tokenizers.text=W/text \\
+        --config.tokenizers.vision=Q/tokenizers/vision \\
+        --config.tokenizers.action=Q/tokenizers/action
+    python -m univla_jax.evaluate --grounding=W/tokens/val --checkpoint=W/grounding --out=W/scores
+    python -m univla_jax.evaluate --config=configs/grounding.py:evaluate --checkpoint=W/grounding \\
+        --out=W/acts
+    python -m univla_jax.ask --checkpoint=W/grounding --image=PNG "where is the red block?"
 
 ``policy`` and ``reasoning`` are trained like ``grounding``, for the comparison of a policy that
 thinks with one that does not. The split ``val`` has other scenes, and pairs of color and relation
@@ -38,7 +44,7 @@ from univla_jax.tasks.question import TEMPLATE
 from univla_jax.training.train_config import TrainConfig
 
 VIEWS = quickstart.VIEWS
-action, vision, tokens = quickstart.action, quickstart.vision, quickstart.tokens
+tokens = quickstart.tokens
 
 Values = dict[str, Any]
 
@@ -46,8 +52,10 @@ Values = dict[str, Any]
 def demonstrations() -> ConfigDict:
     """Scripted episodes with boxes, questions and thoughts at every step."""
     values = {
-        "train_episodes": 1200,
+        "train_episodes": 2000,
         "val_episodes": 500,
+        # Other scenes than those of the quickstart, whose policy this one starts from.
+        "first_seed": 10_000,
         "families": ("touch", "lift", "push", "reach", "place", "place"),
         "annotations": True,
     }
@@ -69,16 +77,16 @@ def text() -> ConfigDict:
 def grounding() -> ConfigDict:
     """Boxes in both cameras, boxes along episodes, questions, thoughts and actions together."""
     mixture = (
-        {"task": "grounding", "weight": 0.45, "views": VIEWS},
+        {"task": "grounding", "weight": 0.5, "views": VIEWS, "question_first": True},
         {"task": "tracking", "weight": 0.05, "views": ("image",), "frames": 3, "frame_spacing": 3},
-        {"task": "question", "weight": 0.2, "views": ("image",)},
-        {"task": "policy_image", "weight": 0.3, "views": VIEWS, "aligned_windows": 0.7},
+        {"task": "question", "weight": 0.2, "views": ("image",), "question_first": True},
+        {"task": "policy_video", "weight": 0.25, "views": VIEWS, "aligned_windows": 0.7},
     )
-    return _training(mixture, 2400)
+    return _training(mixture, 3000)
 
 
 def policy() -> ConfigDict:
-    """The plain policy, at the steps of ``reasoning``."""
+    """The plain policy of one image, at the steps of ``reasoning``."""
     entry = {"task": "policy_image", "views": VIEWS, "aligned_windows": 0.7}
     return _training((entry,), 900)
 
@@ -96,7 +104,9 @@ def _training(mixture: tuple[Values, ...], steps: int) -> ConfigDict:
         "sequence_length": 256,
         "batch_size": 8,
     }
-    values = quickstart.training(steps, data) | {"loss": {"max_labeled": 96}}
+    values = quickstart.training(steps, data) | {"loss": {"max_labeled": 128}}
+    # The text tokenizer is another than the specialist's: its pieces are matched, the rest is new.
+    values |= {"init_from": "SPECIALIST", "warm_start": "partial"}
     values["optimizer"]["warmup_steps"] = 50
     return complete(TrainConfig, values)
 
@@ -106,7 +116,7 @@ def evaluate() -> ConfigDict:
     return complete(EvaluateConfig, {"episodes": 300, "batch": 75, "conditions": ("policy",)})
 
 
-STAGES = (demonstrations, text, action, vision, tokens, grounding, policy, reasoning, evaluate)
+STAGES = (demonstrations, text, tokens, grounding, policy, reasoning, evaluate)
 
 
 def get_config(stage: str = "") -> ConfigDict:
