@@ -75,14 +75,25 @@ def text() -> ConfigDict:
 
 
 def grounding() -> ConfigDict:
-    """Boxes in both cameras, boxes along episodes, questions, thoughts and actions together."""
-    mixture = (
-        {"task": "grounding", "weight": 0.5, "views": VIEWS, "question_first": True},
-        {"task": "tracking", "weight": 0.05, "views": ("image",), "frames": 3, "frame_spacing": 3},
-        {"task": "question", "weight": 0.2, "views": ("image",), "question_first": True},
-        {"task": "policy_video", "weight": 0.25, "views": VIEWS, "aligned_windows": 0.7},
+    """Boxes in both cameras, boxes along episodes, questions and actions together."""
+    return _training(_mixture(grounding=0.5, question=0.2, acting=0.25), 3000)
+
+
+def relations() -> ConfigDict:
+    """Goes on from ``grounding`` with more questions: relations are learned after colors."""
+    return _training(_mixture(grounding=0.4, question=0.4, acting=0.15), 3000)
+
+
+def _mixture(*, grounding: float, question: float, acting: float) -> tuple[Values, ...]:
+    """The tasks by their shares of the samples; the rest follows things along episodes."""
+    rest = round(1 - grounding - question - acting, 4)
+    first = {"question_first": True}
+    return (
+        {"task": "grounding", "weight": grounding, "views": VIEWS, **first},
+        {"task": "tracking", "weight": rest, "views": ("image",), "frames": 3, "frame_spacing": 3},
+        {"task": "question", "weight": question, "views": ("image",), **first},
+        {"task": "policy_video", "weight": acting, "views": VIEWS, "aligned_windows": 0.7},
     )
-    return _training(mixture, 3000)
 
 
 def policy() -> ConfigDict:
@@ -116,7 +127,7 @@ def evaluate() -> ConfigDict:
     return complete(EvaluateConfig, {"episodes": 300, "batch": 75, "conditions": ("policy",)})
 
 
-STAGES = (demonstrations, text, tokens, grounding, policy, reasoning, evaluate)
+STAGES = (demonstrations, text, tokens, grounding, relations, policy, reasoning, evaluate)
 
 
 def get_config(stage: str = "") -> ConfigDict:
