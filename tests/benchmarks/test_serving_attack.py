@@ -46,6 +46,7 @@ def test_robots_get_their_answers_under_every_attack(tmp_path):
     for name in ATTACKS:
         assert found[f"{name}_wrong"] == 0 and found[f"{name}_answers"] >= 20, name
         assert found[f"{name}_resident_mb"] < 50, name
+        assert found[f"{name}_failed"] == 0, name
         counts = [found[f"{name}_{kind}"] for kind in ("refused", "answered", "ended")]
         assert sum(counts) >= found[f"{name}_sent"] > 0, name
     assert found["nested_ended"] == found["nested_sent"] == 2

@@ -166,12 +166,14 @@ class Outcomes:
     Attributes:
       sent: frames.
       refused: answered in words.
+      failed: of these, those that the server did not expect.
       answered: answered with actions, or with a reset.
       ended: after which the connection was closed.
     """
 
     sent: int = 0
     refused: int = 0
+    failed: int = 0
     answered: int = 0
     ended: int = 0
 
@@ -199,6 +201,7 @@ async def _attack(frames: Frames, port: int, *, breaks_off: bool) -> Outcomes:
             reply = await asyncio.wait_for(robot.recv(), _REPLY_SECONDS)
             found.refused += isinstance(reply, str)
             found.answered += not isinstance(reply, str)
+            found.failed += isinstance(reply, str) and reply.startswith("internal error")
             if isinstance(reply, str) and reply.startswith("the frame"):
                 await robot.wait_closed()
                 found.ended, robot = found.ended + 1, None
