@@ -81,7 +81,7 @@ def grounding() -> ConfigDict:
 
 def relations() -> ConfigDict:
     """Goes on from ``grounding`` with more questions: relations are learned after colors."""
-    return _training(_mixture(grounding=0.4, question=0.4, acting=0.15), 3000)
+    return _training(_mixture(grounding=0.4, question=0.4, acting=0.15), 2400)
 
 
 def _mixture(*, grounding: float, question: float, acting: float) -> tuple[Values, ...]:
