@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from tests.inference import tiny_checkpoint
-from univla_jax.benchmarks.draft_speed import compare_chunks, compare_frames, held_out_calls
+from univla_jax.benchmarks.draft_speed import (
+    call_times,
+    compare_chunks,
+    compare_frames,
+    held_out_calls,
+)
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
@@ -35,3 +40,9 @@ def test_chunks_are_the_same_in_fewer_calls(tmp_path):
     tokens = np.mean([len(call.ids) for call in calls])
     assert figures["calls per chunk, plain"] == tokens - 1
     assert figures["tokens per call, drafts"] > figures["tokens per call, plain"]
+
+
+@pytest.mark.slow
+def test_calls_are_timed_by_their_tokens():
+    times = call_times("tiny", 2, 16, tokens=5, rounds=1)
+    assert list(times) == [1, 2, 4, 8, 16, 32] and min(times.values()) > 0

@@ -1,12 +1,13 @@
 """Decoder calls and time of frames and action chunks with drafts, beside without.
 
     python -m univla_jax.benchmarks.draft_speed --world_model=DIR --source=RLDS --policy=DIR
+    python -m univla_jax.benchmarks.draft_speed --preset=quickstart --batches=1,2,4
 
 Every frame and every chunk is made twice, in turns: token by token, and in blocks of drafts. Both
 must be the same. Frames follow single frames of held-out episodes, one episode at a time; chunks
 are those of a policy of the embedded tabletop in held-out scenes, with its observations and
 histories. A call is one pass of the decoder over new tokens after the prompt, of one token or of a
-block; the first token needs none.
+block; the first token needs none. ``--preset`` times calls of several tokens, drafts aside.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from univla_jax.benchmarks.harness import (
     Elapsed,
     PolicyCall,
     print_figures,
+    random_decoder,
     record_calls,
     save,
     timed,
 )
 from univla_jax.evaluation.imagined_episodes import ImagineConfig, valid_episodes
+from univla_jax.inference.decode_step import DecodeState
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampler import Sampler
 from univla_jax.inference.sampling import GREEDY, Sampling
+
+_TIMED_BLOCKS, _TIMED_IDS = (1, 2, 4, 8, 16, 32), 4096
 
 WAYS = {
     "greedy": {"sampling": GREEDY},
@@ -55,6 +60,11 @@ FIRST_SEED = flags.DEFINE_integer(
     "first_seed", 500, "First scene among those held out", allow_override=True
 )
 WAY = flags.DEFINE_multi_enum("way", list(WAYS), list(WAYS), "How frames and chunks are chosen")
+PRESET = flags.DEFINE_string(
+    "preset", "", "Decoder of which calls are timed by tokens", allow_override=True
+)
+PROMPT = flags.DEFINE_integer("prompt", 128, "With --preset: tokens cached", allow_override=True)
+BATCHES = flags.DEFINE_list("batches", ["1"], "With --preset: sequences decoded together")
 BLOCK = flags.DEFINE_integer(
     "block",
     None,
@@ -158,6 +168,38 @@ def compare_chunks(policies: dict[str, Policy], calls: Sequence[PolicyCall]) -> 
     return {"chunks": len(calls), "same": int(same), **per_call, **figures}
 
 
+def call_times(
+    preset: str, batch_size: int, prompt: int, *, tokens: int = 33, rounds: int = 2
+) -> dict[int, float]:
+    """Milliseconds of processor time per call of a random decoder, by tokens per call.
+
+    Args:
+      preset: of the decoder.
+      batch_size: sequences decoded together.
+      prompt: tokens cached before.
+      tokens: chosen after the prompt, nearly each in a call of its own: no draft is looked up.
+      rounds: of which the least time counts, behind one that compiles.
+    """
+    rng = np.random.default_rng(0)
+    sampler = Sampler(*random_decoder(preset, rng, vocab_size=_TIMED_IDS, pad_id=0))
+    given = rng.integers(0, _TIMED_IDS, (batch_size, prompt)).astype(np.int32)
+    times: dict[int, list[float]] = {block: [] for block in _TIMED_BLOCKS}
+    for _ in range(rounds + 1):
+        for block, own in times.items():
+            state = sampler.prefill(given, slots=prompt + tokens + block)
+            jax.block_until_ready(state.batch)
+
+            def decode(state: DecodeState = state, block: int = block) -> int:
+                generated, _ = sampler.generate(
+                    state, max_new_tokens=tokens, allowed=np.arange(256), block=block
+                )
+                return int(generated.steps)
+
+            steps, spent = timed(decode)
+            own.append(1e3 * spent.processor / steps)
+    return {block: min(own[1:]) for block, own in times.items()}
+
+
 class _Totals:
     """Calls and times of both ways."""
 
@@ -204,6 +246,10 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     figures: dict[str, Any] = {}
+    for size in map(int, BATCHES.value if PRESET.value else ()):
+        own = call_times(PRESET.value, size, PROMPT.value)
+        title = f"{PRESET.value}, {size} sequence(s)"
+        figures[title] = {f"ms per call of {n} token(s)": ms for n, ms in own.items()}
     if WORLD_MODEL.value:
         given = None
         for name in WAY.value:
