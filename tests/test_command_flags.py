@@ -138,13 +138,29 @@ def _evaluate(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
         table=lambda found: "",
     )
     module.report = namespace(
-        report, summary_table=lambda found: "", comparison_table=lambda found: ""
+        report,
+        summary_table=lambda found: "",
+        comparison_table=lambda found: "",
+        series_of=lambda found: ([], []),
+        save_plot=arrived.recorder("plot", report.save_plot),
+    )
+    combined = module.combined
+    module.combined = namespace(
+        combined,
+        join_parts=arrived.recorder("join", combined.join_parts, found),
+        over_seeds=arrived.recorder("seeds", combined.over_seeds, {}),
+        seeds_table=lambda found: "",
     )
     module.export_predictions = arrived.recorder("export", module.export_predictions, 0)
     grounded, values = module.grounded_frames, module.value_scores
     module.grounded_frames = namespace(
         grounded,
         evaluate=arrived.recorder("grounding", grounded.evaluate, scored),
+        table=lambda found: "",
+    )
+    module.diagnosis = namespace(
+        module.diagnosis,
+        evaluate_setup=arrived.recorder("diagnose", module.diagnosis.evaluate_setup, {}),
         table=lambda found: "",
     )
     scores = {"area_under_curve": 1.0, "calibration_error": 0.0}
@@ -353,6 +369,12 @@ COMMANDS: dict[str, Command] = {
             "export": ("there", "export.folder", "there"),
             "offline": ("there", "offline.store", "there"),
             "compare": ("true", "compare", True, "A B"),
+            "join": ("true", "join", True, "A B"),
+            "seeds": ("true", "seeds", True, "A B"),
+            "plot": ("there.png", "plot.path", "there.png"),
+            "diagnose": ("true", "diagnose.checkpoint", "c", "--source=there"),
+            "source": ("there", "diagnose.source", "there", "--diagnose --source=here"),
+            "split": ("train", "diagnose.split", "train", "--diagnose --source=there"),
             "benchmark": ("libero", "evaluate.config.benchmark", "libero"),
             "suite": ("s", "evaluate.config.suite", "s"),
             "renderer": ("r", "evaluate.config.renderer", "r"),
@@ -675,7 +697,7 @@ def test_every_flag_arrives(name, tmp_path, monkeypatch, capsys):
         for flag, (value, where, expected, *further) in command.table.items():
             more = " ".join(GROUPS.get(part, part) for part in further)
             value = tmp_path / "key" if value == "FILE" else value
-            bare = run(module, arrived, f"{command.base} {more}") if flag != "compare" else {}
+            bare = run(module, arrived, f"{command.base} {more}") if "A B" not in further else {}
             assert bare.get(where) != expected, f"--{flag}: the value tested is the default"
             found = run(module, arrived, f"{command.base} {more} --{flag}={value}")
             assert found.get(where) == expected, f"--{flag}"

@@ -12,6 +12,10 @@
         --checkpoint=WORKDIR --out=FOLDER --export=PREDICTIONS
     python -m univla_jax.evaluate --offline=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
     python -m univla_jax.evaluate --grounding=TOKEN_STORE --checkpoint=WORKDIR --out=FOLDER
+    python -m univla_jax.evaluate --join PART_A PART_B ... --out=FOLDER
+    python -m univla_jax.evaluate --seeds RUN_A RUN_B ... [--plot=FILE.png]
+    python -m univla_jax.evaluate --diagnose --checkpoint=WORKDIR --source=DATASET \\
+        [--benchmark=tabletop] --out=FOLDER
     python -m univla_jax.evaluate --compare FOLDER_A FOLDER_B [--out=FOLDER]
 
 What is evaluated is an ``EvaluateConfig``, from ``--config``, from the flags, or from both, where
@@ -39,6 +43,15 @@ statistics, encoded by its action tokenizer, and back.
 ``--export`` writes the driving policy's ``<token>.json`` of each scene for NAVSIM's own scorer
 (``launch/navsim/prediction_agent.py``); it works without scene files.
 
+``--diagnose`` looks for the convention that is wrong where a checkpoint scores too low: recorded
+episodes of ``--source`` (``--split``) are shown to the policy and executed in the benchmark's
+simulator, as they are and with one convention after another taken otherwise. What it saw, how sure
+it is and which field to change is printed and written to ``diagnosis.json``.
+
+``--join`` makes one report of parts that ran different ``--tasks`` of the same benchmark, for
+example on several machines; ``--seeds`` sums up runs that differ by their checkpoint alone.
+``--plot`` draws success with its intervals into a PNG, also of ``--compare``.
+
 ``--judge`` takes roll-outs with outcomes (``--rollouts``) and scores the checkpoint's values by
 them, in ``judge.json``: area under the curve for success, and calibration error.
 
@@ -51,13 +64,22 @@ in words, beside what a prior would give, in ``grounding.json``.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from absl import flags, logging
 
 from univla_jax import cli
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
-from univla_jax.evaluation import closed_loop, grounded_frames, offline, report, value_scores
+from univla_jax.evaluation import (
+    closed_loop,
+    combined,
+    diagnosis,
+    grounded_frames,
+    offline,
+    report,
+    value_scores,
+)
 from univla_jax.evaluation.actors import ActionRoundTrip
 from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.evaluation.latency import EXECUTIONS
@@ -86,6 +108,12 @@ EXPORT = cli.string_flag(
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 JUDGE = cli.string_flag("judge", "token store of roll-outs to judge", required=False)
 GROUNDING = cli.string_flag("grounding", "token store with held-out groundings", required=False)
+JOIN = flags.DEFINE_bool("join", False, "join parts of a benchmark: --join A B ...")
+SEEDS = flags.DEFINE_bool("seeds", False, "summary of several runs: --seeds A B ...")
+PLOT = cli.string_flag("plot", "PNG file that success is drawn into", required=False)
+DIAGNOSE = flags.DEFINE_bool("diagnose", False, "look for conventions that are wrong")
+SOURCE = cli.string_flag("source", "dataset folder, for --diagnose", required=False)
+SPLIT = cli.string_flag("split", "of --source", default="val")
 SAMPLING = sampling_flags()
 MESH = mesh_flags()
 COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: --compare A B")
@@ -204,6 +232,26 @@ def _evaluate_grounding() -> None:
     print(f"{OUT.value}/{grounded_frames.REPORT}")
 
 
+def _diagnose() -> None:
+    if CHECKPOINT.value is None or SOURCE.value is None:
+        raise UserError("missing; give --checkpoint=... and --source=..., the recorded episodes")
+    config = None
+    if CONFIG.value is not None or _FIELDS["benchmark"].value is not None:
+        config = _config()
+    found = diagnosis.evaluate_setup(
+        CHECKPOINT.value,
+        SOURCE.value,
+        OUT.value,
+        config.make_benchmark() if config else None,
+        corpus=_FIELDS["corpus"].value,
+        split=SPLIT.value,
+        simulator_python=_FIELDS["simulator_python"].value or "",
+        place=MESH(),
+    )
+    print(diagnosis.table(found))
+    print(f"{OUT.value}/{diagnosis.REPORT}")
+
+
 def _evaluate_closed_loop() -> None:
     policy = None if POLICY.value in closed_loop.WITHOUT_POLICY else POLICY.value
     was_finished = closed_loop.finished(OUT.value)
@@ -218,14 +266,26 @@ def _evaluate_closed_loop() -> None:
     )
     if was_finished:
         print(f"{OUT.value} holds this evaluation already")
-    print(found["benchmark"])
-    print(report.summary_table(found))
-    print(" ".join(f"{key} {value}" for key, value in sorted(found["throughput"].items())))
-    print(f"{OUT.value}/{closed_loop.REPORT}\n{OUT.value}/{closed_loop.PAGE}")
+    _print_report(found)
     if EXPORT.value:
         condition = found["protocol"]["conditions"][0]
         count = export_predictions(closed_loop.read_episodes(OUT.value, condition), EXPORT.value)
         print(f"{count} predictions of {condition!r} in {EXPORT.value}")
+
+
+def _print_report(found: dict[str, Any]) -> None:
+    print(found["benchmark"])
+    print(report.summary_table(found))
+    print(" ".join(f"{key} {value}" for key, value in sorted(found["throughput"].items())))
+    print(f"{OUT.value}/{closed_loop.REPORT}\n{OUT.value}/{closed_loop.PAGE}")
+    if PLOT.value:
+        _plot(*report.series_of(found), found["benchmark"])
+
+
+def _plot(names: list[str], tasks: list[list[Any]], title: str) -> None:
+    if PLOT.value:
+        report.save_plot(PLOT.value, names, tasks, title)
+        print(PLOT.value)
 
 
 def main(argv: list[str]) -> None:
@@ -234,13 +294,27 @@ def main(argv: list[str]) -> None:
     if COMPARE.value:
         if len(argv) != 3:
             raise UserError("--compare takes two folders of results: --compare A B")
-        print(report.comparison_table(closed_loop.compare(*argv[1:], out=OUT.value)))
+        found = closed_loop.compare(*argv[1:], out=OUT.value)
+        print(report.comparison_table(found))
+        _plot(["A", "B"], found.get("tasks", []), "A and B")
         if OUT.value:
             print(f"{OUT.value}/{closed_loop.COMPARISON}")
         return
+    if SEEDS.value:
+        found = combined.over_seeds(argv[1:], out=OUT.value)
+        print(combined.seeds_table(found))
+        _plot(list(found.get("runs", {})), found.get("by_run", []), found.get("benchmark", ""))
+        return
     if OUT.value is None:
         raise UserError("missing; give --out=..., the folder for the results")
-    if JUDGE.value:
+    if JOIN.value:
+        _print_report(combined.join_parts(argv[1:], OUT.value))
+        return
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r}: folders are for --compare, --join and --seeds")
+    if DIAGNOSE.value:
+        _diagnose()
+    elif JUDGE.value:
         _evaluate_values()
     elif OFFLINE.value:
         _evaluate_offline()
@@ -251,4 +325,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, arguments=2)
+    cli.run(main, arguments=100)

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from etils import epath
 from univla_jax import __version__, io
 from univla_jax.assets import Assets
 from univla_jax.checkpoints import assets_folder, checkpoint_identity, find_checkpoint
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.evaluation import paired
 from univla_jax.evaluation import report as reports
@@ -52,7 +54,8 @@ CONDITIONS = ("policy", "untrained", "random", "zero")
 """Conditions of every benchmark; some have more, see ``Benchmark.variants``."""
 WITHOUT_POLICY = ("zero", "random", "expert")
 """Conditions that can be evaluated without any policy."""
-_IDENTITY, _VERSIONS = "evaluation.json", "versions.json"
+IDENTITY = "evaluation.json"
+_VERSIONS = "versions.json"
 # What may differ when a run is resumed.
 _FREE = ("assets", "batch", "hang_seconds", "video_episodes", "simulator_python")
 _MAX_VIDEOS = 24  # shown in the page
@@ -229,8 +232,8 @@ def evaluate(
     extra = {} if policy is None else {"checkpoint": policy_identity}
     extra |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
     extra |= {} if round_trip is None else {"action_path": round_trip.identity()}
-    if not check_config(out, config, name=_IDENTITY, extra=extra, free=_FREE):
-        write_config(out, config, name=_IDENTITY, extra=extra)
+    if not check_config(out, config, name=IDENTITY, extra=extra, free=_FREE):
+        write_config(out, config, name=IDENTITY, extra=extra)
     folder = io.absolute_path(out)
     if finished(folder):
         return read_report(folder)
@@ -385,10 +388,24 @@ def _figures(benchmark: Benchmark, runner: BenchmarkRunner, condition: str) -> d
         [line for line in log.lines if line["condition"] == condition]
         for log in (runner.episodes, runner.calls)
     )
+    return summarize(benchmark, records, calls)
+
+
+def summarize(
+    benchmark: Benchmark, records: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The figures of one condition, with those that the benchmark has of its own."""
     breakdown = benchmark.breakdown(records) if benchmark.breakdown else Breakdown()
     figures = {**breakdown.figures, **latency_figures(records)}
-    breakdown = dataclasses.replace(breakdown, figures=figures)
-    return reports.summarize(records, calls, breakdown)
+    return reports.summarize(records, calls, dataclasses.replace(breakdown, figures=figures))
+
+
+def benchmark_of(folder: str | os.PathLike[str]) -> Benchmark:
+    """The benchmark that an evaluation ran, made from its config anew."""
+    values = io.read_json(io.absolute_path(folder) / IDENTITY)
+    fields = {field.name for field in dataclasses.fields(EvaluateConfig)}
+    config = {name: value for name, value in values.items() if name in fields}
+    return build_config(EvaluateConfig, config, where=IDENTITY).make_benchmark()
 
 
 def _versions(runner: BenchmarkRunner, folder: epath.Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import pathlib
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ import markupsafe
 import numpy as np
 
 from univla_jax.cli import format_table
+from univla_jax.errors import UserError
+from univla_jax.io import absolute_path, write_bytes
 from univla_jax.simulators import Breakdown
 
 # ----------------------------------------------------------------------------
@@ -314,6 +317,38 @@ def success_chart(names: Sequence[str], tasks: Sequence[Sequence[Any]]) -> str:
       names: of the series.
       tasks: name, then a proportion for each series.
     """
+    return _svg(_success_figure(names, tasks))
+
+
+def save_plot(
+    path: str | os.PathLike[str], names: Sequence[str], tasks: Sequence[Sequence[Any]], title: str
+) -> None:
+    """Writes the chart of ``success_chart`` as PNG, 150 dots per inch.
+
+    Args:
+      path: of the file, local or in a bucket.
+      names: of the series.
+      tasks: name, then a proportion for each series.
+      title: above the chart.
+
+    Raises:
+      UserError: the file's name does not end in .png.
+    """
+    if not os.fspath(path).endswith(".png"):
+        raise UserError(f"--plot: {os.fspath(path)!r}, expected a file named .png")
+    figure = _success_figure(names, tasks)
+    figure.suptitle(title)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    write_bytes(absolute_path(path), file.getvalue())
+
+
+def series_of(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """Names and rows of a report's chart: a series for each condition."""
+    return list(report["conditions"]), _tasks(report)
+
+
+def _success_figure(names: Sequence[str], tasks: Sequence[Sequence[Any]]) -> Any:
     # The series of a task share its row: bar ``number`` of ``len(names)`` is shifted from the
     # row's middle, so that the group is centered and 0.8 high.
     figure = _figure(8, 0.6 + len(tasks) * (0.16 + 0.12 * len(names)))
@@ -337,8 +372,9 @@ def success_chart(names: Sequence[str], tasks: Sequence[Sequence[Any]]) -> str:
     axes.set_xlim(0, 100)
     axes.set_xlabel("success %")
     if len(names) > 1:
-        figure.legend(loc="outside upper center", ncols=len(names), fontsize=8)
-    return _svg(figure)
+        columns = min(len(names), 4)
+        figure.legend(loc="outside upper center", ncols=columns, fontsize=8)
+    return figure
 
 
 def latency_chart(counts: Sequence[int], edges: Sequence[float]) -> str:

@@ -154,6 +154,8 @@ class Benchmark:
       action_dim: dimensions A of an action.
       random_range: (low, high) of each dimension, for random actions without a policy.
       video_every: steps between the frames of a video.
+      restorable: whether its simulators have ``restore(episode)``, which begins where a recorded
+        ``Episode`` of the corpus does.
       breakdown: further figures of finished records, for the report.
       published: scores of the paper by name, for comparison. One named as a mean of ``breakdown``
         has its unit; all others are percent.
@@ -175,6 +177,7 @@ class Benchmark:
     action_dim: int = 7
     random_range: tuple[Sequence[float], Sequence[float]] = ((-1.0,) * 7, (1.0,) * 7)
     video_every: int = 4
+    restorable: bool = False
     breakdown: Callable[[Sequence[dict[str, Any]]], Breakdown] | None = None
     published: dict[str, float] = dataclasses.field(default_factory=dict)
 

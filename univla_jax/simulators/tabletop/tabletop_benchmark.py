@@ -9,12 +9,13 @@ task holds after any step, and ends there, when the task of the given instructio
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from univla_jax.episode import Observation
+from univla_jax.episode import Episode, Observation
 from univla_jax.errors import UserError
 from univla_jax.simulators import (
     Benchmark,
@@ -125,6 +126,7 @@ def make_benchmark(
         seed=functools.partial(scene_seed, first_seed=first),
         execute=execute,
         video_every=1,
+        restorable=world == "cells",
         breakdown=instruction_breakdown if world == "cells" else pair_breakdown,
     )
 
@@ -200,6 +202,9 @@ class TabletopSimulator:
     def reset(self, trial: Trial) -> None:
         """Places the scene of a trial and draws its task."""
         self.given_task = self.place(trial)
+        self._begin()
+
+    def _begin(self) -> None:
         self._steps, self._success, self._given_task_success = 0, False, False
         self._plan: Iterator[np.ndarray] | None = None
         if self._attempts:
@@ -214,6 +219,24 @@ class TabletopSimulator:
         self._seed = scene_seed(trial, first_seed=self._first_seed)
         self.env.reset(seed=self._seed, options={"family": FAMILIES[trial.task]})
         return self._other_task() if self._other_instruction else self.env.task
+
+    def restore(self, episode: Episode) -> None:
+        """Begins where a recorded episode of the demonstrations does.
+
+        Raises:
+          UserError: it is none.
+        """
+        found = re.fullmatch(r"tabletop-(\d{7})", episode.episode_id)
+        if found is None:
+            raise UserError(f"episode {episode.episode_id!r} is no demonstration of the tabletop")
+        self._seed = int(found[1])
+        for family in FAMILIES:  # the one that the words of this seed are of
+            self.env.reset(seed=self._seed, options={"family": family})
+            words = re.sub(r"[\W_]+", " ", episode.instruction.lower())
+            if self.env.task.instruction in words:
+                break
+        self.given_task = self.env.task
+        self._begin()
 
     def observe(self) -> Observation:
         """Both cameras, the state, and the given instruction."""
