@@ -23,6 +23,7 @@ _DRAWS = 1000
 _BETTER, _AT_LEAST = 0.85, 0.03  # an error counts as smaller below this factor, by this much
 _BLIND = 0.05  # what strange frames or words must add to the error of a policy that uses them
 _USELESS = 0.6  # error from which on the policy itself is in question
+_USEFUL = 0.75  # error that a change must bring: less noise alone makes a random policy's smaller
 
 
 def seen_in_data(setup: Setup) -> list[Finding]:
@@ -130,7 +131,7 @@ def explain_offline(
     ]
     tried += [
         (change, recorded_errors(policies.make(**options), episodes))
-        for change, options in _changes_of_policy(policies, episodes)
+        for change, options in _changes_of_policy(policies, episodes, float(plain.share()))
     ]
     draws = np.random.default_rng(0).integers(len(episodes), size=(_DRAWS, len(episodes)))
     before, shares = plain.share(draws), [errors.share(draws) for _, errors in tried]
@@ -149,7 +150,8 @@ def explain_offline(
     }
     if any(finding.convention == "dtype" for finding in findings):
         return figures, lambda episode: episode  # nothing can be seen in such frames
-    if least < error * _BETTER and error - least > _AT_LEAST and sure > 0.9:
+    better = least < error * _BETTER and error - least > _AT_LEAST
+    if better and least < _USEFUL and sure > 0.9:
         saw = f"error {error:.2f} of the mean action's as it is, {least:.2f} with {change.what}"
         findings[:] = [f for f in findings if f.convention != change.convention]
         findings.append(Finding(change.convention, OFFLINE, saw, sure, change.field[0], change))
@@ -172,9 +174,13 @@ def _changes_of_episodes(policy: Policy, episodes: Sequence[Episode]) -> list[Ch
 
 
 def _changes_of_policy(
-    policies: PolicyVariants, episodes: Sequence[Episode]
+    policies: PolicyVariants, episodes: Sequence[Episode], error: float
 ) -> list[tuple[Change, dict[str, Any]]]:
-    """Changes of statistics, history and chunk length, with the options of ``make``."""
+    """Changes of statistics, history and chunk length, with the options of ``make``.
+
+    Another chunk length compiles a policy, and stretches all that a policy answers: it is tried
+    where the error is large.
+    """
     policy, record = policies.make(), policies.loaded.record
     now = policy.statistics
     found: list[tuple[str, str, str, dict[str, Any]]] = []
@@ -210,7 +216,7 @@ def _changes_of_policy(
         what = f"{frames} observations in a prompt"
         found.append(("history", what, "frames of the checkpoint's task", {"frames": frames}))
     sizes = {record.chunk_size // 2, 2 * record.chunk_size, 5, 8, 10, 16} - {record.chunk_size}
-    for size in sorted(size for size in sizes if 2 <= size <= longest):
+    for size in sorted(n for n in sizes if 2 <= n <= longest and error > _USELESS / 2):
         what = f"chunks of {size}"
         found.append(
             ("chunk length", what, "chunk_size of the checkpoint's task", {"chunk_size": size})
