@@ -168,6 +168,9 @@ def test_success_needs_the_distance_the_direction_and_the_release():
     assert not push.succeeded(table)
     table.blocks[0].position = np.array([0.38, 0.5])
     assert push.succeeded(table)
+    table.blocks[0].position = np.array([0.38, 0.6])  # aside, too
+    assert push.succeeded(table) is False  # and no number of NumPy, which JSON does not take
+    table.blocks[0].position = np.array([0.38, 0.5])
     assert not TabletopTask("push", "red", "right", (0.5, 0.5)).succeeded(table)
     place = TabletopTask("place", "red", "white", (0.5, 0.5))
     table.blocks[0].position = np.array([0.81, 0.79])

@@ -87,11 +87,11 @@ class TabletopTask:
             return False
         block = scene.blocks[index]
         if self.family == "lift":
-            return scene.held == index and block.height > LIFT_HEIGHT
+            return bool(scene.held == index and block.height > LIFT_HEIGHT)
         if self.family == "push":
             moved = block.position - np.array(self.origin)
             along = float(moved @ PUSH_DIRECTIONS[self.target])
-            return along > PUSH_DISTANCE and abs(moved[1]) < 0.08 and scene.held is None
+            return bool(along > PUSH_DISTANCE and abs(moved[1]) < 0.08 and scene.held is None)
         if self.family == "place":
             return self._in_zone(scene, block.position) and scene.held is None
         return True
