@@ -31,6 +31,9 @@ def test_the_expert_succeeds_under_each_perturbation(name):
             pass
         result = simulator.result()
         assert result["success"] and result["task"] == name
+        assert (
+            "family" not in result
+        )  # a former name of "task", which a resumed run would take it for
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -270,8 +270,8 @@ class TabletopPlusSimulator(TabletopSimulator):
 
     def result(self) -> dict[str, Any]:
         """Task and outcome; the task is the perturbation, the family says what was to do."""
-        found = super().result() | {"family": self.env.task.family, "task": self._perturbation}
-        return found | {"given_instruction": self._changed.words}
+        found = super().result() | {"task_family": self.env.task.family}
+        return found | {"task": self._perturbation, "given_instruction": self._changed.words}
 
     def _noisy(self, frame: np.ndarray) -> np.ndarray:
         noise = self._pixel_rng.normal(0.0, self._changed.noise, frame.shape)
