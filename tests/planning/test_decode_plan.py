@@ -32,7 +32,8 @@ def test_decoding_through_the_tpu_compiler():
     topology = find_topology("v5e:2x2")
     plan = plan_decoding(recipe_config(**SMALL), topology, batch_size=2, blocks=(4, 1))
     assert plan.fits and plan.copies == 2 and plan.new_tokens == 8
-    # A call of four tokens costs more than one of one, and much less than four.
-    assert plan.token_seconds < plan.call_seconds[1] < plan.call_seconds[4]
+    # A call reads all weights, and one of four tokens costs much less than four of one.
+    assert plan.token_seconds < min(plan.call_seconds.values())
+    assert plan.call_seconds[4] < 4 * plan.call_seconds[1]
     assert list(plan.call_seconds) == [1, 4] and "per call of 4 token(s)" in plan.describe()
     assert "2 cop(ies)" in plan.describe()
