@@ -49,6 +49,8 @@ def _checksum(array: jax.Array) -> jax.Array:
     # The bits as unsigned integers, each times an odd number that depends on its position, summed
     # modulo 2^32: integers add up to the same in any order, so on any mesh, and an odd factor
     # loses nothing of a single change.
+    if jax.typeof(array).memory_space == jax.memory.Space.Host:
+        array = jax.device_put(array, jax.memory.Space.Device)
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     width = min(array.dtype.itemsize, 4)

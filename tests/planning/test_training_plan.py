@@ -62,3 +62,16 @@ def test_a_small_step_through_the_tpu_compiler():
     assert 0 < values["lower_bound_seconds"] < values["step_seconds"]
     assert values["traffic"]["bytes_by_kind"]["all-gather"] > 0
     assert 0 < values["mfu"] < 1 and "MFU" in text and "behind arithmetic" in text
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_moments_and_intermediates_wait_in_the_hosts_memory():
+    options = {"head_dim": 128, "dropout": 0.0, "remat": "offload"}
+    config = recipe_config(**SMALL | {"optimizer.offload": True, "model.overrides": options})
+    plan = plan_training(config, find_topology("v5e:4x4"))
+    assert plan.fits and plan.optimizer == 8  # two counters
+    # both moments, and queries, keys, values and outputs of two layers
+    moments = 2 * plan.parameters
+    kept = 2 * (16 // 8) * 256 * (2 * 128 + 2 * 128 + 32) * 4
+    assert plan.host >= moments + kept and "host" in plan.describe()

@@ -6,6 +6,7 @@ import dataclasses
 import types
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -140,3 +141,12 @@ def test_four_bit_arrays_take_half_a_byte():
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = [jax.ShapeDtypeStruct((4, 6), dtype, sharding=whole) for dtype in ("int4", "bfloat16")]
     assert sharding.shard_bytes(shapes) == 12 + 48
+
+
+def test_a_backend_without_memory_of_the_host_is_refused():
+    device = types.SimpleNamespace(
+        platform="cpu", addressable_memories=lambda: [types.SimpleNamespace(kind="unpinned_host")]
+    )
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    with pytest.raises(UserError, match=r"optimizer.offload: the backend 'cpu' has no 'pinned_"):
+        sharding.check_host_memory(mesh, "optimizer.offload")

@@ -306,6 +306,7 @@ def test_what_leaves_the_mathematics_alone_may_change_between_starts(
         "accumulation": 2,
         "loss__chunks": 2,
         "loss__max_labeled": 200,
+        "optimizer__offload": True,
         "data__stores": (str(tmp_path / "moved" / "store"),),
         "init_from": "/nowhere",
         "model__overrides": {"remat": "attention", "attention": "plain", "scan_unroll": 2},

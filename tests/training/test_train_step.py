@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from univla_jax.checkpoints import CheckpointConfig, Checkpointer
 from univla_jax.errors import UserError
+from univla_jax.training import sharding
 from univla_jax.training.sharding import MeshConfig, batch_sharding, make_mesh, to_global
 from univla_jax.training.train_step import (
     abstract_state,
@@ -137,3 +141,31 @@ def test_state_around_loaded_params():
 def test_unknown_normalization():
     with pytest.raises(UserError, match="normalization: 'local'"):
         _step(normalization="local")
+
+
+def test_a_state_that_waits_in_the_hosts_memory_gives_the_same_step(tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = optax.adam(0.1)
+    states = []
+    for offload in (False, True):
+        abstract = abstract_state(_init, optimizer, mesh)
+        if offload:
+            moments = sharding.on_host(abstract.opt_state)
+            abstract = dataclasses.replace(abstract, opt_state=moments)
+        state = init_state(_init, optimizer, 0, abstract)
+        options = {"schedule": lambda step: 0.1, "seed": 0}
+        step = make_train_step(_loss, optimizer, abstract, batch_sharding(mesh), **options)
+        for _ in range(2):
+            state, _ = step(state, to_global(_batch(), batch_sharding(mesh)))
+        states.append(state)
+    count, *moments = jax.tree.leaves(states[1].opt_state)
+    assert count.sharding.memory_kind == "device"
+    assert {x.sharding.memory_kind for x in moments} == {sharding.HOST_MEMORY}
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(2, state)
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        restored = checkpointer.restore(abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    kinds = [[x.sharding.memory_kind for x in jax.tree.leaves(tree)] for tree in (restored, state)]
+    assert kinds[0] == kinds[1]

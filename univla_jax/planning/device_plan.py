@@ -23,7 +23,7 @@ from univla_jax.training.train_config import TrainConfig
 # What a program may use of the memory by count: the compiler's own buffers, its copies and the gaps
 # between arrays are not counted. Counted totals of the 8.5 B decoder stand beside the TPU
 # compiler's in configs/README.md.
-USABLE = 0.9
+USABLE = 0.85
 
 _SMALL_STATE = {
     "model.overrides.param_dtype": "bfloat16",
@@ -33,9 +33,11 @@ _SMALL_STATE = {
 _LORA = {"model.lora.rank": 16}
 _CHANGES: Sequence[Mapping[str, Any]] = (
     {},
+    {"optimizer.offload": True},
     {"optimizer.moments_dtype": "bfloat16"},
     {"optimizer.moments_dtype": "int8"},
     _SMALL_STATE,
+    _SMALL_STATE | {"optimizer.offload": True},
     _LORA,
     _LORA | {"model.lora.base": "int8"},
     _LORA | {"model.lora.base": "int4"},

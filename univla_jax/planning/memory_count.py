@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 
@@ -13,7 +12,7 @@ from univla_jax.training import hardware
 from univla_jax.training.cross_entropy import LOGITS_PER_CHUNK, MIN_POSITIONS
 from univla_jax.training.mesh_choice import kept_widths
 from univla_jax.training.model_setup import TrainSetup
-from univla_jax.training.sharding import BATCH_AXES, shard_bytes
+from univla_jax.training.sharding import BATCH_AXES, shard_bytes, split_memory
 from univla_jax.training.train_step import trained_part
 
 
@@ -61,7 +60,7 @@ def count_memory(setup: TrainSetup) -> MemoryCount:
         gradients += sum(
             4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(trained)
         )
-    on_host = _on_host(setup.abstract.opt_state)
+    moments, waiting = split_memory(setup.abstract.opt_state)
     tensor, layers = mesh["tensor"], tokens * decoder.num_layers * item
     widths = kept_widths(decoder, tensor)
     named = sum(widths.get(name, 0) for name in REMAT_PRESETS[decoder.remat])
@@ -86,15 +85,10 @@ def count_memory(setup: TrainSetup) -> MemoryCount:
         loss += rows * width * 4
     return MemoryCount(
         parameters=shard_bytes(setup.abstract.params),
-        optimizer=shard_bytes(setup.abstract.opt_state) - on_host,
+        optimizer=shard_bytes(moments),
         gradients=gradients,
         kept=int(layers * (width + named)) - offloaded,
         layer=int(layer),
         loss=loss,
-        host=on_host + offloaded,
+        host=shard_bytes(waiting) + offloaded,
     )
-
-
-def _on_host(tree: Any) -> int:
-    host = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind == "pinned_host"]
-    return shard_bytes(host)

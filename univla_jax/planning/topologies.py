@@ -121,6 +121,7 @@ class CompiledProgram:
         lengthen it.
       peak: bytes per chip at the worst moment, code included.
       fits: whether the compiler placed it in the chip's memory.
+      host: bytes in the host's memory per chip.
       text: the scheduled program as the compiler prints it; empty where it does not fit.
     """
 
@@ -128,6 +129,7 @@ class CompiledProgram:
     processor_seconds: float
     peak: int
     fits: bool
+    host: int = 0
     text: str = dataclasses.field(default="", repr=False)
 
 
@@ -141,7 +143,7 @@ def compile_ahead(lowered: Any) -> CompiledProgram:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        peak, fits, text = _required_memory(str(error)), False, ""
+        peak, fits, host, text = _required_memory(str(error)), False, 0, ""
         if peak is None:
             raise
     else:
@@ -150,8 +152,9 @@ def compile_ahead(lowered: Any) -> CompiledProgram:
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
         peak, fits = peak + memory.generated_code_size_in_bytes, True
+        host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     elapsed = time.perf_counter() - clock, time.process_time() - processor
-    return CompiledProgram(*elapsed, peak, fits, text)
+    return CompiledProgram(*elapsed, peak, fits, host, text)
 
 
 def _required_memory(message: str) -> int | None:

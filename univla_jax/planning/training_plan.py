@@ -30,7 +30,7 @@ from univla_jax.training import hardware
 from univla_jax.training.losses import LabelWeights, LossFn
 from univla_jax.training.metrics import host_gigabytes
 from univla_jax.training.model_setup import TrainSetup, label_weights
-from univla_jax.training.sharding import shard_bytes
+from univla_jax.training.sharding import shard_bytes, split_memory
 from univla_jax.training.train_config import TrainConfig
 
 
@@ -73,7 +73,7 @@ class TrainingPlan:
       accumulation: micro-batches of a step.
       remat: preset of what the backward pass keeps.
       parameters: bytes.
-      optimizer: bytes of both moments.
+      optimizer: bytes of both moments on the chip.
       activations: bytes of everything that lives only during a step: activations, gradients,
         gathered parameters, the compiler's own buffers and the program.
       total: bytes at the worst moment.
@@ -91,6 +91,7 @@ class TrainingPlan:
       compile_processor_seconds: the same in processor time of all threads.
       host_gigabytes: largest resident memory of this process so far.
       full_logits_total: bytes at the worst moment with a loss that holds all logits, or None.
+      host: bytes that wait in the host's memory.
       changes: flags of ``train`` for what a search changed in the recipe beside what is said above.
     """
 
@@ -118,6 +119,7 @@ class TrainingPlan:
     compile_processor_seconds: float
     host_gigabytes: float
     full_logits_total: int | None = None
+    host: int = 0
     changes: str = ""
 
     @property
@@ -162,6 +164,7 @@ class TrainingPlan:
             "program",
             "total per chip": f"{format_gib(self.total)} of {format_gib(self.usable)} usable: "
             f"{fits}",
+            **({"host": format_gib(self.host)} if self.host else {}),
             "operations": f"{self.flops:.3g} per step by our count, {self.recomputed_flops:.3g} "
             "recomputed",
             "tokens": f"{self.tokens:,} per step, {self.useful_tokens:,} useful ({useful:.0%})",
@@ -205,7 +208,7 @@ def plan_training(
     flops = tokens * setup.flops_per_token
     recomputed = tokens * hardware.recomputed_flops(decoder, length)
     parameters = shard_bytes(setup.abstract.params)
-    optimizer = shard_bytes(setup.abstract.opt_state)
+    optimizer = shard_bytes(split_memory(setup.abstract.opt_state)[0])
     traffic = least_traffic(config, decoder, parameters, optimizer, dict(setup.mesh.shape))
     full = _compile(_with_full_logits(setup)).peak if full_logits else None
     # Parameters and moments live through the step at sizes that follow from their shardings;
@@ -238,6 +241,7 @@ def plan_training(
         compile_processor_seconds=compiled.processor_seconds,
         host_gigabytes=host_gigabytes(),
         full_logits_total=full,
+        host=compiled.host,
     )
 
 

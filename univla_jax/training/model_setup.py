@@ -165,6 +165,12 @@ class TrainSetup:
         init = run_init(model, expert)
         is_trained = trained_rule(init, model.config, config.optimizer)
         abstract = abstract_state(init, optimizer, mesh, is_trained)
+        if config.optimizer.offload:
+            sharding.check_host_memory(mesh, "optimizer.offload")
+            host = sharding.on_host(abstract.opt_state)
+            abstract = dataclasses.replace(abstract, opt_state=host)
+        if model.config.remat in axes.OFFLOADED:
+            sharding.check_host_memory(mesh, f"model.overrides.remat={model.config.remat}")
         chip = hardware.find_chip(mesh.devices.flat[0])
         if chip is not None:
             chosen = remat_for(config, model.config, chip, mesh, abstract, is_trained)
@@ -435,7 +441,8 @@ def remat_for(
     if "remat" in config.model.overrides:
         return decoder.remat
     # The gradients stand beside the parameters that are trained.
-    state = (abstract.params, trained_part(abstract.params, is_trained), abstract.opt_state)
+    moments, _ = sharding.split_memory(abstract.opt_state)
+    state = (abstract.params, trained_part(abstract.params, is_trained), moments)
     return choose_remat(
         decoder,
         chip,

@@ -96,6 +96,7 @@ class OptimizerConfig:
         rows and columns. The update is always computed in float32.
       rounding: of bfloat16 parameters after an update: ``"nearest"``; ``"stochastic"``, by chance,
         so that small updates count on average; or ``"master"``, of float32 copies.
+      offload: whether moments, averages and float32 copies wait in the host's memory between steps.
       freeze: regular expressions of parameters that are not trained (``parameter_groups.py``).
       groups: pairs of a regular expression and the factor of the learning rate of what it finds.
       layer_decay: factor of the learning rate from each layer to the one below it.
@@ -114,6 +115,7 @@ class OptimizerConfig:
     clip_norm: float | None = 5.0
     moments_dtype: str = "float32"
     rounding: str = "nearest"
+    offload: bool = False
     freeze: tuple[str, ...] = ()
     groups: tuple[tuple[str, float], ...] = ()
     layer_decay: float = 1.0

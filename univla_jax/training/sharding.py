@@ -206,6 +206,56 @@ def shardings(placed: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, placed)
 
 
+HOST_MEMORY = "pinned_host"
+
+
+def on_host(placed: Any) -> Any:
+    """What ``with_shardings`` returned, moved to the host's memory; scalars stay where they are."""
+
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not x.shape:
+            return x
+        kind = x.sharding.with_memory_kind(HOST_MEMORY)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind)
+
+    return jax.tree.map(leaf, placed)
+
+
+def split_memory(placed: Any) -> tuple[list[Any], list[Any]]:
+    """The arrays of a pytree that live on the devices, and those in the host's memory."""
+    device, host = [], []
+    for x in jax.tree.leaves(placed):
+        (host if x.sharding.memory_kind == HOST_MEMORY else device).append(x)
+    return device, host
+
+
+def on_device(placed: Any) -> Any:
+    """The shardings of ``placed`` in the memory of the devices."""
+    return jax.tree.map(lambda x: NamedSharding(x.sharding.mesh, x.sharding.spec), placed)
+
+
+def check_host_memory(mesh: Mesh, setting: str) -> None:
+    """Refuses what waits in the host's memory where the devices cannot reach it.
+
+    Args:
+      mesh: of the run.
+      setting: that asks for it, as it is named in a config.
+
+    Raises:
+      UserError: the backend has no such memory.
+    """
+    device = mesh.devices.flat[0]
+    try:
+        kinds = {memory.kind for memory in device.addressable_memories()}
+    except (AttributeError, jax.errors.JaxRuntimeError):  # a device of a topology, not here
+        return
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"{setting}: the backend {device.platform!r} has no {HOST_MEMORY!r} memory, only "
+            f"{', '.join(sorted(kinds))}; leave it out here"
+        )
+
+
 def describe(placed: Any) -> list[str]:
     """One line per array: path, shape and partition spec, as ``with_shardings`` resolved them."""
     flat, _ = jax.tree_util.tree_flatten_with_path(placed)

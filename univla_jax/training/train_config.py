@@ -8,6 +8,8 @@ from typing import Any
 
 from univla_jax.checkpoints import CheckpointConfig
 from univla_jax.errors import UserError
+from univla_jax.models.action_expert import ActionExpertConfig
+from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.models.lora import LoraConfig
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.training.losses import FLOW_WEIGHT
@@ -36,9 +38,13 @@ class ModelConfig:
     """
 
     preset: str
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"changes": DecoderConfig}
+    )
     visual_init: str = dataclasses.field(default="random", metadata={"formerly": "visual_rows"})
-    action_expert: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    action_expert: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"changes": ActionExpertConfig}
+    )
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -232,6 +238,7 @@ FREE = (
     "warm_start",
     "loss.max_labeled",
     "loss.chunks",
+    "optimizer.offload",
     *(f"model.overrides.{name}" for name in FREE_MODEL_SETTINGS),
 )
 """Keys that may change when a run is resumed. None changes the batches; ``total_steps`` stretches

@@ -205,6 +205,7 @@ def make_train_step(
         raise UserError(f"normalization: {normalization!r}; expected one of {NORMALIZATIONS}")
     mesh, placed = batch_sharding.mesh, sharding.shardings(abstract)
     per_micro_batch = normalization == "per_micro_batch"
+    _, waits = sharding.split_memory(abstract.opt_state)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -215,7 +216,10 @@ def make_train_step(
         grads, total, weight, sums = _accumulate(gradient, trained, micro, rng, placed_grads)
         denominator = accumulation if per_micro_batch else weight
         grads = jax.tree.map(lambda g, p: (g / denominator).astype(p.dtype), grads, trained)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        opt_state = state.opt_state
+        if waits:  # in the host's memory, to which the output's shardings return it
+            opt_state = jax.device_put(opt_state, sharding.on_device(abstract.opt_state))
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
         params = optax.apply_updates(trained, updates)
         if is_trained is not None:
             params = join_parts(params, state.params)
