@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from absl import flags
@@ -68,3 +70,23 @@ def test_a_number_or_a_tuple_can_be_set_on_the_command_line(given, expected, mon
     config_flags.DEFINE_config_dict("config", complete(_Run, {"steps": 2}), flag_values=values)
     values(sys.argv)
     assert build_config(_Run, values.config.to_dict()) == _Run(2, weight=expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    width: int = 8
+    kind: str = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changing:
+    changes: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"changes": _Sizes}
+    )
+
+
+def test_what_another_dataclass_has_can_be_changed_key_by_key():
+    made = complete(_Changing, {"changes": {"kind": "wide"}})
+    assert build_config(_Changing, made.to_dict()).changes == {"kind": "wide"}
+    made.changes.width = 16
+    assert build_config(_Changing, made.to_dict()).changes == {"kind": "wide", "width": 16}

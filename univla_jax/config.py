@@ -3,6 +3,11 @@
 A field that was renamed keeps its old name in its metadata, so that files written before load::
 
     chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
+
+A field that changes some fields of another dataclass names it, so that they can all be set on the
+command line though the config sets none; those that are not keep the value ``"preset"``::
+
+    overrides: Mapping[str, Any] = dataclasses.field(..., metadata={"changes": DecoderConfig})
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from univla_jax.errors import UserError
 T = TypeVar("T")
 
 FORMERLY = "formerly"
+CHANGES = "changes"
+UNCHANGED = "preset"
 # Names by former names of all fields that ``complete`` has met. Overrides of the command line are
 # applied to a ConfigDict, which knows no dataclass, so the hint for a former name comes from here.
 _new_names: dict[str, str] = {}
@@ -50,7 +57,10 @@ def build_config(cls: type[T], values: Mapping[str, Any], *, where: str = "confi
             raise UserError(f"{where}.{key}: unknown key; {name_hint(key, fields, 'known keys')}")
         if name in named:
             raise UserError(f"{where}.{key}: renamed to {name!r}, which is set too")
-        named[name] = _convert(hints[name], values[key], f"{where}.{name}")
+        value = values[key]
+        if CHANGES in fields[name].metadata and isinstance(value, Mapping):
+            value = {inner: new for inner, new in value.items() if new != UNCHANGED}
+        named[name] = _convert(hints[name], value, f"{where}.{name}")
     missing = [
         name
         for name, f in fields.items()
@@ -78,6 +88,7 @@ def complete(cls: type, values: Mapping[str, Any]) -> config_dict.ConfigDict:
     _new_names.update(_renamed_fields(cls))
     made = config_dict.ConfigDict(dataclasses.asdict(build_config(cls, values)), convert_dict=True)
     _open_unions(made, cls)
+    _open_changes(made, cls)
     return made
 
 
@@ -142,6 +153,18 @@ def _open_unions(config: config_dict.ConfigDict, cls: type) -> None:
             typing.get_origin(hint) is not tuple
         ):
             config[name] = config_dict.FieldReference(config[name], field_type=object)
+
+
+def _open_changes(config: config_dict.ConfigDict, cls: type) -> None:
+    """Lets every field that may be changed in another dataclass be set on the command line."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            _open_changes(config[f.name], hints[f.name])
+        for inner in dataclasses.fields(f.metadata[CHANGES]) if CHANGES in f.metadata else ():
+            if inner.name not in config[f.name]:
+                unchanged = config_dict.FieldReference(UNCHANGED, field_type=object)
+                config[f.name][inner.name] = unchanged
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

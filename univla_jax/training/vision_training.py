@@ -106,7 +106,9 @@ class VisionFitConfig(EpisodesConfig):
     image_specs: Mapping[str, Any]
     kind: str = "vision"
     preset: str = "quickstart"
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"changes": VisionConfig}
+    )
     total_steps: int = 1500
     batch_size: int = 8
     seed: int = 0
