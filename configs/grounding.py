@@ -19,10 +19,13 @@ so that its way of finding the block that is meant serves them too::
         --config.evaluation.stores="('W/tokens/val',)" --config.tokenizers.text=W/text \\
         --config.tokenizers.vision=Q/tokenizers/vision \\
         --config.tokenizers.action=Q/tokenizers/action
-    python -m univla_jax.evaluate --grounding=W/tokens/val --checkpoint=W/grounding --out=W/scores
-    python -m univla_jax.evaluate --config=configs/grounding.py:evaluate --checkpoint=W/grounding \\
+    python -m univla_jax.train --config=configs/grounding.py:relations --workdir=W/relations \\
+        --config.init_from=W/grounding --config.data.stores="('W/tokens/train',)" \\
+        --config.evaluation.stores="('W/tokens/val',)"
+    python -m univla_jax.evaluate --grounding=W/tokens/val --checkpoint=W/relations --out=W/scores
+    python -m univla_jax.evaluate --config=configs/grounding.py:evaluate --checkpoint=W/relations \\
         --out=W/acts
-    python -m univla_jax.ask --checkpoint=W/grounding --image=PNG "where is the red block?"
+    python -m univla_jax.ask --checkpoint=W/relations --image=PNG "where is the red block?"
 
 ``policy`` and ``reasoning`` are trained like ``grounding``, for the comparison of a policy that
 thinks with one that does not. The split ``val`` has other scenes, and pairs of color and relation
