@@ -98,7 +98,11 @@ def policy() -> ConfigDict:
         "batch_size": 32,
         "loss_on": "action",
     }
-    return complete(TrainConfig, training(1800, data) | {"loss": {"max_labeled": 32}})
+    values = training(700, data) | {"loss": {"max_labeled": 32, "vision_noise": 0.3}}
+    # Some thousands of moments are soon known by heart: without noise and dropout the loss on
+    # held-out logs rises from 0.47 after 500 steps to 0.77 after 1,800.
+    values["model"]["overrides"] = {"dropout": 0.1}
+    return complete(TrainConfig, values)
 
 
 def training(steps: int, data: Values) -> Values:

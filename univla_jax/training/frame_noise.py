@@ -1,11 +1,9 @@
-"""Frames misread in training, so that a frame is not learned from its own beginning alone.
+"""Frames misread in training: some codes of what the decoder reads are drawn anew.
 
-A frame's codes are predicted one after another, and the ones before a code in its own frame tell so
-much that a model need not look any further: what the actions before the frame did to it shows up in
-the first few codes only, and hardly anything of the loss is left to learn it from. With some codes
-replaced by others in what the decoder reads, never in what it is to predict, actions and earlier
-frames pay. The same made imagined frames survive their own mistakes (noise augmentation: Valevski
-et al., arXiv 2408.14837, section 3.2.1; word dropout: Bowman et al., arXiv 1511.06349).
+Token stores hold codes, which cannot be cropped or recolored as pixels can. With some codes of a
+frame replaced by others in what the decoder reads, never in what it is to predict, a small set of
+frames is not learned by heart (noise augmentation: Valevski et al., arXiv 2408.14837, section
+3.2.1; word dropout: Bowman et al., arXiv 1511.06349).
 
 Axes: B batch, S sequence.
 """

@@ -94,8 +94,8 @@ class LossConfig:
       flow_weight: of the action expert's flow matching beside the cross-entropy.
       insulate: the flow matching trains the expert alone, and leaves the decoder's knowledge as the
         cross-entropy makes it (knowledge insulation; Driess et al., arXiv 2505.23705).
-      vision_noise: largest fraction of a frame's codes that training misreads, so that frames are
-        learned from what leads to them as well as from their own beginning; 0 misreads none.
+      vision_noise: largest fraction of a frame's codes that training misreads (``frame_noise.py``),
+        so that few frames are not learned by heart; 0 misreads none.
     """
 
     normalization: str = dataclasses.field(default="global", metadata={"formerly": "normalisation"})
