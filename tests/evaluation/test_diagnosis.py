@@ -74,12 +74,14 @@ class _Policies:
 
     corpus = "tabletop"
     loaded = types.SimpleNamespace(
-        record=_Record(), assets=types.SimpleNamespace(statistics={}, action=None)
+        record=_Record(),
+        assets=types.SimpleNamespace(statistics={}, action=None),
+        task=types.SimpleNamespace(needs=types.SimpleNamespace(action_tokens=False)),
     )
 
     def __init__(self, known, record=_Record(), statistics=STATISTICS):
         self._known, self._record, self._statistics = known, record, statistics
-        self.loaded = types.SimpleNamespace(record=record, assets=type(self).loaded.assets)
+        self.loaded = types.SimpleNamespace(**{**vars(type(self).loaded), "record": record})
 
     def make(self, *, statistics=None, **settings):
         record = dataclasses.replace(self._record, **settings)

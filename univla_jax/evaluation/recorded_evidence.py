@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from univla_jax.episode import Episode, Observation
+from univla_jax.errors import UserError
 from univla_jax.evaluation import conventions
 from univla_jax.evaluation.conventions import Change
 from univla_jax.evaluation.diagnosed_setup import OFFLINE, Finding, PolicyVariants, Setup
@@ -98,7 +99,10 @@ def recorded_errors(policy: Policy, episodes: Sequence[Episode]) -> Errors:
             observations.append(Observation(episode.instruction, frames, state))
             if number:
                 earlier = np.asarray(episode.actions[step - size : step], np.float32)
-                sessions[i].set_executed(earlier)
+                # Where a wrong convention makes actions that no training data had, the tokenizer
+                # may have no tokens for them: the policy's own answer stands for them then.
+                if _encodes(policy, earlier):
+                    sessions[i].set_executed(earlier)
         chunks = policy.act(observations, [sessions[i] for i in active])
         for i, chunk in zip(active, chunks, strict=True):
             invalid += not chunk.valid
@@ -112,6 +116,19 @@ def recorded_errors(policy: Policy, episodes: Sequence[Episode]) -> Errors:
         np.stack([np.abs(mean - r).sum(0) for r in recorded]),
         invalid,
     )
+
+
+def _encodes(policy: Policy, actions: np.ndarray) -> bool:
+    """Whether the action tokenizer has tokens for a chunk float32 [T, A]."""
+    if not policy.loaded.task.needs.action_tokens:
+        return True
+    if policy.chunk_deltas is not None:
+        actions = policy.chunk_deltas.to_relative(actions)
+    try:
+        policy.loaded.task.chunk_ids(policy.statistics.normalize(actions)[None])
+    except UserError:
+        return False
+    return True
 
 
 def explain_offline(
@@ -271,7 +288,7 @@ def _broken_part(policy: Policy, episodes: Sequence[Episode], error: float) -> F
         for e, j in zip(sample, order)
     ]
     action = loaded.assets.action
-    if action is not None:
+    if action is not None and all(_encodes(policy, e.actions[: policy.chunk_size]) for e in sample):
         size, statistics = policy.chunk_size, policy.statistics
         chunks = np.stack([statistics.normalize(e.actions[:size]) for e in sample])
         lost = []
