@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from univla_jax.checkpoints import CheckpointConfig, Checkpointer
+from univla_jax.models.lora import LoraConfig
 from univla_jax.pipeline.batch import Batch
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.sequences.tokens import Role
@@ -44,7 +45,10 @@ CASES: dict[str, tuple[dict[str, int], int]] = {
     "fsdp 2 tensor 2 context 2": ({"fsdp": 2, "tensor": 2, "context": 2}, 1),
     "fsdp 2 tensor 2 context 2 accumulated": ({"fsdp": 2, "tensor": 2, "context": 2}, 2),
     "fsdp 2 tensor 4": ({"fsdp": 2, "tensor": 4}, 1),
+    "adapters, one accumulated": ({"fsdp": 1}, 2),
+    "adapters, fsdp 2 tensor 2 context 2 accumulated": ({"fsdp": 2, "tensor": 2, "context": 2}, 2),
 }
+ADAPTERS = LoraConfig(rank=4, rows="action")
 
 
 def packed_batch(seed: int) -> Batch:
@@ -62,15 +66,16 @@ def packed_batch(seed: int) -> Batch:
     return Batch(tokens, roles, np.zeros_like(roles), positions, segments)
 
 
-def build(sizes: dict[str, int], accumulation: int) -> TrainSetup:
-    """The tiny decoder on a mesh of the first devices.
+def build(sizes: dict[str, int], accumulation: int, lora: LoraConfig | None = None) -> TrainSetup:
+    """The tiny decoder on a mesh of the first devices; the moments of adapters wait on the host.
 
     With accumulation without dropout, because which rows share a micro-batch, and so a mask,
     depends on the mesh.
     """
+    overrides = {"qkv_bias": True, "dropout": 0.0 if accumulation > 1 else 0.1}
     config = TrainConfig(
         total_steps=STEPS,
-        model=ModelConfig("tiny", {"qkv_bias": True, "dropout": 0.0 if accumulation > 1 else 0.1}),
+        model=ModelConfig("tiny", overrides, lora=lora or LoraConfig()),
         data=DataConfig(
             stores=(),
             task="policy_video",
@@ -79,7 +84,12 @@ def build(sizes: dict[str, int], accumulation: int) -> TrainSetup:
             loss_on="both",
             vision_weight=(0.5, 0.25, 2),
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=1),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            min_learning_rate=1e-4,
+            warmup_steps=1,
+            offload=lora is not None and len(sizes) > 1,
+        ),
         loss=LossConfig(max_labeled=24),
         mesh=MeshConfig(**{"fsdp": 1, **sizes}),
         accumulation=accumulation,
@@ -88,9 +98,9 @@ def build(sizes: dict[str, int], accumulation: int) -> TrainSetup:
     return TrainSetup.build(config, VOCABULARY, make_mesh(config.mesh, jax.devices()[:count]))
 
 
-def run(sizes: dict[str, int], accumulation: int) -> dict[str, Any]:
+def run(sizes: dict[str, int], accumulation: int, lora: LoraConfig | None = None) -> dict[str, Any]:
     """Losses and gradient norms of the steps, first moments after the first, last parameters."""
-    model = build(sizes, accumulation)
+    model = build(sizes, accumulation, lora)
     state, step = model.new_state(), model.train_step()
     result: dict[str, Any] = {"loss": [], "grad_norm": []}
     for number in range(STEPS):
@@ -126,5 +136,10 @@ def _flat(tree: Any) -> list[float]:
 
 
 if __name__ == "__main__":
-    results = {name: run(*CASES[name]) if name in CASES else move() for name in sys.argv[1:]}
+    results = {
+        name: run(*CASES[name], ADAPTERS if "adapters" in name else None)
+        if name in CASES
+        else move()
+        for name in sys.argv[1:]
+    }
     json.dump(results, sys.stdout)

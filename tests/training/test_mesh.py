@@ -36,6 +36,7 @@ SLOW = (
     "data 2 fsdp 2 tensor 2 accumulated",
     "fsdp 2 tensor 2 context 2",
     "fsdp 2 tensor 4",
+    "adapters, fsdp 2 tensor 2 context 2 accumulated",
 )
 
 
@@ -55,7 +56,8 @@ def _program(names):
 
 def _assert_agree(results, name):
     accumulated = "accumulated" in name or "sixteen" in name
-    one, many = results["one accumulated" if accumulated else "one"], results[name]
+    single = "one accumulated" if accumulated else "one"
+    one, many = results[f"adapters, {single}" if "adapters" in name else single], results[name]
     np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
     np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-4)
     scale = np.abs(one["gradient"]).max()
@@ -74,7 +76,8 @@ def test_three_steps_on_a_mesh_equal_those_on_one_device():
 
 @pytest.mark.slow
 def test_three_steps_on_every_mesh_equal_those_on_one_device():
-    results = _program(["one", "one accumulated", *SLOW])
+    singles = ["one", "one accumulated", "adapters, one accumulated"]
+    results = _program([*singles, *SLOW])
     for name in SLOW:
         _assert_agree(results, name)
 
