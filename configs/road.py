@@ -98,7 +98,7 @@ def policy() -> ConfigDict:
         "batch_size": 32,
         "loss_on": "action",
     }
-    values = training(700, data) | {"loss": {"max_labeled": 32, "vision_noise": 0.3}}
+    values = training(1000, data) | {"loss": {"max_labeled": 32, "vision_noise": 0.3}}
     # Some thousands of moments are soon known by heart: without noise and dropout the loss on
     # held-out logs rises from 0.47 after 500 steps to 0.77 after 1,800.
     values["model"]["overrides"] = {"dropout": 0.1}

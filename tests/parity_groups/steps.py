@@ -160,7 +160,7 @@ def scripted_policy(
         views=tuple(grids),
         corpora={"robot": CorpusRecord(5.0, 5, grids)},
     )
-    policy = Policy(LoadedModel(pathlib.Path("released"), assets, record, None, None))
+    policy = Policy(LoadedModel(pathlib.Path("released"), assets, record, None, None), block=1)
     answers = [call["generated"].reshape(1, -1) for call in calls]
     policy.action_decoder.prefix_cache = ScriptedPrefixCache(
         answers, policy.action_decoder.rules.allowed

@@ -1,7 +1,7 @@
 """Decoder calls and time of frames and action chunks with drafts, beside without.
 
     python -m univla_jax.benchmarks.draft_speed --world_model=DIR --source=RLDS --policy=DIR
-    python -m univla_jax.benchmarks.draft_speed --preset=quickstart --batches=1,2,4
+    python -m univla_jax.benchmarks.draft_speed --preset=quickstart --sequences=1,2,4
 
 Every frame and every chunk is made twice, in turns: token by token, and in blocks of drafts. Both
 must be the same. Frames follow single frames of held-out episodes, one episode at a time; chunks
@@ -64,7 +64,7 @@ PRESET = flags.DEFINE_string(
     "preset", "", "Decoder of which calls are timed by tokens", allow_override=True
 )
 PROMPT = flags.DEFINE_integer("prompt", 128, "With --preset: tokens cached", allow_override=True)
-BATCHES = flags.DEFINE_list("batches", ["1"], "With --preset: sequences decoded together")
+SEQUENCES = flags.DEFINE_list("sequences", ["1"], "With --preset: sequences decoded together")
 BLOCK = flags.DEFINE_integer(
     "block",
     None,
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     figures: dict[str, Any] = {}
-    for size in map(int, BATCHES.value if PRESET.value else ()):
+    for size in map(int, SEQUENCES.value if PRESET.value else ()):
         own = call_times(PRESET.value, size, PROMPT.value)
         title = f"{PRESET.value}, {size} sequence(s)"
         figures[title] = {f"ms per call of {n} token(s)": ms for n, ms in own.items()}
