@@ -114,6 +114,8 @@ def with_statistics(statistics: ActionStatistics) -> Callable[[Setup], Setup]:
 
 def min_max(setup: Setup) -> Setup:
     """A few actions far outside, and statistics of least and greatest values."""
+    # Least and greatest differ from the quantiles only where a few actions lie far outside, as they
+    # do in teleoperated data and never in an expert's: some are put there.
     rng, episodes = np.random.default_rng(0), []
     for number, episode in enumerate(setup.episodes):
         actions = np.array(episode.actions)
@@ -155,6 +157,8 @@ def other_scale(tokenizer: Any) -> Any:
 
 def other_codes(tokenizer: Any) -> Any:
     """A vision tokenizer whose codes stand in another order."""
+    # A permutation keeps the round trip exact, so that only what the policy learned tells the two
+    # tokenizers apart.
     order = np.random.default_rng(0).permutation(tokenizer.codebook_size).astype(np.uint16)
     back = np.argsort(order)
     own = {

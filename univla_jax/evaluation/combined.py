@@ -61,6 +61,8 @@ def join_parts(
                         f"--join: {condition}, task {key[1]}, trial {key[2]} ended differently in "
                         f"two parts, the later of which is {folder}"
                     )
+    # Figures are computed anew from the episodes, as those of one run: means of parts' means would
+    # weigh small parts as much as large ones, and intervals cannot be averaged at all.
     order = {condition: number for number, condition in enumerate(conditions)}
     lines = [records[key] for key in sorted(records, key=lambda k: (order[k[0]], *k[1:]))]
     calls, times = (
@@ -121,6 +123,8 @@ def over_seeds(
             raise UserError(f"--seeds: {folders[0]} and {folder} have run different episodes")
     keys = sorted(outcomes[0])
     table = np.array([[own[key] for key in keys] for own in outcomes], float)  # [runs, episodes]
+    # Another run would have another seed, and succeed and fail in its episodes as one of these:
+    # runs are drawn with their spread, and episodes inside them.
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(table), size=(2000, len(table)))
     inside = rng.integers(table.shape[1], size=(2000, len(table), table.shape[1]))

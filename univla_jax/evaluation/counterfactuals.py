@@ -153,6 +153,8 @@ def plan_scene(number: int, config: CounterfactualConfig, steps: int) -> ScenePl
             aim = task if name == "expert" else other
             chosen = actions_along(waypoints(aim, acted.scene), acted.scene)
         actions, frames, gripper = [], [], []
+        # Every drive begins in the scene as it lies, in an environment of its own: what one of them
+        # moved must not be there for the next.
         for action in itertools.islice(chosen, steps):
             acted.step(action)
             actions.append(action)
@@ -281,6 +283,8 @@ def _followed(
     for name in DRIVES:
         drives = [plan.drives[name] for plan in plans]
         real = np.stack([model.resize(drive.frames[size - 1 :: size][:count]) for drive in drives])
+        # The gripper is looked for in the true frames too, after the vision tokenizer: what it is
+        # not found in there cannot be found in any imagined frame, so that is the ceiling.
         shown = np.concatenate([imagined[name], model.decode(model.encode(real))], axis=1)
         seen = np.stack(
             [

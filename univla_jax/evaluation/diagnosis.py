@@ -113,6 +113,9 @@ def diagnose(setup: Setup, out: epath.Path) -> dict[str, Any]:
       JSON values: ``findings``, the likeliest first, ``offline`` with the error as it is and under
       every change, and ``simulator`` with replays and roll-outs.
     """
+    # From what costs nothing to what costs most: the data by themselves, the policy's error on them
+    # under one change after another, and only then the simulator, which is told what was found, so
+    # that a fault of the data is not blamed on it.
     findings = seen_in_data(setup)
     offline, fitting = explain_offline(setup, findings)
     report: dict[str, Any] = {"offline": offline, "simulator": {}}

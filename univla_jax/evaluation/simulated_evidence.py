@@ -110,6 +110,10 @@ def explain_in_simulator(
         runs[name] = proportion(r["success"] for r in records)
         return runs[name]["rate"]
 
+    # Recorded actions, executed from where they began, need no policy: where they fail, data and
+    # simulator disagree, and where they succeed, what is left is between policy and simulator. They
+    # are replayed as recorded and as the policy would have to see them; the better tells which of
+    # data and checkpoint is right.
     starts = setup.episodes if benchmark.restorable else ()
     shown = _Shown(policies.make(), benchmark.execute)
     success = run("roll-outs", shown)

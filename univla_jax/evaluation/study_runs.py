@@ -172,6 +172,9 @@ def run_study(
     if not check_config(out, config, name=_IDENTITY, extra=extra):
         write_config(out, config, name=_IDENTITY, extra=extra)
     done: list[Run] = []
+    # All arms of one seed before the next seed: a study that is stopped early, or still goes on,
+    # compares all of them on fewer seeds instead of some of them on all. Post-training runs of
+    # equal config are one run, whichever arms and shares start from it.
     for run in config.runs():
         start = ""
         if run.arm.post_trained:
@@ -209,6 +212,8 @@ def write_share(source: TokenStore, share: float, seed: int, out: epath.Path) ->
     count = round(share * len(source))
     if not count:
         raise UserError(f"config.demonstrations: {share} of {len(source)} episodes is none")
+    # The beginning of one permutation, so that shares are nested: a curve over shares then shows
+    # what more demonstrations add, not what other ones do.
     drawn = np.random.default_rng([seed, 5]).permutation(len(source))[:count]
     header = dataclasses.replace(
         source.manifest.header,
@@ -296,6 +301,8 @@ def summarize(config: StudyConfig, out: epath.Path, done: Sequence[Run]) -> dict
 
 def _interval(values: np.ndarray) -> dict[str, float]:
     """Mean of [S, E] and its 95 % interval by the bootstrap over seeds and episodes."""
+    # Seeds are drawn first and, for all of them, the same episodes: runs of a seed share their
+    # parameters, and all runs met the same episodes. Of one seed it says nothing of others.
     rng, (seeds, episodes) = np.random.default_rng(0), values.shape
     which = rng.integers(seeds, size=(_DRAWS, seeds))
     chosen = rng.integers(episodes, size=(_DRAWS, episodes))

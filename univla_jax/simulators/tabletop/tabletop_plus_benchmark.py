@@ -203,6 +203,8 @@ def _noise(changed: Perturbed, rng: np.random.Generator) -> None:
 
 
 def _layout(changed: Perturbed, rng: np.random.Generator) -> None:
+    # One block more, of a color that no instruction of the scene means, in a cell that is free, and
+    # everything a little off its cell. Tasks that measure from where a block lay begin there anew.
     env = changed.env
     scene, task = env.scene, env.task
     colors = sorted(BLOCK_RGB.keys() - {block.color for block in scene.blocks})
