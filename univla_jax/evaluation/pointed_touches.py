@@ -77,6 +77,8 @@ def is_touched(table: Table, point: Place | None) -> bool:
     """
     if point is None:
         return False
+    # The scripted gripper knows nothing but the point: it goes there, down and up again. The task
+    # counts a touch only where the named block is the first one that is touched.
     env = _opened(table.seed)
     view = tabletop_render.fixed_view(env.image_size)
     actions = actions_along(touching(view.to_table(np.asarray(point))), env.scene)

@@ -133,6 +133,9 @@ def make_server(
         ) -> list[dict[str, Any]]:
             observations = [observation_of(obs, policy.views, names or {}) for obs in obs_batch]
             sessions = [self._sessions[ctx.session_id] for ctx in ctx_batch]
+            # The harness may execute only the beginning of a chunk before it asks again: the
+            # history has to hold what was executed, as it does in our own evaluation, or the
+            # policy is shown an episode that did not happen.
             for ctx, session in zip(ctx_batch, sessions, strict=True):
                 taken = self._get_chunk_size(ctx)
                 if session.returned is not None and taken is not None:

@@ -26,7 +26,9 @@ def installed():
     if ctypes.util.find_library("EGL") is None:
         pytest.skip("no EGL to draw with: apt-get install libegl1 libgl1 libgl1-mesa-dri")
     if "tensorflow" in sys.modules:
-        pytest.skip("Mesa crashes beside TensorFlow, which other tests need; run -m simulators alone")
+        pytest.skip(
+            "Mesa crashes beside TensorFlow, which other tests need; run -m simulators alone"
+        )
 
 
 def _run_script(task, seed, **changes):
