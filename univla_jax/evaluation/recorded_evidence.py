@@ -17,7 +17,13 @@ from univla_jax.evaluation import conventions
 from univla_jax.evaluation.conventions import Change
 from univla_jax.evaluation.diagnosed_setup import OFFLINE, Finding, PolicyVariants, Setup
 from univla_jax.inference.policy import Policy
-from univla_jax.normalization import IDENTITY, MIN_MAX, ActionStatistics, stream_statistics
+from univla_jax.normalization import (
+    IDENTITY,
+    MIN_MAX,
+    QUANTILES,
+    ActionStatistics,
+    stream_statistics,
+)
 
 _CHUNKS = 4  # asked of each episode
 _DRAWS = 1000
@@ -206,7 +212,10 @@ def _changes_of_policy(
         return [np.asarray(e.actions, np.float64) for e in episodes]
 
     if policy.chunk_deltas is None:
-        quantiles = stream_statistics(actions, now.kinds)
+        # A checkpoint that took extremes may have been trained with quantiles; what it leaves alone
+        # (kind "identity") is left alone in all.
+        kinds = [IDENTITY if kind == IDENTITY else QUANTILES for kind in now.kinds]
+        quantiles = stream_statistics(actions, kinds)
         extremes = stream_statistics(actions, [MIN_MAX] * now.action_dim)
         field = "assets.statistics (convert: config.statistics)"
         if not _same_range(now, quantiles):
