@@ -44,6 +44,16 @@ def test_the_same_config_may_come_back(tmp_path):
     assert run_dir.read_config(tmp_path / "run", _Config) == changed
 
 
+def test_a_bound_folder_keeps_the_config_that_it_was_begun_with(tmp_path):
+    run_dir.bind_config(tmp_path / "run", _Config(), extra={"checkpoint": "a"}, free=FREE)
+    written = (tmp_path / "run" / "config.json").read_bytes()
+    changed = _Config(steps=20, data=_Inner(threads=4))
+    run_dir.bind_config(tmp_path / "run", changed, extra={"checkpoint": "a"}, free=FREE)
+    assert (tmp_path / "run" / "config.json").read_bytes() == written
+    with pytest.raises(UserError, match="checkpoint"):
+        run_dir.bind_config(tmp_path / "run", _Config(), extra={"checkpoint": "b"}, free=FREE)
+
+
 def test_another_config_is_refused_key_by_key(tmp_path):
     run_dir.write_config(tmp_path, _Config())
     other = _Config(rate=0.2, data=_Inner(sizes=(1, 3)))

@@ -96,6 +96,26 @@ def write_config(
         raise UserError(f"{file.parent} cannot be written: {error}") from error
 
 
+def bind_config(
+    folder: PathLike,
+    config: Any,
+    *,
+    name: str = CONFIG_FILE,
+    extra: Mapping[str, Any] | None = None,
+    free: Iterable[str] = (),
+) -> None:
+    """``check_config``, then ``write_config`` where the folder is new; the arguments are theirs.
+
+    For commands that need nothing but their config to begin. Those that check data or a checkpoint
+    first call the two by themselves, so that a refused command leaves no folder behind.
+
+    Raises:
+      UserError: the folder belongs to another config, or cannot be written.
+    """
+    if not check_config(folder, config, name=name, extra=extra, free=free):
+        write_config(folder, config, name=name, extra=extra)
+
+
 def read_config(folder: PathLike, cls: type[T]) -> T:
     """The config that a training run was made with.
 

@@ -46,7 +46,7 @@ from univla_jax.inference.planning import PlanningConfig, plan
 from univla_jax.inference.policy import Policy
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.normalization import ActionStatistics
-from univla_jax.run_dir import check_config, write_config
+from univla_jax.run_dir import bind_config
 from univla_jax.simulators import EXPERT_CHUNK, Benchmark, Breakdown, make_benchmark
 
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
@@ -232,8 +232,7 @@ def evaluate(
     extra = {} if policy is None else {"checkpoint": policy_identity}
     extra |= {} if sampling == GREEDY else {"sampling": dataclasses.asdict(sampling)}
     extra |= {} if round_trip is None else {"action_path": round_trip.identity()}
-    if not check_config(out, config, name=IDENTITY, extra=extra, free=_FREE):
-        write_config(out, config, name=IDENTITY, extra=extra)
+    bind_config(out, config, name=IDENTITY, extra=extra, free=_FREE)
     folder = io.absolute_path(out)
     if finished(folder):
         return read_report(folder)

@@ -30,7 +30,7 @@ from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.sampling import GREEDY, Sampling
 from univla_jax.io import json_values
-from univla_jax.run_dir import check_config, write_config
+from univla_jax.run_dir import bind_config
 
 STRIPS, GIF, MP4, REPORT = "imagined.png", "imagined.gif", "imagined.mp4", "imagine.json"
 _IDENTITY = "imagination.json"
@@ -123,8 +123,7 @@ def imagine(
     extra = {"checkpoint": checkpoint_identity(folder), **dataclasses.asdict(sampling)}
     if sampling.top_p == 1:
         del extra["top_p"]  # folders from before there was one are continued
-    if not check_config(out, config, name=_IDENTITY, extra=extra):
-        write_config(out, config, name=_IDENTITY, extra=extra)
+    bind_config(out, config, name=_IDENTITY, extra=extra)
     out = io.absolute_path(out)
     if finished(out):
         return io.read_json(out / REPORT)

@@ -34,7 +34,7 @@ from univla_jax.evaluation import closed_loop, rollouts
 from univla_jax.evaluation.closed_loop import EvaluateConfig
 from univla_jax.inference.judge import Judge
 from univla_jax.inference.sampling import Sampling
-from univla_jax.run_dir import check_config, write_config
+from univla_jax.run_dir import bind_config
 from univla_jax.tasks.policy_video import ADVANTAGE, BAD, GOOD
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.train_loop import train
@@ -104,8 +104,7 @@ def improve(
     """
     folder, out = find_checkpoint(checkpoint), io.absolute_path(out)
     extra = {"checkpoint": checkpoint_identity(folder)}
-    if not check_config(out, config, name=_IDENTITY, extra=extra):
-        write_config(out, config, name=_IDENTITY, extra=extra)
+    bind_config(out, config, name=_IDENTITY, extra=extra)
     attempts = dataclasses.replace(config.attempts, rollouts=True)
     sampling = Sampling(temperature=config.temperature)
     found = closed_loop.evaluate(

@@ -31,7 +31,7 @@ from univla_jax.evaluation.videos import Strip, enlarge, write_strips
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.inference.sampling import GREEDY, Sampling
-from univla_jax.run_dir import check_config, write_config
+from univla_jax.run_dir import bind_config
 from univla_jax.simulators.navsim.vehicle_model import VX
 from univla_jax.simulators.road.road_expert import EVALUATION_SEEDS, changed_motions
 from univla_jax.simulators.road.road_render import RoadRenderer
@@ -176,8 +176,7 @@ def imagine_steering(
     """
     folder = find_checkpoint(checkpoint)
     extra = {"checkpoint": checkpoint_identity(folder), **dataclasses.asdict(sampling)}
-    if not check_config(out, config, name=_IDENTITY, extra=extra):
-        write_config(out, config, name=_IDENTITY, extra=extra)
+    bind_config(out, config, name=_IDENTITY, extra=extra)
     out = io.absolute_path(out)
     if (out / REPORT).exists():
         return io.read_json(out / REPORT)

@@ -35,7 +35,7 @@ from univla_jax.data.token_store import TokenStore, TokenStoreWriter
 from univla_jax.errors import UserError
 from univla_jax.evaluation import closed_loop, paired
 from univla_jax.evaluation.closed_loop import EvaluateConfig
-from univla_jax.run_dir import check_config, write_config
+from univla_jax.run_dir import bind_config
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.train_loop import train
 
@@ -169,8 +169,7 @@ def run_study(
     stores = {split: source / "tokens" / split for split in ("train", "val")}
     demonstrations = TokenStore(stores["train"])
     extra = {"demonstrations": demonstrations.fingerprint}
-    if not check_config(out, config, name=_IDENTITY, extra=extra):
-        write_config(out, config, name=_IDENTITY, extra=extra)
+    bind_config(out, config, name=_IDENTITY, extra=extra)
     done: list[Run] = []
     # All arms of one seed before the next seed: a study that is stopped early, or still goes on,
     # compares all of them on fewer seeds instead of some of them on all. Post-training runs of
