@@ -342,6 +342,27 @@ class TokenStoreWriter:
         with _disk_errors(path):
             io.write_json(path.with_suffix(".json"), io.json_values(entry))
 
+    def write(self, episode_of: Callable[[int], TokenizedEpisode | InvalidEpisode]) -> Manifest:
+        """Writes the shards that are missing one after another, then the manifest.
+
+        Args:
+          episode_of: number of a source episode -> the episode, or why it is left out.
+
+        Raises:
+          UserError: a shard cannot be written, or one of them is damaged.
+        """
+        for number in range(self.header.num_shards):
+            if self.has_shard(number):
+                continue
+            with self.shard(number) as shard:
+                for index in self.source_range(number):
+                    episode = episode_of(index)
+                    if isinstance(episode, InvalidEpisode):
+                        shard.skip(episode)
+                    else:
+                        shard.add(episode)
+        return self.finish()
+
     def invalid_episodes(self) -> tuple[InvalidEpisode, ...]:
         """The invalid episodes of all shards, in order; every shard must be finished."""
         return tuple(invalid for file in self._shard_files() for invalid in file.invalid_episodes)

@@ -154,16 +154,14 @@ def annotate(
         source_fingerprint=source.fingerprint,
         source_episodes=len(episodes),
     )
-    writer = TokenStoreWriter(out, header)
-    for number in range(header.num_shards):
-        if writer.has_shard(number):
-            continue
-        with writer.shard(number) as shard:
-            for index in writer.source_range(number):
-                words = tuple(GOOD if a >= least else BAD for a in found[index])
-                texts = {**episodes[index].texts, ADVANTAGE: words}
-                shard.add(dataclasses.replace(episodes[index], texts=texts))
-    writer.finish()
+
+    def annotated(index: int) -> TokenizedEpisode:
+        words = tuple(GOOD if a >= least else BAD for a in found[index])
+        return dataclasses.replace(
+            episodes[index], texts={**episodes[index].texts, ADVANTAGE: words}
+        )
+
+    TokenStoreWriter(out, header).write(annotated)
     shares = _good_shares(judge, episodes, found, least)
     steps = sum(map(len, found))
     return {"episodes": len(episodes), "steps": steps, "good_from": round(least, 6), **shares}

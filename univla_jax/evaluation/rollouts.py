@@ -85,19 +85,15 @@ def write_store(out: epath.Path, assets: Assets, corpus: str, source: str) -> Ma
         codebook_size=vision.codebook_size,
         block_steps=block_steps(grids),
     )
-    writer = TokenStoreWriter(out / STORE, header)
-    for number in range(header.num_shards):
-        if writer.has_shard(number):
-            continue
-        with writer.shard(number) as shard:
-            for index in writer.source_range(number):
-                episode = _encode(paths[index], assets, header, views)
-                if len(episode) < header.min_frames:
-                    short = f"{len(episode)} steps, at least {header.min_frames} are needed"
-                    shard.skip(InvalidEpisode(episode.episode_id, short))
-                else:
-                    shard.add(episode)
-    manifest = writer.finish()
+
+    def encoded(index: int) -> TokenizedEpisode | InvalidEpisode:
+        episode = _encode(paths[index], assets, header, views)
+        if len(episode) >= header.min_frames:
+            return episode
+        short = f"{len(episode)} steps, at least {header.min_frames} are needed"
+        return InvalidEpisode(episode.episode_id, short)
+
+    manifest = TokenStoreWriter(out / STORE, header).write(encoded)
     (out / RECORDED).rmtree()
     return manifest
 

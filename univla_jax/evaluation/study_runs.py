@@ -220,14 +220,7 @@ def write_share(source: TokenStore, share: float, seed: int, out: epath.Path) ->
         source_fingerprint=source.fingerprint,
         source_episodes=count,
     )
-    writer = TokenStoreWriter(out, header)
-    for number in range(header.num_shards):
-        if writer.has_shard(number):
-            continue
-        with writer.shard(number) as shard:
-            for index in writer.source_range(number):
-                shard.add(source[int(drawn[index])])
-    writer.finish()
+    TokenStoreWriter(out, header).write(lambda index: source[int(drawn[index])])
 
 
 def _changed(base: TrainConfig, changes: Mapping[str, Any], seed: int, where: str) -> TrainConfig:
