@@ -25,6 +25,8 @@ Exit status: 0 it fits, 1 it does not, 2 an error with its remedy.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -65,36 +67,34 @@ def main(argv: list[str]) -> int:
     config = build_config(TrainConfig, CONFIG.value.to_dict())
     if (TOPOLOGY.value is None) == (DEVICE.value is None):
         raise UserError("give --topology=v5p:4x4x4 or --device=h100, one of them")
-    if DEVICE.value is not None:
-        return _plan_device(config)
+    plans, table = _plan_device(config) if DEVICE.value is not None else _plan_slice(config)
+    values = [plan.to_dict() for plan in plans]
+    if JSON.value:
+        print(json.dumps(values if SEARCH.value else values[0]))
+    else:
+        print(table(plans) if SEARCH.value else plans[0].describe())
+    return 0 if any(plan.fits for plan in plans) else 1
+
+
+def _plan_slice(config: TrainConfig) -> tuple[Sequence[Any], Callable[[Any], str]]:
+    """The compiled plans, one without ``--search``, and what makes a table of several."""
     topology = find_topology(TOPOLOGY.value)
     if SEARCH.value:
-        plans = search_plans(config, topology, limit=LIMIT.value)
-        values, text = [plan.to_dict() for plan in plans], search_table(plans)
-        fits = any(plan.fits for plan in plans)
-    else:
-        if DECODE.value:
-            plan = plan_decoding(config, topology, batch_size=BATCH_SIZE.value, blocks=BLOCK.value)
-        else:
-            plan = plan_training(config, topology, full_logits=FULL_LOGITS.value)
-        values, text, fits = plan.to_dict(), plan.describe(), plan.fits
-    print(json.dumps(values) if JSON.value else text)
-    return 0 if fits else 1
+        return search_plans(config, topology, limit=LIMIT.value), search_table
+    if DECODE.value:
+        plan = plan_decoding(config, topology, batch_size=BATCH_SIZE.value, blocks=BLOCK.value)
+        return [plan], search_table
+    return [plan_training(config, topology, full_logits=FULL_LOGITS.value)], search_table
 
 
-def _plan_device(config: TrainConfig) -> int:
+def _plan_device(config: TrainConfig) -> tuple[Sequence[Any], Callable[[Any], str]]:
+    """The counted plans, one without ``--search``, and what makes a table of several."""
     if DECODE.value or FULL_LOGITS.value:
         raise UserError("--device counts a train step; --decode and --full_logits need --topology")
     chip = find_card(DEVICE.value)
-    if SEARCH.value:
-        plans = search_device(config, chip)
-        values, text = [plan.to_dict() for plan in plans], device_table(plans)
-        fits = any(plan.fits for plan in plans)
-    else:
-        plan = plan_device(config, chip)
-        values, text, fits = plan.to_dict(), plan.describe(), plan.fits
-    print(json.dumps(values) if JSON.value else text)
-    return 0 if fits else 1
+    return search_device(config, chip) if SEARCH.value else [
+        plan_device(config, chip)
+    ], device_table
 
 
 if __name__ == "__main__":
