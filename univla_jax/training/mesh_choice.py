@@ -23,7 +23,7 @@ from univla_jax.models import decoder_config
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.training import hardware
 from univla_jax.training.hardware import Chip, find_chip
-from univla_jax.training.sharding import MeshConfig, make_mesh
+from univla_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
 _PLANE = 16  # chips of the smallest cube's face, 4 x 4
 _TORUS_3D = ("v4", "v5p", "tpu7x")
@@ -119,7 +119,7 @@ def choose_remat(
       length: tokens of a sequence.
       state_bytes: per device, of parameters, gradients and optimizer.
     """
-    parts = math.prod(mesh.shape[axis] for axis in ("replica", "data", "fsdp", "context"))
+    parts = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context"))
     local = sequences * length / parts
     item = decoder.compute_dtype.itemsize
     widths = kept_widths(decoder, mesh.shape["tensor"])
