@@ -44,6 +44,13 @@ IMAGE_SPECS = {
     "image": {"size": (32, 32), "factor": 8, "min_pixels": 256},
     "wrist_image": {"size": (16, 16), "factor": 8, "min_pixels": 256},
 }
+ACTING = {  # of the policies that do nothing else
+    "task": "policy_video",
+    "views": VIEWS,
+    "frames": 2,
+    "chunk_size": ACTION_FRAMES,
+    "aligned_windows": 0.7,
+}
 FRAME_HEADERS = ("1*4*4", "1*2*2")  # one text id each, as they stand before every frame
 
 Values = dict[str, Any]
@@ -107,16 +114,7 @@ def world_model() -> ConfigDict:
 
 def policy() -> ConfigDict:
     """Action chunks alone, interleaved with the frames of both cameras: the specialist."""
-    data = {
-        "task": "policy_video",
-        "views": VIEWS,
-        "frames": 2,
-        "chunk_size": ACTION_FRAMES,
-        "aligned_windows": 0.7,
-        "sequence_length": 112,
-        "packing": False,
-        "batch_size": 16,
-    }
+    data = {**ACTING, "sequence_length": 112, "packing": False, "batch_size": 16}
     return complete(TrainConfig, training(3600, data) | {"loss": {"max_labeled": 64}})
 
 
@@ -125,16 +123,7 @@ def realtime() -> ConfigDict:
 
     Up to three actions under way stand before each chunk: 0.6 seconds of latency.
     """
-    data = {
-        "task": "policy_video",
-        "views": VIEWS,
-        "frames": 2,
-        "chunk_size": ACTION_FRAMES,
-        "aligned_windows": 0.7,
-        "max_committed": 3,
-        "sequence_length": 256,
-        "batch_size": 8,
-    }
+    data = {**ACTING, "max_committed": 3, "sequence_length": 256, "batch_size": 8}
     config = complete(TrainConfig, training(2000, data))
     config.optimizer.learning_rate = 1.5e-3
     return config
