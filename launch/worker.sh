@@ -54,7 +54,7 @@ kill_leftover() {
 
 # supervise MODULE ARG...: runs the command, passes SIGTERM and SIGINT on to it, and returns its status.
 supervise() {
-  local module="$1" signaled="" asked="" command again
+  local module="$1" asked="" child="" command
   shift
   status=1 # not local: the EXIT trap reads it
   command=("$PROJECT_PYTHON" -u -m "univla_jax.$module" "$@")
@@ -62,6 +62,7 @@ supervise() {
   # read half.
   trap 'echo "$status" >"$STATE/exit_status.new" && mv "$STATE/exit_status.new" "$STATE/exit_status"' EXIT
   echo "$(date -u +%FT%TZ) $(uname -n): ${command[*]}"
+  trap 'asked=1; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null' TERM INT HUP
   (
     if [[ -f "$STATE/env" ]]; then
       set -a
@@ -72,17 +73,12 @@ supervise() {
   ) &
   child=$!
   echo "$child" >"$STATE/pid"
-  trap 'signaled=1; kill -TERM "$child" 2>/dev/null' TERM INT HUP
-  # A trapped signal ends the wait early; 127 says that the command had been waited for before it.
+  [[ -z "$asked" ]] || kill -TERM "$child" 2>/dev/null
+  # Not with one `wait`: a signal at the moment the command ends can leave bash waiting there for
+  # tee, forever. A command that is over has been reaped, so its number answers no more.
+  { while kill -0 "$child"; do sleep 0.2; done; } 2>/dev/null
   wait "$child"
   status=$?
-  while [[ -n "$signaled" ]]; do
-    signaled=""
-    asked=1
-    wait "$child"
-    again=$?
-    ((again == 127)) || status=$again
-  done
   # Asked to stop before it listens to signals, the command has nothing to save yet.
   if [[ $status -eq 143 && (-n "$asked" || -e "$STATE/stopping") ]]; then
     status=$PREEMPTED

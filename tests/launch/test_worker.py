@@ -119,6 +119,18 @@ def test_sigterm_to_the_script_or_to_all_is_83(worker, command, saved):
     assert ("saved" in output) == saved
 
 
+@pytest.mark.slow
+def test_a_signal_at_the_moment_the_command_starts_or_ends_leaves_nothing_waiting(worker):
+    """As from Slurm: to the whole group, so that the command ends while its watcher is told."""
+    for _ in range(150):
+        shutil.rmtree(worker.state, ignore_errors=True)
+        process = worker("run", "train", "run", background=True)
+        wait_until(lambda: "has" in log_of(worker))
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 83, output
+
+
 def test_two_runs_do_not_share_a_folder(worker):
     first = worker("run", "train", "run", background=True)
     wait_until(lambda: "has" in log_of(worker))
