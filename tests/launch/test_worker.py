@@ -36,9 +36,9 @@ def worker(tmp_path):
     command.write_text(COMMAND)
     command.chmod(0o755)
     state = tmp_path / "run"
-    environment = {**os.environ, "INSTALLED": str(command), "STATE": str(state)}
 
-    def call(*arguments, background=False):
+    def call(*arguments, background=False, state=state):
+        environment = {**os.environ, "INSTALLED": str(command), "STATE": str(state)}
         script = ["bash", str(REPOSITORY / "launch/worker.sh"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         process = subprocess.Popen(script, env=environment, start_new_session=background, **pipes)
@@ -122,13 +122,16 @@ def test_sigterm_to_the_script_or_to_all_is_83(worker, command, saved):
 @pytest.mark.slow
 def test_a_signal_at_the_moment_the_command_starts_or_ends_leaves_nothing_waiting(worker):
     """As from Slurm: to the whole group, so that the command ends while its watcher is told."""
-    for _ in range(150):
-        shutil.rmtree(worker.state, ignore_errors=True)
-        process = worker("run", "train", "run", background=True)
-        wait_until(lambda: "has" in log_of(worker))
-        os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 83, output
+    for _ in range(25):
+        states = [worker.state / str(i) for i in range(6)]
+        processes = [worker("run", "train", "run", background=True, state=i) for i in states]
+        for process, state in zip(processes, states, strict=True):
+            wait_until(lambda log=state / "log": log.exists() and "has" in log.read_text())
+            os.killpg(process.pid, signal.SIGTERM)
+        for process, state in zip(processes, states, strict=True):
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 83, output
+            shutil.rmtree(state)
 
 
 def test_two_runs_do_not_share_a_folder(worker):
