@@ -121,7 +121,9 @@ COMPARE = flags.DEFINE_bool("compare", False, "compare two folders of results: -
 # Field of ``EvaluateConfig`` -> the flag that overrides it.
 _FIELDS = {
     "benchmark": flags.DEFINE_enum("benchmark", None, list(BENCHMARKS), "the benchmark"),
-    "suite": cli.string_flag("suite", "suite of LIBERO", required=False),
+    "suite": cli.string_flag(
+        "suite", "suite of the benchmark, such as libero_goal", required=False
+    ),
     "tasks": flags.DEFINE_list("tasks", None, "indices of tasks (CALVIN: chains); all by default"),
     "episodes": flags.DEFINE_integer(
         "episodes", None, "of each condition on the tabletop, or of --offline; 0 for all"

@@ -27,7 +27,7 @@ def test_outcomes_states_and_pictures_are_those_of_the_authors_loop():
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "solved [False, False, False]" in done.stdout.splitlines()
+    assert done.stdout.splitlines()[-1].startswith("solved [False, False, False, False")

@@ -1,4 +1,4 @@
-"""SimplerEnv's WidowX tasks against a module that stands for it."""
+"""SimplerEnv against a module that stands for it."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ class _Sink:
 class _Pictures:
     """The wrapper that makes uint8 of pictures."""
 
-    def __init__(self, env):
+    def __init__(self, env, camera):
         self.env = self.unwrapped = env
+        self.camera = camera
 
     def observation(self, observed):
         frame = np.full((480, 640, 3), observed["Color"], np.uint8)
-        return {"image": {"3rd_view_camera": {"rgb": frame}}}
+        return {"image": {self.camera: {"rgb": frame}}}
 
     def reset(self, options):
         observed, info = self.env.reset(options)
@@ -65,20 +66,30 @@ class _Pictures:
         self.env.close()
 
 
-@pytest.fixture
-def log(monkeypatch):
-    entries = []
+class Log(list):
+    """What environments were told; ``made`` are their names and settings, ``assets`` a folder."""
 
-    def make(name, *, obs_mode, prepackaged_config):
-        assert obs_mode == "rgbd" and prepackaged_config
+
+@pytest.fixture
+def log(monkeypatch, tmp_path):
+    entries, made = Log(), []
+    entries.made, entries.assets = made, tmp_path
+    stage = tmp_path / "hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb"
+    stage.parent.mkdir(parents=True)
+    stage.touch()
+
+    def make(name, *, obs_mode, prepackaged_config=False, **settings):
+        assert obs_mode == "rgbd" and prepackaged_config != bool(settings)
         if name in entries:  # a name in the log before the test is a scene whose files are missing
             raise FileNotFoundError("bridge_table_1_v1.glb")
-        return _Pictures(_Sink(name, entries))
+        made.append((name, settings))
+        camera = "3rd_view_camera" if prepackaged_config else "overhead_camera"
+        return _Pictures(_Sink(name, entries), camera)
 
     envs = {"__file__": "/nowhere/envs/__init__.py"}
     modules = {
         "gymnasium": {"make": make},
-        "mani_skill2_real2sim": {"__path__": []},
+        "mani_skill2_real2sim": {"__path__": [], "ASSET_DIR": tmp_path},
         "mani_skill2_real2sim.envs": envs,
     }
     for name, content in modules.items():
@@ -175,11 +186,55 @@ def test_tasks_and_steps_are_chosen(log):
 def test_the_benchmark_and_its_mistakes():
     benchmark = make_benchmark("simpler")
     assert len(benchmark.trials) == 4 * 24
-    with pytest.raises(UserError, match="25, expected 1 to 24"):
+    with pytest.raises(UserError, match="25, expected 1 to 24, or 0 for all"):
         make_benchmark("simpler", episodes_per_task=25)
-    with pytest.raises(UserError, match="task 'widowx_swim'"):
-        SimplerProtocol(tasks=("widowx_swim",))
+    with pytest.raises(UserError, match="--suite: 'sawyer', simpler has bridge, google_robot"):
+        make_benchmark("simpler", suite="sawyer")
     with pytest.raises(UserError, match="--tasks: 4, simpler has 0 widowx_spoon_on_towel"):
         make_benchmark("simpler", tasks=(4,))
     with pytest.raises(UserError, match=r"needs the package mani_skill2_real2sim; launch/sim"):
         benchmark.make()
+
+
+def test_the_google_robot_has_the_published_first_states(log):
+    benchmark = make_benchmark("simpler", suite="google_robot")
+    counts = [sum(trial.task == task for trial in benchmark.trials) for task in range(5)]
+    assert counts == [300, 240, 108, 108, 108]
+    assert list(benchmark.protocol["max_steps"].values()) == [80, 80, 113, 113, 200]
+    simulator = benchmark.make()
+    for trial in (Trial(0, 0), Trial(0, 24), Trial(0, 25), Trial(2, 107)):
+        simulator.reset(trial)
+    assert simulator.observe().frames["image"].shape == (480, 640, 3)
+    (can, first), (_, second), (drawer, last) = log.made  # one for all 25 places of a can
+    assert can == "GraspSingleOpenedCokeCanInScene-v0" and drawer.startswith("OpenBottom")
+    assert first["lr_switch"] and first["urdf_version"] is None and second["upright"]
+    assert first["rgb_overlay_path"].endswith("real_inpainting/google_coke_can_real_eval_1.png")
+    assert last["rgb_overlay_path"].endswith("open_drawer_c2.png") and "shader_dir" not in last
+    places = [told[1] for told in log if isinstance(told, tuple)]
+    np.testing.assert_allclose(places[1]["obj_init_options"]["init_xy"], [-0.12, 0.42])
+    turn = places[3]["robot_init_options"]["init_rot_quat"]
+    np.testing.assert_allclose(turn, [np.sin(0.0125), 0, 0, np.cos(0.0125)])
+
+
+def test_the_google_robots_gripper_is_moved_for_fifteen_steps(log):
+    simulator = make_benchmark("simpler", suite="google_robot", tasks=(4,)).make()
+    simulator.reset(Trial(4, 0))
+    for opening in [1.0, 1.0, 0.0, *[0.1] * 20]:
+        simulator.step(_action(opening))
+    simulator._env.unwrapped.words = "now the apple"
+    assert simulator.step(_action(1.0)) is StepResult.NEXT_TASK
+    simulator.step(_action(0.0))  # a new instruction, a new beginning: nothing to compare with
+    sent = [told[6] for told in log if isinstance(told, np.ndarray)]
+    np.testing.assert_allclose(sent[:2] + sent[2:17], [0.0] * 2 + [1.0] * 15)
+    np.testing.assert_allclose(sent[17:], [0.0] * 6 + [-0.9, 0.0], atol=1e-9)
+
+
+def test_a_model_that_would_be_drawn_as_nothing_is_named(log):
+    simulator = make_benchmark("simpler", suite="google_robot").make()
+    (log.assets / "custom/models/blue_plastic_bottle").mkdir(parents=True)
+    simulator.reset(Trial(0, 0))  # a can alone needs no bottle
+    with pytest.raises(UserError, match=r"blue_plastic_bottle/textured.\* is missing, without"):
+        simulator.reset(Trial(1, 0))
+    (log.assets / "hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb").unlink()
+    with pytest.raises(UserError, match=r"coke_can_1_v4.glb is missing, without which Grasp"):
+        simulator.reset(Trial(0, 30))

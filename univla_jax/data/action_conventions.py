@@ -235,6 +235,37 @@ def widowx_commands(actions: np.ndarray) -> np.ndarray:
     return commands
 
 
+class GoogleRobotCommands:
+    """Unnormalized Fractal actions for SimplerEnv's Google robot, one episode.
+
+    Its gripper takes changes: +1 closes, -1 opens, and one command moves it too little, so that a
+    change of more than 0.5 is repeated ``REPEATS`` times (SimplerEnv's sticky gripper,
+    simpler-env/SimplerEnv:simpler_env/policies/octo/octo_model.py).
+    """
+
+    REPEATS = 15
+
+    def __init__(self) -> None:
+        """Begins an episode."""
+        self._opening: float | None = None
+        self._change, self._left = 0.0, 0
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """The command, float64 [7], of an action [7]: Euler angles, gripper 1 when open."""
+        command = np.array(action, np.float64)
+        command[3:6] = _rotation_vectors(command[3:6])
+        opening = float(command[6])
+        change = 0.0 if self._opening is None else self._opening - opening
+        self._opening = opening
+        if abs(change) > 0.5 and not self._left:
+            self._change, self._left = change, self.REPEATS
+        if self._left:
+            self._left -= 1
+            change = self._change
+        command[6] = change
+        return command
+
+
 def _rotation_vectors(euler: np.ndarray) -> np.ndarray:
     """Angles [..., 3] to axis times angle in 0...2 pi, by way of the quaternion."""
     # Not SciPy's Rotation: it returns the shorter way round, an angle in 0...pi, whereas the

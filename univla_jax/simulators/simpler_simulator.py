@@ -1,20 +1,22 @@
-"""SimplerEnv's WidowX tasks for policies trained on Bridge (Li et al. 2024, arXiv 2405.05941).
+"""SimplerEnv: a WidowX for policies trained on Bridge, a Google robot for those of Fractal.
+
+Li et al. 2024, arXiv 2405.05941; first states and commands stand in ``simpler_robots``.
 
 Follows simpler-env/SimplerEnv:simpler_env/evaluation/maniskill2_evaluator.py and
-baaivision/UniVLA:reference/RoboVLMs/eval/simpler. The tasks are those of
-``mani_skill2_real2sim``, which bring overlay, camera and robot pose with them; it is imported only
-inside a worker, which needs an interpreter of its own: it takes NumPy 1, and JAX takes NumPy 2.
+baaivision/UniVLA:reference/RoboVLMs/eval/simpler. ``mani_skill2_real2sim`` is imported only inside
+a worker, which needs an interpreter of its own: it takes NumPy 1, and JAX takes NumPy 2.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 from typing import Any
 
 import numpy as np
 
-from univla_jax.data.action_conventions import widowx_commands
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.simulators import (
@@ -25,26 +27,11 @@ from univla_jax.simulators import (
     commit_of,
     package_versions,
 )
+from univla_jax.simulators.simpler_robots import FirstState, Robot, robots
 
-ENVIRONMENTS = {
-    "widowx_spoon_on_towel": "PutSpoonOnTableClothInScene-v0",
-    "widowx_carrot_on_plate": "PutCarrotOnPlateInScene-v0",
-    "widowx_stack_cube": "StackGreenCubeOnYellowCubeBakedTexInScene-v0",
-    "widowx_put_eggplant_in_basket": "PutEggplantInBasketScene-v0",
-}
-"""SimplerEnv's name of a task -> that of its environment, as ``simpler_env.make`` maps them."""
-MAX_STEPS = {
-    "widowx_spoon_on_towel": 60,
-    "widowx_carrot_on_plate": 60,
-    "widowx_stack_cube": 60,
-    "widowx_put_eggplant_in_basket": 120,
-}
-EPISODES = 24
 INSTALL = "launch/simulators/simpler.sh installs it, and prints the --simulator_python to give"
 _PACKAGES = ("sapien", "gymnasium", "numpy")
-_CAMERA = "3rd_view_camera"
-# Unnormalized range of Bridge actions, for random ones: meters, radians, gripper 0...1.
-_RANGE = (-0.03, -0.04, -0.04, -0.08, -0.08, -0.2, 0.0), (0.03, 0.04, 0.04, 0.08, 0.08, 0.2, 1.0)
+_TRACES_RAYS = "/dev/nvidiactl"  # drawers are judged by their shadows; no other GPU draws those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,78 +39,110 @@ class SimplerProtocol:
     """Every choice of a SimplerEnv evaluation.
 
     Attributes:
-      tasks: of ``MAX_STEPS``, in the order of the report.
-      episodes_per_task: object layouts 0 … n - 1 of the 24 of each task.
+      suite: ``"bridge"``, or ``"google_robot"`` in visual matching.
+      episodes_per_task: the first of the first states of each task; 0 for all of them.
       max_steps: actions after which an episode ends; 0 for the official number of each task.
-      control_hz: of the simulator.
       execute: actions executed of each chunk; 0 executes all. The published policy predicts 5.
-      resize: by the image spec in the checkpoint's assets (640 x 480 to 256 x 256, not cropped).
+      resize: by the image spec in the checkpoint's assets (the whole picture, not cropped).
       rotation: how the rotation is sent.
-      gripper: +1 opens.
       stop_at_success: whether an episode ends at its first success; officially it goes on, and
         what counts is the state after the last step.
     """
 
-    tasks: tuple[str, ...] = tuple(MAX_STEPS)
-    episodes_per_task: int = EPISODES
+    suite: str = "bridge"
+    episodes_per_task: int = 0
     max_steps: int = 0
-    control_hz: int = 5
     execute: int = 0
     resize: str = "checkpoint"
     rotation: str = "axis times angle of the Euler delta"
-    gripper: str = "+1 above 0.5, else -1"
     stop_at_success: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown task or too many episodes."""
-        for task in self.tasks:
-            if task not in MAX_STEPS:
-                raise UserError(f"simpler: task {task!r}, expected some of {', '.join(MAX_STEPS)}")
-        if not 1 <= self.episodes_per_task <= EPISODES:
+        """Raises UserError for an unknown suite, or a number out of range."""
+        if self.suite not in robots():
+            raise UserError(f"--suite: {self.suite!r}, simpler has {', '.join(robots())}")
+        most = max(len(task.states) for task in self.robot.tasks.values())
+        if not 0 <= self.episodes_per_task <= most:
             raise UserError(
-                f"--episodes_per_task: {self.episodes_per_task}, expected 1 to {EPISODES}"
+                f"--episodes_per_task: {self.episodes_per_task}, expected 1 to {most}, or 0 for all"
             )
         if self.max_steps < 0 or self.execute < 0:
             raise UserError(
                 f"--max_steps: {self.max_steps}, --execute: {self.execute}, expected at least 0"
             )
 
+    @property
+    def robot(self) -> Robot:
+        """What the suite consists of."""
+        return robots()[self.suite]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the report."""
+        return tuple(self.robot.tasks)
+
     def steps(self, task: str) -> int:
         """Actions after which an episode of a task ends."""
-        return self.max_steps or MAX_STEPS[task]
+        return self.max_steps or self.robot.tasks[task].max_steps
+
+    def episodes(self, task: str) -> int:
+        """Episodes of a task; one with fewer first states has all of them."""
+        states = len(self.robot.tasks[task].states)
+        return min(self.episodes_per_task or states, states)
 
 
 def make_benchmark(
     *,
+    suite: str = "bridge",
     tasks: tuple[int, ...] = (),
-    episodes_per_task: int = EPISODES,
+    episodes_per_task: int = 0,
     max_steps: int = 0,
     execute: int = 0,
 ) -> Benchmark:
-    """The four tasks.
+    """The tasks of a robot.
 
     Args:
-      tasks: indices in ``MAX_STEPS``; all by default.
-      episodes_per_task: object layouts of each task.
+      suite: ``"bridge"`` or ``"google_robot"``.
+      tasks: indices of its tasks; all by default.
+      episodes_per_task: first states of each task; 0 for all.
       max_steps: actions after which an episode ends; 0 for the official number of each task.
       execute: actions executed of each chunk; 0 executes all.
 
     Raises:
-      UserError: no such task, or a number out of range.
+      UserError: no such suite or task, or a number out of range.
     """
-    names = tuple(MAX_STEPS)
+    protocol = SimplerProtocol(suite, episodes_per_task, max_steps, execute)
+    names, robot = protocol.tasks, protocol.robot
     chosen = choose_tasks("simpler", tasks, names)
-    protocol = SimplerProtocol(names, episodes_per_task, max_steps, execute=execute)
     steps = {names[task]: protocol.steps(names[task]) for task in chosen}
     described = {"benchmark": "simpler", **dataclasses.asdict(protocol)}
+    described |= {"control_hz": robot.control_hz, "gripper": robot.gripper}
     return Benchmark(
-        name="simpler_bridge",
+        name=f"simpler_{suite}",
         protocol={**described, "tasks": list(steps), "max_steps": steps},
-        trials=tuple(Trial(task, i) for task in chosen for i in range(episodes_per_task)),
+        trials=tuple(
+            Trial(task, i) for task in chosen for i in range(protocol.episodes(names[task]))
+        ),
         make=functools.partial(SimplerSimulator, protocol),
         execute=protocol.execute,
-        random_range=_RANGE,
+        random_range=robot.random_range,
     )
+
+
+def missing_files(assets: pathlib.Path, state: FirstState) -> list[pathlib.Path]:
+    """Files of a first state that SAPIEN would go on without, logging an error at most.
+
+    Args:
+      assets: folder of the simulator's assets.
+      state: of a scene that is named in it; the prepackaged ones raise errors of their own.
+    """
+    scene = dict(state.build).get("scene_name", "dummy")
+    wanted = []
+    if not scene.startswith("dummy"):
+        wanted.append(assets / "hab2_bench_assets/stages" / f"{scene}.glb")
+    if "episode_id" in state.reset["obj_init_options"] and state.overlay:  # several objects
+        wanted += [folder / "textured.*" for folder in (assets / "custom/models").glob("*")]
+    return [path for path in wanted if not any(path.parent.glob(path.name))]
 
 
 class SimplerSimulator:
@@ -140,42 +159,44 @@ class SimplerSimulator:
             import mani_skill2_real2sim.envs  # registers the tasks
         except ModuleNotFoundError as error:
             raise UserError(f"SimplerEnv needs the package {error.name}; {INSTALL}") from error
-        self._protocol, self._make = protocol, gymnasium.make
+        self._protocol, self._make, self._robot = protocol, gymnasium.make, protocol.robot
         self._source = mani_skill2_real2sim.envs.__file__
         self._env: Any = None
-        self._name = ""
+        self._built: tuple[Any, ...] = ()
 
     def reset(self, trial: Trial) -> None:
-        """Begins layout ``trial.trial`` of a task.
+        """Begins first state ``trial.trial`` of a task.
 
         Raises:
           UserError: a file of the task's scene is missing.
         """
-        name = self._protocol.tasks[trial.task]
-        if name != self._name:
+        self._name = self._protocol.tasks[trial.task]
+        state = self._robot.tasks[self._name].states[trial.trial]
+        built = (state.environment, state.build, state.overlay)
+        if built != self._built:
             if self._env is not None:
                 self._env.close()
-            self._env, self._name = self._open(ENVIRONMENTS[name]), name
-        options = {"obj_init_options": {"episode_id": trial.trial}}
-        observed, _ = self._env.reset(options=options)
-        self._image: np.ndarray | None = _image_of(observed)
+            self._env, self._built = self._open(state), built
+        observed, _ = self._env.reset(options=dict(state.reset))
+        self._commands = self._robot.start()
+        self._image: np.ndarray | None = self._image_of(observed)
         self._layout, self._steps, self._success = trial.trial, 0, False
         self._ever, self._stats = False, {}
         self._instruction = self._env.unwrapped.get_language_instruction()
 
     def observe(self) -> Observation:
-        """The third-person camera and the present instruction."""
+        """The robot's camera and the present instruction."""
         return Observation(self._instruction, {"image": self.video_frame()})
 
     def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
-        """Executes one action of the Bridge corpus [7]: meters, Euler angles, gripper 0...1."""
+        """Executes one action of the corpus [7]: meters, Euler angles, gripper 0...1, 1 is open."""
         del render  # drawn in ``video_frame``, which is called where it is observed
         # The environment draws after every step unless it is told to observe nothing; drawing takes
         # five times as long as the physics, and moves nothing. Its wrappers expect pictures and
         # count the steps, which the protocol does here.
         task = self._env.unwrapped
         mode, task._obs_mode = task._obs_mode, "none"
-        _, _, done, _, info = task.step(widowx_commands(action))
+        _, _, done, _, info = task.step(self._commands(action))
         task._obs_mode, self._image = mode, None
         self._steps += 1
         # SimplerEnv reports ``done`` anew after every step and continues: an object may be dropped
@@ -187,7 +208,10 @@ class SimplerSimulator:
         if out_of_time or (self._success and self._protocol.stop_at_success):
             return StepResult.ENDED
         before, self._instruction = self._instruction, task.get_language_instruction()
-        return StepResult.CONTINUES if before == self._instruction else StepResult.NEXT_TASK
+        if before == self._instruction:
+            return StepResult.CONTINUES
+        self._commands = self._robot.start()
+        return StepResult.NEXT_TASK
 
     def result(self) -> dict[str, Any]:
         """Outcome after the last step, whether it ever succeeded, and the task's own counts."""
@@ -201,24 +225,41 @@ class SimplerSimulator:
         }
 
     def video_frame(self) -> np.ndarray:
-        """The third-person camera, uint8 [480, 640, 3]."""
+        """The robot's camera, uint8 [H, W, 3]."""
         if self._image is None:
             observed = self._env.unwrapped.get_obs()
-            self._image = _image_of(self._pictures.observation(observed))
+            self._image = self._image_of(self._pictures.observation(observed))
         return self._image
 
     def versions(self) -> dict[str, str]:
         """Of the packages that move the score, and the commit of the simulator."""
-        return {**package_versions(_PACKAGES), "mani_skill2_real2sim": commit_of(self._source)}
+        found = {**package_versions(_PACKAGES), "mani_skill2_real2sim": commit_of(self._source)}
+        return found | {"shader": dict(self._look()).get("shader_dir", "default")}
 
-    def _open(self, environment: str) -> Any:
+    def _look(self) -> dict[str, Any]:
+        """How the present task is drawn: drawers by ray tracing, where the machine can."""
+        drawers = "drawer" in self._name and os.path.exists(_TRACES_RAYS)
+        return {"shader_dir": "rt"} if drawers else {}
+
+    def _open(self, state: FirstState) -> Any:
         """An environment, and its wrapper that makes uint8 of pictures."""
+        from mani_skill2_real2sim import ASSET_DIR
+
+        settings = {**dict(state.build), **self._look()}
+        for file in missing_files(pathlib.Path(ASSET_DIR), state):
+            raise UserError(
+                f"SimplerEnv: {file} is missing, without which {state.environment} is drawn wrong; "
+                "is the checkout complete, with its largest files?"
+            )
+        if state.overlay:
+            settings["rgb_overlay_path"] = str(ASSET_DIR / "real_inpainting" / state.overlay)
+            settings["camera_cfgs"] = {"add_segmentation": True}
         try:
-            env = self._make(environment, obs_mode="rgbd", prepackaged_config=True)
+            env = self._make(state.environment, obs_mode="rgbd", **settings)
         except (FileNotFoundError, AssertionError) as error:
             raise UserError(
-                f"SimplerEnv: {environment} does not open: {error}; is the checkout complete, with "
-                "the folder data/ that $MS2_REAL2SIM_ASSET_DIR names?"
+                f"SimplerEnv: {state.environment} does not open: {error}; is the checkout "
+                "complete, with the folder data/ that $MS2_REAL2SIM_ASSET_DIR names?"
             ) from error
         layer = env
         while not hasattr(type(layer), "observation"):
@@ -226,6 +267,5 @@ class SimplerSimulator:
         self._pictures = layer
         return env
 
-
-def _image_of(observed: dict[str, Any]) -> np.ndarray:
-    return np.ascontiguousarray(observed["image"][_CAMERA]["rgb"])
+    def _image_of(self, observed: dict[str, Any]) -> np.ndarray:
+        return np.ascontiguousarray(observed["image"][self._robot.camera]["rgb"])
