@@ -443,3 +443,21 @@ def test_a_vision_weight_schedule_sets_the_loss_of_each_step(world, tmp_path):
         counted = ["visual_loss" in line for line in lines if "loss" in line]
         assert counted == {"one": [True, True], "none": [False, False], "line": [True, False]}[name]
     assert losses["line"][0] == losses["one"][0] != losses["none"][0]
+
+
+def test_a_policy_may_keep_the_statistics_it_was_trained_with(world, policy_checkpoint):
+    options = {"init_from": str(policy_checkpoint), "tokenizers": {"statistics": "init_from"}}
+    config = tiny_run.config(world, **options)
+    before = Assets.load(policy_checkpoint / "checkpoints" / "7" / "assets")
+    assets = run_assets.build_assets(config, None)
+    assert assets.statistics == before.statistics
+    assert assets.tokenizer_fingerprints == before.tokenizer_fingerprints
+    tokenizers = dataclasses.replace(config.tokenizers, statistics="stores")
+    own = run_assets.build_assets(dataclasses.replace(config, tokenizers=tokenizers), None)
+    assert own.statistics == TokenStore(world / "store").statistics != before.statistics
+    with pytest.raises(
+        UserError, match=r"'init_from', but config\.init_from names no earlier stage"
+    ):
+        tiny_run.config(world, tokenizers__statistics="init_from")
+    with pytest.raises(UserError, match=r"tokenizers\.statistics: 'none'; expected one of"):
+        tiny_run.config(world, tokenizers__statistics="none")

@@ -52,11 +52,15 @@ def build_assets(config: TrainConfig, own: epath.Path | None) -> Assets:
     stores = [store for _, opened in parts for store in opened]
     if not stores:
         raise UserError("config.data.stores: none named; give the folder of a token store")
-    assets = _new_assets(config) if own is None else Assets.load(assets_folder(own))
+    begun = find_checkpoint(config.init_from) if own is None and config.init_from else own
+    earlier = None if begun is None else Assets.load(assets_folder(begun))
+    found = mixture_statistics(parts)
+    if config.tokenizers.statistics == "init_from":
+        found |= {key: earlier.statistics[key] for key in found.keys() & earlier.statistics.keys()}
     return dataclasses.replace(
-        assets,
+        earlier if own is not None else _new_assets(config, earlier, begun),
         image_specs=image_specs([store.manifest.header for store in stores]),
-        statistics=mixture_statistics(parts),
+        statistics=found,
         task=records_to_json([task_record(part, opened) for part, opened in parts]),
     )
 
@@ -120,15 +124,11 @@ def _holds(folder: epath.Path, assets: Assets) -> bool:
         return False
 
 
-def _new_assets(config: TrainConfig) -> Assets:
-    """Assets of the tokenizers alone, for a run that begins."""
-    if not config.init_from:
-        return _tokenizers(config, None)
-    folder = assets_folder(find_checkpoint(config.init_from))
-    earlier = Assets.load(folder)
+def _new_assets(config: TrainConfig, earlier: Assets | None, begun: epath.Path | None) -> Assets:
+    """Assets of the tokenizers alone, for a run that begins with an earlier stage or without."""
     assets = _tokenizers(config, earlier)
-    if config.warm_start == "exact":
-        _check_earlier(assets, earlier, folder)
+    if earlier is not None and config.warm_start == "exact":
+        _check_earlier(assets, earlier, assets_folder(begun))
     return assets
 
 

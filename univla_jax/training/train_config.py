@@ -20,6 +20,7 @@ from univla_jax.training.train_step import NORMALIZATIONS
 VOCABULARIES = ("from_scratch", "emu3")
 WARM_STARTS = ("exact", "partial")
 VISUAL_INITS = ("random", "codebook")
+STATISTICS = ("stores", "init_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,23 @@ class TokenizersConfig:
       text: folder of the text tokenizer.
       vision: folder of the vision tokenizer which the token stores were made with.
       action: folder of the action tokenizer.
+      statistics: which ones normalize actions and states: ``"stores"``, those of the run's token
+        stores, or ``"init_from"``, those of the earlier stage for every corpus that it has. What a
+        policy learned before keeps its meaning only with its own statistics.
     """
 
     vocabulary: str = "from_scratch"
     text: str = ""
     vision: str = ""
     action: str = ""
+    statistics: str = "stores"
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown vocabulary."""
+        """Raises UserError for an unknown vocabulary, or statistics of nothing."""
+        if self.statistics not in STATISTICS:
+            raise UserError(
+                f"tokenizers.statistics: {self.statistics!r}; expected one of {STATISTICS}"
+            )
         if self.vocabulary not in VOCABULARIES:
             raise UserError(
                 f"tokenizers.vocabulary: {self.vocabulary!r}; expected one of {VOCABULARIES}"
@@ -192,6 +201,11 @@ class TrainConfig:
         if self.warm_start == "partial" and (not self.init_from or self.model.lora.enabled):
             raise UserError(
                 "config.warm_start: 'partial' needs config.init_from, and a run without adapters"
+            )
+        if self.tokenizers.statistics == "init_from" and not self.init_from:
+            raise UserError(
+                "config.tokenizers.statistics: 'init_from', but config.init_from names no earlier "
+                "stage; name it, or take those of the stores"
             )
         if self.model.action_expert and not self.has_expert:
             raise UserError(
