@@ -69,3 +69,20 @@ def demonstrations(tmp_path_factory):
     config = DemonstrationsConfig(train_episodes=1, val_episodes=4, families=("place",))
     write_demonstrations(config, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Keeps compiled programs on disk for the tests of one module: equal ones compile once."""
+    import jax  # not at the top: most tests of launchers need none
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    cache.reset_cache()

@@ -7,14 +7,23 @@ import pathlib
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import numpy as np
 
+from univla_jax.adapters import adapter_record
 from univla_jax.assets import Assets
-from univla_jax.checkpoints import CheckpointConfig, Checkpointer
+from univla_jax.checkpoints import (
+    CheckpointConfig,
+    Checkpointer,
+    assets_folder,
+    find_checkpoint,
+)
+from univla_jax.config import build_config
 from univla_jax.models.action_expert import params_init
 from univla_jax.models.decoder import Decoder
-from univla_jax.models.decoder_config import preset
+from univla_jax.models.decoder_config import DecoderConfig, preset
+from univla_jax.models.lora import LoraConfig, is_adapter
 from univla_jax.normalization import ActionStatistics
 from univla_jax.tokenizers.action import UniformBinTokenizer
 from univla_jax.tokenizers.fast import FastTokenizer
@@ -110,6 +119,24 @@ def save(
     config = preset("tiny", vocab_size=vocabulary.size, pad_id=vocabulary.pad, **changes)
     assets = dataclasses.replace(assets, model=dataclasses.asdict(config))
     params = _random_params(Decoder(config), seed, scale)
+    with Checkpointer(workdir, CheckpointConfig(), write_assets=assets.save) as checkpointer:
+        checkpointer.save(step, _State(params))
+        checkpointer.wait()
+    return workdir
+
+
+def save_adapter(
+    workdir: pathlib.Path, base: pathlib.Path, lora: LoraConfig, *, seed: int, step: int
+):
+    """Writes a checkpoint of random adapters beside the base; returns the workdir."""
+    folder = find_checkpoint(base)
+    assets = Assets.load(assets_folder(folder))
+    config = build_config(DecoderConfig, assets.model)
+    adapted = Decoder(dataclasses.replace(config, lora=lora))
+    flat = flax.traverse_util.flatten_dict(_random_params(adapted, seed, 20.0), sep="/")
+    params = {name: x for name, x in flat.items() if is_adapter(name)}
+    params = flax.traverse_util.unflatten_dict(params, sep="/")
+    assets = dataclasses.replace(assets, adapter=adapter_record(folder, lora))
     with Checkpointer(workdir, CheckpointConfig(), write_assets=assets.save) as checkpointer:
         checkpointer.save(step, _State(params))
         checkpointer.wait()

@@ -157,8 +157,8 @@ class Handle:
         return 0.0
 
 
-def infer(connection, message):
+def infer(connection, message, timeout=20):
     """The reply to a message; a text frame stays text."""
     connection.send(wire.pack(message))
-    reply = connection.recv(timeout=20)
+    reply = connection.recv(timeout=timeout)
     return reply if isinstance(reply, str) else wire.unpack(reply)

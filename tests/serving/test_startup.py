@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
+import threading
 
 import jax
+import numpy as np
 import pytest
 
 from tests.inference import tiny_checkpoint
+from tests.serving.harness import infer, running
+from univla_jax.checkpoints import checkpoint_identity, find_checkpoint
 from univla_jax.client import wire
+from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.execution import Execution, Executor
 from univla_jax.inference.policy import Policy
+from univla_jax.models.lora import LoraConfig
 from univla_jax.serving.server import ServerConfig
 from univla_jax.serving.startup import (
     Reloads,
@@ -139,3 +146,64 @@ def test_a_newer_checkpoint_replaces_the_one_before(tmp_path, caplog):
     server = asyncio.run(asyncio.wait_for(scenario(), 60))
     assert server.metadata["checkpoint_step"] == 9 and "a disk that fails" in caplog.text
     assert server.served.policy.loaded.folder.name == "9"
+
+
+@pytest.mark.slow
+def test_adapters_are_swapped_under_load_and_each_answer_is_of_one(tmp_path, compilation_cache):
+    """A base, then two adapters of it: robots keep asking, and every answer is of one of the three.
+
+    Which one a reply names; its actions are those that this checkpoint gives alone.
+    """
+    base = tiny_checkpoint.save(tmp_path / "base", tiny_checkpoint.make_assets(), scale=20)
+    served = tmp_path / "served"
+    shutil.copytree(base, served)
+    ranks = (LoraConfig(rank=2), LoraConfig(rank=3, targets="attention"))
+
+    def load(folder):
+        executor = Executor(Policy.load(folder), Execution())
+        executor.policy.warmup(1)
+        return [executor]
+
+    (executor,), config = load(served), ServerConfig()
+    executor.policy.warmup(2)  # both robots in one batch
+    frames = {
+        view: np.full((*size, 3), 90, np.uint8)
+        for view, size in executor.policy.frame_sizes.items()
+    }
+    request = {f"observation/{view}": frame for view, frame in frames.items()}
+    request |= {"prompt": "touch green", "reset": True}
+    replies, swapped = [], []
+
+    def ask(robot):
+        while not replies or (replies[-1]["checkpoint"] != swapped[-1]):
+            replies.append(infer(robot, request, timeout=120))
+
+    metadata = server_metadata(executor, config)
+    swapped.append(metadata["checkpoint"])
+    with running(executor, metadata=metadata, window_seconds=0.0) as server:
+        reloads = Reloads(str(served), 0.01, load)
+        watching = asyncio.run_coroutine_threadsafe(
+            watch(server.server, executor, config, reloads), server.loop()
+        )
+        with server.connect() as one, server.connect() as two:
+            ask(one)
+            for number, lora in enumerate(ranks):
+                tiny_checkpoint.save_adapter(served, base, lora, seed=number, step=8 + number)
+                swapped.append(checkpoint_identity(find_checkpoint(served)))
+                threads = [threading.Thread(target=ask, args=(robot,)) for robot in (one, two)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(300)
+                    assert not thread.is_alive()
+        watching.cancel()
+    alone = {}
+    for folder in (find_checkpoint(base), *(served / "checkpoints" / step for step in "89")):
+        policy = Policy.load(folder)
+        (chunk,) = policy.act([Observation("touch green", frames)], [policy.start()])
+        alone[checkpoint_identity(folder)] = chunk.actions
+    assert list(dict.fromkeys(reply["checkpoint"] for reply in replies)) == swapped
+    for reply in replies:
+        np.testing.assert_array_equal(reply["actions"], alone[reply["checkpoint"]])
+    first, *others = (alone[identity] for identity in swapped)
+    assert all((first != other).any() for other in others) and (others[0] != others[1]).any()
