@@ -16,7 +16,9 @@ from tests.conftest import REPOSITORY
 from tests.interop import hf_folders
 from tests.training import tiny_run
 from univla_jax.checkpoints import find_checkpoint
+from univla_jax.episode import Observation
 from univla_jax.errors import UserError
+from univla_jax.inference.policy import Policy
 from univla_jax.interop.hf_assets import ConvertConfig
 from univla_jax.interop.hf_conversion import from_hf, to_hf
 from univla_jax.tokenizers.action import UniformBinTokenizer
@@ -120,6 +122,69 @@ def test_training_starts_from_a_converted_base_and_its_result_goes_out(tmp_path)
         np.testing.assert_allclose(value, before[key], atol=1e-6, err_msg=key)
     files = hf_folders.contents(tmp_path / "hub")
     assert hf_folders.text_files().items() <= files.items()
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_converted_base_acts_the_same_after_a_trip_to_the_hub(
+    tmp_path, compilation_cache
+):
+    """Converted base, adapters, a merged model folder, converted again: the same actions."""
+    source = hf_folders.decoder_folder(tmp_path / "source", dtype=np.float32)
+    from_hf(source, tmp_path / "base", ConvertConfig(), progress=False)
+    world = tiny_run.make_world(tmp_path / "world")
+    UniformBinTokenizer(16).save(tmp_path / "bins")
+    config = tiny_run.config(
+        world,
+        total_steps=4,
+        init_from=str(tmp_path / "base"),
+        model={
+            "preset": "tiny",
+            "overrides": SIZES,
+            "lora": {"rank": 4, "alpha": 32.0, "rows": "action"},
+        },
+        tokenizers={"vision": str(world / "vision"), "action": str(tmp_path / "bins")},
+        optimizer__learning_rate=5e-2,
+    )
+    train(config, tmp_path / "adapter", progress=False)
+    to_hf(tmp_path / "adapter", tmp_path / "hub", progress=False)
+    adapted = Policy.load(tmp_path / "adapter")
+    task, statistics = config.data, adapted.statistics.to_dict()
+    views = {view: {"size": size, "min_pixels": 64} for view, size in adapted.frame_sizes.items()}
+    imported = ConvertConfig(
+        vision=str(world / "vision"),
+        action=str(tmp_path / "bins"),
+        task=task.task,
+        frames=task.frames,
+        chunk_size=task.chunk_size,
+        sequence_length=task.sequence_length,
+        control_hz=5.0,
+        corpus=adapted.corpus,
+        views=views,
+        statistics={name: statistics[name] for name in ("mean", "std", "q01", "q99")},
+    )
+    from_hf(tmp_path / "hub", tmp_path / "imported", imported, progress=False)
+    from_hf(source, tmp_path / "before", imported, progress=False)
+    chunks = [_act(Policy.load(tmp_path / name)) for name in ("imported", "before")]
+    expected = _act(adapted)
+    np.testing.assert_array_equal(chunks[0], expected)
+    assert (chunks[1] != expected).any()  # what was trained counts
+
+
+def _act(policy):
+    """Two chunks of each of two robots' episodes."""
+    rng = np.random.default_rng(0)
+    sessions, chunks = [policy.start() for _ in range(2)], []
+    for _ in range(2):
+        seen = [
+            Observation(
+                words,
+                {v: rng.integers(0, 256, (*s, 3), np.uint8) for v, s in policy.frame_sizes.items()},
+            )
+            for words in ("the red block", "the bed")
+        ]
+        chunks += [chunk.actions for chunk in policy.act(seen, sessions)]
+        assert all(np.isfinite(chunk).all() for chunk in chunks)
+    return np.stack(chunks)
 
 
 _RESTORE = """
