@@ -68,6 +68,7 @@ def load_model_params(
     record: Mapping[str, Any],
     template: Any,
     *,
+    averaged: bool = True,
     convert: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
     """Parameters of a checkpoint; those of an adapter are merged into its base as it is read.
@@ -76,15 +77,16 @@ def load_model_params(
       folder: the checkpoint.
       record: ``Assets.adapter`` of it; empty for a whole model.
       template: of the plain decoder, or of decoder and expert: ``jax.ShapeDtypeStruct``.
-      convert: as for ``checkpoints.load_params``, after merging.
+      averaged: as for ``checkpoints.load_params``; a base has acted by its averages ever since.
+      convert: likewise, after merging.
 
     Raises:
       UserError: another model, or the base is not there.
     """
     if not record:
-        return checkpoints.load_params(folder, template, convert=convert)
+        return checkpoints.load_params(folder, template, averaged=averaged, convert=convert)
     base, joint = find_base(record), isinstance(template, Mapping) and EXPERT in template
-    adapter = load_adapter(folder, record, template)
+    adapter = load_adapter(folder, record, template, averaged=averaged)
 
     def merge(name: str, x: jax.Array) -> Any:
         own = name.removeprefix("params/").removeprefix(f"{DECODER}/")
@@ -97,11 +99,15 @@ def load_model_params(
     if not joint:
         return decoder
     # An expert is trained as a whole beside the adapters, and lies with them.
-    expert = checkpoints.load_params(folder, template[EXPERT], part=EXPERT, convert=convert)
+    expert = checkpoints.load_params(
+        folder, template[EXPERT], part=EXPERT, averaged=averaged, convert=convert
+    )
     return {DECODER: decoder, EXPERT: expert}
 
 
-def load_adapter(folder: epath.Path, record: Mapping[str, Any], template: Any) -> Adapter:
+def load_adapter(
+    folder: epath.Path, record: Mapping[str, Any], template: Any, *, averaged: bool = True
+) -> Adapter:
     """The adapters of a checkpoint, whole on all devices of ``template``, or the default one."""
     lora = build_config(LoraConfig, record["lora"], where="assets.adapter.lora")
     saved = {
@@ -110,7 +116,7 @@ def load_adapter(folder: epath.Path, record: Mapping[str, Any], template: Any) -
         if name.startswith("params/") and is_adapter(name)
     }
     whole = functools.partial(jax.ShapeDtypeStruct, sharding=_whole(template))
-    averages = checkpoints.acting_names(folder)
+    averages = checkpoints.acting_names(folder) if averaged else {}
     own = {averages.get(name, name): name for name in saved}
     wanted = {place: whole(saved[name].shape, saved[name].dtype) for place, name in own.items()}
     read = checkpoints.load_arrays(folder, checkpoints.nested(wanted))

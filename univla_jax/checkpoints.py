@@ -204,6 +204,7 @@ def load_params(
     template: Any,
     *,
     part: str = "",
+    averaged: bool = True,
     convert: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
     """Reads only the parameters of a checkpoint, straight to where they will live.
@@ -216,6 +217,7 @@ def load_params(
         without they go to the default device. Another dtype than the saved one is converted to.
       part: which of the trees under the parameters, where there are several (``has_part``); empty
         for all of them.
+      averaged: the moving averages where the run kept some; False takes its last parameters.
       convert: maps the name ``params/a/b`` and each array to what stands in its place; called as
         soon as it is read, so that the whole of the arrays never has to fit.
 
@@ -228,7 +230,7 @@ def load_params(
     folder = find_checkpoint(checkpoint)
     wanted = {"params": {part: template} if part else template}
     try:
-        averages = acting_names(folder)
+        averages = acting_names(folder) if averaged else {}
     except Exception as error:  # damage surfaces as many types of several libraries
         raise _unreadable(folder, error) from error
     if not averages:

@@ -115,6 +115,12 @@ def test_a_policy_is_given_the_true_instruction_or_another(checkpoint, tmp_path)
     assert np.isfinite([c["latency"]["p50_seconds"] for c in report["conditions"].values()]).all()
 
 
+def test_last_parameters_are_asked_for_where_none_were_averaged(checkpoint, tmp_path):
+    config = EvaluateConfig(episodes=1, max_steps=1, conditions=("unaveraged",))
+    with pytest.raises(UserError, match=r"holds no averages; train with config\.optimizer\.ema_de"):
+        evaluate(config, checkpoint, tmp_path / "out", progress=False)
+
+
 def test_baselines_need_no_policy_and_any_benchmark_has_them(random):
     out, report = random
     figures = report["conditions"]["random"]

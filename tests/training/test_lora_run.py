@@ -104,6 +104,8 @@ def test_averages_act_are_exported_and_survive_a_resume(world, tmp_path, compila
     np.testing.assert_array_equal(model.params["head"], read["opt_state"]["ema"]["head"])
     assert (np.asarray(model.params["head"]) != np.asarray(read["params"]["head"])).any()
     np.testing.assert_array_equal(model.params["embedding"], read["params"]["embedding"])
+    last = LoadedModel.from_checkpoint(tmp_path / "run", averaged=False)
+    jax.tree.map(np.testing.assert_array_equal, last.params, read["params"])
     to_hf(tmp_path / "run", tmp_path / "hf", progress=False)
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     for name, x in export_state(decoder_rules(model.model.config), model.params).items():

@@ -50,7 +50,7 @@ from univla_jax.run_dir import bind_config
 from univla_jax.simulators import EXPERT_CHUNK, Benchmark, Breakdown, make_benchmark
 
 REPORT, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
-CONDITIONS = ("policy", "untrained", "random", "zero")
+CONDITIONS = ("policy", "unaveraged", "untrained", "random", "zero")
 """Conditions of every benchmark; some have more, see ``Benchmark.variants``."""
 WITHOUT_POLICY = ("zero", "random", "expert")
 """Conditions that can be evaluated without any policy."""
@@ -97,7 +97,8 @@ class EvaluateConfig:
         waits for the answer ("wait").
       assets: the simulator's assets or data set.
       renderer: of the simulator, where it has several.
-      conditions: "policy"; the same model with random parameters ("untrained"); random actions;
+      conditions: "policy"; the last parameters of a run that averaged them ("unaveraged"); the
+        same model with random parameters ("untrained"); random actions;
         zero actions; and where the benchmark has them the policy given another object's
         instruction but scored on the true task ("other_instruction"), scripts ("expert"), or
         scripts that err ("attempts").
@@ -446,6 +447,8 @@ class _Actors:
             seed = self._config.untrained_seed
             options = {"untrained": True, "seed": seed, **self._options}
             return self._executed(Policy.load(self._path, **options))
+        if condition == "unaveraged":
+            return self._executed(Policy.load(self._path, averaged=False, **self._options))
         return self._remote or self._executed(self._policy)
 
     def _executed(self, policy: Policy) -> Actor:

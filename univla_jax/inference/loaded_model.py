@@ -13,7 +13,7 @@ import jax
 
 from univla_jax.adapters import load_model_params
 from univla_jax.assets import Assets
-from univla_jax.checkpoints import assets_folder, find_checkpoint
+from univla_jax.checkpoints import acting_names, assets_folder, find_checkpoint
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
 from univla_jax.models.action_expert import (
@@ -73,6 +73,7 @@ class LoadedModel:
         checkpoint: str | pathlib.Path,
         *,
         untrained: bool = False,
+        averaged: bool = True,
         seed: int = 0,
         int8: bool = False,
         place: MakePlacement | None = None,
@@ -82,15 +83,18 @@ class LoadedModel:
         Args:
           checkpoint: a folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
           untrained: random parameters instead of the saved ones, as a baseline.
+          averaged: the moving averages where the run kept some; False takes its last parameters.
           seed: of the random parameters.
           int8: kernels and head in eight bits, each quantized as soon as it is read.
           place: makes the placement of decoder and expert; one device by default.
 
         Raises:
           UserError: no complete checkpoint, assets that were changed or removed, parameters of
-            another model, or an adapter whose base is not there.
+            another model, an adapter whose base is not there, or no averages to leave aside.
         """
         folder = find_checkpoint(checkpoint)
+        if not averaged and not acting_names(folder):
+            raise UserError(f"{folder} holds no averages; train with config.optimizer.ema_decay")
         assets = Assets.load(assets_folder(folder))
         records = records_from_json(assets.task)
         model = Decoder(inference_config(assets))
@@ -110,7 +114,9 @@ class LoadedModel:
             params = _quantized(params) if int8 else params
         else:
             convert = _quantize if int8 else None
-            params = load_model_params(folder, assets.adapter, template, convert=convert)
+            params = load_model_params(
+                folder, assets.adapter, template, averaged=averaged, convert=convert
+            )
         if expert is None:
             return cls(
                 folder, assets, records[0], model, params, placement=placement, records=records

@@ -110,6 +110,7 @@ class Policy:
         checkpoint: str | pathlib.Path,
         *,
         untrained: bool = False,
+        averaged: bool = True,
         seed: int = 0,
         corpus: str | None = None,
         batch_size: int | None = None,
@@ -127,6 +128,7 @@ class Policy:
         Args:
           checkpoint: a folder ``checkpoints/<step>``, or the workdir whose newest one is taken.
           untrained: random parameters instead of the saved ones, as a baseline.
+          averaged: the moving averages where the run kept some; False takes its last parameters.
           seed: of the random parameters.
           corpus: whose cameras and statistics are used; the only one by default.
           batch_size: of every call; one with fewer observations is padded to it, one with more is
@@ -149,7 +151,12 @@ class Policy:
             policy, or several corpora and none named.
         """
         loaded = LoadedModel.from_checkpoint(
-            checkpoint, untrained=untrained, seed=seed, int8=int8, place=place
+            checkpoint,
+            untrained=untrained,
+            averaged=averaged,
+            seed=seed,
+            int8=int8,
+            place=place,
         )
         return cls(
             loaded,
