@@ -5,6 +5,11 @@ computed while a chunk's logits exist and only scaled in the backward pass: logi
 once, never stored for a whole batch, and the head is multiplied three times per chunk instead of
 four.
 
+tokamax has a kernel for this (``linear_softmax_cross_entropy_loss``, 0.0.12), which keeps no logits
+on TPU at all. It has no weights of positions, gives no loss of each, knows neither padded ids nor
+adapters of the head, multiplies the head once more in its backward pass, and on GPU makes all
+logits at once, so it is not used.
+
 On a mesh either the hidden states or the head move, whichever is less: see ``HeadSharding``.
 
 Axes: B batch, P positions, D model, V padded vocabulary, I chunks, J positions per chunk.
