@@ -523,6 +523,7 @@ COMMANDS: dict[str, Command] = {
             "decode": ("true", "decoding", True),
             "batch_size": ("16", "decoding.batch_size", 16, "--decode"),
             "block": ("16", "decoding.blocks", [16], "--decode"),
+            "int8": ("true", "decoding.int8", True, "--decode"),
             "search": ("true", "search", True),
             "limit": ("3", "search.limit", 3, "--search"),
         },

@@ -13,8 +13,9 @@ the operations and tokens of a step, and the time it takes at least; then what t
 bytes of each kind of collective, how much of them travels behind arithmetic, arrays that are laid
 out anew though nothing asked for it, and the time of a step that the compiler's own estimates add
 up to. Mesh and XLA options are those that training would choose for the chip. ``--decode`` plans
-prefill and the decode loop, and times a call of the decoder for each ``--block``. ``--full_logits``
-compiles the step a second time, with the textbook loss. Needs ``pip install 'univla_jax[plan]'``.
+prefill and the decode loop, and times a call of the decoder for each ``--block``; ``--int8`` plans
+them with the weights as ``serve --int8`` keeps them. ``--full_logits`` compiles the step a second
+time, with the textbook loss. Needs ``pip install 'univla_jax[plan]'``.
 
 ``--device`` counts the same memory from the shapes of the arrays, without a compiler, for one GPU
 or chip. ``--search`` then tries smaller moments, bfloat16 parameters, LoRA and QLoRA, each with as
@@ -55,6 +56,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "With --decode: robots served
 BLOCK = flags.DEFINE_multi_integer(
     "block", [1], "With --decode: tokens of a call, drafts included; may be repeated"
 )
+INT8 = flags.DEFINE_bool("int8", False, "With --decode: weights in eight bits")
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, batch sizes and remat presets")
 LIMIT = flags.DEFINE_integer("limit", 6, "With --search: how many candidates to compile")
 
@@ -82,7 +84,13 @@ def _plan_slice(config: TrainConfig) -> tuple[Sequence[Any], Callable[[Any], str
     if SEARCH.value:
         return search_plans(config, topology, limit=LIMIT.value), search_table
     if DECODE.value:
-        plan = plan_decoding(config, topology, batch_size=BATCH_SIZE.value, blocks=BLOCK.value)
+        plan = plan_decoding(
+            config,
+            topology,
+            batch_size=BATCH_SIZE.value,
+            blocks=BLOCK.value,
+            int8=INT8.value,
+        )
         return [plan], search_table
     return [plan_training(config, topology, full_logits=FULL_LOGITS.value)], search_table
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -18,6 +20,21 @@ def test_both_programs_compile_for_this_machine():
     assert plan.copies == 1 and plan.prompt_tokens == 256 and plan.new_tokens == 8
     assert plan.decode_total > plan.parameters + plan.cache
     assert not plan.call_seconds and "no TPUs" in plan.describe()
+
+
+@pytest.mark.slow
+def test_eight_bits_take_less_and_are_the_remedy_where_the_plan_does_not_fit():
+    topology = Topology("cpu:1", CHIPS["v5e"], jax.devices()[:1])
+    full, eight = (
+        plan_decoding(recipe_config(**SMALL), topology, batch_size=2, int8=int8)
+        for int8 in (False, True)
+    )
+    assert eight.parameters < full.parameters and eight.token_seconds < full.token_seconds
+    assert eight.decode_total < full.decode_total and "in eight bits" in eight.describe()
+    assert "remedy" not in full.describe()
+    full, eight = (dataclasses.replace(plan, fits=False) for plan in (full, eight))
+    assert "weights in eight bits (--int8), fewer robots (--batch_size)" in full.describe()
+    assert "DOES NOT FIT" in eight.describe() and "--int8" not in eight.describe()
 
 
 def test_a_block_longer_than_what_is_decoded_is_refused():

@@ -17,6 +17,7 @@ from univla_jax.inference import decode_loop, decode_step
 from univla_jax.inference.sampler import length_bucket
 from univla_jax.inference.sampling import GREEDY
 from univla_jax.inference.speculative import Drafts
+from univla_jax.models import quantized_weights
 from univla_jax.models.decoder import Decoder
 from univla_jax.models.decoder_config import DecoderConfig
 from univla_jax.planning.collectives import analyze
@@ -47,7 +48,8 @@ class DecodePlan:
       batch_size: robots per copy.
       prompt_tokens: of each robot, padded to its length bucket.
       new_tokens: the most that are decoded per call.
-      parameters: bytes, in the compute dtype.
+      int8: whether kernels and head are in eight bits.
+      parameters: bytes; in the compute dtype but for those in eight bits.
       cache: bytes of keys and values.
       prefill_total: bytes at the worst moment of prefill.
       decode_total: bytes at the worst moment of decoding.
@@ -66,6 +68,7 @@ class DecodePlan:
     batch_size: int
     prompt_tokens: int
     new_tokens: int
+    int8: bool
     parameters: int
     cache: int
     prefill_total: int
@@ -83,17 +86,18 @@ class DecodePlan:
 
     def describe(self) -> str:
         """A few lines of text."""
-        fits = "fits" if self.fits else "DOES NOT FIT"
+        fits, usable = "fits" if self.fits else "DOES NOT FIT", format_gib(self.usable)
         call = self.prefill_seconds + self.new_tokens * self.token_seconds
         lines = {
             "slice": f"{self.topology}, {self.chips} chips, {self.copies} cop(ies) of the model, "
             f"{self.batch_size} robot(s) each",
             "prompt": f"{self.prompt_tokens} tokens, then up to {self.new_tokens} decoded ones",
-            "parameters": format_gib(self.parameters),
+            "parameters": format_gib(self.parameters) + (" in eight bits" if self.int8 else ""),
             "cache": format_gib(self.cache),
-            "prefill": f"{format_gib(self.prefill_total)} in total, {format_gib(self.usable)} "
-            f"usable: {fits}",
+            "prefill": f"{format_gib(self.prefill_total)} in total",
             "decoding": f"{format_gib(self.decode_total)} in total",
+            "memory": f"{format_gib(max(self.prefill_total, self.decode_total))} of {usable} "
+            f"usable: {fits}",
             "time": f"at least {1e3 * self.prefill_seconds:.1f} ms of prefill, "
             f"{1e3 * self.token_seconds:.2f} ms per token, {1e3 * call:.0f} ms for all tokens",
             "predicted": ", ".join(
@@ -103,11 +107,20 @@ class DecodePlan:
             or "nothing, the devices are no TPUs",
             "compilation": f"{self.compile_seconds:.0f} s",
         }
+        if not self.fits:
+            eight_bits = "" if self.int8 else "weights in eight bits (--int8), "
+            fewer = "fewer robots (--batch_size), " if self.batch_size > 1 else ""
+            lines["remedy"] = f"{eight_bits}{fewer}or more chips (--topology)"
         return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 
 
 def plan_decoding(
-    config: TrainConfig, topology: Topology, *, batch_size: int = 1, blocks: Sequence[int] = (1,)
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    batch_size: int = 1,
+    blocks: Sequence[int] = (1,),
+    int8: bool = False,
 ) -> DecodePlan:
     """Compiles prefill and the decode loop of a recipe's policy or world model for a slice.
 
@@ -119,9 +132,11 @@ def plan_decoding(
       topology: the slice.
       batch_size: robots per copy.
       blocks: tokens of a call of the decoder, drafts included; the loop is compiled for each.
+      int8: whether kernels and head are in eight bits, as ``serve --int8`` stores them.
 
     Raises:
-      UserError: no block, one below 1, or one longer than what is decoded.
+      UserError: no block, one below 1, one longer than what is decoded, or the package that
+        quantizes is not installed.
     """
     vocabulary, chip = Vocabulary.emu3(), topology.chip
     # As loaded for inference: no dropout, weights in the compute dtype.
@@ -129,7 +144,7 @@ def plan_decoding(
     decoder = dataclasses.replace(trained, dropout=0.0, remat="none", param_dtype=trained.dtype)
     parts = math.gcd(len(topology.devices), decoder.num_kv_heads)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=parts), topology.devices)
-    programs = _DecodePrograms.of(config, vocabulary, decoder, mesh, batch_size)
+    programs = _DecodePrograms.of(config, vocabulary, decoder, mesh, batch_size, int8)
     with jax.set_mesh(mesh), nn.logical_axis_rules(model_rules(decoder, mesh)):
         if not blocks or min(blocks) < 1 or max(blocks) > programs.new_tokens:
             raise UserError(
@@ -142,7 +157,8 @@ def plan_decoding(
     prompt, cache = programs.prompt_tokens, shard_bytes(programs.batch.cache)
     prefill_flops = batch_size * prompt * hardware.token_flops(decoder, prompt, 0.0)
     # A decode step reads all layers, the head rows of the ids that may be chosen, and the cache.
-    head = programs.num_allowed * decoder.hidden_size * decoder.compute_dtype.itemsize
+    head = programs.num_allowed * decoder.hidden_size
+    head *= 1 if int8 else decoder.compute_dtype.itemsize
     traffic = shard_bytes(programs.params["stack"]) + head + cache
     return DecodePlan(
         topology=topology.name,
@@ -151,6 +167,7 @@ def plan_decoding(
         batch_size=batch_size,
         prompt_tokens=prompt,
         new_tokens=programs.new_tokens,
+        int8=int8,
         parameters=shard_bytes(programs.params),
         cache=cache,
         prefill_total=prefill.peak,
@@ -212,11 +229,13 @@ class _DecodePrograms:
         decoder: DecoderConfig,
         mesh: Mesh,
         batch_size: int,
+        int8: bool,
     ) -> _DecodePrograms:
         model = Decoder(decoder)
-        params = sharding.with_shardings(
-            jax.eval_shape(params_init(model), jax.random.key(0)), mesh
-        )
+        abstract = jax.eval_shape(params_init(model), jax.random.key(0))
+        if int8:
+            abstract = jax.eval_shape(quantized_weights.quantize_params, abstract)
+        params = sharding.with_shardings(abstract, mesh)
         acts = config.data.needs.actions
         # A sample has ``frames`` chunks or frames to predict, and one call makes one of them.
         labeled = config.loss.max_labeled or config.data.sequence_length
