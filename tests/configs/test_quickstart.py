@@ -39,6 +39,18 @@ def test_every_stage_has_a_config(name, stage):
     assert recipe(name)(stage)
 
 
+@pytest.mark.parametrize(
+    "stage", ["demonstrations", "text", "action", "vision", "tokens", "policy", "evaluate"]
+)
+def test_every_stage_of_the_randomized_tabletop_has_a_config(stage):
+    config = recipe("quickstart_robust")(stage)
+    if stage == "evaluate":
+        assert config.benchmark == "tabletop_plus" and config.episodes_per_task == 100
+    if stage in ("vision", "tokens"):
+        patches = {view: spec.factor for view, spec in config.image_specs.items()}
+        assert patches == {"image": 4, "wrist_image": 4}
+
+
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_tiny"])
 @pytest.mark.parametrize("stage", ["", "polcy"])
 def test_an_unknown_stage_is_named_beside_the_known_ones(name, stage):

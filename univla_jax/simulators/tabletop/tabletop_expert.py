@@ -34,6 +34,7 @@ from univla_jax.simulators.tabletop.tabletop_env import (
     TabletopTask,
 )
 from univla_jax.simulators.tabletop.tabletop_layout import WORLDS
+from univla_jax.simulators.tabletop.tabletop_randomization import noisy, randomize
 
 DEMONSTRATION_SEEDS = range(0, 1_000_000)
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
@@ -203,6 +204,7 @@ def demonstrate(
     annotate: bool = False,
     unseen_pairs: bool = False,
     world: str = "cells",
+    randomized: float = 0.0,
 ) -> Episode:
     """One successful scripted episode.
 
@@ -213,6 +215,7 @@ def demonstrate(
       unseen_pairs: whether held-out pairs of color and relation are among them.
       world: one of ``tabletop_layout.WORLDS``; in the world "free" the expert is ``unsteady``, and
         pairs of family and color are held out.
+      randomized: share of the episodes in which each of ``RANDOMIZATIONS`` is changed.
 
     Returns:
       An ``Episode`` with views ``image`` and ``wrist_image``.
@@ -222,28 +225,36 @@ def demonstrate(
     """
     env = TabletopEnv(max_steps=10_000, world=world, held_out=False)
     # What goes wrong for good is not a demonstration; the last try has a steady hand.
-    for number in range(_TRIES + 1 if world == "free" else 1):
+    for number in range(_TRIES + 1 if world == "free" or randomized else 1):
         observation, info = env.reset(seed=seed, options={"family": family} if family else None)
+        words, noise = info["instruction"], 0.0
         rng = np.random.default_rng([seed, 3, number])
+        if randomized:
+            changed = randomize(env, np.random.default_rng([seed, 4, number]), randomized)
+            observation, words, noise = env.observe(), changed.words, changed.noise
         steady = actions_along(waypoints(env.task, env.scene), env.scene)
         chosen = steady if world == "cells" or number == _TRIES else unsteady(env, rng)
         observations, actions, scenes, success = _record(env, observation, chosen, annotate)
         if success:
             break
     else:
-        raise RuntimeError(f"the scripted expert failed: seed {seed}, {info['instruction']!r}")
+        raise RuntimeError(f"the scripted expert failed: seed {seed}, {words!r}")
     groundings, texts = (), {}
     if annotate:
         groundings, texts = _annotations(seed, scenes, env.task, actions, unseen_pairs)
     columns = {name: np.stack([seen[name] for seen in observations]) for name in observations[0]}
     place = "tabletop" if world == "cells" else f"tabletop-{world}"
+    frames = {view: columns[view] for view in ("image", "wrist_image")}
+    if noise:
+        pixel_rng = np.random.default_rng([seed, 5])
+        frames = {view: noisy(f, noise, pixel_rng) for view, f in frames.items()}
     return Episode(
-        instruction=info["instruction"],
-        frames={view: columns[view] for view in ("image", "wrist_image")},
+        instruction=words,
+        frames=frames,
         actions=actions,
         control_hz=tabletop_env.CONTROL_HZ,
         corpus="tabletop",
-        episode_id=f"{place}-{seed:07d}",
+        episode_id=f"{place}-{seed:07d}" + ("-randomized" if randomized else ""),
         state=columns["state"],
         groundings=groundings,
         texts=texts,
@@ -311,6 +322,8 @@ class DemonstrationsConfig:
       annotations: whether every step has groundings, a question with its answer, and reasoning;
         held-out pairs of color and relation are in the split ``val`` alone.
       world: one of ``tabletop_layout.WORLDS``.
+      randomized: share of the episodes, 0 … 1, in which each of
+        ``tabletop_randomization.RANDOMIZATIONS`` is changed.
     """
 
     train_episodes: int
@@ -321,6 +334,7 @@ class DemonstrationsConfig:
     version: str = "1.0.0"
     annotations: bool = False
     world: str = "cells"
+    randomized: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -336,6 +350,8 @@ class DemonstrationsConfig:
             )
         if self.world not in WORLDS:
             raise UserError(f"config.world: {self.world!r}, expected one of {', '.join(WORLDS)}")
+        if not 0 <= self.randomized <= 1:
+            raise UserError(f"config.randomized: {self.randomized}, expected 0...1")
         last = self.first_seed + self.train_episodes + self.val_episodes
         if last > len(DEMONSTRATION_SEEDS):
             raise UserError(
@@ -399,7 +415,7 @@ def write_demonstrations(
     del assets
     values = dataclasses.asdict(config)
     # Absent, as in datasets written before there was a choice.
-    for name, usual in (("annotations", False), ("world", "cells")):
+    for name, usual in (("annotations", False), ("world", "cells"), ("randomized", 0.0)):
         if values[name] == usual:
             del values[name]
     description = "Scripted expert of the embedded tabletop: " + json.dumps(values, sort_keys=True)
@@ -410,6 +426,7 @@ def write_demonstrations(
             annotate=config.annotations,
             unseen_pairs=split == "val",
             world=config.world,
+            randomized=config.randomized,
         )
         splits[split] = _Episodes(seeds, config.families, make)
     folder = write_rlds(

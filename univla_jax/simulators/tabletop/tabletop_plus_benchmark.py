@@ -8,7 +8,8 @@ perturbation alone, so every policy meets the same.
     camera       moved by up to 0.05 of the table, turned by 6 degrees, 8 % nearer or further; the
                  wrist's moved half as far
     robot_start  gripper up to 0.2 of the table to the side, 0.08 forward, 0.06 higher or lower
-    words        another wording, of words that no demonstration uses
+    words        another wording, of words that no demonstration uses unless they are randomized
+                 (``tabletop_randomization.py``: the same words then, in other sentences)
     light        60 to 130 % as bright, tinted by up to 12 %, shadows to another side
     background   another color of table and floor, stripes on the table
     noise        normal noise of each pixel and color, standard deviation 8 to 20 of 255
@@ -28,48 +29,20 @@ from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.simulators import Benchmark, Breakdown, Trial, choose_tasks
 from univla_jax.simulators.tabletop.tabletop_benchmark import TabletopSimulator
-from univla_jax.simulators.tabletop.tabletop_env import (
-    BLOCK_RGB,
-    CONTROL_HZ,
-    FAMILIES,
-    Block,
-    TabletopEnv,
-    TabletopTask,
-)
+from univla_jax.simulators.tabletop.tabletop_env import CONTROL_HZ, FAMILIES, TabletopTask
 from univla_jax.simulators.tabletop.tabletop_expert import EVALUATION_SEEDS
-from univla_jax.simulators.tabletop.tabletop_layout import BLOCK_CELLS
+from univla_jax.simulators.tabletop.tabletop_randomization import (
+    EVALUATED_FLOORS,
+    EVALUATED_TABLES,
+    EVALUATED_WORDINGS,
+    Perturbed,
+    add_block,
+    noisy,
+    scatter,
+)
 from univla_jax.simulators.tabletop.tabletop_render import Look
 
 CLEAN = "clean"
-_WORDINGS = {
-    "touch": (
-        "tap the {block} cube",
-        "make contact with the {block} one",
-        "go and feel the {block} box",
-    ),
-    "lift": (
-        "pick up the {block} cube",
-        "raise the {block} one from the table",
-        "take the {block} box into the air",
-    ),
-    "push": (
-        "shove the {block} cube towards the {target} side",
-        "slide the {block} one {target}wards",
-        "move the {block} box over to the {target}",
-    ),
-    "place": (
-        "drop the {block} cube onto the {target} circle",
-        "carry the {block} one over to the {target} disc",
-        "the {block} box belongs on the {target} spot",
-    ),
-    "reach": (
-        "go to the {target} circle",
-        "move down to the {target} disc",
-        "hover closely over the {target} spot",
-    ),
-}
-_TABLES = ((122, 92, 66), (150, 160, 172), (168, 186, 160), (196, 170, 190))
-_FLOORS = ((40, 44, 60), (150, 146, 140), (70, 88, 74))
 
 
 def make_benchmark(
@@ -148,21 +121,6 @@ def kept_breakdown(records: Sequence[Mapping[str, Any]]) -> Breakdown:
     return Breakdown(ratios=kept)
 
 
-@dataclasses.dataclass
-class Perturbed:
-    """What a perturbation may change about an episode.
-
-    Attributes:
-      env: reset to the scene.
-      words: the instruction given.
-      noise: standard deviation of the pixels, of 255.
-    """
-
-    env: TabletopEnv
-    words: str
-    noise: float = 0.0
-
-
 def _camera(changed: Perturbed, rng: np.random.Generator) -> None:
     angle, zoom = np.deg2rad(rng.uniform(3.0, 6.0)) * rng.choice([-1, 1]), rng.uniform(0.92, 1.08)
     direction, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.05)
@@ -179,7 +137,7 @@ def _robot_start(changed: Perturbed, rng: np.random.Generator) -> None:
 
 def _words(changed: Perturbed, rng: np.random.Generator) -> None:
     task = changed.env.task
-    wording = str(rng.choice(_WORDINGS[task.family]))
+    wording = str(rng.choice(EVALUATED_WORDINGS[task.family]))
     changed.words = wording.format(block=task.block, target=task.target)
 
 
@@ -192,8 +150,8 @@ def _light(changed: Perturbed, rng: np.random.Generator) -> None:
 
 
 def _background(changed: Perturbed, rng: np.random.Generator) -> None:
-    table = _TABLES[int(rng.integers(len(_TABLES)))]
-    floor = _FLOORS[int(rng.integers(len(_FLOORS)))]
+    table = EVALUATED_TABLES[int(rng.integers(len(EVALUATED_TABLES)))]
+    floor = EVALUATED_FLOORS[int(rng.integers(len(EVALUATED_FLOORS)))]
     stripes = tuple(int(0.85 * value) for value in table)
     changed.env.look = Look(table=table, floor=floor, stripes=stripes)
 
@@ -203,22 +161,8 @@ def _noise(changed: Perturbed, rng: np.random.Generator) -> None:
 
 
 def _layout(changed: Perturbed, rng: np.random.Generator) -> None:
-    # One block more, of a color that no instruction of the scene means, in a cell that is free, and
-    # everything a little off its cell. Tasks that measure from where a block lay begin there anew.
-    env = changed.env
-    scene, task = env.scene, env.task
-    colors = sorted(BLOCK_RGB.keys() - {block.color for block in scene.blocks})
-    apart = [
-        min(np.linalg.norm(cell - block.position) for block in scene.blocks) for cell in BLOCK_CELLS
-    ]
-    free = BLOCK_CELLS[np.array(apart) > 0.2]
-    scene.blocks.append(Block(str(rng.choice(colors)), rng.permutation(free)[0].copy()))
-    for thing in (*scene.blocks, *scene.zones):
-        # Not so near the edge that the gripper does not get behind a block.
-        thing.position[:] = np.clip(thing.position + rng.uniform(-0.04, 0.04, 2), 0.07, 0.93)
-    if task.block:
-        origin = tuple(map(float, scene.block(task.block).position))
-        env.task = dataclasses.replace(task, origin=origin)
+    add_block(changed.env, rng)
+    scatter(changed.env, rng, 0.04)
 
 
 PERTURBATIONS: dict[str, Callable[[Perturbed, np.random.Generator], None]] = {
@@ -267,14 +211,11 @@ class TabletopPlusSimulator(TabletopSimulator):
         observation = super().observe()
         frames = observation.frames
         if self._changed.noise:
-            frames = {view: self._noisy(frame) for view, frame in frames.items()}
+            noise = self._changed.noise
+            frames = {view: noisy(f, noise, self._pixel_rng) for view, f in frames.items()}
         return dataclasses.replace(observation, instruction=self._changed.words, frames=frames)
 
     def result(self) -> dict[str, Any]:
         """Task and outcome; the task is the perturbation, the family says what was to do."""
         found = super().result() | {"task_family": self.env.task.family}
         return found | {"task": self._perturbation, "given_instruction": self._changed.words}
-
-    def _noisy(self, frame: np.ndarray) -> np.ndarray:
-        noise = self._pixel_rng.normal(0.0, self._changed.noise, frame.shape)
-        return np.rint(np.clip(frame + noise, 0.0, 255.0)).astype(np.uint8)
