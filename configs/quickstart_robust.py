@@ -48,7 +48,7 @@ def _changed(stage: str, values: dict[str, Any]) -> ConfigDict:
 
 def demonstrations() -> ConfigDict:
     """Scripted episodes, each of the seven things changed in a third of them."""
-    return _changed("demonstrations", {"train_episodes": 5000, "randomized": 0.35})
+    return _changed("demonstrations", {"train_episodes": 4000, "randomized": 0.35})
 
 
 def text() -> ConfigDict:
@@ -66,7 +66,7 @@ def vision() -> ConfigDict:
     values = {
         "image_specs": _IMAGE_SPECS,
         "overrides": {"ch_mult": (1, 2, 4), "codebook_size": 512},
-        "total_steps": 1500,
+        "total_steps": 1200,
     }
     return _changed("vision", values)
 
@@ -85,7 +85,7 @@ def policy() -> ConfigDict:
         "packing": False,
         "batch_size": 16,
     }
-    values = _QUICKSTART["training"](6000, data)
+    values = _QUICKSTART["training"](5000, data)
     return complete(TrainConfig, values | {"loss": {"max_labeled": 32}})
 
 

@@ -1,15 +1,17 @@
 """The doctor's diagnoses of set-ups with one injected fault each, and of set-ups without any.
 
-    python -m univla_jax.benchmarks.injected_faults --policy=DIR --source=RLDS
+    python -m univla_jax.benchmarks.injected_faults --policy=DIR --source=RLDS --journal=FILE
 
 The policy is one of the embedded tabletop, the source its demonstrations. A fault counts as named
 where the first finding is of its convention and at its place, a clean set-up as a false alarm where
 there is any finding. Clean set-ups differ in recorded episodes, scenes, task families, steps and
-executed actions.
+executed actions. Set-ups that are in the journal, of the same checkpoint and source, are taken from
+it, so that a run which was ended goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -30,6 +32,7 @@ from univla_jax.evaluation.conventions import Change, ChangedSimulator
 from univla_jax.evaluation.diagnosed_setup import OFFLINE, SIMULATOR, PolicyVariants, Setup
 from univla_jax.evaluation.diagnosis import diagnose
 from univla_jax.inference.policy import Policy
+from univla_jax.io import JsonlWriter
 from univla_jax.normalization import MIN_MAX, ActionStatistics, stream_statistics
 from univla_jax.simulators import Simulator, StepResult, make_benchmark
 
@@ -37,6 +40,7 @@ POLICY = flags.DEFINE_string("policy", "", "Policy: checkpoint or workdir", allo
 SOURCE = flags.DEFINE_string("source", "", "RLDS folder of demonstrations", allow_override=True)
 SPLIT = flags.DEFINE_string("split", "val", "Split of the source", allow_override=True)
 CLEAN = flags.DEFINE_integer("clean", 20, "Set-ups without a fault")
+JOURNAL = flags.DEFINE_string("journal", "", "JSON lines of finished set-ups; '' keeps none")
 FAULTS = flags.DEFINE_list("faults", None, "Names of faults; all by default, none for none")
 
 _EPISODES = 24
@@ -321,27 +325,43 @@ def main(argv: list[str]) -> None:
     faults = [f for f in all_faults() if FAULTS.value is None or f.name in FAULTS.value]
     setups = [(f, f.inject(clean_setup(policies, episodes, i))) for i, f in enumerate(faults)]
     setups += [(None, clean_setup(policies, episodes, 100 + i)) for i in range(CLEAN.value)]
-    named = alarms = 0
+    run = {"checkpoint": str(policy.loaded.folder), "source": SOURCE.value, "split": SPLIT.value}
     figures: dict[str, Any] = {}
-    for number, (fault, setup) in enumerate(setups):
-        with tempfile.TemporaryDirectory() as folder:
-            report = diagnose(setup, epath.Path(folder))
-        first = report["findings"][0] if report["findings"] else {}
-        said = (first.get("convention", "nothing"), first.get("where", ""))
-        right = said == ((fault.convention, fault.where) if fault else ("nothing", ""))
-        named += bool(fault) and right
-        alarms += not fault and not right
-        name = fault.name if fault else f"clean {number - len(faults)}"
-        figures[name] = {"said": " ".join(said).strip(), "sure": first.get("sure"), "right": right}
-        print(f"{name}: {figures[name]['said']}; {first.get('saw', '')}", flush=True)
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(JsonlWriter(JOURNAL.value)) if JOURNAL.value else None
+        lines = journal.lines if journal else []
+        done = {line["set-up"]: line for line in lines if run.items() <= line.items()}
+        for number, (fault, setup) in enumerate(setups):
+            name = fault.name if fault else f"clean {number - len(faults)}"
+            if name not in done:
+                done[name] = {**run, "set-up": name, **_diagnosed(setup)}
+                if journal:
+                    journal.append(done[name])
+            said = done[name]["said"]
+            right = said == ([fault.convention, fault.where] if fault else ["nothing", ""])
+            figures[name] = {"said": said, "sure": done[name]["sure"], "right": right}
+            print(f"{name}: {' '.join(said).strip()}; {done[name]['saw']}", flush=True)
+    right = {name for name, figure in figures.items() if figure["right"]}
     summary = {
         "faults": len(faults),
-        "named": named,
+        "named": len(right & {fault.name for fault in faults}),
         "clean": CLEAN.value,
-        "false alarms": alarms,
+        "false alarms": len([n for n in figures if n.startswith("clean ") and n not in right]),
     }
     print_figures("diagnoses", summary)
     save({**summary, "set-ups": figures})
+
+
+def _diagnosed(setup: Setup) -> dict[str, Any]:
+    """What the doctor says first about a set-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = diagnose(setup, epath.Path(folder))
+    first = report["findings"][0] if report["findings"] else {}
+    return {
+        "said": [first.get("convention", "nothing"), first.get("where", "")],
+        "sure": first.get("sure"),
+        "saw": first.get("saw", ""),
+    }
 
 
 if __name__ == "__main__":
