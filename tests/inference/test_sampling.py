@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,18 @@ def test_a_grammar_state_moves_by_what_an_id_completes():
     state = MASK.next_state(state, jnp.array([2, 3]))  # é and a beginning; é
     assert (state.remaining.tolist(), state.prefix.tolist()) == ([3, 3], [1, 0])
     assert MASK.allowed(state).tolist()[0] == [False, True, False, False, False]
+
+
+def test_a_chunk_that_may_end_early_does_so_behind_whole_characters():
+    early = dataclasses.replace(GRAMMAR, may_end_early=True)
+    mask = GrammarMask.from_grammar(early, CODES, STOP)
+    state = mask.initial_state(2)
+    assert mask.allowed(state).tolist() == [[True, False, True, True, False]] * 2  # nothing yet
+    state = mask.next_state(state, jnp.array([2, 3]))  # é and a beginning; é
+    assert mask.allowed(state).tolist() == [
+        [False, True, False, False, False],
+        [True, False, True, True, True],
+    ]
 
 
 def test_a_grammar_of_other_ids_is_refused(sampler):

@@ -108,6 +108,24 @@ def test_reasons_name_the_fault(fitted):
     assert any(high.decode([i], 1, 1).reason == "coefficient 65510 beyond ±10" for i in wrong)
 
 
+def test_trailing_zeros_are_dropped_and_come_back(tmp_path):
+    chunks = smooth_chunks(400, 5, 7)
+    plain = FastTokenizer.fit(chunks, 10, 400)
+    FastTokenizer.fit(chunks, 10, 400, drop_trailing_zeros=True).save(tmp_path)
+    short = FastTokenizer.load(tmp_path)
+    assert short.drop_trailing_zeros and not plain.drop_trailing_zeros
+    for chunk, ids, longer in zip(chunks, short.encode_batch(chunks), plain.encode_batch(chunks)):
+        decoded = short.decode(ids, 5, 7)
+        assert decoded.valid and ids == short.encode(chunk)
+        np.testing.assert_array_equal(decoded.actions, plain.decode(longer, 5, 7).actions)
+    lengths = [sum(map(len, each.encode_batch(chunks))) for each in (short, plain)]
+    assert lengths[0] < lengths[1]
+    still = short.encode(np.zeros((5, 7)))
+    assert len(still) and not short.decode(still, 5, 7).actions.any()
+    assert short.decode([], 5, 7).reason == "0 coefficients instead of 35"
+    assert short.decode(short.encode(chunks[0]) * 40, 5, 7).reason.endswith("instead of 35")
+
+
 def test_shipped_files_are_saved_unchanged(shipped, shared_dir, tmp_path):
     for name, fast in shipped.items():
         fast.save(tmp_path / name)

@@ -63,6 +63,8 @@ class ActionFitConfig(EpisodesConfig):
       kind: ``"action"``.
       scale: factor from cosine coefficients to integers; larger is finer and longer.
       vocabulary_size: upper limit of ids.
+      drop_trailing_zeros: whether the end of a chunk stands for the coefficients 0 that are left;
+        without, as published, a model has to count them.
       max_chunks: windows used; when there are more, evenly spread ones are taken.
     """
 
@@ -70,6 +72,7 @@ class ActionFitConfig(EpisodesConfig):
     kind: str = "action"
     scale: float = 10.0
     vocabulary_size: int = 1024
+    drop_trailing_zeros: bool = False
     max_chunks: int = 100_000
 
     def __post_init__(self) -> None:
@@ -203,7 +206,12 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
     for corpus in corpora:
         chunks, statistics[corpus.name] = _normalized_chunks(corpus, config.chunk_size, most)
         normalized.append(chunks)
-    tokenizer = FastTokenizer.fit(normalized, config.scale, config.vocabulary_size)
+    tokenizer = FastTokenizer.fit(
+        normalized,
+        config.scale,
+        config.vocabulary_size,
+        drop_trailing_zeros=config.drop_trailing_zeros,
+    )
     tokenizer.save(folder)
     values = {corpus: each.to_dict() for corpus, each in statistics.items()}
     write_json(epath.Path(folder) / STATISTICS_FILE, values)

@@ -138,11 +138,13 @@ class GrammarMask:
       num_completed: int32 [P, R], characters that an id completes after prefix p, or ``FORBIDDEN``.
       next_prefix: int32 [P, R], the prefix that it leaves unfinished; 0 is none.
       num_characters: int32, of a whole chunk.
+      may_end_early: bool, whether the stop id may stand behind any character.
     """
 
     num_completed: np.ndarray
     next_prefix: np.ndarray
     num_characters: np.ndarray
+    may_end_early: np.ndarray
 
     @classmethod
     def from_grammar(cls, grammar: CodeGrammar, ids: np.ndarray, stop_id: int) -> GrammarMask:
@@ -158,7 +160,8 @@ class GrammarMask:
         order = np.argsort([*ids, stop_id])
         num_completed = np.append(grammar.num_completed, stop, axis=1)[:, order]
         next_prefix = np.append(grammar.next_prefix, np.zeros_like(stop), axis=1)[:, order]
-        return cls(num_completed, next_prefix, np.int32(grammar.num_characters))
+        early = np.bool_(grammar.may_end_early)
+        return cls(num_completed, next_prefix, np.int32(grammar.num_characters), early)
 
     def initial_state(self, batch_size: int) -> GrammarState:
         """The state before the first id."""
@@ -171,10 +174,11 @@ class GrammarMask:
         completed, prefix = self.num_completed[state.prefix], self.next_prefix[state.prefix]
         remaining = state.remaining[:, None] - completed
         # An id may not run past the chunk's end, nor leave a character unfinished there; one that
-        # adds nothing (the stop id) is allowed at the end only.
+        # adds nothing (the stop id) is allowed where a chunk may end.
         fits = (remaining > 0) | ((remaining == 0) & (prefix == 0))
         adds = (completed > 0) | (prefix > 0)
-        return (completed != FORBIDDEN) & fits & (adds | (remaining == 0))
+        ends = (remaining == 0) | (self.may_end_early & (remaining < self.num_characters))
+        return (completed != FORBIDDEN) & fits & (adds | ends)
 
     def next_state(self, state: GrammarState, column: jax.Array) -> GrammarState:
         """The state after the ids of ``column`` int32 [B]."""

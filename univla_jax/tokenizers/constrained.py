@@ -32,11 +32,14 @@ class CodeGrammar:
         ``FORBIDDEN``.
       next_prefix: int32 [P, R], the prefix that code r leaves unfinished; 0 is none.
       num_characters: characters of a whole chunk.
+      may_end_early: whether a chunk may end behind any of its characters; those that are missing
+        are known.
     """
 
     num_completed: np.ndarray
     next_prefix: np.ndarray
     num_characters: int
+    may_end_early: bool = False
 
 
 def bin_grammar(allowed: Sequence[bool], num_characters: int) -> CodeGrammar:
@@ -46,7 +49,11 @@ def bin_grammar(allowed: Sequence[bool], num_characters: int) -> CodeGrammar:
 
 
 def byte_grammar(
-    code_bytes: Sequence[bytes | None], alphabet: Iterable[str], num_characters: int
+    code_bytes: Sequence[bytes | None],
+    alphabet: Iterable[str],
+    num_characters: int,
+    *,
+    may_end_early: bool = False,
 ) -> CodeGrammar:
     """Grammar of codes that are pieces of UTF-8 text.
 
@@ -54,6 +61,7 @@ def byte_grammar(
       code_bytes: [R] the bytes each code stands for; None for a code that may not occur.
       alphabet: the characters that may occur.
       num_characters: characters of a whole chunk.
+      may_end_early: whether a chunk may end behind any of them.
     """
     # The state between two codes is the unfinished character. FAST's alphabets are one contiguous
     # range of characters with 2 to 5 different proper prefixes in UTF-8, so the table of all
@@ -68,7 +76,7 @@ def byte_grammar(
             step = _transition(prefix, added, encoded, index) if added else None
             if step is not None:
                 num_completed[p, r], next_prefix[p, r] = step
-    return CodeGrammar(num_completed, next_prefix, num_characters)
+    return CodeGrammar(num_completed, next_prefix, num_characters, may_end_early)
 
 
 def _transition(

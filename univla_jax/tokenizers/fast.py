@@ -9,6 +9,11 @@ pretrain/fast/processing_action_tokenizer.py.
 An action in [-1, 1] has coefficients of at most ``ceil(scale · sqrt(T))``: what decodes to a larger
 one, or to a number of coefficients other than T·A, was no chunk, and ``decode`` says so.
 
+Most high frequencies are 0. The published tokenizers write all of them, in runs of any length, so a
+model has to count to T·A before it may end a chunk. With ``drop_trailing_zeros`` the end of the
+codes stands for the zeros that are left (an end of block, as in JPEG): chunks are shorter, and
+there is nothing to count.
+
 Axes: N chunks, T steps, A action dimensions.
 """
 
@@ -34,6 +39,7 @@ from univla_jax.tokenizers.constrained import (
 CONFIG_FILE = "processor_config.json"
 _BPE_FILE = "tokenizer.json"
 _BPE_CONFIG_FILE = "tokenizer_config.json"
+_DROP_ZEROS = "drop_trailing_zeros"  # absent in the reference's files
 _MAX_CHARACTERS = 0xD800  # coefficient values that can be characters: surrogates begin here
 _THREADED_BATCH = 16  # below, waking the library's threads costs more than they save
 
@@ -45,6 +51,7 @@ class FastTokenizer:
       scale: factor from orthonormal DCT coefficients to integers.
       min_token: coefficient that the character 0 stands for.
       horizon: steps of the chunks it was fitted to, None where the files do not say.
+      drop_trailing_zeros: whether chunks end behind their last coefficient other than 0.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -65,6 +72,7 @@ class FastTokenizer:
         self.scale = float(values["scale"])
         self.min_token = int(values["min_token"])
         self.horizon = values.get("time_horizon")
+        self.drop_trailing_zeros = bool(values.get(_DROP_ZEROS, False))
         try:
             self._bpe = tokenizers.Tokenizer.from_str(files[_BPE_FILE].decode())
         except Exception as error:  # the library raises bare Exception
@@ -85,7 +93,12 @@ class FastTokenizer:
 
     @classmethod
     def fit(
-        cls, chunks: np.ndarray | Sequence[np.ndarray], scale: float, vocabulary_size: int
+        cls,
+        chunks: np.ndarray | Sequence[np.ndarray],
+        scale: float,
+        vocabulary_size: int,
+        *,
+        drop_trailing_zeros: bool = False,
     ) -> FastTokenizer:
         """Fits the BPE to normalized action chunks.
 
@@ -100,6 +113,8 @@ class FastTokenizer:
           scale: factor from coefficients to integers; larger is finer and longer.
           vocabulary_size: upper limit of codes; ``vocabulary_size`` of the result counts those
             there really are.
+          drop_trailing_zeros: ends chunks behind their last coefficient other than 0; the
+            reference does not read such codes.
 
         Raises:
           UserError: chunks of another shape or not finite, or a vocabulary too small.
@@ -121,7 +136,11 @@ class FastTokenizer:
             raise UserError(
                 f"FAST: {high - low + 1} coefficient values are too many; lower the scale"
             )
-        texts = (_to_text(each - low) for group in coefficients for each in group)
+        texts = (
+            _to_text(each - low, low if drop_trailing_zeros else None)
+            for group in coefficients
+            for each in group
+        )
         bpe = _train_bpe(texts, vocabulary_size)
         values = {
             "scale": scale,
@@ -130,6 +149,7 @@ class FastTokenizer:
             "time_horizon": horizon,
             "action_dim": dimensions.pop() if len(dimensions) == 1 else None,
             "processor_class": "UniversalActionProcessor",
+            **({_DROP_ZEROS: True} if drop_trailing_zeros else {}),
         }
         bpe_values = {
             "clean_up_tokenization_spaces": False,
@@ -159,12 +179,16 @@ class FastTokenizer:
         return horizon * action_dim * len(chr(highest).encode("utf-8", "surrogatepass"))
 
     def grammar(self, horizon: int, action_dim: int) -> CodeGrammar:
-        """Grammar of the codes that ``decode`` accepts: T·A possible coefficients."""
+        """Grammar of the codes that ``decode`` accepts: T·A possible coefficients.
+
+        Where trailing zeros are dropped, at least one and at most as many.
+        """
         bound = _max_coefficient(self.scale, horizon)
         low, high = max(-bound - self.min_token, 0), bound - self.min_token
         alphabet = map(chr, range(low, min(high + 1, _MAX_CHARACTERS)))
         code_bytes = [_token_bytes(self._bpe, code) for code in range(self._vocabulary_size)]
-        return byte_grammar(code_bytes, alphabet, horizon * action_dim)
+        count, early = horizon * action_dim, self.drop_trailing_zeros
+        return byte_grammar(code_bytes, alphabet, count, may_end_early=early)
 
     def coefficients(self, chunks: np.ndarray) -> np.ndarray:
         """Rounded scaled DCT over time of chunks float [N, T, A]; int64, same shape."""
@@ -185,7 +209,8 @@ class FastTokenizer:
         """
         coefficients = self.coefficients(chunks)
         self._check_lossless(coefficients)
-        texts = [_to_text(each - self.min_token) for each in coefficients]
+        low = self.min_token
+        texts = [_to_text(c - low, low if self.drop_trailing_zeros else None) for c in coefficients]
         if len(texts) < _THREADED_BATCH:
             return [self._bpe.encode(text).ids for text in texts]
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts)]
@@ -207,7 +232,10 @@ class FastTokenizer:
             return invalid(f"action code {unknown[0]} outside [0, {self._known_codes})")
         text = self._bpe.decode([int(i) for i in ids], skip_special_tokens=False)
         coefficients = np.array([ord(c) for c in text], np.int64) + self.min_token
-        if len(coefficients) != horizon * action_dim:
+        missing = horizon * action_dim - len(coefficients)
+        if self.drop_trailing_zeros and len(coefficients) and missing > 0:
+            coefficients, missing = np.append(coefficients, np.zeros(missing, np.int64)), 0
+        if missing:
             return invalid(f"{len(coefficients)} coefficients instead of {horizon * action_dim}")
         bound = _max_coefficient(self.scale, horizon)
         largest = coefficients[np.argmax(np.abs(coefficients))] if len(coefficients) else 0
@@ -262,9 +290,17 @@ def _max_coefficient(scale: float, horizon: int) -> int:
     return math.ceil(scale * math.sqrt(horizon))
 
 
-def _to_text(shifted: np.ndarray) -> str:
-    """The characters with these numbers, at most 0x10FFFF."""
-    return shifted.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+def _to_text(shifted: np.ndarray, low: int | None = None) -> str:
+    """The characters with these numbers, at most 0x10FFFF.
+
+    Args:
+      shifted: coefficients minus ``low``.
+      low: of the tokenizer, to leave out zeros at the end; one character always stays.
+    """
+    flat = shifted.ravel()
+    if low is not None:
+        flat = flat[: np.max(np.flatnonzero(flat != -low), initial=0) + 1]
+    return flat.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
 # ----------------------------------------------------------------------------
