@@ -143,8 +143,15 @@ def test_text_and_actions_of_token_stores_of_several_corpora(stores, tmp_path):
         fit_tokenizer(ACTION, source, tmp_path / "other")
     with pytest.raises(UserError, match="no token store"):
         fit_tokenizer(ACTION | both, f"{stores / 'tabletop'},nowhere", tmp_path / "none")
-    with pytest.raises(UserError, match="only token stores can be given together"):
-        fit_tokenizer(ACTION | both, "here,there", tmp_path / "none")
+
+
+def test_several_datasets_of_one_corpus(source, tmp_path):
+    one = fit_tokenizer(ACTION, source, tmp_path / "one")
+    two = fit_tokenizer(ACTION, f"{source},{source}", tmp_path / "two")
+    assert two["chunks"] == 2 * one["chunks"]
+    assert two["max_error"] == pytest.approx(one["max_error"], rel=0.2)
+    with pytest.raises(UserError, match="nowhere"):
+        fit_tokenizer(ACTION, f"{source},nowhere", tmp_path / "none")
 
 
 def test_vision(source, fitted_vision, capsys):

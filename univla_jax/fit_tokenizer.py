@@ -3,8 +3,8 @@
     python -m univla_jax.fit_tokenizer --config=configs/quickstart.py:vision \\
         --source=DATASET_FOLDER --workdir=TOKENIZER_FOLDER
 
-The config's ``kind`` says which. ``--source`` is a dataset, or for text and actions token stores,
-with commas between several; ``--config.corpus`` then names their corpora, with commas, too. The
+The config's ``kind`` says which. ``--source`` is a dataset, with commas between several of one
+corpus, or for text and actions token stores; ``--config.corpus`` then names their corpora. The
 folder gets the tokenizer's files, for actions also ``statistics.json``, and last ``fit.json`` with
 the config and what came out. Started again, the command says that the fit is finished; an
 interrupted image tokenizer continues from its newest checkpoint. Exit status: 0 done, 2 an error of
@@ -28,7 +28,7 @@ from univla_jax.training.distributed import Preempted
 from univla_jax.training.vision_training import FREE, VisionFitConfig, fit_vision
 
 CONFIG = cli.config_flag()
-SOURCE = cli.string_flag("source", "dataset folder, or token stores with commas")
+SOURCE = cli.string_flag("source", "dataset folder or token store, with commas between several")
 WORKDIR = cli.string_flag("workdir", "folder for the tokenizer")
 
 # A finished text or action fit belongs to all fields of its config. A vision fit is long, so fields

@@ -105,7 +105,7 @@ def inspect_source(
     report = make_report(
         shown(),
         name=f"{folder}, {config.split}",
-        total=len(episodes.reader),
+        total=sum(map(len, episodes.readers)),
         chunk_size=config.min_frames or 10,
         invalid=lambda: episodes.invalid,
     )

@@ -108,7 +108,7 @@ def read_corpora(
     Args:
       config: names the corpora of token stores, with commas between several; which episodes of a
         dataset are used. A token store is used as a whole.
-      source: dataset folder, or token stores with commas between several.
+      source: dataset folders of one corpus, or token stores, with commas between several.
       kinds: of further texts; where any is named, phrases of groundings are among the texts, too.
 
     Raises:
@@ -116,14 +116,12 @@ def read_corpora(
     """
     folders = os.fspath(source).split(",")
     if not any((epath.Path(folder) / MANIFEST).exists() for folder in folders):
-        if len(folders) > 1:
-            raise UserError(f"--source: {source}: only token stores can be given together")
         episodes = ValidEpisodes(config, source)
         texts, actions = [], []
         for episode in episodes:
             texts += _texts_of(episode, kinds)
             actions.append(episode.actions)
-        return [CorpusEpisodes(config.corpus, texts, actions)], episodes.reader.name
+        return [CorpusEpisodes(config.corpus, texts, actions)], episodes.name
     by_corpus: dict[str, CorpusEpisodes] = {}
     stores = [TokenStore(folder) for folder in folders]
     for store in stores:

@@ -233,18 +233,18 @@ class ValidEpisodes:
     """Iterates over the valid episodes of a split; reports the invalid ones on standard error.
 
     Attributes:
-      reader: of the split.
+      readers: of the split, one per dataset.
       invalid: the invalid episodes of the latest iteration.
     """
 
     def __init__(
         self, config: EpisodesConfig, folder: str | os.PathLike[str], views: Sequence[str] = ()
     ) -> None:
-        """Opens the dataset.
+        """Opens the dataset, or several of one corpus.
 
         Args:
           config: which episodes.
-          folder: of the dataset.
+          folder: of the dataset, with commas between several.
           views: the only cameras decoded.
 
         Raises:
@@ -252,15 +252,22 @@ class ValidEpisodes:
         """
         dataset = find_dataset_config(config.corpus).with_views(views)
         self._config, self._min_frames = config, config.min_frames or dataset.min_frames
-        self.reader = open_reader(folder, dataset, config.split)
+        folders = os.fspath(folder).split(",")
+        self.readers = [open_reader(each, dataset, config.split) for each in folders]
         self.invalid: list[InvalidEpisode] = []
         # Evenly spread instead of the first ones: datasets are often sorted by task.
-        most = config.max_episodes or len(self.reader)
-        self._indices = range(0, len(self.reader), -(-len(self.reader) // most))
+        episodes = [(reader, index) for reader in self.readers for index in range(len(reader))]
+        most = config.max_episodes or len(episodes)
+        self._episodes = episodes[:: -(-len(episodes) // most)] if episodes else []
+
+    @property
+    def name(self) -> str:
+        """Of the datasets, as reports give it."""
+        return " ".join(reader.name for reader in self.readers)
 
     def __len__(self) -> int:
         """Number of episodes read, invalid ones included."""
-        return len(self._indices)
+        return len(self._episodes)
 
     def __iter__(self) -> Iterator[Episode]:
         """All valid episodes in order.
@@ -271,18 +278,21 @@ class ValidEpisodes:
             the last one; names the first.
         """
         self.invalid = []
-        sizes = self.reader.image_sizes
         if len(self) > _PROBED:
-            find_first_valid(self.reader, min_frames=self._min_frames, image_sizes=sizes)
-        for index in tqdm.tqdm(self._indices, f"read {self._config.split}", unit="episode"):
+            for reader in self.readers:
+                sizes = reader.image_sizes
+                find_first_valid(reader, min_frames=self._min_frames, image_sizes=sizes)
+        bar = tqdm.tqdm(self._episodes, f"read {self._config.split}", unit="episode")
+        for reader, index in bar:
             episode = read_episode(
-                self.reader, index, min_frames=self._min_frames, image_sizes=sizes
+                reader, index, min_frames=self._min_frames, image_sizes=reader.image_sizes
             )
             if isinstance(episode, InvalidEpisode):
                 self.invalid.append(episode)
             else:
                 yield episode
-        source = f"{self.reader.folder}, split {self._config.split!r}"
+        folders = ", ".join(str(reader.folder) for reader in self.readers)
+        source = f"{folders}, split {self._config.split!r}"
         check_invalid_fraction(self.invalid, len(self), self._config.max_invalid_fraction, source)
         if self.invalid:
             listed = describe_invalid(self.invalid)

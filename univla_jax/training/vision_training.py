@@ -164,7 +164,7 @@ def fit_vision(
 
     Args:
       config: how.
-      source: RLDS dataset folder.
+      source: dataset folder, with commas between several of one corpus.
       folder: gets the tokenizer's files, ``run/`` with checkpoints and metrics, and ``fit.json``
         at the end.
       progress: whether to draw a progress bar on standard error.
@@ -192,7 +192,7 @@ def fit_vision(
         others = ValidEpisodes(held_out, source, list(specs))
         report = measure(tokenizer, collect_frames(others, specs, most=config.evaluation_frames))
     tokenizer.save(folder)
-    run_dir.write_fit_report(folder, config, source=episodes.reader.name, report=report)
+    run_dir.write_fit_report(folder, config, source=episodes.name, report=report)
     return report
 
 
