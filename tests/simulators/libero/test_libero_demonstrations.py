@@ -13,8 +13,10 @@ from univla_jax.simulators.libero.libero_demonstrations import DemonstrationsCon
     [
         ({"tasks": (2,)}, "config.tasks: .2,., libero_goal has scripts for 0, 1"),
         ({"suite": "libero_90"}, "libero_90 has scripts for none"),
-        ({"val_episodes": 0}, "val_episodes 0 must be at least 1"),
+        ({"val_episodes": 0}, "val_episodes 0 and draw_every 1 must be at least 1"),
         ({"displacement": -0.1}, "displacement -0.1 at least 0"),
+        ({"draw_every": 0}, "draw_every 0 must be at least 1"),
+        ({"disturbance": 1.5}, "disturbance 1.5 in 0...1"),
     ],
 )
 def test_mistakes_are_named(changes, message):

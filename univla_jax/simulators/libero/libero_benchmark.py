@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -236,9 +236,25 @@ class LiberoSimulator:
         self._check_rendered()
         observed = self._observed
         frames = {view: self._protocol.view(observed[name]) for view, name in _CAMERAS.items()}
+        return Observation(self._task.language, frames, self.state())
+
+    def state(self) -> np.ndarray:
+        """End effector position, axis-angle and finger positions, float32 [8]."""
+        observed = self._observed
         rotation = axis_angle(observed["robot0_eef_quat"])
         state = [observed["robot0_eef_pos"], rotation, observed["robot0_gripper_qpos"]]
-        return Observation(self._task.language, frames, np.concatenate(state).astype(np.float32))
+        return np.concatenate(state).astype(np.float32)
+
+    def bookmark(self) -> Callable[[], None]:
+        """Saves the episode as it is, and returns a function that goes back to it."""
+        restore = save_state(self._env.env)
+        kept = self._steps, self._success, self._observed, self._renderer.rendered
+
+        def go_back() -> None:
+            restore()
+            self._steps, self._success, self._observed, self._renderer.rendered = kept
+
+        return go_back
 
     def joints(self) -> np.ndarray:
         """Angles of the arm's joints, float32 [7]."""

@@ -4,6 +4,10 @@ Observations are those of an evaluation: both cameras rotated by 180 degrees, th
 joint angles. The gripper is -1 open, +1 closed. Steps without motion stay, unlike in the published
 data without no-ops: during them the fingers close.
 
+Without a GPU a picture takes ten times as long as a step, so the cameras may be slower than the
+control (``draw_every``): between two pictures the newest one stands. A run that begins its chunks
+on multiples of ``draw_every`` (``data.aligned_windows=1``) sees none that is older than its step.
+
 Axes: T steps, A action dimensions (7).
 """
 
@@ -12,14 +16,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from etils import epath
 
-from univla_jax.data.datasets import DatasetConfig, find_dataset_config
+from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds_writer import RecordedEpisode, check_description, write_rlds
-from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.io import absolute_path
 from univla_jax.simulators import StepResult, Trial
@@ -34,6 +37,8 @@ from univla_jax.simulators.libero.libero_scripts import SCRIPTS, Arm, Script, so
 FIRST_STATE = 20
 """Initial states before this one are for evaluation; demonstrations begin from the others."""
 _ATTEMPTS = 3  # per episode of a split
+_PUSH = 0.3  # of the fastest command, per axis
+_MOVING = 0.2  # length of the displacement of an action that moves the hand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,11 @@ class DemonstrationsConfig:
       val_episodes: per task, of the split ``val``, likewise.
       displacement: meters per axis up to which the hand is moved at random before an episode
         begins, so that the same initial state begins differently.
+      draw_every: steps from one picture of the cameras to the next; an episode ends with a whole
+        number of them.
+      disturbance: probability that the arm is pushed off its way between two pictures while it
+        moves. What is recorded are the actions of the script, which bring it back (DART, arXiv
+        1703.09327), so that a policy sees what follows its own errors.
       image_format: ``"png"`` or ``"jpeg"``, as published.
       version: of the dataset.
     """
@@ -56,6 +66,8 @@ class DemonstrationsConfig:
     train_episodes: int
     val_episodes: int
     displacement: float = 0.05
+    draw_every: int = 1
+    disturbance: float = 0.0
     image_format: str = "jpeg"
     version: str = "1.0.0"
 
@@ -68,11 +80,12 @@ class DemonstrationsConfig:
                 f"config.tasks: {self.tasks}, {self.suite} has scripts for "
                 f"{', '.join(map(str, known)) or 'none'}"
             )
-        if min(self.train_episodes, self.val_episodes) < 1 or self.displacement < 0:
+        counts = self.train_episodes, self.val_episodes, self.draw_every
+        if min(counts) < 1 or self.displacement < 0 or not 0 <= self.disturbance <= 1:
             raise UserError(
-                f"config: train_episodes {self.train_episodes} and val_episodes "
-                f"{self.val_episodes} must be at least 1, displacement {self.displacement} at "
-                "least 0"
+                f"config: train_episodes {self.train_episodes}, val_episodes {self.val_episodes} "
+                f"and draw_every {self.draw_every} must be at least 1, displacement "
+                f"{self.displacement} at least 0, disturbance {self.disturbance} in 0...1"
             )
 
 
@@ -121,6 +134,7 @@ class _Episodes:
         seed: int,
     ) -> None:
         self._simulator, self._config, self._count, self._seed = simulator, config, count, seed
+        self._begun: tuple[Trial, Callable[[], None]] | None = None
 
     def __len__(self) -> int:
         return self._count * len(self._config.tasks)
@@ -141,66 +155,86 @@ class _Episodes:
 
     def _attempt(self, task: int, attempt: int) -> RecordedEpisode | None:
         config = self._config
-        state = FIRST_STATE + attempt % (INITIAL_STATES - FIRST_STATE)
-        rng = np.random.default_rng([self._seed, task, attempt])
-        offset = rng.uniform(-config.displacement, config.displacement, 3)
-        script = SCRIPTS[config.suite][task]
-        name = f"{config.suite}/{task}/{state}/{self._seed}-{attempt}"
+        # Consecutive episodes begin with one initial state: going back to it is faster than a
+        # reset, which compiles the scene anew.
+        states = INITIAL_STATES - FIRST_STATE
+        state = FIRST_STATE + attempt * states // max(states, self._count) % states
+        self._begin(Trial(task, state))
         return demonstrate(
             self._simulator,
-            script,
-            Trial(task, state),
-            offset,
-            name,
-            find_dataset_config(config.suite),
+            SCRIPTS[config.suite][task],
+            config,
+            np.random.default_rng([self._seed, task, attempt]),
+            f"{config.suite}/{task}/{state}/{self._seed}-{attempt}",
         )
+
+    def _begin(self, trial: Trial) -> None:
+        if self._begun is None or self._begun[0] != trial:
+            self._simulator.reset(trial)
+            self._begun = trial, self._simulator.bookmark()
+        else:
+            self._begun[1]()
 
 
 def demonstrate(
     simulator: LiberoSimulator,
     script: Script,
-    trial: Trial,
-    offset: np.ndarray,
+    config: DemonstrationsConfig,
+    rng: np.random.Generator,
     name: str,
-    corpus: DatasetConfig,
 ) -> RecordedEpisode | None:
     """One scripted episode.
 
     Args:
-      simulator: of the suite.
-      script: of the task.
-      trial: task and initial state.
-      offset: [3], meters the hand is moved before the episode begins.
+      simulator: at the beginning of a trial.
+      script: of its task.
+      config: how far the hand is moved before, how often the cameras draw, and disturbances.
+      rng: draws where the hand is moved, and disturbances.
       name: of the episode.
-      corpus: of the suite.
 
     Returns:
       the episode, None where the script failed.
     """
-    simulator.reset(trial)
-    scene = MujocoScene(simulator.env.sim)
+    corpus = find_dataset_config(config.suite)
+    scene, pause = MujocoScene(simulator.env.sim), config.draw_every
+    offset = rng.uniform(-config.displacement, config.displacement, 3)
     for action in Arm(scene).shift(offset):
-        simulator.step(action)
-    observations: list[Observation] = []
-    joints, actions = [], []
+        simulator.step(action, render=False)
+    simulator.step(next(Arm(scene).rest(1)))  # the first picture shows where that led
+    frames: list[Mapping[str, np.ndarray]] = []
+    states, joints, actions = [], [], []
+    push, ended, success = np.zeros(3), False, False
     for action in solve(script, scene):
-        observations.append(simulator.observe())
+        number = len(actions)
+        if number % pause == 0:
+            if ended:
+                break
+            observation = simulator.observe()
+            push = _draw_push(rng, config.disturbance)
+        frames.append(observation.frames)
+        states.append(simulator.state())
         joints.append(simulator.joints())
         actions.append(np.asarray(action, np.float32))
-        if simulator.step(actions[-1]) is StepResult.ENDED:
-            break
-    if not simulator.result()["success"]:
+        executed = np.array(action, np.float64)
+        if np.linalg.norm(executed[:3]) > _MOVING:
+            executed[:3] = np.clip(executed[:3] + push, -1, 1)
+        result = simulator.step(executed, render=(number + 1) % pause == 0)
+        success = success or simulator.result()["success"]
+        ended = ended or result is StepResult.ENDED
+    if not success:
         return None
     return RecordedEpisode(
-        instruction=observations[0].instruction,
-        frames={
-            view: np.stack([observation.frames[view] for observation in observations])
-            for view in observations[0].frames
-        },
+        instruction=observation.instruction,
+        frames={view: np.stack([each[view] for each in frames]) for view in frames[0]},
         actions=np.stack(actions),
         control_hz=corpus.control_hz,
         corpus=corpus.name,
         episode_id=name,
-        state=np.stack([observation.state for observation in observations]),
+        state=np.stack(states),
         sensors={"joint_state": np.stack(joints)},
     )
+
+
+def _draw_push(rng: np.random.Generator, probability: float) -> np.ndarray:
+    """Displacement per step [3] in the action's units; zero unless one is drawn."""
+    return rng.uniform(-_PUSH, _PUSH, 3) * (rng.random() < probability)
