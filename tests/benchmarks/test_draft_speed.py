@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,10 +13,12 @@ from univla_jax.benchmarks.draft_speed import (
     compare_chunks,
     compare_frames,
     held_out_calls,
+    recorded_calls,
 )
 from univla_jax.inference.imagination import WorldModel
 from univla_jax.inference.loaded_model import LoadedModel
 from univla_jax.inference.policy import Policy
+from univla_jax.simulators.tabletop.tabletop_expert import demonstrate
 
 
 @pytest.mark.slow
@@ -35,7 +39,9 @@ def test_chunks_are_the_same_in_fewer_calls(tmp_path):
     loaded = LoadedModel.from_checkpoint(folder)
     policies = {"plain": Policy(loaded, block=1), "drafts": Policy(loaded, block=3)}
     calls = held_out_calls(policies["plain"], 3, first_seed=0)
-    figures = compare_chunks(policies, [*calls, *calls])
+    # The chunks at what an episode recorded, each behind those before it.
+    calls += itertools.islice(recorded_calls(policies["plain"], [demonstrate(3)]), 3)
+    figures = compare_chunks(policies, calls)
     assert figures["chunks"] == figures["same"] == 6
     tokens = np.mean([len(call.ids) for call in calls])
     assert figures["calls per chunk, plain"] == tokens - 1

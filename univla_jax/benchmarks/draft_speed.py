@@ -1,13 +1,16 @@
 """Decoder calls and time of frames and action chunks with drafts, beside without.
 
     python -m univla_jax.benchmarks.draft_speed --world_model=DIR --source=RLDS --policy=DIR
+    python -m univla_jax.benchmarks.draft_speed --policy=DIR --source=RLDS --recorded
     python -m univla_jax.benchmarks.draft_speed --preset=quickstart --sequences=1,2,4
 
 Every frame and every chunk is made twice, in turns: token by token, and in blocks of drafts. Both
 must be the same. Frames follow single frames of held-out episodes, one episode at a time; chunks
 are those of a policy of the embedded tabletop in held-out scenes, with its observations and
-histories. A call is one pass of the decoder over new tokens after the prompt, of one token or of a
-block; the first token needs none. ``--preset`` times calls of several tokens, drafts aside.
+histories, or with ``--recorded`` of any policy at the observations of held-out episodes, a chunk
+apart. ``--source`` takes several datasets with commas. A call is one pass of the decoder over new
+tokens after the prompt, of one token or of a block; the first token needs none. ``--preset`` times
+calls of several tokens, drafts aside.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +35,7 @@ from univla_jax.benchmarks.harness import (
     save,
     timed,
 )
+from univla_jax.episode import Episode, Observation
 from univla_jax.evaluation.imagined_episodes import ImagineConfig, valid_episodes
 from univla_jax.inference.decode_step import DecodeState
 from univla_jax.inference.imagination import WorldModel
@@ -48,10 +52,13 @@ WAYS = {
 }
 
 WORLD_MODEL = flags.DEFINE_string("world_model", "", "World model: checkpoint or workdir")
-SOURCE = flags.DEFINE_string("source", "", "RLDS folder with its held-out episodes")
+SOURCE = flags.DEFINE_string("source", "", "RLDS folders with held-out episodes, with commas")
 CORPUS = flags.DEFINE_string("corpus", "tabletop", "Corpus of the episodes", allow_override=True)
 SPLIT = flags.DEFINE_string("split", "val", "Split held out from training", allow_override=True)
-POLICY = flags.DEFINE_string("policy", "", "Policy of the tabletop: checkpoint or workdir")
+POLICY = flags.DEFINE_string("policy", "", "Policy: checkpoint or workdir")
+RECORDED = flags.DEFINE_bool(
+    "recorded", False, "Chunks at the observations of --source instead of the tabletop's scenes"
+)
 FRAMES = flags.DEFINE_integer("frames", 1000, "Frames to imagine")
 FIRST_FRAME = flags.DEFINE_integer("first_frame", 0, "Given frames left out, for runs in pieces")
 IN_A_ROW = flags.DEFINE_integer("in_a_row", 3, "Frames imagined after each given one")
@@ -224,12 +231,21 @@ class _Totals:
         return figures
 
 
+def held_out_episodes(
+    sources: str, corpus: str, split: str, views: Sequence[str]
+) -> Iterator[Episode]:
+    """Episodes of each dataset of ``sources`` in turn, so that few of them show all."""
+    config = ImagineConfig(corpus=corpus, split=split)
+    each = [valid_episodes(config, source, views) for source in sources.split(",")]
+    for episodes in itertools.zip_longest(*each):
+        yield from (episode for episode in episodes if episode is not None)
+
+
 def held_out_frames(
     model: WorldModel, source: str, corpus: str, split: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Instruction and codes [h, w] of frames of held-out episodes, one spacing apart."""
-    config = ImagineConfig(corpus=corpus, split=split)
-    for episode in valid_episodes(config, source, [model.view]):
+    for episode in held_out_episodes(source, corpus, split, [model.view]):
         frames = model.resize(episode.frames[model.view][:: model.frame_spacing])
         for codes in model.encode(frames[None])[0]:
             yield episode.instruction, codes
@@ -239,6 +255,21 @@ def held_out_calls(policy: Policy, count: int, first_seed: int) -> list[PolicyCa
     """The first ``count`` calls of a policy in held-out scenes."""
     calls = itertools.chain.from_iterable(record_calls(policy, first_seed))
     return list(itertools.islice(calls, count))
+
+
+def recorded_calls(policy: Policy, episodes: Iterable[Episode]) -> Iterator[PolicyCall]:
+    """Calls of a policy at recorded observations, a chunk apart, an episode after the other."""
+    for episode in episodes:
+        session = policy.start()
+        for step in range(0, len(episode), policy.chunk_size):
+            observation = Observation(
+                episode.instruction,
+                {view: frames[step] for view, frames in episode.frames.items()},
+                None if episode.state is None else episode.state[step],
+            )
+            before = dataclasses.replace(session, cached_prefix=None)
+            policy.act([observation], [session])
+            yield PolicyCall(observation, before, session.last_ids)
 
 
 def main(argv: list[str]) -> None:
@@ -270,7 +301,13 @@ def main(argv: list[str]) -> None:
                 way: Policy.load(POLICY.value, block=block, sampling=WAYS[name]["sampling"])
                 for way, block in (("plain", 1), ("drafts", BLOCK.value))
             }
-            calls = held_out_calls(policies["plain"], PROMPTS.value, FIRST_SEED.value)
+            plain = policies["plain"]
+            if RECORDED.value:
+                views = list(plain.views)
+                held_out = held_out_episodes(SOURCE.value, CORPUS.value, SPLIT.value, views)
+                calls = list(itertools.islice(recorded_calls(plain, held_out), PROMPTS.value))
+            else:
+                calls = held_out_calls(plain, PROMPTS.value, FIRST_SEED.value)
             figures[f"actions, {name}"] = compare_chunks(policies, calls)
     for name, own in figures.items():
         print_figures(name, own)
