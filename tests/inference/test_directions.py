@@ -65,19 +65,27 @@ def test_given_actions_are_imagined_as_without_a_cache(loaded):
         "wrist_image": (2, 16, 16, 3),
     }
     acted = loaded.select(PolicyVideo, Role.VISION, "a test", moments=3)
-    task, v = acted.task, loaded.assets.vocabulary
+    task = acted.task
     encoded = [model._vision.encode_frames(seen.frames[view][None]) for view in GRIDS]
     ids = task.build(seen.instruction, encoded, []).ids.tolist()
     normalized = loaded.assets.statistics["tabletop"].normalize(given)
     for number, chunk in enumerate(task.chunk_ids(normalized)):
         ids += task.outcome(chunk, (3, 3)).tolist()
-        for view, (h, w) in GRIDS.items():
-            ids += [] if view == "image" else task.separator((h, w)).tolist()
-            for cell in range(h * w):
-                best = int(next_logits(loaded, ids)[v.bov : v.eov + 1].argmax())
-                assert got.codes[view][number].ravel()[cell] == best
-                ids.append(v.bov + best)
+        ids, codes = greedy_moment(loaded, task, ids)
+        for view in GRIDS:
+            np.testing.assert_array_equal(got.codes[view][number], codes[view])
         ids += task.next_action.tolist()
+
+
+def greedy_moment(loaded, task, ids):
+    """The ids with the likeliest codes of one moment behind them, and those by view."""
+    v, found = loaded.assets.vocabulary, {}
+    for view, (h, w) in GRIDS.items():
+        ids = ids + ([] if view == "image" else task.separator((h, w)).tolist())
+        for _ in range(h * w):
+            ids.append(v.bov + int(next_logits(loaded, ids)[v.bov : v.eov + 1].argmax()))
+        found[view] = np.array(ids[-h * w :]).reshape(h, w) - v.bov
+    return ids, found
 
 
 @pytest.mark.slow
@@ -88,6 +96,17 @@ def test_a_batch_is_rolled_out_as_each_alone_also_beyond_the_trained_window(load
         alone = model.roll_out(observation(i), given[i])
         for view in GRIDS:
             np.testing.assert_array_equal(both.codes[view][i], alone.codes[view])
+
+
+def test_wordless_frames_follow_from_actions_whatever_is_told(loaded):
+    given, seen = chunks(1, 2), observation(0)
+    other = dataclasses.replace(seen, instruction=WORDS[1])
+    silent = dataclasses.replace(seen, instruction="")
+    model = WorldModel(only(loaded, "dynamics", wordless=True))
+    bare = WorldModel(only(loaded, "dynamics")).roll_out(silent, given).codes
+    for view in GRIDS:
+        for told in (seen, other):
+            np.testing.assert_array_equal(model.roll_out(told, given).codes[view], bare[view])
 
 
 @pytest.mark.slow
@@ -140,6 +159,35 @@ def test_a_plan_is_a_valid_chunk_and_the_same_in_any_batch(loaded, choose):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wordless", [True, False])
+def test_plans_imagine_without_words_where_frames_were_learned_so_and_judge_with_them(
+    loaded, wordless
+):
+    records = [dataclasses.replace(r, wordless=wordless and r.frames == 3) for r in loaded.tasks]
+    chosen = dataclasses.replace(loaded, record=records[0], records=tuple(records))
+    planner, seen = plan(Policy(chosen), PlanningConfig(2, temperature=3.0)), observation(0)
+    decoder, imagined, drawn = planner.action_decoder, [], []
+    for name, calls in (("_imagine", imagined), ("_candidates", drawn)):
+        own = getattr(decoder, name)
+        setattr(decoder, name, lambda *a, own=own, calls=calls: calls.append(own(*a)) or calls[-1])
+    planner.act([seen], [planner.start(3)])
+    (codes,), task = imagined, Judge(chosen).loaded.task
+    video = chosen.select(PolicyVideo, Role.VISION, "a test", moments=3).task
+    first = [model_codes(chosen, seen, view) for view in GRIDS]
+    told = video.build("" if wordless else seen.instruction, first, []).ids.tolist()
+    for number, ((ids,), judged) in enumerate(zip(drawn[0][0], decoder.judgements[0])):
+        ids = ids[ids != task.vocabulary.eoa]
+        _, moment = greedy_moment(chosen, video, told + video.outcome(ids, (3, 3)).tolist())
+        for view, own in zip(GRIDS, codes):
+            np.testing.assert_array_equal(own[number, 0], moment[view])
+        views = [np.append(a, moment[view][None], 0) for a, view in zip(first, GRIDS)]
+        prompt = task.build(seen.instruction, views, [ids]).ids.tolist()
+        logits = next_logits(chosen, prompt)[task.ids]
+        p = np.exp(logits - logits.max())
+        assert judged.score == pytest.approx(task.parse((p / p.sum())[None])[0].score, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_the_best_judged_candidate_is_executed(loaded, monkeypatch):
     planner = plan(Policy(loaded), PlanningConfig(4, temperature=3.0))
     drawn = []
@@ -153,7 +201,7 @@ def test_the_best_judged_candidate_is_executed(loaded, monkeypatch):
     monkeypatch.setattr(
         planner.action_decoder,
         "_judge",
-        lambda state, prompts: [[Judgement(0, 0, 0)] * 2 + [best, Judgement(0, 0, 0.5)]],
+        lambda state, prompts, chosen: [[Judgement(0, 0, 0)] * 2 + [best, Judgement(0, 0, 0.5)]],
     )
     (chunk,) = planner.act([observation(0)], [planner.start()])
     ids = drawn[0][0][2][0]

@@ -44,6 +44,13 @@ def test_frames_and_chunks_are_interleaved():
     assert tokens.ids.dtype == np.int32
 
 
+def test_wordless_sequences_have_no_instruction():
+    task = small.task("policy_video", frames=2, wordless=True)
+    tokens = task.build("go", [code(1, 2)], [chunk(1, 2)])
+    assert spell(tokens) == f"<bos> {FRAME.format(1, 2)} <boa> a1 a2 <eoa>"
+    assert task.opening("go").tolist() == [task.vocabulary.bos]
+
+
 def test_states_are_written_before_their_chunk():
     chunks = [chunk(1), chunk(2)]
     tokens = TASK.build("", [TWO], chunks, states=chunks)

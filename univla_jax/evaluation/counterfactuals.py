@@ -64,8 +64,6 @@ class CounterfactualConfig:
       world: of the tabletop, "cells" or "free".
       frames: imagined from an instruction.
       chunks: of given actions.
-      with_words: whether the instruction is shown beside given actions; without it, a model that
-        was trained with some empty instructions has nothing but the actions to go by.
       batch: scenes imagined together.
       shown: scenes in the picture.
       picture_size: least height of a drawn frame, in pixels.
@@ -76,7 +74,6 @@ class CounterfactualConfig:
     world: str = "cells"
     frames: int = 3
     chunks: int = 2
-    with_words: bool = True
     batch: int = 50
     shown: int = 4
     picture_size: int = 128
@@ -248,8 +245,6 @@ def _imagine_batch(
         for name, texts in words.items()
     }
     size, observations = model.chunk_size, [p.observation for p in filled]
-    if not config.with_words:
-        observations = [dataclasses.replace(seen, instruction="") for seen in observations]
     for name in DRIVES:
         actions = np.stack([p.drives[name].actions for p in filled])
         count = actions.shape[1] // size

@@ -1,13 +1,16 @@
 """Planning with a world model: sample chunks, imagine what each does, judge it, execute the best.
 
-    prompt ─ prefill ─┬─ greedy   → a a eoa │ imagined frames │ bot → value
-                      ├─ sampled  → a a a eoa │ imagined frames │ bot → value        N candidates
-                      └─ …
+    bos text │ frames boa ─ prefill ─┬─ greedy  → a a eoa   │ frames │ bot → value
+                                     ├─ sampled → a a a eoa │ frames │ bot → value    N candidates
+                                     └─ …            │          ▲
+    bos      │ frames boa ─ prefill ─── copies ──────▼── imagined frames
 
-All candidates of all robots are one batch over copies of one prefilled cache, and the same cache
-goes on through actions, frames and value. Cosmos Policy (arXiv 2601.16163) plans so with a
-diffusion model. Two baselines imagine nothing: one candidate at random, and the one that the
-instruction makes likelier than it would be without (the divergence from a prompt-masked self).
+All candidates of all robots are one batch over copies of one prefilled cache. What they do is
+imagined over copies of another one, in the sequence of the task that follows actions, which may
+leave out the instruction; the first then goes on through the imagined frames to the value. Cosmos
+Policy (arXiv 2601.16163) plans so with a diffusion model. Two baselines imagine nothing: one
+candidate at random, and the one that the instruction makes likelier than it would be without (the
+divergence from a prompt-masked self).
 
 Axes: B robots, N candidates, T steps of a chunk, A action dimensions, S sequence, K values.
 """
@@ -111,7 +114,7 @@ class PlanningDecoder(TokenActionDecoder):
             chosen, state = self._candidates(state, [session.key() for session in sessions])
         if self._config.choose == "value":
             with timer.section("imagine"):
-                self.judgements = self._judge(state, prompts)
+                self.judgements = self._judge(state, prompts, chosen)
             scores = np.array([[j.score for j in own] for own in self.judgements])
         elif self._config.choose == "divergence":
             with timer.section("imagine"):
@@ -198,21 +201,43 @@ class PlanningDecoder(TokenActionDecoder):
         length = max(greedy_state.max_length, sampled_state.max_length)
         return chosen, DecodeState(batch, length, has_pending=True)
 
-    def _judge(self, state: DecodeState, prompts: Sequence[np.ndarray]) -> list[list[Judgement]]:
-        """Judgements [B][N] of what the candidates [N * B] of the prompts [B] lead to."""
-        header = frame_header(self._task.text_encoder, *self._grids[0])
-        state = extend_rows(self._sampler, state, [header] * state.batch_size)
-        seen = [self._newest_codes(prompt) for prompt in prompts] * self._config.candidates
-        _, state = imagine_moments(
+    def _judge(
+        self,
+        state: DecodeState,
+        prompts: Sequence[np.ndarray],
+        chosen: Sequence[Sequence[np.ndarray]],
+    ) -> list[list[Judgement]]:
+        """Judgements [B][N] of what the candidates [N][B], at whose ends the state is, lead to."""
+        imagined = self._imagine(prompts, chosen)
+        questions = [self._value.question(views) for views in zip(*imagined)]
+        state = extend_rows(self._sampler, state, questions)
+        judged = self._value.parse(np.exp(self._sampler.next_log_probs(state, self._value.ids)))
+        return [judged[i :: len(prompts)] for i in range(len(prompts))]
+
+    def _imagine(
+        self, prompts: Sequence[np.ndarray], chosen: Sequence[Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """Per camera codes [N * B, 1, h, w] of the moment behind each candidate [N][B]."""
+        video = self._video
+        if video.settings.wordless:
+            prompts = [np.append(video.opening(""), self._seen(prompt)) for prompt in prompts]
+        state = self._prefill(prompts)
+        state = DecodeState(_repeat(state.batch, len(chosen)), state.max_length)
+        rows = [ids[ids != video.vocabulary.eoa] for of_robots in chosen for ids in of_robots]
+        fed = [video.outcome(ids, self._grids[0]) for ids in rows]
+        seen = [self._newest_codes(prompt) for prompt in prompts] * len(chosen)
+        codes, _ = imagine_moments(
             self._sampler,
-            state,
-            self._video,
+            extend_rows(self._sampler, state, fed),
+            video,
             self._grids,
             previous=[np.stack(view) for view in zip(*seen)],
         )
-        state = extend_rows(self._sampler, state, [self._value.question] * state.batch_size)
-        judged = self._value.parse(np.exp(self._sampler.next_log_probs(state, self._value.ids)))
-        return [judged[i :: len(prompts)] for i in range(len(prompts))]
+        return codes
+
+    def _seen(self, prompt: np.ndarray) -> np.ndarray:
+        """What stands behind the words of a prompt: they end where the first frame begins."""
+        return prompt[int(np.argmax(prompt == self._task.vocabulary.boi)) :]
 
     def _newest_codes(self, prompt: np.ndarray) -> list[np.ndarray]:
         """Codes [h, w] of every camera that a prompt ends with."""
@@ -228,11 +253,9 @@ class PlanningDecoder(TokenActionDecoder):
     ) -> np.ndarray:
         """Log-probability of each candidate with its instruction minus without, [B, N]."""
         vocabulary, pairs = self._task.vocabulary, []
-        # The words of a prompt are all that stands between bos and the first frame.
-        ends = [int(np.argmax(prompt == vocabulary.boi)) for prompt in prompts]
         for ids_of in chosen:
-            for prompt, end, ids in zip(prompts, ends, ids_of):
-                masked = np.append(prompt[:1], prompt[end:])
+            for prompt, ids in zip(prompts, ids_of):
+                masked = np.append(np.int32(vocabulary.bos), self._seen(prompt))
                 pairs += [(prompt, ids), (masked, ids)]
         scores = self._log_likelihood(pairs)
         difference = scores[0::2] - scores[1::2]

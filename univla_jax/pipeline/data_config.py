@@ -31,6 +31,7 @@ class MixtureTask:
       state: whether the proprioceptive state is written before each chunk.
       advantage: whether a token behind the instruction says how good the chunks are.
       question_first: whether a question stands before the frames that it is about.
+      wordless: whether the instruction is left out.
       views: cameras in the order they are written.
       views_together: whether a world model shows all cameras at every moment instead of one.
       frame_spacing: steps between two frames of the world model.
@@ -39,7 +40,6 @@ class MixtureTask:
       loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own.
       vision_weight: loss weight of a visual id, a number or (start, end, steps).
       null_prompt_prob: fraction of samples with an empty instruction.
-      other_prompt_prob: fraction of samples with another episode's instruction.
       evaluation_stores: of ``evaluation.stores``, by folder or last name; empty takes all that have
         what the task needs.
     """
@@ -54,6 +54,7 @@ class MixtureTask:
     state: bool | None = None
     advantage: bool | None = None
     question_first: bool | None = None
+    wordless: bool | None = None
     views: tuple[str, ...] = ()
     views_together: bool | None = None
     frame_spacing: int | None = None
@@ -62,7 +63,6 @@ class MixtureTask:
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] | None = None
     null_prompt_prob: float | None = None
-    other_prompt_prob: float | None = None
     evaluation_stores: tuple[str, ...] = ()
 
     @property
@@ -103,6 +103,8 @@ class DataConfig:
       question_first: whether a question stands before the frames that it is about, so that they are
         read in its light, and not behind them, as Emu3 has it. A small decoder learns far sooner
         to find what is asked for.
+      wordless: whether the video policy leaves out the instruction, so that its frames follow from
+        its actions alone. Beside words that tell what will be done, actions are hardly read.
       views: cameras in the order they are written; empty takes the ``policy_views`` of each corpus.
         The world model shows one: when empty, each of the corpus' ``world_model_views`` in a sample
         of its own, else by chance one of those named that the episode has.
@@ -119,8 +121,6 @@ class DataConfig:
       vision_weight: loss weight of a visual id, where other labeled ids weigh 1: a number, or
         (start, end, steps) for a line from ``start`` at step 0 to ``end`` at step ``steps``.
       null_prompt_prob: fraction of samples with an empty instruction, for guidance.
-      other_prompt_prob: fraction of training samples with the instruction of another episode of the
-        same store, so that frames are learned from the actions before them and not from the words.
       packing: True packs samples first-fit; False pads each to a batch element of its own.
       packing_bins: batch elements packed together; more fill better and hold more samples in
         memory.
@@ -148,6 +148,7 @@ class DataConfig:
     state: bool = False
     advantage: bool = False
     question_first: bool = False
+    wordless: bool = False
     views: tuple[str, ...] = ()
     views_together: bool = False
     frame_spacing: int = 0
@@ -156,7 +157,6 @@ class DataConfig:
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] = 0.5
     null_prompt_prob: float = 0.0
-    other_prompt_prob: float = 0.0
     packing: bool = True
     packing_bins: int = 16
     seed: int = 42
@@ -182,7 +182,7 @@ class DataConfig:
             _check_at_least(name, getattr(self, name), 0)
         _check_at_least("copies_per_epoch", self.copies_per_epoch, 0)
         _check_at_least("max_committed", self.max_committed, 0)
-        for name in ("null_prompt_prob", "other_prompt_prob", "aligned_windows"):
+        for name in ("null_prompt_prob", "aligned_windows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name}: {getattr(self, name)}, expected 0…1")
         if min(self.vision_schedule) < 0:
@@ -218,6 +218,7 @@ class DataConfig:
                 ("state", "state", False),
                 ("advantage", "advantage", False),
                 ("question_first", "question", False),
+                ("wordless", "wordless", False),
                 ("max_committed", "committed", 0),
             ):
                 fits = getattr(tasks.task_class(entry.task).needs, need)
@@ -333,6 +334,8 @@ class DataConfig:
             raise UserError(f"data.advantage: the task {self.task!r} has no place for it")
         if self.question_first and not self.needs.question:
             raise UserError(f"data.question_first: the task {self.task!r} asks no question")
+        if self.wordless and not self.needs.wordless:
+            raise UserError(f"data.wordless: the task {self.task!r} needs its instruction")
         if self.views_together and not self.needs.frame_spacing:
             raise UserError(
                 f"data.views_together: a choice of world models, not of the task {self.task!r}"

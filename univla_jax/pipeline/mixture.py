@@ -15,7 +15,6 @@ order of a component depends on its position in the chain of transforms.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -268,7 +267,6 @@ class SampleBuilder:
     Attributes:
       task: of the config.
       drop_long: whether another sample stands in for one that is too long.
-      other_prompt_prob: of the config.
     """
 
     def __init__(self, config: DataConfig, assets: Assets, task_id: int = 0) -> None:
@@ -281,7 +279,6 @@ class SampleBuilder:
         """
         self._config, self._task_id = config, task_id
         self.drop_long = config.too_long == "drop"
-        self.other_prompt_prob = config.other_prompt_prob
         self.task = make_task(config.task, config.settings, assets)
 
     def __call__(self, episode: TokenizedEpisode, rng: np.random.Generator) -> Example:
@@ -393,12 +390,6 @@ class SampleStream:
         rng = np.random.default_rng((self._seed, _EPOCHS, store, epoch, index))
         for attempt in range(_MOST_REDRAWS):
             episode = self._splits[store].at(index, (self._seed, _COPIES, store, epoch))
-            if builder.other_prompt_prob and rng.random() < builder.other_prompt_prob:
-                other = self._splits[store].at(int(rng.integers(len(self._splits[store]))))
-                told = {"instruction": other.instruction, "paraphrases": other.paraphrases}
-                with contextlib.suppress(SampleTooLongError):  # its own words fit
-                    changed = dataclasses.replace(episode, **told)
-                    return changed, builder.draw(changed, rng)
             try:
                 return episode, builder.draw(episode, rng)
             except SampleTooLongError:

@@ -110,6 +110,7 @@ class TaskRecord:
       max_committed: most committed actions that stood before a policy's newest chunk.
       advantage: whether a token behind the instruction said how good the chunks are.
       question_first: whether a question stood before the frames that it was about.
+      wordless: whether the instruction was left out.
     """
 
     task: str = dataclasses.field(metadata={"formerly": "layout"})
@@ -125,6 +126,7 @@ class TaskRecord:
     max_committed: int = 0
     advantage: bool = False
     question_first: bool = False
+    wordless: bool = False
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskRecord:
@@ -146,7 +148,7 @@ class TaskRecord:
         # that a run which is continued finds the fingerprint that it saved.
         values = dataclasses.asdict(self)
         added = ("state", "views_together", "labels", "max_committed", "advantage")
-        for name in (*added, "question_first"):
+        for name in (*added, "question_first", "wordless"):
             if not values[name]:
                 del values[name]  # absent, as in assets saved before there were such choices
         values["views"] = list(self.views)
@@ -171,6 +173,7 @@ class TaskRecord:
             max_committed=self.max_committed,
             advantage=self.advantage,
             question_first=self.question_first,
+            wordless=self.wordless,
         )
 
     def views_of(self, corpus: str) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ class TaskSettings:
         per sample from 0 on; 0 for none.
       advantage: whether a token behind the instruction says how good the chunks are.
       question_first: whether a question stands before the frames that it is about.
+      wordless: whether the instruction is left out, so that frames follow from actions alone.
     """
 
     frames: int = 1
@@ -74,6 +75,7 @@ class TaskSettings:
     max_committed: int = 0
     advantage: bool = False
     question_first: bool = False
+    wordless: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Needs:
       own_row: one sample per row; packing is off.
       action_expert: a flow-matching expert on top of the decoder.
       question: asks a question about frames, which may stand before or behind them.
+      wordless: may leave out the instruction.
       groundings: what phrases mean in the frames of an episode (``Episode.groundings``).
       texts: kinds of text that every episode must have (``Episode.texts``).
     """
@@ -107,6 +110,7 @@ class Needs:
     own_row: bool = False
     action_expert: bool = False
     question: bool = False
+    wordless: bool = False
     groundings: bool = False
     texts: tuple[str, ...] = ()
 

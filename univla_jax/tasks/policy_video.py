@@ -23,6 +23,8 @@ have none and are good. The policy is prompted with good (RECAP, arXiv 2511.1475
 
 Where frames are learned too (``data.loss_on``), the same sequence imagines what given actions do:
 a chunk is fed behind its boa (``outcome``), then the codes of the next moment's frames are chosen.
+Where the instruction tells what will be done, a small model never learns to read the actions; a
+task with ``data.wordless`` leaves it out, from training samples and prompts alike.
 
 Source: UniVLA train/datasets.py:232-269, reference/RoboVLMs/eval/*/model_wrapper*.py.
 
@@ -66,6 +68,7 @@ class PolicyVideo(ActionTask):
         committed=True,
         frame_sequence=True,
         advantage=True,
+        wordless=True,
     )
 
     @property
@@ -131,11 +134,11 @@ class PolicyVideo(ActionTask):
         return min(drawn, len(episode) - 1)
 
     def opening(self, text: str) -> np.ndarray:
-        """int32 ids of bos and instruction, and where the run shows it of the advantage good."""
+        """int32 ids of bos, the instruction and the advantage good, where the run shows them."""
         return np.concatenate([ids for _, ids in self._opening(text, good=True)])
 
     def _opening(self, text: str, *, good: bool) -> list[Piece]:
-        pieces = [opening(self.text_encoder, text)]
+        pieces = [opening(self.text_encoder, "" if self.settings.wordless else text)]
         if self.settings.advantage:
             ids = [self.vocabulary.bot, *self.vocabulary.action_ids(np.array([int(good)]))]
             pieces.append((Role.MARKUP, np.array(ids, np.int32)))

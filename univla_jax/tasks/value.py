@@ -144,11 +144,14 @@ class Value(Task):
         """int32 [K] ids of the values in order."""
         return self.vocabulary.action_ids(np.arange(self._count))
 
-    @property
-    def question(self) -> np.ndarray:
-        """int32 ids fed behind the last code of an imagined moment, before its value."""
-        v = self.vocabulary
-        return np.array([v.eof, v.eoi, v.bot], np.int32)
+    def question(self, views: Sequence[np.ndarray]) -> np.ndarray:
+        """int32 ids fed behind the chunk that leads to a moment, before its value.
+
+        Args:
+          views: per camera codes [1, h, w] of that moment.
+        """
+        blocks = [frame_blocks(self.text_encoder, view)[0] for view in views]
+        return np.concatenate([*blocks, np.array([self.vocabulary.bot], np.int32)])
 
     def parse(self, probabilities: np.ndarray) -> list[Judgement]:
         """Judgements of the probabilities [N, K] of the values ``ids``."""

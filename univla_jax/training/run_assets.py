@@ -156,6 +156,7 @@ def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
         max_committed=data.max_committed,
         advantage=data.advantage,
         question_first=data.question_first,
+        wordless=data.wordless,
         labels=data.loss_on if data.loss_on != tasks.task_class(data.task).labels else "",
     )
 
