@@ -27,6 +27,7 @@ class _Run:
     weight: float | tuple[float, float, int] = 1.0
     size: tuple[int, int] | None = None
     names: tuple[str, ...] = ()
+    every: int | None = None
 
 
 def test_values_become_the_types_of_their_fields():
@@ -44,7 +45,7 @@ def test_values_become_the_types_of_their_fields():
         ({}, "config: missing key"),
         ({"steps": "2"}, "config.steps: '2' is a str, expected int"),
         ({"step": 2}, "config.step: unknown key; did you mean 'steps'"),
-        ({"steps": 2, "zzz": 1}, "known keys: steps, data, weight, size, names"),
+        ({"steps": 2, "zzz": 1}, "known keys: steps, data, weight, size, names, every"),
         ({"steps": 2, "data": {"chunk": 3}}, "config.data.chunk: unknown key"),
         ({"steps": 2, "size": [1, 2, 3]}, "config.size: .* has 3 values, expected 2"),
     ],
@@ -70,6 +71,15 @@ def test_a_number_or_a_tuple_can_be_set_on_the_command_line(given, expected, mon
     config_flags.DEFINE_config_dict("config", complete(_Run, {"steps": 2}), flag_values=values)
     values(sys.argv)
     assert build_config(_Run, values.config.to_dict()) == _Run(2, weight=expected)
+
+
+def test_a_number_can_be_set_where_there_is_none(monkeypatch):
+    assert build_config(_Run, complete(_Run, {"steps": 2}).to_dict()) == _Run(2)
+    monkeypatch.setattr(sys, "argv", ["program", "--config.every=500"])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", complete(_Run, {"steps": 2}), flag_values=values)
+    values(sys.argv)
+    assert build_config(_Run, values.config.to_dict()) == _Run(2, every=500)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,18 +141,22 @@ def _renamed_fields(cls: type) -> dict[str, str]:
 
 
 def _open_unions(config: config_dict.ConfigDict, cls: type) -> None:
-    """Lets fields that may be a number or a tuple take either on the command line.
+    """Lets fields that may be a number or a tuple, or nothing, be set on the command line.
 
     ml_collections parses an override by the type of the present value; a reference of type object
-    makes it parse any Python literal, which ``build_config`` then checks.
+    makes it parse any Python literal, which ``build_config`` then checks, and one of a number's or
+    text's own type takes that where there is None.
     """
     for name, hint in typing.get_type_hints(cls).items():
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
         if dataclasses.is_dataclass(hint):
             _open_unions(config[name], hint)
         elif any(typing.get_origin(option) is tuple for option in typing.get_args(hint)) and (
             typing.get_origin(hint) is not tuple
         ):
             config[name] = config_dict.FieldReference(config[name], field_type=object)
+        elif config[name] is None and options in ([int], [float], [str], [bool]):
+            config[name] = config_dict.placeholder(options[0])
 
 
 def _open_changes(config: config_dict.ConfigDict, cls: type) -> None:
