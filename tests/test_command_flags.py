@@ -158,6 +158,12 @@ def _evaluate(module: Any, arrived: Arrived, patch: pytest.MonkeyPatch) -> None:
         evaluate=arrived.recorder("grounding", grounded.evaluate, scored),
         table=lambda found: "",
     )
+    imagined = module.imagined_rollouts
+    module.imagined_rollouts = namespace(
+        imagined,
+        rank_policies=arrived.recorder("rank", imagined.rank_policies, {"chunks": 0, **scored}),
+        table=lambda found: "",
+    )
     module.diagnosis = namespace(
         module.diagnosis,
         evaluate_setup=arrived.recorder("diagnose", module.diagnosis.evaluate_setup, {}),
@@ -417,6 +423,17 @@ COMMANDS: dict[str, Command] = {
             "out": ("there", "grounding.out", "there"),
             "episodes": ("7", "grounding.episodes", 7),
             **shared("grounding", MESH),
+        },
+    ),
+    "evaluate --imagined": Command(
+        "--imagined=s --world_model=w --checkpoint=c --out=o",
+        _evaluate,
+        {
+            "checkpoint": ("there", "rank.checkpoints", ["there"]),
+            "imagined": ("there", "rank.store", "there"),
+            "world_model": ("there", "rank.world_model", "there"),
+            "out": ("there", "rank.out", "there"),
+            "episodes": ("7", "rank.episodes", 7),
         },
     ),
     "evaluate --judge": Command(

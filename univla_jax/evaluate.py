@@ -55,6 +55,10 @@ example on several machines; ``--seeds`` sums up runs that differ by their check
 ``--judge`` takes roll-outs with outcomes (``--rollouts``) and scores the checkpoint's values by
 them, in ``judge.json``: area under the curve for success, and calibration error.
 
+``--imagined`` lets policies (``--checkpoint``, and any number of folders behind the flags) act
+inside ``--world_model`` instead of a simulator, from the first frames of a token store's episodes,
+and orders them by how well the world model says that they did.
+
 ``--offline`` takes held-out episodes of a token store instead of a simulator: action error and
 token accuracy of a policy, token accuracy, PSNR and SSIM of a world model's frames, in
 ``offline.json``. ``--grounding`` takes those of a store with groundings: boxes, points and answers
@@ -76,6 +80,7 @@ from univla_jax.evaluation import (
     combined,
     diagnosis,
     grounded_frames,
+    imagined_rollouts,
     offline,
     report,
     value_scores,
@@ -107,6 +112,14 @@ EXPORT = cli.string_flag(
 )
 OFFLINE = cli.string_flag("offline", "token store of held-out episodes", required=False)
 JUDGE = cli.string_flag("judge", "token store of roll-outs to judge", required=False)
+IMAGINED = cli.string_flag(
+    "imagined",
+    "token store whose first frames policies act on, inside --world_model",
+    required=False,
+)
+WORLD_MODEL = cli.string_flag(
+    "world_model", "checkpoint that imagines and judges, for --imagined", required=False
+)
 GROUNDING = cli.string_flag("grounding", "token store with held-out groundings", required=False)
 JOIN = flags.DEFINE_bool("join", False, "join parts of a benchmark: --join A B ...")
 SEEDS = flags.DEFINE_bool("seeds", False, "summary of several runs: --seeds A B ...")
@@ -222,6 +235,19 @@ def _evaluate_values() -> None:
     print(f"{OUT.value}/{value_scores.REPORT}")
 
 
+def _evaluate_imagined(checkpoints: list[str]) -> None:
+    if WORLD_MODEL.value is None:
+        raise UserError("missing; give --world_model=..., one that follows actions and judges")
+    given = [CHECKPOINT.value] if CHECKPOINT.value else []
+    episodes = _FIELDS["episodes"].value or 0
+    found = imagined_rollouts.rank_policies(
+        [*given, *checkpoints], WORLD_MODEL.value, IMAGINED.value, OUT.value, episodes=episodes
+    )
+    print(f"{found['chunks']} chunks in each of {found['episodes']} episodes of {found['store']}")
+    print(imagined_rollouts.table(found))
+    print(f"{OUT.value}/{imagined_rollouts.REPORT}")
+
+
 def _evaluate_grounding() -> None:
     if CHECKPOINT.value is None:
         raise UserError("missing; give --checkpoint=..., trained on the task grounding")
@@ -312,8 +338,11 @@ def main(argv: list[str]) -> None:
     if JOIN.value:
         _print_report(combined.join_parts(argv[1:], OUT.value))
         return
+    if IMAGINED.value:
+        _evaluate_imagined(argv[1:])
+        return
     if len(argv) > 1:
-        raise UserError(f"{argv[1]!r}: folders are for --compare, --join and --seeds")
+        raise UserError(f"{argv[1]!r}: folders are for --compare, --join, --seeds and --imagined")
     if DIAGNOSE.value:
         _diagnose()
     elif JUDGE.value:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from univla_jax.data.datasets import chunk_deltas
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
 from univla_jax.inference.frame_decoding import extend_rows, imagine_moments
@@ -315,7 +314,7 @@ class WorldModel:
         # moments[v] are the codes [B, 1 + n, h, w] of camera v: seen, then imagined.
         moments = [np.stack(view) for view in zip(*encoder.encode(observations))]
         grids = [view.shape[2:] for view in moments]
-        ids = [task.chunk_ids(self._normalize(own)) for own in actions]
+        ids = [task.chunk_ids(task.normalize(self.corpus, own)) for own in actions]
         state, shown = None, 0
         for number in range(actions.shape[1]):
             if state is None or shown == record.frames:
@@ -353,11 +352,6 @@ class WorldModel:
             moments = [np.append(old, new, axis=1) for old, new in zip(moments, codes)]
             shown += 1
         return {view: codes[:, 1:] for view, codes in zip(views, moments)}
-
-    def _normalize(self, chunks: np.ndarray) -> np.ndarray:
-        deltas = chunk_deltas(self.corpus)
-        chunks = chunks if deltas is None else deltas.to_relative(chunks)
-        return self.loaded.statistics(self.corpus).normalize(chunks)
 
     def _check_chunks(self, model: LoadedModel, actions: np.ndarray, count: int) -> None:
         size = model.record.chunk_size

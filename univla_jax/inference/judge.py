@@ -68,18 +68,23 @@ class Judge:
         return self.judge_codes(instructions, self._encoder.encode(observations))
 
     def judge_codes(
-        self, instructions: Sequence[str], views: Sequence[Sequence[np.ndarray]]
+        self,
+        instructions: Sequence[str],
+        views: Sequence[Sequence[np.ndarray]],
+        chunks: Sequence[np.ndarray] | None = None,
     ) -> list[Judgement]:
         """What the model says about moments whose frames are encoded already.
 
         Args:
           instructions: of each moment.
-          views: per moment and camera integer [1, h, w] codes.
+          views: per moment and camera integer [N, h, w] codes, of the moment and of those before.
+          chunks: per moment float [N - 1, T, A], what was executed between them in physical units;
+            None where no earlier moments are shown.
         """
-        task = self.loaded.task
-        return self._judge(
-            [task.build(text, codes).ids for text, codes in zip(instructions, views)]
-        )
+        task, ids = self.loaded.task, [[]] * len(views)
+        if chunks is not None:
+            ids = [task.chunk_ids(task.normalize(self.corpus, own)) for own in chunks]
+        return self._judge([task.build(*parts).ids for parts in zip(instructions, views, ids)])
 
     def judge_episode(self, episode: TokenizedEpisode) -> list[Judgement]:
         """What the model says about every step of a stored episode.

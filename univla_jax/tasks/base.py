@@ -320,7 +320,7 @@ class Task(abc.ABC):
         # the statistics are those of the differences.
         actions = episode.actions[starts.start : starts.stop]
         chunks = actions.reshape(-1, self.settings.chunk_size, actions.shape[-1])
-        return self._normalize(episode.corpus, chunks)
+        return self.normalize(episode.corpus, chunks)
 
     def chunk_lengths(self, episode: TokenizedEpisode) -> np.ndarray:
         """int [T - chunk_size + 1] ids of the chunk, and the state before it, at every step.
@@ -329,11 +329,16 @@ class Task(abc.ABC):
           UserError: the episode is shorter than a chunk, or there are no statistics of it.
         """
         chunks = sliding_windows([episode.actions], self.settings.chunk_size)
-        ids = self.chunk_ids(self._normalize(episode.corpus, chunks))
+        ids = self.chunk_ids(self.normalize(episode.corpus, chunks))
         states = self.state_ids(episode, range(len(chunks))) or [()] * len(chunks)
         return np.array([len(chunk) + len(state) for chunk, state in zip(ids, states)])
 
-    def _normalize(self, corpus: str, chunks: np.ndarray) -> np.ndarray:
+    def normalize(self, corpus: str, chunks: np.ndarray) -> np.ndarray:
+        """float32 [N, T, A] chunks in physical units in the corpus' convention, normalized.
+
+        Raises:
+          UserError: there are no statistics of the corpus.
+        """
         deltas = chunk_deltas(corpus)
         if deltas is not None:
             chunks = deltas.to_relative(chunks)
