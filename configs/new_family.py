@@ -108,7 +108,7 @@ def evaluate_new() -> ConfigDict:
 
 def _evaluate(kind: str) -> ConfigDict:
     config = _QUICKSTART("evaluate")
-    config.update({"tasks": _NUMBERS[kind], "episodes": 300, "conditions": ("policy",)})
+    config.update({"tasks": _NUMBERS[kind], "episodes": 200, "conditions": ("policy",)})
     return config
 
 
