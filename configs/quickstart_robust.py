@@ -48,7 +48,7 @@ def _changed(stage: str, values: dict[str, Any]) -> ConfigDict:
 
 def demonstrations() -> ConfigDict:
     """Scripted episodes, each of the seven things changed in a third of them."""
-    return _changed("demonstrations", {"train_episodes": 4000, "randomized": 0.35})
+    return _changed("demonstrations", {"train_episodes": 8000, "randomized": 0.35})
 
 
 def text() -> ConfigDict:
@@ -66,7 +66,7 @@ def vision() -> ConfigDict:
     values = {
         "image_specs": _IMAGE_SPECS,
         "overrides": {"ch_mult": (1, 2, 4), "codebook_size": 512},
-        "total_steps": 1200,
+        "total_steps": 2000,
     }
     return _changed("vision", values)
 
@@ -81,11 +81,11 @@ def policy() -> ConfigDict:
     data = {
         **_QUICKSTART["ACTING"],
         "frames": 1,
-        "sequence_length": 120,
+        "sequence_length": 128,
         "packing": False,
         "batch_size": 16,
     }
-    values = _QUICKSTART["training"](5000, data)
+    values = _QUICKSTART["training"](10_000, data)
     return complete(TrainConfig, values | {"loss": {"max_labeled": 32}})
 
 
