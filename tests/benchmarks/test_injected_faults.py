@@ -19,7 +19,8 @@ def run(monkeypatch, tmp_path):
     """Runs the benchmark with a stand-in for the doctor; its figures, and all that was asked."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["injected_faults"])
-    loaded = types.SimpleNamespace(folder="checkpoints/7")
+    record = types.SimpleNamespace(chunk_size=6)
+    loaded = types.SimpleNamespace(folder="checkpoints/7", record=record)
     policy = types.SimpleNamespace(loaded=loaded, corpus="tabletop")
     monkeypatch.setattr(injected_faults.Policy, "load", lambda folder: policy)
     monkeypatch.setattr(injected_faults, "PolicyVariants", lambda policy, **options: policy)
@@ -51,7 +52,8 @@ def test_what_is_named_and_what_is_an_alarm_is_counted(run):
         found = ["prompt", "data and checkpoint"] if shouted else ["nothing", ""]
         return _says(["resize", "simulator"] if number == 3 else found)
 
-    figures, _ = run(answer)
+    figures, asked = run(answer)
+    assert {setup.benchmark.execute for setup in asked} <= {0, 3}  # a half makes up a chunk of six
     assert [figures[k] for k in ("faults", "named", "clean", "false alarms")] == [1, 1, 3, 1]
     assert [name for name, f in figures["set-ups"].items() if not f["right"]] == ["clean 1"]
 

@@ -307,7 +307,10 @@ def clean_setup(policies: PolicyVariants, episodes: Sequence[Episode], number: i
     chosen = rng.choice(len(episodes), min(_EPISODES, len(episodes)), replace=False)
     options: dict[str, Any] = {"episodes": 40, "first_seed": 1000 + 50 * number}
     options["max_steps"] = int(rng.choice([30, 40, 60]))
-    options["execute"] = int(rng.choice([0, 3]))
+    # Whole chunks, or parts that a history can show: those that make up a chunk.
+    size = policies.loaded.record.chunk_size
+    parts = [steps for steps in range(1, size) if size % steps == 0]
+    options["execute"] = int(rng.choice([0, *parts[-1:]]))
     if number % 3 == 2:
         options["tasks"] = tuple(int(task) for task in rng.choice(5, 2, replace=False))
     benchmark = make_benchmark("tabletop", **options)
