@@ -49,6 +49,17 @@ def test_wordless_sequences_have_no_instruction():
     tokens = task.build("go", [code(1, 2)], [chunk(1, 2)])
     assert spell(tokens) == f"<bos> {FRAME.format(1, 2)} <boa> a1 a2 <eoa>"
     assert task.opening("go").tolist() == [task.vocabulary.bos]
+    # The first moment of both cameras is given; what follows from the chunks is learned.
+    two = task.build("go", [TWO, TWO], [chunk(1), chunk(2)])
+    own = TASK.build("", [TWO, TWO], [chunk(1), chunk(2)])
+    np.testing.assert_array_equal(two.ids, own.ids)
+    codes = two.roles[own.roles == V]
+    assert codes.tolist() == [Role.SEEN] * 4 + [V] * 4
+    np.testing.assert_array_equal(two.roles[own.roles != V], own.roles[own.roles != V])
+    episode = small.episode(0, 6)
+    spec = task.sample(episode, "go", np.random.default_rng(0))
+    filled = small.task("policy_video", frames=2).sample(episode, "", np.random.default_rng(0))
+    np.testing.assert_array_equal(spec.fill(task.vocabulary).ids, filled.fill(task.vocabulary).ids)
 
 
 def test_states_are_written_before_their_chunk():

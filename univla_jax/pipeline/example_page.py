@@ -35,6 +35,7 @@ _ROLE_COLORS = {
     Role.ANSWER: "#ffd6e7",
     Role.ACTION: "#ffd8a8",
     Role.VALUE: "#ffc9c9",
+    Role.SEEN: "#eef6ef",
 }
 _CURVE_COLORS = ("#e03131", "#1971c2", "#2f9e44", "#f08c00", "#9c36b5", "#0c8599", "#343a40")
 _WIDTH, _HEIGHT = 480, 120  # of the curves, in pixels
@@ -174,7 +175,11 @@ def _runs(tokens: Tokens, weights: np.ndarray, assets: Assets) -> Iterator[dict[
     for (role, weight), run in itertools.groupby(zip(tokens.roles.tolist(), weights.tolist())):
         end = start + len(list(run))
         ids = tokens.ids[start:end]
-        text = f"{len(ids)} codes" if role == Role.VISION else _spell(ids, Role(role), assets)
+        text = (
+            f"{len(ids)} codes"
+            if role in (Role.VISION, Role.SEEN)
+            else _spell(ids, Role(role), assets)
+        )
         yield {"role": Role(role), "weight": weight, "start": start, "end": end, "text": text}
         start = end
 

@@ -122,6 +122,7 @@ class Role(enum.IntEnum):
     ANSWER = 5  # the assistant's reply, with its eos
     ACTION = 6  # boa, action ids, eoa
     VALUE = 7  # how likely and how soon the instruction will be done
+    SEEN = 8  # visual codes that are always given, and never learned
 
 
 LABELS: Mapping[str, frozenset[Role]] = {
@@ -132,7 +133,7 @@ LABELS: Mapping[str, frozenset[Role]] = {
     "thought_and_action": frozenset({Role.THOUGHT, Role.ACTION}),
     "answer": frozenset({Role.ANSWER}),
     "value": frozenset({Role.VALUE}),
-    "all": frozenset(Role) - {Role.STATE},
+    "all": frozenset(Role) - {Role.STATE, Role.SEEN},
 }
 """Named sets of labeled roles, the values of ``DataConfig.loss_on``.
 

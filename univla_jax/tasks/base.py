@@ -167,12 +167,12 @@ class SampleSpec:
         Raises:
           UserError: a code outside the vocabulary, or a damaged record.
         """
-        # Only VISION roles are placeholders, and ``shown`` is in the order of their positions, so
+        # Only visual roles are placeholders, and ``shown`` is in the order of their positions, so
         # one masked assignment fills all frames. The reads of the codes happen here and nowhere
         # before: packing plans many samples for each one that a row finally takes.
         codes = np.concatenate([codes[step].ravel() for codes, step in self.shown])
         ids = self.tokens.ids.copy()
-        ids[self.tokens.roles == Role.VISION] = vocabulary.visual_ids(codes)
+        ids[np.isin(self.tokens.roles, (Role.VISION, Role.SEEN))] = vocabulary.visual_ids(codes)
         return Tokens(ids, self.tokens.roles)
 
 

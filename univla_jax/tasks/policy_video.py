@@ -24,7 +24,8 @@ have none and are good. The policy is prompted with good (RECAP, arXiv 2511.1475
 Where frames are learned too (``data.loss_on``), the same sequence imagines what given actions do:
 a chunk is fed behind its boa (``outcome``), then the codes of the next moment's frames are chosen.
 Where the instruction tells what will be done, a small model never learns to read the actions; a
-task with ``data.wordless`` leaves it out, from training samples and prompts alike.
+task with ``data.wordless`` leaves it out, from training samples and prompts alike. Its first moment
+is then always given, and not learned: nothing before it says what it shows.
 
 Source: UniVLA train/datasets.py:232-269, reference/RoboVLMs/eval/*/model_wrapper*.py.
 
@@ -184,7 +185,11 @@ class PolicyVideo(ActionTask):
                 chunks[t] if t < len(chunks) else None,
                 committed if t == moments - 1 else (),
             )
-        return self.compose(pieces)
+        tokens = self.compose(pieces)
+        if self.settings.wordless:
+            first = np.flatnonzero(tokens.roles == Role.VISION)[: sum(v[0].size for v in views)]
+            tokens.roles[first] = Role.SEEN
+        return tokens
 
     def outcome(self, chunk: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """int32 ids fed behind a boa so that the next moment is imagined, up to its first code.
