@@ -31,6 +31,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "attempts": {"world": "free"},
     "attempts_held_out": {"world": "free"},
     "unified": {"data.sequence_length": 352},
+    "obeying": {"data.sequence_length": 352},
     "policy": {"data.sequence_length": 176},
     "realtime": {"data.sequence_length": 200},
     "evaluate": {"world": "free", "episodes": 300},

@@ -19,6 +19,7 @@ STAGES = (
     "attempts",
     "attempts_held_out",
     "unified",
+    "obeying",
     "policy",
     "realtime",
     "evaluate",
@@ -56,6 +57,12 @@ def test_every_stage_of_the_randomized_tabletop_has_a_config(stage):
 def test_an_unknown_stage_is_named_beside_the_known_ones(name, stage):
     with pytest.raises(UserError, match=f"'{stage}'.*world_model, attempts"):
         recipe(name)(stage)
+
+
+def test_the_last_part_leaves_out_the_words_where_frames_follow_from_actions_alone():
+    before, last = (recipe("quickstart")(stage).data.mixture for stage in ("unified", "obeying"))
+    assert [bool(entry["wordless"]) for entry in last] == [False, True, False, False]
+    assert [entry["task"] for entry in last] == [entry["task"] for entry in before]
 
 
 def test_fields_left_out_are_there_to_be_set():
