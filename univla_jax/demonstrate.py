@@ -2,7 +2,7 @@
 
     python -m univla_jax.demonstrate --config=configs/quickstart.py:demonstrations --out=FOLDER
     python -m univla_jax.demonstrate --benchmark=libero --assets=LIBERO_ASSETS \\
-        --config=configs/libero_scratch.py:demonstrations --out=FOLDER
+        --config=configs/libero_scratch.py:demonstrations_goal --out=FOLDER
 
     python -m univla_jax.demonstrate --config=configs/road.py:demonstrations --out=FOLDER
 

@@ -1,4 +1,4 @@
-"""The recipe that learns a LIBERO task from nothing."""
+"""The recipe that learns eight LIBERO tasks from nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from univla_jax.simulators.libero.libero_demonstrations import FIRST_STATE, Demo
 from univla_jax.training.train_config import TrainConfig
 
 RECIPE = runpy.run_path(str(REPOSITORY / "configs" / "libero_scratch.py"))
-STAGES = ("demonstrations", "text", "action", "vision", "tokens", "policy")
+STAGES = (
+    "demonstrations_goal",
+    "demonstrations_object",
+    "text",
+    "action",
+    "vision",
+    "tokens",
+    "world_model",
+    "policy",
+)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -24,19 +33,23 @@ def test_every_stage_has_a_config(stage):
 
 @pytest.mark.parametrize("stage", ["", "polcy"])
 def test_an_unknown_stage_is_named_beside_the_known_ones(stage):
-    with pytest.raises(UserError, match=f"'{stage}'.*tokens, policy"):
+    with pytest.raises(UserError, match=f"'{stage}'.*world_model, policy"):
         RECIPE["get_config"](stage)
 
 
 def test_stages_fit_together():
     """Same cameras and chunks; no demonstration begins where the 20 scored episodes do."""
     values = {stage: RECIPE["get_config"](stage).to_dict() for stage in STAGES}
-    demonstrations = build_config(DemonstrationsConfig, values["demonstrations"])
-    policy = build_config(TrainConfig, values["policy"])
+    suites = [build_config(DemonstrationsConfig, values[stage]) for stage in STAGES[:2]]
+    policy, imagines = (build_config(TrainConfig, values[s]) for s in ("policy", "world_model"))
     assert FIRST_STATE >= 20
-    assert {values[stage]["corpus"] for stage in ("text", "action", "vision", "tokens")} == {
-        demonstrations.suite
-    }
+    assert sum(len(suite.tasks) for suite in suites) == 8
+    (corpus,) = {values[stage]["corpus"] for stage in ("text", "action", "vision", "tokens")}
     assert values["action"]["chunk_size"] == policy.data.chunk_size
     assert set(policy.data.views) == set(values["tokens"]["image_specs"])
-    assert set(policy.data.views) == set(find_dataset_config(demonstrations.suite).views)
+    assert set(policy.data.views) == set(find_dataset_config(corpus).views)
+    assert all(set(policy.data.views) == set(find_dataset_config(s.suite).views) for s in suites)
+    # No sample shows a picture that is older than its step.
+    pauses = {suite.draw_every for suite in suites}
+    assert pauses == {policy.data.chunk_size} and policy.data.aligned_windows == 1
+    assert imagines.data.frame_spacing % policy.data.chunk_size == 0
