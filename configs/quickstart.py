@@ -4,8 +4,9 @@
 
 It post-trains on frames without actions (``world_model``), lets an expert that errs act
 (``attempts``), and fine-tunes on a mixture of tasks (``unified``): one checkpoint that acts,
-imagines, obeys given actions and judges, from which all results come. It also plans and learns
-from its own failures, and there is a specialist to compare it with::
+imagines, obeys given actions and judges, from which all results come. A last part of training
+(``obeying``) makes it follow given actions far better. It also plans and learns from its own
+failures, and there is a specialist to compare it with::
 
     python -m univla_jax.evaluate --config=configs/quickstart.py:evaluate \\
         --checkpoint=W/unified --plan=8 --conditions=policy --out=W/planned
