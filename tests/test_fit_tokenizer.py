@@ -166,6 +166,7 @@ def test_vision(source, fitted_vision, capsys):
     assert "fitted already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_vision_resumes_to_the_last_bit(source, fitted_vision, tmp_path, monkeypatch):
     whole, _ = fitted_vision
     with monkeypatch.context() as patch:

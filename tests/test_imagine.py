@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY
@@ -20,6 +21,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_the_command_runs_names_mistakes_and_is_done_once(
     demonstrations, world_model_checkpoint, tmp_path
 ):
