@@ -267,6 +267,8 @@ def recorded_calls(policy: Policy, episodes: Iterable[Episode]) -> Iterator[Poli
                 {view: frames[step] for view, frames in episode.frames.items()},
                 None if episode.state is None else episode.state[step],
             )
+            # The session as before the call, for both ways to decode from; without its prefix,
+            # so that neither profits from the other's prefill.
             before = dataclasses.replace(session, cached_prefix=None)
             policy.act([observation], [session])
             yield PolicyCall(observation, before, session.last_ids)

@@ -132,6 +132,8 @@ def _roll_out(
     }
     scores = [_judge(judge, starts, moments, None)]
     for _ in range(CHUNKS):
+        # The policy sees what was imagined as it sees a camera: its mistakes and those of the world
+        # model lead to moments that no demonstration shows, which is what the score is to tell.
         chunks.append([chunk.actions for chunk in policy.act(seen, sessions)])
         given = np.stack(chunks, axis=1)
         # All chunks from the first frame on: the frames before the newest come out as they were.
@@ -158,5 +160,6 @@ def _judge(
     shown = judge.loaded.record.frames
     views = [moments[view][:, -shown:] for view in judge.loaded.record.views_of(judge.corpus)]
     words = [start.instruction for start in starts]
+    # Actions stand between the shown moments; those that led to the first are left out.
     between = None if given is None else given[:, given.shape[1] + 1 - views[0].shape[1] :]
     return np.array([j.score for j in judge.judge_codes(words, list(zip(*views)), between)])

@@ -176,6 +176,8 @@ class PlanningDecoder(TokenActionDecoder):
             ),
         }
         table = self._continuations.table
+        # The first candidate is what the policy would do without a plan, so that a judge which
+        # finds none better leaves everything as it is.
         greedy, greedy_state = self._sampler.generate(
             DecodeState(first, state.max_length),
             sampling=GREEDY,
@@ -219,6 +221,9 @@ class PlanningDecoder(TokenActionDecoder):
     ) -> list[np.ndarray]:
         """Per camera codes [N * B, 1, h, w] of the moment behind each candidate [N][B]."""
         video = self._video
+        # The candidates' cache begins with the words. The task that follows actions may never have
+        # seen any, and imagines poorly behind them: it gets a prompt and a cache of its own, which
+        # costs one more prefill per decision.
         if video.settings.wordless:
             prompts = [np.append(video.opening(""), self._seen(prompt)) for prompt in prompts]
         state = self._prefill(prompts)

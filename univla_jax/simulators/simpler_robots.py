@@ -137,6 +137,10 @@ def _objects_at(xs: np.ndarray, ys: np.ndarray) -> list[dict[str, Any]]:
     return [{"init_xy": np.array([x, y])} for x, y in itertools.product(xs, ys)]
 
 
+# The order of states is the scripts': the arm's color varies slowest, so that the first states of
+# a task share one color, and one environment serves as many states in a row as it can.
+
+
 def _coke_can() -> tuple[FirstState, ...]:
     places = _objects_at(np.linspace(-0.35, -0.12, 5), np.linspace(-0.02, 0.42, 5))
     reset = {"robot_init_options": _robot_at(0.35, 0.20, 0.0)}

@@ -245,6 +245,8 @@ class SimplerSimulator:
         """An environment, and its wrapper that makes uint8 of pictures."""
         from mani_skill2_real2sim import ASSET_DIR
 
+        # SAPIEN logs an error where a mesh is missing and draws nothing in its place: a score would
+        # come out all the same, and mean nothing.
         settings = {**dict(state.build), **self._look()}
         for file in missing_files(pathlib.Path(ASSET_DIR), state):
             raise UserError(
