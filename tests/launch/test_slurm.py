@@ -134,7 +134,7 @@ what="$(sed -n "$(wc -l <{plan}.$SLURM_PROCID)p" {plan})"
 what="${{what%%/*}} ${{what##*/}}"; what="$(cut -d' ' -f$((SLURM_PROCID + 1)) <<<"$what")"
 echo "doing $what TOKEN=$TOKEN"
 if [[ "$what" == run ]]; then
-  trap 'echo saved; exit 83' TERM
+  trap 'trap "" TERM; echo saved; exit 83' TERM
   while :; do sleep 0.05; done
 fi
 exit "$what"

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("flock") is None, reason="absent: f
 COMMAND = """#!/bin/bash
 echo "has $* and KEY=$KEY"
 case "${!#}" in
-  run) trap 'echo saved; exit 83' TERM; while :; do sleep 0.02; done ;;
+  run) trap 'trap "" TERM; echo saved; exit 83' TERM; while :; do sleep 0.02; done ;;
   early) while :; do sleep 0.02; done ;;
   abort) echo "F0000 the coordination service found a lost task"; kill -ABRT $$ ;;
   bug) kill -ABRT $$ ;;
