@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators import StepResult, Trial, make_benchmark
+from univla_jax.simulators import StepResult, Trial, make_benchmark, simpler_simulator
 from univla_jax.simulators.simpler_simulator import SimplerProtocol, SimplerSimulator
 
 
@@ -72,6 +72,7 @@ class Log(list):
 
 @pytest.fixture
 def log(monkeypatch, tmp_path):
+    monkeypatch.setattr(simpler_simulator, "_TRACES_RAYS", str(tmp_path / "nvidiactl"))
     entries, made = Log(), []
     entries.made, entries.assets = made, tmp_path
     stage = tmp_path / "hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb"
@@ -177,6 +178,7 @@ def test_tasks_and_steps_are_chosen(log):
         "widowx_put_eggplant_in_basket": 4,
     }
     simulator = benchmark.make()
+    assert simulator.versions()["drawers"] == "not ray traced"  # asked for before any episode
     simulator.reset(Trial(3, 1))
     results = [simulator.step(_action(0.0)) for _ in range(4)]
     assert results == [StepResult.CONTINUES] * 3 + [StepResult.ENDED]
@@ -238,3 +240,12 @@ def test_a_model_that_would_be_drawn_as_nothing_is_named(log):
     (log.assets / "hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb").unlink()
     with pytest.raises(UserError, match=r"coke_can_1_v4.glb is missing, without which Grasp"):
         simulator.reset(Trial(0, 30))
+
+
+def test_drawers_are_ray_traced_where_the_machine_can(log):
+    (log.assets / "nvidiactl").touch()
+    simulator = make_benchmark("simpler", suite="google_robot").make()
+    assert simulator.versions()["drawers"] == "ray traced"
+    for task in (0, 4):
+        simulator.reset(Trial(task, 0))
+    assert [settings.get("shader_dir") for _, settings in log.made] == [None, "rt"]

@@ -161,6 +161,7 @@ class SimplerSimulator:
             raise UserError(f"SimplerEnv needs the package {error.name}; {INSTALL}") from error
         self._protocol, self._make, self._robot = protocol, gymnasium.make, protocol.robot
         self._source = mani_skill2_real2sim.envs.__file__
+        self._traces_rays = os.path.exists(_TRACES_RAYS)
         self._env: Any = None
         self._built: tuple[Any, ...] = ()
 
@@ -234,20 +235,17 @@ class SimplerSimulator:
     def versions(self) -> dict[str, str]:
         """Of the packages that move the score, and the commit of the simulator."""
         found = {**package_versions(_PACKAGES), "mani_skill2_real2sim": commit_of(self._source)}
-        return found | {"shader": dict(self._look()).get("shader_dir", "default")}
-
-    def _look(self) -> dict[str, Any]:
-        """How the present task is drawn: drawers by ray tracing, where the machine can."""
-        drawers = "drawer" in self._name and os.path.exists(_TRACES_RAYS)
-        return {"shader_dir": "rt"} if drawers else {}
+        return found | {"drawers": "ray traced" if self._traces_rays else "not ray traced"}
 
     def _open(self, state: FirstState) -> Any:
         """An environment, and its wrapper that makes uint8 of pictures."""
         from mani_skill2_real2sim import ASSET_DIR
 
+        settings = dict(state.build)
+        if self._traces_rays and "Drawer" in state.environment:
+            settings["shader_dir"] = "rt"
         # SAPIEN logs an error where a mesh is missing and draws nothing in its place: a score would
         # come out all the same, and mean nothing.
-        settings = {**dict(state.build), **self._look()}
         for file in missing_files(pathlib.Path(ASSET_DIR), state):
             raise UserError(
                 f"SimplerEnv: {file} is missing, without which {state.environment} is drawn wrong; "
