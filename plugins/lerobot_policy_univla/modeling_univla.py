@@ -102,17 +102,23 @@ class UnivlaPolicy(PreTrainedPolicy):
           ValueError: a camera, the state or the instruction is missing.
           univla_client.Refused: the server refuses the request.
         """
-        requests = self._requests(batch)
-        while len(self._robots) < len(requests):
-            self._add_robot()
-        queues = [queue for _, queue in self._robots[: len(requests)]]
+        asking = self._asking(batch)
         # All ask before any waits, so that the server answers them in one batch.
-        for queue, request in zip(queues, requests, strict=True):
+        for _, queue, request in asking:
             queue.ask(request)
-        actions = np.stack([queue.take() for queue in queues])
+        actions = np.stack([queue.take() for _, queue, _ in asking])
         if self._gripper_is_sign:
             actions[:, -1] = np.where(actions[:, -1] > 0, 1.0, -1.0)
         return torch.from_numpy(actions)
+
+    def _asking(
+        self, batch: Mapping[str, Any]
+    ) -> list[tuple[RobotClient, ChunkQueue, dict[str, Any]]]:
+        """The robot of each environment, with what it sees; new ones are added as needed."""
+        requests = self._requests(batch)
+        while len(self._robots) < len(requests):
+            self._add_robot()
+        return [(*robot, request) for robot, request in zip(self._robots, requests)]
 
     def _requests(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         sent = [key for key in batch if key == OBS_IMAGE or key.startswith(f"{OBS_IMAGES}.")]
@@ -157,12 +163,6 @@ class UnivlaPolicy(PreTrainedPolicy):
         Raises:
           ValueError: as ``select_action``.
         """
-        requests = self._requests(batch)
-        while len(self._robots) < len(requests):
-            self._add_robot()
-        clients = [client for client, _ in self._robots[: len(requests)]]
-        futures = [
-            client.infer_async(request) for client, request in zip(clients, requests, strict=True)
-        ]
+        futures = [client.infer_async(request) for client, _, request in self._asking(batch)]
         chunks = np.stack([np.asarray(future.result()["actions"]) for future in futures])
         return torch.from_numpy(chunks.astype(np.float32))
