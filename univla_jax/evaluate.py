@@ -237,7 +237,7 @@ def _evaluate_values() -> None:
 
 def _evaluate_imagined(checkpoints: list[str]) -> None:
     if WORLD_MODEL.value is None:
-        raise UserError("missing; give --world_model=..., one that follows actions and judges")
+        raise UserError("--imagined: give --world_model=..., one that obeys actions and judges")
     given = [CHECKPOINT.value] if CHECKPOINT.value else []
     episodes = _FIELDS["episodes"].value or 0
     found = imagined_rollouts.rank_policies(
