@@ -8,25 +8,25 @@ import pytest
 
 from tests.training import tiny_run
 from univla_jax.benchmarks import kill_recovery
+from univla_jax.config import build_config
 from univla_jax.errors import UserError
+from univla_jax.training.train_config import TrainConfig
 
 
-def _arguments(folder, monkeypatch, **values):
+def _config(folder, monkeypatch, **values):
     world = tiny_run.make_world(folder / "world")
     values = tiny_run.values(world, **{"checkpoint__every": 5, **values})
     values["data"]["batch_size"] = 8
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    return [f"--config={tiny_run.write_config_file(folder, values)}"]
+    return build_config(TrainConfig, values)
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_metrics_of_an_unbroken_one(tmp_path, monkeypatch):
-    arguments = _arguments(tmp_path, monkeypatch, total_steps=400, log_every=1)
-    found = kill_recovery.measure(
-        arguments, tmp_path, processes=2, kills=2, most_seconds=0.2, seed=1
-    )
+    config = _config(tmp_path, monkeypatch, total_steps=100)
+    found = kill_recovery.measure(config, tmp_path, processes=2, kills=2, most_seconds=0.2, seed=1)
     assert found["same metrics"] is True
     assert found["kills"] == 2 and 0 < found["goodput"] < 1
     starts = [
@@ -40,6 +40,5 @@ def test_a_killed_run_ends_with_the_metrics_of_an_unbroken_one(tmp_path, monkeyp
 @pytest.mark.slow
 def test_a_run_that_cannot_start_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"process 0 ended with status 2; see .*unbroken\.0\.log"):
-        kill_recovery.measure(
-            ["--config=nowhere.py"], tmp_path, processes=1, kills=1, most_seconds=1
-        )
+        config = _config(tmp_path, monkeypatch, total_steps=5, data__stores=("nowhere",))
+        kill_recovery.measure(config, tmp_path, processes=1, kills=1, most_seconds=1)

@@ -1,6 +1,6 @@
 """Goodput of a run on several processes of which one is killed again and again.
 
-    python -m univla_jax.benchmarks.kill_recovery --processes=4 --kills=20 --out=DIR -- \\
+    python -m univla_jax.benchmarks.kill_recovery --processes=4 --kills=20 --out=DIR \\
         --config=configs/quickstart.py:world_model --config.data.stores="('W/tokens/train',)" ...
 
 The run is started once without kills and once with them, on CPU devices of this machine that are
@@ -12,6 +12,7 @@ comes, so the table also says how far apart kills may lie for a goodput of 95 %.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -27,11 +28,14 @@ from etils import epath
 
 from univla_jax import cli, io
 from univla_jax.benchmarks.harness import print_cases, save
+from univla_jax.config import build_config
 from univla_jax.errors import ExitStatus, UserError
 from univla_jax.training import goodput
 from univla_jax.training.goodput import GOODPUT_FILE
 from univla_jax.training.metrics import METRICS_FILE
+from univla_jax.training.train_config import TrainConfig
 
+CONFIG = cli.config_flag()
 OUT = cli.string_flag("out", "folder of both runs")
 PROCESSES = flags.DEFINE_integer("processes", 4, "Processes of a run", 1, allow_override=True)
 KILLS = flags.DEFINE_integer("kills", 20, "How many kills", 0)
@@ -45,7 +49,7 @@ _LEAVE_SECONDS = 120  # in which processes have to notice that one of them is go
 
 
 def measure(
-    arguments: Sequence[str],
+    config: TrainConfig,
     out: str | os.PathLike[str],
     *,
     processes: int,
@@ -56,7 +60,7 @@ def measure(
     """Trains without and with kills, and compares.
 
     Args:
-      arguments: flags of ``univla_jax.train``, without those of its workdir and its processes.
+      config: of the training; every step of it is logged.
       out: folder that gets the workdirs ``unbroken`` and ``killed``.
       processes: of a run.
       kills: how many.
@@ -71,6 +75,7 @@ def measure(
       UserError: a run ends by itself in another way, or before all kills are done.
     """
     out, rng = io.absolute_path(out), np.random.default_rng(seed)
+    arguments = [f"--config={_write_config(config, out)}"]
     _finish(_start(arguments, out / "unbroken", processes), out / "unbroken")
     workdir = out / "killed"
     for number in range(kills):
@@ -100,6 +105,25 @@ def measure(
     }
 
 
+def _write_config(config: TrainConfig, out: epath.Path) -> epath.Path:
+    """The config as a file, for processes that have flags of their own."""
+    values = {**dataclasses.asdict(config), "log_every": 1}
+    file = out / "config.py"
+    lines = (
+        '"""The config that the benchmark was called with."""',
+        "",
+        "from ml_collections import ConfigDict",
+        "",
+        "",
+        "def get_config() -> ConfigDict:",
+        f"    return ConfigDict({values!r})",
+        "",
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines))
+    return file
+
+
 def _start(
     arguments: Sequence[str], workdir: epath.Path, processes: int
 ) -> list[subprocess.Popen[bytes]]:
@@ -107,7 +131,6 @@ def _start(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    workdir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "univla_jax.train", *arguments, f"--workdir={workdir}"]
     joined = ["--distributed", f"--coordinator={coordinator}", f"--processes={processes}"]
     started = []
@@ -175,10 +198,10 @@ def _metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
-    if not argv[1:]:
-        raise UserError("nothing to train; give the flags of univla_jax.train behind --")
+    del argv
+    config = build_config(TrainConfig, CONFIG.value.to_dict())
     figures = measure(
-        argv[1:],
+        config,
         OUT.value,
         processes=PROCESSES.value,
         kills=KILLS.value,
