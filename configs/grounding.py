@@ -55,7 +55,7 @@ Values = dict[str, Any]
 def demonstrations() -> ConfigDict:
     """Scripted episodes with boxes, questions and thoughts at every step."""
     values = {
-        "train_episodes": 2000,
+        "train_episodes": 3000,
         "val_episodes": 500,
         # Other scenes than those of the quickstart, whose policy this one starts from.
         "first_seed": 10_000,

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+TURN = "\x1e"
+"""Between the questions about one step in a text "question", and between their answers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
@@ -25,7 +28,8 @@ class Episode:
       episode_id: unique inside the dataset, used in error messages and manifests.
       state: float32 [T, P] proprioception, or None where the dataset has none.
       texts: further texts by kind, each one for the whole episode or one per step: ``"reasoning"``
-        before an action, ``"question"`` and ``"answer"`` about a frame.
+        before an action, ``"question"`` and ``"answer"`` about a frame (several with ``TURN``
+        between them).
       groundings: per step what phrases mean in its frames, as ``data/grounding_annotations.py``
         writes it; empty where the dataset has none.
       paraphrases: other instructions of the same episode; each training sample draws one of all.

@@ -55,6 +55,23 @@ def test_the_instruction_may_be_the_question():
     assert text.endswith("a.ASSISTANT:x<eos>")
 
 
+def test_one_of_several_questions_is_asked_with_its_own_answer():
+    texts = {"question": ("who\x1ewhat",), "answer": ("x\x1ez",)}
+    episode = dataclasses.replace(small.episode(0, 3), texts=texts)
+    seen = set()
+    for seed in range(20):
+        spec = TASK.sample(episode, "", np.random.default_rng(seed))
+        asked, answer = spell(spec.tokens).replace(" ", "").split(".ASSISTANT:")
+        seen.add((asked[-3:], answer.removesuffix("<eos>")))
+    assert seen == {("who", "x"), ("hat", "z")}
+
+
+def test_questions_without_as_many_answers_are_refused():
+    texts = {"question": ("who\x1ewhat",), "answer": ("x",)}
+    with pytest.raises(UserError, match="2 questions at step 0, but 1 answers"):
+        sample(dataclasses.replace(small.episode(0, 1), texts=texts))
+
+
 def test_a_missing_answer_is_named():
     with pytest.raises(UserError, match="it has no 'answer' text"):
         sample(small.episode(0, 3))

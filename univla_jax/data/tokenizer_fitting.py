@@ -20,7 +20,7 @@ from univla_jax.data.grounding_annotations import ask_for, parse_groundings
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import MANIFEST, TokenStore, action_values
 from univla_jax.data.validation import EpisodesConfig, ValidEpisodes
-from univla_jax.episode import Episode
+from univla_jax.episode import TURN, Episode
 from univla_jax.errors import UserError
 from univla_jax.io import write_json
 from univla_jax.normalization import ActionStatistics, sliding_windows, stream_statistics
@@ -142,7 +142,8 @@ def _texts_of(episode: Episode | TokenizedEpisode, kinds: Sequence[str]) -> list
     """Instructions, texts of some kinds, and phrases; coordinates are left out."""
     texts = [episode.instruction, *episode.paraphrases]
     for kind in kinds:
-        texts += [without_places(text) for text in episode.texts.get(kind, ())]
+        for text in episode.texts.get(kind, ()):
+            texts += without_places(text).split(TURN)
     for step in episode.groundings if kinds else ():
         texts += [ask_for(g.phrase, g.kind) for g in parse_groundings(step)]
     return texts

@@ -28,7 +28,7 @@ from univla_jax.inference.answers import BATCH, Answerer
 from univla_jax.inference.loaded_model import MakePlacement
 from univla_jax.run_dir import write_config
 from univla_jax.simulators.tabletop.tabletop_truth import held_out, seen_pair
-from univla_jax.tasks.base import text_at
+from univla_jax.tasks.question import questions_at
 
 REPORT = "grounding.json"
 _IDENTITY = "grounding_evaluation.json"
@@ -221,12 +221,12 @@ def floors(answerer: Answerer, rows: Sequence[Row], ask: Any) -> dict[str, Any]:
 def question_scores(
     answerer: Answerer, episodes: Sequence[TokenizedEpisode], steps: Sequence[int]
 ) -> dict[str, Any]:
-    """Exact matches of words; empty without any questions.
+    """Exact matches of words, of the first question of each frame; empty without any questions.
 
     Groups: all, by the first word of the question, and all about a black frame.
     """
     rows = [
-        (text_at(episode, "question", step), text_at(episode, "answer", step), episode, step)
+        (*questions_at(episode, step)[0], episode, step)
         for episode, step in zip(episodes, steps)
         if {"question", "answer"} <= set(episode.texts)
     ]

@@ -19,6 +19,7 @@ import tqdm
 
 from univla_jax.data.token_record import TokenizedEpisode
 from univla_jax.data.token_store import TokenStore
+from univla_jax.episode import TURN
 from univla_jax.errors import UserError
 from univla_jax.pipeline.data_config import DataConfig
 from univla_jax.pipeline.mixture import EpisodeSource, SampleBuilder
@@ -89,6 +90,11 @@ def check_lengths(
         print(f"data: {count}; these are {what}", file=sys.stderr)
 
 
+def _each(texts: Sequence[str]) -> list[str]:
+    """The texts, those of several questions one by one, because a sample has one of them."""
+    return [part for text in texts for part in text.split(TURN)]
+
+
 def longest_sample(task: Task, episode: TokenizedEpisode, limit: int) -> LongestSample:
     """The longest sample of an episode, an upper bound of it where that is at most ``limit``.
 
@@ -102,7 +108,8 @@ def longest_sample(task: Task, episode: TokenizedEpisode, limit: int) -> Longest
     instruction = max(episode.instructions, key=count)
     # One for every step, as it was: some texts say which steps a sample may be drawn from.
     texts = {
-        kind: (max(values, key=count),) * len(values) for kind, values in episode.texts.items()
+        kind: (max(_each(values), key=count),) * len(values)
+        for kind, values in episode.texts.items()
     }
     longest = dataclasses.replace(episode, texts=texts)
     try:

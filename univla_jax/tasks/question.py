@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from univla_jax.data.token_record import TokenizedEpisode
+from univla_jax.episode import TURN
+from univla_jax.errors import UserError
 from univla_jax.sequences.tokens import Role, Tokens, opening
 from univla_jax.tasks.base import (
     Decoding,
@@ -44,11 +46,10 @@ class Question(Task):
     def sample(
         self, episode: TokenizedEpisode, instruction: str, rng: np.random.Generator
     ) -> SampleSpec:
-        """The annotation "question", else the instruction, about one step, with its "answer"."""
+        """One of the questions about one step, else the instruction, with its answer."""
         views, step = self.view_codes(episode), self.draw_window(episode, 1, 1, rng).start
-        has_question = "question" in episode.texts
-        question = text_at(episode, "question", step) if has_question else instruction
-        answer = text_at(episode, "answer", step)
+        asked = questions_at(episode, step, instruction)
+        question, answer = asked[int(rng.integers(len(asked)))]
         tokens = self.build(question, [placeholders(view, 1) for view in views], answer)
         return SampleSpec(tokens, frames_in_order(views, [step]))
 
@@ -84,6 +85,27 @@ class Question(Task):
         """The answer that generated ids [n] say, without their eos."""
         ids = ids[: np.argmax(ids == self.vocabulary.eos)] if self.vocabulary.eos in ids else ids
         return self.text_encoder.decode_places(ids)
+
+
+def questions_at(
+    episode: TokenizedEpisode, step: int, instruction: str = ""
+) -> list[tuple[str, str]]:
+    """The questions about a step, each with its answer.
+
+    Args:
+      episode: with the annotation "answer".
+      step: of the episode.
+      instruction: the question of an episode without the annotation "question".
+
+    Raises:
+      UserError: no annotation "answer", or not as many answers as questions.
+    """
+    has_question = "question" in episode.texts
+    asked = text_at(episode, "question", step) if has_question else instruction
+    questions, answers = asked.split(TURN), text_at(episode, "answer", step).split(TURN)
+    if len(questions) != len(answers):
+        raise UserError(f"{len(questions)} questions at step {step}, but {len(answers)} answers")
+    return list(zip(questions, answers))
 
 
 TASK = Question

@@ -22,7 +22,7 @@ from etils import epath
 
 from univla_jax.data.grounding_annotations import dump_groundings
 from univla_jax.data.rlds_writer import check_description, write_rlds
-from univla_jax.episode import Episode
+from univla_jax.episode import TURN, Episode
 from univla_jax.errors import UserError
 from univla_jax.simulators.tabletop import tabletop_env, tabletop_truth
 from univla_jax.simulators.tabletop.tabletop_env import (
@@ -194,6 +194,7 @@ def unsteady(env: TabletopEnv, rng: np.random.Generator) -> Iterator[np.ndarray]
         yield action
 
 
+_QUESTIONS = 6  # about a step, at most
 _THOUGHT_STEPS = 5  # whose movement a thought announces
 
 
@@ -286,17 +287,17 @@ def _annotations(
     actions: np.ndarray,
     unseen_pairs: bool,
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Groundings of every step, and its question, answer and reasoning."""
+    """Groundings of every step, and its questions, their answers and reasoning."""
     truth, rng = tabletop_truth, np.random.default_rng([seed, 2])
     groundings = [
         dump_groundings(truth.groundings(scene, unseen_pairs=unseen_pairs)) for scene in scenes
     ]
-    asked = [truth.draw_question(scene, rng) for scene in scenes]
+    turns = [zip(*truth.draw_questions(scene, rng, _QUESTIONS)) for scene in scenes]
+    question, answer = zip(*(map(TURN.join, both) for both in turns))
     thoughts = [
         truth.reasoning(scene, task, actions[t : t + _THOUGHT_STEPS])
         for t, scene in enumerate(scenes)
     ]
-    question, answer = zip(*asked)
     texts = {"question": question, "answer": answer, "reasoning": tuple(thoughts)}
     return tuple(groundings), texts
 

@@ -296,13 +296,18 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     return found
 
 
-def draw_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """One of ``questions``; every kind of question is equally likely."""
+def draw_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+    """At most ``count`` of ``questions``; every kind of question is equally likely."""
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for question, answer in questions(scene):
         by_kind.setdefault(question.split()[0], []).append((question, answer))
-    kind = by_kind[str(rng.choice(sorted(by_kind)))]
-    return kind[int(rng.integers(len(kind)))]
+    drawn = []
+    while by_kind and len(drawn) < count:
+        kind = str(rng.choice(sorted(by_kind)))
+        drawn.append(by_kind[kind].pop(int(rng.integers(len(by_kind[kind])))))
+        if not by_kind[kind]:
+            del by_kind[kind]
+    return drawn
 
 
 def reasoning(scene: Scene, task: TabletopTask, coming: np.ndarray) -> str:
