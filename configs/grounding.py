@@ -22,10 +22,13 @@ so that its way of finding the block that is meant serves them too::
     python -m univla_jax.train --config=configs/grounding.py:relations --workdir=W/relations \\
         --config.init_from=W/grounding --config.data.stores="('W/tokens/train',)" \\
         --config.evaluation.stores="('W/tokens/val',)"
-    python -m univla_jax.evaluate --grounding=W/tokens/val --checkpoint=W/relations --out=W/scores
-    python -m univla_jax.evaluate --config=configs/grounding.py:evaluate --checkpoint=W/relations \\
+    python -m univla_jax.train --config=configs/grounding.py:refined --workdir=W/refined \\
+        --config.init_from=W/relations --config.data.stores="('W/tokens/train',)" \\
+        --config.evaluation.stores="('W/tokens/val',)"
+    python -m univla_jax.evaluate --grounding=W/tokens/val --checkpoint=W/refined --out=W/scores
+    python -m univla_jax.evaluate --config=configs/grounding.py:evaluate --checkpoint=W/refined \\
         --out=W/acts
-    python -m univla_jax.ask --checkpoint=W/relations --image=PNG "where is the red block?"
+    python -m univla_jax.ask --checkpoint=W/refined --image=PNG "where is the red block?"
 
 ``policy`` and ``reasoning`` are trained like ``grounding``, for the comparison of a policy that
 thinks with one that does not. The split ``val`` has other scenes, and pairs of color and relation
@@ -87,6 +90,11 @@ def relations() -> ConfigDict:
     return _training(_mixture(grounding=0.4, question=0.4, acting=0.15), 2400)
 
 
+def refined() -> ConfigDict:
+    """Goes on from ``relations`` for long: what is composed of several things is learned last."""
+    return _training(_mixture(grounding=0.45, question=0.35, acting=0.15), 8000)
+
+
 def _mixture(*, grounding: float, question: float, acting: float) -> tuple[Values, ...]:
     """The tasks by their shares of the samples; the rest follows things along episodes."""
     rest = round(1 - grounding - question - acting, 4)
@@ -130,7 +138,7 @@ def evaluate() -> ConfigDict:
     return complete(EvaluateConfig, {"episodes": 300, "batch": 75, "conditions": ("policy",)})
 
 
-STAGES = (demonstrations, text, tokens, grounding, relations, policy, reasoning, evaluate)
+STAGES = (demonstrations, text, tokens, grounding, relations, refined, policy, reasoning, evaluate)
 
 
 def get_config(stage: str = "") -> ConfigDict:
