@@ -116,7 +116,9 @@ def policy() -> ConfigDict:
 def reasoning() -> ConfigDict:
     """The policy that writes a thought with boxes and its next move before each chunk."""
     entry = {"task": "chain_of_thought", "views": VIEWS, "aligned_windows": 0.7}
-    return _training((entry,), 900)
+    config = _training((entry,), 900)
+    config.loss.max_labeled = 0  # thoughts fill most of a row
+    return config
 
 
 def _training(mixture: tuple[Values, ...], steps: int) -> ConfigDict:
