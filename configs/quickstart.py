@@ -3,10 +3,10 @@
     bash launch/quickstart.sh W                                 # all stages, in order
 
 It post-trains on frames without actions (``world_model``), lets an expert that errs act
-(``attempts``), and fine-tunes on a mixture of tasks (``unified``): one checkpoint that acts,
-imagines, obeys given actions and judges, from which all results come. A last part of training
-(``obeying``) makes it follow given actions far better. It also plans and learns from its own
-failures, and there is a specialist to compare it with::
+(``attempts``), and fine-tunes on a mixture of tasks (``joint``), in the end without words where
+frames are to follow given actions (``unified``): one checkpoint that acts, imagines, obeys given
+actions and judges, from which all results come. It also plans and learns from its own failures, and
+there is a specialist to compare it with::
 
     python -m univla_jax.evaluate --config=configs/quickstart.py:evaluate \\
         --checkpoint=W/unified --plan=8 --conditions=policy --out=W/planned
@@ -130,18 +130,18 @@ def realtime() -> ConfigDict:
     return config
 
 
-def unified() -> ConfigDict:
-    """One checkpoint that acts, imagines, imagines what given actions do, and judges.
+def joint() -> ConfigDict:
+    """All tasks in one run, from ``world_model``.
 
     Its stores are ``train``, the demonstrations, and ``rollouts``, the attempts with outcomes.
     """
-    return complete(TrainConfig, training(5200, mixed("rollouts", 3.0)))
+    return complete(TrainConfig, training(4000, mixed("rollouts", 3.0)))
 
 
-def obeying() -> ConfigDict:
-    """A last part of training for what given actions do; begins with ``unified``.
+def unified() -> ConfigDict:
+    """One checkpoint that acts, imagines, obeys given actions and judges; begins with ``joint``.
 
-    Beside words that tell what will be done, ``unified`` hardly learns to read the actions; without
+    Beside words that tell what will be done, ``joint`` hardly learns to read the actions; without
     words, in the last steps alone, it does, and what the other tasks learned stays. From the first
     step on this costs them more.
     """
@@ -149,11 +149,12 @@ def obeying() -> ConfigDict:
     changes: dict[str, Values] = {
         "dynamics": {"weight": 0.5, "wordless": True, "vision_weight": 1.0},
         "world_model": {"weight": 0.3},
+        "value": {"weight": 0.25},
     }
     data["mixture"] = tuple(
         {**entry, **changes.get(entry.get("name", entry["task"]), {})} for entry in data["mixture"]
     )
-    config = complete(TrainConfig, training(1000, data))
+    config = complete(TrainConfig, training(950, data))
     config.optimizer.learning_rate = 1e-3
     return config
 
@@ -304,8 +305,8 @@ STAGES = (
     world_model,
     attempts,
     attempts_held_out,
+    joint,
     unified,
-    obeying,
     policy,
     realtime,
     evaluate,

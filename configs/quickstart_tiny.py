@@ -17,8 +17,8 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "world_model": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "attempts": {"episodes": 10, "max_steps": 12},
     "attempts_held_out": {"episodes": 5, "max_steps": 12},
+    "joint": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "unified": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
-    "obeying": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "policy": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "realtime": {"total_steps": 4, "data.batch_size": 2, "evaluation.every": 2},
     "evaluate": {"episodes": 5, "batch": 5, "max_steps": 10},
@@ -45,7 +45,7 @@ def get_config(stage: str = "") -> ConfigDict:
     """
     config = _FULL["get_config"](stage)
     config.update_from_flattened_dict(_SMALLER.get(stage, {}))
-    if stage in ("world_model", "unified", "obeying", "policy", "realtime"):
+    if stage in ("world_model", "joint", "unified", "policy", "realtime"):
         config.checkpoint.every = 2
         config.log_every = 1
         config.model.preset = "tiny"

@@ -80,16 +80,20 @@ stage world_model world_model train --config="$CONFIG:world_model" --workdir="$W
   --config.tokenizers.text="$tokenizers/text" --config.tokenizers.vision="$tokenizers/vision" \
   --config.tokenizers.action="$tokenizers/action"
 if [[ -z "$driving" ]]; then
-  # Attempts with outcomes teach what actions do, and what success looks like; then one run on a
-  # mixture of tasks gives the checkpoint from which everything below comes.
+  # Attempts with outcomes teach what actions do, and what success looks like; then a
+  # mixture of tasks, in two parts, gives the checkpoint from which everything below comes.
   for split in attempts attempts_held_out; do
     stage "$split" "$split" evaluate --config="$CONFIG:$split" \
       --checkpoint="$WORKDIR/world_model" --out="$WORKDIR/$split"
   done
-  stage unified unified train --config="$CONFIG:unified" --workdir="$WORKDIR/unified" \
-    --config.data.stores="('$WORKDIR/tokens/train', '$WORKDIR/attempts/rollouts')" \
-    --config.evaluation.stores="('$WORKDIR/tokens/val', '$WORKDIR/attempts_held_out/rollouts')" \
-    --config.init_from="$WORKDIR/world_model"
+  before=world_model
+  for part in joint unified; do
+    stage "$part" "$part" train --config="$CONFIG:$part" --workdir="$WORKDIR/$part" \
+      --config.data.stores="('$WORKDIR/tokens/train', '$WORKDIR/attempts/rollouts')" \
+      --config.evaluation.stores="('$WORKDIR/tokens/val', '$WORKDIR/attempts_held_out/rollouts')" \
+      --config.init_from="$WORKDIR/$before"
+    before="$part"
+  done
   stage evaluation evaluation evaluate --config="$CONFIG:evaluate" \
     --checkpoint="$WORKDIR/unified" --out="$WORKDIR/evaluation"
   stage imagination imagination imagine --config="$CONFIG:imagine" \

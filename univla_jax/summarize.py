@@ -117,7 +117,8 @@ PICTURES = "pictures.png"
 _SPLITS = ("train", "val")
 _RUNS = {
     "world_model": "world model (visual tokens)",
-    "unified": "one checkpoint (visual and action tokens)",
+    "joint": "all tasks together (visual and action tokens)",
+    "unified": "one checkpoint, the last part",
     "policy": "policy (action tokens)",
 }
 _TAIL = 10  # a run is described by the mean of the last tenth of its lines

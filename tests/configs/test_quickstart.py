@@ -18,8 +18,8 @@ STAGES = (
     "world_model",
     "attempts",
     "attempts_held_out",
+    "joint",
     "unified",
-    "obeying",
     "policy",
     "realtime",
     "evaluate",
@@ -60,7 +60,7 @@ def test_an_unknown_stage_is_named_beside_the_known_ones(name, stage):
 
 
 def test_the_last_part_leaves_out_the_words_where_frames_follow_from_actions_alone():
-    before, last = (recipe("quickstart")(stage).data.mixture for stage in ("unified", "obeying"))
+    before, last = (recipe("quickstart")(stage).data.mixture for stage in ("joint", "unified"))
     assert [bool(entry["wordless"]) for entry in last] == [False, True, False, False]
     assert [entry["task"] for entry in last] == [entry["task"] for entry in before]
 

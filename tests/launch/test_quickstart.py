@@ -25,6 +25,7 @@ STAGES = (
     "world_model",
     "attempts",
     "attempts_held_out",
+    "joint",
     "unified",
     "evaluation",
     "imagination",
@@ -126,7 +127,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(whole, tmp_path):
     for stage in STAGES:
         kill_inside(workdir, stage, after=draw.uniform(0.3, 0.9) * usual[stage])
     finish(workdir)
-    for stage in ("world_model", "unified"):
+    for stage in ("world_model", "joint", "unified"):
         name = f"{stage}/metrics.jsonl"
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
     for name in ("evaluation/episodes.jsonl", "imagination/imagine.json", "obedience/obey.json"):
