@@ -33,6 +33,23 @@ def test_resize_keeps_frames_that_fit_and_resizes_each_other_one():
     assert smaller.grid_size(12, 20) == (2, 2)
 
 
+def test_a_crop_shows_the_same_part_of_frames_of_any_size():
+    spec = ImageSpec(size=(8, 8), factor=4, min_pixels=16, crop=(0.25, 0.5, 0.75, 1.0))
+    large = np.zeros((1, 64, 96, 3), np.uint8)
+    large[:, :, :72] = 200  # the left half of what is kept, and what is not
+    small = large[:, ::4, ::4]
+    for frames in (large, small):
+        kept = spec.resize(frames)
+        assert kept.shape == (1, 8, 8, 3)
+        assert (kept[:, :, :2] > 190).all() and (kept[:, :, 6:] < 20).all()
+    assert spec.whole_frame(8, 8) == (16, 16) and spec.grid_size(64, 96) == (2, 2)
+    # Without a size, what is left is as large as it is; without a change, it is taken as it is.
+    free = ImageSpec(factor=4, min_pixels=16, crop=(0.25, 0.5, 0.75, 1.0))
+    np.testing.assert_array_equal(free.resize(large), large[:, 16:48, 48:])
+    assert ImageSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert "crop" not in ImageSpec().to_dict()
+
+
 def test_jpeg_round_trip_is_for_training_only():
     frames = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
     spec = ImageSpec(factor=4, min_pixels=16, jpeg_quality_train=75)
@@ -57,6 +74,7 @@ def test_resize_refuses_other_arrays(frames):
         ({"jpeg_quality_train": 0}, r"0 is not in 1\.\.95"),
         ({"size": (30, 32), "min_pixels": 64}, r"\(30, 32\) would be resized again to \(32, 32\)"),
         ({"size": (32, 32)}, "would be resized again"),
+        ({"crop": (0.5, 0.0, 0.4, 1.0)}, r"is not \(top, left, bottom, right\) within 0"),
     ],
 )
 def test_spec_refuses(fields, message):

@@ -47,7 +47,7 @@ class ObservationEncoder:
         frames = {}
         for view, spec in self._specs.items():
             size = spec.size or tuple(np.array(self._grids[view]) * self._vision.factor)
-            frames[view] = np.zeros((*size, 3), np.uint8)
+            frames[view] = np.zeros((*spec.whole_frame(*size), 3), np.uint8)
         return Observation("", frames)
 
     def check(self, observation: Observation, name: str) -> None:

@@ -88,6 +88,8 @@ class ImageSpec:
       jpeg_quality_train: quality of a JPEG round trip before the resize, for training data only.
         The reference's stored frames went through quality 75, its evaluation frames through none.
       factor: pixels per code along each side, as of the tokenizer.
+      crop: (top, left, bottom, right) of the part that is kept, as fractions of the frame's height
+        and width; None keeps all of it. A small frame shows more of a table if it shows no more.
     """
 
     size: tuple[int, int] | None = None
@@ -96,13 +98,21 @@ class ImageSpec:
     max_pixels: int = 1024 * 1024
     jpeg_quality_train: int | None = None
     factor: int = 8
+    crop: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown filter, an impossible quality or size."""
+        """Raises UserError for an unknown filter, an impossible quality, size or crop."""
         if self.filter not in FILTERS:
             raise UserError(f"image filter {self.filter!r} is not one of {', '.join(FILTERS)}")
         if self.jpeg_quality_train is not None and not 1 <= self.jpeg_quality_train <= 95:
             raise UserError(f"jpeg_quality_train {self.jpeg_quality_train} is not in 1..95")
+        if self.crop is not None:
+            object.__setattr__(self, "crop", tuple(self.crop))
+            top, left, bottom, right = self.crop
+            if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+                raise UserError(
+                    f"image crop {self.crop} is not (top, left, bottom, right) within 0..1"
+                )
         if self.size is None:
             return
         object.__setattr__(self, "size", tuple(self.size))
@@ -116,7 +126,15 @@ class ImageSpec:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) in pixels that a frame of (height, width) is resized to."""
-        return self._smart_resize(height, width) if self.size is None else self.size
+        if self.size is not None:
+            return self.size
+        left, top, right, bottom = self._box(height, width)
+        return self._smart_resize(round(bottom - top), round(right - left))
+
+    def whole_frame(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a frame of which a part of about (height, width) is kept."""
+        left, top, right, bottom = self._box(1, 1)
+        return round(height / (bottom - top)), round(width / (right - left))
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of codes that a frame of (height, width) becomes."""
@@ -142,24 +160,34 @@ class ImageSpec:
             )
         height, width = self.output_size(*frames.shape[1:3])
         jpeg = self.jpeg_quality_train if training else None
-        if jpeg is None and (height, width) == frames.shape[1:3]:
+        if jpeg is None and self.crop is None and (height, width) == frames.shape[1:3]:
             return frames
+        # Pillow takes the edges of the box as fractions of pixels, so that frames of the same
+        # camera in other sizes show the same part.
+        box = self._box(*frames.shape[1:3])
         # Frame by frame, because Pillow has no batches. Resizing to the same size is the identity,
         # so frames that fit already were returned above without a copy.
         out = np.empty((len(frames), height, width, 3), np.uint8)
         for i, frame in enumerate(frames):
             image = Image.fromarray(frame if jpeg is None else _jpeg_round_trip(frame, jpeg))
-            out[i] = image.resize((width, height), FILTERS[self.filter])
+            out[i] = image.resize((width, height), FILTERS[self.filter], box)
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return dataclasses.asdict(self) | {"size": None if self.size is None else list(self.size)}
+        """All fields as JSON values, without ``crop`` where there is none, as in older stores."""
+        values = dataclasses.asdict(self)
+        listed = {name: values[name] and list(values[name]) for name in ("size", "crop")}
+        return {k: v for k, v in (values | listed).items() if k != "crop" or v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
         """Inverse of ``to_dict``."""
         return build_config(cls, values, where="image spec")
+
+    def _box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in pixels of what is kept of a frame of (height, width)."""
+        top, left, bottom, right = self.crop or (0.0, 0.0, 1.0, 1.0)
+        return left * width, top * height, right * width, bottom * height
 
     def _smart_resize(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
