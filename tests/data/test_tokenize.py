@@ -268,6 +268,21 @@ def test_codes_come_out_in_order_from_batches_of_one_shape(lengths):
     assert tokenizer.shapes == [(4, 8, 16, 3)] * -(-sum(lengths) // 4)
 
 
+def test_frames_that_repeat_the_one_before_are_encoded_once():
+    """As between two pictures of a camera that is slower than the control."""
+    drawn = np.random.default_rng(0).integers(0, 256, (7, 8, 16, 3), np.uint8)
+    episodes = [np.repeat(drawn[:3], 5, 0), np.repeat(drawn[2:], [1, 4, 1, 1, 6], 0)]
+    tokenizer = MeanTokenizer()
+    with BatchedEncoder(tokenizer.encode_frames, ["image"], batch_size=2) as encoder:
+        for frames in episodes:
+            encoder.push({"image": frames})
+        encoder.flush()
+        for frames in episodes:
+            codes = encoder.take(len(frames))["image"]
+            np.testing.assert_array_equal(codes, MeanTokenizer().encode_frames(frames))
+    assert len(tokenizer.shapes) == 4  # batches of two for eight frames
+
+
 @pytest.mark.parametrize("name", test_damage.DATASETS)
 def test_every_format_becomes_a_store(tmp_path, monkeypatch, name):
     write, config, count, _ = test_damage.DATASETS[name]
@@ -321,7 +336,7 @@ def test_frames_are_read_while_others_are_encoded():
         assert released.wait(10)
         return MeanTokenizer().encode_frames(frames)
 
-    frames = np.zeros((4, 8, 8, 3), np.uint8)
+    frames = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
     with BatchedEncoder(encode, ["image"], batch_size=4) as encoder:
         encoder.push({"image": frames})
         encoder.push({"image": frames})  # does not wait for the first batch

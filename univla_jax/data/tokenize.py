@@ -453,8 +453,9 @@ class BatchedEncoder:
 
     Episodes are shorter or longer than a batch. Their frames are joined to one stream per view, so
     that short ones share batches and the tokenizer is compiled for one shape only; ``flush`` pads
-    the last batch with zeros. A thread encodes while the caller reads and writes other episodes; a
-    context, which ends it.
+    the last batch with zeros. A frame that repeats the one before, as between two pictures of a
+    camera that is slower than the control, is not encoded again. A thread encodes while the caller
+    reads and writes other episodes; a context, which ends it.
     """
 
     def __init__(
@@ -472,6 +473,8 @@ class BatchedEncoder:
         # Per view the batches under way with the number of their frames, then single codes.
         self._batches = {view: collections.deque[tuple[Future, int]]() for view in views}
         self._codes = {view: collections.deque[np.ndarray]() for view in views}
+        # Per view how often each frame that was pushed and not collected yet stands in a row.
+        self._repeats = {view: collections.deque[int]() for view in views}
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def __enter__(self) -> BatchedEncoder:
@@ -494,7 +497,9 @@ class BatchedEncoder:
         """Adds an episode's frames, per view uint8 [T, H, W, 3], and encodes full batches."""
         size = self._batch_size
         for view, waiting in self._frames.items():
-            waiting.append(frames[view])
+            first = _first_of_repeats(frames[view])
+            self._repeats[view].extend(np.diff(first, append=len(frames[view])))
+            waiting.append(frames[view][first])
             if sum(map(len, waiting)) >= size:
                 stream = np.concatenate(waiting)
                 full = len(stream) // size * size
@@ -529,7 +534,14 @@ class BatchedEncoder:
     def _collect(self, view: str) -> None:
         """Waits for the oldest batch of a view."""
         future, count = self._batches[view].popleft()
-        self._codes[view].extend(future.result()[:count])
+        for codes in future.result()[:count]:
+            self._codes[view].extend([codes] * self._repeats[view].popleft())
+
+
+def _first_of_repeats(frames: np.ndarray) -> np.ndarray:
+    """Indices of the frames [T, H, W, 3] that differ from the one before, the first included."""
+    changed = (frames[1:] != frames[:-1]).any(axis=(1, 2, 3))
+    return np.flatnonzero(np.append(True, changed)[: len(frames)])
 
 
 # ----------------------------------------------------------------------------
