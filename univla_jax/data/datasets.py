@@ -22,7 +22,7 @@ from univla_jax.data.action_conventions import Steps
 from univla_jax.data.instruction_text import decode_text
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
-from univla_jax.normalization import MIN_MAX, check_kinds
+from univla_jax.normalization import IDENTITY, MIN_MAX, check_kinds
 
 Size = tuple[int, int]
 _CAMERA_LISTS = ("policy_views", "world_model_views", "bgr_views")
@@ -428,6 +428,19 @@ _BUILT_IN = (
         min_frames=20,
         chunk_deltas=action_conventions.ALOHA_DELTAS,
         reader="lerobot",
+    ),
+    DatasetConfig(
+        "aloha_sim",  # demonstrations of gym-aloha's tasks
+        **_views(**{view: view for view in ("cam_high", "cam_left_wrist", "cam_right_wrist")}),
+        control_hz=50.0,
+        frame_spacing=25,
+        action_units="poses of both hands: meters, roll, pitch and yaw in radians; gripper",
+        gripper="dimensions 6 and 13, as commanded, 1 when open",
+        # Quantiles would cut off the farthest reaches. Turns stay radians: each axis in a range of
+        # its own, those that only tremble would be written as finely as those that turn.
+        normalization=(*(MIN_MAX,) * 3, *(IDENTITY,) * 3, MIN_MAX) * 2,
+        min_frames=25,
+        chunk_deltas=action_conventions.ALOHA_DELTAS,
     ),
     _driving("navsim", (144, 256)),
     # Quantiles would cut off its sharpest turns, which are rare; simulated, it has no outliers.

@@ -36,6 +36,7 @@ BENCHMARKS = {
 DEMONSTRATIONS = {
     "tabletop": "univla_jax.simulators.tabletop.tabletop_expert",
     "libero": "univla_jax.simulators.libero.libero_demonstrations",
+    "aloha": "univla_jax.simulators.aloha.aloha_demonstrations",
     "road": "univla_jax.simulators.road.road_expert",
 }
 """Name → module with ``DemonstrationsConfig`` and ``write_demonstrations(config, out, assets)``."""

@@ -52,10 +52,11 @@ class AlohaProtocol:
     Attributes:
       suite: what actions and states hold of each arm: ``"joints"``, six targets in radians as
         ``gym-aloha`` takes them; or ``"poses"``, the tip of the hand in meters and its roll, pitch
-        and yaw in radians, from which the joints are computed. Last the gripper, 0 closed to 1
-        open.
+        and yaw in radians (of the right arm 0 ... 2 pi), from which the joints are computed. Last
+        the gripper, 0 closed to 1 open.
       tasks: of ``TASKS``.
-      episodes_per_task: first states 0 … n - 1, which are the seeds of ``gym-aloha``.
+      episodes_per_task: first states of each task, consecutive seeds of ``gym-aloha``.
+      first_seed: the first of them.
       max_steps: actions after which an episode ends.
       execute: actions executed of each chunk; 0 executes all.
       render_size: height and width in pixels of all cameras.
@@ -67,6 +68,7 @@ class AlohaProtocol:
     suite: str = SUITES[0]
     tasks: tuple[str, ...] = TASKS
     episodes_per_task: int = EPISODES
+    first_seed: int = 0
     max_steps: int = 300
     execute: int = 0
     render_size: tuple[int, int] = (480, 640)
@@ -78,10 +80,14 @@ class AlohaProtocol:
         """Raises UserError for a name that does not exist or a number out of range."""
         if self.suite not in SUITES:
             raise UserError(f"--suite: {self.suite!r}, aloha has {', '.join(SUITES)}")
-        if self.episodes_per_task < 1 or self.max_steps < 1 or self.execute < 0:
+        if (
+            min(self.episodes_per_task, self.max_steps) < 1
+            or min(self.execute, self.first_seed) < 0
+        ):
             raise UserError(
                 f"--episodes_per_task: {self.episodes_per_task}, --max_steps: {self.max_steps}, "
-                f"--execute: {self.execute}, expected at least 1, 1 and 0"
+                f"--execute: {self.execute}, config.first_seed: {self.first_seed}, expected at "
+                "least 1, 1, 0 and 0"
             )
 
 
@@ -90,6 +96,7 @@ def make_benchmark(
     suite: str = SUITES[0],
     tasks: tuple[int, ...] = (),
     episodes_per_task: int = EPISODES,
+    first_seed: int = 0,
     max_steps: int = 300,
     execute: int = 0,
     expert: bool = False,
@@ -100,6 +107,7 @@ def make_benchmark(
       suite: of ``SUITES``.
       tasks: indices in ``TASKS``; all by default.
       episodes_per_task: first states of each task.
+      first_seed: of the first of them.
       max_steps: actions after which an episode ends.
       execute: actions executed of each chunk; 0 executes all.
       expert: ignored; the scripted experts are always there.
@@ -109,7 +117,7 @@ def make_benchmark(
     """
     del expert
     chosen = choose_tasks("aloha", tasks, TASKS)
-    protocol = AlohaProtocol(suite, TASKS, episodes_per_task, max_steps, execute)
+    protocol = AlohaProtocol(suite, TASKS, episodes_per_task, first_seed, max_steps, execute)
     described = {"benchmark": "aloha", **dataclasses.asdict(protocol)}
     low = np.tile([*(angle - 0.5 for angle in _START[:-1]), 0.0], len(ARMS))
     high = np.tile([*(angle + 0.5 for angle in _START[:-1]), 1.0], len(ARMS))
@@ -146,19 +154,25 @@ class AlohaSimulator:
         self._env: Any = None
 
     def reset(self, trial: Trial) -> None:
-        """Begins with first state ``trial.trial`` of a task."""
+        """Begins with first state ``trial.trial`` of a task, counted from the first seed."""
+        seed = self._protocol.first_seed + trial.trial
         self._task = TASKS[trial.task]
         if self._task not in self._envs:
             self._envs[self._task] = self._open()
         self._env = self._envs[self._task]
-        self._env.reset(seed=trial.trial)
+        self._env.reset(seed=seed)
         self._arms = aloha_scripts.Arms(self.physics)
-        self._trial, self._steps, self._stage, self._solved = trial.trial, 0, 0, False
+        self._seed, self._steps, self._stage, self._solved = seed, 0, 0, False
 
     def observe(self) -> Observation:
         """All three cameras, drawn now, and the state [14]."""
         frames = {view: self._draw(camera) for view, camera in CAMERAS.items()}
-        return Observation(INSTRUCTIONS[self._task], frames, self._state())
+        return Observation(INSTRUCTIONS[self._task], frames, self.observe_state())
+
+    def observe_state(self) -> np.ndarray:
+        """The state [14] alone, without drawing."""
+        joints = np.asarray(self._env._env.task.get_qpos(self.physics), np.float32)
+        return joints if self._protocol.suite == "joints" else self._poses_of(joints)
 
     def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
         """Executes one action [14], the targets of the next fiftieth of a second."""
@@ -176,7 +190,7 @@ class AlohaSimulator:
         """Outcome, and the highest stage 0...4 that was reached."""
         return {
             "task": self._task,
-            "initial_state": self._trial,
+            "initial_state": self._seed,
             "success": self._solved,
             "stage": self._stage,
             "steps": self._steps,
@@ -210,17 +224,13 @@ class AlohaSimulator:
         height, width = self._protocol.render_size
         return self.physics.render(height=height, width=width, camera_id=camera)
 
-    def _state(self) -> np.ndarray:
-        joints = np.asarray(self._env._env.task.get_qpos(self.physics), np.float32)
-        return joints if self._protocol.suite == "joints" else self._poses_of(joints)
-
     def _poses_of(self, joints: np.ndarray) -> np.ndarray:
         """Poses of the hands at joints [14], float32 [14]."""
         kinematics, parts = aloha_scripts.Arms(self.physics), []
         for arm, own in zip(ARMS, joints.reshape(len(ARMS), ARM_ACTIONS), strict=True):
             kinematics.set_joints(arm, own[:-1])
             tip, rotation = kinematics.pose(arm)
-            parts += [tip, rotation.as_euler("xyz"), own[-1:]]
+            parts += [tip, aloha_scripts.euler_angles(arm, rotation), own[-1:]]
         return np.concatenate(parts).astype(np.float32)
 
     def _joints_of(self, poses: np.ndarray) -> np.ndarray:

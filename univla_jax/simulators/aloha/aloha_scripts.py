@@ -127,21 +127,49 @@ def plan(task: str, physics: Any, steps: int) -> np.ndarray:
       steps: of the episode.
     """
     arms = Arms(physics)
-    paths = SCRIPTS[task](physics.data.qpos[2 * 8 :].copy(), arms)
+    paths = waypoints(task, physics)
     planned = np.zeros((steps, len(ARMS) * ARM_ACTIONS), np.float32)
     for number, arm in enumerate(ARMS):
-        path = paths[arm]
-        times = [waypoint.step for waypoint in path]
-        turn = Slerp(times, Rotation.concatenate([waypoint.rotation for waypoint in path]))
-        tips = np.array([waypoint.tip for waypoint in path])
-        grippers = [waypoint.gripper for waypoint in path]
-        for step in range(steps):
-            now = min(step + 1, times[-1])
-            tip = np.array([np.interp(now, times, axis) for axis in tips.T])
-            own = slice(number * ARM_ACTIONS, (number + 1) * ARM_ACTIONS)
-            gripper = np.interp(now, times, grippers)
-            planned[step, own] = *arms.reach(arm, tip, turn(now)), gripper
+        own = slice(number * ARM_ACTIONS, (number + 1) * ARM_ACTIONS)
+        along = follow(paths[arm], np.arange(1, steps + 1))
+        for step, (tip, rotation, gripper) in enumerate(zip(*along, strict=True)):
+            planned[step, own] = *arms.reach(arm, tip, rotation), gripper
     return planned
+
+
+def waypoints(task: str, physics: Any) -> Paths:
+    """The waypoints of both hands, for a task as it lies at the beginning of an episode."""
+    return SCRIPTS[task](physics.data.qpos[2 * 8 :].copy(), Arms(physics))
+
+
+def follow(path: Sequence[Waypoint], steps: np.ndarray) -> tuple[np.ndarray, Rotation, np.ndarray]:
+    """Tips [T, 3], rotations [T] and grippers [T] of a hand at steps [T], straight between."""
+    times = [waypoint.step for waypoint in path]
+    now = np.clip(steps, times[0], times[-1])
+    turn = Slerp(times, Rotation.concatenate([waypoint.rotation for waypoint in path]))
+    tips = np.array([waypoint.tip for waypoint in path])
+    between = [np.interp(now, times, axis) for axis in tips.T]
+    return np.stack(between, 1), turn(now), np.interp(now, times, [w.gripper for w in path])
+
+
+def replan(
+    path: Sequence[Waypoint], step: int, tip: np.ndarray, rotation: Rotation, gripper: float
+) -> list[Waypoint]:
+    """The waypoints of a hand that are left at a step, from where it is then."""
+    left = [waypoint for waypoint in path if waypoint.step > step]
+    left = left or [dataclasses.replace(path[-1], step=step + 1)]
+    return [Waypoint(step, tip, rotation, gripper), *left]
+
+
+def euler_angles(arm: str, rotation: Rotation) -> np.ndarray:
+    """Roll, pitch and yaw [..., 3] in radians of a hand.
+
+    The right arm faces the left one, so that its yaw is about pi: it is 0 ... 2 pi, lest it jump.
+    """
+    angles = rotation.as_euler("xyz")
+    if arm == "right":
+        angles[..., 2] %= 2 * np.pi
+    return angles
 
 
 # ----------------------------------------------------------------------------
