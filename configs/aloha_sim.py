@@ -81,8 +81,9 @@ def vision() -> ConfigDict:
     values = {
         "image_specs": IMAGE_SPECS,
         "overrides": {"ch_mult": (1, 4, 8)},
-        "total_steps": 600,
+        "total_steps": 400,
         "batch_size": 16,
+        "max_episodes": 100,
     }
     return complete(VisionFitConfig, {"corpus": CORPUS, **values})
 
@@ -101,7 +102,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of three cameras and the state."""
     values = {
-        "total_steps": 3000,
+        "total_steps": 2200,
         "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": {
             "stores": ("TOKEN_STORE",),
@@ -113,7 +114,7 @@ def policy() -> ConfigDict:
             "state": True,
             "sequence_length": 240,
             "packing": False,
-            "batch_size": 16,
+            "batch_size": 8,
             "read_threads": 1,
         },
         "loss": {"max_labeled": 48},
