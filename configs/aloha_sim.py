@@ -69,8 +69,10 @@ def action() -> ConfigDict:
     values = {
         "corpus": CORPUS,
         "chunk_size": ACTION_FRAMES,
-        "scale": 8.0,
-        "vocabulary_size": 512,
+        "scale": 5.0,
+        # Hardly any merges: a wrong token that stands for several coefficients shifts all that
+        # follow.
+        "vocabulary_size": 272,
         "drop_trailing_zeros": True,
     }
     return complete(ActionFitConfig, values)
@@ -102,7 +104,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of three cameras and the state."""
     values = {
-        "total_steps": 2200,
+        "total_steps": 2800,
         "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": {
             "stores": ("TOKEN_STORE",),
@@ -112,12 +114,12 @@ def policy() -> ConfigDict:
             "chunk_size": ACTION_FRAMES,
             "aligned_windows": 1.0,
             "state": True,
-            "sequence_length": 240,
+            "sequence_length": 288,
             "packing": False,
             "batch_size": 8,
             "read_threads": 1,
         },
-        "loss": {"max_labeled": 48},
+        "loss": {"max_labeled": 90},
         "optimizer": {"learning_rate": 2.5e-3, "min_learning_rate": 1.5e-4, "clip_norm": 1.0},
         "checkpoint": {"every": 500},
         "evaluation": {"every": 500, "batches": 4, "stores": ("TOKEN_STORE",)},
