@@ -394,6 +394,10 @@ class _SplitTokenizer:
         if isinstance(episode, InvalidEpisode):
             return episode
         frames = {v: s.resize(episode.frames[v], training=True) for v, s in self._specs.items()}
+        cropped = {v: [_kept(s)] for v, s in self._specs.items() if s.crop is not None}
+        if cropped:
+            shown = tuple(_moved(text, cropped) for text in episode.groundings)
+            episode = dataclasses.replace(episode, groundings=shown)
         copies = [dataclasses.replace(episode, frames=frames)]
         for copy in range(1, self._config.augmented_copies + 1):
             # Seeded by episode and copy, so that a store comes out the same in any order of work.
@@ -422,6 +426,12 @@ class _SplitTokenizer:
             frames = crop(frames, windows[1])
         changes = {name: getattr(config, name) for name in COLOR_CHANGES if getattr(config, name)}
         return (random_colors(frames, changes, rng) if changes else frames), windows
+
+
+def _kept(spec: ImageSpec) -> Window:
+    """The part of a frame that a spec with a crop keeps."""
+    top, left, bottom, right = spec.crop
+    return Window(left, top, right - left, bottom - top)
 
 
 def _moved(text: str, windows: Mapping[str, list[Window]]) -> str:
