@@ -2,10 +2,10 @@
 
     python -m univla_jax.summarize --workdir=WORKDIR
 
-Reads ``tokenizers/ tokens/ world_model/ unified/ policy/ evaluation/ imagination/ obedience/`` and
-``stages.jsonl`` below ``WORKDIR``, as ``launch/quickstart.sh`` leaves them; what is absent is left
-out. Writes ``report.json``, ``learning_curve.png``, and ``pictures.png``: frames imagined from an
-instruction above frames that follow given actions.
+Reads ``tokenizers/ tokens/ world_model/ joint/ unified/ policy/ evaluation/ imagination/
+obedience/`` and ``stages.jsonl`` below ``WORKDIR``, as ``launch/quickstart.sh`` leaves them; what
+is absent is left out. Writes ``report.json``, ``learning_curve.png``, and ``pictures.png``: frames
+imagined from an instruction above frames that follow given actions.
 """
 
 from __future__ import annotations

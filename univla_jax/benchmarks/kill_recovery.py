@@ -89,10 +89,12 @@ def measure(
             raise UserError(
                 f"the run ended after {number} of {kills} kills; raise --config.total_steps"
             )
+        # Any process may go, the coordinator too: then the others lose what joined them.
         victim = int(rng.integers(processes))
         running[victim].send_signal(signal.SIGKILL)
         _let_others_leave(running, victim, workdir)
     _finish(_start(arguments, workdir, processes), workdir)
+    # Up to the last checkpoint before a kill steps count once; what was done again is lost.
     seconds = goodput.measure(_events(workdir))
     lost = seconds["total"] - seconds["good"]
     return {
@@ -128,6 +130,7 @@ def _start(
     arguments: Sequence[str], workdir: epath.Path, processes: int
 ) -> list[subprocess.Popen[bytes]]:
     """All processes of a run; what each one prints goes into a file beside the workdir."""
+    # A port that was free a moment ago: a run that is gone may still hold the one it had.
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"

@@ -395,6 +395,7 @@ class _SplitTokenizer:
             return episode
         frames = {v: s.resize(episode.frames[v], training=True) for v, s in self._specs.items()}
         cropped = {v: [_kept(s)] for v, s in self._specs.items() if s.crop is not None}
+        # Boxes are fractions of the frame as it was recorded.
         if cropped:
             shown = tuple(_moved(text, cropped) for text in episode.groundings)
             episode = dataclasses.replace(episode, groundings=shown)

@@ -49,6 +49,8 @@ class Question(Task):
         """One of the questions about one step, else the instruction, with its answer."""
         views, step = self.view_codes(episode), self.draw_window(episode, 1, 1, rng).start
         asked = questions_at(episode, step, instruction)
+        # One of them: with the others behind its answer, all but the first would stand behind
+        # the frames, where a small decoder hardly learns to look for what is asked.
         question, answer = asked[int(rng.integers(len(asked)))]
         tokens = self.build(question, [placeholders(view, 1) for view in views], answer)
         return SampleSpec(tokens, frames_in_order(views, [step]))

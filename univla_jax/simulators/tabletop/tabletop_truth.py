@@ -302,6 +302,7 @@ def draw_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[t
     for question, answer in questions(scene):
         by_kind.setdefault(question.split()[0], []).append((question, answer))
     drawn = []
+    # Kinds first: there are dozens of "is X left of Y" and one "what is the gripper doing".
     while by_kind and len(drawn) < count:
         kind = str(rng.choice(sorted(by_kind)))
         drawn.append(by_kind[kind].pop(int(rng.integers(len(by_kind[kind])))))
