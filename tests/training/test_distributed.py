@@ -11,7 +11,7 @@ import time
 import pytest
 from jax._src.clusters import ClusterEnv
 
-from univla_jax.errors import ExitStatus, HangError
+from univla_jax.errors import ExitStatus, HangError, UserError
 from univla_jax.training import distributed
 from univla_jax.training.distributed import SigtermHandler, Watchdog, next_within
 
@@ -42,6 +42,22 @@ def test_data_that_comes_in_time_passes():
     assert [next_within(batches, 30) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(StopIteration):
         next_within(batches, 30)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [::1]:6"), True),
+        (RuntimeError("INTERNAL: coordination service agent was shut down"), True),
+        (ValueError("/data/peer/gloo: no space left on device"), False),
+        (OSError("Connection reset by peer"), False),  # a bucket's, not another process'
+    ],
+)
+def test_a_lost_peer_is_known_in_errors_of_other_types(error, lost):
+    assert distributed.is_peer_failure(error) is lost
+    wrapped = UserError(f"cannot write a checkpoint: {error}")
+    wrapped.__cause__ = error
+    assert distributed.is_peer_failure(wrapped) is lost
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -26,6 +26,8 @@ from univla_jax.errors import ExitStatus, HangError, TransientError, UserError
 _HEARTBEAT_SECONDS = 30  # how long a silent process counts as alive; others stop within a minute
 _LAST_LEAVES_AFTER_SECONDS = 10  # the service that all others watch ends with process 0
 _LOST_SIGNS = ("gloo", "connection closed", "coordination", "heartbeat", "unavailable", "peer")
+# What the collectives themselves say: while arrays are saved it comes in errors of other types.
+_LOST_WORDS = re.compile(r"Gloo \w+ failed|Connection closed by peer|coordination service")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,8 @@ def is_peer_failure(error: BaseException) -> bool:
     while error is not None:
         text = f"{type(error).__name__} {error}".lower()
         if isinstance(error, jax.errors.JaxRuntimeError) and any(s in text for s in _LOST_SIGNS):
+            return True
+        if isinstance(error, RuntimeError | ValueError) and _LOST_WORDS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
