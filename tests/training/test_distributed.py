@@ -49,6 +49,7 @@ def test_data_that_comes_in_time_passes():
     [
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [::1]:6"), True),
         (RuntimeError("INTERNAL: coordination service agent was shut down"), True),
+        (ValueError("UNKNOWN: Gloo all-reduce failed: timed out"), True),
         (ValueError("/data/peer/gloo: no space left on device"), False),
         (OSError("Connection reset by peer"), False),  # a bucket's, not another process'
     ],

@@ -27,7 +27,7 @@ _HEARTBEAT_SECONDS = 30  # how long a silent process counts as alive; others sto
 _LAST_LEAVES_AFTER_SECONDS = 10  # the service that all others watch ends with process 0
 _LOST_SIGNS = ("gloo", "connection closed", "coordination", "heartbeat", "unavailable", "peer")
 # What the collectives themselves say: while arrays are saved it comes in errors of other types.
-_LOST_WORDS = re.compile(r"Gloo \w+ failed|Connection closed by peer|coordination service")
+_LOST_WORDS = re.compile(r"Gloo [\w-]+ failed|Connection closed by peer|coordination service")
 
 
 @dataclasses.dataclass(frozen=True)
