@@ -34,14 +34,11 @@ ACTION_FRAMES = 25  # steps of an action chunk, and from one picture to the next
 VIEWS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 # One code for 4 x 4 pixels tells where things are; one for 8 x 8 blurs it. The camera above shows
 # the part of the table where cubes lie, at 1.2 cm per pixel.
-FACTOR = 4
+_FINE = {"factor": 4, "min_pixels": 256}
 IMAGE_SPECS = {
-    "cam_high": {"size": (32, 32), "crop": (0.44, 0.435, 0.74, 0.66)},
-    "cam_left_wrist": {"size": (16, 16)},
-    "cam_right_wrist": {"size": (24, 24)},
-}
-IMAGE_SPECS = {
-    view: {**spec, "factor": FACTOR, "min_pixels": 256} for view, spec in IMAGE_SPECS.items()
+    "cam_high": {"size": (32, 32), "crop": (0.44, 0.435, 0.74, 0.66), **_FINE},
+    "cam_left_wrist": {"size": (16, 16), **_FINE},
+    "cam_right_wrist": {"size": (24, 24), **_FINE},
 }
 FRAME_HEADERS = ("1*8*8", "1*4*4", "1*6*6")  # one text id each, as they stand before every frame
 

@@ -12,7 +12,7 @@ from tests.data import published
 from tests.data.episodes import DATASET, assert_same, make_episode
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
-from univla_jax.data.rlds_writer import RecordedEpisode, write_rlds
+from univla_jax.data.rlds_writer import RecordedEpisode, successes, write_rlds
 from univla_jax.errors import UserError
 
 
@@ -129,3 +129,21 @@ def test_open_sizes_and_no_state(tmp_path):
     source = RldsReader(folder, dataclasses.replace(DATASET, state=None), "train")
     assert source.image_sizes == {"image": None, "wrist_image": None}
     assert [e.frames["image"].shape[1] for e in source] == [8, 16]
+
+
+def test_demonstrations_that_fail_are_made_up_for_and_no_further_ones_are_made():
+    made = []
+
+    def attempts():
+        for number in range(6):
+            made.append(number)
+            yield make_episode(number) if number % 2 else None
+
+    options = {"most": 6, "name": "lift", "remedy": "push less"}
+    found = list(successes(attempts(), 2, **options))
+    assert [e.episode_id for e in found] == [make_episode(i).episode_id for i in (1, 3)]
+    assert made == [0, 1, 2, 3]
+    with pytest.raises(
+        UserError, match="lift: 3 of 6 demonstrations succeeded, 4 are needed; push"
+    ):
+        list(successes(attempts(), 4, **options))

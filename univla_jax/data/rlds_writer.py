@@ -10,7 +10,7 @@ import io
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tqdm
@@ -23,6 +23,7 @@ from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 
 FILE_FORMATS = ("array_record", "tfrecord")
+Recorded = TypeVar("Recorded", bound=Episode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,31 @@ def write_rlds(
             raise UserError("a dataset needs at least one split")
         _write_metadata(partial, version, serializer.features, infos, description)
     return final
+
+
+def successes(
+    attempts: Iterable[Recorded | None], count: int, *, most: int, name: str, remedy: str
+) -> Iterator[Recorded]:
+    """The first ``count`` of some demonstrations that succeeded; no further ones are made.
+
+    Args:
+      attempts: each made when it is asked for; None of one that failed.
+      count: how many are needed.
+      most: how many attempts there are, for messages.
+      name: of the task, for messages.
+      remedy: what to do where too few succeed.
+
+    Raises:
+      UserError: fewer succeeded.
+    """
+    succeeded = (episode for episode in attempts if episode is not None)
+    for number in range(count):
+        episode = next(succeeded, None)
+        if episode is None:
+            raise UserError(
+                f"{name}: {number} of {most} demonstrations succeeded, {count} are needed; {remedy}"
+            )
+        yield episode
 
 
 def check_description(folder: epath.Path, description: str) -> None:

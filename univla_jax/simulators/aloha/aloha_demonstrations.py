@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds_writer import check_description, write_rlds
+from univla_jax.data.rlds_writer import check_description, successes, write_rlds
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
 from univla_jax.io import absolute_path
@@ -128,16 +128,13 @@ class _Episodes:
 
     def __iter__(self) -> Iterator[Episode]:
         seeds = range(self._first_seed, self._first_seed + _ATTEMPTS * self._count)
-        episodes = (demonstrate(self._simulator, self._config, seed) for seed in seeds)
-        successes = filter(None, episodes)
-        for number in range(self._count):
-            episode = next(successes, None)
-            if episode is None:
-                raise UserError(
-                    f"{self._config.task}: {number} of {len(seeds)} demonstrations succeeded, "
-                    f"{self._count} are needed; lower config.push"
-                )
-            yield episode
+        return successes(
+            (demonstrate(self._simulator, self._config, seed) for seed in seeds),
+            self._count,
+            most=len(seeds),
+            name=self._config.task,
+            remedy="lower config.push",
+        )
 
 
 def demonstrate(

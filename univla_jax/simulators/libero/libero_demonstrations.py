@@ -22,7 +22,12 @@ import numpy as np
 from etils import epath
 
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds_writer import RecordedEpisode, check_description, write_rlds
+from univla_jax.data.rlds_writer import (
+    RecordedEpisode,
+    check_description,
+    successes,
+    write_rlds,
+)
 from univla_jax.errors import UserError
 from univla_jax.io import absolute_path
 from univla_jax.simulators import StepResult, Trial
@@ -142,16 +147,13 @@ class _Episodes:
     def __iter__(self) -> Iterator[RecordedEpisode]:
         for task in self._config.tasks:
             attempts = range(_ATTEMPTS * self._count)
-            episodes = (self._attempt(task, attempt) for attempt in attempts)
-            successes = filter(None, episodes)
-            for number in range(self._count):
-                episode = next(successes, None)
-                if episode is None:
-                    raise UserError(
-                        f"{self._config.suite} task {task}: {number} of {len(attempts)} "
-                        f"demonstrations succeeded, {self._count} are needed; lower displacement"
-                    )
-                yield episode
+            yield from successes(
+                (self._attempt(task, attempt) for attempt in attempts),
+                self._count,
+                most=len(attempts),
+                name=f"{self._config.suite} task {task}",
+                remedy="lower displacement",
+            )
 
     def _attempt(self, task: int, attempt: int) -> RecordedEpisode | None:
         config = self._config
