@@ -31,6 +31,7 @@ from univla_jax.tasks.base import TaskSettings
         ({"max_committed": -1}, "data.max_committed: -1, expected at least 0"),
         ({"task": "policy_flow", "frames": 1}, "set packing=False"),
         ({"vision_weight": -0.5}, "data.vision_weight: -0.5, expected at least 0"),
+        ({"value_weight": -1.0}, "data.value_weight: -1.0, expected at least 0"),
         ({"vision_weight": (1.0, -0.5, 10)}, "data.vision_weight: .* expected at least 0"),
         ({"vision_weight": (1.0, 0.5)}, "a number or \\(start, end, steps\\)"),
     ],

@@ -374,7 +374,9 @@ def test_the_flow_expert_gets_its_chunks():
 # What changes the loss alone, and what older code saved.
 
 
-@pytest.mark.parametrize("changes", [{"loss_on": "all"}, {"vision_weight": (1.0, 0.1, 50)}])
+@pytest.mark.parametrize(
+    "changes", [{"loss_on": "all"}, {"vision_weight": (1.0, 0.1, 50)}, {"value_weight": 9.0}]
+)
 def test_what_changes_the_loss_alone_changes_neither_batches_nor_position(changes):
     config, other = small.config(**TWO), small.config(**TWO, **changes)
     first = training_batches(config, small.assets(), stores())
@@ -483,7 +485,7 @@ def test_six_batches_are_what_they_always_were(changes, expected):
         assets, statistics={"tabletop": statistics, "tabletop/state": statistics}
     )
     config = small.config(**TWO, weights=(2.0, 1.0), **changes)
-    weigh = LabelWeights((labeled_roles(config.labels),), (config.vision_schedule,))
+    weigh = LabelWeights((labeled_roles(config.labels),), (config.vision_schedule,), (1.0,))
     iterator = training_batches(config, assets, [annotated("a", 12), annotated("b", 6)])
     digest = hashlib.sha256()
     for _ in range(6):

@@ -157,9 +157,10 @@ POLICY = small.task("policy_image").build("go", [code(1, 2)], chunk(1), state=ch
 WORLD = small.task("world_model").build("go", [np.concatenate([code(1, 2), code(3, 4)])])
 
 
-def _weights(labels, vision, batch, step=0):
+def _weights(labels, vision, batch, step=0, value=None):
     tables = [labeled_roles(name) for name in labels]
-    weights = jax.jit(LabelWeights(tables, vision).__call__)(batch, jnp.int32(step))
+    rule = LabelWeights(tables, vision, value or [1.0] * len(labels))
+    weights = jax.jit(rule.__call__)(batch, jnp.int32(step))
     assert weights.dtype == jnp.float32
     return np.asarray(weights)
 
@@ -244,16 +245,34 @@ def test_weights_of_a_config():
 
 def test_the_host_check_names_the_element_and_the_need():
     batch = _batch([(WORLD, 0)], [(POLICY, 0)], [(POLICY, 0), (POLICY, 0)])
-    weights = LabelWeights((labeled_roles("action"),), ((0.5, 0.5, 0),))
+    weights = LabelWeights((labeled_roles("action"),), ((0.5, 0.5, 0),), (1.0,))
     weights.check_capacity(batch, 6)
     message = "element 2 of the batch labels 6 tokens; set it to at least 6"
     with pytest.raises(UserError, match=message):
         weights.check_capacity(batch, 5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 20.0])
+def test_a_value_weighs_what_its_task_says_and_actions_between_its_moments_nothing(weight):
+    moments = [np.concatenate([code(1, 2), code(3, 4)])]
+    judged = small.task("value", frames=2).build("go", moments, [np.arange(3)], 3)
+    batch = _batch([(judged, 0), (POLICY, 1)], length=64)
+    schedules = ((0.5, 0.5, 0),) * 2
+    weights = _weights(["value", "action"], schedules, batch, value=[weight, 1.0])
+    values = batch.roles == Role.VALUE
+    assert values.sum() == 1 and (weights[values] == weight).all()
+    actions = (batch.roles == Role.ACTION) & (batch.task_ids == 1)
+    np.testing.assert_array_equal(
+        np.flatnonzero(weights[~values]), np.flatnonzero(actions[~values])
+    )
+    assert (weights[actions] == 1).all()
+    rule = LabelWeights([labeled_roles("value")], schedules[:1], [weight])
+    rule.check_capacity(_batch([(judged, 0)]), int(weight > 0))
+
+
 @pytest.mark.parametrize(("vision", "count"), [((0, 0, 0), 0), ((0, 0.5, 9), 4), ((1, 0, 9), 4)])
 def test_the_host_check_counts_what_ever_has_a_weight(vision, count):
-    weights = LabelWeights((labeled_roles("vision"),), (vision,))
+    weights = LabelWeights((labeled_roles("vision"),), (vision,), (1.0,))
     batch = _batch([(WORLD, 0)])
     weights.check_capacity(batch, count)
     if count:

@@ -39,6 +39,7 @@ class MixtureTask:
       max_committed: most committed actions before a policy's newest chunk.
       loss_on: key of ``sequences.tokens.LABELS``; empty takes the task's own.
       vision_weight: loss weight of a visual id, a number or (start, end, steps).
+      value_weight: loss weight of a value.
       null_prompt_prob: fraction of samples with an empty instruction.
       evaluation_stores: of ``evaluation.stores``, by folder or last name; empty takes all that have
         what the task needs.
@@ -62,6 +63,7 @@ class MixtureTask:
     max_committed: int | None = None
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] | None = None
+    value_weight: float | None = None
     null_prompt_prob: float | None = None
     evaluation_stores: tuple[str, ...] = ()
 
@@ -120,6 +122,8 @@ class DataConfig:
         weight is the composite loss of the action's accuracy and the predicted frames' consistency.
       vision_weight: loss weight of a visual id, where other labeled ids weigh 1: a number, or
         (start, end, steps) for a line from ``start`` at step 0 to ``end`` at step ``steps``.
+      value_weight: loss weight of a value, the one labeled id of its sample. Where others label a
+        hundred, it is hardly learned with a weight of 1.
       null_prompt_prob: fraction of samples with an empty instruction, for guidance.
       packing: True packs samples first-fit; False pads each to a batch element of its own.
       packing_bins: batch elements packed together; more fill better and hold more samples in
@@ -156,6 +160,7 @@ class DataConfig:
     max_committed: int = 0
     loss_on: str = ""
     vision_weight: float | tuple[float, float, int] = 0.5
+    value_weight: float = 1.0
     null_prompt_prob: float = 0.0
     packing: bool = True
     packing_bins: int = 16
@@ -187,6 +192,8 @@ class DataConfig:
                 raise UserError(f"data.{name}: {getattr(self, name)}, expected 0…1")
         if min(self.vision_schedule) < 0:
             raise UserError(f"data.vision_weight: {self.vision_weight}, expected at least 0")
+        if self.value_weight < 0:
+            raise UserError(f"data.value_weight: {self.value_weight}, expected at least 0")
         if self.held_out_every < 0 or self.held_out_every == 1:
             raise UserError(
                 f"data.held_out_every: {self.held_out_every}, expected 0 or at least 2 (1 would "

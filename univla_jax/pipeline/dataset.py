@@ -55,6 +55,7 @@ _NOT_CONTENT = (
     "too_long",
     "loss_on",
     "vision_weight",
+    "value_weight",
     "evaluation_stores",
 )
 """Config fields that change neither the batches nor the position in them."""

@@ -125,6 +125,7 @@ def _example(
     # The weights of step 0, by the rule of ``training.losses.LabelWeights``.
     by_role = labeled_roles(config.labels).astype(np.float32)
     by_role[Role.VISION] *= config.vision_schedule[0]
+    by_role[Role.VALUE] *= config.value_weight
     weights = by_role[tokens.roles] * (np.arange(len(tokens)) > 0)
     chunk = config.chunk_size if config.needs.actions else 0
     across = _WIDTH / max(len(episode) - 1, 1)

@@ -50,11 +50,13 @@ class LabelWeights:
       labeled: per task of the run bool [R], which roles it learns to predict
         (``sequences.tokens.labeled_roles``).
       vision: per task (start, end, steps): the weight of a visual id goes in a line from ``start``
-        at step 0 to ``end`` at step ``steps`` and stays there; every other labeled id weighs 1.
+        at step 0 to ``end`` at step ``steps`` and stays there.
+      value: per task the weight of a value; every other labeled id weighs 1.
     """
 
     labeled: Sequence[np.ndarray]
     vision: Sequence[tuple[float, float, int]]
+    value: Sequence[float]
 
     def __call__(self, batch: Batch, step: jax.Array) -> jax.Array:
         """float32 [B, S]: the weight of predicting each token from what precedes it in its segment.
@@ -69,6 +71,7 @@ class LabelWeights:
         progress = jnp.clip(step / jnp.maximum(steps, 1), 0, 1)
         table_KR = jnp.asarray(np.stack(self.labeled), jnp.float32)
         table_KR = table_KR.at[:, Role.VISION].multiply(start + (end - start) * progress)
+        table_KR = table_KR.at[:, Role.VALUE].multiply(jnp.asarray(self.value, jnp.float32))
         predicted = (batch.positions > 0) & (batch.segment_ids > 0)
         return jnp.where(predicted, table_KR[batch.task_ids, batch.roles], 0)
 
@@ -86,6 +89,7 @@ class LabelWeights:
         table_KR[:, Role.VISION] &= np.asarray(
             [max(start, end) > 0 for start, end, _ in self.vision]
         )
+        table_KR[:, Role.VALUE] &= np.asarray(self.value) > 0
         predicted = (batch.positions > 0) & (batch.segment_ids > 0)
         counts = (table_KR[batch.task_ids, batch.roles] & predicted).sum(axis=1)
         most = int(np.argmax(counts))

@@ -536,7 +536,8 @@ def merge_trees(first: Any, second: Any) -> Any:
 def label_weights(data: DataConfig) -> LabelWeights:
     """The loss weights of a run's tasks."""
     labeled = [labeled_roles(part.labels) for part in data.parts]
-    return LabelWeights(labeled, [part.vision_schedule for part in data.parts])
+    vision, value = zip(*[(part.vision_schedule, part.value_weight) for part in data.parts])
+    return LabelWeights(labeled, vision, value)
 
 
 def decoder_config(model: ModelConfig, vocabulary: Vocabulary) -> DecoderConfig:

@@ -240,8 +240,10 @@ FREE = (
     "data.too_long",
     "data.loss_on",
     "data.vision_weight",
+    "data.value_weight",
     "data.mixture.*.loss_on",
     "data.mixture.*.vision_weight",
+    "data.mixture.*.value_weight",
     "data.mixture.*.evaluation_stores",
     "data.workers",
     "data.read_threads",
@@ -256,7 +258,7 @@ FREE = (
     *(f"model.overrides.{name}" for name in FREE_MODEL_SETTINGS),
 )
 """Keys that may change when a run is resumed. None changes the batches; ``total_steps`` stretches
-the schedule of the steps to come, ``loss_on`` and ``vision_weight`` set their loss; ``too_long``
+the schedule of the steps to come, ``loss_on`` and weights of labels set their loss; ``too_long``
 decides about samples that a run has not met. Stores may be moved: the saved data position knows
 their contents. ``init_from`` did its part at step 0."""
 
