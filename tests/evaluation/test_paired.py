@@ -54,6 +54,7 @@ def test_mcnemars_exact_test():
     assert mcnemar(5, 5) == 1.0
     assert mcnemar(0, 6) == mcnemar(6, 0) == pytest.approx(2 / 2**6)
     assert mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 2**10, abs=1e-6)
+    assert mcnemar(0, 100) == pytest.approx(2.0**-99, rel=1e-5)  # not rounded away
 
 
 def test_tasks_are_drawn_whole():

@@ -75,7 +75,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     discordant = only_first + only_second
     if not discordant:
         return 1.0
-    return round(float(stats.binomtest(only_first, discordant).pvalue), 6)
+    return float(f"{stats.binomtest(only_first, discordant).pvalue:.6g}")  # however small it is
 
 
 def clustered_interval(
