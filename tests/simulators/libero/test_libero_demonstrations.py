@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from univla_jax.errors import UserError
-from univla_jax.simulators.libero.libero_demonstrations import DemonstrationsConfig
+from univla_jax.simulators.libero.libero_benchmark import INITIAL_STATES
+from univla_jax.simulators.libero.libero_demonstrations import (
+    FIRST_STATE,
+    DemonstrationsConfig,
+    initial_state,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,3 +28,17 @@ def test_mistakes_are_named(changes, message):
     values = {"suite": "libero_goal", "tasks": (7,), "train_episodes": 1, "val_episodes": 1}
     with pytest.raises(UserError, match=message):
         DemonstrationsConfig(**values | changes)
+
+
+@pytest.mark.parametrize("episodes", [1, 4, 26, 36, 100])
+def test_splits_begin_from_states_of_their_own(episodes):
+    """None that is scored, none in both splits, and all of a split's before one comes again."""
+    begun = {
+        s: [initial_state(s, n, episodes) for n in range(3 * episodes)] for s in ("train", "val")
+    }
+    used = {split: set(states) for split, states in begun.items()}
+    assert not used["train"] & used["val"]
+    assert all(FIRST_STATE <= state < INITIAL_STATES for state in used["train"] | used["val"])
+    for split, states in begun.items():
+        first = states[:episodes]
+        assert len(set(first)) == min(episodes, len(used[split])) and first == sorted(first)

@@ -41,6 +41,7 @@ from univla_jax.simulators.libero.libero_scripts import SCRIPTS, Arm, Script, so
 
 FIRST_STATE = 20
 """Initial states before this one are for evaluation; demonstrations begin from the others."""
+_STATES = {"train": range(FIRST_STATE, 46), "val": range(46, INITIAL_STATES)}
 _ATTEMPTS = 3  # per episode of a split
 _PUSH = 0.3  # of the fastest command, per axis
 _MOVING = 0.2  # length of the displacement of an action that moves the hand
@@ -53,8 +54,9 @@ class DemonstrationsConfig:
     Attributes:
       suite: of LIBERO, and name of the dataset.
       tasks: numbers of tasks that have a script.
-      train_episodes: per task, of the split ``train``; the initial states 20 to 49 in turn.
-      val_episodes: per task, of the split ``val``, likewise.
+      train_episodes: per task, of the split ``train``; the initial states 20 to 45 in turn.
+      val_episodes: per task, of the split ``val``; 46 to 49 in turn, so that things lie where no
+        training episode shows them.
       displacement: meters per axis up to which the hand is moved at random before an episode
         begins, so that the same initial state begins differently.
       draw_every: steps from one picture of the cameras to the next; an episode ends with a whole
@@ -118,14 +120,28 @@ def write_demonstrations(
         simulator = LiberoSimulator(LiberoProtocol(config.suite), assets)
         counts = {"train": config.train_episodes, "val": config.val_episodes}
         splits = {
-            split: _Episodes(simulator, config, count, number)
-            for number, (split, count) in enumerate(counts.items())
+            split: _Episodes(simulator, config, count, split) for split, count in counts.items()
         }
         options = {"image_format": config.image_format, "id_field": "file_path"}
         name, version = config.suite, config.version
         write_rlds(out, name, version, splits, description=description, **options)
     check_description(folder, description)
     return folder
+
+
+def initial_state(split: str, attempt: int, episodes: int) -> int:
+    """The initial state that an attempt begins from.
+
+    Consecutive attempts share one where there are more episodes than states: going back to it is
+    faster than a reset, which compiles the scene anew.
+
+    Args:
+      split: ``"train"`` or ``"val"``, which have no state in common.
+      attempt: number of the attempt at an episode of a task.
+      episodes: of each task in the split.
+    """
+    states = _STATES[split]
+    return states[attempt * len(states) // max(len(states), episodes) % len(states)]
 
 
 class _Episodes:
@@ -136,9 +152,10 @@ class _Episodes:
         simulator: LiberoSimulator,
         config: DemonstrationsConfig,
         count: int,
-        seed: int,
+        split: str,
     ) -> None:
-        self._simulator, self._config, self._count, self._seed = simulator, config, count, seed
+        self._simulator, self._config, self._count, self._split = simulator, config, count, split
+        self._seed = list(_STATES).index(split)
         self._begun: tuple[Trial, Callable[[], None]] | None = None
 
     def __len__(self) -> int:
@@ -157,10 +174,7 @@ class _Episodes:
 
     def _attempt(self, task: int, attempt: int) -> RecordedEpisode | None:
         config = self._config
-        # Consecutive episodes begin with one initial state: going back to it is faster than a
-        # reset, which compiles the scene anew.
-        states = INITIAL_STATES - FIRST_STATE
-        state = FIRST_STATE + attempt * states // max(states, self._count) % states
+        state = initial_state(self._split, attempt, self._count)
         self._begin(Trial(task, state))
         return demonstrate(
             self._simulator,

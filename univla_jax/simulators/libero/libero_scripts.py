@@ -187,7 +187,7 @@ def pick(arm: Arm, name: str) -> Motion:
     """Grasps a thing across its narrower side and lifts it."""
     box = arm.scene.box(name)
     point = np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
-    yield from grasp(arm, point, across(box.axes[:, box.narrow]))
+    yield from grasp(arm, point, across(box.axes[:, box.narrow]), close=7)
 
 
 def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
@@ -198,12 +198,20 @@ def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
     yield from grasp(arm, point, pointing_down())
 
 
-def grasp(arm: Arm, point: np.ndarray, orientation: Rotation) -> Motion:
-    """Comes down on a point with open fingers, closes them and lifts."""
+def grasp(arm: Arm, point: np.ndarray, orientation: Rotation, close: int = 10) -> Motion:
+    """Comes down on a point with open fingers, closes them and lifts.
+
+    Args:
+      arm: moves there.
+      point: [3] between the fingertips when they close.
+      orientation: of the hand.
+      close: steps it waits for the fingers. A thin rim needs ten until it is held. Waiting for
+        longer than a thing needs would show a policy one state followed by rest and by motion.
+    """
     yield from arm.release(1)
     yield from arm.go(above(point), orientation=orientation, tolerance=0.02)
     yield from arm.go(point)
-    yield from arm.grip()
+    yield from arm.grip(close)
     yield from arm.shift(_TRAVEL * UP, tolerance=0.02)
 
 
