@@ -111,6 +111,18 @@ def test_a_thing_is_put_into_the_basket():
     assert set(actions[:, 6]) == {OPEN, CLOSE} and table.gripper == OPEN
 
 
+@pytest.mark.parametrize(
+    ("motion", "steps"), [(libero_scripts.pick, 7), (libero_scripts.pick_rim, 10)]
+)
+def test_the_hand_rests_only_while_fingers_close(motion, steps):
+    """A rim is held later than a thing; no step of rest stands before or after."""
+    table = Table(bowl=((0.1, 0.15, 0.05), (0.04, 0.04, 0.05)))
+    actions = run(motion(Arm(table), "bowl"), table)
+    resting = ~actions[1:, :6].any(axis=1)  # the first action opens the fingers
+    assert resting.sum() == steps and set(actions[1:][resting, 6]) == {CLOSE}
+    assert table.position("bowl")[2] > 0.1
+
+
 def test_a_dropped_thing_is_picked_up_again():
     table = Table(
         soup_1_main=((0.1, 0.15, 0.05), (0.03, 0.03, 0.05)),
