@@ -10,7 +10,9 @@ from tests.conftest import REPOSITORY
 from univla_jax.config import build_config
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.errors import UserError
+from univla_jax.simulators.libero.libero_benchmark import LiberoProtocol
 from univla_jax.simulators.libero.libero_demonstrations import FIRST_STATE, DemonstrationsConfig
+from univla_jax.tokenizers.image import ImageSpec
 from univla_jax.training.train_config import TrainConfig
 
 RECIPE = runpy.run_path(str(REPOSITORY / "configs" / "libero_scratch.py"))
@@ -53,3 +55,11 @@ def test_stages_fit_together():
     pauses = {suite.draw_every for suite in suites}
     assert pauses == {policy.data.chunk_size} and policy.data.aligned_windows == 1
     assert imagines.data.frame_spacing % policy.data.chunk_size == 0
+
+
+def test_frame_headers_are_those_of_the_grids():
+    """Each grid has one text id of its own, whatever size the cameras draw."""
+    specs = {view: ImageSpec.from_dict(spec) for view, spec in RECIPE["IMAGE_SPECS"].items()}
+    side = LiberoProtocol("libero_goal").render_size
+    grids = {spec.grid_size(side, side) for spec in specs.values()}
+    assert {f"1*{rows}*{columns}" for rows, columns in grids} == set(RECIPE["FRAME_HEADERS"])
