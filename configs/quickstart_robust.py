@@ -29,11 +29,11 @@ from ml_collections import ConfigDict
 _QUICKSTART = runpy.run_path(__file__.replace("quickstart_robust.py", "quickstart.py"))
 _CHANGES: dict[str, dict[str, Any]] = {
     # Each of the seven things is changed in a third of the episodes.
-    "demonstrations": {"train_episodes": 8000, "randomized": 0.35},
+    "demonstrations": {"train_episodes": 6000, "randomized": 0.35},
     # What is seen is of more kinds: more codes, learned for longer.
-    "vision": {"overrides": ConfigDict({"codebook_size": 512}), "total_steps": 2000},
+    "vision": {"overrides": ConfigDict({"codebook_size": 512}), "total_steps": 1200},
     "policy": {
-        "total_steps": 10_000,
+        "total_steps": 6000,
         "data.frames": 1,
         "data.sequence_length": 80,
         "loss.max_labeled": 32,
