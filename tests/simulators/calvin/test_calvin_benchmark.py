@@ -7,9 +7,10 @@ import types
 import numpy as np
 import pytest
 
+from tests.simulators.calvin import fake_calvin
 from univla_jax.errors import UserError
 from univla_jax.simulators import StepResult, Trial, make_benchmark
-from univla_jax.simulators.calvin import calvin_package
+from univla_jax.simulators.calvin import calvin_package, calvin_scripts
 from univla_jax.simulators.calvin.calvin_benchmark import (
     CalvinProtocol,
     CalvinSimulator,
@@ -198,3 +199,22 @@ def test_mistakes_are_named(tmp_path):
     benchmark = make_benchmark("calvin", assets=str(tmp_path))
     assert len(benchmark.trials) == 1000 and benchmark.protocol["steps_per_task"] == 360
     assert benchmark.protocol["scene"] == "validation of the data set"
+
+
+def test_the_scripted_suite_has_chains_of_its_own_and_an_expert(monkeypatch):
+    monkeypatch.setattr(calvin_package, "open_calvin", fake_calvin.open_fake)
+    benchmark = make_benchmark("calvin", suite="scripted", renderer="tiny", episodes_per_task=100)
+    assert len(benchmark.trials) == 100 and not benchmark.published
+    assert benchmark.protocol["chain_list"] == "of the 8 tasks that have a script, not CALVIN's own"
+    assert make_benchmark("calvin").protocol["chain_list"] == "CALVIN's own"
+    assert not make_benchmark("calvin").variants
+    expert = benchmark.variants["expert"]()
+    expert.reset(benchmark.trials[3])
+    drawn, result = expert.calvin.env.drawn, StepResult.CONTINUES
+    while result is not StepResult.ENDED:
+        observation = expert.observe()
+        assert observation.plan.shape == (1, 7) and not observation.frames
+        result = expert.step(observation.plan[0])
+    names = [name for name, _ in expert.result()["subtasks"]]
+    assert expert.result()["solved"] == 5 and set(names) <= set(calvin_scripts.SCRIPTS)
+    assert expert.calvin.env.drawn == drawn

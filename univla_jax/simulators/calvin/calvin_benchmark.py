@@ -16,15 +16,26 @@ import numpy as np
 from univla_jax.data.action_conventions import sign_gripper
 from univla_jax.episode import Observation
 from univla_jax.errors import UserError
-from univla_jax.simulators import Benchmark, Breakdown, StepResult, Trial, package_versions
-from univla_jax.simulators.calvin import calvin_package
+from univla_jax.simulators import (
+    Benchmark,
+    Breakdown,
+    PlannedObservation,
+    StepResult,
+    Trial,
+    package_versions,
+)
+from univla_jax.simulators.calvin import calvin_package, calvin_scripts
 
 CHAIN = 5
 SEQUENCES = 1000
-SUITES = ("ABCD_D", "ABC_D", "D_D")
-"""Training scenes, then that of the evaluation: the same chains, but scores of their own."""
+SCRIPTED = "scripted"
+SUITES = ("ABCD_D", "ABC_D", "D_D", SCRIPTED)
+"""Training scenes, then that of the evaluation: the same chains, but scores of their own.
+``SCRIPTED`` has other chains: of the tasks that ``calvin_scripts`` demonstrates, in scene D."""
+_CHAIN_LISTS = {
+    SCRIPTED: f"of the {len(calvin_scripts.SCRIPTS)} tasks that have a script, not CALVIN's own"
+}
 PUBLISHED = {"ABCD_D": {"mean_length": 4.63}}
-RENDERERS = ("egl", "tiny")
 _PACKAGES = ("pybullet", "numpy")
 
 
@@ -33,8 +44,8 @@ class CalvinProtocol:
     """Every choice of a CALVIN evaluation.
 
     Attributes:
-      suite: of ``SUITES``: the scenes that the policy was trained in; the chains are the same.
-      chains: of the official list of 1,000, by their numbers.
+      suite: of ``SUITES``: the scenes that the policy was trained in, or other chains.
+      chains: of the suite's list of 1,000, by their numbers.
       steps_per_task: actions after which a task counts as failed and its chain ends; the official
         budget. (A larger one raises the score: it is always printed.)
       execute: actions executed of each chunk; 0 executes all. The published policy predicts 10.
@@ -44,6 +55,7 @@ class CalvinProtocol:
         driver; their pictures differ by 20 of 255 on average.
       scene: which one.
       history_reset: when the policy's history is cleared.
+      chain_list: which tasks chains are made of.
       success: what counts.
     """
 
@@ -53,22 +65,20 @@ class CalvinProtocol:
     execute: int = 0
     resize: str = "checkpoint"
     gripper: str = "sign"
-    renderer: str = RENDERERS[0]
+    renderer: str = calvin_package.RENDERERS[0]
     scene: str = calvin_package.COMPOSED_SCENE
     history_reset: str = "at every task"
+    chain_list: str = "CALVIN's own"
     success: str = "the task oracle after any step; the rest of the chunk is dropped"
 
     def __post_init__(self) -> None:
         """Raises UserError for a name that does not exist or a number out of range."""
         if self.suite not in SUITES:
             raise UserError(f"--suite: {self.suite!r}, calvin has {', '.join(SUITES)}")
-        if self.renderer not in RENDERERS:
-            raise UserError(f"--renderer: {self.renderer!r}, calvin has {', '.join(RENDERERS)}")
+        calvin_package.check_renderer(self.renderer, "--renderer")
         wrong = [chain for chain in self.chains if not 0 <= chain < SEQUENCES]
         if wrong:
-            raise UserError(
-                f"--tasks: {wrong[0]}, the official list has chains 0 to {SEQUENCES - 1}"
-            )
+            raise UserError(f"--tasks: {wrong[0]}, {self.suite} has chains 0 to {SEQUENCES - 1}")
         if self.steps_per_task < 1 or self.execute < 0:
             raise UserError(
                 f"--max_steps: {self.steps_per_task}, --execute: {self.execute}, expected at "
@@ -84,7 +94,8 @@ def make_benchmark(
     episodes_per_task: int = 0,
     max_steps: int = 360,
     execute: int = 0,
-    renderer: str = RENDERERS[0],
+    renderer: str = calvin_package.RENDERERS[0],
+    expert: bool = False,
 ) -> Benchmark:
     """The challenge.
 
@@ -92,15 +103,17 @@ def make_benchmark(
       suite: of ``SUITES``.
       assets: folder of CALVIN's data set, whose ``validation`` describes the scene; by default the
         scene is composed from ``calvin_env``.
-      tasks: chains by their numbers in the official list; all by default.
+      tasks: chains by their numbers in the suite's list; all by default.
       episodes_per_task: how many of those are run, from the first; 0 for all.
       max_steps: actions after which a task of a chain counts as failed.
       execute: actions executed of each chunk; 0 executes all.
-      renderer: of ``RENDERERS``.
+      renderer: of ``calvin_package.RENDERERS``.
+      expert: ignored; the scripted expert is there where all tasks have a script.
 
     Raises:
       UserError: no such folder, name or chain, or a number out of range.
     """
+    del expert
     chains = tasks or tuple(range(SEQUENCES))
     if episodes_per_task > len(chains):
         raise UserError(f"--episodes_per_task: {episodes_per_task} of {len(chains)} chains")
@@ -115,6 +128,7 @@ def make_benchmark(
         execute,
         renderer=renderer,
         scene=scene,
+        chain_list=_CHAIN_LISTS.get(suite, CalvinProtocol.chain_list),
     )
     described = {"benchmark": "calvin", **dataclasses.asdict(protocol)}
     return Benchmark(
@@ -122,6 +136,11 @@ def make_benchmark(
         protocol={**described, "chains": _ranges(protocol.chains)},
         trials=tuple(Trial(0, chain) for chain in protocol.chains),
         make=functools.partial(CalvinSimulator, protocol, assets),
+        variants=(
+            {"expert": functools.partial(ScriptedCalvin, protocol, assets)}
+            if suite == SCRIPTED
+            else {}
+        ),
         execute=protocol.execute,
         breakdown=chain_breakdown,
         published=PUBLISHED.get(suite, {}),
@@ -157,7 +176,7 @@ class CalvinSimulator:
     """One scene, chain after chain, drawn only where it is observed."""
 
     def __init__(self, protocol: CalvinProtocol, dataset: str | None = None) -> None:
-        """Opens the scene and the official list of chains.
+        """Opens the scene and the list of chains.
 
         Raises:
           UserError: CALVIN's packages are missing.
@@ -165,18 +184,17 @@ class CalvinSimulator:
         self._protocol = protocol
         self._calvin = calvin_package.open_calvin(dataset, protocol.renderer)
         self._env, self._cameras = self._calvin.env, self._calvin.env.cameras
-        self._sequences = calvin_package.official_chains()
+        self._sequences = (
+            calvin_scripts.scripted_chains(SEQUENCES, CHAIN)
+            if protocol.suite == SCRIPTED
+            else calvin_package.official_chains()
+        )
 
     def reset(self, trial: Trial) -> None:
         """Begins chain ``trial.trial``."""
         initial, self._chain = self._sequences[trial.trial]
-        robot, scene = self._calvin.initial_state(initial)
-        # ``env.reset`` leaves what the last chain left in the physics engine, and its gripper: all
-        # is loaded anew, so that no chain depends on another.
-        self._env.load()
-        self._env.robot.gripper_action = 1
         self._env.cameras = self._cameras
-        self._observed = self._env.reset(robot_obs=robot, scene_obs=scene)
+        self._observed = self._calvin.begin(*self._calvin.initial_state(initial))
         self._drawn = True
         self._sequence, self._solved, self._steps = trial.trial, 0, 0
         self._begin_task()
@@ -248,3 +266,19 @@ class CalvinSimulator:
 
     def _begin_task(self) -> None:
         self._start, self._left = self._env.get_info(), self._protocol.steps_per_task
+
+
+class ScriptedCalvin(CalvinSimulator):
+    """Observations carry the script's next action instead of pictures."""
+
+    def observe(self) -> PlannedObservation:
+        """One action, float32 [1, 7]: scripts are closed-loop."""
+        robot = np.asarray(self._observed["robot_obs"])
+        path = calvin_scripts.plan(self._task, robot, np.asarray(self._observed["scene_obs"]))
+        plan = calvin_scripts.act(path, robot)[None]
+        return PlannedObservation(self._calvin.instructions[self._task], {}, plan=plan)
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
+        """As the simulator's, undrawn."""
+        del render
+        return super().step(action, render=False)

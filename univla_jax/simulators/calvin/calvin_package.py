@@ -8,6 +8,7 @@ its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ from univla_jax.simulators import commit_of
 INSTALL = "launch/simulators/calvin.sh installs it, and prints the --simulator_python to give"
 COMPOSED_SCENE = "calvin_scene_D, composed from calvin_env's own configuration"
 CAMERAS = ("static", "gripper")
+RENDERERS = ("egl", "tiny")
 _CHAINS = pathlib.Path(__file__).with_name("chains.json")
 _MERGED_CONFIG = pathlib.Path("validation", ".hydra", "merged_config.yaml")
 _FNV_PRIME, _UINT32 = 0x01000193, 0xFFFFFFFF
@@ -38,9 +40,19 @@ def official_chains() -> list[Chain]:
     They are what ``calvin_agent.evaluation.multistep_sequences.get_sequences(1000)`` computes in
     two minutes.
     """
-    data = json.loads(_CHAINS.read_text(encoding="utf-8"))
-    states = [dict(zip(data["conditions"], values, strict=True)) for values in data["states"]]
+    data, states = _chain_data(), first_conditions()
     return [(states[first], [data["tasks"][t] for t in tasks]) for first, *tasks in data["chains"]]
+
+
+def first_conditions() -> list[dict[str, Any]]:
+    """The 192 conditions of a first state that CALVIN's chains begin in."""
+    data = _chain_data()
+    return [dict(zip(data["conditions"], values, strict=True)) for values in data["states"]]
+
+
+@functools.cache
+def _chain_data() -> dict[str, Any]:
+    return json.loads(_CHAINS.read_text(encoding="utf-8"))
 
 
 def fnv1_32(text: str) -> int:
@@ -73,6 +85,16 @@ class Calvin:
     initial_state: Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]
     scene: str
     commits: dict[str, str]
+
+    def begin(self, robot: np.ndarray, scene: np.ndarray) -> dict[str, Any]:
+        """Loads everything anew, at states of the robot [15] and of the scene [24].
+
+        ``env.reset`` leaves what was before in the physics engine, and its gripper: so no episode
+        depends on another.
+        """
+        self.env.load()
+        self.env.robot.gripper_action = 1
+        return self.env.reset(robot_obs=robot, scene_obs=scene)
 
 
 def open_calvin(dataset: str | None, renderer: str) -> Calvin:
@@ -115,6 +137,12 @@ def open_calvin(dataset: str | None, renderer: str) -> Calvin:
             package.__name__: commit_of(package.__file__) for package in (calvin_agent, calvin_env)
         },
     )
+
+
+def check_renderer(renderer: str, name: str) -> None:
+    """Raises UserError, which names the option, unless ``renderer`` is one of ``RENDERERS``."""
+    if renderer not in RENDERERS:
+        raise UserError(f"{name}: {renderer!r}, calvin has {', '.join(RENDERERS)}")
 
 
 def check_dataset(dataset: str) -> None:
