@@ -5,11 +5,13 @@
         --config=configs/libero_scratch.py:demonstrations_goal --out=FOLDER
     python -m univla_jax.demonstrate --benchmark=aloha \\
         --config=configs/aloha_sim.py:demonstrations --out=FOLDER
+    python -m univla_jax.demonstrate --benchmark=calvin \\
+        --config=configs/calvin_scratch.py:demonstrations --out=FOLDER
     python -m univla_jax.demonstrate --config=configs/road.py:demonstrations --out=FOLDER
 
 The first are of the embedded tabletop, the second of LIBERO, with the fields of its published data,
-the third of ALOHA's simulated tasks; the last are drives on the embedded road, as NAVSIM logs in
-``FOLDER`` itself instead of RLDS.
+the third of ALOHA's simulated tasks, the fourth of CALVIN's scene D; the last are drives on the
+embedded road, as NAVSIM logs in ``FOLDER`` itself instead of RLDS.
 The dataset lies in ``FOLDER/NAME/VERSION`` and appears there when it is complete; started again,
 the command leaves it as it is.
 """

@@ -78,7 +78,7 @@ def test_the_published_structure_is_read(name, tmp_path):
 
 def test_every_rlds_dataset_has_a_structure_here():
     rlds = {name for name, dataset in DATASETS.items() if dataset.reader == "rlds"}
-    written_here = {"tabletop", "aloha_sim"}
+    written_here = {"tabletop", "aloha_sim", "calvin_sim"}
     assert rlds - set(published.STRUCTURES) == {*written_here, "libero_object", "libero_goal"}
 
 

@@ -36,6 +36,7 @@ BENCHMARKS = {
 DEMONSTRATIONS = {
     "tabletop": "univla_jax.simulators.tabletop.tabletop_expert",
     "libero": "univla_jax.simulators.libero.libero_demonstrations",
+    "calvin": "univla_jax.simulators.calvin.calvin_demonstrations",
     "aloha": "univla_jax.simulators.aloha.aloha_demonstrations",
     "road": "univla_jax.simulators.road.road_expert",
 }
