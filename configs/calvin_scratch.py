@@ -1,8 +1,9 @@
 """A small policy for eight tasks of CALVIN's scene D, from nothing, on two CPU cores.
 
     C=configs/calvin_scratch.py
-    PYTHONPATH=VENV_SITE_PACKAGES .venv-calvin/bin/python -m univla_jax.demonstrate \\
-        --benchmark=calvin --config=$C:demonstrations --out=W
+    .venv-calvin/bin/python -m pip install --editable .
+    .venv-calvin/bin/python -m univla_jax.demonstrate --benchmark=calvin \\
+        --config=$C:demonstrations --out=W
     for kind in text action vision; do python -m univla_jax.fit_tokenizer --config=$C:$kind \\
         --source=W/calvin_sim --workdir=W/$kind; done
     python -m univla_jax.tokenize_dataset --config=$C:tokens --source=W/calvin_sim \\
@@ -14,6 +15,9 @@
     python -m univla_jax.evaluate --benchmark=calvin --suite=scripted --renderer=tiny \\
         --episodes_per_task=100 --simulator_python=.venv-calvin/bin/python \\
         --checkpoint=W/policy --out=W/evaluation
+
+``bash launch/simulators/calvin.sh CALVIN`` made ``.venv-calvin``. The demonstrations are written in
+it, so this package is installed there, too; the evaluation runs only its simulator there.
 
 The tasks open and close the drawer, move the slider and switch both lights. Every demonstration
 begins in a scene drawn at random, with the hand at a random place or where the task before left it;
@@ -104,7 +108,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of both cameras and the state."""
     values = {
-        "total_steps": 3000,
+        "total_steps": 2400,
         "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": {
             "stores": ("TOKEN_STORE",),
