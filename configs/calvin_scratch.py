@@ -87,7 +87,7 @@ def vision() -> ConfigDict:
     values = {
         "image_specs": IMAGE_SPECS,
         "overrides": {"ch_mult": (1, 4, 8)},
-        "total_steps": 400,
+        "total_steps": 250,
         "batch_size": 16,
         "max_episodes": 100,
     }
@@ -108,7 +108,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of both cameras and the state."""
     values = {
-        "total_steps": 2400,
+        "total_steps": 2000,
         "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": {
             "stores": ("TOKEN_STORE",),
