@@ -108,7 +108,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of both cameras and the state."""
     values = {
-        "total_steps": 2000,
+        "total_steps": 4400,
         "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": {
             "stores": ("TOKEN_STORE",),
