@@ -48,10 +48,11 @@ Values = dict[str, Any]
 def demonstrations() -> ConfigDict:
     """Scripted episodes whose hands are pushed off their way now and then."""
     values = {
-        "train_episodes": 300,
+        "train_episodes": 350,
         "val_episodes": 12,
         "draw_every": ACTION_FRAMES,
-        "push": 0.03,
+        "push": 0.025,
+        "max_steps": 400,
     }
     return complete(DemonstrationsConfig, values)
 
@@ -66,10 +67,9 @@ def action() -> ConfigDict:
     values = {
         "corpus": CORPUS,
         "chunk_size": ACTION_FRAMES,
-        "scale": 5.0,
-        # Hardly any merges: a wrong token that stands for several coefficients shifts all that
-        # follow.
-        "vocabulary_size": 272,
+        "scale": 10.0,
+        # No merges: each coefficient is a token at its own place, and a wrong one shifts no other.
+        "vocabulary_size": 256,
         "drop_trailing_zeros": True,
     }
     return complete(ActionFitConfig, values)
@@ -101,7 +101,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of three cameras and the state."""
     values = {
-        "total_steps": 2800,
+        "total_steps": 3500,
         "model": {"preset": "quickstart", "visual_init": "codebook"},
         "data": {
             "stores": ("TOKEN_STORE",),
@@ -111,12 +111,13 @@ def policy() -> ConfigDict:
             "chunk_size": ACTION_FRAMES,
             "aligned_windows": 1.0,
             "state": True,
-            "sequence_length": 288,
+            "state_steps": ACTION_FRAMES,  # about 2 mm: differences need the pose they begin at
+            "sequence_length": 208,
             "packing": False,
-            "batch_size": 8,
+            "batch_size": 16,
             "read_threads": 1,
         },
-        "loss": {"max_labeled": 90},
+        "loss": {"max_labeled": 32},
         "optimizer": {"learning_rate": 2.5e-3, "min_learning_rate": 1.5e-4, "clip_norm": 1.0},
         "checkpoint": {"every": 500},
         "evaluation": {"every": 500, "batches": 4, "stores": ("TOKEN_STORE",)},

@@ -22,6 +22,7 @@ from univla_jax.tasks.base import TaskSettings
         ({"weight_unit": "frame"}, "data.weight_unit"),
         ({"null_prompt_prob": 1.5}, "data.null_prompt_prob"),
         ({"aligned_windows": -0.1}, "data.aligned_windows"),
+        ({"state_steps": 0}, "data.state_steps: 0, expected at least 1"),
         ({"held_out_every": 1}, "data.held_out_every"),
         ({"task": "policy_image"}, "shows one moment"),
         ({"task": "world_model", "state": True}, "has no place for it"),
@@ -56,8 +57,8 @@ def test_labels_are_the_tasks_unless_they_are_set(task):
 
 def test_the_settings_of_the_task_are_fields_of_the_config():
     values = {"frame_spacing": 4, "views": ("b", "a"), "state": True, "aligned_windows": 0.5}
-    config = small.config(**values, max_committed=2)
-    assert config.settings == TaskSettings(2, 3, 4, ("b", "a"), False, True, 0.5, 2)
+    config = small.config(**values, max_committed=2, state_steps=3)
+    assert config.settings == TaskSettings(2, 3, 4, ("b", "a"), False, True, 0.5, 2, state_steps=3)
 
 
 def test_weights_count_per_episode_or_per_store():

@@ -50,6 +50,8 @@ def moving(steps=13, **changes):
         {"task": "policy_video"},
         {"task": "policy_video", "state": True},
         {"task": "policy_image", "frames": 1},
+        {"task": "policy_image", "frames": 1, "aligned_windows": 1.0},
+        {"task": "policy_video", "state": True, "state_steps": 2},
         {"task": "policy_video", "max_committed": 2},
         {"task": "policy_image", "frames": 1, "max_committed": 2, "state": True},
         {"task": "policy_flow", "frames": 1, "packing": False},

@@ -22,6 +22,8 @@ from univla_jax.sequences.tokens import (
     labeled_roles,
     opening,
 )
+from univla_jax.tokenizers.fast import FastTokenizer
+from univla_jax.tokenizers.vocabulary import Vocabulary
 
 
 def test_words_are_encoded_once_and_checked():
@@ -76,6 +78,22 @@ def test_a_state_is_a_normalized_chunk_of_one_step():
     normalized = statistics.normalize(state)
     np.testing.assert_allclose(normalized, [[1, -1]], atol=1e-5)
     assert VOCABULARY.action_codes(ids).tolist() == ASSETS.action.encode(normalized)
+
+
+def test_a_state_of_more_steps_is_finer_and_no_longer():
+    """Without trailing zeros only the coefficients of frequency 0 are written, sqrt(T) as large."""
+    states = np.array([[0.5, 0.5], [0.56, 0.5]], np.float32)
+    chunks = np.random.default_rng(0).uniform(-1, 1, (8, 4, 2))
+    fast = FastTokenizer.fit(chunks, scale=8.0, vocabulary_size=256, drop_trailing_zeros=True)
+    vocabulary = Vocabulary.from_scratch(128, 12, fast.vocabulary_size)
+    statistics = dataclasses.replace(
+        ASSETS.statistics["tabletop"], q01=(-1.0, -1.0), q99=(1.0, 1.0)
+    )
+    one, other = encode_states(vocabulary, fast, statistics, states)
+    np.testing.assert_array_equal(one, other)
+    one, other = encode_states(vocabulary, fast, statistics, states, 4)
+    assert len(one) == len(other) == 2 and one[0] != other[0] and one[1] == other[1]
+    assert fast.decode(vocabulary.action_codes(one), 4, 2).actions == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ def test_states_are_recorded_only_where_they_are_shown():
     record = TaskRecord.from_json({**SAVED, "state": True})
     assert record.state and record.to_json()["state"] is True
     assert "state" not in TaskRecord.from_json(SAVED).to_json()
+    finer = TaskRecord.from_json({**SAVED, "state": True, "state_steps": 4})
+    assert finer.settings.state_steps == finer.to_json()["state_steps"] == 4
+    assert "state_steps" not in record.to_json()
 
 
 def test_settings_are_those_of_training():

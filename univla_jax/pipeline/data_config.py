@@ -29,6 +29,7 @@ class MixtureTask:
       frames: moments per sample; 1 where the task shows one moment.
       chunk_size: steps of an action chunk.
       state: whether the proprioceptive state is written before each chunk.
+      state_steps: equal steps of the chunk as which it is written.
       advantage: whether a token behind the instruction says how good the chunks are.
       question_first: whether a question stands before the frames that it is about.
       wordless: whether the instruction is left out.
@@ -53,6 +54,7 @@ class MixtureTask:
     frames: int | None = None
     chunk_size: int | None = None
     state: bool | None = None
+    state_steps: int | None = None
     advantage: bool | None = None
     question_first: bool | None = None
     wordless: bool | None = None
@@ -100,6 +102,9 @@ class DataConfig:
         other tasks.
       chunk_size: steps of an action chunk.
       state: whether policies see the proprioceptive state, written before each chunk.
+      state_steps: equal steps of the chunk as which the state is written; the reference has 1. With
+        FAST n steps make its levels sqrt(n) times as fine, at no more tokens where trailing zeros
+        are dropped: a policy of differences from the measured pose must know that pose.
       advantage: whether a token behind the instruction tells the video policy how good its chunks
         are, which ``improve`` learns from roll-outs; the policy then acts for good ones.
       question_first: whether a question stands before the frames that it is about, so that they are
@@ -150,6 +155,7 @@ class DataConfig:
     frames: int = 2
     chunk_size: int = dataclasses.field(default=10, metadata={"formerly": "action_frames"})
     state: bool = False
+    state_steps: int = 1
     advantage: bool = False
     question_first: bool = False
     wordless: bool = False
@@ -183,6 +189,7 @@ class DataConfig:
         _check_one_of("too_long", self.too_long, _TOO_LONG)
         for name in ("sequence_length", "batch_size", "frames", "chunk_size", "packing_bins"):
             _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("state_steps", self.state_steps, 1)
         for name in ("frame_spacing", "workers", "read_threads", "prefetch_batches", "seed"):
             _check_at_least(name, getattr(self, name), 0)
         _check_at_least("copies_per_epoch", self.copies_per_epoch, 0)

@@ -185,15 +185,19 @@ def _most_chunk_tokens(task: Task, episode: TokenizedEpisode) -> int:
     chunk = task.action_tokenizer.max_tokens(task.settings.chunk_size, episode.actions.shape[1])
     if not task.settings.state or episode.state is None:
         return chunk
-    return chunk + task.action_tokenizer.max_tokens(1, episode.state.shape[1])
+    return chunk + task.max_state_tokens(episode.state.shape[1])
 
 
 def _most_window_tokens(task: Task, episode: TokenizedEpisode, moments: int) -> int:
-    """The most action and state ids of ``moments`` chunks in a row, over all their places."""
+    """The most action and state ids of ``moments`` chunks in a row, over all places of windows."""
     lengths = task.chunk_lengths(episode)
     size = task.settings.chunk_size
     starts = len(episode) - moments * size + 1
-    return int(sum(lengths[m * size : m * size + starts] for m in range(moments)).max())
+    # Where every window begins with a whole number of chunks, motions that do are often much
+    # shorter in tokens than what lies across two of them.
+    aligned = task.settings.aligned_windows >= 1 and not task.settings.max_committed
+    places = range(0, starts, size if aligned else 1)
+    return max(int(sum(lengths[start + m * size] for m in range(moments))) for start in places)
 
 
 def _most_committed_tokens(task: Task, episode: TokenizedEpisode) -> int:

@@ -222,15 +222,19 @@ def encode_states(
     tokenizer: ActionTokenizer,
     statistics: ActionStatistics,
     states: np.ndarray | Sequence[np.ndarray],
+    steps: int = 1,
 ) -> list[np.ndarray]:
-    """int32 ids of each state, which is encoded as a chunk of one step.
+    """int32 ids of each state, which is encoded as a chunk of so many equal steps.
 
     Args:
       vocabulary: of the ids.
       tokenizer: of normalized chunks.
       statistics: of the corpus' states.
       states: float32 [N, P], in physical units.
+      steps: of the chunk; the reference has one. FAST's coefficient of frequency 0 grows with their
+        square root, and so the number of its levels.
 
     Source: ``state`` in UniVLA reference/Emu3/emu3/mllm/processing_emu3.py.
     """
-    return encode_chunks(vocabulary, tokenizer, statistics.normalize(np.asarray(states))[:, None])
+    chunks = np.repeat(statistics.normalize(np.asarray(states))[:, None], steps, axis=1)
+    return encode_chunks(vocabulary, tokenizer, chunks)

@@ -111,6 +111,7 @@ class TaskRecord:
       advantage: whether a token behind the instruction said how good the chunks are.
       question_first: whether a question stood before the frames that it was about.
       wordless: whether the instruction was left out.
+      state_steps: equal steps of the chunk as which a state is written.
     """
 
     task: str = dataclasses.field(metadata={"formerly": "layout"})
@@ -127,6 +128,7 @@ class TaskRecord:
     advantage: bool = False
     question_first: bool = False
     wordless: bool = False
+    state_steps: int = 1
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskRecord:
@@ -148,8 +150,9 @@ class TaskRecord:
         # that a run which is continued finds the fingerprint that it saved.
         values = dataclasses.asdict(self)
         added = ("state", "views_together", "labels", "max_committed", "advantage")
-        for name in (*added, "question_first", "wordless"):
-            if not values[name]:
+        added = (*added, "question_first", "wordless", "state_steps")
+        for name in added:
+            if values[name] == getattr(TaskRecord, name):
                 del values[name]  # absent, as in assets saved before there were such choices
         values["views"] = list(self.views)
         for corpus in values["corpora"].values():
@@ -174,6 +177,7 @@ class TaskRecord:
             advantage=self.advantage,
             question_first=self.question_first,
             wordless=self.wordless,
+            state_steps=self.state_steps,
         )
 
     def views_of(self, corpus: str) -> tuple[str, ...]:

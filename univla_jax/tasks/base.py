@@ -63,6 +63,7 @@ class TaskSettings:
       advantage: whether a token behind the instruction says how good the chunks are.
       question_first: whether a question stands before the frames that it is about.
       wordless: whether the instruction is left out, so that frames follow from actions alone.
+      state_steps: equal steps of the chunk as which a state is written; more are finer.
     """
 
     frames: int = 1
@@ -76,6 +77,7 @@ class TaskSettings:
     advantage: bool = False
     question_first: bool = False
     wordless: bool = False
+    state_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,11 +369,16 @@ class Task(abc.ABC):
         another form than it was trained on.
         """
         statistics = self.statistics_of(state_key(corpus))
-        return encode_states(self.vocabulary, self.action_tokenizer, statistics, states)
+        steps = self.settings.state_steps
+        return encode_states(self.vocabulary, self.action_tokenizer, statistics, states, steps)
 
     def max_state_tokens(self, state_dim: int) -> int:
         """The most ids of a state of ``state_dim`` numbers."""
-        return self.action_tokenizer.max_tokens(1, state_dim)
+        steps = self.settings.state_steps
+        longest = self.action_tokenizer.max_tokens(steps, state_dim)
+        # Equal steps have no frequency but 0; where trailing zeros are dropped no other is written.
+        dropped = getattr(self.action_tokenizer, "drop_trailing_zeros", False)
+        return longest // steps if dropped else longest
 
     def statistics_of(self, key: str) -> ActionStatistics:
         """Statistics of a corpus' actions, or by ``state_key`` of its states.

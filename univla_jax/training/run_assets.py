@@ -157,6 +157,7 @@ def task_record(data: DataConfig, stores: Sequence[TokenStore]) -> TaskRecord:
         advantage=data.advantage,
         question_first=data.question_first,
         wordless=data.wordless,
+        state_steps=data.state_steps,
         labels=data.loss_on if data.loss_on != tasks.task_class(data.task).labels else "",
     )
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.fft
 from scipy.spatial.transform import Rotation
 
 from tests.conftest import REPOSITORY
@@ -17,11 +18,12 @@ from univla_jax.data.action_conventions import ALOHA_DELTAS
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.readers import open_reader
 from univla_jax.errors import UserError
-from univla_jax.simulators.aloha import aloha_demonstrations
-from univla_jax.simulators.aloha.aloha_demonstrations import DemonstrationsConfig
+from univla_jax.simulators.aloha import aloha_demonstrations, aloha_scripts
+from univla_jax.simulators.aloha.aloha_demonstrations import ChunkPlanner, DemonstrationsConfig
 from univla_jax.simulators.aloha.aloha_scripts import Waypoint
 
-STATE = np.array([*(-0.2, 0.5, 0.3, 0, 0, 0, 0.1), *(0.2, 0.5, 0.3, 0, 0, np.pi, 0.1)], np.float32)
+LEFT, RIGHT, SIZE = (-0.2, 0.5, 0.3), (0.2, 0.5, 0.3), 25
+STATE = np.array([*LEFT, 0, 0, 0, 0.1, *RIGHT, 0, 0, np.pi, 0.1], np.float32)
 
 
 @pytest.mark.parametrize(
@@ -38,31 +40,92 @@ def test_mistakes_are_named(changes, message):
         DemonstrationsConfig(**{"train_episodes": 1, "val_episodes": 1} | changes)
 
 
-def test_a_chunk_begins_at_the_measured_pose_and_leads_to_the_waypoint():
-    left = [Waypoint(0, (0, 0, 0), Rotation.identity(), 0.0)]
-    left += [Waypoint(30, (-0.1, 0.5, 0.3), Rotation.identity(), 1.0)]
-    right = [Waypoint(10, (0.2, 0.5, 0.1), Rotation.from_euler("z", np.pi), 0.0)]
-    grippers = np.array([0.5, 0.0])
-    paths = {"left": left, "right": right}
-    chunk = aloha_demonstrations.plan_chunk(paths, 20, 11, STATE, grippers)
-    assert chunk.shape == (11, 14) and chunk.dtype == np.float32
-    np.testing.assert_allclose(chunk[0], [*STATE[:6], 0.5, *STATE[7:13], 0.0], atol=1e-6)
-    np.testing.assert_allclose(chunk[-1, :3], (-0.1, 0.5, 0.3), atol=1e-6)
-    assert chunk[-1, 6] == 1
+@pytest.fixture
+def scene(monkeypatch):
+    """A planner of the transfer without a simulator, and the object's place, which tests move."""
+    down, level = Rotation.from_euler("y", 1.0), Rotation.identity()
+    placed = np.array([0.1, 0.5, 0.02, 1, 0, 0, 0])
+    turned = Rotation.from_euler("z", np.pi)
+
+    def waypoints(task, physics):
+        del task, physics
+        cube = placed[:3]
+        right = [(50, cube + (0, 0, 0.1), 1.0), (75, cube, 1.0), (100, cube, 0.0)]
+        right += [(150, np.array([0, 0.5, 0.3]), 0.0)]
+        left = [(50, np.array([-0.1, 0.5, 0.3]), 1.0)]
+        return {
+            "right": [Waypoint(0, RIGHT, turned, 0.0)]
+            + [Waypoint(step, tip, turned * down, opened) for step, tip, opened in right],
+            "left": [Waypoint(0, LEFT, level, 0.0)]
+            + [Waypoint(step, tip, level, opened) for step, tip, opened in left],
+        }
+
+    monkeypatch.setattr(aloha_scripts, "waypoints", waypoints)
+    monkeypatch.setattr(aloha_scripts, "objects_of", lambda physics: placed)
+    return ChunkPlanner("transfer_cube", None, SIZE), placed
+
+
+def test_a_chunk_is_one_motion_from_the_measured_pose_to_the_waypoint(scene):
+    planner, _ = scene
+    planner.next_chunk(STATE)
+    chunk = planner.next_chunk(STATE)
+    assert chunk.shape == (SIZE, 14) and chunk.dtype == np.float32
+    np.testing.assert_allclose(chunk[0], [*STATE[:6], 0.5, *STATE[7:13], 0.5], atol=1e-6)
+    np.testing.assert_allclose(chunk[-1, :3], (-0.1, 0.5, 0.3), atol=1e-3)
+    np.testing.assert_allclose(chunk[-1, 7:10], (0.1, 0.5, 0.12), atol=1e-3)
+    assert chunk[-1, 6] == pytest.approx(1, abs=0.01)
+    # From rest to rest, and so of two cosine coefficients.
+    assert np.abs(np.diff(chunk[[0, 1, -2, -1]], axis=0)[[0, 2]]).max() < 0.02
+    assert np.abs(scipy.fft.dct(chunk[:, :3], axis=0, norm="ortho")[2:]).max() < 1e-6
     # So that what a policy of differences adds to the measured pose are these poses.
     back = ALOHA_DELTAS.to_absolute(ALOHA_DELTAS.to_relative(chunk), STATE)
     turns = np.abs(back - chunk) % (2 * np.pi)
     np.testing.assert_allclose(np.minimum(turns, 2 * np.pi - turns), 0, atol=1e-5)
 
 
-def test_hands_are_pushed_half_of_the_times_and_not_while_their_fingers_close():
+def reached(chunk: np.ndarray, **moved: np.ndarray) -> np.ndarray:
+    """The state at the end of a chunk, of hands that were moved."""
+    state = chunk[-1].copy()
+    state[:3] += moved.get("left", 0)
+    state[7:10] += moved.get("right", 0)
+    return state
+
+
+def test_a_hand_that_is_off_its_waypoint_goes_there_first(scene):
+    planner, cube = scene
+    above = planner.next_chunk(reached(planner.next_chunk(STATE)))
+    cube[:2] += 0.05, 0.02  # it is seen where it lies now
+    again = planner.next_chunk(reached(above, right=(0, 0.03, 0)))
+    np.testing.assert_allclose(again[-1, 7:10], cube[:3] + (0, 0, 0.1), atol=1e-3)
+    down = planner.next_chunk(reached(again, right=(0.01, 0, 0)))
+    np.testing.assert_allclose(down[-1, 7:10], cube[:3], atol=1e-3)
+    closing = planner.next_chunk(reached(down))
+    assert closing[0, 13] == 1 and closing[-1, 13] < 0.01
+
+
+def test_an_object_that_was_lost_is_taken_again(scene):
+    planner, cube = scene
+    chunk = planner.next_chunk(STATE)
+    for _ in range(3):
+        chunk = planner.next_chunk(reached(chunk))
+    held = planner.next_chunk(reached(chunk))
+    np.testing.assert_allclose(held[-1, 7:10], (cube[:3] + (0, 0.5, 0.3)) / 2, atol=1e-3)
+    again = planner.next_chunk(reached(held))  # the hand rose, and the object lies
+    np.testing.assert_allclose(again[-1, 7:10], cube[:3] + (0, 0, 0.1), atol=1e-3)
+    assert again[0, 13] < 0.01 and again[-1, 13] > 0.99
+
+
+def test_hands_are_pushed_slowly_and_at_once_where_their_fingers_close():
     chunk = np.tile(STATE, (5, 1))
     chunk[:, 6] = np.linspace(1, 0, 5)
     rng = np.random.default_rng(0)
-    pushes = [aloha_demonstrations._draw_pushes(rng, 0.03, chunk) for _ in range(200)]
-    left, right = np.split(np.abs(pushes), 2, axis=1)
-    assert not left.any() and not right[:, 3:].any() and right.max() <= 0.03
-    assert 70 < (right.max(1) > 0).sum() < 130
+    pushes = [aloha_demonstrations._draw_pushes(rng, 0.03, chunk) for _ in range(400)]
+    left, right = np.split(np.abs(pushes), 2, axis=2)
+    assert not left[..., 3:].any() and not right[..., 3:].any() and not right[:, 0].any()
+    assert 0.03 < left.max() <= 0.075 and right.max() <= 0.03
+    np.testing.assert_allclose(left[:, 1], left[:, -1])  # a quarter of a chunk and there
+    np.testing.assert_allclose(right[:, 1], right[:, -1] / 4, atol=1e-6)
+    assert 60 < (left.max((1, 2)) > 0).sum() < 140 < (right.max((1, 2)) > 0).sum() < 200
 
 
 def test_frames_are_averaged():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from scipy.spatial.transform import Rotation
 
 from univla_jax.simulators.aloha import aloha_scripts
@@ -23,15 +22,6 @@ def test_a_hand_goes_straight_from_waypoint_to_waypoint_and_stays_at_the_last():
     np.testing.assert_allclose(tips, [[0, 0, 0], [0.5, 0, 0], [1, 0, 0], [1, 1, 0], [1, 2, 0]])
     np.testing.assert_allclose(rotations.as_euler("xyz")[:, 2], [0, 0.5, 1, 1, 1])
     np.testing.assert_allclose(grippers, [0, 0.5, 1, 1, 1])
-
-
-@pytest.mark.parametrize(("step", "left"), [(4, [10, 20]), (10, [20]), (20, [21]), (26, [27])])
-def test_a_new_plan_begins_where_the_hand_is_and_keeps_the_times_of_the_script(step, left):
-    path = aloha_scripts.replan(PATH, step, np.array([9.0, 9, 9]), LEVEL, 0.3)
-    assert [waypoint.step for waypoint in path] == [step, *left]
-    tips, _, grippers = aloha_scripts.follow(path, np.array([step, left[-1]]))
-    np.testing.assert_allclose(tips, [[9, 9, 9], [1, 2, 0]])
-    np.testing.assert_allclose(grippers, [0.3, 1])
 
 
 def test_the_yaw_of_the_right_arm_does_not_jump():

@@ -2,9 +2,9 @@
 
 Actions and states are poses of both hands (suite ``"poses"``); the cameras draw where a chunk of
 actions begins, and between two pictures the newest one stands. There the script plans anew from
-where the hands are, so that each chunk leads from the measured pose to the script's next waypoints:
+where the hands are, so that each chunk leads from the measured pose to the script's next waypoint:
 what a policy of chunk deltas (``ChunkDeltas``) says, and what brings back a hand that was pushed.
-``data.aligned_windows=1`` shows these chunks and no other.
+A chunk is one motion from rest to rest. ``data.aligned_windows=1`` shows these chunks and no other.
 
 Axes: T steps, 14 action dimensions.
 """
@@ -15,11 +15,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation, Slerp
 
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds_writer import check_description, successes, write_rlds
@@ -29,13 +30,17 @@ from univla_jax.io import absolute_path
 from univla_jax.simulators import Trial
 from univla_jax.simulators.aloha import aloha_scripts
 from univla_jax.simulators.aloha.aloha_benchmark import TASKS, AlohaProtocol, AlohaSimulator
-from univla_jax.simulators.aloha.aloha_scripts import ARM_ACTIONS, ARMS, CLOSED, Paths
+from univla_jax.simulators.aloha.aloha_scripts import ARM_ACTIONS, ARMS, CLOSED, follow
 
 CORPUS = "aloha_sim"
 FIRST_SEEDS = {"train": 100_000, "val": 900_000}
 """Seeds of ``gym-aloha`` from which demonstrations begin; those below are for evaluation."""
 _ATTEMPTS = 3  # per episode of a split
 _GRIPPERS = slice(ARM_ACTIONS - 1, None, ARM_ACTIONS)
+_NEAR = 0.02  # meters from a waypoint within which a hand is there
+_BETWEEN_FINGERS = 0.04  # meters from a tip within which an object is held
+_PUSHED, _PUSHED_CLOSING = (0.4, 1), (0.25, 2.5)  # share of the times, and times how far
+_CLOSING_HASTE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +53,9 @@ class DemonstrationsConfig:
       task: of ``aloha_benchmark.TASKS``.
       draw_every: steps from one picture, and from one plan of the script, to the next; an episode
         ends with a whole number of them.
-      push: meters per axis up to which a hand is pushed off its way until the next picture, half of
-        the times and not while its fingers close. What is recorded are the actions of the script
-        (DART, arXiv 1703.09327).
+      push: meters per axis up to which a hand is pushed off its way until the next picture, four
+        times of ten; where its fingers close more seldom, farther and at once, so that they miss.
+        What is recorded are the actions of the script (DART, arXiv 1703.09327).
       reduction: pixels of the simulator that are averaged to one of the dataset, along each side.
       max_steps: after which an episode has failed.
       image_format: ``"png"`` or ``"jpeg"``.
@@ -152,17 +157,15 @@ def demonstrate(
     """
     rng, size = np.random.default_rng(seed), config.draw_every
     simulator.reset(Trial(TASKS.index(config.task), seed))
-    paths = aloha_scripts.waypoints(config.task, simulator.physics)
+    planner = ChunkPlanner(config.task, simulator.physics, size)
     frames: dict[str, list[np.ndarray]] = {}
     states, chunks, solved = [], [], False
     while not solved and len(chunks) * size < config.max_steps:
         observation = simulator.observe()
         for view, frame in observation.frames.items():
             frames.setdefault(view, []).append(_averaged(frame, config.reduction))
-        grippers = chunks[-1][-1, _GRIPPERS] if chunks else np.full(len(ARMS), CLOSED)
-        chunk = plan_chunk(paths, len(chunks) * size, size, observation.state, grippers)
-        pushes = np.linspace(0, 1, size)[:, None] * _draw_pushes(rng, config.push, chunk)
-        for action, push in zip(chunk, pushes, strict=True):
+        chunk = planner.next_chunk(observation.state)
+        for action, push in zip(chunk, _draw_pushes(rng, config.push, chunk), strict=True):
             states.append(simulator.observe_state())
             simulator.step(action + push)
             solved = solved or simulator.result()["success"]
@@ -180,38 +183,84 @@ def demonstrate(
     )
 
 
-def plan_chunk(
-    paths: Paths, step: int, size: int, state: np.ndarray, grippers: np.ndarray
-) -> np.ndarray:
-    """The script's actions from a step on, beginning with the pose of the hands.
+class ChunkPlanner:
+    """Chunks of a script that follow from what the hands and the objects do, not from a clock.
 
-    Args:
-      paths: waypoints of both hands.
-      step: of the episode.
-      size: of the chunk T.
-      state: poses of both hands [14] at the step.
-      grippers: as last commanded [2].
-
-    Returns:
-      float32 [T, 14].
+    A policy that sees one moment cannot count. So the script waits at a waypoint until the hand is
+    there, aims anew while the objects lie, and begins again above them when one was lost.
     """
-    parts = []
-    for number, arm in enumerate(ARMS):
-        pose = state[number * ARM_ACTIONS : (number + 1) * ARM_ACTIONS]
-        turned = Rotation.from_euler("xyz", pose[3:6])
-        path = aloha_scripts.replan(paths[arm], step, pose[:3], turned, grippers[number])
-        tips, rotations, opened = aloha_scripts.follow(path, step + np.arange(size))
-        parts += [tips, aloha_scripts.euler_angles(arm, rotations), opened[:, None]]
-    return np.concatenate(parts, 1).astype(np.float32)
+
+    def __init__(self, task: str, physics: Any, size: int) -> None:
+        """Begins a script.
+
+        Args:
+          task: a key of ``aloha_scripts.SCRIPTS``.
+          physics: at the beginning of an episode.
+          size: of the chunks T.
+        """
+        self._task, self._physics, self._size = task, physics, size
+        self._step, self._paths = 0, aloha_scripts.waypoints(task, physics)
+        self._grippers = [CLOSED] * len(ARMS)
+        # Half a cosine: of its cosine coefficients, as FAST writes them, only two are not 0.
+        phase = (np.arange(size) + 0.5) / size
+        self._eased = (np.cos(np.pi * phase[0]) - np.cos(np.pi * phase)) / 2
+
+    def next_chunk(self, state: np.ndarray) -> np.ndarray:
+        """Actions float32 [T, 14] from the measured poses [14] to where the hands are to be next.
+
+        A motion begins and ends at rest.
+        """
+        poses = state.reshape(len(ARMS), ARM_ACTIONS)
+        tips = dict(zip(ARMS, poses[:, :3], strict=True))
+        if self._step >= aloha_scripts.CLOSED_ON and self._lost(tips):
+            self._step = aloha_scripts.ABOVE
+        elif self._arrived(tips):
+            self._step += self._size
+        if self._step <= aloha_scripts.AT:
+            self._paths = aloha_scripts.waypoints(self._task, self._physics)
+        parts = []
+        for number, (arm, pose) in enumerate(zip(ARMS, poses, strict=True)):
+            (tip,), turn, (gripper,) = follow(self._paths[arm], np.array([self._step]))
+            turns = Rotation.concatenate([Rotation.from_euler("xyz", pose[3:6]), turn[0]])
+            angles = aloha_scripts.euler_angles(arm, Slerp([0, 1], turns)(self._eased))
+            last, self._grippers[number] = self._grippers[number], gripper
+            opened = last + self._eased * (gripper - last)
+            eased = self._eased[:, None]
+            parts += [pose[:3] + eased * (tip - pose[:3]), angles, opened[:, None]]
+        return np.concatenate(parts, 1).astype(np.float32)
+
+    def _arrived(self, tips: dict[str, np.ndarray]) -> bool:
+        """Whether each hand is at its waypoint of this step, where it has one."""
+        if self._step in (0, aloha_scripts.CLOSED_ON):  # closed fingers do not move to an object
+            return True
+        return not any(
+            waypoint.step == self._step and np.linalg.norm(tips[arm] - waypoint.tip) > _NEAR
+            for arm, path in self._paths.items()
+            for waypoint in path
+        )
+
+    def _lost(self, tips: dict[str, np.ndarray]) -> bool:
+        """Whether a hand closed, and what it took is not between its fingers."""
+        objects = aloha_scripts.objects_of(self._physics)
+        return any(
+            np.linalg.norm(tips[arm] - objects[first : first + 3]) > _BETWEEN_FINGERS
+            for arm, first in aloha_scripts.TAKEN[self._task].items()
+        )
 
 
 def _draw_pushes(rng: np.random.Generator, most: float, chunk: np.ndarray) -> np.ndarray:
-    """How far each hand is off its way at the end of a chunk [T, 14]: float32 [14]."""
-    push = np.zeros((len(ARMS), ARM_ACTIONS), np.float32)
-    drawn = rng.uniform(-most, most, (len(ARMS), 3)) * (rng.random((len(ARMS), 1)) < 0.5)
+    """How far each hand is off its way at each step of a chunk [T, 14]: float32 [T, 14]."""
+    size = len(chunk)
     opened = chunk[:, _GRIPPERS]
-    push[:, :3] = drawn * (opened[-1] >= opened[0])[:, None]
-    return push.ravel()
+    closes = opened[-1] < opened[0]
+    # Slowly, but before fingers close: a hand that is pushed then takes nothing.
+    risen = np.linspace(0, 1, size)[:, None] * np.where(closes, _CLOSING_HASTE, 1)
+    share, times = np.where(closes, *np.array([_PUSHED_CLOSING, _PUSHED])[..., None])
+    drawn = rng.uniform(-most, most, (len(ARMS), 3)) * times[:, None]
+    drawn *= (rng.random(len(ARMS)) < share)[:, None]
+    push = np.zeros((size, len(ARMS), ARM_ACTIONS), np.float32)
+    push[..., :3] = np.minimum(risen, 1)[..., None] * drawn
+    return push.reshape(size, -1)
 
 
 def _averaged(frame: np.ndarray, reduction: int) -> np.ndarray:

@@ -138,8 +138,13 @@ def plan(task: str, physics: Any, steps: int) -> np.ndarray:
 
 
 def waypoints(task: str, physics: Any) -> Paths:
-    """The waypoints of both hands, for a task as it lies at the beginning of an episode."""
-    return SCRIPTS[task](physics.data.qpos[2 * 8 :].copy(), Arms(physics))
+    """The waypoints of both hands from where they are, for a task as it lies."""
+    return SCRIPTS[task](objects_of(physics), Arms(physics))
+
+
+def objects_of(physics: Any) -> np.ndarray:
+    """Position [3] and quaternion [4] of each object, one behind the other."""
+    return physics.data.qpos[2 * 8 :].copy()
 
 
 def follow(path: Sequence[Waypoint], steps: np.ndarray) -> tuple[np.ndarray, Rotation, np.ndarray]:
@@ -150,15 +155,6 @@ def follow(path: Sequence[Waypoint], steps: np.ndarray) -> tuple[np.ndarray, Rot
     tips = np.array([waypoint.tip for waypoint in path])
     between = [np.interp(now, times, axis) for axis in tips.T]
     return np.stack(between, 1), turn(now), np.interp(now, times, [w.gripper for w in path])
-
-
-def replan(
-    path: Sequence[Waypoint], step: int, tip: np.ndarray, rotation: Rotation, gripper: float
-) -> list[Waypoint]:
-    """The waypoints of a hand that are left at a step, from where it is then."""
-    left = [waypoint for waypoint in path if waypoint.step > step]
-    left = left or [dataclasses.replace(path[-1], step=step + 1)]
-    return [Waypoint(step, tip, rotation, gripper), *left]
 
 
 def euler_angles(arm: str, rotation: Rotation) -> np.ndarray:
@@ -174,9 +170,13 @@ def euler_angles(arm: str, rotation: Rotation) -> np.ndarray:
 
 # ----------------------------------------------------------------------------
 # The scripts. A cube is taken by the right hand and given to the left one; a peg in the right hand
-# is put into a socket in the left one. Objects come as position [3] and quaternion [4].
+# is put into a socket in the left one. Objects come as position [3] and quaternion [4]. The hands
+# are at waypoints after whole half seconds, so that a policy's chunk of 25 steps is one motion.
 
 Paths = dict[str, list[Waypoint]]
+ABOVE, AT, CLOSED_ON = 50, 75, 100
+"""Steps of every script at which hands are above the objects, at them, and closed on them."""
+_TABLE = 0.02  # meters: height of the middle of an object that lies
 _MEETING = np.array([0.0, 0.5, 0.3])
 _SOCKET_ABOVE_PEG = 0.019  # meters
 
@@ -187,25 +187,25 @@ def _path(arms: Arms, arm: str, moves: Sequence[tuple[Any, ...]]) -> list[Waypoi
 
 def transfer_cube(objects: np.ndarray, arms: Arms) -> Paths:
     """The right hand takes the cube and holds it out; the left hand takes it from there."""
-    cube = objects[:3] - (0, 0, 0.03)  # it begins above the table, and falls
+    cube = np.array([*objects[:2], _TABLE])  # it begins above the table, and falls
     grasp = cube + (0.006, 0, 0.008)  # the left hand needs room at the other end
     down = gripper_rotation((-0.5, 0, -0.87), (0, -1, 0))
     level = gripper_rotation((1, 0, 0), (0, 0, 1))
     right = [
-        (50, cube + (0, 0, 0.12), down, OPEN),
-        ((85, grasp, down, OPEN)),
-        ((105, grasp, down, CLOSED)),
-        (165, _MEETING, down, CLOSED),
-        (225, _MEETING, down, CLOSED),
-        (235, _MEETING, down, OPEN),
+        (ABOVE, grasp + (0, 0, 0.1), down, OPEN),
+        (AT, grasp, down, OPEN),
+        (CLOSED_ON, grasp, down, CLOSED),
+        (150, _MEETING, down, CLOSED),
+        (200, _MEETING, down, CLOSED),
+        (225, _MEETING, down, OPEN),
         (275, _MEETING + (0.12, 0, 0.05), down, OPEN),
     ]
     left = [
-        (120, _MEETING + (-0.15, 0, -0.025), level, OPEN),
-        (165, _MEETING + (-0.1, 0, -0.025), level, OPEN),
-        (195, _MEETING + (-0.015, 0, -0.025), level, OPEN),
-        (220, _MEETING + (-0.015, 0, -0.025), level, CLOSED),
-        (235, _MEETING + (-0.015, 0, -0.025), level, CLOSED),
+        (ABOVE, _MEETING + (-0.12, 0, -0.025), level, OPEN),
+        (150, _MEETING + (-0.12, 0, -0.025), level, OPEN),
+        (175, _MEETING + (-0.015, 0, -0.025), level, OPEN),
+        (200, _MEETING + (-0.015, 0, -0.025), level, CLOSED),
+        (225, _MEETING + (-0.015, 0, -0.025), level, CLOSED),
         (275, _MEETING - (0.1, 0, 0), level, CLOSED),
     ]
     return {"left": _path(arms, "left", left), "right": _path(arms, "right", right)}
@@ -213,7 +213,7 @@ def transfer_cube(objects: np.ndarray, arms: Arms) -> Paths:
 
 def insertion(objects: np.ndarray, arms: Arms) -> Paths:
     """The right hand takes the peg, the left hand the socket; the peg goes in from the right."""
-    peg, socket = objects[:3] - (0, 0, 0.03), objects[7:10] - (0, 0, 0.03)
+    peg, socket = np.array([*objects[:2], _TABLE]), np.array([*objects[7:9], _TABLE])
     right_down = gripper_rotation((-0.5, 0, -0.87), (0, -1, 0))
     left_down = gripper_rotation((0.5, 0, -0.87), (0, 1, 0))
     # A peg lies lower on the table than the middle of a socket, and so in the hand.
@@ -222,12 +222,12 @@ def insertion(objects: np.ndarray, arms: Arms) -> Paths:
     def path(arm: str, at: np.ndarray, down: Rotation, side: float, last: float) -> list[Waypoint]:
         meet = np.array([0.0, 0.5, height[arm]])
         moves = [
-            (50, at + (0, 0, 0.12), down, OPEN),
-            (85, at, down, OPEN),
-            (105, at, down, CLOSED),
-            (165, meet + (side * 0.14, 0, 0), down, CLOSED),
-            (185, meet + (side * 0.12, 0, 0), down, CLOSED),
-            (260, meet + (side * last, 0, 0), down, CLOSED),
+            (ABOVE, at + (0, 0, 0.12), down, OPEN),
+            (AT, at, down, OPEN),
+            (CLOSED_ON, at, down, CLOSED),
+            (150, meet + (side * 0.14, 0, 0), down, CLOSED),
+            (175, meet + (side * 0.12, 0, 0), down, CLOSED),
+            (250, meet + (side * last, 0, 0), down, CLOSED),
         ]
         return _path(arms, arm, moves)
 
@@ -241,3 +241,5 @@ SCRIPTS: dict[str, Callable[[np.ndarray, Arms], Paths]] = {
     "transfer_cube": transfer_cube,
     "insertion": insertion,
 }
+TAKEN = {"transfer_cube": {"right": 0}, "insertion": {"right": 0, "left": 7}}
+"""Which object each hand takes: the first number of its position in those of all objects."""
