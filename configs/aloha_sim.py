@@ -48,11 +48,12 @@ Values = dict[str, Any]
 def demonstrations() -> ConfigDict:
     """Scripted episodes whose hands are pushed off their way now and then."""
     values = {
-        "train_episodes": 350,
-        "val_episodes": 12,
+        "train_episodes": 125,
+        "val_episodes": 5,
         "draw_every": ACTION_FRAMES,
         "push": 0.025,
-        "max_steps": 400,
+        "moved": 0.4,
+        "max_steps": 325,
     }
     return complete(DemonstrationsConfig, values)
 
@@ -101,8 +102,8 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of three cameras and the state."""
     values = {
-        "total_steps": 3500,
-        "model": {"preset": "quickstart", "visual_init": "codebook"},
+        "total_steps": 2200,
+        "model": {"preset": "quickstart", "visual_init": "codebook", "overrides": {"dropout": 0.1}},
         "data": {
             "stores": ("TOKEN_STORE",),
             "task": "policy_image",
@@ -114,7 +115,7 @@ def policy() -> ConfigDict:
             "state_steps": ACTION_FRAMES,  # about 2 mm: differences need the pose they begin at
             "sequence_length": 208,
             "packing": False,
-            "batch_size": 16,
+            "batch_size": 8,
             "read_threads": 1,
         },
         "loss": {"max_labeled": 32},

@@ -11,6 +11,7 @@ import pytest
 
 from univla_jax.errors import UserError
 from univla_jax.simulators import StepResult, Trial, make_benchmark
+from univla_jax.simulators.aloha import aloha_scripts
 from univla_jax.simulators.aloha.aloha_benchmark import (
     AlohaProtocol,
     AlohaSimulator,
@@ -90,6 +91,27 @@ def test_states_rewards_and_pictures_are_those_of_gym_aloha(installed):
         np.testing.assert_array_equal(seen.frames["cam_high"], expected["pixels"]["top"])
         assert {frame.shape for frame in seen.frames.values()} == {(480, 640, 3)}
         assert simulator.video_frame().shape == (240, 320, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.simulators
+@pytest.mark.parametrize("task", [0, 1])
+def test_objects_are_put_where_those_of_another_episode_come_to_lie(installed, task):
+    simulator = AlohaSimulator(AlohaProtocol())
+    simulator.reset(Trial(task, 7))
+    still = simulator.observe_state()
+    for _ in range(25):
+        simulator.step(still)
+    lie = aloha_scripts.objects_of(simulator.physics)
+    simulator.reset(Trial(task, 8))
+    for _ in range(25):
+        simulator.step(still)
+    before = simulator.observe_state()
+    simulator.place_objects(7)
+    np.testing.assert_array_equal(simulator.observe_state(), before)
+    for _ in range(25):  # a peg is thinner than a cube and falls by a centimeter
+        simulator.step(still)
+    np.testing.assert_allclose(aloha_scripts.objects_of(simulator.physics), lie, atol=2e-3)
 
 
 @pytest.mark.slow

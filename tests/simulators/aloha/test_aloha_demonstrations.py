@@ -33,6 +33,8 @@ STATE = np.array([*LEFT, 0, 0, 0, 0.1, *RIGHT, 0, 0, np.pi, 0.1], np.float32)
         ({"val_episodes": 0}, "config.val_episodes: 0, expected at least 1"),
         ({"draw_every": 0}, "config.draw_every: 0"),
         ({"push": -0.1}, "config.push: -0.1, expected at least 0 meters"),
+        ({"moved": 1.0}, "config.moved: 1.0, expected at least 0 and less than 1"),
+        ({"shadow_map": 0}, "config.shadow_map: 0, expected at least 1"),
     ],
 )
 def test_mistakes_are_named(changes, message):

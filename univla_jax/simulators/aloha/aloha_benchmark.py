@@ -200,6 +200,17 @@ class AlohaSimulator:
         """The camera above the table, at half size."""
         return self._draw(CAMERAS["cam_high"])[::2, ::2]
 
+    def place_objects(self, seed: int) -> None:
+        """Puts the objects where they come to lie in the episode of another seed."""
+        from gym_aloha.utils import sample_box_pose, sample_insertion_pose
+
+        cube = self._task == "transfer_cube"
+        poses = sample_box_pose(seed) if cube else np.concatenate(sample_insertion_pose(seed))
+        poses[2::7] = aloha_scripts.TABLE
+        self.physics.data.qpos[-len(poses) :] = poses
+        self.physics.data.qvel[-(len(poses) // 7) * 6 :] = 0
+        self.physics.forward()
+
     def versions(self) -> dict[str, str]:
         """Of the packages that move the score, and the renderer."""
         return {**package_versions(_PACKAGES), "renderer": os.environ["MUJOCO_GL"]}

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image
-from scipy.spatial.transform import Rotation, Slerp
 
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds_writer import check_description, successes, write_rlds
@@ -57,6 +56,11 @@ class DemonstrationsConfig:
         times of ten; where its fingers close more seldom, farther and at once, so that they miss.
         What is recorded are the actions of the script (DART, arXiv 1703.09327).
       reduction: pixels of the simulator that are averaged to one of the dataset, along each side.
+      moved: chance that the objects are put elsewhere, as where another episode begins, before a
+        picture up to which the hands were above them: one episode shows several places.
+      shadow_map: pixels along each side of the map that shadows are drawn from. The simulator's own
+        4096, drawn anew for every camera, take a third of all time; with 1024 no pixel of the
+        recipe's frames changes by more than 9 of 255.
       max_steps: after which an episode has failed.
       image_format: ``"png"`` or ``"jpeg"``.
       version: of the dataset.
@@ -67,7 +71,9 @@ class DemonstrationsConfig:
     task: str = TASKS[0]
     draw_every: int = 25
     push: float = 0.0
+    moved: float = 0.0
     reduction: int = 4
+    shadow_map: int = 1024
     max_steps: int = 300
     image_format: str = "png"
     version: str = "1.0.0"
@@ -76,10 +82,13 @@ class DemonstrationsConfig:
         """Raises UserError for an unknown task or a number out of range."""
         if self.task not in TASKS:
             raise UserError(f"config.task: {self.task!r}, aloha has {', '.join(TASKS)}")
-        names = ("train_episodes", "val_episodes", "draw_every", "reduction", "max_steps")
+        names = ("train_episodes", "val_episodes", "draw_every", "reduction")
+        names += ("shadow_map", "max_steps")
         for name in names:
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name}: {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.moved < 1:
+            raise UserError(f"config.moved: {self.moved}, expected at least 0 and less than 1")
         if self.push < 0:
             raise UserError(f"config.push: {self.push}, expected at least 0 meters")
 
@@ -157,10 +166,14 @@ def demonstrate(
     """
     rng, size = np.random.default_rng(seed), config.draw_every
     simulator.reset(Trial(TASKS.index(config.task), seed))
+    # Read where the renderer is made, which the first picture does.
+    simulator.physics.model.vis.quality.shadowsize = config.shadow_map
     planner = ChunkPlanner(config.task, simulator.physics, size)
     frames: dict[str, list[np.ndarray]] = {}
     states, chunks, solved = [], [], False
     while not solved and len(chunks) * size < config.max_steps:
+        if chunks and planner.above and rng.random() < config.moved:
+            simulator.place_objects(int(rng.integers(FIRST_SEEDS["train"], 2**31)))
         observation = simulator.observe()
         for view, frame in observation.frames.items():
             frames.setdefault(view, []).append(_averaged(frame, config.reduction))
@@ -205,6 +218,11 @@ class ChunkPlanner:
         phase = (np.arange(size) + 0.5) / size
         self._eased = (np.cos(np.pi * phase[0]) - np.cos(np.pi * phase)) / 2
 
+    @property
+    def above(self) -> bool:
+        """Whether no hand is lower than above the objects."""
+        return self._step <= aloha_scripts.ABOVE
+
     def next_chunk(self, state: np.ndarray) -> np.ndarray:
         """Actions float32 [T, 14] from the measured poses [14] to where the hands are to be next.
 
@@ -212,21 +230,22 @@ class ChunkPlanner:
         """
         poses = state.reshape(len(ARMS), ARM_ACTIONS)
         tips = dict(zip(ARMS, poses[:, :3], strict=True))
+        if self._step <= aloha_scripts.AT:  # nothing is held, and may have been moved
+            self._paths = aloha_scripts.waypoints(self._task, self._physics)
         if self._step >= aloha_scripts.CLOSED_ON and self._lost(tips):
             self._step = aloha_scripts.ABOVE
+            self._paths = aloha_scripts.waypoints(self._task, self._physics)
         elif self._arrived(tips):
             self._step += self._size
-        if self._step <= aloha_scripts.AT:
-            self._paths = aloha_scripts.waypoints(self._task, self._physics)
         parts = []
         for number, (arm, pose) in enumerate(zip(ARMS, poses, strict=True)):
             (tip,), turn, (gripper,) = follow(self._paths[arm], np.array([self._step]))
-            turns = Rotation.concatenate([Rotation.from_euler("xyz", pose[3:6]), turn[0]])
-            angles = aloha_scripts.euler_angles(arm, Slerp([0, 1], turns)(self._eased))
-            last, self._grippers[number] = self._grippers[number], gripper
-            opened = last + self._eased * (gripper - last)
-            eased = self._eased[:, None]
-            parts += [pose[:3] + eased * (tip - pose[:3]), angles, opened[:, None]]
+            # Angle by angle, not around one axis: their cosine coefficients would be many.
+            (angles,) = aloha_scripts.euler_angles(arm, turn)
+            target = [*tip, *(pose[3:6] + _wrapped(angles - pose[3:6])), gripper]
+            begun = [*pose[:-1], self._grippers[number]]
+            parts.append(begun + self._eased[:, None] * np.subtract(target, begun))
+            self._grippers[number] = gripper
         return np.concatenate(parts, 1).astype(np.float32)
 
     def _arrived(self, tips: dict[str, np.ndarray]) -> bool:
@@ -246,6 +265,10 @@ class ChunkPlanner:
             np.linalg.norm(tips[arm] - objects[first : first + 3]) > _BETWEEN_FINGERS
             for arm, first in aloha_scripts.TAKEN[self._task].items()
         )
+
+
+def _wrapped(angles: np.ndarray) -> np.ndarray:
+    return (angles + np.pi) % (2 * np.pi) - np.pi
 
 
 def _draw_pushes(rng: np.random.Generator, most: float, chunk: np.ndarray) -> np.ndarray:

@@ -176,7 +176,8 @@ def euler_angles(arm: str, rotation: Rotation) -> np.ndarray:
 Paths = dict[str, list[Waypoint]]
 ABOVE, AT, CLOSED_ON = 50, 75, 100
 """Steps of every script at which hands are above the objects, at them, and closed on them."""
-_TABLE = 0.02  # meters: height of the middle of an object that lies
+TABLE = 0.02
+"""Height in meters of the middle of a cube that lies, and that at which others are taken."""
 _MEETING = np.array([0.0, 0.5, 0.3])
 _SOCKET_ABOVE_PEG = 0.019  # meters
 
@@ -187,7 +188,7 @@ def _path(arms: Arms, arm: str, moves: Sequence[tuple[Any, ...]]) -> list[Waypoi
 
 def transfer_cube(objects: np.ndarray, arms: Arms) -> Paths:
     """The right hand takes the cube and holds it out; the left hand takes it from there."""
-    cube = np.array([*objects[:2], _TABLE])  # it begins above the table, and falls
+    cube = np.array([*objects[:2], TABLE])  # it begins above the table, and falls
     grasp = cube + (0.006, 0, 0.008)  # the left hand needs room at the other end
     down = gripper_rotation((-0.5, 0, -0.87), (0, -1, 0))
     level = gripper_rotation((1, 0, 0), (0, 0, 1))
@@ -213,7 +214,7 @@ def transfer_cube(objects: np.ndarray, arms: Arms) -> Paths:
 
 def insertion(objects: np.ndarray, arms: Arms) -> Paths:
     """The right hand takes the peg, the left hand the socket; the peg goes in from the right."""
-    peg, socket = np.array([*objects[:2], _TABLE]), np.array([*objects[7:9], _TABLE])
+    peg, socket = np.array([*objects[:2], TABLE]), np.array([*objects[7:9], TABLE])
     right_down = gripper_rotation((-0.5, 0, -0.87), (0, -1, 0))
     left_down = gripper_rotation((0.5, 0, -0.87), (0, 1, 0))
     # A peg lies lower on the table than the middle of a socket, and so in the hand.
