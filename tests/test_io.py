@@ -235,7 +235,7 @@ def test_the_checksums_of_tfrecord_are_compared(tmp_path):
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        (gzip.compress(b"x" * 9000), "compressed with gzip"),
+        (gzip.compress(b"x" * 9000, mtime=0), "compressed with gzip"),
         (b"<!DOCTYPE html><title>Sign in</title>", "a web page"),
         (b"", "it is empty"),
         (b"\0" * 5000, "nothing but zeros"),
