@@ -102,7 +102,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of three cameras and the state."""
     values = {
-        "total_steps": 3200,
+        "total_steps": 6200,
         "model": {"preset": "quickstart", "visual_init": "codebook", "overrides": {"dropout": 0.1}},
         "data": {
             "stores": ("TOKEN_STORE",),
