@@ -100,7 +100,8 @@ def test_flags_alone_name_an_evaluation_and_mistakes_are_one_line(tmp_path):
         ((*flags, "--suite=libero_goal"), "benchmark 'tabletop' has no 'suite'"),
         ((*flags, "--tasks=a"), "--tasks: 'a', expected numbers"),
         (("--benchmark=tabletop", "--out=new"), "needs --checkpoint"),
-        (("--benchmark=calvin", "--policy=expert", "--out=new"), "has no 'expert'"),
+        (("--benchmark=calvin", "--policy=expert", "--out=new"), "condition 'expert': calvin"),
+        (("--benchmark=simpler", "--policy=expert", "--out=new"), "has no 'expert'"),
         (("--benchmark=tabletop", "--out=new", "--top_p=2"), "top_p: 2.0 is not in (0, 1]"),
         (
             ("--benchmark=tabletop", "--policy=ws://a:1", "--out=new", "--temperature=1"),
