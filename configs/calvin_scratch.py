@@ -37,9 +37,8 @@ from univla_jax.simulators.calvin.calvin_demonstrations import CORPUS, Demonstra
 from univla_jax.training.train_config import TrainConfig
 from univla_jax.training.vision_training import VisionFitConfig
 
-ACTION_FRAMES = (
-    10  # steps of an action chunk, and from one picture to the next: a third of a second
-)
+# Steps of an action chunk, and from one picture to the next: a third of a second.
+ACTION_FRAMES = 10
 VIEWS = ("image", "wrist_image")
 # One code for 4 x 4 pixels tells where things are; one for 8 x 8 blurs it.
 _FINE = {"factor": 4, "min_pixels": 256}
