@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -124,6 +125,43 @@ def successes(
                 f"{name}: {number} of {most} demonstrations succeeded, {count} are needed; {remedy}"
             )
         yield episode
+
+
+def write_demonstrations(
+    folder: str | os.PathLike[str],
+    name: str,
+    config: Any,
+    make_splits: Callable[[], Mapping[str, Iterable[Episode]]],
+    *,
+    experts: str,
+    **options: Any,
+) -> epath.Path:
+    """Writes a simulator's demonstrations unless they are there.
+
+    Args:
+      folder: parent; the dataset is ``folder/name/version``.
+      name: dataset name.
+      config: dataclass that says which demonstrations, with ``version`` and ``image_format``; its
+        values are part of the description.
+      make_splits: split name -> episodes. It opens the simulator, which a complete dataset does not
+        need.
+      experts: whose demonstrations they are, with which the description begins.
+      **options: further ones of ``write_rlds``.
+
+    Returns:
+      the version folder.
+
+    Raises:
+      UserError: other demonstrations lie there, or as ``write_rlds``.
+    """
+    values = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    description = f"{experts}: {values}"
+    final = files.absolute_path(folder) / name / config.version
+    if not (final / "dataset_info.json").is_file():
+        options |= {"description": description, "image_format": config.image_format}
+        write_rlds(folder, name, config.version, make_splits(), **options)
+    check_description(final, description)
+    return final
 
 
 def check_description(folder: epath.Path, description: str) -> None:

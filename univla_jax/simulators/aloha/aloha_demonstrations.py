@@ -12,7 +12,6 @@ Axes: T steps, 14 action dimensions.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,11 +20,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from univla_jax.data import rlds_writer
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds_writer import check_description, successes, write_rlds
+from univla_jax.data.rlds_writer import successes
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
-from univla_jax.io import absolute_path
 from univla_jax.simulators import Trial
 from univla_jax.simulators.aloha import aloha_scripts
 from univla_jax.simulators.aloha.aloha_benchmark import TASKS, AlohaProtocol, AlohaSimulator
@@ -111,21 +110,18 @@ def write_demonstrations(
         often.
     """
     del assets
-    description = "Scripted expert of ALOHA: " + json.dumps(
-        dataclasses.asdict(config), sort_keys=True
-    )
-    folder = absolute_path(out) / CORPUS / config.version
-    if not (folder / "dataset_info.json").is_file():  # else no simulator is needed
+
+    def make_splits() -> dict[str, _Episodes]:
         simulator = AlohaSimulator(AlohaProtocol("poses", max_steps=config.max_steps))
         counts = {"train": config.train_episodes, "val": config.val_episodes}
-        splits = {
+        return {
             split: _Episodes(simulator, config, FIRST_SEEDS[split], count)
             for split, count in counts.items()
         }
-        options = {"image_format": config.image_format, "description": description}
-        write_rlds(out, CORPUS, config.version, splits, **options)
-    check_description(folder, description)
-    return folder
+
+    return rlds_writer.write_demonstrations(
+        out, CORPUS, config, make_splits, experts="Scripted expert of ALOHA"
+    )
 
 
 class _Episodes:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +22,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from univla_jax.data import rlds_writer
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds_writer import check_description, successes, write_rlds
+from univla_jax.data.rlds_writer import successes
 from univla_jax.episode import Episode
 from univla_jax.errors import UserError
-from univla_jax.io import absolute_path
 from univla_jax.simulators.calvin import calvin_package, calvin_scripts
 from univla_jax.simulators.calvin.calvin_package import Calvin
 from univla_jax.simulators.calvin.calvin_scripts import (
@@ -120,21 +119,18 @@ def write_demonstrations(
     """
     if assets:
         calvin_package.check_dataset(assets)
-    description = "Scripted experts of CALVIN: " + json.dumps(
-        dataclasses.asdict(config), sort_keys=True
-    )
-    folder = absolute_path(out) / CORPUS / config.version
-    if not (folder / "dataset_info.json").is_file():  # else no simulator is needed
+
+    def make_splits() -> dict[str, _Episodes]:
         scene = DemonstrationScene(calvin_package.open_calvin(assets, config.renderer))
         counts = {"train": config.train_episodes, "val": config.val_episodes}
-        splits = {
+        return {
             split: _Episodes(scene, config, _SPLITS[split], count)
             for split, count in counts.items()
         }
-        options = {"image_format": config.image_format, "description": description}
-        write_rlds(out, CORPUS, config.version, splits, **options)
-    check_description(folder, description)
-    return folder
+
+    return rlds_writer.write_demonstrations(
+        out, CORPUS, config, make_splits, experts="Scripted experts of CALVIN"
+    )
 
 
 class DemonstrationScene:

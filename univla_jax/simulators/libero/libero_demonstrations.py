@@ -14,22 +14,16 @@ Axes: T steps, A action dimensions (7).
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from etils import epath
 
+from univla_jax.data import rlds_writer
 from univla_jax.data.datasets import find_dataset_config
-from univla_jax.data.rlds_writer import (
-    RecordedEpisode,
-    check_description,
-    successes,
-    write_rlds,
-)
+from univla_jax.data.rlds_writer import RecordedEpisode, successes
 from univla_jax.errors import UserError
-from univla_jax.io import absolute_path
 from univla_jax.simulators import StepResult, Trial
 from univla_jax.simulators.libero.libero_benchmark import (
     INITIAL_STATES,
@@ -112,21 +106,22 @@ def write_demonstrations(
     Raises:
       UserError: other demonstrations lie there, LIBERO cannot be opened, or scripts fail too often.
     """
-    description = "Scripted experts of LIBERO: " + json.dumps(
-        dataclasses.asdict(config), sort_keys=True
-    )
-    folder = absolute_path(out) / config.suite / config.version
-    if not (folder / "dataset_info.json").is_file():  # else no simulator is needed
+
+    def make_splits() -> dict[str, _Episodes]:
         simulator = LiberoSimulator(LiberoProtocol(config.suite), assets)
         counts = {"train": config.train_episodes, "val": config.val_episodes}
-        splits = {
+        return {
             split: _Episodes(simulator, config, count, split) for split, count in counts.items()
         }
-        options = {"image_format": config.image_format, "id_field": "file_path"}
-        name, version = config.suite, config.version
-        write_rlds(out, name, version, splits, description=description, **options)
-    check_description(folder, description)
-    return folder
+
+    return rlds_writer.write_demonstrations(
+        out,
+        config.suite,
+        config,
+        make_splits,
+        experts="Scripted experts of LIBERO",
+        id_field="file_path",
+    )
 
 
 def initial_state(split: str, attempt: int, episodes: int) -> int:
