@@ -116,6 +116,20 @@ def test_objects_are_put_where_those_of_another_episode_come_to_lie(installed, t
 
 @pytest.mark.slow
 @pytest.mark.simulators
+def test_an_episode_ends_where_the_physics_breaks(installed):
+    simulator = AlohaSimulator(AlohaProtocol())
+    simulator.reset(Trial(0, 0))
+    simulator.physics.data.qvel[:] = 1e12
+    assert simulator.step(simulator.observe_state()) is StepResult.ENDED
+    result = simulator.result()
+    assert result["unstable"] and not result["success"]
+    simulator.reset(Trial(0, 1))  # and the next is as if nothing had been
+    assert simulator.step(simulator.observe_state()) is StepResult.CONTINUES
+    assert not simulator.result()["unstable"]
+
+
+@pytest.mark.slow
+@pytest.mark.simulators
 def test_poses_lead_back_to_the_joints(installed):
     simulator = AlohaSimulator(AlohaProtocol(suite="poses"))
     simulator.reset(Trial(1, 0))

@@ -145,12 +145,14 @@ class AlohaSimulator:
         """
         os.environ.setdefault("MUJOCO_GL", "egl")
         try:
+            from dm_control.rl.control import PhysicsError
             from gym_aloha.env import AlohaEnv
         except ModuleNotFoundError as error:
             raise UserError(
                 f"ALOHA needs the package {error.name}: pip install '.[aloha]'"
             ) from error
         self._protocol, self._make, self._envs = protocol, AlohaEnv, {}
+        self._unstable_error = PhysicsError
         self._env: Any = None
 
     def reset(self, trial: Trial) -> None:
@@ -163,6 +165,7 @@ class AlohaSimulator:
         self._env.reset(seed=seed)
         self._arms = aloha_scripts.Arms(self.physics)
         self._seed, self._steps, self._stage, self._solved = seed, 0, 0, False
+        self._unstable = False
 
     def observe(self) -> Observation:
         """All three cameras, drawn now, and the state [14]."""
@@ -175,25 +178,33 @@ class AlohaSimulator:
         return joints if self._protocol.suite == "joints" else self._poses_of(joints)
 
     def step(self, action: np.ndarray, *, render: bool = True) -> StepResult:
-        """Executes one action [14], the targets of the next fiftieth of a second."""
+        """Executes one action [14], the targets of the next fiftieth of a second.
+
+        An action after which the physics is no longer finite ends the episode unsolved.
+        """
         del render  # drawn where it is observed
         targets = np.asarray(action, np.float64)
         if self._protocol.suite == "poses":
             targets = self._joints_of(targets)
-        _, reward, solved, _, _ = self._env.step(targets)
         self._steps += 1
+        try:
+            _, reward, solved, _, _ = self._env.step(targets)
+        except self._unstable_error:
+            self._unstable = True
+            return StepResult.ENDED
         self._stage, self._solved = max(self._stage, int(reward)), bool(solved)
         ended = self._solved or self._steps >= self._protocol.max_steps
         return StepResult.ENDED if ended else StepResult.CONTINUES
 
     def result(self) -> dict[str, Any]:
-        """Outcome, and the highest stage 0...4 that was reached."""
+        """Outcome, the highest stage 0...4 that was reached, and whether the physics broke."""
         return {
             "task": self._task,
             "initial_state": self._seed,
             "success": self._solved,
             "stage": self._stage,
             "steps": self._steps,
+            "unstable": self._unstable,
         }
 
     def video_frame(self) -> np.ndarray:

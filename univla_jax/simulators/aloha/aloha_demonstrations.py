@@ -177,7 +177,10 @@ def demonstrate(
         for action, push in zip(chunk, _draw_pushes(rng, config.push, chunk), strict=True):
             states.append(simulator.observe_state())
             simulator.step(action + push)
-            solved = solved or simulator.result()["success"]
+            result = simulator.result()
+            if result["unstable"]:
+                return None
+            solved = solved or result["success"]
         chunks.append(chunk)
     if not solved:
         return None
