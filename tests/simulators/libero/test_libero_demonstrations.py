@@ -21,7 +21,8 @@ from univla_jax.simulators.libero.libero_demonstrations import (
         ({"val_episodes": 0}, "val_episodes 0 and draw_every 1 must be at least 1"),
         ({"displacement": -0.1}, "displacement -0.1 at least 0"),
         ({"draw_every": 0}, "draw_every 0 must be at least 1"),
-        ({"disturbance": 1.5}, "disturbance 1.5 in 0...1"),
+        ({"disturbance": 1.5}, "disturbance 1.5 and slips 0.0 in 0...1"),
+        ({"slips": -0.1}, "slips -0.1 in 0...1"),
     ],
 )
 def test_mistakes_are_named(changes, message):

@@ -30,6 +30,7 @@ from univla_jax.simulators.libero.libero_benchmark import (
 )
 from univla_jax.simulators.libero.libero_demonstrations import (
     DemonstrationsConfig,
+    demonstrate,
     write_demonstrations,
 )
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
@@ -269,3 +270,16 @@ def test_slow_cameras_and_disturbances_leave_whole_demonstrations(assets, tmp_pa
         # Pushed off its way, the hand moves otherwise than the recorded actions say.
         moved, commanded = np.diff(episode.state[:, :3], axis=0), episode.actions[:-1, :3] * 0.05
         assert np.abs(moved - commanded)[5:20].max() > 0.01
+
+
+def test_a_bowl_that_slipped_is_grasped_again(assets):
+    config = DemonstrationsConfig("libero_goal", (1,), 1, 1, draw_every=5, slips=0.5)
+    simulator = LiberoSimulator(LiberoProtocol("libero_goal"), assets)
+    script, closings = libero_scripts.SCRIPTS["libero_goal"][1], []
+    for seed in range(4):
+        simulator.reset(Trial(1, 20))
+        episode = demonstrate(simulator, script, config, np.random.default_rng(seed), str(seed))
+        if episode is not None:
+            closings.append((np.diff(episode.actions[:, 6]) > 0).sum())
+            assert np.all(np.abs(episode.actions[:, :6]) <= libero_scripts.LIMITS + 1e-6)
+    assert len(closings) > 1 and max(closings) > 1, closings

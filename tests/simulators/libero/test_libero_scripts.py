@@ -140,6 +140,19 @@ def test_a_dropped_thing_is_picked_up_again():
     )
 
 
+@pytest.mark.parametrize("motion", [libero_scripts.pick, libero_scripts.pick_rim])
+def test_a_missed_thing_is_grasped_again(motion):
+    table = Table(bowl=((0.1, 0.15, 0.05), (0.04, 0.04, 0.05)))
+    closed = 0
+    for action in motion(Arm(table), "bowl"):
+        if action[6] == CLOSE and table.gripper == OPEN:
+            closed += 1
+            if closed == 1:
+                table.fingers = table.fingers + (0, 0, 0.1)  # fingers close above it
+        table.execute(action)
+    assert closed == 2 and table.held == "bowl" and table.position("bowl")[2] > 0.1
+
+
 def test_a_script_is_followed_by_rest():
     table = Table(flat_stove_1_button=((0.1, 0.1, 0.02), (0.02, 0.01, 0.02)))
     actions = []

@@ -31,7 +31,7 @@ from univla_jax.simulators.libero.libero_benchmark import (
     LiberoSimulator,
 )
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
-from univla_jax.simulators.libero.libero_scripts import SCRIPTS, Arm, Script, solve
+from univla_jax.simulators.libero.libero_scripts import CLOSE, SCRIPTS, Arm, Script, solve
 
 FIRST_STATE = 20
 """Initial states before this one are for evaluation; demonstrations begin from the others."""
@@ -39,6 +39,7 @@ _STATES = {"train": range(FIRST_STATE, 46), "val": range(46, INITIAL_STATES)}
 _ATTEMPTS = 3  # per episode of a split
 _PUSH = 0.3  # of the fastest command, per axis
 _MOVING = 0.2  # length of the displacement of an action that moves the hand
+_SLIPPING = 5  # steps for which a hand that misses is raised at full speed, while its fingers close
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ class DemonstrationsConfig:
       disturbance: probability that the arm is pushed off its way between two pictures while it
         moves. What is recorded are the actions of the script, which bring it back (DART, arXiv
         1703.09327), so that a policy sees what follows its own errors.
+      slips: probability that the hand is raised while its fingers close, so that they miss and the
+        script tries again; recorded are its actions here, too.
       image_format: ``"png"`` or ``"jpeg"``, as published.
       version: of the dataset.
     """
@@ -69,6 +72,7 @@ class DemonstrationsConfig:
     displacement: float = 0.05
     draw_every: int = 1
     disturbance: float = 0.0
+    slips: float = 0.0
     image_format: str = "jpeg"
     version: str = "1.0.0"
 
@@ -82,11 +86,13 @@ class DemonstrationsConfig:
                 f"{', '.join(map(str, known)) or 'none'}"
             )
         counts = self.train_episodes, self.val_episodes, self.draw_every
-        if min(counts) < 1 or self.displacement < 0 or not 0 <= self.disturbance <= 1:
+        chances = self.disturbance, self.slips
+        if min(counts) < 1 or self.displacement < 0 or min(chances) < 0 or max(chances) > 1:
             raise UserError(
                 f"config: train_episodes {self.train_episodes}, val_episodes {self.val_episodes} "
                 f"and draw_every {self.draw_every} must be at least 1, displacement "
-                f"{self.displacement} at least 0, disturbance {self.disturbance} in 0...1"
+                f"{self.displacement} at least 0, disturbance {self.disturbance} and slips "
+                f"{self.slips} in 0...1"
             )
 
 
@@ -199,8 +205,8 @@ def demonstrate(
     Args:
       simulator: at the beginning of a trial.
       script: of its task.
-      config: how far the hand is moved before, how often the cameras draw, and disturbances.
-      rng: draws where the hand is moved, and disturbances.
+      config: how far the hand is moved before, how often the cameras draw, disturbances and slips.
+      rng: draws where the hand is moved, disturbances and slips.
       name: of the episode.
 
     Returns:
@@ -214,7 +220,7 @@ def demonstrate(
     simulator.step(next(Arm(scene).rest(1)))  # the first picture shows where that led
     frames: list[Mapping[str, np.ndarray]] = []
     states, joints, actions = [], [], []
-    push, ended, success = np.zeros(3), False, False
+    push, slipping, ended, success = np.zeros(3), 0, False, False
     for action in solve(script, scene):
         number = len(actions)
         if number % pause == 0:
@@ -222,6 +228,8 @@ def demonstrate(
                 break
             observation = simulator.observe()
             push = _draw_push(rng, config.disturbance)
+        if action[-1] == CLOSE and (not actions or actions[-1][-1] != CLOSE):
+            slipping = _SLIPPING * (rng.random() < config.slips)
         frames.append(observation.frames)
         states.append(simulator.state())
         joints.append(simulator.joints())
@@ -229,6 +237,8 @@ def demonstrate(
         executed = np.array(action, np.float64)
         if np.linalg.norm(executed[:3]) > _MOVING:
             executed[:3] = np.clip(executed[:3] + push, -1, 1)
+        if slipping:
+            executed[2], slipping = 1, slipping - 1
         result = simulator.step(executed, render=(number + 1) % pause == 0)
         success = success or simulator.result()["success"]
         ended = ended or result is StepResult.ENDED

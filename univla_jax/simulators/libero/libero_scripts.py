@@ -184,18 +184,29 @@ def above(point: np.ndarray, height: float = _TRAVEL) -> np.ndarray:
 
 
 def pick(arm: Arm, name: str) -> Motion:
-    """Grasps a thing across its narrower side and lifts it."""
-    box = arm.scene.box(name)
-    point = np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
-    yield from grasp(arm, point, across(box.axes[:, box.narrow]), close=7)
+    """Grasps a thing across its narrower side and lifts it; once more where it stays below."""
+    for _ in range(_ATTEMPTS):
+        box = arm.scene.box(name)
+        point = np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
+        yield from grasp(arm, point, across(box.axes[:, box.narrow]), close=7)
+        if _lifted(arm, name, box):
+            return
 
 
 def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
-    """Grasps the rim of a bowl or plate at its side towards +y (or -y) and lifts it."""
-    box = arm.scene.box(name)
-    reach = max(half for axis, half in enumerate(box.half) if axis != box.upright) - _WALL
-    point = np.array([box.center[0], box.center[1] + side * reach, box.top - 0.015])
-    yield from grasp(arm, point, pointing_down())
+    """Grasps the rim of a bowl or plate at its side towards +y (or -y), like ``pick``."""
+    for _ in range(_ATTEMPTS):
+        box = arm.scene.box(name)
+        reach = max(half for axis, half in enumerate(box.half) if axis != box.upright) - _WALL
+        point = np.array([box.center[0], box.center[1] + side * reach, box.top - 0.015])
+        yield from grasp(arm, point, pointing_down())
+        if _lifted(arm, name, box):
+            return
+
+
+def _lifted(arm: Arm, name: str, before: Box) -> bool:
+    """Whether a thing that was at ``before`` went up with the hand."""
+    return arm.scene.box(name).center[2] > before.center[2] + _TRAVEL / 2
 
 
 def grasp(arm: Arm, point: np.ndarray, orientation: Rotation, close: int = 10) -> Motion:
@@ -279,20 +290,21 @@ def turn_on_stove(arm: Arm) -> Motion:
 
 
 def open_drawer(level: str) -> Script:
-    """Takes the handle from the front, the hand nearly level, and pulls."""
+    """Takes the handle from the front, the hand nearly level, and pulls; again if it slipped."""
 
     def script(arm: Arm) -> Motion:
-        box = arm.scene.box(f"wooden_cabinet_1_cabinet_{level}")
-        front = box.center + box.axes[:, 1] * -box.half[1]
-        handle = front + box.axes[:, 1] * 0.008
-        outward = (front - box.center) / np.linalg.norm(front - box.center)
-        level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
-        yield from arm.go(
-            handle + 0.10 * outward + 0.03 * UP, orientation=level_hand, tolerance=0.02, steps=140
-        )
-        yield from arm.go(handle)
-        yield from arm.grip()
-        yield from arm.go(handle + 0.22 * outward, steps=80)
+        for _ in range(_ATTEMPTS):
+            box = arm.scene.box(f"wooden_cabinet_1_cabinet_{level}")
+            front = box.center + box.axes[:, 1] * -box.half[1]
+            handle = front + box.axes[:, 1] * 0.008
+            outward = (front - box.center) / np.linalg.norm(front - box.center)
+            level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
+            before = handle + 0.10 * outward + 0.03 * UP
+            yield from arm.release(1)
+            yield from arm.go(before, orientation=level_hand, tolerance=0.02, steps=140)
+            yield from arm.go(handle)
+            yield from arm.grip()
+            yield from arm.go(handle + 0.22 * outward, steps=80)
 
     return script
 
