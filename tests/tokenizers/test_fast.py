@@ -126,6 +126,22 @@ def test_trailing_zeros_are_dropped_and_come_back(tmp_path):
     assert short.decode(short.encode(chunks[0]) * 40, 5, 7).reason.endswith("instead of 35")
 
 
+def test_states_of_more_steps_than_a_chunk_can_be_written():
+    """Their coefficients are larger; written more finely, a state comes back more exactly."""
+    chunks, states = smooth_chunks(400, 5, 7), np.linspace(-1, 1, 41)[:, None, None]
+    states = np.broadcast_to(states, (41, 36, 7))
+    wide = FastTokenizer.fit(chunks, 10, 256, drop_trailing_zeros=True, most_steps=36)
+    for chunk in chunks[:20]:
+        assert wide.decode(wide.encode(chunk), 5, 7).valid
+    for state in states:
+        ids = wide.encode(state)
+        assert len(ids) <= 7  # a byte each, and none for steps that do not differ
+        assert np.abs(wide.decode(ids, 36, 7).actions - state).max() <= 1 / 120 + 1e-9
+    narrow = FastTokenizer.fit(chunks, 10, 256, drop_trailing_zeros=True)
+    with pytest.raises(UserError, match=r"fit it again .* with data.state_steps as config.state_"):
+        narrow.encode(states[0])
+
+
 def test_shipped_files_are_saved_unchanged(shipped, shared_dir, tmp_path):
     for name, fast in shipped.items():
         fast.save(tmp_path / name)

@@ -65,6 +65,8 @@ class ActionFitConfig(EpisodesConfig):
       vocabulary_size: upper limit of ids.
       drop_trailing_zeros: whether the end of a chunk stands for the coefficients 0 that are left;
         without, as published, a model has to count them.
+      state_steps: the ``data.state_steps`` of the policies that write states with the tokenizer;
+        where it is more than ``chunk_size`` their coefficients are larger than those of chunks.
       max_chunks: windows used; when there are more, evenly spread ones are taken.
     """
 
@@ -73,12 +75,14 @@ class ActionFitConfig(EpisodesConfig):
     scale: float = 10.0
     vocabulary_size: int = 1024
     drop_trailing_zeros: bool = False
+    state_steps: int = 1
     max_chunks: int = 100_000
 
     def __post_init__(self) -> None:
-        """Raises UserError for empty chunks."""
-        if self.chunk_size < 1:
-            raise UserError(f"config.chunk_size: {self.chunk_size}; expected at least one step")
+        """Raises UserError for empty chunks or states."""
+        for name in ("chunk_size", "state_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.{name}: {getattr(self, name)}; expected at least one step")
 
 
 # ----------------------------------------------------------------------------
@@ -210,6 +214,7 @@ def fit_action(config: ActionFitConfig, source: Path, folder: Path) -> dict[str,
         config.scale,
         config.vocabulary_size,
         drop_trailing_zeros=config.drop_trailing_zeros,
+        most_steps=config.state_steps,
     )
     tokenizer.save(folder)
     values = {corpus: each.to_dict() for corpus, each in statistics.items()}

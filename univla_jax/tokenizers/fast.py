@@ -99,6 +99,7 @@ class FastTokenizer:
         vocabulary_size: int,
         *,
         drop_trailing_zeros: bool = False,
+        most_steps: int = 1,
     ) -> FastTokenizer:
         """Fits the BPE to normalized action chunks.
 
@@ -115,6 +116,7 @@ class FastTokenizer:
             there really are.
           drop_trailing_zeros: ends chunks behind their last coefficient other than 0; the
             reference does not read such codes.
+          most_steps: of longer chunks that can be encoded, too, such as states.
 
         Raises:
           UserError: chunks of another shape or not finite, or a vocabulary too small.
@@ -129,7 +131,7 @@ class FastTokenizer:
             raise UserError(f"FAST: chunks of {sorted(horizons)} steps; give one length")
         (horizon,) = horizons
         coefficients = [_dct(group, scale) for group in groups]
-        bound = _max_coefficient(scale, horizon)
+        bound = _max_coefficient(scale, max(horizon, most_steps))
         low = min(-bound, *(int(each.min()) for each in coefficients))
         high = max(bound, *(int(each.max()) for each in coefficients))
         if high - low + 1 >= _MAX_CHARACTERS:
@@ -268,7 +270,7 @@ class FastTokenizer:
             raise UserError(
                 f"action coefficient {int(coefficients[~survives][0])} is missing in the alphabet "
                 f"of this FAST tokenizer (which begins at {self.min_token}); fit it again with "
-                "chunks of this length"
+                "chunks of this length, or for states with data.state_steps as config.state_steps"
             )
 
     def _survives(self, coefficient: int) -> bool:
