@@ -48,12 +48,12 @@ Values = dict[str, Any]
 def demonstrations() -> ConfigDict:
     """Scripted episodes whose hands are pushed off their way now and then."""
     values = {
-        "train_episodes": 125,
+        "train_episodes": 400,
         "val_episodes": 5,
         "draw_every": ACTION_FRAMES,
         "push": 0.025,
-        "moved": 0.4,
-        "max_steps": 325,
+        "moved": 0.7,  # so that an episode shows about three places of the cube
+        "max_steps": 500,
     }
     return complete(DemonstrationsConfig, values)
 
@@ -102,7 +102,7 @@ def tokens() -> ConfigDict:
 def policy() -> ConfigDict:
     """Action chunks after one moment of three cameras and the state."""
     values = {
-        "total_steps": 6200,
+        "total_steps": 8000,
         "model": {"preset": "quickstart", "visual_init": "codebook", "overrides": {"dropout": 0.1}},
         "data": {
             "stores": ("TOKEN_STORE",),
