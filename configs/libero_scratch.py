@@ -69,6 +69,7 @@ def _demonstrations(suite: str, tasks: tuple[int, ...]) -> ConfigDict:
         "train_episodes": 36,
         "val_episodes": 2,
         "draw_every": ACTION_FRAMES,
+        "hold": ACTION_FRAMES,
         "disturbance": 0.25,
         "slips": 0.25,
     }
@@ -152,7 +153,7 @@ def policy() -> ConfigDict:
         "aligned_windows": 1.0,
         "state": True,
         "state_steps": STATE_STEPS,
-        "sequence_length": 224,
+        "sequence_length": 232,
         "packing": False,
         "batch_size": 8,
     }
