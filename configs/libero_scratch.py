@@ -157,7 +157,9 @@ def policy() -> ConfigDict:
         "packing": False,
         "batch_size": 8,
     }
-    return complete(TrainConfig, _training(4000, data) | {"loss": {"max_labeled": 40}})
+    config = complete(TrainConfig, _training(5000, data) | {"loss": {"max_labeled": 24}})
+    config.model.overrides = {"dropout": 0.1}
+    return config
 
 
 def _training(steps: int, data: Values) -> Values:
