@@ -48,7 +48,7 @@ def test_every_stage_of_the_randomized_tabletop_has_a_config(stage):
     if stage == "evaluate":
         assert config.benchmark == "tabletop_plus" and config.episodes_per_task == 100
     if stage == "vision":
-        assert config.overrides.codebook_size == 512 and config.total_steps == 1200
+        assert config.overrides.codebook_size == 1024 and config.total_steps == 1800
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_tiny"])
