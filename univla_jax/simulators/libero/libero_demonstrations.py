@@ -56,7 +56,6 @@ class DemonstrationsConfig:
         begins, so that the same initial state begins differently.
       draw_every: steps from one picture of the cameras to the next; an episode ends with a whole
         number of them.
-      hold: steps for which a command of the script stands, see ``libero_scripts.Arm``.
       disturbance: probability that the arm is pushed off its way between two pictures while it
         moves. What is recorded are the actions of the script, which bring it back (DART, arXiv
         1703.09327), so that a policy sees what follows its own errors.
@@ -72,7 +71,6 @@ class DemonstrationsConfig:
     val_episodes: int
     displacement: float = 0.05
     draw_every: int = 1
-    hold: int = 1
     disturbance: float = 0.0
     slips: float = 0.0
     image_format: str = "jpeg"
@@ -87,14 +85,14 @@ class DemonstrationsConfig:
                 f"config.tasks: {self.tasks}, {self.suite} has scripts for "
                 f"{', '.join(map(str, known)) or 'none'}"
             )
-        counts = self.train_episodes, self.val_episodes, self.draw_every, self.hold
+        counts = self.train_episodes, self.val_episodes, self.draw_every
         chances = self.disturbance, self.slips
         if min(counts) < 1 or self.displacement < 0 or min(chances) < 0 or max(chances) > 1:
             raise UserError(
-                f"config: train_episodes {self.train_episodes}, val_episodes {self.val_episodes}, "
-                f"draw_every {self.draw_every} and hold {self.hold} must be at least 1, "
-                f"displacement {self.displacement} at least 0, disturbance {self.disturbance} and "
-                f"slips {self.slips} in 0...1"
+                f"config: train_episodes {self.train_episodes}, val_episodes {self.val_episodes} "
+                f"and draw_every {self.draw_every} must be at least 1, displacement "
+                f"{self.displacement} at least 0, disturbance {self.disturbance} and slips "
+                f"{self.slips} in 0...1"
             )
 
 
@@ -223,7 +221,7 @@ def demonstrate(
     frames: list[Mapping[str, np.ndarray]] = []
     states, joints, actions = [], [], []
     push, slipping, ended, success = np.zeros(3), 0, False, False
-    for action in solve(script, scene, config.hold):
+    for action in solve(script, scene):
         number = len(actions)
         if number % pause == 0:
             if ended:

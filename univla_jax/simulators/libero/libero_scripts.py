@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -27,9 +26,7 @@ METERS, RADIANS = 0.05, 0.5
 LIMITS = np.array([0.70, 0.80, 0.93, 0.114, 0.163, 0.224])
 DOWN = Rotation.from_euler("xz", [np.pi, np.pi / 2])  # fingers point down and open along y
 _GAIN = 1.5  # commanded displacement per remaining one; 1 creeps in, 2 overshoots
-_FOLLOWED = 0.25  # of a commanded displacement that the arm moves in each step while it stands
 _TOLERANCE, _ALIGNED = 0.008, 0.06  # meters, radians
-_BLOCKED = 0.003  # meters that a hand moves at least while a command stands, unless it is blocked
 
 Motion = Iterator[np.ndarray]
 
@@ -85,28 +82,13 @@ class Arm:
     """Motions of the arm in a scene.
 
     Attributes:
-      scene: read anew before every command.
+      scene: read anew before every action.
     """
 
-    def __init__(self, scene: Scene, hold: int = 1) -> None:
-        """Begins with an open gripper pointing down.
-
-        Args:
-          scene: read anew before every command.
-          hold: steps for which a command stands. Every motion takes a whole number of them, so
-            that a policy's chunk of as many steps is constant and belongs to one motion.
-        """
+    def __init__(self, scene: Scene) -> None:
+        """Begins with an open gripper pointing down."""
         self.scene = scene
-        self._hold, self._gain = hold, min(_GAIN, 1 / (_FOLLOWED * hold))
         self._gripper, self._orientation = OPEN, DOWN
-
-    @property
-    def over(self) -> float:
-        """Meters from above a thing within which the hand may come down on it.
-
-        While a command stands the hand cannot correct its way.
-        """
-        return 0.02 if self._hold == 1 else 0.012
 
     def go(
         self,
@@ -127,27 +109,18 @@ class Arm:
           speed: fraction of the fastest motion.
         """
         self._orientation = orientation or self._orientation
-        before = None
-        for _ in range(0, steps, self._hold):
+        for _ in range(steps):
             position, rotation = self.scene.hand()
             offset = (target() if callable(target) else target) - position
             angles = (self._orientation * rotation.inv()).as_rotvec()
-            aligned = np.linalg.norm(angles) < _ALIGNED
-            if aligned and np.linalg.norm(offset) < tolerance:
+            if np.linalg.norm(offset) < tolerance and np.linalg.norm(angles) < _ALIGNED:
                 return
-            if aligned and self._hold > 1:
-                # A policy without memory cannot tell how long a hand has been pressing already, and
-                # turns too small to matter are noise to it.
-                if before is not None and np.linalg.norm(position - before) < _BLOCKED:
-                    return
-                angles = np.zeros(3)
-            before = position
-            yield from self._held(self._action(offset, angles, speed))
+            yield self._action(offset, angles, speed)
 
     def rest(self, steps: int) -> Motion:
-        """Stays where it is, for about so many steps."""
-        for _ in range(max(1, round(steps / self._hold))):
-            yield from self._held(self._action(np.zeros(3), np.zeros(3)))
+        """Stays where it is."""
+        for _ in range(steps):
+            yield self._action(np.zeros(3), np.zeros(3))
 
     def grip(self, steps: int = 10) -> Motion:
         """Closes the gripper."""
@@ -155,10 +128,9 @@ class Arm:
         yield from self.rest(steps)
 
     def release(self, steps: int = 6) -> Motion:
-        """Opens the gripper unless it is open."""
-        if self._gripper != OPEN:
-            self._gripper = OPEN
-            yield from self.rest(steps)
+        """Opens the gripper."""
+        self._gripper = OPEN
+        yield from self.rest(steps)
 
     def shift(self, offset: np.ndarray, **options) -> Motion:
         """Straight on by ``offset`` [3] from where the hand is."""
@@ -171,13 +143,10 @@ class Arm:
 
     def _action(self, offset: np.ndarray, angles: np.ndarray, speed: float = 1.0) -> np.ndarray:
         """Slowed on all axes alike, so that paths stay straight."""
-        command = self._gain * np.concatenate([offset / METERS, angles / RADIANS])
+        command = _GAIN * np.concatenate([offset / METERS, angles / RADIANS])
         for part, limits in ((command[:3], speed * LIMITS[:3]), (command[3:], LIMITS[3:])):
             part /= max(1.0, np.max(np.abs(part) / limits))
         return np.append(command, self._gripper)
-
-    def _held(self, action: np.ndarray) -> Motion:
-        return itertools.repeat(action, self._hold)
 
 
 def pointing_down(yaw: float = 0.0) -> Rotation:
@@ -251,7 +220,7 @@ def grasp(arm: Arm, point: np.ndarray, orientation: Rotation, close: int = 10) -
         longer than a thing needs would show a policy one state followed by rest and by motion.
     """
     yield from arm.release(1)
-    yield from arm.go(above(point), orientation=orientation, tolerance=arm.over)
+    yield from arm.go(above(point), orientation=orientation, tolerance=0.02)
     yield from arm.go(point)
     yield from arm.grip(close)
     yield from arm.shift(_TRAVEL * UP, tolerance=0.02)
@@ -398,9 +367,9 @@ SCRIPTS: dict[str, dict[int, Script]] = {
 """Suite -> number of a task in it -> script."""
 
 
-def solve(script: Script, scene: Scene, hold: int = 1) -> Motion:
-    """The actions of a script in a scene, then no motion; endless. ``hold``: see ``Arm``."""
-    arm = Arm(scene, hold)
+def solve(script: Script, scene: Scene) -> Motion:
+    """The actions of a script in a scene, then no motion; endless."""
+    arm = Arm(scene)
     yield from script(arm)
     while True:
         yield from arm.rest(1)
