@@ -184,29 +184,33 @@ def above(point: np.ndarray, height: float = _TRAVEL) -> np.ndarray:
 
 
 def pick(arm: Arm, name: str) -> Motion:
-    """Grasps a thing across its narrower side and lifts it; once more where it stays below."""
-    for _ in range(_ATTEMPTS):
-        box = arm.scene.box(name)
+    """Grasps a thing across its narrower side and lifts it; again where it stays below."""
+
+    def attempt(box: Box) -> Motion:
         point = np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
-        yield from grasp(arm, point, across(box.axes[:, box.narrow]), close=7)
-        if _lifted(arm, name, box):
-            return
+        return grasp(arm, point, across(box.axes[:, box.narrow]), close=7)
+
+    return _until_lifted(arm, name, attempt)
 
 
 def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
     """Grasps the rim of a bowl or plate at its side towards +y (or -y), like ``pick``."""
-    for _ in range(_ATTEMPTS):
-        box = arm.scene.box(name)
+
+    def attempt(box: Box) -> Motion:
         reach = max(half for axis, half in enumerate(box.half) if axis != box.upright) - _WALL
         point = np.array([box.center[0], box.center[1] + side * reach, box.top - 0.015])
-        yield from grasp(arm, point, pointing_down())
-        if _lifted(arm, name, box):
+        return grasp(arm, point, pointing_down())
+
+    return _until_lifted(arm, name, attempt)
+
+
+def _until_lifted(arm: Arm, name: str, attempt: Callable[[Box], Motion]) -> Motion:
+    """Attempts a grasp of where the thing is until it goes up with the hand."""
+    for _ in range(_ATTEMPTS):
+        box = arm.scene.box(name)
+        yield from attempt(box)
+        if arm.scene.box(name).center[2] > box.center[2] + _TRAVEL / 2:
             return
-
-
-def _lifted(arm: Arm, name: str, before: Box) -> bool:
-    """Whether a thing that was at ``before`` went up with the hand."""
-    return arm.scene.box(name).center[2] > before.center[2] + _TRAVEL / 2
 
 
 def grasp(arm: Arm, point: np.ndarray, orientation: Rotation, close: int = 10) -> Motion:
@@ -291,6 +295,7 @@ def turn_on_stove(arm: Arm) -> Motion:
 
 def open_drawer(level: str) -> Script:
     """Takes the handle from the front, the hand nearly level, and pulls; again if it slipped."""
+    level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
 
     def script(arm: Arm) -> Motion:
         for _ in range(_ATTEMPTS):
@@ -298,7 +303,6 @@ def open_drawer(level: str) -> Script:
             front = box.center + box.axes[:, 1] * -box.half[1]
             handle = front + box.axes[:, 1] * 0.008
             outward = (front - box.center) / np.linalg.norm(front - box.center)
-            level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
             before = handle + 0.10 * outward + 0.03 * UP
             yield from arm.release(1)
             yield from arm.go(before, orientation=level_hand, tolerance=0.02, steps=140)
