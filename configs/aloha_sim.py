@@ -52,7 +52,8 @@ def demonstrations() -> ConfigDict:
         "val_episodes": 5,
         "draw_every": ACTION_FRAMES,
         "push": 0.025,
-        "moved": 0.7,  # so that an episode shows about three places of the cube
+        # So that an episode shows about three places of the cube.
+        "moved": 0.7,
         "max_steps": 500,
     }
     return complete(DemonstrationsConfig, values)

@@ -14,9 +14,9 @@
         --config.tokenizers.vision=W/tokenizers/vision
     python -m univla_jax.evaluate --config=$C:evaluate --checkpoint=W/policy --out=W/evaluation
 
-Each demonstration has about a third of these changed at once (``tabletop_randomization.py``), in
-other ways than the evaluation changes them, one at a time. The policy looks at the present frames
-alone. What is not named here is as in ``quickstart.py``.
+Each of these is changed in a fifth of the demonstrations, several at once
+(``tabletop_randomization.py``), in other ways than the evaluation changes them, one at a time. The
+policy looks at the present frames alone. What is not named here is as in ``quickstart.py``.
 """
 
 from __future__ import annotations
