@@ -20,9 +20,14 @@ class Suite:
 def get_benchmark(name): return Suite
 """
 _ENVS = '''
+import types
 import numpy as np
 LOG = []
 class Sim:
+    def __init__(self):
+        quality = types.SimpleNamespace(offsamples=4)
+        self.model = types.SimpleNamespace(
+            _model=types.SimpleNamespace(vis=types.SimpleNamespace(quality=quality)))
     def render(self, width, height):
         frame = np.zeros((height, width, 3), np.uint8)
         frame[0, 0] = 10, 20, 30

@@ -95,6 +95,14 @@ def test_both_views_are_rotated_by_180_degrees(assets):
     assert flipped.observe().frames["image"][0, 0].tolist() == [10, 20, 30]
 
 
+@pytest.mark.parametrize(("antialias", "samples"), [(True, 4), (False, 0)])
+def test_edges_are_smoothed_unless_told_otherwise(assets, antialias, samples):
+    simulator, _ = _simulator(assets, antialias=antialias)
+    for state in (0, 1):  # every reset makes a simulation anew
+        simulator.reset(Trial(0, state))
+        assert simulator.env.sim.model._model.vis.quality.offsamples == samples
+
+
 def test_the_gripper_closes_above_zero(assets):
     simulator, log = _simulator(assets)
     simulator.reset(Trial(0, 0))

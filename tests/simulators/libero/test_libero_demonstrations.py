@@ -18,7 +18,7 @@ from univla_jax.simulators.libero.libero_demonstrations import (
     [
         ({"tasks": (2,)}, "config.tasks: .2,., libero_goal has scripts for 0, 1"),
         ({"suite": "libero_90"}, "libero_90 has scripts for none"),
-        ({"val_episodes": 0}, "val_episodes 0 and draw_every 1 must be at least 1"),
+        ({"val_episodes": 0}, "val_episodes 0 and draw_every 10 must be at least 1"),
         ({"displacement": -0.1}, "displacement -0.1 at least 0"),
         ({"draw_every": 0}, "draw_every 0 must be at least 1"),
         ({"disturbance": 1.5}, "disturbance 1.5 and slips 0.0 in 0...1"),

@@ -4,9 +4,9 @@ Observations are those of an evaluation: both cameras rotated by 180 degrees, th
 joint angles. The gripper is -1 open, +1 closed. Steps without motion stay, unlike in the published
 data without no-ops: during them the fingers close.
 
-Without a GPU a picture takes ten times as long as a step, so the cameras may be slower than the
-control (``draw_every``): between two pictures the newest one stands. A run that begins its chunks
-on multiples of ``draw_every`` (``data.aligned_windows=1``) sees none that is older than its step.
+A script's command is held for a chunk of steps, and the cameras draw where one begins: between two
+pictures the newest one stands. Without a GPU a picture takes ten times as long as a step.
+``data.aligned_windows=1`` shows these chunks and no other.
 
 Axes: T steps, A action dimensions (7).
 """
@@ -31,15 +31,23 @@ from univla_jax.simulators.libero.libero_benchmark import (
     LiberoSimulator,
 )
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
-from univla_jax.simulators.libero.libero_scripts import CLOSE, SCRIPTS, Arm, Script, solve
+from univla_jax.simulators.libero.libero_scripts import (
+    CLOSE,
+    FAST_LIMITS,
+    OPEN,
+    SCRIPTS,
+    Script,
+    Target,
+    command,
+)
 
 FIRST_STATE = 20
 """Initial states before this one are for evaluation; demonstrations begin from the others."""
 _STATES = {"train": range(FIRST_STATE, 46), "val": range(46, INITIAL_STATES)}
 _ATTEMPTS = 3  # per episode of a split
-_PUSH = 0.3  # of the fastest command, per axis
-_MOVING = 0.2  # length of the displacement of an action that moves the hand
-_SLIPPING = 5  # steps for which a hand that misses is raised at full speed, while its fingers close
+_PUSH = 0.3  # of the greatest command, per axis
+_SLIP = 0.6  # of it, upwards
+_STARTING = 10  # steps in which the hand is moved before an episode begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +62,14 @@ class DemonstrationsConfig:
         training episode shows them.
       displacement: meters per axis up to which the hand is moved at random before an episode
         begins, so that the same initial state begins differently.
-      draw_every: steps from one picture of the cameras to the next; an episode ends with a whole
-        number of them.
-      disturbance: probability that the arm is pushed off its way between two pictures while it
-        moves. What is recorded are the actions of the script, which bring it back (DART, arXiv
-        1703.09327), so that a policy sees what follows its own errors.
+      draw_every: steps of a chunk, for which a command of the script is held, and from one picture
+        of the cameras to the next; an episode ends with a whole number of them.
+      disturbance: probability that a hand is pushed off its way for a chunk. What is recorded are
+        the actions of the script, which bring it back (DART, arXiv 1703.09327), so that a policy
+        sees what follows its own errors.
       slips: probability that the hand is raised while its fingers close, so that they miss and the
         script tries again; recorded are its actions here, too.
+      antialias: as of ``LiberoProtocol``.
       image_format: ``"png"`` or ``"jpeg"``, as published.
       version: of the dataset.
     """
@@ -70,9 +79,10 @@ class DemonstrationsConfig:
     train_episodes: int
     val_episodes: int
     displacement: float = 0.05
-    draw_every: int = 1
+    draw_every: int = 10
     disturbance: float = 0.0
     slips: float = 0.0
+    antialias: bool = True
     image_format: str = "jpeg"
     version: str = "1.0.0"
 
@@ -114,7 +124,9 @@ def write_demonstrations(
     """
 
     def make_splits() -> dict[str, _Episodes]:
-        simulator = LiberoSimulator(LiberoProtocol(config.suite), assets)
+        simulator = LiberoSimulator(
+            LiberoProtocol(config.suite, antialias=config.antialias), assets
+        )
         counts = {"train": config.train_episodes, "val": config.val_episodes}
         return {
             split: _Episodes(simulator, config, count, split) for split, count in counts.items()
@@ -213,35 +225,34 @@ def demonstrate(
       the episode, None where the script failed.
     """
     corpus = find_dataset_config(config.suite)
-    scene, pause = MujocoScene(simulator.env.sim), config.draw_every
+    scene, size = MujocoScene(simulator.env.sim), config.draw_every
+    position, orientation = scene.hand()
     offset = rng.uniform(-config.displacement, config.displacement, 3)
-    for action in Arm(scene).shift(offset):
-        simulator.step(action, render=False)
-    simulator.step(next(Arm(scene).rest(1)))  # the first picture shows where that led
+    start = Target(position + offset, orientation, OPEN)
+    moving = command(scene, start, _STARTING, FAST_LIMITS)
+    for step in range(_STARTING):
+        simulator.step(moving, render=step == _STARTING - 1)
     frames: list[Mapping[str, np.ndarray]] = []
     states, joints, actions = [], [], []
-    push, slipping, ended, success = np.zeros(3), 0, False, False
-    for action in solve(script, scene):
-        number = len(actions)
-        if number % pause == 0:
-            if ended:
-                break
-            observation = simulator.observe()
-            push = _draw_push(rng, config.disturbance)
-        if action[-1] == CLOSE and (not actions or actions[-1][-1] != CLOSE):
-            slipping = _SLIPPING * (rng.random() < config.slips)
-        frames.append(observation.frames)
-        states.append(simulator.state())
-        joints.append(simulator.joints())
-        actions.append(np.asarray(action, np.float32))
-        executed = np.array(action, np.float64)
-        if np.linalg.norm(executed[:3]) > _MOVING:
-            executed[:3] = np.clip(executed[:3] + push, -1, 1)
-        if slipping:
-            executed[2], slipping = 1, slipping - 1
-        result = simulator.step(executed, render=(number + 1) % pause == 0)
-        success = success or simulator.result()["success"]
-        ended = ended or result is StepResult.ENDED
+    ended, success, closed = False, False, False
+    while not ended:
+        observation = simulator.observe()
+        action = command(scene, script(scene), size, FAST_LIMITS)
+        closing, closed = action[-1] == CLOSE and not closed, action[-1] == CLOSE
+        executed = action.copy()
+        if closing:
+            executed[2] += _SLIP * (rng.random() < config.slips)
+        else:
+            executed[:3] += rng.uniform(-_PUSH, _PUSH, 3) * (rng.random() < config.disturbance)
+        executed = np.clip(executed, -1, 1)
+        for step in range(size):
+            frames.append(observation.frames)
+            states.append(simulator.state())
+            joints.append(simulator.joints())
+            actions.append(action.astype(np.float32))
+            result = simulator.step(executed, render=step == size - 1)
+            success = success or simulator.result()["success"]
+            ended = ended or result is StepResult.ENDED
     if not success:
         return None
     return RecordedEpisode(
@@ -254,8 +265,3 @@ def demonstrate(
         state=np.stack(states),
         sensors={"joint_state": np.stack(joints)},
     )
-
-
-def _draw_push(rng: np.random.Generator, probability: float) -> np.ndarray:
-    """Displacement per step [3] in the action's units; zero unless one is drawn."""
-    return rng.uniform(-_PUSH, _PUSH, 3) * (rng.random() < probability)

@@ -131,6 +131,7 @@ def _write_config(home: pathlib.Path, root: pathlib.Path, assets: pathlib.Path) 
 
 
 _HAND = "gripper0_grip_site"
+_FINGERS = ("gripper0_finger_joint1", "gripper0_finger_joint2")
 
 
 class MujocoScene:
@@ -146,6 +147,11 @@ class MujocoScene:
         data = self._sim.data
         rotation = Rotation.from_matrix(data.get_site_xmat(_HAND).copy())
         return data.get_site_xpos(_HAND).copy(), rotation
+
+    def opening(self) -> float:
+        """Meters between the fingers."""
+        first, second = (self._sim.data.get_joint_qpos(joint) for joint in _FINGERS)
+        return float(abs(first - second))
 
     def position(self, name: str) -> np.ndarray:
         """Position [3] of a body or site."""

@@ -1,34 +1,35 @@
-"""Scripted experts of LIBERO: motions of the arm by 7-D actions, and a script per task.
+"""Scripted experts of LIBERO: where the hand is to be next, for each task that has a script.
 
-A motion is a generator: it reads the scene, yields one action, and continues once that was
-executed. So scripts, which are made of motions, are closed-loop, whatever executes the actions and
-however exactly.
+A script sees the true state and has no memory: from wherever the hand is, also where it was pushed
+or has missed what it was to take, it says where the hand goes now. Where that depends on how far
+off the hand is, it changes gradually: the hand comes down as it comes above a thing, not at once
+when it is there. So a policy that sees one moment can learn it.
 
-Units: meters, radians, world axes with z up. Action float64 [7]: displacement of the fingers'
-center in units of 0.05 m, axis times angle in units of 0.5 rad, both in world axes and ±1, then
-the gripper (-1 open, +1 closed): robosuite's OSC_POSE controller at 20 Hz, as LIBERO uses it.
+One command is held for several steps: robosuite's controller follows it at an even speed, and the
+command that leads to a point is proportional to the way. Units: meters, radians, world axes with z
+up. Action float64 [7]: displacement of the fingers' center in units of 0.05 m, axis times angle in
+units of 0.5 rad, both in world axes and ±1, then the gripper (-1 open, +1 closed): robosuite's
+OSC_POSE controller at 20 Hz, as LIBERO uses it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 OPEN, CLOSE = -1.0, 1.0
-METERS, RADIANS = 0.05, 0.5
-# Fastest motion per dimension: what the published 1 % and 99 % quantiles of LIBERO's actions keep
-# in both directions, so that normalizing them clips nothing.
 LIMITS = np.array([0.70, 0.80, 0.93, 0.114, 0.163, 0.224])
+"""Greatest commands of the published data: what its 1 % and 99 % quantiles keep in both directions,
+so that normalizing by them clips nothing."""
+FAST_LIMITS = np.array([0.9, 0.9, 0.9, 0.5, 0.5, 0.5])
+"""Greatest commands where the statistics are those of the demonstrations themselves."""
 DOWN = Rotation.from_euler("xz", [np.pi, np.pi / 2])  # fingers point down and open along y
-_GAIN = 1.5  # commanded displacement per remaining one; 1 creeps in, 2 overshoots
-_TOLERANCE, _ALIGNED = 0.008, 0.06  # meters, radians
-
-Motion = Iterator[np.ndarray]
+UP = np.array([0.0, 0.0, 1.0])
+_ADVANCE, _TURN = 0.0125, 0.12  # meters and radians that a command of 1 moves the hand in a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Box:
         return int(np.argmax(np.abs(self.axes[2])))
 
     @property
-    def narrow(self) -> int:
-        """The one of the other two axes along which it is narrower."""
+    def level(self) -> tuple[int, int]:
+        """The other two axes."""
         first, second = (axis for axis in range(3) if axis != self.upright)
-        return first if self.half[first] <= self.half[second] else second
+        return first, second
 
     @property
     def top(self) -> float:
@@ -69,6 +70,10 @@ class Scene(Protocol):
         """Center between the fingertips [3] and orientation of the hand."""
         ...
 
+    def opening(self) -> float:
+        """Meters between the fingers, 0.08 at most."""
+        ...
+
     def position(self, name: str) -> np.ndarray:
         """Position [3] of a body or site."""
         ...
@@ -78,75 +83,39 @@ class Scene(Protocol):
         ...
 
 
-class Arm:
-    """Motions of the arm in a scene.
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where the hand is to be.
 
     Attributes:
-      scene: read anew before every action.
+      position: [3] of the center between the fingertips.
+      orientation: of the hand.
+      gripper: ``OPEN`` or ``CLOSE``.
     """
 
-    def __init__(self, scene: Scene) -> None:
-        """Begins with an open gripper pointing down."""
-        self.scene = scene
-        self._gripper, self._orientation = OPEN, DOWN
+    position: np.ndarray
+    orientation: Rotation
+    gripper: float
 
-    def go(
-        self,
-        target: Callable[[], np.ndarray] | np.ndarray,
-        *,
-        orientation: Rotation | None = None,
-        tolerance: float = _TOLERANCE,
-        steps: int = 80,
-        speed: float = 1.0,
-    ) -> Motion:
-        """Straight to a position.
 
-        Args:
-          target: [3], or a function that returns where it is now.
-          orientation: of the hand from now on; as before by default.
-          tolerance: distance in meters at which the motion ends.
-          steps: actions after which it ends at the latest.
-          speed: fraction of the fastest motion.
-        """
-        self._orientation = orientation or self._orientation
-        for _ in range(steps):
-            position, rotation = self.scene.hand()
-            offset = (target() if callable(target) else target) - position
-            angles = (self._orientation * rotation.inv()).as_rotvec()
-            if np.linalg.norm(offset) < tolerance and np.linalg.norm(angles) < _ALIGNED:
-                return
-            yield self._action(offset, angles, speed)
+Script = Callable[[Scene], Target]
 
-    def rest(self, steps: int) -> Motion:
-        """Stays where it is."""
-        for _ in range(steps):
-            yield self._action(np.zeros(3), np.zeros(3))
 
-    def grip(self, steps: int = 10) -> Motion:
-        """Closes the gripper."""
-        self._gripper = CLOSE
-        yield from self.rest(steps)
+def command(scene: Scene, target: Target, steps: int, limits: np.ndarray = LIMITS) -> np.ndarray:
+    """The action [7] that brings the hand to a target, or nearer, when held for ``steps``.
 
-    def release(self, steps: int = 6) -> Motion:
-        """Opens the gripper."""
-        self._gripper = OPEN
-        yield from self.rest(steps)
-
-    def shift(self, offset: np.ndarray, **options) -> Motion:
-        """Straight on by ``offset`` [3] from where the hand is."""
-        yield from self.go(self.scene.hand()[0] + offset, **options)
-
-    def carry(self, name: str, target: np.ndarray, **options) -> Motion:
-        """Moves until the center of what is held is at ``target`` [3]."""
-        offset = self.scene.box(name).center - self.scene.hand()[0]
-        yield from self.go(target - offset, **options)
-
-    def _action(self, offset: np.ndarray, angles: np.ndarray, speed: float = 1.0) -> np.ndarray:
-        """Slowed on all axes alike, so that paths stay straight."""
-        command = _GAIN * np.concatenate([offset / METERS, angles / RADIANS])
-        for part, limits in ((command[:3], speed * LIMITS[:3]), (command[3:], LIMITS[3:])):
-            part /= max(1.0, np.max(np.abs(part) / limits))
-        return np.append(command, self._gripper)
+    Args:
+      scene: as it is before them.
+      target: where the hand is to be after them.
+      steps: at 20 Hz.
+      limits: greatest commands [6]. Slowed on all axes alike, so that paths stay straight.
+    """
+    position, orientation = scene.hand()
+    offset = (target.position - position) / (_ADVANCE * steps)
+    angles = (target.orientation * orientation.inv()).as_rotvec() / (_TURN * steps)
+    for part, most in ((offset, limits[:3]), (angles, limits[3:])):
+        part /= max(1.0, np.max(np.abs(part) / most))
+    return np.concatenate([offset, angles, [target.gripper]])
 
 
 def pointing_down(yaw: float = 0.0) -> Rotation:
@@ -154,186 +123,183 @@ def pointing_down(yaw: float = 0.0) -> Rotation:
     return Rotation.from_euler("z", yaw) * DOWN
 
 
-def across(axis: np.ndarray) -> Rotation:
-    """Orientation of a hand that points down; its fingers open along a horizontal ``axis``.
+def across(box: Box) -> Rotation:
+    """Orientation of a hand that points down and whose fingers open across a box.
 
-    Of the two such orientations the one nearer to ``DOWN``.
+    That which is nearest to ``DOWN``, among those across which the box fits between the fingers.
     """
-    yaw = np.arctan2(-axis[0], axis[1])
-    return pointing_down((yaw + np.pi / 2) % np.pi - np.pi / 2)
+    narrowest = min(box.half[axis] for axis in box.level)
+    fitting = [axis for axis in box.level if box.half[axis] <= max(narrowest, _FITTING)]
+    yaws = [np.arctan2(-box.axes[0, axis], box.axes[1, axis]) for axis in fitting]
+    turns = [(yaw + np.pi / 2) % np.pi - np.pi / 2 for yaw in yaws]
+    return pointing_down(min(turns, key=abs))
 
 
 # ----------------------------------------------------------------------------
-# Scripts: where things are is read from the scene, and a failed grasp is tried again.
+# Parts of scripts.
 
-
-UP = np.array([0.0, 0.0, 1.0])
-_TRAVEL = 0.12  # clearance above what is grasped or passed
+_NEAR, _WIDE = 0.012, 0.018  # meters beside the way in within which fingers close
+_DEEP = 0.015  # along it
+_FUNNEL = 0.02  # over so many meters more the hand backs out
+_ALIGNED, _TURNED = 0.15, 0.4  # radians to the orientation: fingers close; the hand backs out
+_OPENED, _EMPTY = 0.07, 0.001  # meters between fingers that are open, and that hold nothing
+_HELD = 0.03  # meters from the fingers to the point where they took a thing that they hold
+_FITTING = 0.033  # half width of what fits between the fingers with room on both sides
+_ABOVE = 0.08  # meters above the point of a grasp, from where the hand comes down
 _WALL = 0.005  # from a rim's outer edge to the middle of its wall
-_DEPTH = 0.03  # of the fingertips below the top of a grasped thing
-_ATTEMPTS = 3
-_PUSHES = 4  # the fingers may slip over the plate's rim
-_BOWL, _PLATE = "akita_black_bowl_1_main", "plate_1_main"
-
-Script = Callable[[Arm], Motion]
+_DEPTH, _RIM_DEPTH = 0.03, 0.015  # of the fingertips below the top of what they grasp
 
 
-def above(point: np.ndarray, height: float = _TRAVEL) -> np.ndarray:
-    """``height`` over a point [3]."""
-    return point + height * UP
+def _rising(distance: float, begin: float, over: float) -> float:
+    """0 up to ``begin``, 1 from ``begin + over`` on, straight between."""
+    return float(np.clip((distance - begin) / over, 0, 1))
 
 
-def pick(arm: Arm, name: str) -> Motion:
-    """Grasps a thing across its narrower side and lifts it; again where it stays below."""
-
-    def attempt(box: Box) -> Motion:
-        point = np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
-        return grasp(arm, point, across(box.axes[:, box.narrow]), close=7)
-
-    return _until_lifted(arm, name, attempt)
+def _level(vector: np.ndarray) -> float:
+    """Horizontal length."""
+    return float(np.linalg.norm(vector[:2]))
 
 
-def pick_rim(arm: Arm, name: str, side: float = 1.0) -> Motion:
-    """Grasps the rim of a bowl or plate at its side towards +y (or -y), like ``pick``."""
-
-    def attempt(box: Box) -> Motion:
-        reach = max(half for axis, half in enumerate(box.half) if axis != box.upright) - _WALL
-        point = np.array([box.center[0], box.center[1] + side * reach, box.top - 0.015])
-        return grasp(arm, point, pointing_down())
-
-    return _until_lifted(arm, name, attempt)
+def holds(scene: Scene, point: np.ndarray) -> bool:
+    """Whether the fingers are closed on something at a point [3]."""
+    closed_on = _EMPTY < scene.opening() < _OPENED
+    return closed_on and float(np.linalg.norm(scene.hand()[0] - point)) < _HELD
 
 
-def _until_lifted(arm: Arm, name: str, attempt: Callable[[Box], Motion]) -> Motion:
-    """Attempts a grasp of where the thing is until it goes up with the hand."""
-    for _ in range(_ATTEMPTS):
-        box = arm.scene.box(name)
-        yield from attempt(box)
-        if arm.scene.box(name).center[2] > box.center[2] + _TRAVEL / 2:
-            return
-
-
-def grasp(arm: Arm, point: np.ndarray, orientation: Rotation, close: int = 10) -> Motion:
-    """Comes down on a point with open fingers, closes them and lifts.
+def grasp(
+    scene: Scene,
+    point: np.ndarray,
+    orientation: Rotation,
+    back: np.ndarray,
+    near: float = _WIDE,
+) -> Target:
+    """Brings open fingers to a point and closes them there.
 
     Args:
-      arm: moves there.
+      scene: in which ``point`` is not held.
       point: [3] between the fingertips when they close.
       orientation: of the hand.
-      close: steps it waits for the fingers. A thin rim needs ten until it is held. Waiting for
-        longer than a thing needs would show a policy one state followed by rest and by motion.
+      back: way [3] from the point to where the hand is before.
+      near: meters beside that way within which the fingers close; less where what they take
+        leaves them little room.
     """
-    yield from arm.release(1)
-    yield from arm.go(above(point), orientation=orientation, tolerance=0.02)
-    yield from arm.go(point)
-    yield from arm.grip(close)
-    yield from arm.shift(_TRAVEL * UP, tolerance=0.02)
+    position, turned = scene.hand()
+    away = back / np.linalg.norm(back)
+    if scene.opening() < _OPENED:  # what was to be between them is not
+        return Target(position + 0.06 * away, turned, OPEN)
+    offset = position - point
+    along = float(offset @ away)
+    beside = float(np.linalg.norm(offset - along * away))
+    angle = (orientation * turned.inv()).magnitude()
+    if beside < near and abs(along) < _DEEP and angle < _ALIGNED:
+        return Target(position, turned, CLOSE)
+    out = max(_rising(beside, 0.7 * near, _FUNNEL), _rising(angle, 0.1, _TURNED - 0.1))
+    return Target(point + out * back, orientation, OPEN)
 
 
-def put(arm: Arm, name: str, target: np.ndarray, *, over: float, lift: float = 0.0) -> Motion:
-    """Carries what is held to ``target`` [3], passing ``over`` meters above it, and lets go.
-
-    Args:
-      arm: holds the thing.
-      name: of the thing.
-      target: place of its center when it is let go.
-      over: height of the passage.
-      lift: meters the hand goes straight up before.
-    """
-    yield from arm.shift(lift * UP, tolerance=0.02)
-    yield from arm.carry(name, above(target, over), tolerance=0.015)
-    yield from arm.carry(name, target)
-    yield from arm.release()
-    yield from arm.shift(_TRAVEL * UP, tolerance=0.03)
+def thing_point(box: Box) -> np.ndarray:
+    """Point [3] between the fingertips that take a thing from above."""
+    return np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
 
 
-def bowl_on(target: str, height: float = 0.03) -> Script:
-    """Puts the bowl on something flat: its center ``height`` over the target's top."""
+def rim_point(box: Box) -> np.ndarray:
+    """Point [3] between the fingertips that take the rim of a bowl at its side towards +y."""
+    reach = max(box.half[axis] for axis in box.level) - _WALL
+    return np.array([box.center[0], box.center[1] + reach, box.top - _RIM_DEPTH])
 
-    def script(arm: Arm) -> Motion:
-        for attempt in range(_ATTEMPTS):
-            yield from pick_rim(arm, _BOWL, side=1.0 - 2 * (attempt % 2))
-            support = arm.scene.box(target)
-            goal = np.append(support.center[:2], support.top + height)
-            yield from put(arm, _BOWL, goal, over=0.06)
 
-    return script
+# ----------------------------------------------------------------------------
+# The scripts.
+
+_BOWL, _PLATE, _BASKET = "akita_black_bowl_1_main", "plate_1_main", "basket_1_main"
 
 
 def into_basket(*names: str) -> Script:
-    """Puts things into the basket, one after another."""
+    """Puts things into the basket, one after another: let go above it, they fall in."""
 
-    def script(arm: Arm) -> Motion:
+    def script(scene: Scene) -> Target:
+        basket = scene.box(_BASKET)
+        position, turned = scene.hand()
         for name in names:
-            for _ in range(_ATTEMPTS):
-                yield from pick(arm, name)
-                basket, box = arm.scene.box("basket_1_main"), arm.scene.box(name)
-                # The hand stays above the rim: a tall thing is let go higher. Before it moves
-                # sideways, the thing's lower side is 2 cm above the rim.
-                half = box.half[box.upright]
-                goal = np.append(basket.center[:2], basket.center[2] + max(half - 0.04, 0.0))
-                clear = basket.top + half + 0.02
-                lift = max(0.0, clear - box.center[2])
-                yield from put(arm, name, goal, over=clear - goal[2], lift=lift)
-                if np.linalg.norm(arm.scene.box(name).center[:2] - basket.center[:2]) < 0.06:
-                    break
+            box = scene.box(name)
+            way = np.append(basket.center[:2] - box.center[:2], 0)
+            if not holds(scene, thing_point(box)):
+                if _level(way) < 0.06:  # it lies there
+                    continue
+                return grasp(scene, thing_point(box), across(box), _ABOVE * UP, _NEAR)
+            if _level(way) < 0.03:
+                return Target(position, turned, OPEN)
+            # Before it goes sideways, its lower side is 2 cm above the basket's rim.
+            climb = basket.top + box.half[box.upright] + 0.02 - box.center[2]
+            return Target(position + climb * UP + (way if climb < 0.03 else 0), turned, CLOSE)
+        return Target(position, turned, OPEN)
 
     return script
 
 
-def turn_on_stove(arm: Arm) -> Motion:
+def bowl_on(support: str, height: float = 0.03) -> Script:
+    """Puts the bowl on something flat: its center ``height`` over the support's top."""
+
+    def script(scene: Scene) -> Target:
+        box, below = scene.box(_BOWL), scene.box(support)
+        position, turned = scene.hand()
+        way = np.append(below.center[:2], below.top + height) - box.center
+        beside = _level(way)
+        if not holds(scene, rim_point(box)):
+            if beside < 0.02:  # it stands there
+                return Target(position, turned, OPEN)
+            return grasp(scene, rim_point(box), pointing_down(), _ABOVE * UP)
+        if beside < 0.015 and abs(way[2]) < 0.015:
+            return Target(position, turned, OPEN)
+        if beside > 0.05 and way[2] > -0.03:  # too low to go sideways
+            return Target(position + (way[2] + 0.06) * UP, turned, CLOSE)
+        over = 0.06 * _rising(beside, 0.012, 0.04)
+        return Target(position + way + over * UP, pointing_down(), CLOSE)
+
+    return script
+
+
+def turn_on_stove(scene: Scene) -> Target:
     """Takes the ridge of the knob between the fingers and turns it."""
-    knob = arm.scene.box("flat_stove_1_button")
-    point = np.append(arm.scene.position("flat_stove_1_button")[:2], knob.top - 0.02)
-    yield from arm.go(above(point, 0.06), orientation=pointing_down(), tolerance=0.015)
-    yield from arm.go(point)
-    yield from arm.grip(6)
-    yield from arm.go(point, orientation=pointing_down(1.2), steps=60)
-    yield from arm.release()
-    yield from arm.go(above(point), orientation=pointing_down(), tolerance=0.03)
+    top = scene.box("flat_stove_1_button").top
+    point = np.append(scene.position("flat_stove_1_button")[:2], top - 0.02)
+    if holds(scene, point):
+        return Target(point, Rotation.from_euler("z", 0.6) * scene.hand()[1], CLOSE)
+    return grasp(scene, point, pointing_down(), 0.06 * UP)
 
 
 def open_drawer(level: str) -> Script:
-    """Takes the handle from the front, the hand nearly level, and pulls; again if it slipped."""
+    """Takes the handle from the front, the hand nearly level, and pulls."""
     level_hand = Rotation.from_euler("x", -np.radians(75)) * DOWN
 
-    def script(arm: Arm) -> Motion:
-        for _ in range(_ATTEMPTS):
-            box = arm.scene.box(f"wooden_cabinet_1_cabinet_{level}")
-            front = box.center + box.axes[:, 1] * -box.half[1]
-            handle = front + box.axes[:, 1] * 0.008
-            outward = (front - box.center) / np.linalg.norm(front - box.center)
-            before = handle + 0.10 * outward + 0.03 * UP
-            yield from arm.release(1)
-            yield from arm.go(before, orientation=level_hand, tolerance=0.02, steps=140)
-            yield from arm.go(handle)
-            yield from arm.grip()
-            yield from arm.go(handle + 0.22 * outward, steps=80)
+    def script(scene: Scene) -> Target:
+        box = scene.box(f"wooden_cabinet_1_cabinet_{level}")
+        outward = -box.axes[:, 1]
+        handle = box.center + outward * (box.half[1] - 0.008)
+        position, turned = scene.hand()
+        if holds(scene, handle):
+            return Target(position + 0.11 * outward, turned, CLOSE)
+        return grasp(scene, handle, level_hand, 0.10 * outward + 0.02 * UP)
 
     return script
 
 
-def push_plate(arm: Arm) -> Motion:
+def push_plate(scene: Scene) -> Target:
     """Pushes the plate from inside its rim with closed fingers, steering as it slides.
 
     The cabinet leaves no room behind it, and what is pushed at its front cannot turn away.
     """
-    goal = arm.scene.position("main_table_stove_front_region")[:2]
-    height = arm.scene.box(_PLATE).center[2]
-    yield from arm.grip(1)
-
-    def ahead(distance: float, lift: float) -> np.ndarray:
-        plate = arm.scene.box(_PLATE).center[:2]
-        offset = goal - plate
-        advance = distance * offset / max(np.linalg.norm(offset), 0.02)
-        return np.append(plate + advance, height + lift)
-
-    for attempt in range(_PUSHES):
-        press = -0.02 * (attempt % 2)  # harder every other time
-        yield from arm.go(lambda: ahead(0.03, 0.06), tolerance=0.015)
-        yield from arm.go(functools.partial(ahead, 0.03, press), steps=20)
-        yield from arm.go(functools.partial(ahead, 0.10, press), steps=45, speed=0.6)
-        yield from arm.shift(0.06 * UP, tolerance=0.02)
+    plate = scene.box(_PLATE).center
+    way = np.append(scene.position("main_table_stove_front_region")[:2] - plate[:2], 0)
+    ahead = way / max(_level(way), 0.02)
+    position, _ = scene.hand()
+    offset = position - plate
+    along = float(offset @ ahead)
+    beside = _level(offset - along * ahead)
+    if 0 < along < 0.09 and beside < 0.03 and offset[2] < 0.02:
+        return Target(plate + 0.10 * ahead - 0.01 * UP, pointing_down(), CLOSE)
+    lift = 0.06 * _rising(_level(offset - 0.03 * ahead), 0.01, 0.03)
+    return Target(plate + 0.03 * ahead + (lift - 0.01) * UP, pointing_down(), CLOSE)
 
 
 # In the order of the suite's tasks.
@@ -369,11 +335,3 @@ SCRIPTS: dict[str, dict[int, Script]] = {
     },
 }
 """Suite -> number of a task in it -> script."""
-
-
-def solve(script: Script, scene: Scene) -> Motion:
-    """The actions of a script in a scene, then no motion; endless."""
-    arm = Arm(scene)
-    yield from script(arm)
-    while True:
-        yield from arm.rest(1)
