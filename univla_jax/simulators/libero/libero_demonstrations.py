@@ -47,7 +47,6 @@ _STATES = {"train": range(FIRST_STATE, 46), "val": range(46, INITIAL_STATES)}
 _ATTEMPTS = 3  # per episode of a split
 _PUSH = 0.3  # of the greatest command, per axis
 _SLIP = 0.6  # of it, upwards
-_STARTING = 10  # steps in which the hand is moved before an episode begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +59,8 @@ class DemonstrationsConfig:
       train_episodes: per task, of the split ``train``; the initial states 20 to 45 in turn.
       val_episodes: per task, of the split ``val``; 46 to 49 in turn, so that things lie where no
         training episode shows them.
-      displacement: meters per axis up to which the hand is moved at random before an episode
-        begins, so that the same initial state begins differently.
+      displacement: meters per axis up to which the hand is moved at random in the first chunk,
+        instead of following the script, so that the same initial state goes on differently.
       draw_every: steps of a chunk, for which a command of the script is held, and from one picture
         of the cameras to the next; an episode ends with a whole number of them.
       disturbance: probability that a hand is pushed off its way for a chunk. What is recorded are
@@ -217,7 +216,7 @@ def demonstrate(
     Args:
       simulator: at the beginning of a trial.
       script: of its task.
-      config: how far the hand is moved before, how often the cameras draw, disturbances and slips.
+      config: how far the hand is moved at first, steps of a chunk, disturbances and slips.
       rng: draws where the hand is moved, disturbances and slips.
       name: of the episode.
 
@@ -226,12 +225,6 @@ def demonstrate(
     """
     corpus = find_dataset_config(config.suite)
     scene, size = MujocoScene(simulator.env.sim), config.draw_every
-    position, orientation = scene.hand()
-    offset = rng.uniform(-config.displacement, config.displacement, 3)
-    start = Target(position + offset, orientation, OPEN)
-    moving = command(scene, start, _STARTING, FAST_LIMITS)
-    for step in range(_STARTING):
-        simulator.step(moving, render=step == _STARTING - 1)
     frames: list[Mapping[str, np.ndarray]] = []
     states, joints, actions = [], [], []
     ended, success, closed = False, False, False
@@ -240,7 +233,12 @@ def demonstrate(
         action = command(scene, script(scene), size, FAST_LIMITS)
         closing, closed = action[-1] == CLOSE and not closed, action[-1] == CLOSE
         executed = action.copy()
-        if closing:
+        if not actions and config.displacement:
+            position, orientation = scene.hand()
+            offset = rng.uniform(-config.displacement, config.displacement, 3)
+            elsewhere = Target(position + offset, orientation, OPEN)
+            executed = command(scene, elsewhere, size, FAST_LIMITS)
+        elif closing:
             executed[2] += _SLIP * (rng.random() < config.slips)
         else:
             executed[:3] += rng.uniform(-_PUSH, _PUSH, 3) * (rng.random() < config.disturbance)

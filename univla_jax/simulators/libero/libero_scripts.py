@@ -30,6 +30,9 @@ FAST_LIMITS = np.array([0.9, 0.9, 0.9, 0.5, 0.5, 0.5])
 DOWN = Rotation.from_euler("xz", [np.pi, np.pi / 2])  # fingers point down and open along y
 UP = np.array([0.0, 0.0, 1.0])
 _ADVANCE, _TURN = 0.0125, 0.12  # meters and radians that a command of 1 moves the hand in a step
+_UNTURNED = (
+    0.05  # radians that are left to the orientation, lest every command corrects a trembling
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,9 @@ def command(scene: Scene, target: Target, steps: int, limits: np.ndarray = LIMIT
     """
     position, orientation = scene.hand()
     offset = (target.position - position) / (_ADVANCE * steps)
-    angles = (target.orientation * orientation.inv()).as_rotvec() / (_TURN * steps)
+    turn = (target.orientation * orientation.inv()).as_rotvec()
+    turn *= max(0.0, 1 - _UNTURNED / max(np.linalg.norm(turn), _UNTURNED))
+    angles = turn / (_TURN * steps)
     for part, most in ((offset, limits[:3]), (angles, limits[3:])):
         part /= max(1.0, np.max(np.abs(part) / most))
     return np.concatenate([offset, angles, [target.gripper]])
@@ -140,7 +145,8 @@ def across(box: Box) -> Rotation:
 
 _NEAR, _WIDE = 0.012, 0.018  # meters beside the way in within which fingers close
 _DEEP = 0.015  # along it
-_FUNNEL = 0.02  # over so many meters more the hand backs out
+_ALONG_FACES = 0.5
+_FUNNEL = 0.012  # over so many meters more the hand backs out
 _ALIGNED, _TURNED = 0.15, 0.4  # radians to the orientation: fingers close; the hand backs out
 _OPENED, _EMPTY = 0.07, 0.001  # meters between fingers that are open, and that hold nothing
 _HELD = 0.03  # meters from the fingers to the point where they took a thing that they hold
@@ -181,7 +187,7 @@ def grasp(
       orientation: of the hand.
       back: way [3] from the point to where the hand is before.
       near: meters beside that way within which the fingers close; less where what they take
-        leaves them little room.
+        leaves them little room. Along their faces it is twice as far.
     """
     position, turned = scene.hand()
     away = back / np.linalg.norm(back)
@@ -189,7 +195,13 @@ def grasp(
         return Target(position + 0.06 * away, turned, OPEN)
     offset = position - point
     along = float(offset @ away)
-    beside = float(np.linalg.norm(offset - along * away))
+    sideways = offset - along * away
+    open_along = turned.apply([1.0, 0.0, 0.0])
+    between = float(sideways @ open_along)
+    # There is more room along the fingers' faces than between them.
+    beside = float(
+        np.hypot(between, _ALONG_FACES * np.linalg.norm(sideways - between * open_along))
+    )
     angle = (orientation * turned.inv()).magnitude()
     if beside < near and abs(along) < _DEEP and angle < _ALIGNED:
         return Target(position, turned, CLOSE)
