@@ -287,6 +287,21 @@ def test_a_bowl_that_slipped_is_grasped_again(assets):
     assert len(closings) > 1 and max(closings) > 1, closings
 
 
+def test_a_demonstration_begins_as_an_evaluation_and_then_goes_elsewhere(assets):
+    simulator = LiberoSimulator(LiberoProtocol("libero_goal"), assets)
+    ends = []
+    for displacement in (0.0, 0.1):
+        simulator.reset(Trial(7, 20))
+        begun = simulator.state()
+        config = DemonstrationsConfig("libero_goal", (7,), 1, 1, displacement=displacement)
+        rng = np.random.default_rng(0)
+        episode = demonstrate(simulator, SCRIPTS["libero_goal"][7], config, rng, "0")
+        assert np.array_equal(episode.state[0], begun)
+        assert np.ptp(episode.actions[:10], axis=0).max() == 0
+        ends.append(episode.state[10])
+    assert np.abs(ends[0] - ends[1])[:3].max() > 0.03
+
+
 def test_pictures_without_smoothed_edges_are_nearly_the_same(assets):
     """What demonstrations may save half the drawing with."""
     shown = []
