@@ -44,7 +44,10 @@ from univla_jax.training.vision_training import VisionFitConfig
 CORPUS = "libero"
 GOAL = (0, 1, 7, 8)  # open the middle drawer, bowl on the stove, turn on the stove, bowl on a plate
 OBJECT = (0, 4, 5, 7)  # alphabet soup, ketchup, tomato sauce, milk into the basket
-ACTION_FRAMES = 5  # steps of an action chunk, and from one picture to the next
+ACTION_FRAMES = 10  # steps of an action chunk, and from one picture to the next
+# Equal steps as which the state is written: to 1 % of its half range, a few millimeters. What a
+# command is depends on where the hand is.
+STATE_STEPS = 100
 FRAME_SPACING = 10  # steps between the world model's frames: half a second
 VIEWS = ("image", "wrist_image")
 # One code for 4 x 4 pixels tells where things are; one for 8 x 8 blurs it. The fixed camera shows
@@ -63,10 +66,13 @@ def _demonstrations(suite: str, tasks: tuple[int, ...]) -> ConfigDict:
     values = {
         "suite": suite,
         "tasks": tasks,
-        "train_episodes": 36,
-        "val_episodes": 2,
+        "train_episodes": 120,
+        "val_episodes": 3,
+        "displacement": 0.1,
         "draw_every": ACTION_FRAMES,
-        "disturbance": 0.25,
+        "disturbance": 0.2,
+        "slips": 0.25,
+        "antialias": False,
     }
     return complete(DemonstrationsConfig, values)
 
@@ -92,10 +98,10 @@ def action() -> ConfigDict:
         "corpus": CORPUS,
         "chunk_size": ACTION_FRAMES,
         "scale": 10.0,
-        # Hardly any merges: a wrong token that stands for several coefficients shifts all that
-        # follow.
-        "vocabulary_size": 272,
+        # No merges: each coefficient is a token at its own place, and a wrong one shifts no other.
+        "vocabulary_size": 256,
         "drop_trailing_zeros": True,
+        "state_steps": STATE_STEPS,
     }
     return complete(ActionFitConfig, values)
 
@@ -146,11 +152,14 @@ def policy() -> ConfigDict:
         "chunk_size": ACTION_FRAMES,
         "aligned_windows": 1.0,
         "state": True,
-        "sequence_length": 224,
+        "state_steps": STATE_STEPS,
+        "sequence_length": 216,
         "packing": False,
         "batch_size": 8,
     }
-    return complete(TrainConfig, _training(4000, data) | {"loss": {"max_labeled": 40}})
+    config = complete(TrainConfig, _training(8000, data) | {"loss": {"max_labeled": 16}})
+    config.model.overrides = {"dropout": 0.1}
+    return config
 
 
 def _training(steps: int, data: Values) -> Values:

@@ -145,7 +145,6 @@ def across(box: Box) -> Rotation:
 
 _NEAR, _WIDE = 0.012, 0.018  # meters beside the way in within which fingers close
 _DEEP = 0.015  # along it
-_ALONG_FACES = 0.5
 _FUNNEL = 0.012  # over so many meters more the hand backs out
 _ALIGNED, _TURNED = 0.15, 0.4  # radians to the orientation: fingers close; the hand backs out
 _OPENED, _EMPTY = 0.07, 0.001  # meters between fingers that are open, and that hold nothing
@@ -187,7 +186,7 @@ def grasp(
       orientation: of the hand.
       back: way [3] from the point to where the hand is before.
       near: meters beside that way within which the fingers close; less where what they take
-        leaves them little room. Along their faces it is twice as far.
+        leaves them little room.
     """
     position, turned = scene.hand()
     away = back / np.linalg.norm(back)
@@ -195,13 +194,7 @@ def grasp(
         return Target(position + 0.06 * away, turned, OPEN)
     offset = position - point
     along = float(offset @ away)
-    sideways = offset - along * away
-    open_along = turned.apply([1.0, 0.0, 0.0])
-    between = float(sideways @ open_along)
-    # There is more room along the fingers' faces than between them.
-    beside = float(
-        np.hypot(between, _ALONG_FACES * np.linalg.norm(sideways - between * open_along))
-    )
+    beside = float(np.linalg.norm(offset - along * away))
     angle = (orientation * turned.inv()).magnitude()
     if beside < near and abs(along) < _DEEP and angle < _ALIGNED:
         return Target(position, turned, CLOSE)
