@@ -152,7 +152,7 @@ _HELD = 0.03  # meters from the fingers to the point where they took a thing tha
 _FITTING = 0.033  # half width of what fits between the fingers with room on both sides
 _ABOVE = 0.08  # meters above the point of a grasp, from where the hand comes down
 _WALL = 0.005  # from a rim's outer edge to the middle of its wall
-_DEPTH, _RIM_DEPTH = 0.03, 0.015  # of the fingertips below the top of what they grasp
+_DEPTH, _RIM_DEPTH = 0.03, 0.022  # of the fingertips below the top of what they grasp
 
 
 def _rising(distance: float, begin: float, over: float) -> float:
@@ -207,10 +207,10 @@ def thing_point(box: Box) -> np.ndarray:
     return np.append(box.center[:2], max(box.top - _DEPTH, box.center[2]))
 
 
-def rim_point(box: Box) -> np.ndarray:
-    """Point [3] between the fingertips that take the rim of a bowl at its side towards +y."""
+def rim_point(box: Box, side: float = 1.0) -> np.ndarray:
+    """Point [3] between the fingertips that take the rim of a bowl, towards +y (or -y)."""
     reach = max(box.half[axis] for axis in box.level) - _WALL
-    return np.array([box.center[0], box.center[1] + reach, box.top - _RIM_DEPTH])
+    return np.array([box.center[0], box.center[1] + side * reach, box.top - _RIM_DEPTH])
 
 
 # ----------------------------------------------------------------------------
@@ -242,18 +242,25 @@ def into_basket(*names: str) -> Script:
     return script
 
 
-def bowl_on(support: str, height: float = 0.03) -> Script:
-    """Puts the bowl on something flat: its center ``height`` over the support's top."""
+def bowl_on(support: str, height: float = 0.03, side: float = 1.0) -> Script:
+    """Puts the bowl on something flat: its center ``height`` over the support's top.
+
+    Args:
+      support: name of a body.
+      height: meters.
+      side: where its rim is taken, 1 for that towards +y and -1 for that towards -y.
+    """
 
     def script(scene: Scene) -> Target:
         box, below = scene.box(_BOWL), scene.box(support)
         position, turned = scene.hand()
         way = np.append(below.center[:2], below.top + height) - box.center
         beside = _level(way)
-        if not holds(scene, rim_point(box)):
+        point = rim_point(box, side)
+        if not holds(scene, point):
             if beside < 0.02:  # it stands there
                 return Target(position, turned, OPEN)
-            return grasp(scene, rim_point(box), pointing_down(), _ABOVE * UP)
+            return grasp(scene, point, pointing_down(), _ABOVE * UP)
         if beside < 0.015 and abs(way[2]) < 0.015:
             return Target(position, turned, OPEN)
         if beside > 0.05 and way[2] > -0.03:  # too low to go sideways
@@ -328,7 +335,10 @@ SCRIPTS: dict[str, dict[int, Script]] = {
         7: turn_on_stove,
         8: bowl_on(_PLATE),
     },
-    "libero_spatial": dict.fromkeys((0, 1, 2, 3, 5, 7, 8), bowl_on(_PLATE)),
+    "libero_spatial": {
+        **dict.fromkeys((0, 1, 2, 3, 7, 8), bowl_on(_PLATE)),
+        5: bowl_on(_PLATE, side=-1.0),
+    },
     "libero_object": {
         number: into_basket(f"{name}_1_main")
         for number, name in enumerate(_GROCERIES)
