@@ -219,7 +219,7 @@ def test_a_command_leads_where_it_says(assets, axis):
         simulator.step(action, render=False)
     reached, turned = scene.hand()
     moved = np.concatenate([reached - position, (turned * orientation.inv()).as_rotvec()])
-    assert 0.75 < moved[axis] / way[axis] < 1.1, moved
+    assert 0.6 < moved[axis] / way[axis] < 1.1, moved
     assert np.all(np.abs(np.delete(moved[:3] - way[:3], axis if axis < 3 else [])) < 0.03)
 
 
