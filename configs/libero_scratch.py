@@ -20,12 +20,12 @@
         --episodes_per_task=20 --checkpoint=W/policy --assets=LIBERO_ASSETS --out=W/object
 
 Demonstrations for training begin from the initial states 20 to 45 of a task, those for validation
-from 46 to 49, each with the hand moved at random before; the evaluations above take the states 0 to
-19. Without a GPU a picture costs ten times a step, so the cameras of the demonstrations draw at
-every fifth step, where the policy's chunks of five begin. The two suites are one corpus,
+from 46 to 49; the evaluations above take the states 0 to 19. In the first chunk of a demonstration
+the hand is moved elsewhere at random, later it is pushed now and then, and it misses a fourth of
+its grasps. A command is held for ten steps, where the policy's chunks of ten begin, and only there
+the cameras draw: without a GPU a picture costs twenty times a step. The two suites are one corpus,
 ``libero``, with joint statistics. The policy begins from nothing: a world model of the same
-episodes is there to imagine with. ``univla_jax/evaluation/README.md`` has the score, a fifth of the
-episodes, and what fails in the others.
+episodes is there to imagine with. ``univla_jax/evaluation/README.md`` has the score, and what fails.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def action() -> ConfigDict:
         "corpus": CORPUS,
         "chunk_size": ACTION_FRAMES,
         "scale": 10.0,
-        # No merges: each coefficient is a token at its own place, and a wrong one shifts no other.
+        # Hardly any merges: a held command has a token for each dimension, and a wrong one shifts
+        # no other.
         "vocabulary_size": 256,
         "drop_trailing_zeros": True,
         "state_steps": STATE_STEPS,
