@@ -25,7 +25,7 @@ the hand is moved elsewhere at random, later it is pushed now and then, and it m
 its grasps. A command is held for ten steps, where the policy's chunks of ten begin, and only there
 the cameras draw: without a GPU a picture costs twenty times a step. The two suites are one corpus,
 ``libero``, with joint statistics. The policy begins from nothing: a world model of the same
-episodes is there to imagine with. ``univla_jax/evaluation/README.md`` has the score, and what fails.
+episodes is there to imagine with. ``univla_jax/evaluation/README.md`` has the score and what fails.
 """
 
 from __future__ import annotations
