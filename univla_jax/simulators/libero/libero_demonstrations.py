@@ -5,7 +5,7 @@ joint angles. The gripper is -1 open, +1 closed. Steps without motion stay, unli
 data without no-ops: during them the fingers close.
 
 A script's command is held for a chunk of steps, and the cameras draw where one begins: between two
-pictures the newest one stands. Without a GPU a picture takes ten times as long as a step.
+pictures the newest one stands. Without a GPU a picture takes as long as twenty steps.
 ``data.aligned_windows=1`` shows these chunks and no other.
 
 Axes: T steps, A action dimensions (7).

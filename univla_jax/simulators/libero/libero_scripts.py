@@ -160,7 +160,7 @@ def _rising(distance: float, begin: float, over: float) -> float:
     return float(np.clip((distance - begin) / over, 0, 1))
 
 
-def _level(vector: np.ndarray) -> float:
+def _horizontal(vector: np.ndarray) -> float:
     """Horizontal length."""
     return float(np.linalg.norm(vector[:2]))
 
@@ -216,6 +216,7 @@ def rim_point(box: Box, side: float = 1.0) -> np.ndarray:
 # ----------------------------------------------------------------------------
 # The scripts.
 
+_STANDING = 0.03  # meters from what the bowl is put on to the bowl's center
 _BOWL, _PLATE, _BASKET = "akita_black_bowl_1_main", "plate_1_main", "basket_1_main"
 
 
@@ -229,10 +230,10 @@ def into_basket(*names: str) -> Script:
             box = scene.box(name)
             way = np.append(basket.center[:2] - box.center[:2], 0)
             if not holds(scene, thing_point(box)):
-                if _level(way) < 0.06:  # it lies there
+                if _horizontal(way) < 0.06:  # it lies there
                     continue
                 return grasp(scene, thing_point(box), across(box), _ABOVE * UP, _NEAR)
-            if _level(way) < 0.03:
+            if _horizontal(way) < 0.03:
                 return Target(position, turned, OPEN)
             # Before it goes sideways, its lower side is 2 cm above the basket's rim.
             climb = basket.top + box.half[box.upright] + 0.02 - box.center[2]
@@ -242,20 +243,19 @@ def into_basket(*names: str) -> Script:
     return script
 
 
-def bowl_on(support: str, height: float = 0.03, side: float = 1.0) -> Script:
-    """Puts the bowl on something flat: its center ``height`` over the support's top.
+def bowl_on(support: str, side: float = 1.0) -> Script:
+    """Puts the bowl on something flat, ``_STANDING`` over its top.
 
     Args:
       support: name of a body.
-      height: meters.
       side: where its rim is taken, 1 for that towards +y and -1 for that towards -y.
     """
 
     def script(scene: Scene) -> Target:
         box, below = scene.box(_BOWL), scene.box(support)
         position, turned = scene.hand()
-        way = np.append(below.center[:2], below.top + height) - box.center
-        beside = _level(way)
+        way = np.append(below.center[:2], below.top + _STANDING) - box.center
+        beside = _horizontal(way)
         point = rim_point(box, side)
         if not holds(scene, point):
             if beside < 0.02:  # it stands there
@@ -303,14 +303,14 @@ def push_plate(scene: Scene) -> Target:
     """
     plate = scene.box(_PLATE).center
     way = np.append(scene.position("main_table_stove_front_region")[:2] - plate[:2], 0)
-    ahead = way / max(_level(way), 0.02)
+    ahead = way / max(_horizontal(way), 0.02)
     position, _ = scene.hand()
     offset = position - plate
     along = float(offset @ ahead)
-    beside = _level(offset - along * ahead)
+    beside = _horizontal(offset - along * ahead)
     if 0 < along < 0.09 and beside < 0.03 and offset[2] < 0.02:
         return Target(plate + 0.10 * ahead - 0.01 * UP, pointing_down(), CLOSE)
-    lift = 0.06 * _rising(_level(offset - 0.03 * ahead), 0.01, 0.03)
+    lift = 0.06 * _rising(_horizontal(offset - 0.03 * ahead), 0.01, 0.03)
     return Target(plate + 0.03 * ahead + (lift - 0.01) * UP, pointing_down(), CLOSE)
 
 
