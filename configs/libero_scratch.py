@@ -62,7 +62,7 @@ FRAME_HEADERS = ("1*8*12", "1*8*8")  # one text id each, as they stand before ev
 Values = dict[str, Any]
 
 
-def _demonstrations(suite: str, tasks: tuple[int, ...]) -> ConfigDict:
+def _demonstrations(suite: str, tasks: tuple[int, ...], **changes: Any) -> ConfigDict:
     values = {
         "suite": suite,
         "tasks": tasks,
@@ -74,7 +74,12 @@ def _demonstrations(suite: str, tasks: tuple[int, ...]) -> ConfigDict:
         "slips": 0.25,
         "antialias": False,
     }
-    return complete(DemonstrationsConfig, values)
+    return complete(DemonstrationsConfig, values | changes)
+
+
+def _corrections(suite: str, tasks: tuple[int, ...]) -> ConfigDict:
+    values = {"displacement": 0.04, "disturbance": 0.1, "slips": 0.1, "policy": "POLICY"}
+    return _demonstrations(suite, tasks, train_episodes=60, policy_chunks=12, **values)
 
 
 def demonstrations_goal() -> ConfigDict:
@@ -85,6 +90,16 @@ def demonstrations_goal() -> ConfigDict:
 def demonstrations_object() -> ConfigDict:
     """Scripted episodes of ``libero_object``."""
     return _demonstrations("libero_object", OBJECT)
+
+
+def corrections_goal() -> ConfigDict:
+    """Episodes of ``libero_goal`` that a policy begins and the script ends."""
+    return _corrections("libero_goal", GOAL)
+
+
+def corrections_object() -> ConfigDict:
+    """Episodes of ``libero_object`` that a policy begins and the script ends."""
+    return _corrections("libero_object", OBJECT)
 
 
 def text() -> ConfigDict:
@@ -178,6 +193,8 @@ def _training(steps: int, data: Values) -> Values:
 STAGES = (
     demonstrations_goal,
     demonstrations_object,
+    corrections_goal,
+    corrections_object,
     text,
     action,
     vision,

@@ -25,6 +25,7 @@ from absl import flags
 from univla_jax import cli
 from univla_jax.config import build_config
 from univla_jax.errors import UserError
+from univla_jax.inference.policy import Policy
 from univla_jax.simulators import DEMONSTRATIONS
 
 CONFIG = cli.config_flag()
@@ -44,7 +45,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"config.benchmark: {benchmark!r}, not one of {', '.join(DEMONSTRATIONS)}")
     module = importlib.import_module(DEMONSTRATIONS[benchmark])
     config = build_config(module.DemonstrationsConfig, values)
-    folder = module.write_demonstrations(config, OUT.value, assets=ASSETS.value)
+    # Experts that correct a policy know it from their config.
+    options = {"load_policy": Policy.load} if getattr(config, "policy", "") else {}
+    folder = module.write_demonstrations(config, OUT.value, assets=ASSETS.value, **options)
     print(f"{config.train_episodes} + {config.val_episodes} demonstrations in {folder}")
 
 

@@ -19,6 +19,8 @@ RECIPE = runpy.run_path(str(REPOSITORY / "configs" / "libero_scratch.py"))
 STAGES = (
     "demonstrations_goal",
     "demonstrations_object",
+    "corrections_goal",
+    "corrections_object",
     "text",
     "action",
     "vision",
@@ -42,10 +44,12 @@ def test_an_unknown_stage_is_named_beside_the_known_ones(stage):
 def test_stages_fit_together():
     """Same cameras and chunks; no demonstration begins where the 20 scored episodes do."""
     values = {stage: RECIPE["get_config"](stage).to_dict() for stage in STAGES}
-    suites = [build_config(DemonstrationsConfig, values[stage]) for stage in STAGES[:2]]
+    suites = [build_config(DemonstrationsConfig, values[stage]) for stage in STAGES[:4]]
     policy, imagines = (build_config(TrainConfig, values[s]) for s in ("policy", "world_model"))
     assert FIRST_STATE >= 20
-    assert sum(len(suite.tasks) for suite in suites) == 8
+    assert sum(len(suite.tasks) for suite in suites[:2]) == 8
+    assert [suite.tasks for suite in suites[2:]] == [suite.tasks for suite in suites[:2]]
+    assert [bool(suite.policy) for suite in suites] == [False, False, True, True]
     (corpus,) = {values[stage]["corpus"] for stage in ("text", "action", "vision", "tokens")}
     assert values["action"]["chunk_size"] == policy.data.chunk_size
     assert set(policy.data.views) == set(values["tokens"]["image_specs"])

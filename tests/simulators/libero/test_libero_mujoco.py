@@ -7,6 +7,7 @@ import importlib.util
 import os
 import runpy
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from scipy.spatial.transform import Rotation
 from tests.conftest import REPOSITORY
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds import RldsReader
+from univla_jax.episode import ActionChunk
 from univla_jax.errors import UserError
 from univla_jax.evaluation.actors import ActionRoundTrip, RandomActions, ScriptedActor, ZeroActions
 from univla_jax.evaluation.runner import BenchmarkRunner, RunnerConfig
@@ -33,6 +35,7 @@ from univla_jax.simulators.libero.libero_demonstrations import (
 )
 from univla_jax.simulators.libero.libero_mujoco import MujocoScene
 from univla_jax.simulators.libero.libero_scripts import (
+    CLOSE,
     FAST_LIMITS,
     OPEN,
     SCRIPTS,
@@ -300,6 +303,39 @@ def test_a_demonstration_begins_as_an_evaluation_and_then_goes_elsewhere(assets)
         assert np.ptp(episode.actions[:10], axis=0).max() == 0
         ends.append(episode.state[10])
     assert np.abs(ends[0] - ends[1])[:3].max() > 0.03
+
+
+class Upward:
+    """A policy that raises the closed hand; it notes what it is told was executed."""
+
+    chunk_size = 10
+
+    def __init__(self) -> None:
+        self.executed = []
+
+    def start(self):
+        return types.SimpleNamespace(set_executed=self.executed.append)
+
+    def act(self, observations, sessions):
+        assert len(observations) == len(sessions) == 1
+        return [ActionChunk(np.tile(np.float32([0, 0, 0.5, 0, 0, 0, CLOSE]), (10, 1)))]
+
+
+def test_a_script_corrects_what_a_policy_does(assets):
+    """The policy moves the hand, what is recorded is the script's, and the script ends it."""
+    simulator, policy = LiberoSimulator(LiberoProtocol("libero_goal"), assets), Upward()
+    simulator.reset(Trial(7, 20))
+    values = {"displacement": 0.0, "policy": "UPWARD", "policy_chunks": 1}
+    config = DemonstrationsConfig("libero_goal", (7,), 1, 1, **values)
+    rng = np.random.default_rng(0)
+    episode = demonstrate(simulator, SCRIPTS["libero_goal"][7], config, rng, "0", policy)
+    (executed,) = policy.executed
+    assert np.all(executed[:, 2] == 0.5)
+    assert (
+        np.all(episode.actions[:10, 6] == OPEN) and np.ptp(episode.actions[:10], axis=0).max() == 0
+    )
+    assert episode.actions[0, 2] < 0 < 0.03 < episode.state[10, 2] - episode.state[0, 2]
+    assert episode.actions[10, 2] < 0 and np.ptp(episode.state[9:12, 6]) > 0.005
 
 
 def test_pictures_without_smoothed_edges_are_nearly_the_same(assets):

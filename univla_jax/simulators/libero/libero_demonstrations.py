@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -23,6 +24,7 @@ from etils import epath
 from univla_jax.data import rlds_writer
 from univla_jax.data.datasets import find_dataset_config
 from univla_jax.data.rlds_writer import RecordedEpisode, successes
+from univla_jax.episode import ActionChunk, Observation
 from univla_jax.errors import UserError
 from univla_jax.simulators import StepResult, Trial
 from univla_jax.simulators.libero.libero_benchmark import (
@@ -68,6 +70,10 @@ class DemonstrationsConfig:
         sees what follows its own errors.
       slips: probability that the hand is raised while its fingers close, so that they miss and the
         script tries again; recorded are its actions here, too.
+      policy: folder of a checkpoint whose policy moves the hand until a chunk drawn at random, from
+        where on the script does. What is recorded are the actions of the script all the same
+        (DAgger, arXiv 1011.0686): they say what is right where the policy errs.
+      policy_chunks: most chunks that the policy moves the hand.
       antialias: as of ``LiberoProtocol``.
       image_format: ``"png"`` or ``"jpeg"``, as published.
       version: of the dataset.
@@ -81,6 +87,8 @@ class DemonstrationsConfig:
     draw_every: int = 10
     disturbance: float = 0.0
     slips: float = 0.0
+    policy: str = ""
+    policy_chunks: int = 12
     antialias: bool = True
     image_format: str = "jpeg"
     version: str = "1.0.0"
@@ -94,19 +102,42 @@ class DemonstrationsConfig:
                 f"config.tasks: {self.tasks}, {self.suite} has scripts for "
                 f"{', '.join(map(str, known)) or 'none'}"
             )
-        counts = self.train_episodes, self.val_episodes, self.draw_every
+        counts = self.train_episodes, self.val_episodes, self.draw_every, self.policy_chunks
         chances = self.disturbance, self.slips
         if min(counts) < 1 or self.displacement < 0 or min(chances) < 0 or max(chances) > 1:
             raise UserError(
-                f"config: train_episodes {self.train_episodes}, val_episodes {self.val_episodes} "
-                f"and draw_every {self.draw_every} must be at least 1, displacement "
-                f"{self.displacement} at least 0, disturbance {self.disturbance} and slips "
-                f"{self.slips} in 0...1"
+                f"config: train_episodes {self.train_episodes}, val_episodes {self.val_episodes}, "
+                f"draw_every {self.draw_every} and policy_chunks {self.policy_chunks} must be at "
+                f"least 1, displacement {self.displacement} at least 0, disturbance "
+                f"{self.disturbance} and slips {self.slips} in 0...1"
             )
 
 
+class Policy(Protocol):
+    """What moves the hand in place of the script: ``inference.policy.Policy``, for one."""
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps of its chunks."""
+        ...
+
+    def start(self) -> Any:
+        """The session of a new episode."""
+        ...
+
+    def act(
+        self, observations: Sequence[Observation], sessions: Sequence[Any]
+    ) -> Sequence[ActionChunk]:
+        """The next chunk of each session's robot."""
+        ...
+
+
 def write_demonstrations(
-    config: DemonstrationsConfig, out: str | os.PathLike[str], *, assets: str | None = None
+    config: DemonstrationsConfig,
+    out: str | os.PathLike[str],
+    *,
+    assets: str | None = None,
+    load_policy: Callable[[str], Policy] | None = None,
 ) -> epath.Path:
     """Writes the dataset unless it is there.
 
@@ -114,21 +145,30 @@ def write_demonstrations(
       config: which demonstrations.
       out: parent of the dataset.
       assets: folder of LIBERO's assets, as for ``libero_benchmark.make_benchmark``.
+      load_policy: makes a policy of ``config.policy``, where there is one.
 
     Returns:
       the version folder.
 
     Raises:
-      UserError: other demonstrations lie there, LIBERO cannot be opened, or scripts fail too often.
+      UserError: other demonstrations lie there, LIBERO cannot be opened, the policy's chunks have
+        another length, or scripts fail too often.
     """
 
     def make_splits() -> dict[str, _Episodes]:
+        policy = load_policy(config.policy) if load_policy and config.policy else None
+        if policy is not None and policy.chunk_size != config.draw_every:
+            raise UserError(
+                f"config.draw_every: {config.draw_every}, but {config.policy} has chunks of "
+                f"{policy.chunk_size} steps; set it to them"
+            )
         simulator = LiberoSimulator(
             LiberoProtocol(config.suite, antialias=config.antialias), assets
         )
         counts = {"train": config.train_episodes, "val": config.val_episodes}
         return {
-            split: _Episodes(simulator, config, count, split) for split, count in counts.items()
+            split: _Episodes(simulator, config, count, split, policy)
+            for split, count in counts.items()
         }
 
     return rlds_writer.write_demonstrations(
@@ -165,8 +205,10 @@ class _Episodes:
         config: DemonstrationsConfig,
         count: int,
         split: str,
+        policy: Policy | None,
     ) -> None:
         self._simulator, self._config, self._count, self._split = simulator, config, count, split
+        self._policy = policy
         self._seed = list(_STATES).index(split)
         self._begun: tuple[Trial, Callable[[], None]] | None = None
 
@@ -194,6 +236,7 @@ class _Episodes:
             config,
             np.random.default_rng([self._seed, task, attempt]),
             f"{config.suite}/{task}/{state}/{self._seed}-{attempt}",
+            self._policy,
         )
 
     def _begin(self, trial: Trial) -> None:
@@ -210,6 +253,7 @@ def demonstrate(
     config: DemonstrationsConfig,
     rng: np.random.Generator,
     name: str,
+    policy: Policy | None = None,
 ) -> RecordedEpisode | None:
     """One scripted episode.
 
@@ -217,8 +261,9 @@ def demonstrate(
       simulator: at the beginning of a trial.
       script: of its task.
       config: how far the hand is moved at first, steps of a chunk, disturbances and slips.
-      rng: draws where the hand is moved, disturbances and slips.
+      rng: draws where the hand is moved, disturbances, slips and how long the policy acts.
       name: of the episode.
+      policy: moves the hand at first, in chunks of ``config.draw_every``; None for the script.
 
     Returns:
       the episode, None where the script failed.
@@ -228,27 +273,36 @@ def demonstrate(
     frames: list[Mapping[str, np.ndarray]] = []
     states, joints, actions = [], [], []
     ended, success, closed = False, False, False
+    handover = 0
+    if policy is not None:
+        session = policy.start()
+        handover = size * int(rng.integers(1, config.policy_chunks, endpoint=True))
     while not ended:
         observation = simulator.observe()
         action = command(scene, script(scene), size, FAST_LIMITS)
         closing, closed = action[-1] == CLOSE and not closed, action[-1] == CLOSE
-        executed = action.copy()
+        executed = np.tile(action, (size, 1))
+        if len(actions) < handover:
+            [chunk] = policy.act([observation], [session])
+            executed = chunk.actions.astype(np.float64)
         if not actions and config.displacement:
             position, orientation = scene.hand()
             offset = rng.uniform(-config.displacement, config.displacement, 3)
             elsewhere = Target(position + offset, orientation, OPEN)
-            executed = command(scene, elsewhere, size, FAST_LIMITS)
+            executed[:] = command(scene, elsewhere, size, FAST_LIMITS)
         elif closing:
-            executed[2] += _SLIP * (rng.random() < config.slips)
+            executed[:, 2] += _SLIP * (rng.random() < config.slips)
         else:
-            executed[:3] += rng.uniform(-_PUSH, _PUSH, 3) * (rng.random() < config.disturbance)
+            executed[:, :3] += rng.uniform(-_PUSH, _PUSH, 3) * (rng.random() < config.disturbance)
         executed = np.clip(executed, -1, 1)
+        if len(actions) < handover:
+            session.set_executed(executed.astype(np.float32))
         for step in range(size):
             frames.append(observation.frames)
             states.append(simulator.state())
             joints.append(simulator.joints())
             actions.append(action.astype(np.float32))
-            result = simulator.step(executed, render=step == size - 1)
+            result = simulator.step(executed[step], render=step == size - 1)
             success = success or simulator.result()["success"]
             ended = ended or result is StepResult.ENDED
     if not success:
