@@ -8,24 +8,41 @@
         --source=$D --workdir=W/$kind; done
     for suite in goal object; do python -m univla_jax.tokenize_dataset --config=$C:tokens \\
         --source=W/demonstrations/libero_$suite --vision=W/vision --out=W/tokens/$suite; done
-    S="('W/tokens/goal/train','W/tokens/object/train')"
-    V="('W/tokens/goal/val','W/tokens/object/val')"
+    S="'W/tokens/goal/train','W/tokens/object/train'"
+    V="'W/tokens/goal/val','W/tokens/object/val'"
+    T="--config.tokenizers.text=W/text --config.tokenizers.vision=W/vision"
+    T="$T --config.tokenizers.action=W/action"
     for stage in policy world_model; do python -m univla_jax.train --config=$C:$stage \\
-        --workdir=W/$stage --config.data.stores="$S" --config.evaluation.stores="$V" \\
-        --config.tokenizers.text=W/text --config.tokenizers.vision=W/vision \\
-        --config.tokenizers.action=W/action; done
+        --workdir=W/$stage --config.data.stores="($S)" --config.evaluation.stores="($V)" $T; done
+    P=W/policy
+    for round in 1 2; do
+        for suite in goal object; do
+            python -m univla_jax.demonstrate --benchmark=libero --config=$C:corrections_$suite \\
+                --config.policy=$P --assets=LIBERO_ASSETS --out=W/corrections$round
+            python -m univla_jax.tokenize_dataset --config=$C:tokens --vision=W/vision \\
+                --source=W/corrections$round/libero_$suite --out=W/tokens/$suite$round
+            S="$S,'W/tokens/$suite$round/train'" V="$V,'W/tokens/$suite$round/val'"
+        done
+        python -m univla_jax.train --config=$C:policy --workdir=W/policy$round \\
+            --config.init_from=$P --config.tokenizers.statistics=init_from \\
+            --config.data.stores="($S)" --config.evaluation.stores="($V)"
+        P=W/policy$round
+    done
     python -m univla_jax.evaluate --benchmark=libero --suite=libero_goal --tasks=0,1,7,8 \\
-        --episodes_per_task=20 --checkpoint=W/policy --assets=LIBERO_ASSETS --out=W/goal
+        --episodes_per_task=20 --checkpoint=$P --assets=LIBERO_ASSETS --out=W/goal
     python -m univla_jax.evaluate --benchmark=libero --suite=libero_object --tasks=0,4,5,7 \\
-        --episodes_per_task=20 --checkpoint=W/policy --assets=LIBERO_ASSETS --out=W/object
+        --episodes_per_task=20 --checkpoint=$P --assets=LIBERO_ASSETS --out=W/object
 
 Demonstrations for training begin from the initial states 20 to 45 of a task, those for validation
 from 46 to 49; the evaluations above take the states 0 to 19. In the first chunk of a demonstration
 the hand is moved elsewhere at random, later it is pushed now and then, and it misses a fourth of
-its grasps. A command is held for ten steps, where the policy's chunks of ten begin, and only there
-the cameras draw: without a GPU a picture costs twenty times a step. The two suites are one corpus,
-``libero``, with joint statistics. The policy begins from nothing: a world model of the same
-episodes is there to imagine with. ``univla_jax/evaluation/README.md`` has the score and what fails.
+its grasps. What such a policy does wrong on its own is corrected twice: a policy begins episodes
+from the states of the demonstrations, the script says at each of its moments what is right and ends
+them (DAgger), and the policy goes on learning from all. A command is held for ten steps, where the
+policy's chunks of ten begin, and only there the cameras draw: without a GPU a picture costs twenty
+times a step. The two suites are one corpus, ``libero``, with joint statistics. The policy begins
+from nothing: a world model of the same episodes is there to imagine with.
+``univla_jax/evaluation/README.md`` has the score and what fails.
 """
 
 from __future__ import annotations
