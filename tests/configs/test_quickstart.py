@@ -41,14 +41,28 @@ def test_every_stage_has_a_config(name, stage):
 
 
 @pytest.mark.parametrize(
-    "stage", ["demonstrations", "text", "action", "vision", "tokens", "policy", "evaluate"]
+    "stage",
+    [
+        "demonstrations",
+        "demonstrations_plain",
+        "text",
+        "action",
+        "vision",
+        "tokens",
+        "policy_plain",
+        "policy",
+        "evaluate",
+    ],
 )
 def test_every_stage_of_the_randomized_tabletop_has_a_config(stage):
     config = recipe("quickstart_robust")(stage)
     if stage == "evaluate":
         assert config.benchmark == "tabletop_plus" and config.episodes_per_task == 100
-    if stage == "vision":
-        assert config.overrides.codebook_size == 1024 and config.total_steps == 1800
+    if stage.startswith("demonstrations"):
+        assert bool(config.randomized) == (stage == "demonstrations") and config.anywhere
+    if stage.startswith("policy"):
+        fitted = recipe("quickstart_robust")("action")
+        assert config.data.state and config.data.state_steps == fitted.state_steps
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_tiny"])

@@ -100,6 +100,26 @@ def test_numbers_are_checked(changes):
         DemonstrationsConfig(train_episodes=10**9, val_episodes=1)
 
 
+@pytest.mark.parametrize("name", ["randomized", "anywhere"])
+def test_shares_are_checked(name):
+    with pytest.raises(UserError, match=rf"config\.{name}: 1.5, expected 0\.\.\.1"):
+        DemonstrationsConfig(train_episodes=1, val_episodes=1, **{name: 1.5})
+
+
+@pytest.mark.parametrize("randomized", [0.0, 0.5])
+def test_the_gripper_begins_anywhere(randomized):
+    """From there the expert succeeds in every family; scenes and tasks stay as they are."""
+    begun = []
+    for seed, family in enumerate(2 * FAMILIES):
+        episode = demonstrate(seed, family=family, randomized=randomized, anywhere=1.0)
+        usual = demonstrate(seed, family=family, randomized=randomized)
+        assert episode.episode_id == usual.episode_id + "-anywhere"
+        assert episode.instruction.split()[-1] == usual.instruction.split()[-1]
+        assert not np.array_equal(episode.frames["image"][0], usual.frames["image"][0])
+        begun.append(episode.state[0, :3])
+    assert (np.ptp(begun, axis=0) > (0.3, 0.3, 0.05)).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_unsteady_expert_succeeds_in_the_free_world_and_shows_no_held_out_pair(family):
     longest = 0

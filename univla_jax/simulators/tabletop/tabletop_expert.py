@@ -206,6 +206,7 @@ def demonstrate(
     unseen_pairs: bool = False,
     world: str = "cells",
     randomized: float = 0.0,
+    anywhere: float = 0.0,
 ) -> Episode:
     """One successful scripted episode.
 
@@ -217,6 +218,7 @@ def demonstrate(
       world: one of ``tabletop_layout.WORLDS``; in the world "free" the expert is ``unsteady``, and
         pairs of family and color are held out.
       randomized: share of the episodes in which each of ``RANDOMIZATIONS`` is changed.
+      anywhere: share of the episodes that the gripper begins anywhere over the table.
 
     Returns:
       An ``Episode`` with views ``image`` and ``wrist_image``.
@@ -233,6 +235,10 @@ def demonstrate(
         if randomized:
             changed = randomize(env, np.random.default_rng([seed, 4, number]), randomized)
             observation, words, noise = env.observe(), changed.words, changed.noise
+        if np.random.default_rng([seed, 6]).random() < anywhere:
+            env.scene.gripper.position = rng.uniform((0.05, 0.05), (0.95, 0.85))
+            env.scene.gripper.height = float(rng.uniform(0.15, 0.28))
+            observation = env.observe()
         steady = actions_along(waypoints(env.task, env.scene), env.scene)
         chosen = steady if world == "cells" or number == _TRIES else unsteady(env, rng)
         observations, actions, scenes, success = _record(env, observation, chosen, annotate)
@@ -245,6 +251,7 @@ def demonstrate(
         groundings, texts = _annotations(seed, scenes, env.task, actions, unseen_pairs)
     columns = {name: np.stack([seen[name] for seen in observations]) for name in observations[0]}
     place = "tabletop" if world == "cells" else f"tabletop-{world}"
+    changes = "-randomized" * (randomized > 0) + "-anywhere" * (anywhere > 0)
     frames = {view: columns[view] for view in ("image", "wrist_image")}
     if noise:
         pixel_rng = np.random.default_rng([seed, 5])
@@ -255,7 +262,7 @@ def demonstrate(
         actions=actions,
         control_hz=tabletop_env.CONTROL_HZ,
         corpus="tabletop",
-        episode_id=f"{place}-{seed:07d}" + ("-randomized" if randomized else ""),
+        episode_id=f"{place}-{seed:07d}" + changes,
         state=columns["state"],
         groundings=groundings,
         texts=texts,
@@ -325,6 +332,8 @@ class DemonstrationsConfig:
       world: one of ``tabletop_layout.WORLDS``.
       randomized: share of the episodes, 0 … 1, in which each of
         ``tabletop_randomization.RANDOMIZATIONS`` is changed.
+      anywhere: share of the episodes, 0 … 1, that the gripper begins anywhere over the table. Where
+        all begin alike, where the gripper is tells where it is going, and a policy need not look.
     """
 
     train_episodes: int
@@ -336,6 +345,7 @@ class DemonstrationsConfig:
     annotations: bool = False
     world: str = "cells"
     randomized: float = 0.0
+    anywhere: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -351,8 +361,9 @@ class DemonstrationsConfig:
             )
         if self.world not in WORLDS:
             raise UserError(f"config.world: {self.world!r}, expected one of {', '.join(WORLDS)}")
-        if not 0 <= self.randomized <= 1:
-            raise UserError(f"config.randomized: {self.randomized}, expected 0...1")
+        for name in ("randomized", "anywhere"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"config.{name}: {getattr(self, name)}, expected 0...1")
         last = self.first_seed + self.train_episodes + self.val_episodes
         if last > len(DEMONSTRATION_SEEDS):
             raise UserError(
@@ -416,7 +427,12 @@ def write_demonstrations(
     del assets
     values = dataclasses.asdict(config)
     # Absent, as in datasets written before there was a choice.
-    for name, usual in (("annotations", False), ("world", "cells"), ("randomized", 0.0)):
+    for name, usual in (
+        ("annotations", False),
+        ("world", "cells"),
+        ("randomized", 0.0),
+        ("anywhere", 0.0),
+    ):
         if values[name] == usual:
             del values[name]
     description = "Scripted expert of the embedded tabletop: " + json.dumps(values, sort_keys=True)
@@ -428,6 +444,7 @@ def write_demonstrations(
             unseen_pairs=split == "val",
             world=config.world,
             randomized=config.randomized,
+            anywhere=config.anywhere,
         )
         splits[split] = _Episodes(seeds, config.families, make)
     folder = write_rlds(
