@@ -17,12 +17,12 @@
         --config.data.stores="('$P/train',)" --config.evaluation.stores="('$P/val',)" \\
         --config.tokenizers.text=W/tokenizers/text --config.tokenizers.action=W/tokenizers/action \\
         --config.tokenizers.vision=W/tokenizers/vision
-    for part in 1 2; do
+    for part in 1 2 3; do
       python -m univla_jax.train --config=$C:policy --workdir=W/policy$part \\
           --config.init_from=W/policy$((part - 1)) --config.tokenizers.statistics=init_from \\
           --config.data.stores="('$T/train','$P/train')" --config.evaluation.stores="('$T/val',)"
     done
-    python -m univla_jax.evaluate --config=$C:evaluate --checkpoint=W/policy2 --out=W/evaluation
+    python -m univla_jax.evaluate --config=$C:evaluate --checkpoint=W/policy3 --out=W/evaluation
 
 Each of these is changed in a fourth of the demonstrations, several at once
 (``tabletop_randomization.py``), in other ways than the evaluation changes them, one at a time;
